@@ -1,0 +1,85 @@
+"""FP8 training for PyTorch in which clamping is measured, explained and prevented.
+
+Names that need torch are loaded at first use, so that a run's log can be opened, analysed and
+rendered on a machine without it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from unclamp.errors import (
+    ConvertError,
+    RecipeError,
+    RunLogError,
+    StudyError,
+    UnclampError,
+    UnclampWarning,
+    UnsupportedError,
+)
+from unclamp.formats import E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, Format
+from unclamp.recipe import Delayed, Dynamic, HighPrecision, Recipe
+from unclamp.version import __version__
+
+if TYPE_CHECKING:
+    from unclamp.nn import ConvertReport, Fp8Linear, RevertReport, convert, revert
+    from unclamp.numerics import Quantized, cast, dequantize, quantize, scale_from_amax
+    from unclamp.runlog import RunLog
+    from unclamp.telemetry import Recorder
+
+_LAZY = {
+    "ConvertReport": "unclamp.nn",
+    "Fp8Linear": "unclamp.nn",
+    "RevertReport": "unclamp.nn",
+    "convert": "unclamp.nn",
+    "revert": "unclamp.nn",
+    "Quantized": "unclamp.numerics",
+    "cast": "unclamp.numerics",
+    "dequantize": "unclamp.numerics",
+    "quantize": "unclamp.numerics",
+    "scale_from_amax": "unclamp.numerics",
+    "RunLog": "unclamp.runlog",
+    "Recorder": "unclamp.telemetry",
+}
+
+__all__ = [
+    "E4M3FN",
+    "E4M3FNUZ",
+    "E5M2",
+    "E5M2FNUZ",
+    "FORMATS",
+    "ConvertError",
+    "ConvertReport",
+    "Delayed",
+    "Dynamic",
+    "Format",
+    "Fp8Linear",
+    "HighPrecision",
+    "Quantized",
+    "Recipe",
+    "RecipeError",
+    "Recorder",
+    "RevertReport",
+    "RunLog",
+    "RunLogError",
+    "StudyError",
+    "UnclampError",
+    "UnclampWarning",
+    "UnsupportedError",
+    "__version__",
+    "cast",
+    "convert",
+    "dequantize",
+    "quantize",
+    "revert",
+    "scale_from_amax",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'unclamp' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

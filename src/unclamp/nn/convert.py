@@ -1,0 +1,193 @@
+"""Put FP8 into a model and take it out again: the one place that changes a user's model.
+
+`convert` turns each `nn.Linear` into an `Fp8Linear` *in place*: the module object, its
+parameters, hooks and attributes stay, only its class changes, so an optimizer made before and
+references held elsewhere stay valid. `revert` changes the class back. Both plan first and touch
+the model only when nothing can fail any more, and both report what they left alone.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from unclamp.errors import ConvertError, UnclampWarning
+from unclamp.nn.ledger import Ledger, Site
+from unclamp.nn.linear import Fp8Linear, LayerSites
+from unclamp.recipe import ROLES, Operand, Recipe, Role, matches
+
+CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport:
+    """What `convert` did.
+
+    Attributes:
+        converted: Each converted layer's name and what its operands get.
+        skipped: Each layer with a weight matrix that was left alone, and why.
+        unmatched: Rules and skip globs that decided nothing, and why.
+    """
+
+    converted: dict[str, dict[Role, Operand]]
+    skipped: dict[str, str]
+    unmatched: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"converted {len(self.converted)} layers, skipped {len(self.skipped)}"]
+        lines += [f"  {_shown(fqn)}: {_describe(ops)}" for fqn, ops in self.converted.items()]
+        lines += [f"  skipped {_shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
+        lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevertReport:
+    """What `revert` did: the layers that are `nn.Linear` again."""
+
+    reverted: tuple[str, ...]
+
+    def __str__(self) -> str:
+        names = "".join(f"\n  {_shown(fqn)}" for fqn in self.reverted)
+        return f"reverted {len(self.reverted)} layers{names}"
+
+
+def convert(
+    model: nn.Module, recipe: Recipe, *, skip: Sequence[str] = (), strict: bool = False
+) -> ConvertReport:
+    """Make every linear layer of a model compute in FP8, as the recipe says.
+
+    Args:
+        model: Changed in place; it may itself be an `nn.Linear`.
+        recipe: What each operand gets.
+        skip: Globs of modules to leave alone, such as "lm_head".
+        strict: Raise where a rule or a skip glob matches no linear layer; otherwise warn.
+
+    Raises:
+        ConvertError: `strict` and something matched nothing, or `skip` is a string. The model
+            is unchanged.
+
+    Example:
+        >>> import torch, unclamp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8))
+        >>> print(unclamp.convert(model, unclamp.Recipe(), skip=["1"]))
+        converted 1 layers, skipped 1
+          0: input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
+          skipped 1: matches skip '1'
+    """
+    if isinstance(skip, str):
+        raise ConvertError(f"expected a list of globs for skip, got the string {skip!r}")
+    converted: dict[str, nn.Linear] = {}
+    skipped: dict[str, str] = {}
+    for fqn, module in model.named_modules():
+        reason = _reason_to_skip(fqn, module, skip)
+        if reason is None:
+            assert isinstance(module, nn.Linear)
+            converted[fqn] = module
+        elif reason:
+            skipped[fqn] = reason
+    unmatched = _unmatched(model, recipe, skip, list(converted))
+    _report_unmatched(model, unmatched, strict=strict)
+    ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
+    operands = {fqn: recipe.operands(fqn) for fqn in converted}
+    sites = [
+        Site(fqn=fqn, role=role, operand=operands[fqn][role]) for fqn in converted for role in ROLES
+    ]
+    rows = iter(ledger.add(sites))
+    for module in converted.values():
+        module.__class__ = Fp8Linear
+        assert isinstance(module, Fp8Linear)
+        module.sites = LayerSites(ledger, {role: next(rows) for role in ROLES})
+        ledger.move_to(module.weight.device)
+    return ConvertReport(converted=operands, skipped=skipped, unmatched=unmatched)
+
+
+def revert(model: nn.Module) -> RevertReport:
+    """Turn every converted layer back into the `nn.Linear` it was.
+
+    Parameters keep their identity and the scaling state is dropped. A model without converted
+    layers is left as it is.
+    """
+    reverted = []
+    for fqn, module in model.named_modules():
+        if type(module) is Fp8Linear:
+            del module.sites
+            module.__class__ = nn.Linear
+            reverted.append(fqn)
+    return RevertReport(reverted=tuple(reverted))
+
+
+def find_ledgers(model: nn.Module) -> list[Ledger]:
+    """Return the ledgers of a model's converted layers: none, or one unless parts of it were
+    converted apart.
+    """  # noqa: D205
+    layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+    return list({id(m.sites.ledger): m.sites.ledger for m in layers}.values())
+
+
+def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | None:
+    """Why a module is left alone: None if it is converted, "" if there is nothing to say."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear):
+        has_matrix = isinstance(weight, nn.Parameter) and weight.ndim >= 2
+        return f"not a linear layer ({type(module).__name__})" if has_matrix else ""
+    if isinstance(module, Fp8Linear):
+        return "already converted"
+    glob = next((glob for glob in skip if matches(fqn, glob)), None)
+    if glob is not None:
+        return f"matches skip {glob!r}"
+    if type(module) is not nn.Linear:
+        return f"a subclass of nn.Linear ({type(module).__name__}), which may compute differently"
+    if weight is None or weight.dtype not in CONVERTIBLE_DTYPES:
+        return f"its weight is {getattr(weight, 'dtype', None)}, not float32, bfloat16 or float16"
+    return None
+
+
+def _unmatched(
+    model: nn.Module, recipe: Recipe, skip: Sequence[str], converted: list[str]
+) -> dict[str, str]:
+    """Return the rules and skip globs that decided nothing, and why."""
+    linear = [fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]
+    unmatched = {
+        glob: "skip glob matches no linear layer"
+        for glob in skip
+        if not any(matches(fqn, glob) for fqn in linear)
+    }
+    deciding = {id(recipe.rule_for(fqn)) for fqn in converted}
+    for rule in recipe.rules:
+        if id(rule) in deciding:
+            continue
+        found = [fqn for fqn in linear if rule.matches(fqn)]
+        if not found:
+            unmatched[rule.match] = "override matches no linear layer"
+        elif any(fqn in converted for fqn in found):
+            unmatched[rule.match] = "override never decides: earlier rules match first"
+        else:
+            unmatched[rule.match] = "override matches only layers that were skipped"
+    return unmatched
+
+
+def _report_unmatched(model: nn.Module, unmatched: dict[str, str], *, strict: bool) -> None:
+    if not unmatched:
+        return
+    linear = [fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]
+    listed = ", ".join(map(_shown, linear[:20])) + (", ..." if len(linear) > 20 else "")
+    rules = "; ".join(f"{glob!r}: {why}" for glob, why in unmatched.items())
+    message = f"{rules}. The model's linear layers: {listed or 'none'}"
+    if strict:
+        raise ConvertError(message)
+    warnings.warn(message, UnclampWarning, stacklevel=3)
+
+
+def _describe(operands: dict[Role, Operand]) -> str:
+    return ", ".join(
+        f"{role} {operand.scaling.kind}"
+        + ("" if operand.scaling.kind == "high_precision" else f" {operand.format.name}")
+        for role, operand in operands.items()
+    )
+
+
+def _shown(fqn: str) -> str:
+    return fqn or "(the model itself)"

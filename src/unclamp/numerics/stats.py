@@ -1,0 +1,54 @@
+"""The statistics of a cast: one float64 vector, made in the pass that casts.
+
+A vector and not an object, so that a step's casts add up on the device without a host
+synchronisation. The first fields merge by maximum, the others by addition; counts stay exact
+up to 2**53 elements.
+"""
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Stat(IntEnum):
+    """Position of each statistic in the vector."""
+
+    AMAX = 0
+    """Largest absolute finite element; -1 where no finite element was seen."""
+    SCALE_INV = 1
+    """1 / scale of the cast; over merged casts the largest, which is that of the largest amax."""
+    ELEMENTS = 2
+    SATURATED = 3
+    """Finite elements beyond the overflow limit."""
+    UNDERFLOWED = 4
+    """Non-zero elements that became zero."""
+    NONFINITE = 5
+    """NaN and Inf elements."""
+    RECAST = 6
+    """Casts repeated with the true scale."""
+    SQUARE = 7
+    """Sum of squares of the finite elements."""
+    SATURATED_SQUARE = 8
+    """Sum of squares of what saturation removed: (|x| - max / scale)**2 over saturated x."""
+    CASTS = 9
+    """Casts merged in this vector."""
+
+
+MERGED_BY_MAX = 2
+"""The first fields merge by maximum."""
+
+
+def empty_stats(rows: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the neutral element of merging, float64 `[rows, len(Stat)]`."""
+    stats = torch.zeros(rows, len(Stat), dtype=torch.float64, device=device)
+    stats[:, Stat.AMAX] = -1
+    return stats
+
+
+def merge_stats(total: Tensor, stats: Tensor) -> None:
+    """Merge the vector `stats` into `total`, in place: maximum and addition."""
+    torch.maximum(
+        total[..., :MERGED_BY_MAX], stats[..., :MERGED_BY_MAX], out=total[..., :MERGED_BY_MAX]
+    )
+    total[..., MERGED_BY_MAX:] += stats[..., MERGED_BY_MAX:]

@@ -1,0 +1,196 @@
+"""What a run consists of: the header, the tables, and the meaning of every column.
+
+Nothing here touches the disk. The meaning of a column, with its unit, travels in the Parquet
+files as field metadata, so that a part explains itself wherever it ends up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from unclamp.errors import RunLogError
+
+KIND = "unclamp-run"
+SCHEMA_VERSION = 1
+RUN_FILE = "run.json"
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+Columns = Mapping[str, Sequence[Any] | np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What ran, and how it ended: the content of `run.json`.
+
+    `status` is "running" until the run is closed, and stays so when the process is killed;
+    "interrupted" is an end from outside, "failed" an exception or a log that could not be
+    written to the end. `created` is ISO-8601 in UTC. `recipe`, `environment` and `metadata`
+    hold plain JSON data: what JSON cannot express is refused when the header is written.
+    """
+
+    unclamp_version: str
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    status: Status = "running"
+    world_size: int = 1
+    recipe: dict[str, Any] | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    git_commit: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    kind: str = KIND
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the header as plain data, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Header:
+        """Return the header that `to_dict` was called on; unknown keys are ignored.
+
+        Raises:
+            RunLogError: `data` is of another kind or schema version, or lacks a key.
+        """
+        if data.get("kind") != KIND:
+            raise RunLogError(f"expected kind {KIND!r}, got {data.get('kind')!r}: not a run")
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise RunLogError(
+                f"it was written by unclamp {data.get('unclamp_version')} with schema version "
+                f"{data.get('schema_version')}, and this unclamp reads version {SCHEMA_VERSION}; "
+                f"install that unclamp to read it"
+            )
+        missing = [f.name for f in fields(cls) if f.name not in data]
+        if missing:
+            raise RunLogError(f"its header lacks {missing}; was {RUN_FILE} edited by hand?")
+        if data["status"] not in get_args(Status):
+            raise RunLogError(f"status must be one of {get_args(Status)}, got {data['status']!r}")
+        return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+
+def _column(name: str, dtype: pa.DataType, meaning: str, *, nullable: bool = False) -> pa.Field:
+    return pa.field(name, dtype, nullable=nullable, metadata={"meaning": meaning})
+
+
+_STEP = _column("step", pa.int64(), "optimizer step, from the recorder's count")
+_RANK = _column("rank", pa.int32(), "rank of the process that recorded the row")
+_SITE = _column("site", pa.int32(), "id of the site: one (module, role)")
+
+TABLES: Mapping[str, pa.Schema] = {
+    "steps": pa.schema(
+        [
+            _STEP,
+            _RANK,
+            _column("loss", pa.float64(), "training loss, in the user's unit", nullable=True),
+            _column("grad_norm", pa.float64(), "norm of all gradients", nullable=True),
+            _column("lr", pa.float64(), "learning rate", nullable=True),
+            _column("time_s", pa.float64(), "seconds since the run began"),
+            _column("step_ms", pa.float64(), "duration of the step, milliseconds", nullable=True),
+            _column(
+                "scalars",
+                pa.map_(pa.string(), pa.float64()),
+                "whatever else the user records: name to value, in the user's unit",
+                nullable=True,
+            ),
+        ]
+    ),
+    "sites": pa.schema(
+        [
+            _SITE,
+            _column("fqn", pa.string(), "dotted name of the module"),
+            _column("role", pa.string(), "input, weight or grad_output"),
+            _column("format", pa.string(), "name of the FP8 format"),
+            _column("scaling", pa.string(), "kind of scaling, such as delayed"),
+            _column("history_len", pa.int32(), "amax history, updates", nullable=True),
+            _column("format_max", pa.float64(), "largest finite value of the format"),
+        ]
+    ),
+    "casts": pa.schema(
+        [
+            _STEP,
+            _RANK,
+            _SITE,
+            _column("amax", pa.float32(), "largest absolute finite element, in the tensor's unit"),
+            _column("scale", pa.float32(), "factor the tensor was multiplied by before the cast"),
+            _column("elements", pa.int64(), "elements cast, count"),
+            _column("saturated", pa.int64(), "finite elements clamped to +-max, count"),
+            _column("underflowed", pa.int64(), "non-zero elements that became zero, count"),
+            _column("nonfinite", pa.int64(), "Inf and NaN elements, count"),
+            _column("recast", pa.int64(), "elements cast again with the true scale, count"),
+            _column(
+                "saturated_error",
+                pa.float64(),
+                "sum of squares removed by saturation over the sum of squares of the tensor, "
+                "fraction; 0 where nothing is saturated",
+            ),
+            _column("microsteps", pa.int32(), "casts merged in this row, count"),
+        ]
+    ),
+    "events": pa.schema(
+        [
+            _STEP,
+            _RANK,
+            _column("kind", pa.string(), "what happened: spike, switch, snapshot, nonfinite, ..."),
+            _column("data", pa.string(), "details, as JSON text"),
+        ]
+    ),
+}
+
+
+def schema_of(table: str) -> pa.Schema:
+    """Return the schema of `table`.
+
+    Raises:
+        RunLogError: there is no such table.
+    """
+    if table not in TABLES:
+        raise RunLogError(f"there is no table {table!r}; the tables are {list(TABLES)}")
+    return TABLES[table]
+
+
+def to_arrow(table: str, columns: Columns, *, rank: int) -> pa.Table:
+    """Return `columns` as rows of `table`, sharing no memory with them.
+
+    Missing nullable columns become null, a missing `rank` becomes `rank`; NaN stays NaN.
+    No columns, or columns without elements, give no rows.
+
+    Raises:
+        RunLogError: a column is unknown, missing, of another length than the others, or holds
+            what its type cannot (a null where none is allowed, a fraction in a count).
+    """
+    schema = schema_of(table)
+    unknown = [name for name in columns if name not in schema.names]
+    if unknown:
+        raise RunLogError(f"table {table!r} has no column {unknown}; it has {schema.names}")
+    try:
+        lengths = {name: len(values) for name, values in columns.items()}
+    except TypeError as error:
+        raise RunLogError(f"columns of {table!r} must be sequences: {error}") from error
+    if len(set(lengths.values())) > 1:
+        raise RunLogError(f"columns of {table!r} must have equal lengths, got {lengths}")
+    rows = max(lengths.values(), default=0)
+    filled = {"rank": [rank] * rows, **columns}
+    arrays = [_to_array(table, column, filled.get(column.name), rows) for column in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _to_array(
+    table: str, column: pa.Field, values: Sequence[Any] | np.ndarray | None, rows: int
+) -> pa.Array:
+    if values is None:
+        values = [None] * rows
+    elif isinstance(values, np.ndarray):
+        values = values.copy()  # Arrow would share the caller's buffer, which may be reused
+    try:
+        array = pa.array(values, type=column.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise RunLogError(
+            f"column {column.name!r} of {table!r} must hold {column.type}: {error}"
+        ) from error
+    if array.null_count and not column.nullable:
+        raise RunLogError(f"column {column.name!r} of {table!r} needs a value in every row")
+    return array
