@@ -96,6 +96,7 @@ def convert(
         Site(fqn=fqn, role=role, operand=operands[fqn][role]) for fqn in converted for role in ROLES
     ]
     rows = iter(ledger.add(sites))
+    ledger.recipe = recipe
     for module in converted.values():
         module.__class__ = Fp8Linear
         assert isinstance(module, Fp8Linear)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from unclamp.numerics import Stat, empty_stats, merge_stats, scale_from_amax
-from unclamp.recipe import Delayed, Dynamic, HighPrecision, Operand, Role
+from unclamp.recipe import Delayed, Dynamic, HighPrecision, Operand, Recipe, Role
 
 DEFAULT_HISTORY_LEN = Delayed().history_len
 """Updates remembered for sites whose scaling asks for none."""
@@ -68,6 +68,7 @@ class Ledger:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.sites: list[Site] = []
+        self.recipe: Recipe | None = None
         self.updates = 0
         self.has_pending = False
         self.amax_history = torch.zeros(0, 1)
@@ -170,6 +171,7 @@ class Ledger:
         twin = Ledger(memo.get(id(root)))
         memo[id(self)] = twin
         twin.add(self.sites)
+        twin.recipe = self.recipe
         twin.updates, twin.has_pending = self.updates, self.has_pending
         twin.move_to(self.scale.device)
         for name in ("amax_history", "scale", "pending"):

@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from unclamp.errors import RunLogError, UnclampWarning
 from unclamp.runlog.schema import RUN_FILE, TABLES, Columns, Header, Status, schema_of, to_arrow
 
-_Rows = tuple[str, pa.Table | Callable[[], Columns]]  # for which table, and the rows
+_Rows = tuple[str, Callable[[], pa.Table]]  # for which table, and what makes the rows
 _Message = _Rows | threading.Event | None  # rows, a flush to acknowledge, or the end
 
 
@@ -99,8 +99,11 @@ class RunLogWriter:
         if self._closed:
             raise RunLogError(f"the run log {self.path} is closed; add rows before close()")
         schema_of(table)
-        rows = columns if callable(columns) else to_arrow(table, columns, rank=self.rank)
-        self._queue.put((table, rows))
+        if isinstance(columns, Mapping):
+            rows = to_arrow(table, columns, rank=self.rank)
+            self._queue.put((table, lambda: rows))
+        else:
+            self._queue.put((table, lambda: to_arrow(table, columns(), rank=self.rank)))
 
     def flush(self) -> None:
         """Block until everything queued so far is on disk, or the log has failed."""
@@ -188,7 +191,8 @@ class RunLogWriter:
     def _record(self, rows: _Rows | None, *, is_due: bool) -> None:
         try:
             if rows is not None:
-                self._parts.add(*rows)
+                table, make = rows
+                self._parts.add(table, make())
             if is_due:
                 self._parts.write()
         except BaseException as error:
@@ -206,10 +210,9 @@ class _Parts:
         self._waiting: dict[str, list[pa.Table]] = {table: [] for table in TABLES}
         self._written = dict.fromkeys(TABLES, 0)
 
-    def add(self, table: str, rows: pa.Table | Callable[[], Columns]) -> None:
-        arrow = to_arrow(table, rows(), rank=self._rank) if callable(rows) else rows
-        if arrow.num_rows:
-            self._waiting[table].append(arrow)
+    def add(self, table: str, rows: pa.Table) -> None:
+        if rows.num_rows:
+            self._waiting[table].append(rows)
 
     def write(self) -> None:
         """Write one part per table that has rows waiting."""

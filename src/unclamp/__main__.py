@@ -1,0 +1,5 @@
+"""`python -m unclamp` is `unclamp`."""
+
+from unclamp.cli import main
+
+main()

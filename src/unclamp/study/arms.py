@@ -1,0 +1,277 @@
+"""Run a whole study: every arm, seed and scenario, in worker processes; stop and resume.
+
+Each run trains in a process with one thread, so that its losses do not depend on how many run
+side by side. Runs that another arm starts from come first. A finished run is never repeated.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unclamp.errors import RunLogError, StudyError
+from unclamp.recipe import Dynamic, Recipe, Role, Rule
+from unclamp.runlog import RunLog, is_run
+from unclamp.study.config import StudyConfig, is_study, read_study, write_study
+from unclamp.study.data import read_text, text_digest
+from unclamp.study.loop import RunPlan, train
+
+POLL_S = 0.2
+
+Site = tuple[str, Role]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a worker tells: a run's step and loss; `status` at its end."""
+
+    label: str
+    step: int
+    loss: float | None = None
+    status: str | None = None
+
+
+class Interrupted(Exception):
+    """The study was interrupted; running it again resumes."""
+
+
+def run_study(
+    config: StudyConfig,
+    out: Path,
+    *,
+    jobs: int | None = None,
+    on_start: Callable[[list[RunPlan], int], None] = lambda plans, finished: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Train every run of a study into `out`, or what is missing of it.
+
+    Args:
+        config: The study.
+        out: Its folder: new, empty, or the same study's.
+        jobs: Worker processes; one a core without it.
+        on_start: Called once a wave, with the runs about to be trained and the number of those
+            that are finished already.
+        on_progress: Called for each step of each run.
+
+    Raises:
+        StudyError: The folder holds something else, the text cannot be used, or a model cannot
+            be made.
+        Interrupted: Ctrl-C; every recorded step is readable.
+    """
+    text = read_text(config.data.text, seq_len=config.data.seq_len)
+    facts: dict[str, Any] = {"text": text_digest(text), "switched": {}}
+    _claim(out, config, facts)
+    jobs = jobs or os.cpu_count() or 1
+    bases = {arm.from_arm for arm in config.arms.values() if arm.from_arm is not None}
+    first = [name for name, arm in config.arms.items() if arm.from_arm is None]
+    first.sort(key=lambda name: name not in bases)
+    derived = [name for name, arm in config.arms.items() if arm.from_arm is not None]
+    _train_all(_plans(config, out, first, {}), jobs, on_start, on_progress)
+    if derived:
+        switched = {
+            (scenario, name): worst_sites(_runs_of(config, out, scenario, name), config, name)
+            for scenario in config.scenarios
+            for name in derived
+        }
+        for (scenario, name), sites in switched.items():
+            listed = [{"fqn": fqn, "role": role} for fqn, role in sites]
+            facts["switched"].setdefault(scenario, {})[name] = listed
+        write_study(out, config, status="running", **facts)
+        _train_all(_plans(config, out, derived, switched), jobs, on_start, on_progress)
+    write_study(out, config, status="finished", **facts)
+
+
+def worst_sites(runs: Iterable[Path], config: StudyConfig, arm: str) -> list[Site]:
+    """Return the sites that clamped most in these runs, worst first.
+
+    Most is the clamp error summed over steps and runs: the share of the tensor's squares that
+    saturation removed. A count would put many small losses before one large one.
+    """
+    total: dict[Site, float] = {}
+    for run in runs:
+        with RunLog.open(run) as log:
+            rows = log.sql(
+                "SELECT fqn, role, sum(saturated_error) AS error FROM casts JOIN sites USING (site)"
+                " WHERE saturated > 0 GROUP BY fqn, role"
+            ).to_pylist()
+        for row in rows:
+            site = (row["fqn"], row["role"])
+            total[site] = total.get(site, 0.0) + row["error"]
+    ranked = sorted(total, key=lambda site: (-total[site], site))
+    return ranked[: config.arms[arm].switch_worst]
+
+
+def switch_to_dynamic(recipe: Recipe, sites: Iterable[Site]) -> Recipe:
+    """Return the recipe with these sites dynamic; what it says of their layers otherwise stays."""
+    switched = set(sites)
+    rules = []
+    for fqn in dict.fromkeys(fqn for fqn, _ in switched):
+        operands = recipe.operands(fqn)
+        scalings = {
+            role: Dynamic() if (fqn, role) in switched else operand.scaling
+            for role, operand in operands.items()
+        }
+        formats = {role: operand.format.name for role, operand in operands.items()}
+        rules.append(Rule(match=fqn, scalings=scalings, formats=formats))
+    rules.sort(key=lambda rule: rule.match)
+    return replace(recipe, rules=(*rules, *recipe.rules))
+
+
+def _runs_of(config: StudyConfig, out: Path, scenario: str, derived: str) -> list[Path]:
+    base = config.arms[derived].from_arm
+    assert base is not None
+    return [_path(out, scenario, base, seed) for seed in config.seeds]
+
+
+def _path(out: Path, scenario: str, arm: str, seed: int) -> Path:
+    return out / scenario / arm / f"seed-{seed}"
+
+
+def _plans(
+    config: StudyConfig, out: Path, arms: list[str], switched: dict[tuple[str, str], list[Site]]
+) -> list[RunPlan]:
+    plans = []
+    for scenario in config.scenarios:
+        for name in arms:
+            arm = config.arms[name]
+            recipe = arm.recipe
+            if arm.from_arm is not None:
+                base = config.arms[arm.from_arm].recipe
+                assert base is not None
+                recipe = switch_to_dynamic(base, switched[scenario, name])
+            plans += [
+                RunPlan(
+                    config=config,
+                    scenario=scenario,
+                    arm=name,
+                    seed=seed,
+                    recipe=recipe,
+                    path=_path(out, scenario, name, seed),
+                )
+                for seed in config.seeds
+            ]
+    return plans
+
+
+def _claim(out: Path, config: StudyConfig, facts: dict[str, Any]) -> None:
+    """Make the folder this study's, or find that it is already."""
+    if is_study(out):
+        found = read_study(out)
+        if (found.get("config"), found.get("text")) != (config.to_dict(), facts["text"]):
+            raise StudyError(
+                f"{str(out)!r} holds another study: expected the same configuration and text to "
+                "resume it; choose another --out"
+            )
+        return
+    if out.exists() and not out.is_dir():
+        raise StudyError(f"expected a folder for the study, got the file {str(out)!r}")
+    if is_run(out) or (out.is_dir() and any(out.iterdir())):
+        what = "a run" if is_run(out) else "other files"
+        raise StudyError(
+            f"expected a new, empty or resumable folder, but {str(out)!r} holds {what}; "
+            "choose another --out"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_study(out, config, status="running", **facts)
+    except OSError as error:
+        raise StudyError(f"cannot write to {str(out)!r}: {error.strerror}") from error
+
+
+def _is_finished(plan: RunPlan) -> bool:
+    if not is_run(plan.path):
+        return False
+    try:
+        with RunLog.open(plan.path) as log:
+            header = log.header
+    except RunLogError:
+        return False
+    return header.status == "finished" and header.metadata == plan.identity
+
+
+def _train_all(
+    plans: list[RunPlan],
+    jobs: int,
+    on_start: Callable[[list[RunPlan], int], None],
+    on_progress: Callable[[Progress], None],
+) -> None:
+    """Train the plans that are not finished, `jobs` at a time."""
+    todo = [plan for plan in plans if not _is_finished(plan)]
+    on_start(todo, len(plans) - len(todo))
+    if not todo:
+        return
+    context = multiprocessing.get_context("spawn")
+    channel: Any = context.Queue()
+    stop = context.Event()
+    pool = ProcessPoolExecutor(
+        max_workers=min(jobs, len(todo)),
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(channel, stop),
+    )
+    with pool:
+        futures = [pool.submit(_work, plan) for plan in todo]
+        try:
+            _follow(futures, channel, on_progress)
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted from interrupt
+        except BrokenProcessPool as error:
+            raise StudyError(
+                "a worker process was killed; run the study again to resume"
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            _drain(channel, on_progress)
+
+
+def _follow(
+    futures: list[Future[str]], channel: Any, on_progress: Callable[[Progress], None]
+) -> None:
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=POLL_S)
+        _drain(channel, on_progress)
+        for future in done:
+            future.result()
+
+
+def _drain(channel: Any, on_progress: Callable[[Progress], None]) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            on_progress(channel.get_nowait())
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(channel: Any, stop: Any) -> None:
+    """Prepare a worker: one thread, and Ctrl-C left to the parent, which asks it to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    _worker.update(channel=channel, stop=stop)
+
+
+def _work(plan: RunPlan) -> str:
+    channel, stop = _worker["channel"], _worker["stop"]
+    if stop.is_set():
+        return "interrupted"
+    if plan.path.exists():
+        shutil.rmtree(plan.path)
+    status = train(
+        plan,
+        on_step=lambda step, loss: channel.put(Progress(label=plan.label, step=step, loss=loss)),
+        should_stop=stop.is_set,
+    )
+    channel.put(Progress(label=plan.label, step=plan.config.steps, status=status))
+    return status

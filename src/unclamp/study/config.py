@@ -1,0 +1,295 @@
+"""What a study is made of, read from TOML and checked; and the header of a study's folder.
+
+Torch-free, so that a report can be made of a study's folder without torch.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from unclamp.errors import RecipeError, StudyError
+from unclamp.formats import unknown_name
+from unclamp.recipe import SCALINGS, Recipe
+from unclamp.version import __version__
+
+SCENARIOS = {
+    "text": "real text, nothing planted",
+    "outlier": "real text; at the marked steps planted rare tokens drive two SwiGLU channels",
+}
+STUDY_FILE = "study.json"
+STUDY_KIND = "unclamp-study"
+STUDY_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text and the shape of a batch."""
+
+    text: tuple[str, ...] = ()
+    batch_size: int = 8
+    seq_len: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A small Llama from these sizes, or the causal LM that `hf_model` names.
+
+    `skip` are globs of layers left in high precision; with `strict` a glob or an override that
+    matches nothing is an error.
+    """
+
+    hf_model: str = ""
+    hidden_size: int = 128
+    intermediate_size: int = 344
+    layers: int = 2
+    heads: int = 4
+    skip: tuple[str, ...] = ("lm_head",)
+    strict: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and gradient clipping."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = 10
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutlierConfig:
+    """When the planted tokens of scenario `outlier` come, and how many."""
+
+    first_step: int = 40
+    every: int = 20
+    share: float = 0.1
+
+    def planted_steps(self, steps: int) -> list[int]:
+        """Return the planted steps of a run of so many steps."""
+        return list(range(self.first_step, steps, self.every))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmConfig:
+    """One way to train: high precision, a recipe, or another arm's recipe mended.
+
+    Args:
+        recipe: None for high precision.
+        from_arm: The arm whose recipe and whose clamped sites this arm starts from.
+        switch_worst: Sites of `from_arm` that clamped most, made dynamic here.
+    """
+
+    recipe: Recipe | None = None
+    from_arm: str | None = None
+    switch_worst: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A whole study."""
+
+    scenarios: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    outlier: OutlierConfig = field(default_factory=OutlierConfig)
+    arms: Mapping[str, ArmConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for scenario in self.scenarios:
+            if scenario not in SCENARIOS:
+                raise _unknown("scenario", scenario, list(SCENARIOS))
+        for name, arm in self.arms.items():
+            if arm.from_arm is not None and not self._has_recipe(arm.from_arm):
+                raise StudyError(
+                    f"arm {name!r} starts from {arm.from_arm!r}, which must be an arm with a recipe"
+                )
+        for what, count in (("scenarios", self.scenarios), ("seeds", self.seeds)):
+            if not count:
+                raise StudyError(f"expected at least one of {what}, got none")
+            if len(set(count)) < len(count):
+                raise StudyError(f"expected distinct {what}, got {list(count)}")
+        if not self.arms:
+            raise StudyError("expected at least one arm, got none")
+
+    def _has_recipe(self, arm: str) -> bool:
+        return arm in self.arms and self.arms[arm].recipe is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; `from_dict` gives an equal study back."""
+        data = asdict(self)
+        data["arms"] = {name: _arm_to_dict(arm) for name, arm in self.arms.items()}
+        return json.loads(json.dumps(data))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "StudyConfig":
+        """Return the study that plain data describes.
+
+        Raises:
+            StudyError: An unknown key or name, or a value of the wrong type or range.
+        """
+        _check_keys("study", data, [f.name for f in fields(cls)])
+        missing = [key for key in ("scenarios", "seeds", "steps", "arms") if key not in data]
+        if missing:
+            raise StudyError(f"the study lacks {', '.join(missing)}")
+        sections: dict[str, type[Any]] = {
+            "data": DataConfig,
+            "model": ModelConfig,
+            "optimizer": OptimizerConfig,
+            "outlier": OutlierConfig,
+        }
+        arms = _expect(data["arms"], dict, "arms")
+        return cls(
+            scenarios=tuple(_expect(data["scenarios"], list, "scenarios")),
+            seeds=tuple(
+                _number(seed, int, "a seed", low=0)
+                for seed in _expect(data["seeds"], list, "seeds")
+            ),
+            steps=_number(data["steps"], int, "steps", low=1),
+            arms={name: _arm_from_dict(name, arm) for name, arm in arms.items()},
+            **{key: _section(key, kind, data.get(key, {})) for key, kind in sections.items()},
+        )
+
+    @classmethod
+    def from_toml(cls, text: str) -> "StudyConfig":
+        """Return the study that a TOML text describes; raises as `from_dict`."""
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise StudyError(f"the study is not valid TOML: {error}") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "StudyConfig":
+        """Read a study from a TOML file; raises as `from_dict`."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise StudyError(f"cannot read the study {str(path)!r}: {error}") from error
+        return cls.from_toml(text)
+
+
+def default_toml() -> str:
+    """Return the default study as it ships, comments included."""
+    return files("unclamp.study").joinpath("default.toml").read_text(encoding="utf-8")
+
+
+def write_study(out: Path, config: StudyConfig, **facts: Any) -> None:
+    """Write a study's header, atomically; `facts` are plain data such as the status."""
+    data = {
+        "kind": STUDY_KIND,
+        "schema_version": STUDY_SCHEMA_VERSION,
+        "unclamp_version": __version__,
+        "config": config.to_dict(),
+        **facts,
+    }
+    part = out / f".{STUDY_FILE}.part"
+    part.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    part.replace(out / STUDY_FILE)
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """Return a study's header.
+
+    Raises:
+        StudyError: No study, or one that another version wrote.
+    """
+    try:
+        data = json.loads((path / STUDY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{str(path)!r} holds no readable {STUDY_FILE}: {error}") from error
+    if not isinstance(data, dict) or data.get("kind") != STUDY_KIND:
+        raise StudyError(f"{str(path / STUDY_FILE)!r} is no study of unclamp")
+    if data.get("schema_version") != STUDY_SCHEMA_VERSION:
+        raise StudyError(
+            f"{str(path)!r} was written by unclamp {data.get('unclamp_version')} with schema "
+            f"version {data.get('schema_version')}, and this unclamp reads version "
+            f"{STUDY_SCHEMA_VERSION}; install that unclamp to read it"
+        )
+    return data
+
+
+def is_study(path: Path) -> bool:
+    """Whether the folder holds a study's header, of whatever version."""
+    return (path / STUDY_FILE).is_file()
+
+
+def _arm_to_dict(arm: ArmConfig) -> dict[str, Any]:
+    if arm.from_arm is not None:
+        return {"from": arm.from_arm, "switch_worst": arm.switch_worst}
+    return {} if arm.recipe is None else {"recipe": arm.recipe.to_dict()}
+
+
+def _arm_from_dict(name: str, data: object) -> ArmConfig:
+    arm = _expect(data, dict, f"arm {name}")
+    _check_keys(f"arm {name}", arm, ["recipe", "from", "switch_worst"])
+    if "from" in arm:
+        if "recipe" in arm:
+            raise StudyError(f"arm {name!r} has both from and recipe; expected one of them")
+        worst = _number(arm.get("switch_worst", 4), int, f"switch_worst of arm {name}", low=1)
+        return ArmConfig(from_arm=_expect(arm["from"], str, "from"), switch_worst=worst)
+    if "switch_worst" in arm:
+        raise StudyError(f"arm {name!r} has switch_worst without from")
+    return ArmConfig(recipe=_recipe(arm["recipe"]) if "recipe" in arm else None)
+
+
+def _recipe(value: object) -> Recipe:
+    if isinstance(value, Mapping):
+        return Recipe.from_dict(value)
+    name = _expect(value, str, "recipe")
+    if name.endswith(".toml"):
+        return Recipe.load(name)
+    if name not in SCALINGS:
+        raise unknown_name("scaling", name, list(SCALINGS))
+    return Recipe.uniform(SCALINGS[name]())
+
+
+def _section(name: str, kind: type[Any], data: object) -> Any:
+    """Return a section's dataclass; its defaults say the type of each value."""
+    table = _expect(data, dict, name)
+    _check_keys(f"section [{name}]", table, [f.name for f in fields(kind)])
+    default = kind()
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        usual = getattr(default, key)
+        what = f"{name}.{key}"
+        if isinstance(usual, tuple):
+            values[key] = tuple(_expect(value, list, what))
+        elif isinstance(usual, str | bool):
+            values[key] = _expect(value, type(usual), what)
+        else:
+            low = 0 if isinstance(usual, float) or key in ("warmup_steps", "first_step") else 1
+            values[key] = _number(value, type(usual), what, low=low)
+    return kind(**values)
+
+
+def _expect(value: object, kind: type[Any], what: str) -> Any:
+    if not isinstance(value, kind):
+        raise StudyError(f"expected a {kind.__name__} for {what}, got {value!r}")
+    return value
+
+
+def _number(value: object, kind: type[Any], what: str, *, low: int) -> Any:
+    fits = isinstance(value, int | float if kind is float else int)
+    if not fits or isinstance(value, bool) or not float("inf") > value >= low:  # pyright: ignore
+        raise StudyError(f"expected {kind.__name__} >= {low} for {what}, got {value!r}")
+    return kind(value)
+
+
+def _check_keys(what: str, data: Mapping[str, Any], known: list[str]) -> None:
+    for key in data:
+        if key not in known:
+            raise _unknown(f"key of the {what}", key, known)
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> StudyError:
+    error: RecipeError = unknown_name(kind, name, known)
+    return StudyError(str(error))

@@ -1,0 +1,185 @@
+"""Train one arm with one seed, and record it. Deterministic: the same run twice, bit for bit."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from unclamp.errors import StudyError
+from unclamp.nn.convert import convert
+from unclamp.recipe import Recipe
+from unclamp.study.config import ModelConfig, StudyConfig
+from unclamp.study.data import Batches, read_text
+from unclamp.study.outlier import plant_batch, plant_weights
+from unclamp.telemetry import Recorder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """One run of a study: everything a worker needs, and nothing else."""
+
+    config: StudyConfig
+    scenario: str
+    arm: str
+    seed: int
+    recipe: Recipe | None
+    path: Path
+
+    @property
+    def label(self) -> str:
+        """Return the run's name for people."""
+        return f"{self.scenario} / {self.arm} / seed {self.seed}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the run's numbers, as plain data."""
+        config = self.config
+        return {
+            "scenario": self.scenario,
+            "arm": self.arm,
+            "seed": self.seed,
+            "steps": config.steps,
+            "recipe": None if self.recipe is None else self.recipe.to_dict(),
+            "planted_steps": self.planted_steps,
+            "model": asdict(config.model) | {"skip": list(config.model.skip)},
+        }
+
+    @property
+    def planted_steps(self) -> list[int]:
+        """Return the steps whose batch is planted."""
+        outlier = self.scenario == "outlier"
+        return self.config.outlier.planted_steps(self.config.steps) if outlier else []
+
+
+class Stopped(Exception):
+    """The run was asked to stop between two steps."""
+
+
+def train(
+    plan: RunPlan,
+    *,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Train and record one run; return "finished" or "interrupted".
+
+    Args:
+        plan: What to train.
+        on_step: Called with the step and its loss after each step.
+        should_stop: Asked before each step; True ends the run as interrupted.
+    """
+    config = plan.config
+    torch.manual_seed(plan.seed)
+    model = build_model(config.model)
+    if plan.scenario == "outlier":
+        plant_weights(model, seed=plan.seed)
+    if plan.recipe is not None:
+        convert(model, plan.recipe, skip=config.model.skip, strict=config.model.strict)
+    tokens = tokenize(config.model, model, read_text(config.data.text, seq_len=config.data.seq_len))
+    batches = Batches(
+        tokens, batch_size=config.data.batch_size, seq_len=config.data.seq_len, seed=plan.seed
+    )
+    recorder = Recorder(model, plan.path, metadata=plan.identity)
+    with recorder:
+        for step in plan.planted_steps:
+            recorder.event("planted", step, what="rare tokens that drive two SwiGLU channels")
+        try:
+            _train_steps(plan, model, batches, recorder, on_step, should_stop)
+        except Stopped:
+            recorder.close("interrupted")
+            return "interrupted"
+    return "finished"
+
+
+def _train_steps(
+    plan: RunPlan,
+    model: nn.Module,
+    batches: Batches,
+    recorder: Recorder,
+    on_step: Callable[[int, float], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    settings = plan.config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+    )
+    planted = set(plan.planted_steps)
+    model.train()
+    for step in range(plan.config.steps):
+        if should_stop():
+            raise Stopped
+        batch = batches.batch(step)
+        if step in planted:
+            share = plan.config.outlier.share
+            batch = plant_batch(batch, seed=plan.seed, step=step, share=share)
+        lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = model(input_ids=batch[0], labels=batch[1], use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        recorder.step(step, loss=loss, grad_norm=norm, lr=lr, tokens=batch[0].numel())
+        on_step(step, loss.item())
+
+
+def build_model(settings: ModelConfig) -> nn.Module:
+    """Return the model to train: a small Llama, or the causal LM that the settings name.
+
+    Raises:
+        StudyError: The named model cannot be loaded, or the sizes do not fit.
+    """
+    if settings.hf_model:
+        try:
+            return AutoModelForCausalLM.from_pretrained(settings.hf_model, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            first_line = str(error).splitlines()[0]
+            raise StudyError(
+                f"cannot load the model {settings.hf_model!r}: {first_line}"
+            ) from error
+    if settings.hidden_size % (2 * settings.heads):
+        raise StudyError(
+            "expected model.hidden_size to be a multiple of 2 * model.heads, "
+            f"got {settings.hidden_size} and {settings.heads}"
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def tokenize(settings: ModelConfig, model: nn.Module, text: bytes) -> np.ndarray:
+    """Return the text as tokens: its bytes, or what the named model's tokenizer makes of it.
+
+    Raises:
+        StudyError: The model has no tokenizer and fewer than 256 tokens.
+    """
+    if settings.hf_model:
+        with contextlib.suppress(OSError, ValueError, ImportError, KeyError):
+            tokenizer = AutoTokenizer.from_pretrained(settings.hf_model)
+            ids = tokenizer(text.decode("utf-8", errors="replace"), verbose=False)["input_ids"]
+            return np.asarray(ids, dtype=np.int64)
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
+        if vocabulary < 256:
+            raise StudyError(
+                f"{settings.hf_model!r} has no tokenizer, and bytes need a vocabulary of 256, "
+                f"got {vocabulary}"
+            )
+    return np.frombuffer(text, dtype=np.uint8)

@@ -1,0 +1,5 @@
+"""From a training run into a run log: the recorder."""
+
+from unclamp.telemetry.recorder import Recorder
+
+__all__ = ["Recorder"]
