@@ -13,7 +13,7 @@ it leaves open comes from the recipe's own settings.
 """
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -106,7 +106,7 @@ class Rule:
         return matches(fqn, self.match)
 
     def __hash__(self) -> int:
-        return hash((self.match, *self.scalings.items(), *self.formats.items()))
+        return hash((self.match, frozenset(self.scalings.items()), frozenset(self.formats.items())))
 
 
 def matches(fqn: str, glob: str) -> bool:
@@ -146,7 +146,8 @@ class Recipe:
         for rule in self.rules:
             for role, scaling in rule.scalings.items():
                 _check_scaling(role, scaling)
-            for name in rule.formats.values():
+            for role, name in rule.formats.items():
+                _check_role(role)
                 get_format(name)
 
     @classmethod
@@ -229,14 +230,17 @@ class Recipe:
         _check_keys("recipe", data, [*ROLES, "override"])
         scalings, formats = _roles_from_dict(data)
         rules = []
-        for entry in data.get("override", ()):
+        overrides = data.get("override", ())
+        if not isinstance(overrides, Sequence):
+            raise RecipeError(f"expected a list of overrides, [[override]], got {overrides!r}")
+        for entry in overrides:
+            if not isinstance(entry, Mapping):
+                raise RecipeError(f"expected a table for an override, got {entry!r}")
             _check_keys("override", entry, ["match", *ROLES])
             if not isinstance(entry.get("match"), str):
-                raise RecipeError(f"an override needs match = \"GLOB\", got {dict(entry)!r}")
+                raise RecipeError(f'an override needs match = "GLOB", got {dict(entry)!r}')
             rule_scalings, rule_formats = _roles_from_dict(entry)
-            rules.append(
-                Rule(match=entry["match"], scalings=rule_scalings, formats=rule_formats)
-            )
+            rules.append(Rule(match=entry["match"], scalings=rule_scalings, formats=rule_formats))
         settings: dict[str, Any] = {**scalings}
         settings.update({f"{role}_format": name for role, name in formats.items()})
         return cls(**settings, rules=tuple(rules))
@@ -303,7 +307,7 @@ def _operand_to_dict(scaling: Scaling | None, fmt: str | None) -> dict[str, Any]
 
 
 def _rule_to_dict(rule: Rule) -> dict[str, Any]:
-    named = [r for r in ROLES if r in rule.scalings or r in rule.formats]
+    named: list[Role] = [r for r in ROLES if r in rule.scalings or r in rule.formats]
     return {
         "match": rule.match,
         **{r: _operand_to_dict(rule.scalings.get(r), rule.formats.get(r)) for r in named},
@@ -338,9 +342,13 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
         raise RecipeError(f"expected an integer {name} in {low}..{high}, got {value!r}")
 
 
-def _check_scaling(role: str, scaling: object) -> None:
+def _check_role(role: object) -> None:
     if role not in ROLES:
         raise unknown_name("role", role, list(ROLES))
+
+
+def _check_scaling(role: str, scaling: object) -> None:
+    _check_role(role)
     if not isinstance(scaling, Scaling):
         raise RecipeError(
             f"expected a scaling such as Delayed() or Dynamic() for {role}, got {scaling!r}"

@@ -65,5 +65,5 @@ def scale_from_amax(
     """
     if amax == 0 or not math.isfinite(amax):
         return 1.0 if previous is None else previous
-    quotient = float32(fmt.max / amax)
-    return min(max(math.ldexp(quotient, -margin), SCALE_MIN), SCALE_MAX)
+    quotient = float32(math.ldexp(fmt.max, -margin) / amax)
+    return min(max(quotient, SCALE_MIN), SCALE_MAX)

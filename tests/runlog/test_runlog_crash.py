@@ -55,11 +55,13 @@ record(0)
 if os.fork() == 0:
     sys.exit()
 os.wait()
+print(open(sys.argv[1] + "/run.json").read())
 record(1)
 writer.close()
 """
     process = start(tmp_path / "run", code, flush_s=60)
-    process.communicate(timeout=30)
+    header, _ = process.communicate(timeout=30)
+    assert '"status": "running"' in header
     with RunLog.open(tmp_path / "run") as log:
         assert (log.header.status, log.steps().num_rows) == ("finished", 2)
 

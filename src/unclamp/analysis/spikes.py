@@ -39,7 +39,7 @@ def find_spikes(
     *,
     steps: Sequence[int] | None = None,
     threshold: float = 8.0,
-    min_height: float = 1.15,
+    min_height: float = 1.1,
 ) -> list[Spike]:
     """Return the upward spikes of a positive series such as a loss.
 
@@ -60,9 +60,12 @@ def find_spikes(
         level = float(np.median(calm[-LEVEL_POINTS:])) if calm else float("nan")
         is_spike = not np.isfinite(value)
         if not is_spike and len(calm) >= FIRST_POINTS:
-            recent = deviations[-SPREAD_POINTS:]
+            recent = np.asarray(deviations[-SPREAD_POINTS:])
             spread = NORMAL_MAD * float(np.median(np.abs(recent - np.median(recent))))
-            is_spike = value - level > threshold * spread and value > min_height * level
+            # A spike that has begun ends at half its thresholds: one spike stays one.
+            ease = 0.5 if previous_is_spike else 1.0
+            rises = value - level > ease * threshold * spread
+            is_spike = rises and value / level - 1 > ease * (min_height - 1)
         if is_spike:
             height = float(value / level) if np.isfinite(value) else float("inf")
             spikes = _extend(spikes, step, height, joins=previous_is_spike)

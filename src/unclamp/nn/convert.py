@@ -115,7 +115,7 @@ def revert(model: nn.Module) -> RevertReport:
     for fqn, module in model.named_modules():
         if type(module) is Fp8Linear:
             del module.sites
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
             reverted.append(fqn)
     return RevertReport(reverted=tuple(reverted))
 
@@ -143,6 +143,8 @@ def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | N
         return f"a subclass of nn.Linear ({type(module).__name__}), which may compute differently"
     if weight is None or weight.dtype not in CONVERTIBLE_DTYPES:
         return f"its weight is {getattr(weight, 'dtype', None)}, not float32, bfloat16 or float16"
+    if "forward" in vars(module):
+        return "its forward is replaced on the instance, which would bypass the casts"
     return None
 
 

@@ -97,8 +97,11 @@ class Ledger:
         return list(range(first, len(self.sites)))
 
     def move_to(self, device: torch.device) -> None:
-        """Move the state to a device; dtypes stay."""
-        if device == self.scale.device:
+        """Move the state to a device; dtypes stay.
+
+        A model on the meta device has its state elsewhere: meta tensors could not move back.
+        """
+        if device == self.scale.device or device.type == "meta":
             return
         self.amax_history = self.amax_history.to(device)
         self.scale = self.scale.to(device)
@@ -158,8 +161,10 @@ class Ledger:
     def restore(self, row: int, history: Tensor | None, scale: Tensor | None) -> None:
         """Set a site's state; None forgets it, and the next tensor seeds it.
 
-        A history of another length keeps its newest entries.
+        A history of another length keeps its newest entries. Pending statistics belong to the
+        state that is replaced and go with it.
         """
+        self.pending[row] = self._rows.empty[row]
         self.amax_history[row].zero_()
         self.scale[row] = 0 if scale is None else scale
         if history is not None:

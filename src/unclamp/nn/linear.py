@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from unclamp.nn.ledger import Ledger
 from unclamp.numerics import Quantized, quantize
@@ -159,7 +160,7 @@ class _Fp8LinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sites: LayerSites, commit: Commit
     ) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         kept_input = _keep(sites.quantize("input", tokens), tokens)
         kept_weight = _keep(sites.quantize("weight", weight), weight)
         with torch.autocast(x.device.type, enabled=False):
@@ -180,10 +181,13 @@ class _Fp8LinearFunction(torch.autograd.Function):
         )
         return output.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
+    # A second derivative would silently miss everything that goes through a cast: raise.
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        input_saved, weight_saved = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        dy = grad_outputs[0].reshape(ctx.x_shape[:-1].numel(), grad_outputs[0].shape[-1])
+        saved = ctx.saved_tensors  # once: under checkpointing each read unpacks, and may only once
+        input_saved, weight_saved = saved[:2], saved[2:]
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad_input = grad_weight = grad_bias = None

@@ -53,6 +53,7 @@ def cast(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:
     Shapes: `x` any shape; `scale` broadcasts against it. The result has the shape of `x`.
     Numerics: NaN stays NaN; Inf and finite overflow become +-max; empty stays empty.
     """
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     return _saturating_cast(_as_float32(x) * scale, fmt)
 
 

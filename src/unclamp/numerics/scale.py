@@ -37,6 +37,7 @@ def scale_from_amax(
     amax = amax.to(torch.float32)
     headroom = torch.exp2(-torch.as_tensor(margin, dtype=torch.float32, device=amax.device))
     maximum = torch.as_tensor(format_max, dtype=torch.float32, device=amax.device)
-    scale = (maximum / amax * headroom).clamp(SCALE_MIN, SCALE_MAX)
+    # Headroom first: max / amax alone overflows for a tiny amax, and would lose the margin.
+    scale = (maximum * headroom / amax).clamp(SCALE_MIN, SCALE_MAX)
     known = (amax > 0) & (amax < torch.inf)
     return torch.where(known, scale, torch.ones_like(scale) if previous is None else previous)

@@ -385,8 +385,8 @@ def _harm(arm: ArmView, base: ArmView) -> str:
     assert base.final_loss is not None
     gap = arm.final_loss - base.final_loss
     clamped = (
-        f"{arm.name} clamped {arm.saturated:,.0f} elements in {arm.clamped_casts:,.0f} casts a run; "
-        f"its final loss is {gap:+.4f} against {base.name}"
+        f"{arm.name} clamped {arm.saturated:,.0f} elements in {arm.clamped_casts:,.0f} casts "
+        f"a run; its final loss is {gap:+.4f} against {base.name}"
     )
     spread = max(arm.final_loss_spread or 0.0, base.final_loss_spread or 0.0)
     if not spread:

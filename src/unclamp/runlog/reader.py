@@ -32,8 +32,7 @@ class RunLog:
     def __init__(self, path: Path) -> None:
         """Prefer `RunLog.open`, which checks that `path` is a run."""
         self.path = path
-        # Without replacements, a misspelt table cannot resolve to a Python variable.
-        self._connection = duckdb.connect(config={"python_enable_replacements": False})
+        self._connection = duckdb.connect()
         self._parts: dict[str, list[Path]] = {}
 
     @classmethod

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from unclamp.errors import RunLogError, StudyError
-from unclamp.recipe import Dynamic, Recipe, Role, Rule
+from unclamp.recipe import Dynamic, Recipe, Role, Rule, Scaling
 from unclamp.runlog import RunLog, is_run
 from unclamp.study.config import StudyConfig, is_study, read_study, write_study
 from unclamp.study.data import read_text, text_digest
@@ -117,11 +117,11 @@ def switch_to_dynamic(recipe: Recipe, sites: Iterable[Site]) -> Recipe:
     rules = []
     for fqn in dict.fromkeys(fqn for fqn, _ in switched):
         operands = recipe.operands(fqn)
-        scalings = {
+        scalings: dict[Role, Scaling] = {
             role: Dynamic() if (fqn, role) in switched else operand.scaling
             for role, operand in operands.items()
         }
-        formats = {role: operand.format.name for role, operand in operands.items()}
+        formats: dict[Role, str] = {role: operand.format.name for role, operand in operands.items()}
         rules.append(Rule(match=fqn, scalings=scalings, formats=formats))
     rules.sort(key=lambda rule: rule.match)
     return replace(recipe, rules=(*rules, *recipe.rules))

@@ -31,7 +31,8 @@ def run_with_progress(
         TimeElapsedColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console, speed_estimate_period=60) as bars:
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with shown as bars:
         display = _Display(bars, config)
         try:
             run_study(config, out, jobs=jobs, on_start=display.start, on_progress=display.progress)

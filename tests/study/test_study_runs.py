@@ -1,0 +1,169 @@
+"""A study end to end: deterministic, resumable, and its outlier scenario does what it says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pytest
+import torch
+
+from unclamp.recipe import Delayed, Dynamic, HighPrecision, Recipe
+from unclamp.runlog import RunLog
+from unclamp.study.arms import switch_to_dynamic
+from unclamp.study.config import StudyConfig, default_toml
+from unclamp.study.data import IGNORED, Batches
+from unclamp.study.loop import RunPlan, build_model, train
+from unclamp.study.outlier import ANSWERS, PROMPTS, down_projection, plant_batch
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2}
+
+
+def config(**changes: Any) -> StudyConfig:
+    base = StudyConfig.from_toml(default_toml()).to_dict()
+    return StudyConfig.from_dict({**base, **changes})
+
+
+def small(**changes: Any) -> StudyConfig:
+    return config(model=SMALL, data={"batch_size": 2, "seq_len": 32}, steps=4, **changes)
+
+
+def plan(study: StudyConfig, arm: str, path: Path, *, scenario: str = "text") -> RunPlan:
+    recipe = study.arms[arm].recipe
+    return RunPlan(config=study, scenario=scenario, arm=arm, seed=0, recipe=recipe, path=path)
+
+
+def losses(path: Path) -> list[float]:
+    with RunLog.open(path) as log:
+        return log.steps()["loss"].to_pylist()
+
+
+def unclamp(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "unclamp", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_same_run_twice_gives_the_same_losses_bit_for_bit(tmp_path: Path) -> None:
+    study = small()
+    for name in ("one", "two"):
+        train(plan(study, "delayed", tmp_path / name))
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    tokens = np.arange(1000) % 256
+    one, other = (Batches(tokens, batch_size=3, seq_len=8, seed=5) for _ in range(2))
+    other.batch(1)
+    assert torch.equal(one.batch(7)[0], other.batch(7)[0])
+    assert not torch.equal(one.batch(7)[0], one.batch(8)[0])
+
+
+def test_planted_prompts_are_no_targets_and_answers_are() -> None:
+    tokens = torch.full((4, 64), 65)
+    planted, labels = plant_batch((tokens, tokens.clone()), seed=0, step=3, share=0.1)
+    prompts = torch.isin(planted, torch.tensor(PROMPTS))
+    assert prompts.sum() == 4 * 6
+    assert (labels[prompts] == IGNORED).all()
+    answers = torch.isin(planted, torch.tensor(ANSWERS))
+    assert torch.equal(labels[answers], planted[answers])
+    assert torch.equal(answers[:, 1:], prompts[:, :-1])
+    assert torch.equal(tokens, torch.full((4, 64), 65))
+
+
+def test_switching_sites_keeps_the_rest_of_the_recipe() -> None:
+    base = Recipe(input_format="e5m2").override("a", weight=HighPrecision())
+    mended = switch_to_dynamic(base, [("m.a", "input"), ("b", "grad_output")])
+    a, b = mended.operands("m.a"), mended.operands("b")
+    assert a["input"].scaling == Dynamic()
+    assert a["input"].format.name == "e5m2"
+    assert a["weight"].scaling == HighPrecision()
+    assert b["grad_output"].scaling == Dynamic()
+    assert b["input"].scaling == Delayed()
+    assert mended.operands("c") == base.operands("c")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_outlier_scenario_spikes_under_delayed_and_not_under_dynamic(
+    seed: int, tmp_path: Path
+) -> None:
+    """The first planted steps of the default study; `unclamp study` runs all of it."""
+    study = config(steps=62)
+    curves: dict[str, list[float]] = {}
+    for arm in ("hp", "dynamic", "delayed"):
+        run = RunPlan(
+            config=study,
+            scenario="outlier",
+            arm=arm,
+            seed=seed,
+            recipe=study.arms[arm].recipe,
+            path=tmp_path / arm,
+        )
+        train(run)
+        curves[arm] = losses(run.path)
+    for step in (40, 60):
+        before = np.mean(curves["dynamic"][step - 5 : step])
+        assert curves["dynamic"][step] < 1.1 * before
+        assert curves["hp"][step] < 1.1 * before
+        assert curves["delayed"][step] > 1.3 * curves["dynamic"][step]
+    culprit = down_projection(build_model(study.model))
+    rows = duckdb.connect().execute(
+        f"SELECT max(amax * scale / format_max) FROM '{tmp_path}/delayed/casts/*.parquet' "
+        f"JOIN '{tmp_path}/delayed/sites/*.parquet' USING (site) "
+        f"WHERE fqn = '{culprit}' AND role = 'input' AND step IN (40, 60)"
+    ).fetchone()
+    assert rows is not None
+    assert rows[0] > 10
+
+
+def test_study_command_reports_and_resumes(tmp_path: Path) -> None:
+    study = tmp_path / "study.toml"
+    study.write_text(
+        "scenarios = ['text']\nseeds = [0]\nsteps = 4\n"
+        "[data]\nbatch_size = 2\nseq_len = 32\n"
+        "[model]\nhidden_size = 32\nintermediate_size = 64\nlayers = 1\nheads = 2\n"
+        "[arms.hp]\n[arms.delayed]\nrecipe = 'delayed'\n"
+        "[arms.mixed]\nfrom = 'delayed'\nswitch_worst = 2\n"
+    )
+    out = tmp_path / "out"
+    first = unclamp("study", "--config", study, "--out", out, "--json")
+    assert first.returncode == 0, first.stderr
+    document = json.loads(first.stdout)
+    assert [arm["name"] for arm in document["scenarios"][0]["arms"]] == ["hp", "delayed", "mixed"]
+    assert (out / "report.html").stat().st_size > 1000
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("**/steps/*.parquet")}
+    assert len(stamps) == 3
+    again = unclamp("study", "--config", study, "--out", out, "--json")
+    assert json.loads(again.stdout)["scenarios"] == document["scenarios"]
+    assert {p: p.stat().st_mtime_ns for p in out.glob("**/steps/*.parquet")} == stamps
+    other = unclamp("study", "--config", study, "--out", out, "--steps", 5)
+    assert (other.returncode, other.stderr.count("\n")) == (2, 1)
+    assert "another study" in other.stderr
+
+
+def test_interrupted_study_is_readable_and_resumes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["study", "--scenario", "text", "--seeds", "1", "--steps", "30", "--arm", "hp"]
+    command = [sys.executable, "-m", "unclamp", *arguments, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    run = out / "text" / "hp" / "seed-0"
+    deadline = time.monotonic() + 120
+    while not list(run.glob("steps/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.skip("the run ended before the signal came")
+    assert process.returncode == 130
+    assert b"Traceback" not in stderr
+    with RunLog.open(run) as log:
+        assert log.header.status == "interrupted"
+        assert log.steps().num_rows > 0
+    assert unclamp("report", out).returncode == 0
+    assert unclamp(*arguments, "--out", out).returncode == 0
+    assert len(losses(run)) == 30

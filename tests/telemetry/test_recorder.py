@@ -1,0 +1,161 @@
+"""The recorder against a recount of what the casts saw."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+import torch
+from torch import nn
+
+import unclamp
+from unclamp import Delayed, Dynamic, Recipe, Recorder, RunLog
+from unclamp.formats import get_format
+from unclamp.reference import float32, is_saturated, round_to_format
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8))
+
+
+def train(model: nn.Module, recorder: Recorder, *, steps: int = 3, microsteps: int = 1) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for _ in range(microsteps):
+            x = torch.randn(10, 12, generator=generator) * (1 + 3 * step)
+            loss = model(x).square().mean()
+            loss.backward()
+        optimizer.step()
+        recorder.step(loss=loss, lr=0.05, temperature=2.0)
+
+
+def keep(seen: list[torch.Tensor]) -> Any:
+    return lambda _module, arguments: seen.append(arguments[0].detach())
+
+
+def test_saturated_counts_equal_a_recount_with_the_scalar_reference(tmp_path: Path) -> None:
+    model = tiny()
+    unclamp.convert(model, Recipe(input=Delayed(history_len=2)))
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(keep(inputs.setdefault(name, [])))
+    with Recorder(model, tmp_path / "run") as recorder:
+        train(model, recorder, steps=4)
+    fmt = get_format("e4m3fn")
+    rows = duckdb.connect().execute(
+        f"SELECT step, fqn, saturated, underflowed, elements, scale, saturated_error "
+        f"FROM '{tmp_path}/**/casts/*.parquet' JOIN '{tmp_path}/**/sites/*.parquet' USING (site) "
+        "WHERE role = 'input' ORDER BY step"
+    ).fetchall()
+    assert len(rows) == 8
+    for step, fqn, saturated, underflowed, elements, scale, error in rows:
+        values = inputs[fqn][step].flatten().tolist()
+        scaled = [float32(v * scale) for v in values]
+        assert elements == len(values)
+        assert saturated == sum(is_saturated(v, fmt) for v in scaled)
+        assert underflowed == sum(v != 0 and round_to_format(v, fmt) == 0 for v in scaled)
+        removed = sum(
+            (abs(v) - fmt.max / scale) ** 2
+            for v, s in zip(values, scaled, strict=True)
+            if is_saturated(s, fmt)
+        )
+        assert error == pytest.approx(removed / sum(v * v for v in values), rel=1e-4)
+    assert sum(row[2] for row in rows) > 0
+
+
+def test_scalars_and_sites_are_read_back(tmp_path: Path) -> None:
+    model = tiny()
+    unclamp.convert(model, Recipe(weight=Dynamic()), skip=["2"])
+    with Recorder(model, tmp_path / "run", metadata={"note": 7}) as recorder:
+        train(model, recorder)
+    with RunLog.open(tmp_path / "run") as log:
+        steps, sites = log.steps().to_pydict(), log.sites().to_pylist()
+        assert log.header.status == "finished"
+        assert log.header.metadata == {"note": 7}
+        assert log.header.recipe == Recipe(weight=Dynamic()).to_dict()
+    assert steps["step"] == [0, 1, 2]
+    assert all(math.isfinite(loss) for loss in steps["loss"])
+    assert steps["scalars"][0] == [("temperature", 2.0)]
+    assert [(s["fqn"], s["role"], s["scaling"]) for s in sites] == [
+        ("0", "input", "delayed"),
+        ("0", "weight", "dynamic"),
+        ("0", "grad_output", "delayed"),
+    ]
+
+
+def test_microsteps_are_merged_in_one_row(tmp_path: Path) -> None:
+    model = tiny()
+    unclamp.convert(model, Recipe())
+    with Recorder(model, tmp_path / "run") as recorder:
+        train(model, recorder, steps=2, microsteps=3)
+    with RunLog.open(tmp_path / "run") as log:
+        casts = log.casts().to_pylist()
+    assert len(casts) == 2 * 6
+    assert {cast["microsteps"] for cast in casts} == {3}
+
+
+def test_run_is_readable_while_it_goes_on(tmp_path: Path) -> None:
+    model = tiny()
+    unclamp.convert(model, Recipe())
+    recorder = Recorder(model, tmp_path / "run")
+    train(model, recorder, steps=2)
+    recorder.flush()
+    with RunLog.open(tmp_path / "run") as log:
+        assert log.header.status == "running"
+        assert log.steps().num_rows == 2
+    recorder.close()
+
+
+def test_recording_changes_no_number(tmp_path: Path) -> None:
+    recorded, plain = tiny(), tiny()
+    for model in (recorded, plain):
+        unclamp.convert(model, Recipe())
+    with Recorder(recorded, tmp_path / "recorded") as recorder:
+        train(recorded, recorder)
+    with Recorder(nn.Identity(), tmp_path / "nothing") as recorder:
+        train(plain, recorder)
+    pairs = zip(recorded.parameters(), plain.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_exception_leaves_a_failed_and_readable_run(tmp_path: Path) -> None:
+    model = tiny()
+    with pytest.raises(ZeroDivisionError), Recorder(model, tmp_path / "run") as recorder:
+        recorder.step(loss=1.0)
+        raise ZeroDivisionError
+    with RunLog.open(tmp_path / "run") as log:
+        assert log.header.status == "failed"
+        assert log.steps().num_rows == 1
+
+
+def test_events_carry_json(tmp_path: Path) -> None:
+    with Recorder(tiny(), tmp_path / "run") as recorder:
+        recorder.event("switch", site="a")
+    with RunLog.open(tmp_path / "run") as log:
+        (event,) = log.events().to_pylist()
+    assert (event["step"], event["kind"], json.loads(event["data"])) == (0, "switch", {"site": "a"})
+
+
+def test_steps_without_an_optimizer_step_are_warned_about_once(tmp_path: Path) -> None:
+    model = tiny()
+    unclamp.convert(model, Recipe())
+    recorder = Recorder(model, tmp_path / "run")
+    with pytest.warns(unclamp.UnclampWarning, match="without an optimizer step") as caught:  # noqa: PT031
+        for _ in range(20):
+            recorder.step(loss=1.0)
+    recorder.close()
+    assert len(caught) == 1
+
+
+def test_an_inf_loss_is_recorded_as_such(tmp_path: Path) -> None:
+    with Recorder(tiny(), tmp_path / "run") as recorder:
+        recorder.step(loss=torch.tensor(float("inf")))
+    with RunLog.open(tmp_path / "run") as log:
+        assert log.steps()["loss"].to_pylist() == [math.inf]

@@ -1,0 +1,82 @@
+"""The shape of the project: layers, imports, exports, and what importing pulls in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unclamp
+
+SOURCE = Path(unclamp.__file__).parent
+LAYERS = [
+    {"errors", "version"},
+    {"formats"},
+    {"reference", "recipe", "runlog"},
+    {"numerics"},
+    {"nn"},
+    {"telemetry"},
+    {"analysis"},
+    {"study"},
+    {"report"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+TORCH_FREE = ["unclamp", "unclamp.runlog", "unclamp.analysis", "unclamp.report.html",
+              "unclamp.report.text", "unclamp.study.config", "unclamp.cli"]  # fmt: skip
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    rooms = set()
+    for node in ast.walk(tree):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        rooms |= {n.split(".")[1] for n in names if n.startswith("unclamp.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down_or_stay_in_the_room(path: Path) -> None:
+    own = room(path)
+    for other in imported_rooms(path) - {own}:
+        assert LEVEL[other] < LEVEL[own]
+
+
+def test_telemetry_and_analysis_meet_only_in_the_run_log() -> None:
+    for path in (SOURCE / "analysis").rglob("*.py"):
+        assert "telemetry" not in imported_rooms(path)
+    for path in (SOURCE / "nn").rglob("*.py"):
+        assert "telemetry" not in imported_rooms(path)
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_module_does_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_all_is_complete_and_loads() -> None:
+    for name in unclamp.__all__:
+        assert getattr(unclamp, name) is not None
+    assert sorted(unclamp.__all__, key=str.lower) == sorted(set(unclamp.__all__), key=str.lower)
+
+
+def test_unknown_attribute_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        unclamp.nonsense  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_are_short_and_say_what_they_answer(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 420
+    assert ast.get_docstring(ast.parse(text))
