@@ -313,11 +313,11 @@ def test_hooks_and_attributes_survive_convert() -> None:
     model = nn.Linear(4, 3)
     calls: list[int] = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    model.note = "kept"
+    vars(model)["note"] = "kept"
     convert(model, Recipe())
     model(torch.ones(4))
     assert calls == [1]
-    assert model.note == "kept"
+    assert vars(model)["note"] == "kept"
 
 
 def test_training_mode_and_frozen_parameters_survive() -> None:

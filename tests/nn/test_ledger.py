@@ -22,7 +22,7 @@ def made(scaling=None, **others) -> tuple[nn.Linear, Ledger, torch.optim.Optimiz
 
 
 def backward(layer: nn.Module, amax: float) -> None:
-    layer(torch.full((2, 4), amax)).sum().backward()
+    layer(torch.full((2, 4), float(amax))).sum().backward()
 
 
 def input_scales(amaxes: list[float], **settings) -> list[float]:
@@ -366,8 +366,8 @@ class Checkpointed(nn.Module):
         return self.head(checkpoint(self.block, x, use_reentrant=self.use_reentrant))
 
 
-def trained(use_reentrant: bool | None, frozen: bool = False) -> tuple[list[Tensor], Ledger]:
-    """Return all gradients of three steps, and the ledger with a fourth backward pending."""
+def trained(use_reentrant: bool | None, frozen: bool) -> tuple[list[Tensor], nn.Module]:
+    """Return all gradients of three steps, and the model with a fourth backward pending."""
     model = Checkpointed(use_reentrant)
     model.block[0].requires_grad_(not frozen)
     convert(model, Recipe.uniform(Delayed(history_len=2)))
@@ -381,17 +381,19 @@ def trained(use_reentrant: bool | None, frozen: bool = False) -> tuple[list[Tens
         grads += [t.grad.clone() for t in (x, *model.parameters()) if t.grad is not None]
         if step < 3:
             optimizer.step()
-    return grads, find_ledgers(model)[0]
+    return grads, model
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_counts_once_and_changes_no_gradient(use_reentrant, frozen):
-    grads, ledger = trained(use_reentrant, frozen)
-    expected, other = trained(None, frozen)
+    grads, model = trained(use_reentrant, frozen)
+    expected, plain = trained(None, frozen)
+    ledger, other = find_ledgers(model)[0], find_ledgers(plain)[0]
     assert len(grads) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
     assert ledger.updates == other.updates == 3
+    assert ledger.pending[WEIGHT, Stat.CASTS] == 1
     assert ledger.pending[:, Stat.CASTS].tolist() == [1] * 9
     for name in ("pending", "scale", "amax_history"):
         assert torch.equal(getattr(ledger, name), getattr(other, name))

@@ -226,7 +226,7 @@ def test_an_expanded_gradient_and_a_strided_input_are_fine():
     ):
         assert a is not None
         assert b is not None
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b)
 
 
 def test_the_input_is_not_modified_and_an_in_place_relu_after_is_fine():

@@ -174,13 +174,15 @@ def test_optimizers_decay_and_clipping_never_touch_scaling_state() -> None:
 def test_a_copied_layer_keeps_its_state_and_goes_on() -> None:
     model = fresh()
     train(model, 2)
-    twin = copy.deepcopy(model[0])
+    layer = model[0]
+    twin = copy.deepcopy(layer)
+    assert isinstance(layer, Fp8Linear)
     assert isinstance(twin, Fp8Linear)
-    assert isinstance(model[0], Fp8Linear)
-    assert torch.equal(twin.sites.ledger.scale[:3], model[0].sites.ledger.scale[:3])
+    old, new = layer.sites.ledger, twin.sites.ledger
+    assert torch.equal(new.scale[:3], old.scale[:3])
     twin(torch.randn(2, 6)).sum().backward()
     SGD(twin.parameters(), lr=0.1).step()
-    assert twin.sites.ledger.updates == model[0].sites.ledger.updates + 1
+    assert new.updates == old.updates + 1
 
 
 def test_a_pickled_model_keeps_its_state_and_goes_on() -> None:

@@ -50,8 +50,8 @@ def test_scale_and_its_inverse_are_normal(fmt, margin):
 def test_the_largest_element_lands_at_or_below_the_margin(fmt, margin):
     amax = wild_amaxes(50_000)
     landed = amax.to(torch.float64) * scale_from_amax(amax, fmt.max, margin=margin)
-    kept_low = amax.to(torch.float64) * SCALE_MIN
-    target = torch.maximum(torch.tensor(fmt.max * 2.0**-margin, dtype=torch.float64), kept_low)
+    at_least = amax.to(torch.float64) * SCALE_MIN
+    target = torch.clamp(at_least, min=fmt.max * 2.0**-margin)
     assert bool((landed <= target * (1 + 2.0**-23)).all())
 
 

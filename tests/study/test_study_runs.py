@@ -112,11 +112,15 @@ def test_outlier_scenario_spikes_under_delayed_and_not_under_dynamic(
         assert curves["hp"][step] < 1.1 * before
         assert curves["delayed"][step] > 1.3 * curves["dynamic"][step]
     culprit = down_projection(build_model(study.model))
-    rows = duckdb.connect().execute(
-        f"SELECT max(amax * scale / format_max) FROM '{tmp_path}/delayed/casts/*.parquet' "
-        f"JOIN '{tmp_path}/delayed/sites/*.parquet' USING (site) "
-        f"WHERE fqn = '{culprit}' AND role = 'input' AND step IN (40, 60)"
-    ).fetchone()
+    rows = (
+        duckdb.connect()
+        .execute(
+            f"SELECT max(amax * scale / format_max) FROM '{tmp_path}/delayed/casts/*.parquet' "
+            f"JOIN '{tmp_path}/delayed/sites/*.parquet' USING (site) "
+            f"WHERE fqn = '{culprit}' AND role = 'input' AND step IN (40, 60)"
+        )
+        .fetchone()
+    )
     assert rows is not None
     assert rows[0] > 10
 

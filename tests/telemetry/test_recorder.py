@@ -49,11 +49,15 @@ def test_saturated_counts_equal_a_recount_with_the_scalar_reference(tmp_path: Pa
     with Recorder(model, tmp_path / "run") as recorder:
         train(model, recorder, steps=4)
     fmt = get_format("e4m3fn")
-    rows = duckdb.connect().execute(
-        f"SELECT step, fqn, saturated, underflowed, elements, scale, saturated_error "
-        f"FROM '{tmp_path}/**/casts/*.parquet' JOIN '{tmp_path}/**/sites/*.parquet' USING (site) "
-        "WHERE role = 'input' ORDER BY step"
-    ).fetchall()
+    rows = (
+        duckdb.connect()
+        .execute(
+            f"SELECT step, fqn, saturated, underflowed, elements, scale, saturated_error "
+            f"FROM '{tmp_path}/**/casts/*.parquet' JOIN '{tmp_path}/**/sites/*.parquet' USING (site) "
+            "WHERE role = 'input' ORDER BY step"
+        )
+        .fetchall()
+    )
     assert len(rows) == 8
     for step, fqn, saturated, underflowed, elements, scale, error in rows:
         values = inputs[fqn][step].flatten().tolist()

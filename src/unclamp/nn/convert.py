@@ -91,6 +91,7 @@ def convert(
     unmatched = _unmatched(model, recipe, skip, list(converted))
     _report_unmatched(model, unmatched, strict=strict)
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
+    ledger.extend_to(model)
     operands = {fqn: recipe.operands(fqn) for fqn in converted}
     sites = [
         Site(fqn=fqn, role=role, operand=operands[fqn][role]) for fqn in converted for role in ROLES

@@ -196,6 +196,12 @@ class Ledger:
         self._root = None if model is None else weakref.ref(model)
         _follow_optimizers(self)
 
+    def extend_to(self, model: nn.Module) -> None:
+        """Follow the optimizers of a whole model, where the ledger's own is a part of it."""
+        root = self._root() if self._root is not None else None
+        if root is None or any(module is root for module in model.modules()):
+            self._root = weakref.ref(model)
+
     def follows(self, optimizer: Optimizer) -> bool:
         """Whether a step of this optimizer is a step of this ledger's model.
 

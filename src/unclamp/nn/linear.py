@@ -99,7 +99,10 @@ class Fp8Linear(nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         commit = self._when_to_commit(input)
-        return _Fp8LinearFunction.apply(input, self.weight, self.bias, self.sites, commit)
+        # Reshaped out here: an in-place operation on a view made inside the function would fail.
+        tokens = input.reshape(input.shape[:-1].numel(), self.in_features)
+        output = _Fp8LinearFunction.apply(tokens, self.weight, self.bias, self.sites, commit)
+        return output.reshape(*input.shape[:-1], self.out_features)
 
     def _when_to_commit(self, input: Tensor) -> Commit:
         if not (self.training and torch.is_grad_enabled()):
@@ -160,8 +163,7 @@ class _Fp8LinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sites: LayerSites, commit: Commit
     ) -> Tensor:
-        tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        kept_input = _keep(sites.quantize("input", tokens), tokens)
+        kept_input = _keep(sites.quantize("input", x), x)
         kept_weight = _keep(sites.quantize("weight", weight), weight)
         with torch.autocast(x.device.type, enabled=False):
             output = F.linear(
@@ -169,7 +171,7 @@ class _Fp8LinearFunction(torch.autograd.Function):
                 kept_weight.values(),
                 None if bias is None else bias.to(torch.float32),
             )
-        ctx.sites, ctx.commit, ctx.x_shape = sites, commit, x.shape
+        ctx.sites, ctx.commit = sites, commit
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.stats = {"input": kept_input.stats, "weight": kept_weight.stats}
         if commit == "now":
@@ -179,13 +181,13 @@ class _Fp8LinearFunction(torch.autograd.Function):
             *(kept_input.saved if needs_weight else (None, None)),
             *(kept_weight.saved if needs_input else (None, None)),
         )
-        return output.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+        return output.to(x.dtype)
 
     # A second derivative would silently miss everything that goes through a cast: raise.
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        dy = grad_outputs[0].reshape(ctx.x_shape[:-1].numel(), grad_outputs[0].shape[-1])
+        dy = grad_outputs[0]
         saved = ctx.saved_tensors  # once: under checkpointing each read unpacks, and may only once
         input_saved, weight_saved = saved[:2], saved[2:]
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -198,7 +200,7 @@ class _Fp8LinearFunction(torch.autograd.Function):
             with torch.autocast(dy.device.type, enabled=False):
                 if needs_input:
                     grad_input = values @ _Kept(*weight_saved).values()
-                    grad_input = grad_input.to(x_dtype).reshape(ctx.x_shape)
+                    grad_input = grad_input.to(x_dtype)
                 if needs_weight:
                     grad_weight = values.t() @ _Kept(*input_saved).values()
                     grad_weight = grad_weight.to(weight_dtype)

@@ -75,7 +75,7 @@ def _loss_figure(scenario: ScenarioView, colours: dict[str, str]) -> go.Figure:
         if spikes:
             figure.add_scatter(
                 x=[s for s, _ in spikes], y=[m for _, m in spikes], mode="markers",
-                name=f"{arm}: detected spike", legendgroup=arm,
+                name=f"{arm}: detected spike", legendgroup=arm, showlegend=False,
                 marker={"symbol": "triangle-down", "size": 10, "color": colour},
             )  # fmt: skip
     for step in scenario.planted:

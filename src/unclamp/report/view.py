@@ -13,7 +13,7 @@ from unclamp.runlog import RunLog, is_run
 from unclamp.study.config import SCENARIOS, StudyConfig, is_study, read_study
 
 FINAL_SHARE = 0.1
-"""The final loss is the mean over this last share of the steps."""
+"""The final loss is the mean over this last share of the steps that are not planted."""
 BASELINE = "dynamic"
 """The arm that losses at planted steps are compared with."""
 WORST_SITES = 12
@@ -46,7 +46,8 @@ class ArmView:
     """One arm over its seeds; counts are means a run, rates are fractions.
 
     Attributes:
-        final_loss: Mean over seeds of the mean loss over the last tenth of the steps.
+        final_loss: Mean over seeds of the mean loss over the last tenth of the steps, planted
+            ones left out.
         final_loss_spread: Standard deviation of that over seeds; None with one seed.
         planted_ratio: Loss over that of the dynamic arm at the same planted step and seed,
             mean, smallest and largest; None without planted steps or without that arm.
@@ -279,8 +280,10 @@ def _arm_view(name: str, runs: dict[int, RunFigures], baseline: dict[int, RunFig
 
 
 def _final_loss(run: RunFigures) -> float | None:
+    """Return the mean over the last steps, planted ones left out: they are compared apart."""
+    ordinary = [x for s, x in zip(run.steps, run.loss, strict=True) if s not in run.planted]
     last = max(1, round(FINAL_SHARE * len(run.loss)))
-    return float(np.mean(run.loss[-last:])) if run.loss else None
+    return float(np.mean(ordinary[-last:])) if ordinary else None
 
 
 def _planted_ratio(

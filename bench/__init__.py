@@ -1,0 +1,1 @@
+"""Timing scripts; tests never import them."""
