@@ -167,9 +167,9 @@ def test_a_wrong_recipe_says_what_is_wrong(toml, message):
 
 
 def test_a_rule_for_an_unknown_role_is_refused():
-    with pytest.raises(RecipeError, match="unknown role 'grad_ouput'.*'grad_output'"):
+    with pytest.raises(RecipeError, match=r"unknown role 'grad_ouput'.*'grad_output'"):
         Recipe(rules=(Rule(match="a", scalings={"grad_ouput": Dynamic()}),))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(RecipeError, match="unknown role 'wieght'.*'weight'"):
+    with pytest.raises(RecipeError, match=r"unknown role 'wieght'.*'weight'"):
         Recipe(rules=(Rule(match="a", formats={"wieght": "e5m2"}),))  # pyright: ignore[reportArgumentType]
 
 

@@ -171,14 +171,14 @@ class Recipe:
         Raises:
             RecipeError: The rule changes nothing, or names something unknown.
         """
-        given: dict[str, Any] = dict(
-            input=input,
-            weight=weight,
-            grad_output=grad_output,
-            input_format=input_format,
-            weight_format=weight_format,
-            grad_output_format=grad_output_format,
-        )
+        given: dict[str, Any] = {
+            "input": input,
+            "weight": weight,
+            "grad_output": grad_output,
+            "input_format": input_format,
+            "weight_format": weight_format,
+            "grad_output_format": grad_output_format,
+        }
         rule = Rule(
             match=match,
             scalings={r: given[r] for r in ROLES if given[r] is not None},

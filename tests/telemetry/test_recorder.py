@@ -53,7 +53,8 @@ def test_saturated_counts_equal_a_recount_with_the_scalar_reference(tmp_path: Pa
         duckdb.connect()
         .execute(
             f"SELECT step, fqn, saturated, underflowed, elements, scale, saturated_error "
-            f"FROM '{tmp_path}/**/casts/*.parquet' JOIN '{tmp_path}/**/sites/*.parquet' USING (site) "
+            f"FROM '{tmp_path}/**/casts/*.parquet' "
+            f"JOIN '{tmp_path}/**/sites/*.parquet' USING (site) "
             "WHERE role = 'input' ORDER BY step"
         )
         .fetchall()
@@ -131,7 +132,7 @@ def test_recording_changes_no_number(tmp_path: Path) -> None:
 
 def test_exception_leaves_a_failed_and_readable_run(tmp_path: Path) -> None:
     model = tiny()
-    with pytest.raises(ZeroDivisionError), Recorder(model, tmp_path / "run") as recorder:
+    with pytest.raises(ZeroDivisionError), Recorder(model, tmp_path / "run") as recorder:  # noqa: PT012
         recorder.step(loss=1.0)
         raise ZeroDivisionError
     with RunLog.open(tmp_path / "run") as log:

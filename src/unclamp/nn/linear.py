@@ -186,7 +186,7 @@ class _Fp8LinearFunction(torch.autograd.Function):
     # A second derivative would silently miss everything that goes through a cast: raise.
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         dy = grad_outputs[0]
         saved = ctx.saved_tensors  # once: under checkpointing each read unpacks, and may only once
         input_saved, weight_saved = saved[:2], saved[2:]

@@ -49,6 +49,8 @@ class ArmView:
         final_loss: Mean over seeds of the mean loss over the last tenth of the steps, planted
             ones left out.
         final_loss_spread: Standard deviation of that over seeds; None with one seed.
+        final_gap: Final loss minus that of the dynamic arm on the same seed: mean, and standard
+            deviation over seeds, NaN with one; None for that arm itself.
         planted_ratio: Loss over that of the dynamic arm at the same planted step and seed,
             mean, smallest and largest; None without planted steps or without that arm.
         clamped_casts: Casts in which anything saturated.
@@ -60,6 +62,7 @@ class ArmView:
     unfinished: int
     final_loss: float | None
     final_loss_spread: float | None
+    final_gap: tuple[float, float] | None
     planted_ratio: tuple[float, float, float] | None
     planted_spikes: int
     other_spikes: int
@@ -268,6 +271,7 @@ def _arm_view(name: str, runs: dict[int, RunFigures], baseline: dict[int, RunFig
         unfinished=sum(run.status != "finished" for run in runs.values()),
         final_loss=float(np.mean(finals)) if finals else None,
         final_loss_spread=float(np.std(finals, ddof=1)) if len(finals) > 1 else None,
+        final_gap=None if name == BASELINE else _final_gap(runs, baseline),
         planted_ratio=_planted_ratio(runs, baseline),
         planted_spikes=len(at_planted),
         other_spikes=spikes - len(at_planted),
@@ -284,6 +288,18 @@ def _final_loss(run: RunFigures) -> float | None:
     ordinary = [x for s, x in zip(run.steps, run.loss, strict=True) if s not in run.planted]
     last = max(1, round(FINAL_SHARE * len(run.loss)))
     return float(np.mean(ordinary[-last:])) if ordinary else None
+
+
+def _final_gap(
+    runs: dict[int, RunFigures], baseline: dict[int, RunFigures]
+) -> tuple[float, float] | None:
+    pairs = [
+        (_final_loss(run), _final_loss(baseline[s])) for s, run in runs.items() if s in baseline
+    ]
+    gaps = [own - other for own, other in pairs if own is not None and other is not None]
+    if not gaps:
+        return None
+    return float(np.mean(gaps)), float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
 
 
 def _planted_ratio(
@@ -365,8 +381,6 @@ def _site_row(site: dict[str, Any]) -> dict[str, Any]:
 
 def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]]) -> list[str]:
     """Say in words what the figures show, and no more."""
-    by_name = {arm.name: arm for arm in arms}
-    base = by_name.get(BASELINE)
     said = []
     for arm in arms:
         if arm.planted_ratio is not None and arm.name != BASELINE:
@@ -375,24 +389,20 @@ def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]])
                 f"{arm.name}: at the {planted} planted steps the loss is {mean:.2f}x that of "
                 f"{BASELINE} ({low:.2f}x to {high:.2f}x over steps and seeds)."
             )
-        elif arm.saturated and base and arm.final_loss is not None and base.final_loss is not None:
-            said.append(_harm(arm, base))
+        elif arm.saturated and arm.final_gap is not None:
+            said.append(_harm(arm, *arm.final_gap))
     said += [
         f"{arm} is dynamic at: {', '.join(sites)}." for arm, sites in switched.items() if sites
     ]
     return said
 
 
-def _harm(arm: ArmView, base: ArmView) -> str:
-    assert arm.final_loss is not None
-    assert base.final_loss is not None
-    gap = arm.final_loss - base.final_loss
+def _harm(arm: ArmView, gap: float, spread: float) -> str:
     clamped = (
-        f"{arm.name} clamped {arm.saturated:,.0f} elements in {arm.clamped_casts:,.0f} casts "
-        f"a run; its final loss is {gap:+.4f} against {base.name}"
+        f"{arm.name} clamped {arm.saturated:,.0f} elements in {arm.clamped_casts:,.0f} casts a "
+        f"run; against {BASELINE} on the same seed its final loss is {gap:+.4f}"
     )
-    spread = max(arm.final_loss_spread or 0.0, base.final_loss_spread or 0.0)
-    if not spread:
-        return f"{clamped} (one seed: no spread to compare with)."
-    verdict = "within" if abs(gap) <= spread else "beyond"
-    return f"{clamped}, {verdict} the spread over seeds of {spread:.4f}."
+    if math.isnan(spread):
+        return f"{clamped} (one seed: no spread to judge it by)."
+    verdict = "no more than chance would do" if abs(gap) <= spread else "more than one spread"
+    return f"{clamped} ± {spread:.4f} over seeds: {verdict}."
