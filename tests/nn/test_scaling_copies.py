@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from unclamp.nn import Fp8Linear, convert, find_ledgers, revert
+from unclamp.numerics import Stat
 from unclamp.recipe import Delayed, Dynamic, Recipe
 
 
@@ -106,3 +107,20 @@ def test_revert_gives_the_same_keys_outputs_and_parameters():
     assert list(plain.state_dict()) == keys
     assert torch.equal(plain(x), output)
     assert all(a is b for a, b in zip(plain.parameters(), parameters, strict=True))
+
+
+def test_state_saved_under_another_format_saturates_nothing() -> None:
+    saved = torch.nn.Linear(8, 8)
+    convert(saved, Recipe(input_format="e5m2"))
+    optimizer = torch.optim.SGD(saved.parameters(), lr=0.0)
+    x = torch.randn(4, 8)
+    for _ in range(2):
+        saved(x).sum().backward()
+        optimizer.step()
+    model = torch.nn.Linear(8, 8)
+    convert(model, Recipe())
+    model.load_state_dict(saved.state_dict())
+    assert isinstance(model, Fp8Linear)
+    model(x).sum().backward()
+    ledger = model.sites.ledger
+    assert ledger.pending[model.sites.rows["input"], Stat.SATURATED] == 0

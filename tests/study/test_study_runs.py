@@ -152,7 +152,7 @@ def test_study_command_reports_and_resumes(tmp_path: Path) -> None:
 
 def test_interrupted_study_is_readable_and_resumes(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["study", "--scenario", "text", "--seeds", "1", "--steps", "30", "--arm", "hp"]
+    arguments = ["study", "--scenario", "text", "--seeds", "1", "--steps", "150", "--arm", "hp"]
     command = [sys.executable, "-m", "unclamp", *arguments, "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     run = out / "text" / "hp" / "seed-0"
@@ -170,4 +170,4 @@ def test_interrupted_study_is_readable_and_resumes(tmp_path: Path) -> None:
         assert log.steps().num_rows > 0
     assert unclamp("report", out).returncode == 0
     assert unclamp(*arguments, "--out", out).returncode == 0
-    assert len(losses(run)) == 30
+    assert len(losses(run)) == 150

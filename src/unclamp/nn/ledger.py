@@ -161,8 +161,10 @@ class Ledger:
     def restore(self, row: int, history: Tensor | None, scale: Tensor | None) -> None:
         """Set a site's state; None forgets it, and the next tensor seeds it.
 
-        A history of another length keeps its newest entries. Pending statistics belong to the
-        state that is replaced and go with it.
+        A history of another length keeps its newest entries. The scale follows from the history
+        under the site's own format, margin and reduction, which may differ from those that saved
+        it; the saved one serves only where the history says nothing. Pending statistics belong
+        to the state that is replaced and go with it.
         """
         self.pending[row] = self._rows.empty[row]
         self.amax_history[row].zero_()
@@ -170,6 +172,12 @@ class Ledger:
         if history is not None:
             kept = min(len(history), self.sites[row].history_len)
             self.amax_history[row, :kept] = history[:kept]
+            self.scale[row] = scale_from_amax(
+                self._rows.reduce(self.amax_history)[row],
+                self._rows.format_max[row],
+                margin=self._rows.margin[row],
+                previous=self.scale[row],
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ledger":
         root = self._root() if self._root is not None else None

@@ -404,5 +404,5 @@ def _harm(arm: ArmView, gap: float, spread: float) -> str:
     )
     if math.isnan(spread):
         return f"{clamped} (one seed: no spread to judge it by)."
-    verdict = "no more than chance would do" if abs(gap) <= spread else "more than one spread"
+    verdict = "within that spread" if abs(gap) <= spread else "beyond that spread"
     return f"{clamped} ± {spread:.4f} over seeds: {verdict}."

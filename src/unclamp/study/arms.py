@@ -21,7 +21,7 @@ import torch
 
 from unclamp.errors import RunLogError, StudyError
 from unclamp.recipe import Dynamic, Recipe, Role, Rule, Scaling
-from unclamp.runlog import RunLog, is_run
+from unclamp.runlog import RunLog, find_runs, is_run
 from unclamp.study.config import StudyConfig, is_study, read_study, write_study
 from unclamp.study.data import read_text, text_digest
 from unclamp.study.loop import RunPlan, train
@@ -167,11 +167,13 @@ def _claim(out: Path, config: StudyConfig, facts: dict[str, Any]) -> None:
     """Make the folder this study's, or find that it is already."""
     if is_study(out):
         found = read_study(out)
-        if (found.get("config"), found.get("text")) != (config.to_dict(), facts["text"]):
+        is_same = (found.get("config"), found.get("text")) == (config.to_dict(), facts["text"])
+        if not is_same and find_runs(out):
             raise StudyError(
                 f"{str(out)!r} holds another study: expected the same configuration and text to "
                 "resume it; choose another --out"
             )
+        write_study(out, config, status="running", **facts)
         return
     if out.exists() and not out.is_dir():
         raise StudyError(f"expected a folder for the study, got the file {str(out)!r}")
