@@ -10,7 +10,8 @@ import os
 import queue
 import shutil
 import signal
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -222,7 +223,8 @@ def _train_all(
         initargs=(channel, stop),
     )
     with pool:
-        futures = [pool.submit(_work, plan) for plan in todo]
+        with _ignoring_interrupts():
+            futures = [pool.submit(_work, plan) for plan in todo]
         try:
             _follow(futures, channel, on_progress)
         except KeyboardInterrupt as interrupt:
@@ -235,6 +237,19 @@ def _train_all(
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             _drain(channel, on_progress)
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Start processes that Ctrl-C leaves alone from their first moment: they inherit it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _follow(
