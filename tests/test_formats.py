@@ -5,37 +5,13 @@ import numpy as np
 import pytest
 import torch
 from gfloat import decode_float
-from gfloat.formats import format_info_ocp_e4m3, format_info_ocp_e5m2
-from gfloat.types import Domain, FormatInfo
 
+from oracles import GFLOAT
 from unclamp.errors import RecipeError
 from unclamp.formats import E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, Format, get_format
 from unclamp.reference import float32, is_saturated
 
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-
-
-def fnuz(name: str, precision: int, bias: int) -> FormatInfo:
-    return FormatInfo(
-        name=name,
-        k=8,
-        precision=precision,
-        bias=bias,
-        is_signed=True,
-        domain=Domain.Finite,
-        has_nz=False,
-        num_high_nans=0,
-        has_subnormals=True,
-        is_twos_complement=False,
-    )
-
-
-GFLOAT = {
-    "e4m3fn": format_info_ocp_e4m3,
-    "e5m2": format_info_ocp_e5m2,
-    "e4m3fnuz": fnuz("e4m3fnuz", 4, 8),
-    "e5m2fnuz": fnuz("e5m2fnuz", 3, 16),
-}
 
 
 def decoded(fmt: Format) -> np.ndarray:

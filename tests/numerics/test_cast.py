@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from gfloat import RoundMode, round_ndarray
-from gfloat.formats import format_info_ocp_e4m3, format_info_ocp_e5m2
-from gfloat.types import Domain, FormatInfo
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oracles import GFLOAT
 from unclamp.errors import UnsupportedError
 from unclamp.formats import E4M3FN, E5M2, FORMATS, Format, get_format
 from unclamp.numerics import Stat, cast, dequantize, empty_stats, merge_stats, quantize, torch_dtype
@@ -20,29 +19,6 @@ from unclamp.reference import float32, is_saturated, round_to_format
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 some_format = st.sampled_from(list(FORMATS.values()))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def fnuz(name: str, precision: int, bias: int) -> FormatInfo:
-    return FormatInfo(
-        name=name,
-        k=8,
-        precision=precision,
-        bias=bias,
-        is_signed=True,
-        domain=Domain.Finite,
-        has_nz=False,
-        num_high_nans=0,
-        has_subnormals=True,
-        is_twos_complement=False,
-    )
-
-
-GFLOAT = {
-    "e4m3fn": format_info_ocp_e4m3,
-    "e5m2": format_info_ocp_e5m2,
-    "e4m3fnuz": fnuz("e4m3fnuz", 4, 8),
-    "e5m2fnuz": fnuz("e5m2fnuz", 3, 16),
-}
 
 
 @cache
