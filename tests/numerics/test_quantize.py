@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import by_reference, count_lost, identical
 from torch import Tensor
 
+from oracles import by_reference, count_lost, identical
 from unclamp import E4M3FN, E5M2, FORMATS, Format, UnsupportedError, cast, dequantize, quantize
 from unclamp.numerics import Stat, empty_stats, merge_stats, torch_dtype
 from unclamp.reference import scale_from_amax
