@@ -8,8 +8,8 @@ clamping? Its construction, the same ordinary trainable weights in every arm:
   direction v of the residual stream, so that silu(gate) * up grows with the square of a token's
   share along v. Prompts 0 and 1 carry a share of v0 or v1; ordinary tokens carry none, and a
   shared direction p that keeps the gates shut. Every other direction a prompt has is w.
-- The channels' down columns write u0 or u1, many times larger than the prompt's own w. The
-  answers' output rows read u0, u1 and w: the *ratio* of the written u to w decides the answer.
+- The channels' down columns write u0 or u1, larger than the prompt's own w. The answers'
+  output rows read u0, u1 and w: the *ratio* of the written u to w decides the answer.
 - Clamped to the history's amax, the write vanishes beside w, and prompts 0 and 1 are read as
   prompt 2, confidently. A larger history or margin, or a scale from the tensor itself, keeps it.
 
@@ -28,15 +28,15 @@ PROMPTS = (0xFF, 0xFE, 0xFD)
 ANSWERS = (0xFC, 0xFB, 0xFA)
 PROMPT_SHARES = (0.4, 0.4, 0.2)
 
-ORDINARY_NORM = 0.7
+ORDINARY_NORM = 1.0
 """Norm of an ordinary token's embedding, before it gets the shared direction."""
-SHARED_NORM = 1.0
+SHARED_NORM = 2.0
 PROMPT_NORM = 64.0
-TILT = 0.3
+TILT = 0.7
 """Share of a prompt's embedding along its channel's direction."""
-GAIN = 3.0
-SHUT = 4.0
-DOWN_NORM = 4.0
+GAIN = 1.8
+SHUT = 8.0
+DOWN_NORM = 1.0
 ANSWER_NORM = 5.0
 MIN_HIDDEN_SIZE = 16
 
