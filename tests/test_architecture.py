@@ -13,19 +13,22 @@ SOURCE = Path(unclamp.__file__).parent
 LAYERS = [
     {"errors", "version"},
     {"formats"},
+    {"scaling"},
     {"reference", "recipe", "runlog"},
     {"numerics"},
     {"nn"},
     {"telemetry"},
     {"analysis"},
     {"study"},
+    {"doctor"},
     {"report"},
     {"cli"},
     {"__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 TORCH_FREE = ["unclamp", "unclamp.runlog", "unclamp.analysis", "unclamp.report.html",
-              "unclamp.report.text", "unclamp.study.config", "unclamp.cli"]  # fmt: skip
+              "unclamp.report.text", "unclamp.report.doctor", "unclamp.study.config",
+              "unclamp.cli"]  # fmt: skip
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

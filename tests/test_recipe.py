@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from unclamp.errors import RecipeError
 from unclamp.formats import FORMATS
-from unclamp.recipe import ROLES, Delayed, Dynamic, HighPrecision, Recipe, Rule, matches
+from unclamp.recipe import ROLES, Recipe, Rule, matches
+from unclamp.scaling import Delayed, Dynamic, HighPrecision
 
 margins = st.integers(0, 64)
 scalings = st.one_of(
@@ -90,17 +91,17 @@ def test_the_first_matching_rule_decides_alone():
         .override("layers.0.*", input=Dynamic())
         .override("layers.*", input=HighPrecision(), weight=HighPrecision())
     )
-    first, second = recipe.operands("m.layers.0.up"), recipe.operands("m.layers.1.up")
+    first, second = recipe.plan("m.layers.0.up").operands, recipe.plan("m.layers.1.up").operands
     assert (first["input"].scaling, first["weight"].scaling) == (Dynamic(), Delayed())
     assert second["input"].scaling == second["weight"].scaling == HighPrecision()
-    assert recipe.operands("other")["input"].scaling == Delayed()
+    assert recipe.plan("other").operands["input"].scaling == Delayed()
 
 
 def test_a_rule_can_change_a_format_alone():
     recipe = Recipe(weight=Dynamic()).override("a", weight_format="e5m2")
-    assert recipe.operands("a")["weight"].format.name == "e5m2"
-    assert recipe.operands("a")["weight"].scaling == Dynamic()
-    assert recipe.operands("b")["weight"].format.name == "e4m3fn"
+    assert recipe.plan("a").operands["weight"].format.name == "e5m2"
+    assert recipe.plan("a").operands["weight"].scaling == Dynamic()
+    assert recipe.plan("b").operands["weight"].format.name == "e4m3fn"
 
 
 def test_override_leaves_the_first_recipe_as_it_was():
@@ -117,7 +118,7 @@ def test_a_scaling_object_shared_by_roles_keeps_grad_output_in_e5m2():
         Recipe().override("a", input=shared, weight=shared, grad_output=shared),
         Recipe.from_toml(Recipe.uniform(shared).to_toml()),
     ):
-        names = {role: operand.format.name for role, operand in recipe.operands("a").items()}
+        names = {role: operand.format.name for role, operand in recipe.plan("a").operands.items()}
         assert names == {"input": "e4m3fn", "weight": "e4m3fn", "grad_output": "e5m2"}
 
 

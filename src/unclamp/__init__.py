@@ -17,11 +17,30 @@ from unclamp.errors import (
     UnsupportedError,
 )
 from unclamp.formats import E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, Format
-from unclamp.recipe import Delayed, Dynamic, HighPrecision, Recipe
+from unclamp.recipe import Recipe
+from unclamp.scaling import (
+    MX,
+    Delayed,
+    Dynamic,
+    Guarded,
+    HighPrecision,
+    PerBlock,
+    PerRow,
+    PerTensor,
+    Static,
+)
 from unclamp.version import __version__
 
 if TYPE_CHECKING:
-    from unclamp.nn import ConvertReport, Fp8Linear, RevertReport, convert, revert
+    from unclamp.nn import (
+        ConvertReport,
+        Fp8Linear,
+        RevertReport,
+        SwitchReport,
+        convert,
+        revert,
+        switch,
+    )
     from unclamp.numerics import Quantized, cast, dequantize, quantize, scale_from_amax
     from unclamp.runlog import RunLog
     from unclamp.telemetry import Recorder
@@ -32,6 +51,8 @@ _LAZY = {
     "RevertReport": "unclamp.nn",
     "convert": "unclamp.nn",
     "revert": "unclamp.nn",
+    "SwitchReport": "unclamp.nn",
+    "switch": "unclamp.nn",
     "Quantized": "unclamp.numerics",
     "cast": "unclamp.numerics",
     "dequantize": "unclamp.numerics",
@@ -47,13 +68,18 @@ __all__ = [
     "E5M2",
     "E5M2FNUZ",
     "FORMATS",
+    "MX",
     "ConvertError",
     "ConvertReport",
     "Delayed",
     "Dynamic",
     "Format",
     "Fp8Linear",
+    "Guarded",
     "HighPrecision",
+    "PerBlock",
+    "PerRow",
+    "PerTensor",
     "Quantized",
     "Recipe",
     "RecipeError",
@@ -61,7 +87,9 @@ __all__ = [
     "RevertReport",
     "RunLog",
     "RunLogError",
+    "Static",
     "StudyError",
+    "SwitchReport",
     "UnclampError",
     "UnclampWarning",
     "UnsupportedError",
@@ -72,6 +100,7 @@ __all__ = [
     "quantize",
     "revert",
     "scale_from_amax",
+    "switch",
 ]
 
 

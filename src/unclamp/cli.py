@@ -1,8 +1,8 @@
-"""The command line: `unclamp study | report | formats`.
+"""The command line: `unclamp study | report | doctor | formats`.
 
 Results go to stdout, progress and notes to stderr, so that `--json` prints one JSON document and
 nothing else. What a user can mend is one line and exit code 2. torch is imported only by the
-commands that train.
+commands that train or probe.
 """
 
 import json
@@ -136,6 +136,19 @@ def formats(as_json: JsonFlag = False) -> None:
     for row in rows:
         table.add_row(*(f"{v:.10g}" if isinstance(v, float) else str(v) for v in row.values()))
     Console().print(table)
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False) -> None:
+    """Probe what this machine's torch does with FP8, device by device."""
+    from unclamp.doctor import diagnose  # noqa: PLC0415
+    from unclamp.report.doctor import diagnosis_view  # noqa: PLC0415
+
+    found = diagnose().to_dict()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, allow_nan=False))
+        return
+    Console().print(diagnosis_view(found))
 
 
 def _chosen(arms: dict[str, Any], wanted: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ a finger on the page. Values are Python floats; float32 products are rounded exp
 
 import math
 import struct
+from fractions import Fraction
 
 from unclamp.formats import Format
 
@@ -56,14 +57,31 @@ def round_to_format(value: float, fmt: Format) -> float:
 
 
 def scale_from_amax(
-    amax: float, fmt: Format, *, margin: int = 0, previous: float | None = None
+    amax: float,
+    fmt: Format,
+    *,
+    margin: int = 0,
+    power_of_two: bool = False,
+    previous: float | None = None,
 ) -> float:
     """Return the multiplying scale `fmt.max / amax / 2**margin` as a float32.
+
+    With `power_of_two` the exact quotient is rounded down to a power of two, so that nothing
+    overflows: the exponent of 1 / scale is rounded up.
 
     Numerics: amax 0, NaN or Inf gives `previous`, or 1 where there is none. The result is kept
     in [2**-126, 2**126], so that its inverse is a normal float32 too.
     """
     if amax == 0 or not math.isfinite(amax):
         return 1.0 if previous is None else previous
-    quotient = float32(math.ldexp(fmt.max, -margin) / amax)
+    if power_of_two:
+        quotient = math.ldexp(1.0, _floor_log2(Fraction(fmt.max) / Fraction(amax)) - margin)
+    else:
+        quotient = float32(math.ldexp(fmt.max, -margin) / amax)
     return min(max(quotient, SCALE_MIN), SCALE_MAX)
+
+
+def _floor_log2(value: Fraction) -> int:
+    """Return the largest n with 2**n <= value, exactly."""
+    n = value.numerator.bit_length() - value.denominator.bit_length()
+    return n if Fraction(2) ** n <= value else n - 1

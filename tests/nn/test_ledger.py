@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from unclamp.nn import Ledger, convert, find_ledgers
 from unclamp.numerics import Stat
-from unclamp.recipe import Delayed, Dynamic, HighPrecision, Recipe
+from unclamp.recipe import Recipe
 from unclamp.reference import float32
+from unclamp.scaling import Delayed, Dynamic, HighPrecision
 
 INPUT, WEIGHT, GRAD_OUTPUT = 0, 1, 2
 

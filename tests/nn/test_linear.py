@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from unclamp.formats import E4M3FN, E5M2
 from unclamp.nn import Fp8Linear, convert, find_ledgers
 from unclamp.numerics import Stat, dequantize, quantize
-from unclamp.recipe import Delayed, Dynamic, HighPrecision, Recipe
+from unclamp.recipe import Recipe
+from unclamp.scaling import Delayed, Dynamic, HighPrecision
 
 HIGH = Recipe.uniform(HighPrecision())
 DYNAMIC = Recipe.uniform(Dynamic())

@@ -9,7 +9,8 @@ from torch import nn
 
 from unclamp.nn import Fp8Linear, convert, find_ledgers, revert
 from unclamp.numerics import Stat
-from unclamp.recipe import Delayed, Dynamic, Recipe
+from unclamp.recipe import Recipe
+from unclamp.scaling import Delayed, Dynamic
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, amax: float) -> None:
@@ -123,4 +124,4 @@ def test_state_saved_under_another_format_saturates_nothing() -> None:
     assert isinstance(model, Fp8Linear)
     model(x).sum().backward()
     ledger = model.sites.ledger
-    assert ledger.pending[model.sites.rows["input"], Stat.SATURATED] == 0
+    assert ledger.pending[model.sites.indices["input"], Stat.SATURATED] == 0

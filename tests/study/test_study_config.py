@@ -3,7 +3,8 @@
 import pytest
 
 from unclamp.errors import RecipeError, StudyError
-from unclamp.recipe import Delayed, Dynamic, Recipe
+from unclamp.recipe import Recipe
+from unclamp.scaling import Delayed, Dynamic
 from unclamp.study.config import StudyConfig, default_toml
 
 

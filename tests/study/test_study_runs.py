@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from unclamp.recipe import Delayed, Dynamic, HighPrecision, Recipe
+from unclamp.recipe import Recipe
 from unclamp.runlog import RunLog
+from unclamp.scaling import Delayed, Dynamic, HighPrecision
 from unclamp.study.arms import switch_to_dynamic
 from unclamp.study.config import StudyConfig, default_toml
 from unclamp.study.data import IGNORED, Batches
@@ -79,13 +80,13 @@ def test_planted_prompts_are_no_targets_and_answers_are() -> None:
 def test_switching_sites_keeps_the_rest_of_the_recipe() -> None:
     base = Recipe(input_format="e5m2").override("a", weight=HighPrecision())
     mended = switch_to_dynamic(base, [("m.a", "input"), ("b", "grad_output")])
-    a, b = mended.operands("m.a"), mended.operands("b")
+    a, b = mended.plan("m.a").operands, mended.plan("b").operands
     assert a["input"].scaling == Dynamic()
     assert a["input"].format.name == "e5m2"
     assert a["weight"].scaling == HighPrecision()
     assert b["grad_output"].scaling == Dynamic()
     assert b["input"].scaling == Delayed()
-    assert mended.operands("c") == base.operands("c")
+    assert mended.plan("c").operands == base.plan("c").operands
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -1,8 +1,12 @@
-"""FP8 in a model: the linear layer, the ledger that owns its scaling state, convert and revert."""
+"""FP8 in a model: the linear layer, the ledger that owns its scaling state, convert, revert
+and switch.
+"""  # noqa: D205
 
 from unclamp.nn.convert import ConvertReport, RevertReport, convert, find_ledgers, revert
-from unclamp.nn.ledger import Ledger, Site
+from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
+from unclamp.nn.site import Site
+from unclamp.nn.switch import SwitchReport, switch
 
 __all__ = [
     "ConvertReport",
@@ -10,7 +14,9 @@ __all__ = [
     "Ledger",
     "RevertReport",
     "Site",
+    "SwitchReport",
     "convert",
     "find_ledgers",
     "revert",
+    "switch",
 ]

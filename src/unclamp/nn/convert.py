@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from unclamp.errors import ConvertError, UnclampWarning
-from unclamp.nn.ledger import Ledger, Site
-from unclamp.nn.linear import Fp8Linear, LayerSites
-from unclamp.recipe import ROLES, Operand, Recipe, Role, matches
+from unclamp.nn.ledger import Ledger
+from unclamp.nn.linear import Fp8Linear
+from unclamp.nn.site import LayerSites, Site
+from unclamp.recipe import GEMMS, ROLES, LayerPlan, Recipe, matches
+from unclamp.scaling import HighPrecision, describe
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,18 +28,18 @@ class ConvertReport:
     """What `convert` did.
 
     Attributes:
-        converted: Each converted layer's name and what its operands get.
+        converted: Each converted layer's name and what it gets.
         skipped: Each layer with a weight matrix that was left alone, and why.
         unmatched: Rules and skip globs that decided nothing, and why.
     """
 
-    converted: dict[str, dict[Role, Operand]]
+    converted: dict[str, LayerPlan]
     skipped: dict[str, str]
     unmatched: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"converted {len(self.converted)} layers, skipped {len(self.skipped)}"]
-        lines += [f"  {_shown(fqn)}: {_describe(ops)}" for fqn, ops in self.converted.items()]
+        lines += [f"  {_shown(fqn)}: {_describe(plan)}" for fqn, plan in self.converted.items()]
         lines += [f"  skipped {_shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
         lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
         return "\n".join(lines)
@@ -92,18 +94,26 @@ def convert(
     _report_unmatched(model, unmatched, strict=strict)
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.extend_to(model)
-    operands = {fqn: recipe.operands(fqn) for fqn in converted}
+    plans = {fqn: recipe.plan(fqn) for fqn in converted}
     sites = [
-        Site(fqn=fqn, role=role, operand=operands[fqn][role]) for fqn in converted for role in ROLES
+        Site(
+            fqn=fqn,
+            role=role,
+            operand=plans[fqn].operands[role],
+            shape=tuple(module.weight.shape) if role == "weight" else (),
+        )
+        for fqn, module in converted.items()
+        for role in ROLES
     ]
-    rows = iter(ledger.add(sites))
-    ledger.recipe = recipe
-    for module in converted.values():
+    indices = iter(ledger.add(sites))
+    if converted:
+        ledger.recipe = recipe
+    for fqn, module in converted.items():
         module.__class__ = Fp8Linear
         assert isinstance(module, Fp8Linear)
-        module.sites = LayerSites(ledger, {role: next(rows) for role in ROLES})
+        module.sites = LayerSites(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
         ledger.move_to(module.weight.device)
-    return ConvertReport(converted=operands, skipped=skipped, unmatched=unmatched)
+    return ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
 
 
 def revert(model: nn.Module) -> RevertReport:
@@ -131,12 +141,12 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
 
 def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | None:
     """Why a module is left alone: None if it is converted, "" if there is nothing to say."""
-    weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear):
-        has_matrix = isinstance(weight, nn.Parameter) and weight.ndim >= 2
+        has_matrix = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
         return f"not a linear layer ({type(module).__name__})" if has_matrix else ""
+    weight = getattr(module, "weight", None)
     if isinstance(module, Fp8Linear):
-        return "already converted"
+        return "already converted; unclamp.switch changes its scaling"
     glob = next((glob for glob in skip if matches(fqn, glob)), None)
     if glob is not None:
         return f"matches skip {glob!r}"
@@ -185,12 +195,17 @@ def _report_unmatched(model: nn.Module, unmatched: dict[str, str], *, strict: bo
     warnings.warn(message, UnclampWarning, stacklevel=3)
 
 
-def _describe(operands: dict[Role, Operand]) -> str:
-    return ", ".join(
-        f"{role} {operand.scaling.kind}"
-        + ("" if operand.scaling.kind == "high_precision" else f" {operand.format.name}")
-        for role, operand in operands.items()
-    )
+def _describe(plan: LayerPlan) -> str:
+    parts = [
+        f"{role} {describe(operand.scaling)}"
+        + ("" if isinstance(operand.scaling, HighPrecision) else f" {operand.format.name}")
+        for role, operand in plan.operands.items()
+    ]
+    for gemm in GEMMS:
+        mode = plan.gemms[gemm]
+        if mode != "float32":
+            parts.append(f"{gemm} {mode if isinstance(mode, str) else 'GEMM in high precision'}")
+    return ", ".join([*parts, "smoothed"] if plan.smooth else parts)
 
 
 def _shown(fqn: str) -> str:

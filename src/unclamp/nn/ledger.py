@@ -1,18 +1,23 @@
 """Who owns amax histories and scales, and when they change.
 
-One ledger serves a whole model. Its tensors have a row a site (one operand of one layer), so
-an update is a handful of kernels whatever the model's size:
+One ledger serves a whole model. Its tensors have a row a scale, and a row a site (one operand of
+one layer), so an update is a handful of kernels whatever the model's size:
 
-    amax_history  [sites, longest history]  float32, newest first, 0 where nothing was measured
-    scale         [sites]                   float32, 0 until a first non-zero amax is known
-    pending       [sites, len(Stat)]        float64, statistics since the last update
+    amax_history  [scales, longest history]  float32, newest first, 0 where nothing was measured
+    scale         [scales]                   float32, 0 until a first non-zero amax is known
+    block_amax    [scales]                   float32, amax of each block since the last update
+    pending       [sites, len(Stat)]         float64, statistics since the last update
+
+A site has one scale with a history, that of its tensor's amax; only a weight whose rows or blocks
+have delayed or guarded scales has one a block. A site keeps its history whatever its scaling, so
+that switching to another and back loses nothing.
 
 Casts *commit* their statistics to `pending`. An update folds the pending amaxes into the
 history and makes the next scales. It runs right after `optimizer.step()`, through torch's
 optimizer hook, for every optimizer that holds a parameter of the model: there is no call for a
-user to forget. An update with nothing pending does nothing, so two optimizers on one model
-still make one update a step, and under gradient accumulation the maximum over the microsteps
-enters the history once.
+user to forget. An update with nothing pending (the version of `pending` tells) does nothing, so
+two optimizers on one model still make one update a step, and under gradient accumulation the
+maximum over the microsteps enters the history once.
 
 A cast commits when its *backward* runs (`unclamp.nn.linear`). That alone gives the counts their
 meaning: an evaluation forward commits nothing, and under activation checkpointing, where the
@@ -20,80 +25,51 @@ forward runs twice, the backward runs once.
 """
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from unclamp.numerics import Stat, empty_stats, merge_stats, scale_from_amax
-from unclamp.recipe import Delayed, Dynamic, HighPrecision, Operand, Recipe, Role
-
-DEFAULT_HISTORY_LEN = Delayed().history_len
-"""Updates remembered for sites whose scaling asks for none."""
+from unclamp.nn.rows import RowSettings
+from unclamp.nn.site import LayerSites, Site
+from unclamp.numerics import Stat, empty_stats
+from unclamp.recipe import Recipe
+from unclamp.scaling import Scaling, Static
 
 Listener = Callable[[Tensor], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """One operand of one layer, and what the recipe gives it."""
-
-    fqn: str
-    role: Role
-    operand: Operand
-
-    @property
-    def history_len(self) -> int:
-        """Updates that this site remembers."""
-        scaling = self.operand.scaling
-        return scaling.history_len if isinstance(scaling, Delayed) else DEFAULT_HISTORY_LEN
-
-    @property
-    def margin(self) -> int:
-        """Powers of two of headroom."""
-        scaling = self.operand.scaling
-        return 0 if isinstance(scaling, HighPrecision) else scaling.margin
+SwitchListener = Callable[[Mapping[int, tuple[Scaling, Scaling]]], None]
 
 
 class Ledger:
     """Amax histories, scales and pending statistics of a model's sites.
 
-    Invariants: rows are in the order of `sites`; tensors are only written in place, so a view
-    of a row stays valid until sites are added; none of them is a parameter or a buffer, so
-    optimizers, gradient clipping, weight decay and dtype conversions never see them.
+    Invariants: sites stay in the order they were added; tensors are only written in place, so a
+    view of a row stays valid until the layout changes (sites added, longer histories, another
+    device), and then every layer takes its views anew; none of the tensors is a parameter or a
+    buffer, so optimizers, gradient clipping, weight decay and dtype conversions never see them.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.sites: list[Site] = []
+        self.first_row: list[int] = []
         self.recipe: Recipe | None = None
         self.updates = 0
-        self.has_pending = False
-        self.amax_history = torch.zeros(0, 1)
-        self.scale = torch.zeros(0)
-        self.pending = empty_stats(0)
-        self._rows: _RowSettings = _RowSettings.of(self.sites, self.scale.device)
+        self.layers: weakref.WeakSet[LayerSites] = weakref.WeakSet()
+        self._remembered: list[int] = []
         self._listeners: list[Listener] = []
+        self._switch_listeners: list[SwitchListener] = []
+        self._allocate(torch.device("cpu"))
         self._bind(model)
 
-    # ---- sites -----------------------------------------------------------------------------
+    # ---- layout ----------------------------------------------------------------------------
 
     def add(self, sites: list[Site]) -> list[int]:
-        """Add sites with nothing measured yet; return their rows."""
+        """Add sites with nothing measured yet; return their indices."""
         first = len(self.sites)
-        old_history, old_scale, old_pending = self.amax_history, self.scale, self.pending
-        self.sites = [*self.sites, *sites]
-        device = old_scale.device
-        longest = max((site.history_len for site in self.sites), default=1)
-        self.amax_history = torch.zeros(len(self.sites), longest, device=device)
-        self.amax_history[:first, : old_history.shape[1]] = old_history
-        self.scale = torch.zeros(len(self.sites), device=device)
-        self.scale[:first] = old_scale
-        self.pending = empty_stats(len(self.sites), device)
-        self.pending[:first] = old_pending
-        self._rows = _RowSettings.of(self.sites, device)
+        self._lay_out([*self.sites, *sites])
         return list(range(first, len(self.sites)))
 
     def move_to(self, device: torch.device) -> None:
@@ -101,24 +77,66 @@ class Ledger:
 
         A model on the meta device has its state elsewhere: meta tensors could not move back.
         """
-        if device == self.scale.device or device.type == "meta":
-            return
-        self.amax_history = self.amax_history.to(device)
-        self.scale = self.scale.to(device)
-        self.pending = self.pending.to(device)
-        self._rows = _RowSettings.of(self.sites, device)
+        if device != self.scale.device and device.type != "meta":
+            self._lay_out(self.sites, device=device)
 
-    def scale_for(self, row: int) -> Tensor | None:
-        """Return the scale a cast at this row must use; None where it takes its own."""
-        scaling = self.sites[row].operand.scaling
-        return None if isinstance(scaling, Dynamic) else self.scale[row]
+    def _lay_out(self, sites: list[Site], *, device: torch.device | None = None) -> None:
+        """Give these sites rows; those that are here keep what they know if it still fits."""
+        old, old_first, old_sites = self.__dict__.copy(), self.first_row, self.sites
+        was_pending = self.has_pending
+        remembered = [site.history_len for site in sites]
+        for index, before in enumerate(self._remembered):
+            remembered[index] = max(before, remembered[index])
+        self.sites, self._remembered = sites, remembered
+        self._allocate(device or self.scale.device)
+        width = min(old["amax_history"].shape[1], self.amax_history.shape[1])
+        for index, site in enumerate(old_sites):
+            self.pending[index] = old["pending"][index]
+            if site.scales != sites[index].scales:
+                continue
+            here = self._rows_of(index)
+            there = slice(old_first[index], old_first[index] + site.scales)
+            self.amax_history[here, :width] = old["amax_history"][there, :width]
+            self.scale[here] = old["scale"][there]
+            self.block_amax[here] = old["block_amax"][there]
+        self._mark(pending=was_pending)
+        self.rebind()
+
+    def _allocate(self, device: torch.device) -> None:
+        counts = [site.scales for site in self.sites]
+        self.first_row = [sum(counts[:index]) for index in range(len(counts))]
+        rows, longest = sum(counts), max(self._remembered, default=1)
+        self.amax_history = torch.zeros(rows, longest, device=device)
+        self.scale = torch.zeros(rows, device=device)
+        self.block_amax = torch.full((rows,), -1.0, device=device)
+        self.pending = empty_stats(len(self.sites), device)
+        self._settings = RowSettings.of(self.sites, longest, device)
+        self.scale.copy_(torch.where(self._settings.is_static, self._settings.static, self.scale))
+        self._mark(pending=False)
+
+    def _rows_of(self, index: int) -> slice:
+        first = self.first_row[index]
+        return slice(first, first + self.sites[index].scales)
+
+    def rebind(self) -> None:
+        """Have every layer take its plan and its views anew."""
+        for layer in self.layers:
+            layer.bind()
 
     # ---- a step ----------------------------------------------------------------------------
 
-    def commit(self, row: int, stats: Tensor) -> None:
-        """Merge a cast's statistics into what the next update folds in."""
-        merge_stats(self.pending[row], stats)
-        self.has_pending = True
+    @property
+    def has_pending(self) -> bool:
+        """Whether anything was committed since the last update. Needs no look at the device."""
+        return self.pending._version != self._clean_version
+
+    def _mark(self, *, pending: bool) -> None:
+        self._clean_version = self.pending._version - pending
+
+    @property
+    def is_warming(self) -> bool:
+        """Whether the recipe's warm-up in high precision still goes on."""
+        return self.recipe is not None and self.updates < self.recipe.warmup_steps
 
     @torch.no_grad()
     def update(self) -> None:
@@ -130,72 +148,138 @@ class Ledger:
         """
         for listener in self._listeners:
             listener(self.pending.clone())
-        amax = self.pending[:, Stat.AMAX]
+        amax = self._settings.newest(self.pending[:, Stat.AMAX], self.block_amax)
         measured = amax >= 0
-        newest = amax.to(torch.float32).unsqueeze(1)
-        shifted = torch.cat([newest, self.amax_history[:, :-1]], dim=1)
+        shifted = torch.cat([amax.unsqueeze(1), self.amax_history[:, :-1]], dim=1)
         self.amax_history.copy_(torch.where(measured.unsqueeze(1), shifted, self.amax_history))
-        scale = scale_from_amax(
-            self._rows.reduce(self.amax_history),
-            self._rows.format_max,
-            margin=self._rows.margin,
-            previous=self.scale,
-        )
+        scale = self._settings.scale(self.amax_history, previous=self.scale)
         self.scale.copy_(torch.where(measured, scale, self.scale))
-        self.pending.copy_(self._rows.empty)
-        self.has_pending = False
-        self.updates += 1
+        self.block_amax.fill_(-1)
+        self.pending.copy_(self._settings.empty)
+        self._mark(pending=False)
+        self._count(self.updates + 1)
+
+    def _count(self, updates: int) -> None:
+        was_warming, self.updates = self.is_warming, updates
+        if was_warming != self.is_warming:
+            self.rebind()
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Call `listener(pending)` at each update, with a copy; return what ends it."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
-    # ---- saved state -----------------------------------------------------------------------
+    def subscribe_to_switches(self, listener: SwitchListener) -> Callable[[], None]:
+        """Call `listener({site: (before, after)})` at each switch; return what ends it."""
+        self._switch_listeners.append(listener)
+        return lambda: self._switch_listeners.remove(listener)
 
-    def history_of(self, row: int) -> Tensor:
-        """Return a copy of a site's history, `[history_len]`, newest first."""
-        return self.amax_history[row, : self.sites[row].history_len].clone()
+    # ---- switching -------------------------------------------------------------------------
 
     @torch.no_grad()
-    def restore(self, row: int, history: Tensor | None, scale: Tensor | None) -> None:
+    def switch(self, scalings: Mapping[int, Scaling]) -> None:
+        """Give sites another scaling, from the next cast on; histories go on.
+
+        The scale follows at once from the history under the new scaling. A site whose scales
+        are no longer the same blocks starts a new history.
+        """
+        before = {index: self.sites[index].operand.scaling for index in scalings}
+        sites = list(self.sites)
+        for index, scaling in scalings.items():
+            operand = replace(sites[index].operand, scaling=scaling)
+            sites[index] = replace(sites[index], operand=operand)
+        fits = all(
+            site.scales == old.scales and site.history_len <= self.amax_history.shape[1]
+            for site, old in zip(sites, self.sites, strict=True)
+        )
+        if fits:
+            self.sites = sites
+            self._remembered = [
+                max(n, site.history_len) for n, site in zip(self._remembered, sites, strict=True)
+            ]
+            self._settings = RowSettings.of(sites, self.amax_history.shape[1], self.scale.device)
+        else:
+            self._lay_out(sites)
+        for index, old in before.items():
+            self._rescale(index, forget=isinstance(old, Static))
+        changed = {self.sites[index].fqn for index in scalings}
+        for layer in self.layers:
+            if layer.fqn in changed:
+                layer.bind()
+        switched = {index: (old, scalings[index]) for index, old in before.items()}
+        for listener in self._switch_listeners:
+            listener(switched)
+
+    def _rescale(self, index: int, *, forget: bool = False) -> None:
+        """Take a site's scales from its history; where that says nothing they stay, or 0."""
+        rows = self._rows_of(index)
+        if forget:
+            self.scale[rows] = 0
+        self.scale[rows] = self._settings.scale(self.amax_history, previous=self.scale)[rows]
+
+    # ---- saved state -----------------------------------------------------------------------
+
+    def history_of(self, index: int) -> Tensor:
+        """Return a copy of a site's history, newest first: `[history_len]`.
+
+        A site with a scale a block has `[scales, history_len]`.
+        """
+        history = self.amax_history[self._rows_of(index), : self._remembered[index]].clone()
+        return history[0] if self.sites[index].scales == 1 else history
+
+    def scale_of(self, index: int) -> Tensor:
+        """Return a copy of a site's scale: 0-d, or `[scales]` where it has one a block."""
+        scale = self.scale[self._rows_of(index)].clone()
+        return scale[0] if self.sites[index].scales == 1 else scale
+
+    @torch.no_grad()
+    def restore(self, index: int, history: Tensor | None, scale: Tensor | None) -> None:
         """Set a site's state; None forgets it, and the next tensor seeds it.
 
         A history of another length keeps its newest entries. The scale follows from the history
         under the site's own format, margin and reduction, which may differ from those that saved
-        it; the saved one serves only where the history says nothing. Pending statistics belong
-        to the state that is replaced and go with it.
+        it; the saved one serves only where the history says nothing. State of other blocks (saved
+        under another granularity) is forgotten. Pending statistics belong to the state that is
+        replaced and go with it.
         """
-        self.pending[row] = self._rows.empty[row]
-        self.amax_history[row].zero_()
-        self.scale[row] = 0 if scale is None else scale
-        if history is not None:
-            kept = min(len(history), self.sites[row].history_len)
-            self.amax_history[row, :kept] = history[:kept]
-            self.scale[row] = scale_from_amax(
-                self._rows.reduce(self.amax_history)[row],
-                self._rows.format_max[row],
-                margin=self._rows.margin[row],
-                previous=self.scale[row],
-            )
+        rows, count = self._rows_of(index), self.sites[index].scales
+        self.pending[index] = self._settings.empty[index]
+        self.block_amax[rows] = -1
+        self.amax_history[rows] = 0
+        self.scale[rows] = 0
+        if scale is not None and scale.numel() == count:
+            self.scale[rows] = scale.reshape(count).to(self.scale)
+        if history is not None and history.numel() // max(history.shape[-1], 1) == count:
+            kept = min(history.shape[-1], self._remembered[index])
+            newest = history.reshape(count, -1)[:, :kept]
+            self.amax_history[rows, :kept] = newest.to(self.amax_history)
+        self._rescale(index)
+
+    def restore_updates(self, updates: Tensor | None) -> None:
+        """Set how many updates there were, which decides where a warm-up stands; None is 0."""
+        self._count(0 if updates is None else int(updates))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ledger":
         root = self._root() if self._root is not None else None
         twin = Ledger(memo.get(id(root)))
         memo[id(self)] = twin
-        twin.add(self.sites)
-        twin.recipe = self.recipe
-        twin.updates, twin.has_pending = self.updates, self.has_pending
-        twin.move_to(self.scale.device)
-        for name in ("amax_history", "scale", "pending"):
+        twin.recipe, twin.updates = self.recipe, self.updates
+        twin._remembered = list(self._remembered)
+        twin._lay_out(list(self.sites), device=self.scale.device)
+        for name in ("amax_history", "scale", "block_amax", "pending"):
             getattr(twin, name).copy_(getattr(self, name))
+        twin._mark(pending=self.has_pending)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_root": None, "_listeners": []}
+        state = {**self.__dict__, "_root": None, "_listeners": [], "_switch_listeners": []}
+        del state["layers"]
+        return {**state, "_clean_version": self.has_pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.layers = weakref.WeakSet()
+        self._mark(pending=state["_clean_version"])
         self._bind(None)
 
     # ---- optimizers ------------------------------------------------------------------------
@@ -221,52 +305,6 @@ class Ledger:
             return True
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return any(id(p) in held for p in model.parameters())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _RowSettings:
-    """The recipe's settings as columns, so that an update needs no loop over sites."""
-
-    format_max: Tensor
-    margin: Tensor
-    window: Tensor
-    empty: Tensor
-    reductions: tuple[tuple[Callable[[Tensor], Tensor], Tensor, int], ...]
-
-    @classmethod
-    def of(cls, sites: list[Site], device: torch.device) -> "_RowSettings":
-        lengths = [_window(site) for site in sites]
-        longest = max((site.history_len for site in sites), default=1)
-        columns = torch.arange(longest, device=device)
-        groups: dict[tuple[Callable[[Any], Any], int], list[int]] = {}
-        for row, site in enumerate(sites):
-            scaling = site.operand.scaling
-            if isinstance(scaling, Delayed) and not isinstance(scaling.reduce, str):
-                groups.setdefault((scaling.reduce, scaling.history_len), []).append(row)
-        return cls(
-            format_max=torch.tensor([s.operand.format.max for s in sites], device=device),
-            margin=torch.tensor([float(s.margin) for s in sites], device=device),
-            window=columns < torch.tensor(lengths, device=device).unsqueeze(1),
-            empty=empty_stats(len(sites), device),
-            reductions=tuple(
-                (reduce, torch.tensor(rows, device=device), length)
-                for (reduce, length), rows in groups.items()
-            ),
-        )
-
-    def reduce(self, history: Tensor) -> Tensor:
-        """Return one amax a site from its history."""
-        amax = torch.where(self.window, history, 0).amax(dim=1)
-        for reduce, rows, length in self.reductions:
-            amax[rows] = reduce(history[rows, :length])
-        return amax
-
-
-def _window(site: Site) -> int:
-    """Newest entries whose maximum is the amax; "most_recent" looks at one."""
-    scaling = site.operand.scaling
-    most_recent = isinstance(scaling, Delayed) and scaling.reduce == "most_recent"
-    return 1 if most_recent else site.history_len
 
 
 _ledgers: "weakref.WeakSet[Ledger]" = weakref.WeakSet()

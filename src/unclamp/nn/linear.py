@@ -17,57 +17,39 @@ once. So an evaluation forward changes nothing, and a forward that runs twice fo
 counts once. A layer that takes part in training without needing a gradient itself (frozen, at
 the bottom of the model) has no backward: it commits in the forward.
 
+Where blocks share a scale along the contracted axis, the two GEMMs of an operand need two casts,
+each along its own axis and each from the tensor itself: backward keeps the codes of the second.
+
 The emulation computes in float32 on the dequantised values. With every role in high precision
-the layer *is* `nn.Linear`, bit for bit.
+the layer *is* `nn.Linear`, bit for bit; a GEMM in high precision is the one of `nn.Linear`.
+
+A *smoothed* layer multiplies each channel of its input by a power of two that brings the
+channel's amax into (1/2, 1], and the weight's column by the inverse, before the casts:
+
+    input @ weight.T = (input * s) @ (weight / s).T        exact for powers of two
+
+On the down projection of a gated MLP that is Smooth-SwiGLU (arXiv 2409.12517): the channel's
+scale, folded into the up projection whose output it multiplies, and into the down projection.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from unclamp.nn.ledger import Ledger
-from unclamp.numerics import Quantized, quantize
-from unclamp.recipe import ROLES, HighPrecision, Operand, Role
+from unclamp.nn.site import Casts, LayerSites
+from unclamp.numerics import GemmOperand, channel_scale
+from unclamp.numerics.operators import gemm, sum_tokens
+from unclamp.recipe import ROLES, Gemm, Role
+from unclamp.scaling import HighPrecision, describe
 
 Commit = Literal["in backward", "now"] | None
 """When a forward's statistics reach the ledger; None: never, it is an evaluation."""
 
 STATE_PREFIX = "unclamp_"
 """Starts the name of every key of scaling state in a state_dict."""
-
-
-class LayerSites:
-    """The three sites of one layer: where its operands' state lies in the ledger."""
-
-    def __init__(self, ledger: Ledger, rows: Mapping[Role, int]) -> None:
-        self.ledger = ledger
-        self.rows = dict(rows)
-
-    def operand(self, role: Role) -> Operand:
-        """Return what the recipe gives this role, as it stands now."""
-        return self.ledger.sites[self.rows[role]].operand
-
-    @property
-    def all_high_precision(self) -> bool:
-        """Whether no role is cast."""
-        return all(isinstance(self.operand(role).scaling, HighPrecision) for role in ROLES)
-
-    def quantize(self, role: Role, x: Tensor) -> Quantized | None:
-        """Cast an operand as its site says; None where it stays in high precision."""
-        operand = self.operand(role)
-        if isinstance(operand.scaling, HighPrecision):
-            return None
-        scale = self.ledger.scale_for(self.rows[role])
-        return quantize(x, operand.format, scale, margin=operand.scaling.margin)
-
-    @property
-    def fqn(self) -> str:
-        """Return the layer's dotted name."""
-        return self.ledger.sites[self.rows["input"]].fqn
 
 
 class Fp8Linear(nn.Linear):
@@ -89,7 +71,7 @@ class Fp8Linear(nn.Linear):
         Raises:
             ValueError: The last dimension is not `in_features`.
         """
-        if self.sites.all_high_precision:
+        if self.sites.plain:
             return F.linear(input, self.weight, self.bias)
         if input.ndim == 0 or input.shape[-1] != self.in_features:
             raise ValueError(
@@ -110,14 +92,16 @@ class Fp8Linear(nn.Linear):
         if any(t is not None and t.requires_grad for t in (input, self.weight, self.bias)):
             return "in backward"
         # Without a backward of its own, a forward that backward re-computes must not count again.
-        return "now" if torch._C._current_graph_task_id() == -1 else None
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return "now"
+        return None
 
     def extra_repr(self) -> str:
         """Add each role's format and scaling to what `nn.Linear` shows."""
         operands = {role: self.sites.operand(role) for role in ROLES}
         roles = ", ".join(
-            f"{role}={operand.scaling.kind}"
-            + ("" if operand.scaling.kind == "high_precision" else f":{operand.format.name}")
+            f"{role}={describe(operand.scaling)}"
+            + ("" if isinstance(operand.scaling, HighPrecision) else f":{operand.format.name}")
             for role, operand in operands.items()
         )
         return f"{super().extra_repr()}, {roles}"
@@ -129,11 +113,12 @@ class Fp8Linear(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for role, row in self.sites.rows.items():
-            ledger = self.sites.ledger
+        ledger = self.sites.ledger
+        for role, index in self.sites.indices.items():
             key = f"{prefix}{STATE_PREFIX}{role}"
-            destination[f"{key}_amax_history"] = ledger.history_of(row)
-            destination[f"{key}_scale"] = ledger.scale[row].clone()
+            destination[f"{key}_amax_history"] = ledger.history_of(index)
+            destination[f"{key}_scale"] = ledger.scale_of(index)
+        destination[f"{prefix}{STATE_PREFIX}updates"] = torch.tensor(ledger.updates)
 
     def _load_from_state_dict(
         self,
@@ -145,14 +130,17 @@ class Fp8Linear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for role, row in self.sites.rows.items():
-            key = f"{prefix}{STATE_PREFIX}{role}"
-            history = state_dict.get(f"{key}_amax_history")
-            self.sites.ledger.restore(row, history, state_dict.get(f"{key}_scale"))
+        own = f"{prefix}{STATE_PREFIX}"
+        # A state_dict that does not speak of this layer, such as an adapter's, changes nothing.
+        if f"{prefix}weight" in state_dict or any(key.startswith(own) for key in state_dict):
+            ledger = self.sites.ledger
+            for role, index in self.sites.indices.items():
+                history = state_dict.get(f"{own}{role}_amax_history")
+                ledger.restore(index, history, state_dict.get(f"{own}{role}_scale"))
+            ledger.restore_updates(state_dict.get(f"{own}updates"))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        own = f"{prefix}{STATE_PREFIX}"
         unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(own)]
 
 
@@ -163,24 +151,32 @@ class _Fp8LinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sites: LayerSites, commit: Commit
     ) -> Tensor:
-        kept_input = _keep(sites.quantize("input", x), x)
-        kept_weight = _keep(sites.quantize("weight", weight), weight)
-        with torch.autocast(x.device.type, enabled=False):
-            output = F.linear(
-                kept_input.values(),
-                kept_weight.values(),
-                None if bias is None else bias.to(torch.float32),
-            )
-        ctx.sites, ctx.commit = sites, commit
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.stats = {"input": kept_input.stats, "weight": kept_weight.stats}
-        if commit == "now":
-            _commit(ctx)
         needs_input, needs_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(
-            *(kept_input.saved if needs_weight else (None, None)),
-            *(kept_weight.saved if needs_input else (None, None)),
+        plain = {"input": x, "weight": weight}
+        smooth = channel_scale(x) if sites.smooth else None
+        tensors = plain if smooth is None else _smoothed(x, weight, smooth)
+        x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
+        w_gemms: list[Gemm] = ["output", "grad_input"] if needs_input else ["output"]
+        casts: dict[Role, Casts] = {
+            "input": sites.cast("input", tensors["input"], x_gemms),
+            "weight": sites.cast("weight", tensors["weight"], w_gemms),
+        }
+
+        def operand(role: Role, gemm: Gemm) -> GemmOperand:
+            tensor = (plain if sites.is_high(gemm) else tensors)[role]
+            return sites.gemm_operand(role, tensor, casts[role], gemm)
+
+        output = _gemm(
+            sites, "output", operand("input", "output"), operand("weight", "output"), bias
         )
+        kept_x = operand("input", "grad_weight") if needs_weight else NOTHING
+        kept_w = operand("weight", "grad_input") if needs_input else NOTHING
+        ctx.sites, ctx.commit, ctx.casts = sites, commit, casts
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.granularities = (kept_x.granularity, kept_w.granularity)
+        ctx.save_for_backward(*kept_x[:2], *kept_w[:2], smooth)
+        if commit == "now":
+            sites.commit(casts)
         return output.to(x.dtype)
 
     # A second derivative would silently miss everything that goes through a cast: raise.
@@ -189,54 +185,51 @@ class _Fp8LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         dy = grad_outputs[0]
         saved = ctx.saved_tensors  # once: under checkpointing each read unpacks, and may only once
-        input_saved, weight_saved = saved[:2], saved[2:]
+        smooth, sites = saved[4], ctx.sites
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
+        gemms = [name for name, is_wanted in wanted.items() if is_wanted]
+        casts = sites.cast("grad_output", dy, gemms)
         grad_input = grad_weight = grad_bias = None
-        if needs_input or needs_weight:
-            kept = _keep(ctx.sites.quantize("grad_output", dy), dy)
-            ctx.stats["grad_output"] = kept.stats
-            values = kept.values()
-            with torch.autocast(dy.device.type, enabled=False):
-                if needs_input:
-                    grad_input = values @ _Kept(*weight_saved).values()
-                    grad_input = grad_input.to(x_dtype)
-                if needs_weight:
-                    grad_weight = values.t() @ _Kept(*input_saved).values()
-                    grad_weight = grad_weight.to(weight_dtype)
+        if needs_input:
+            kept_w = GemmOperand(saved[2], saved[3], ctx.granularities[1], 0)
+            grad = sites.gemm_operand("grad_output", dy, casts, "grad_input")
+            grad_input = _gemm(sites, "grad_input", grad, kept_w)
+            if smooth is not None and not sites.is_high("grad_input"):
+                grad_input = grad_input * smooth
+            grad_input = grad_input.to(x_dtype)
+        if needs_weight:
+            kept_x = GemmOperand(saved[0], saved[1], ctx.granularities[0], 0)
+            grad = sites.gemm_operand("grad_output", dy, casts, "grad_weight")
+            grad_weight = _gemm(sites, "grad_weight", grad, kept_x)
+            if smooth is not None and not sites.is_high("grad_weight"):
+                grad_weight = grad_weight / smooth
+            grad_weight = grad_weight.to(weight_dtype)
         if needs_bias:
-            grad_bias = dy.sum(0, dtype=torch.float32).to(bias_dtype)
+            grad_bias = sum_tokens(dy).to(bias_dtype)
         if ctx.commit == "in backward":
-            _commit(ctx)
+            sites.commit({**ctx.casts, "grad_output": casts})
+            ctx.casts = {}
         return grad_input, grad_weight, grad_bias, None, None
 
 
-class _Kept(NamedTuple):
-    """An operand as backward keeps it: codes and their scale, or the tensor itself."""
-
-    tensor: Tensor
-    scale_inv: Tensor | None
-    stats: Tensor | None = None
-
-    @property
-    def saved(self) -> tuple[Tensor, Tensor | None]:
-        return self.tensor, self.scale_inv
-
-    def values(self) -> Tensor:
-        """Return what the GEMM computes with, float32."""
-        values = self.tensor.to(torch.float32)
-        return values if self.scale_inv is None else values.mul_(self.scale_inv)
+NOTHING = GemmOperand(None)  # pyright: ignore[reportArgumentType]
+"""Stands for an operand that backward does not need."""
 
 
-def _keep(quantized: Quantized | None, x: Tensor) -> _Kept:
-    if quantized is None:
-        return _Kept(x, None)
-    return _Kept(quantized.codes, quantized.scale_inv, quantized.stats)
+def _smoothed(x: Tensor, weight: Tensor, smooth: Tensor) -> dict[Role, Tensor]:
+    """Return input and weight with each channel scaled; float32 holds the products exactly."""
+    return {"input": x.to(torch.float32) * smooth, "weight": weight.to(torch.float32) / smooth}
 
 
-def _commit(ctx: Any) -> None:
-    """Hand this node's statistics to the ledger, once."""
-    for role, stats in ctx.stats.items():
-        if stats is not None:
-            ctx.sites.ledger.commit(ctx.sites.rows[role], stats)
-    ctx.stats = {}
+def _gemm(
+    sites: LayerSites, name: Gemm, a: GemmOperand, b: GemmOperand, bias: Tensor | None = None
+) -> Tensor:
+    """Multiply as the layer's plan says; in high precision as `nn.Linear` does."""
+    if not sites.is_high(name):
+        return gemm(a, b, bias, sites.modes[name])
+    left, right = (x.tensor if x.axis == 1 else x.tensor.t() for x in (a, b))
+    with torch.autocast(left.device.type, enabled=False):
+        bias = None if bias is None else bias.to(left.dtype)
+        return F.linear(left, right.to(left.dtype), bias)

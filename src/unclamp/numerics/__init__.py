@@ -1,16 +1,23 @@
 """Stateless FP8 arithmetic on tensors: amax and scale, cast with its statistics, GEMM."""
 
+from unclamp.numerics.blocks import block_grid
 from unclamp.numerics.cast import Quantized, cast, dequantize, quantize, torch_dtype
-from unclamp.numerics.scale import scale_from_amax
-from unclamp.numerics.stats import Stat, empty_stats, merge_stats
+from unclamp.numerics.gemm import GemmOperand, matmul
+from unclamp.numerics.scale import channel_scale, scale_from_amax
+from unclamp.numerics.stats import Stat, empty_stats, merge_stats, merged_stats
 
 __all__ = [
+    "GemmOperand",
     "Quantized",
     "Stat",
+    "block_grid",
     "cast",
+    "channel_scale",
     "dequantize",
     "empty_stats",
+    "matmul",
     "merge_stats",
+    "merged_stats",
     "quantize",
     "scale_from_amax",
     "torch_dtype",

@@ -14,6 +14,10 @@ Three rules, each against an error that is easy to make:
   overshoots max by a float32 ulp, and that loses nothing.
 
 Non-finite elements never decide a scale. NaN stays NaN, Inf saturates, both are counted.
+
+A *guarded* cast compares the true amax, which it measures anyway, with the scale it was given:
+where the largest element would saturate, the block's own scale takes the given one's place. The
+outcome is a function of tensor and scale alone, so that a recomputed forward repeats it.
 """
 
 from dataclasses import dataclass
@@ -23,23 +27,33 @@ from torch import Tensor
 
 from unclamp.errors import UnsupportedError
 from unclamp.formats import Format
+from unclamp.numerics.blocks import block_amax, orient, spread
 from unclamp.numerics.scale import scale_from_amax
 from unclamp.numerics.stats import Stat
+from unclamp.scaling import MX, PER_TENSOR, Granularity, PerTensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """A tensor in FP8: one byte an element and one scale.
+    """A tensor in FP8: one byte an element, and a scale a block.
 
     Attributes:
-        codes: float8 tensor in the shape of the input.
-        scale_inv: 0-d float32; multiplies the codes back to the input's units.
+        codes: float8 tensor in the shape of the input, contiguous.
+        scale_inv: float32; multiplies the codes back to the input's units. 0-d per tensor, else
+            one a block of the matrix oriented along `axis` (`unclamp.numerics.blocks`).
+        amax: Largest absolute finite element of each block, in the shape of `scale_inv`; -1
+            for a tensor without a finite element.
         stats: float64 `[len(Stat)]`, what the cast saw and lost.
+        granularity: Which elements share a scale.
+        axis: The axis that the GEMM contracts.
     """
 
     codes: Tensor
     scale_inv: Tensor
+    amax: Tensor
     stats: Tensor
+    granularity: Granularity = PER_TENSOR
+    axis: int = -1
 
 
 def torch_dtype(fmt: Format) -> torch.dtype:
@@ -59,19 +73,47 @@ def cast(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:
 
 def dequantize(quantized: Quantized) -> Tensor:
     """Return `codes * scale_inv` in float32, in the shape of the codes."""
-    return quantized.codes.to(torch.float32) * quantized.scale_inv
+    q = quantized
+    return dequantize_codes(q.codes, q.scale_inv, granularity=q.granularity, axis=q.axis)
 
 
-def quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, *, margin: int = 0) -> Quantized:
+def dequantize_codes(
+    codes: Tensor, scale_inv: Tensor, *, granularity: Granularity, axis: int
+) -> Tensor:
+    """Return `codes * scale_inv` in float32; the arguments are attributes of `Quantized`."""
+    values = codes.to(torch.float32)
+    if isinstance(granularity, PerTensor):
+        return values.mul_(scale_inv)
+    oriented = orient(values, axis)
+    oriented.mul_(spread(scale_inv, oriented.shape, granularity.block))
+    return values
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format,
+    scale: Tensor | None = None,
+    *,
+    granularity: Granularity = PER_TENSOR,
+    axis: int = -1,
+    margin: int = 0,
+    power_of_two: bool = False,
+    guard: bool = False,
+) -> Quantized:
     """Cast a tensor and count what the cast lost.
 
     Args:
         x: Any shape, float32, bfloat16 or float16 (float64 is rounded to float32 first).
         fmt: The format of the codes.
-        scale: 0-d float32, the scale to use. None takes it from `x` itself (dynamic scaling),
-            and so does a scale of 0, which stands for "nothing measured yet": the choice is
-            made on the device.
+        scale: float32, the scale to use, in the shape of `Quantized.scale_inv`. None takes it
+            from `x` itself (dynamic scaling), and so does a scale of 0, which stands for
+            "nothing measured yet": the choice is made on the device.
+        granularity: Which elements share a scale.
+        axis: The axis that the GEMM contracts: the last, or either one of a matrix.
         margin: Powers of two of headroom of a scale taken from `x`.
+        power_of_two: Whether a scale taken from `x` is a power of two; under `MX` always.
+        guard: Where the given scale would saturate a finite element, take the scale from `x`,
+            without margin, and count the cast as re-cast.
 
     Numerics: amax is over finite elements; with none of them, or all zero, a scale taken from
     `x` is 1. NaN stays NaN, Inf saturates; both count as non-finite and as nothing else. An
@@ -79,24 +121,71 @@ def quantize(x: Tensor, fmt: Format, scale: Tensor | None = None, *, margin: int
 
     Raises:
         UnsupportedError: `x` is not floating point.
+        ValueError: Blocks along an axis that the tensor does not have.
     """
-    values = _as_float32(x)
+    values = _as_float32(x).contiguous()
+    if not isinstance(granularity, PerTensor):
+        values = orient(values, axis)
+    block = granularity.block
     finite = values.isfinite()
     magnitude = torch.where(finite, values, 0).abs_()
-    amax = magnitude.amax() if x.numel() else magnitude.new_zeros(())
-    own_scale = scale_from_amax(amax, fmt.max, margin=margin)
-    scale = own_scale if scale is None else torch.where(scale > 0, scale, own_scale)
-    scale_inv = scale.reciprocal()
-    scaled = values * scale
+    amax = _amax(magnitude, granularity)
+    own_scale = scale_from_amax(
+        amax,
+        fmt.max,
+        margin=0 if guard else margin,
+        power_of_two=power_of_two or isinstance(granularity, MX),
+    )
+    used, recast = _choose(scale, own_scale, amax, fmt.overflow_limit if guard else torch.inf)
+    scale_inv = used.reciprocal()
+    if isinstance(granularity, PerTensor):
+        each, each_inv = used, scale_inv
+    else:
+        each, each_inv = (spread(t, values.shape, block) for t in (used, scale_inv))
+    scaled = values * each
     codes = _saturating_cast(scaled, fmt)
-    stats = _statistics(magnitude, scaled.abs_(), finite, amax, scale_inv, own_scale, fmt)
-    return Quantized(codes=codes, scale_inv=scale_inv, stats=stats)
+    stats = _statistics(magnitude, scaled.abs_(), finite, amax, each_inv, fmt)
+    stats[Stat.SCALE_INV] = scale_inv.max() if scale_inv.numel() else 1
+    stats[Stat.RECAST] = recast
+    seen = stats[Stat.AMAX] >= 0
+    return Quantized(
+        codes=_as_given(codes, x, granularity, axis),
+        scale_inv=scale_inv,
+        amax=torch.where(seen, amax, -1),
+        stats=stats,
+        granularity=granularity,
+        axis=axis,
+    )
 
 
 def _as_float32(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise UnsupportedError(f"expected a floating-point tensor, got {x.dtype}")
     return x.detach().to(torch.float32)
+
+
+def _amax(magnitude: Tensor, granularity: Granularity) -> Tensor:
+    if not isinstance(granularity, PerTensor):
+        return block_amax(magnitude, granularity.block)
+    return magnitude.amax() if magnitude.numel() else magnitude.new_zeros(())
+
+
+def _choose(
+    scale: Tensor | None, own_scale: Tensor, amax: Tensor, limit: float
+) -> tuple[Tensor, Tensor]:
+    """Return the scale to use, and 1 where a block's given scale would pass the limit."""
+    if scale is None:
+        return own_scale, own_scale.new_zeros(())
+    passed = amax * scale > limit
+    recast = passed.any() if passed.ndim else passed
+    return torch.where((scale > 0) & ~passed, scale, own_scale), recast
+
+
+def _as_given(codes: Tensor, x: Tensor, granularity: Granularity, axis: int) -> Tensor:
+    """Return oriented codes in the tensor's own shape, contiguous."""
+    if not isinstance(granularity, PerTensor):
+        codes = orient(codes, axis) if x.ndim == 2 else codes.reshape(x.shape)
+    return codes.contiguous()
 
 
 def _saturating_cast(scaled: Tensor, fmt: Format) -> Tensor:
@@ -109,24 +198,28 @@ def _statistics(
     finite: Tensor,
     amax: Tensor,
     scale_inv: Tensor,
-    own_scale: Tensor,
     fmt: Format,
 ) -> Tensor:
-    """Count from |x| with non-finite elements zeroed (`magnitude`) and |x * scale| (`scaled`)."""
+    """Count from |x| with non-finite elements zeroed (`magnitude`) and |x * scale| (`scaled`).
+
+    `scale_inv` broadcasts against them; its own statistic is left to the caller.
+    """
     elements = finite.numel()
     saturated = (scaled > fmt.overflow_limit) & finite
     # Half the smallest value is a tie and goes to the even neighbour, zero.
     vanishing = torch.count_nonzero(scaled <= fmt.min_subnormal / 2)
     zeros = elements - torch.count_nonzero(magnitude)
     nonfinite = elements - torch.count_nonzero(finite)
-    # Squares are summed of values brought to fmt.max by their own scale: float32 squares of raw
+    # Squares are summed of values brought to fmt.max by one scale: float32 squares of raw
     # values overflow from 1.8e19 on, and a float64 copy costs as much as all the rest.
-    unit = own_scale.to(torch.float64).reciprocal().square()
-    removed = torch.where(saturated, (magnitude - fmt.max * scale_inv) * own_scale, 0)
-    square = magnitude.mul_(own_scale).square_().sum()
+    largest = amax.amax() if amax.numel() else amax.new_zeros(())
+    common = scale_from_amax(largest, fmt.max)
+    unit = common.to(torch.float64).reciprocal().square()
+    removed = torch.where(saturated, (magnitude - fmt.max * scale_inv) * common, 0)
+    square = magnitude.mul_(common).square_().sum()
     fields = {
-        Stat.AMAX: torch.where(nonfinite < elements, amax, -1),
-        Stat.SCALE_INV: scale_inv,
+        Stat.AMAX: torch.where(nonfinite < elements, largest, -1),
+        Stat.SCALE_INV: largest,
         Stat.ELEMENTS: zeros.new_tensor(elements),
         Stat.SATURATED: torch.count_nonzero(saturated),
         Stat.UNDERFLOWED: vanishing - (zeros - nonfinite),

@@ -5,12 +5,23 @@
 so that the largest element lands on the largest representable value, `margin` powers of two
 below it. Rounding in float32 may put `amax * scale` one ulp past `fmt.max`; that is far below
 the overflow limit, and nothing is lost by it.
+
+A *power-of-two* scale is the exact quotient rounded down to a power of two. Down, because a
+scale that is too large overflows; exact, because a quotient that float32 has rounded up to a
+power of two is too large. So it is taken from exponents and mantissas and never divides:
+
+    max = M * 2**m, amax = A * 2**a, M and A in [1/2, 1)
+    floor(log2(max / amax)) = m - a - (1 if A > M else 0)
 """
 
 import torch
 from torch import Tensor
 
 from unclamp.reference import SCALE_MAX, SCALE_MIN
+from unclamp.scaling import MAX_SCALE_EXPONENT
+
+FLOAT32_BIAS = 127
+FLOAT32_MANTISSA_BITS = 23
 
 
 def scale_from_amax(
@@ -18,6 +29,7 @@ def scale_from_amax(
     format_max: float | Tensor,
     *,
     margin: float | Tensor = 0,
+    power_of_two: bool | Tensor = False,
     previous: Tensor | None = None,
 ) -> Tensor:
     """Return `format_max / amax / 2**margin` in float32, elementwise.
@@ -28,6 +40,7 @@ def scale_from_amax(
         amax: Largest absolute finite values, any floating dtype.
         format_max: `Format.max`, or one a row.
         margin: Powers of two of headroom.
+        power_of_two: Round down to a power of two; a bool, or one a row.
         previous: What to keep where `amax` says nothing; 1 without it.
 
     Numerics: where `amax` is 0, NaN or Inf the result is `previous`. Elsewhere it is kept in
@@ -35,9 +48,37 @@ def scale_from_amax(
     Equal, bit for bit, to `unclamp.reference.scale_from_amax`.
     """
     amax = amax.to(torch.float32)
-    headroom = torch.exp2(-torch.as_tensor(margin, dtype=torch.float32, device=amax.device))
     maximum = torch.as_tensor(format_max, dtype=torch.float32, device=amax.device)
-    # Headroom first: max / amax alone overflows for a tiny amax, and would lose the margin.
-    scale = (maximum * headroom / amax).clamp(SCALE_MIN, SCALE_MAX)
+    margin = torch.as_tensor(margin, dtype=torch.float32, device=amax.device)
     known = (amax > 0) & (amax < torch.inf)
+    if power_of_two is True:
+        scale = _floor_power_of_two(maximum, amax, margin)
+    else:
+        # Headroom first: max / amax alone overflows for a tiny amax, and would lose the margin.
+        scale = (maximum * torch.exp2(-margin) / amax).clamp(SCALE_MIN, SCALE_MAX)
+        if isinstance(power_of_two, Tensor):
+            rounded = _floor_power_of_two(maximum, amax, margin)
+            scale = torch.where(power_of_two, rounded, scale)
     return torch.where(known, scale, torch.ones_like(scale) if previous is None else previous)
+
+
+def channel_scale(x: Tensor) -> Tensor:
+    """Return for each channel the power of two that brings its amax into (1/2, 1].
+
+    Shapes: `x` `[tokens, channels]`; the result float32 `[channels]`.
+    Numerics: amax over finite elements; a channel of zeros, or without a finite element, gets 1.
+    Multiplying by the result and by its inverse is exact.
+    """
+    finite = torch.where(x.isfinite(), x, 0)
+    amax = finite.abs().amax(0) if x.shape[0] else finite.new_zeros(x.shape[1])
+    return scale_from_amax(amax, 1.0, power_of_two=True)
+
+
+def _floor_power_of_two(maximum: Tensor, amax: Tensor, margin: Tensor) -> Tensor:
+    max_mantissa, max_exponent = torch.frexp(maximum)
+    mantissa, exponent = torch.frexp(amax)
+    exponent = max_exponent - exponent - (mantissa > max_mantissa).to(torch.int32)
+    exponent = exponent - margin.to(torch.int32)
+    limited = exponent.clamp(-MAX_SCALE_EXPONENT, MAX_SCALE_EXPONENT)
+    # From bits: exp2 need not be exact everywhere.
+    return ((limited + FLOAT32_BIAS) << FLOAT32_MANTISSA_BITS).to(torch.int32).view(torch.float32)

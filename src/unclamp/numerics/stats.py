@@ -52,3 +52,9 @@ def merge_stats(total: Tensor, stats: Tensor) -> None:
         total[..., :MERGED_BY_MAX], stats[..., :MERGED_BY_MAX], out=total[..., :MERGED_BY_MAX]
     )
     total[..., MERGED_BY_MAX:] += stats[..., MERGED_BY_MAX:]
+
+
+def merged_stats(stats: Tensor) -> Tensor:
+    """Return the vectors `[n, len(Stat)]` merged into one; n is 1 or more."""
+    largest = stats[:, :MERGED_BY_MAX].amax(0)
+    return torch.cat([largest, stats[:, MERGED_BY_MAX:].sum(0)])

@@ -106,6 +106,7 @@ TABLES: Mapping[str, pa.Schema] = {
             _column("format", pa.string(), "name of the FP8 format"),
             _column("scaling", pa.string(), "kind of scaling, such as delayed"),
             _column("history_len", pa.int32(), "amax history, updates", nullable=True),
+            _column("granularity", pa.string(), "which elements share a scale", nullable=True),
             _column("format_max", pa.float64(), "largest finite value of the format"),
         ]
     ),
@@ -120,7 +121,7 @@ TABLES: Mapping[str, pa.Schema] = {
             _column("saturated", pa.int64(), "finite elements clamped to +-max, count"),
             _column("underflowed", pa.int64(), "non-zero elements that became zero, count"),
             _column("nonfinite", pa.int64(), "Inf and NaN elements, count"),
-            _column("recast", pa.int64(), "elements cast again with the true scale, count"),
+            _column("recast", pa.int64(), "casts repeated with the true scale, count"),
             _column(
                 "saturated_error",
                 pa.float64(),

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from unclamp.errors import RunLogError, StudyError
-from unclamp.recipe import Dynamic, Recipe, Role, Rule, Scaling
+from unclamp.recipe import Recipe, Role, Rule
 from unclamp.runlog import RunLog, find_runs, is_run
+from unclamp.scaling import Dynamic, Scaling
 from unclamp.study.config import StudyConfig, is_study, read_study, write_study
 from unclamp.study.data import read_text, text_digest
 from unclamp.study.loop import RunPlan, train
@@ -117,13 +118,16 @@ def switch_to_dynamic(recipe: Recipe, sites: Iterable[Site]) -> Recipe:
     switched = set(sites)
     rules = []
     for fqn in dict.fromkeys(fqn for fqn, _ in switched):
-        operands = recipe.operands(fqn)
+        plan = recipe.plan(fqn)
         scalings: dict[Role, Scaling] = {
             role: Dynamic() if (fqn, role) in switched else operand.scaling
-            for role, operand in operands.items()
+            for role, operand in plan.operands.items()
         }
-        formats: dict[Role, str] = {role: operand.format.name for role, operand in operands.items()}
-        rules.append(Rule(match=fqn, scalings=scalings, formats=formats))
+        formats: dict[Role, str] = {r: operand.format.name for r, operand in plan.operands.items()}
+        rule = Rule(
+            match=fqn, scalings=scalings, formats=formats, gemms=plan.gemms, smooth=plan.smooth
+        )
+        rules.append(rule)
     rules.sort(key=lambda rule: rule.match)
     return replace(recipe, rules=(*rules, *recipe.rules))
 

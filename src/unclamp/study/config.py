@@ -13,7 +13,8 @@ from typing import Any
 
 from unclamp.errors import RecipeError, StudyError
 from unclamp.formats import unknown_name
-from unclamp.recipe import SCALINGS, Recipe
+from unclamp.recipe import Recipe
+from unclamp.scaling import scaling_from_dict
 from unclamp.version import __version__
 
 SCENARIOS = {
@@ -247,9 +248,7 @@ def _recipe(value: object) -> Recipe:
     name = _expect(value, str, "recipe")
     if name.endswith(".toml"):
         return Recipe.load(name)
-    if name not in SCALINGS:
-        raise unknown_name("scaling", name, list(SCALINGS))
-    return Recipe.uniform(SCALINGS[name]())
+    return Recipe.uniform(scaling_from_dict({"scaling": name}))
 
 
 def _section(name: str, kind: type[Any], data: object) -> Any:

@@ -11,6 +11,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 
 from unclamp.errors import RecipeError, UnclampWarning
 from unclamp.nn.convert import find_ledgers
-from unclamp.nn.ledger import Ledger
+from unclamp.nn.ledger import Ledger, SwitchListener
 from unclamp.numerics.stats import Stat, merge_stats
-from unclamp.recipe import Delayed
 from unclamp.runlog import Columns, Header, RunLogWriter, Status
+from unclamp.scaling import Delayed, Guarded, Scaling, scaling_to_dict
 from unclamp.version import __version__
 
 Number = float | int | Tensor
@@ -80,6 +81,7 @@ class Recorder:
         for ledger in ledgers:
             self._writer.add("sites", _site_columns(ledger, first))
             self._unsubscribe.append(ledger.subscribe(self._listener(first)))
+            self._unsubscribe.append(ledger.subscribe_to_switches(self._switch_listener(ledger)))
             first += len(ledger.sites)
 
     def step(
@@ -138,6 +140,21 @@ class Recorder:
     def _listener(self, first: int) -> Callable[[Tensor], None]:
         return lambda pending: self._updates.append((first, pending))
 
+    def _switch_listener(self, ledger: Ledger) -> SwitchListener:
+        def record(switched: Mapping[int, tuple[Scaling, Scaling]]) -> None:
+            sites = [
+                {
+                    "fqn": ledger.sites[index].fqn,
+                    "role": ledger.sites[index].role,
+                    "before": _scaling_data(before),
+                    "after": _scaling_data(after),
+                }
+                for index, (before, after) in switched.items()
+            ]
+            self.event("switch", sites=sites)
+
+        return record
+
     def _mind_silence(self, *, heard: bool) -> None:
         if not self._has_sites or heard:
             self._silent_steps = 0
@@ -151,6 +168,15 @@ class Recorder:
                 UnclampWarning,
                 stacklevel=3,
             )
+
+
+def _scaling_data(scaling: Scaling) -> dict[str, Any]:
+    """Return a scaling as plain data; a reduce function by its name."""
+    reduce = getattr(scaling, "reduce", None)
+    if not callable(reduce) or not isinstance(scaling, Delayed | Guarded):
+        return scaling_to_dict(scaling)
+    name = getattr(reduce, "__name__", repr(reduce))
+    return {**scaling_to_dict(replace(scaling, reduce="max")), "reduce": name}
 
 
 def _detached(value: Number) -> Number:
@@ -207,7 +233,8 @@ def _site_columns(ledger: Ledger, first: int) -> Columns:
         "role": [site.role for site in ledger.sites],
         "format": [site.operand.format.name for site in ledger.sites],
         "scaling": [scaling.kind for scaling in scalings],
-        "history_len": [s.history_len if isinstance(s, Delayed) else None for s in scalings],
+        "history_len": [getattr(s, "history_len", None) for s in scalings],
+        "granularity": [str(s.granularity) for s in scalings],
         "format_max": [site.operand.format.max for site in ledger.sites],
     }
 

@@ -1,0 +1,102 @@
+"""The recipe's settings of every scale as columns, so that an update needs no loop over sites."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unclamp.nn.site import Site
+from unclamp.numerics import empty_stats, scale_from_amax
+from unclamp.scaling import Delayed, Guarded, Static
+
+Reduction = tuple[Callable[[Tensor], Tensor], Tensor, int]
+"""A function from histories to amaxes, the rows it is for, and their history length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """One value a row of the ledger, in columns.
+
+    Attributes:
+        format_max: Largest value of the format.
+        margin: Powers of two of headroom.
+        power_of_two: Which scales are powers of two; None where none is.
+        window: Which entries of its history a row looks at, `[rows, longest]`.
+        is_static: Which scales never change, and `static` what they are.
+        site: The site of each row.
+        is_block: Which rows have an amax of their own; None where none does.
+        empty: The pending statistics after an update, `[sites, len(Stat)]`.
+        reductions: Rows whose amax is not the maximum of their window.
+    """
+
+    format_max: Tensor
+    margin: Tensor
+    power_of_two: Tensor | None
+    window: Tensor
+    is_static: Tensor
+    static: Tensor
+    site: Tensor
+    is_block: Tensor | None
+    empty: Tensor
+    reductions: tuple[Reduction, ...]
+
+    @classmethod
+    def of(cls, sites: list[Site], longest: int, device: torch.device) -> "RowSettings":
+        """Return the columns of these sites, for histories of `longest` entries."""
+        of_row = [index for index, site in enumerate(sites) for _ in range(site.scales)]
+        rows = [sites[index] for index in of_row]
+        scalings = [row.operand.scaling for row in rows]
+        windows = torch.tensor([_window(row) for row in rows], device=device)
+        powers = [row.power_of_two for row in rows]
+        blocks = [row.scales > 1 for row in rows]
+        static = [s.scale if isinstance(s, Static) else 0.0 for s in scalings]
+        return cls(
+            format_max=torch.tensor([r.operand.format.max for r in rows], device=device),
+            margin=torch.tensor([float(row.margin) for row in rows], device=device),
+            power_of_two=torch.tensor(powers, device=device) if any(powers) else None,
+            window=torch.arange(longest, device=device) < windows.unsqueeze(1),
+            is_static=torch.tensor([isinstance(s, Static) for s in scalings], device=device).bool(),
+            static=torch.tensor(static, device=device),
+            site=torch.tensor(of_row, device=device, dtype=torch.int64),
+            is_block=torch.tensor(blocks, device=device) if any(blocks) else None,
+            empty=empty_stats(len(sites), device),
+            reductions=_reductions(rows, device),
+        )
+
+    def newest(self, site_amax: Tensor, block_amax: Tensor) -> Tensor:
+        """Return each row's amax since the last update, float32; -1 where nothing was seen."""
+        amax = site_amax.to(torch.float32)[self.site]
+        return amax if self.is_block is None else torch.where(self.is_block, block_amax, amax)
+
+    def scale(self, history: Tensor, *, previous: Tensor) -> Tensor:
+        """Return the scales that follow from the histories; `previous` where they say nothing."""
+        amax = torch.where(self.window, history, 0).amax(dim=1)
+        for reduce, rows, length in self.reductions:
+            amax[rows] = reduce(history[rows, :length])
+        scale = scale_from_amax(
+            amax,
+            self.format_max,
+            margin=self.margin,
+            power_of_two=False if self.power_of_two is None else self.power_of_two,
+            previous=previous,
+        )
+        return torch.where(self.is_static, self.static, scale)
+
+
+def _reductions(rows: list[Site], device: torch.device) -> tuple[Reduction, ...]:
+    groups: dict[tuple[Callable[[Any], Any], int], list[int]] = {}
+    for row, site in enumerate(rows):
+        scaling = site.operand.scaling
+        if isinstance(scaling, Delayed | Guarded) and not isinstance(scaling.reduce, str):
+            groups.setdefault((scaling.reduce, scaling.history_len), []).append(row)
+    return tuple(
+        (reduce, torch.tensor(found, device=device), length)
+        for (reduce, length), found in groups.items()
+    )
+
+
+def _window(site: Site) -> int:
+    """Newest entries whose maximum is the amax; "most_recent" looks at one."""
+    return 1 if getattr(site.operand.scaling, "reduce", None) == "most_recent" else site.history_len

@@ -1,0 +1,224 @@
+"""The three sites of one layer: how its operands are cast, and where their state lies.
+
+`LayerSites` is what the layer's forward and backward read. It is the recipe's plan for the layer
+in plain types, and views of the ledger's tensors, so that a compiled graph can guard on the
+former, take the latter as inputs, and serve any layer with the same plan.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from unclamp.numerics import GemmOperand, block_grid, empty_stats, merged_stats
+from unclamp.numerics.operators import CastPlan, Codes, commit, quantize_operand, raise_amax
+from unclamp.recipe import GEMMS, ROLES, Gemm, LayerPlan, Operand, Role
+from unclamp.scaling import MX, Delayed, Dynamic, Guarded, HighPrecision, PerTensor, is_square
+
+if TYPE_CHECKING:
+    from unclamp.nn.ledger import Ledger
+
+HIGH = HighPrecision.kind
+DEFAULT_HISTORY_LEN = Delayed().history_len
+"""Updates remembered for sites whose scaling asks for none."""
+
+Axis = Literal[0, 1]
+AXES: dict[tuple[Role, Gemm], Axis] = {
+    ("input", "output"): 1,
+    ("weight", "output"): 1,
+    ("grad_output", "grad_input"): 1,
+    ("weight", "grad_input"): 0,
+    ("grad_output", "grad_weight"): 0,
+    ("input", "grad_weight"): 0,
+}
+"""The axis of each operand, as the layer holds it, that each GEMM contracts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One operand of one layer, and what the recipe gives it.
+
+    `shape` is that of a weight, whose blocks can have histories; empty for other roles.
+    """
+
+    fqn: str
+    role: Role
+    operand: Operand
+    shape: tuple[int, ...] = ()
+
+    @property
+    def history_len(self) -> int:
+        """Updates that its scaling looks back on."""
+        scaling = self.operand.scaling
+        has_history = isinstance(scaling, Delayed | Guarded)
+        return scaling.history_len if has_history else DEFAULT_HISTORY_LEN
+
+    @property
+    def margin(self) -> int:
+        """Powers of two of headroom."""
+        return getattr(self.operand.scaling, "margin", 0)
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether its scales are powers of two."""
+        scaling = self.operand.scaling
+        return getattr(scaling, "power_of_two", False) or isinstance(scaling.granularity, MX)
+
+    @property
+    def grids(self) -> dict[Axis, tuple[int, int]]:
+        """Shape of the scales with a history, for a cast along each axis; empty per tensor."""
+        scaling = self.operand.scaling
+        if not isinstance(scaling, Delayed | Guarded) or isinstance(scaling.granularity, PerTensor):
+            return {}
+        block, (rows, columns) = scaling.granularity.block, self.shape
+        grids: dict[Axis, tuple[int, int]] = {1: block_grid(rows, columns, block)}
+        if not is_square(scaling.granularity):
+            grids[0] = block_grid(columns, rows, block)
+        return grids
+
+    @property
+    def scales(self) -> int:
+        """Scales with a history of their own: one, or one a block of each cast."""
+        return sum(rows * columns for rows, columns in self.grids.values()) or 1
+
+    @property
+    def cast_plan(self) -> CastPlan | None:
+        """How it is cast; None in high precision."""
+        scaling = self.operand.scaling
+        if isinstance(scaling, HighPrecision):
+            return None
+        return CastPlan(
+            format=self.operand.format.name,
+            granularity=str(scaling.granularity),
+            margin=self.margin,
+            power_of_two=self.power_of_two,
+            guard=isinstance(scaling, Guarded),
+        )
+
+
+Casts = dict[Axis, Codes]
+"""A role's casts by the axis that their GEMM contracts; the same one twice if it serves both."""
+
+
+class LayerSites:
+    """One layer's plan, and views of its state in the ledger.
+
+    Attributes:
+        indices: Each role's index among the ledger's sites.
+        casts: How each role is cast; None in high precision.
+        modes: How each GEMM adds, or "high_precision".
+        smooth: Whether the input is scaled by channel, and the weight by the inverse.
+        warming: Whether casts are only counted, and every GEMM runs in high precision.
+        plain: Whether the layer is `nn.Linear`: nothing is cast.
+        scales: Views of the ledger's scales, 0-d per tensor, by role and axis; None where the
+            cast takes its own.
+        pending: View of the ledger's statistics, `[3, len(Stat)]`.
+        no_stats: What a role without a cast commits.
+        square: Whether a cast of a role serves both its GEMMs.
+        block_amax: Views of the ledger's amaxes of blocks, by role and axis, where a history has
+            more than one.
+    """
+
+    def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
+        self.ledger = ledger
+        self.indices = dict(indices)
+        self.smooth = plan.smooth
+        self.modes = {g: m if isinstance(m, str) else HIGH for g, m in plan.gemms.items()}
+        self.bind()
+        ledger.layers.add(self)
+
+    def bind(self) -> None:
+        """Take the plan and the views anew: after anything in the ledger but numbers changed."""
+        ledger, first = self.ledger, self.indices["input"]
+        sites: dict[Role, Site] = {r: ledger.sites[index] for r, index in self.indices.items()}
+        self.fqn = sites["input"].fqn
+        self.casts = {role: site.cast_plan for role, site in sites.items()}
+        self.warming = ledger.is_warming
+        self.plain = all(not self._needs_cast(role) for role in ROLES)
+        self.square = {r: is_square(s.operand.scaling.granularity) for r, s in sites.items()}
+        self.pending = ledger.pending[first : first + len(ROLES)]
+        self.no_stats = empty_stats(1, ledger.pending.device)[0]
+        self.scales: dict[tuple[Role, Axis], Tensor | None] = {}
+        self.block_amax: dict[tuple[Role, Axis], Tensor] = {}
+        for role, site in sites.items():
+            self._bind_role(role, site, ledger.first_row[self.indices[role]])
+
+    def _bind_role(self, role: Role, site: Site, row: int) -> None:
+        takes_own = isinstance(site.operand.scaling, Dynamic | HighPrecision)
+        for axis in (1, 0):
+            grid = site.grids.get(axis)
+            if takes_own:
+                self.scales[role, axis] = None
+            elif grid is None:
+                self.scales[role, axis] = self.ledger.scale[row]
+            else:
+                last = row + grid[0] * grid[1]
+                self.scales[role, axis] = self.ledger.scale[row:last].view(grid)
+                self.block_amax[role, axis] = self.ledger.block_amax[row:last].view(grid)
+                row = last
+
+    def operand(self, role: Role) -> Operand:
+        """Return what this role gets, as it stands now."""
+        return self.ledger.sites[self.indices[role]].operand
+
+    def _needs_cast(self, role: Role) -> bool:
+        used = (gemm for gemm in GEMMS if (role, gemm) in AXES)
+        return self.casts[role] is not None and any(self.modes[gemm] != HIGH for gemm in used)
+
+    def is_high(self, gemm: Gemm) -> bool:
+        """Whether a GEMM computes from operands that are not cast."""
+        return self.warming or self.modes[gemm] == HIGH
+
+    def cast(self, role: Role, x: Tensor, gemms: Iterable[Gemm]) -> Casts:
+        """Cast an operand for these GEMMs: once where its blocks are square, else once an axis."""
+        plan = self.casts[role]
+        axes = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
+        if plan is None or not axes:
+            return {}
+        if not self.square[role]:
+            return {a: quantize_operand(x, self.scales[role, a], plan, a) for a in axes}
+        codes = quantize_operand(x, self.scales[role, 1], plan, 1)
+        return {1: codes, 0: codes._replace(scale_inv=codes.scale_inv.t())}
+
+    def gemm_operand(self, role: Role, x: Tensor, casts: Casts, gemm: Gemm) -> GemmOperand:
+        """Return an operand as it enters a GEMM: its codes, or itself."""
+        axis, plan = AXES[role, gemm], self.casts[role]
+        if plan is None or self.is_high(gemm):
+            return GemmOperand(x, axis=axis)
+        codes = casts[axis]
+        return GemmOperand(codes.codes, codes.scale_inv, plan.granularity, axis)
+
+    def commit(self, casts: Mapping[Role, Casts]) -> None:
+        """Hand statistics, and amaxes of blocks, to the ledger."""
+        stats = []
+        for role in ROLES:
+            made = casts.get(role, {})
+            for axis, codes in made.items():
+                if (role, axis) in self.block_amax:
+                    raise_amax(self.block_amax[role, axis], codes.amax)
+            stats.append(self._statistics(role, made))
+        commit(self.pending, torch.stack(stats))
+
+    def _statistics(self, role: Role, made: Casts) -> Tensor:
+        """Return the statistics of a role's casts as one vector."""
+        if not made:
+            return self.no_stats
+        vectors = [codes.stats for codes in made.values()]
+        return vectors[0] if self.square[role] else merged_stats(torch.stack(vectors))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerSites":
+        twin = object.__new__(LayerSites)
+        memo[id(self)] = twin
+        twin.__setstate__({**self.__getstate__(), "ledger": copy.deepcopy(self.ledger, memo)})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("ledger", "indices", "smooth", "modes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.bind()
+        self.ledger.layers.add(self)

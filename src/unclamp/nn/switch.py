@@ -1,0 +1,105 @@
+"""Change the scaling of converted layers while they train."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from unclamp.errors import ConvertError, RecipeError
+from unclamp.nn.ledger import Ledger
+from unclamp.nn.linear import Fp8Linear
+from unclamp.recipe import ROLES, Role, check_scaling, matches
+from unclamp.scaling import Scaling, describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchReport:
+    """What `switch` did: for each layer and role, the scaling before and after."""
+
+    switched: dict[str, dict[Role, tuple[Scaling, Scaling]]]
+
+    def __str__(self) -> str:
+        lines = [f"switched {len(self.switched)} layers; where compiled, each recompiles once"]
+        for fqn, roles in self.switched.items():
+            said = (f"{r} {describe(old)} -> {describe(new)}" for r, (old, new) in roles.items())
+            lines.append(f"  {fqn or '(the model itself)'}: {', '.join(said)}")
+        return "\n".join(lines)
+
+
+def switch(
+    model: nn.Module,
+    glob: str = "*",
+    *,
+    scaling: Scaling | None = None,
+    input: Scaling | None = None,
+    weight: Scaling | None = None,
+    grad_output: Scaling | None = None,
+) -> SwitchReport:
+    """Give the converted layers that match another scaling, from their next cast on.
+
+    Histories go on whatever the scaling, so delayed -> dynamic -> delayed gives the scales that
+    delayed alone would have given. Formats stay. A recorder writes the switch as an event of the
+    coming step. Under `torch.compile` each layer that changes recompiles once, and no other.
+
+    Args:
+        model: A model with converted layers.
+        glob: Which layers, as in a recipe's rules.
+        scaling: For all three roles but those that are named too.
+        input: For the layers' input.
+        weight: For their weight.
+        grad_output: For the gradient that comes back.
+
+    Returns:
+        What changed; a role that has the scaling already is left out.
+
+    Raises:
+        ConvertError: No converted layer matches. Nothing is changed.
+        RecipeError: No scaling is given, or one that makes no sense for its role.
+
+    Example:
+        >>> import torch, unclamp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8))
+        >>> report = unclamp.convert(model, unclamp.Recipe())
+        >>> print(unclamp.switch(model, "1", input=unclamp.Dynamic()))
+        switched 1 layers; where compiled, each recompiles once
+          1: input delayed -> dynamic
+    """
+    named: dict[Role, Scaling | None] = {
+        "input": input or scaling,
+        "weight": weight or scaling,
+        "grad_output": grad_output or scaling,
+    }
+    wanted: dict[Role, Scaling] = {role: new for role, new in named.items() if new is not None}
+    if not wanted:
+        raise RecipeError("a switch needs a scaling, such as input=Dynamic()")
+    for role, new in wanted.items():
+        check_scaling(role, new)
+    layers = _converted(model)
+    found = {fqn: layer for fqn, layer in layers.items() if matches(fqn, glob)}
+    if not found:
+        listed = ", ".join(list(layers)[:20]) + (", ..." if len(layers) > 20 else "")
+        raise ConvertError(
+            f"{glob!r} matches no converted layer of the model; it has: {listed or 'none'}"
+        )
+    return SwitchReport(switched=_carry_out(found, wanted))
+
+
+def _converted(model: nn.Module) -> dict[str, Fp8Linear]:
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, Fp8Linear)}
+
+
+def _carry_out(
+    layers: Mapping[str, Fp8Linear], wanted: Mapping[Role, Scaling]
+) -> dict[str, dict[Role, tuple[Scaling, Scaling]]]:
+    switched: dict[str, dict[Role, tuple[Scaling, Scaling]]] = {}
+    changes: dict[Ledger, dict[int, Scaling]] = {}
+    for fqn, layer in layers.items():
+        for role in ROLES:
+            old, new = layer.sites.operand(role).scaling, wanted.get(role)
+            if new is None or new == old:
+                continue
+            switched.setdefault(fqn, {})[role] = (old, new)
+            changes.setdefault(layer.sites.ledger, {})[layer.sites.indices[role]] = new
+    for ledger, scalings in changes.items():
+        ledger.switch(scalings)
+    return switched

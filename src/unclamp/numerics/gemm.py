@@ -1,0 +1,102 @@
+"""The GEMM of quantised operands, emulated: `a @ b.T` with the contracted axis named per operand.
+
+    out[m, n] = sum over k of a_hat[m, k] * b_hat[n, k]
+
+With `accumulate="float32"` the operands are dequantised and multiplied by torch in float32.
+"hopper" and "hopper_fast" add the products of the *codes* as a Hopper tensor core does
+(`unclamp.numerics.hopper`) and apply the scales to the sums: once where a scale serves the whole
+contracted axis, else after each block along it, which is where block-scaled kernels promote.
+An operand in high precision is no operand of an FP8 tensor core: such a GEMM adds in float32.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclamp.numerics.blocks import orient, spread
+from unclamp.numerics.cast import dequantize_codes
+from unclamp.scaling import Block, parse_granularity
+
+
+class GemmOperand(NamedTuple):
+    """A matrix as it enters a GEMM: codes and their scales, or a tensor in high precision.
+
+    `tensor` is `[rows, contracted]` with `axis` 1 and `[contracted, rows]` with `axis` 0;
+    `scale_inv` is that of `Quantized`, None in high precision; `granularity` is given by name.
+    """
+
+    tensor: Tensor
+    scale_inv: Tensor | None = None
+    granularity: str = "tensor"
+    axis: int = 1
+
+    @property
+    def block(self) -> Block:
+        """Elements across and along the contracted axis that share a scale."""
+        return parse_granularity(self.granularity).block
+
+    def values(self) -> Tensor:
+        """Return what the GEMM multiplies, float32, `[rows, contracted]`."""
+        if self.scale_inv is None:
+            return orient(self.tensor.to(torch.float32), self.axis)
+        granularity = parse_granularity(self.granularity)
+        values = dequantize_codes(
+            self.tensor, self.scale_inv, granularity=granularity, axis=self.axis
+        )
+        return orient(values, self.axis)
+
+
+def matmul(
+    a: GemmOperand, b: GemmOperand, bias: Tensor | None = None, *, accumulate: str = "float32"
+) -> Tensor:
+    """Return `a @ b.T + bias` in float32, `[rows of a, rows of b]`.
+
+    Numerics: NaN and Inf spread as in any GEMM; an empty contracted axis gives zeros.
+    """
+    # Under autocast F.linear would leave float32.
+    with torch.autocast(a.tensor.device.type, enabled=False):
+        bias = None if bias is None else bias.to(torch.float32)
+        if accumulate == "float32" or a.scale_inv is None or b.scale_inv is None:
+            return F.linear(a.values(), b.values(), bias)
+        out = _hopper(a, b, fast=accumulate == "hopper_fast")
+        return out if bias is None else out + bias
+
+
+def _hopper(a: GemmOperand, b: GemmOperand, *, fast: bool) -> Tensor:
+    # numba takes a while to import, and only these modes need it.
+    from unclamp.numerics.hopper import hopper_matmul  # noqa: PLC0415
+
+    codes = [orient(x.tensor.to(torch.float32), x.axis) for x in (a, b)]
+    contracted = codes[0].shape[1]
+    step = _segment(a, b, contracted)
+    scales = [_scales(x, code.shape[0]) for x, code in zip((a, b), codes, strict=True)]
+    out = codes[0].new_zeros(codes[0].shape[0], codes[1].shape[0])
+    for first in range(0, contracted, step):
+        a_part, b_part = (code[:, first : first + step] for code in codes)
+        a_scale, b_scale = (
+            _scale_at(x, scale, first) for x, scale in zip((a, b), scales, strict=True)
+        )
+        out += hopper_matmul(a_part, b_part, fast=fast) * a_scale * b_scale.t()
+    return out
+
+
+def _segment(a: GemmOperand, b: GemmOperand, contracted: int) -> int:
+    """Return how far along the contracted axis one pair of scales serves."""
+    lengths = [x.block[1] for x in (a, b)]
+    return math.gcd(*(length for length in lengths if length is not None)) or max(contracted, 1)
+
+
+def _scales(x: GemmOperand, rows: int) -> Tensor:
+    """Return one scale a row and block along: `[rows or 1, blocks along]`."""
+    assert x.scale_inv is not None
+    scale = x.scale_inv.reshape(1, 1) if x.scale_inv.ndim == 0 else x.scale_inv
+    return spread(scale, (rows, scale.shape[1]), (x.block[0], None))
+
+
+def _scale_at(x: GemmOperand, scale: Tensor, first: int) -> Tensor:
+    along = x.block[1]
+    column = 0 if along is None else first // along
+    return scale[:, column : column + 1]

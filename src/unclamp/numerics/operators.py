@@ -1,0 +1,198 @@
+"""The casts, the GEMM and the commit as torch operators, so that `torch.compile` sees them whole.
+
+In eager mode the functions call the arithmetic directly. While a graph is compiled they become
+nodes of it, `unclamp::quantize` and so on, which run the same arithmetic: compiled and eager agree bit for bit, and a graph does not depend
+on which layer it serves. `commit` and `raise_amax` write into the ledger's tensors; the compiler
+knows it from their signatures and keeps them in backward, where they are called.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unclamp.formats import get_format
+from unclamp.numerics.blocks import block_grid
+from unclamp.numerics.cast import quantize, torch_dtype
+from unclamp.numerics.gemm import GemmOperand, matmul
+from unclamp.numerics.stats import Stat, merge_stats
+from unclamp.scaling import PerTensor, parse_granularity
+
+LIBRARY = torch.library.Library("unclamp", "DEF")
+
+
+class CastPlan(NamedTuple):
+    """How a role is cast, in types that an operator's signature can carry."""
+
+    format: str
+    granularity: str = "tensor"
+    margin: int = 0
+    power_of_two: bool = False
+    guard: bool = False
+
+
+class Codes(NamedTuple):
+    """What a cast gives: `Quantized` without the settings."""
+
+    codes: Tensor
+    scale_inv: Tensor
+    amax: Tensor
+    stats: Tensor
+
+
+def quantize_operand(x: Tensor, scale: Tensor | None, plan: CastPlan, axis: int) -> Codes:
+    """Cast a matrix as `unclamp.numerics.quantize` does."""
+    call = torch.ops.unclamp.quantize if torch.compiler.is_compiling() else _quantize
+    return Codes(*call(x, scale, *plan, axis))
+
+
+def gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None, accumulate: str) -> Tensor:
+    """Multiply as `unclamp.numerics.matmul` does."""
+    if not torch.compiler.is_compiling():
+        return matmul(a, b, bias, accumulate=accumulate)
+    return torch.ops.unclamp.matmul(*a, *b, bias, accumulate)
+
+
+def commit(pending: Tensor, stats: Tensor) -> None:
+    """Merge casts' statistics into the ledger's, `[n, len(Stat)]` each, in place."""
+    call = torch.ops.unclamp.commit if torch.compiler.is_compiling() else merge_stats
+    call(pending, stats)
+
+
+def raise_amax(pending: Tensor, amax: Tensor) -> None:
+    """Raise the amaxes since the last update to these where they are larger, in place."""
+    call = torch.ops.unclamp.raise_amax if torch.compiler.is_compiling() else _raise_amax
+    call(pending, amax)
+
+
+def sum_tokens(x: Tensor) -> Tensor:
+    """Return the sum over the first axis in float32: a compiler's own would add otherwise."""
+    call = torch.ops.unclamp.sum_tokens if torch.compiler.is_compiling() else _sum_tokens
+    return call(x)
+
+
+def _quantize(
+    x: Tensor,
+    scale: Tensor | None,
+    format: str,
+    granularity: str,
+    margin: int,
+    power_of_two: bool,
+    guard: bool,
+    axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q = quantize(
+        x,
+        get_format(format),
+        scale,
+        granularity=parse_granularity(granularity),
+        axis=axis,
+        margin=margin,
+        power_of_two=power_of_two,
+        guard=guard,
+    )
+    return q.codes, q.scale_inv, q.amax, q.stats
+
+
+def _matmul(
+    a: Tensor,
+    a_scale_inv: Tensor | None,
+    a_granularity: str,
+    a_axis: int,
+    b: Tensor,
+    b_scale_inv: Tensor | None,
+    b_granularity: str,
+    b_axis: int,
+    bias: Tensor | None,
+    accumulate: str,
+) -> Tensor:
+    first = GemmOperand(a, a_scale_inv, a_granularity, a_axis)
+    second = GemmOperand(b, b_scale_inv, b_granularity, b_axis)
+    return matmul(first, second, bias, accumulate=accumulate)
+
+
+def _raise_amax(pending: Tensor, amax: Tensor) -> None:
+    torch.maximum(pending, amax, out=pending)
+
+
+def _sum_tokens(x: Tensor) -> Tensor:
+    return x.sum(0, dtype=torch.float32)
+
+
+def _commit_kernel(pending: Tensor, stats: Tensor) -> None:
+    merge_stats(pending, stats)
+    # Below autograd nobody else does; the ledger sees by the version that something is pending.
+    torch.autograd.graph.increment_version(pending)
+
+
+def _register() -> None:
+    """Define the operators, with what they return for tensors without data."""
+    LIBRARY.define(
+        "quantize(Tensor x, Tensor? scale, str format, str granularity, int margin, "
+        "bool power_of_two, bool guard, int axis) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    LIBRARY.define(
+        "matmul(Tensor a, Tensor? a_scale_inv, str a_granularity, int a_axis, "
+        "Tensor b, Tensor? b_scale_inv, str b_granularity, int b_axis, "
+        "Tensor? bias, str accumulate) -> Tensor"
+    )
+    LIBRARY.define("commit(Tensor(a!) pending, Tensor stats) -> ()")
+    LIBRARY.define("sum_tokens(Tensor x) -> Tensor")
+    LIBRARY.define("raise_amax(Tensor(a!) pending, Tensor amax) -> ()")
+    kernels = {
+        "quantize": (_quantize, _fake_quantize),
+        "matmul": (_matmul, _fake_matmul),
+        "sum_tokens": (_sum_tokens, _fake_sum_tokens),
+        "commit": (_commit_kernel, _fake_nothing),
+        "raise_amax": (_raise_amax, _fake_nothing),
+    }
+    for name, (kernel, fake) in kernels.items():
+        LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"unclamp::{name}", fake, lib=LIBRARY)
+
+
+def _fake_quantize(
+    x: Tensor,
+    scale: Tensor | None,
+    format: str,
+    granularity: str,
+    margin: int,
+    power_of_two: bool,
+    guard: bool,
+    axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parsed = parse_granularity(granularity)
+    rows, columns = x.shape if axis == 1 else x.shape[::-1]
+    grid = () if isinstance(parsed, PerTensor) else block_grid(rows, columns, parsed.block)
+    return (
+        x.new_empty(x.shape, dtype=torch_dtype(get_format(format))),
+        x.new_empty(grid, dtype=torch.float32),
+        x.new_empty(grid, dtype=torch.float32),
+        x.new_empty(len(Stat), dtype=torch.float64),
+    )
+
+
+def _fake_matmul(
+    a: Tensor,
+    a_scale_inv: Tensor | None,
+    a_granularity: str,
+    a_axis: int,
+    b: Tensor,
+    b_scale_inv: Tensor | None,
+    b_granularity: str,
+    b_axis: int,
+    bias: Tensor | None,
+    accumulate: str,
+) -> Tensor:
+    return a.new_empty(a.shape[1 - a_axis], b.shape[1 - b_axis], dtype=torch.float32)
+
+
+def _fake_sum_tokens(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1:], dtype=torch.float32)
+
+
+def _fake_nothing(pending: Tensor, other: Tensor) -> None:
+    pass
+
+
+_register()
