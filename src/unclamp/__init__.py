@@ -38,8 +38,10 @@ if TYPE_CHECKING:
         RevertReport,
         SwitchReport,
         convert,
+        first_and_last,
         revert,
         switch,
+        weights_only,
     )
     from unclamp.numerics import Quantized, cast, dequantize, quantize, scale_from_amax
     from unclamp.runlog import RunLog
@@ -53,6 +55,8 @@ _LAZY = {
     "revert": "unclamp.nn",
     "SwitchReport": "unclamp.nn",
     "switch": "unclamp.nn",
+    "first_and_last": "unclamp.nn",
+    "weights_only": "unclamp.nn",
     "Quantized": "unclamp.numerics",
     "cast": "unclamp.numerics",
     "dequantize": "unclamp.numerics",
@@ -97,10 +101,12 @@ __all__ = [
     "cast",
     "convert",
     "dequantize",
+    "first_and_last",
     "quantize",
     "revert",
     "scale_from_amax",
     "switch",
+    "weights_only",
 ]
 
 

@@ -2,9 +2,16 @@
 and switch.
 """  # noqa: D205
 
-from unclamp.nn.convert import ConvertReport, RevertReport, convert, find_ledgers, revert
+from unclamp.nn.convert import (
+    ConvertReport,
+    RevertReport,
+    convert,
+    find_ledgers,
+    first_and_last,
+    revert,
+)
 from unclamp.nn.ledger import Ledger
-from unclamp.nn.linear import Fp8Linear
+from unclamp.nn.linear import Fp8Linear, weights_only
 from unclamp.nn.site import Site
 from unclamp.nn.switch import SwitchReport, switch
 
@@ -17,6 +24,8 @@ __all__ = [
     "SwitchReport",
     "convert",
     "find_ledgers",
+    "first_and_last",
     "revert",
     "switch",
+    "weights_only",
 ]

@@ -131,6 +131,16 @@ def revert(model: nn.Module) -> RevertReport:
     return RevertReport(reverted=tuple(reverted))
 
 
+def first_and_last(model: nn.Module) -> list[str]:
+    """Return the names of a model's first and last linear layer, in the order of registration.
+
+    They are often left in high precision: `convert(model, recipe, skip=first_and_last(model))`.
+    The report of `convert` says what that left alone.
+    """
+    linear = [fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return list(dict.fromkeys([*linear[:1], *linear[-1:]]))
+
+
 def find_ledgers(model: nn.Module) -> list[Ledger]:
     """Return the ledgers of a model's converted layers: none, or one unless parts of it were
     converted apart.

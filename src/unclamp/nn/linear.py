@@ -32,6 +32,7 @@ On the down projection of a gated MLP that is Smooth-SwiGLU (arXiv 2409.12517): 
 scale, folded into the up projection whose output it multiplies, and into the down projection.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -50,6 +51,19 @@ Commit = Literal["in backward", "now"] | None
 
 STATE_PREFIX = "unclamp_"
 """Starts the name of every key of scaling state in a state_dict."""
+
+
+def weights_only(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state_dict without scaling state: what a model that is not converted can load.
+
+    Transformers' `save_pretrained(path, state_dict=weights_only(model.state_dict()))` writes a
+    checkpoint for others in the middle of training.
+    """
+    return {
+        key: value
+        for key, value in state_dict.items()
+        if not key.rpartition(".")[2].startswith(STATE_PREFIX)
+    }
 
 
 class Fp8Linear(nn.Linear):

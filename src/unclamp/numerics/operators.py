@@ -1,9 +1,10 @@
 """The casts, the GEMM and the commit as torch operators, so that `torch.compile` sees them whole.
 
 In eager mode the functions call the arithmetic directly. While a graph is compiled they become
-nodes of it, `unclamp::quantize` and so on, which run the same arithmetic: compiled and eager agree bit for bit, and a graph does not depend
-on which layer it serves. `commit` and `raise_amax` write into the ledger's tensors; the compiler
-knows it from their signatures and keeps them in backward, where they are called.
+nodes of it, `unclamp::quantize` and so on, which run the same arithmetic: compiled and eager agree
+bit for bit, and a graph does not depend on which layer it serves. `commit` and `raise_amax` write
+into the ledger's tensors; the compiler knows it from their signatures and keeps them in backward,
+where they are called.
 """
 
 from typing import NamedTuple

@@ -53,7 +53,9 @@ class ArmView:
             deviation over seeds, NaN with one; None for that arm itself.
         planted_ratio: Loss over that of the dynamic arm at the same planted step and seed,
             mean, smallest and largest; None without planted steps or without that arm.
+        casts: Casts made.
         clamped_casts: Casts in which anything saturated.
+        recasts: Casts repeated with the true scale, by guarded scaling.
         overshoot: Largest amax over the largest representable value.
     """
 
@@ -67,7 +69,9 @@ class ArmView:
     planted_spikes: int
     other_spikes: int
     saturated: float
+    casts: float
     clamped_casts: float
+    recasts: float
     underflow_share: float
     overshoot: float
     tokens_per_s: float | None
@@ -179,6 +183,7 @@ SELECT fqn, role, any_value(format) AS format, any_value(scaling) AS scaling,
        sum(elements)::BIGINT AS elements, sum(saturated)::BIGINT AS saturated,
        sum(underflowed)::BIGINT AS underflowed, sum(nonfinite)::BIGINT AS nonfinite,
        count(*) FILTER (saturated > 0)::BIGINT AS clamped_casts,
+       sum(recast)::BIGINT AS recasts, sum(microsteps)::BIGINT AS casts,
        max(amax::DOUBLE * scale / format_max) AS overshoot,
        sum(saturated_error) AS clamp_error,
        arg_max(step, saturated_error) FILTER (saturated > 0) AS worst_step
@@ -276,7 +281,9 @@ def _arm_view(name: str, runs: dict[int, RunFigures], baseline: dict[int, RunFig
         planted_spikes=len(at_planted),
         other_spikes=spikes - len(at_planted),
         saturated=sum(site["saturated"] for site in sites) / len(runs),
+        casts=sum(site["casts"] for site in sites) / len(runs),
         clamped_casts=sum(site["clamped_casts"] for site in sites) / len(runs),
+        recasts=sum(site["recasts"] for site in sites) / len(runs),
         underflow_share=sum(site["underflowed"] for site in sites) / max(elements, 1),
         overshoot=max((site["overshoot"] for site in sites), default=0.0),
         tokens_per_s=float(np.mean(speeds)) if speeds else None,
@@ -353,7 +360,16 @@ def _worst(runs: list[RunFigures]) -> list[dict[str, Any]]:
 
 
 def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    added = ("elements", "saturated", "underflowed", "nonfinite", "clamped_casts", "clamp_error")
+    added = (
+        "elements",
+        "saturated",
+        "underflowed",
+        "nonfinite",
+        "clamped_casts",
+        "clamp_error",
+        "recasts",
+        "casts",
+    )
     worst = one["worst_step"] if one["worst_step"] is not None else other["worst_step"]
     return {
         **one,

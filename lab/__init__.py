@@ -1,0 +1,1 @@
+"""Scripts of the dated experiments in LOG.md."""
