@@ -1,1 +1,0 @@
-"""Scripts of the dated experiments in LOG.md."""

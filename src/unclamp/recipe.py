@@ -8,108 +8,36 @@ It knows nothing of torch; `unclamp.nn` carries it out.
 
 A glob matches a module's dotted name, or any tail of it that starts after a dot, so that
 "layers.*.mlp.down_proj" finds "model.layers.3.mlp.down_proj" and "lm_head" finds itself; `*`
-crosses dots. Rules are tried in order and the first that matches decides for the module; what
-it leaves open comes from the recipe's own settings.
-
-Three things can be said of a layer: of each *role* (operand) its scaling and format, of each
-*GEMM* how it accumulates or that it runs in high precision, and whether its input is smoothed.
+crosses dots. Rules (`unclamp.rule`) are tried in order and the first that matches decides for the
+module; what it leaves open comes from the recipe's own settings.
 """
 
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import tomli_w
 
 from unclamp.errors import RecipeError
-from unclamp.formats import Format, get_format, unknown_name
-from unclamp.scaling import (
-    Delayed,
-    Guarded,
-    HighPrecision,
-    PerTensor,
-    Scaling,
-    check_int,
-    scaling_from_dict,
-    scaling_to_dict,
+from unclamp.formats import get_format
+from unclamp.rule import (
+    DEFAULT_FORMATS,
+    GEMMS,
+    ROLES,
+    SETTINGS,
+    Gemm,
+    LayerPlan,
+    Mode,
+    Operand,
+    Rule,
+    check_keys,
+    check_smooth,
+    rule_from_dict,
+    rule_to_dict,
 )
-
-Role = Literal["input", "weight", "grad_output"]
-ROLES: tuple[Role, ...] = get_args(Role)
-Gemm = Literal["output", "grad_input", "grad_weight"]
-GEMMS: tuple[Gemm, ...] = get_args(Gemm)
-ACCUMULATES = ("float32", "hopper", "hopper_fast")
-"""How a GEMM of FP8 operands adds: in float32, or as a Hopper tensor core does, without and
-with `use_fast_accum`."""
-DEFAULT_FORMATS: dict[Role, str] = {"input": "e4m3fn", "weight": "e4m3fn", "grad_output": "e5m2"}
-
-Mode = str | HighPrecision
-"""One of `ACCUMULATES`, or HighPrecision()."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operand:
-    """What one operand of one layer gets."""
-
-    format: Format
-    scaling: Scaling
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerPlan:
-    """What one layer gets: its operands, its GEMMs, and whether its input is smoothed."""
-
-    operands: Mapping[Role, Operand]
-    gemms: Mapping[Gemm, Mode]
-    smooth: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """An override: for modules that match, what to change for some roles and GEMMs."""
-
-    match: str
-    scalings: Mapping[Role, Scaling] = field(default_factory=dict)
-    formats: Mapping[Role, str] = field(default_factory=dict)
-    gemms: Mapping[Gemm, Mode] = field(default_factory=dict)
-    accumulate: str | None = None
-    smooth: bool | None = None
-
-    def __post_init__(self) -> None:
-        for role, scaling in self.scalings.items():
-            check_scaling(role, scaling)
-        for role, name in self.formats.items():
-            _check_role(role)
-            get_format(name)
-        for gemm, mode in self.gemms.items():
-            _check_mode(gemm, mode)
-        if self.accumulate is not None:
-            _check_mode("accumulate", self.accumulate)
-        if not isinstance(self.smooth, bool | None):
-            raise RecipeError(f"expected True or False for smooth, got {self.smooth!r}")
-
-    def matches(self, fqn: str) -> bool:
-        """Whether the rule applies to a module of this dotted name."""
-        return matches(fqn, self.match)
-
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether the rule says nothing of the modules that it matches."""
-        says = (self.scalings, self.formats, self.gemms, self.accumulate, self.smooth is not None)
-        return not any(says)
-
-    def __hash__(self) -> int:
-        parts = (self.scalings, self.formats, self.gemms)
-        sets = tuple(frozenset(part.items()) for part in parts)
-        return hash((self.match, *sets, self.accumulate, self.smooth))
-
-
-def matches(fqn: str, glob: str) -> bool:
-    """Whether a glob matches a dotted name, or a tail of it that starts after a dot."""
-    return fnmatchcase(fqn, glob) or fnmatchcase(fqn, f"*.{glob}")
+from unclamp.scaling import Delayed, Scaling, check_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +58,8 @@ class Recipe:
         grad_weight: As `output`.
         smooth: Scale each channel of the layer's input by a power of two, and the weight by its
             inverse, before the casts: exact in high precision. On the down projection of a
-            gated MLP this is Smooth-SwiGLU (arXiv 2409.12517, section 4.4).
+            gated MLP this is Smooth-SwiGLU (arXiv 2409.12517, section 4.4). The weight takes
+            over the channels' outliers and needs guarded or dynamic scaling.
         warmup_steps: Optimizer steps at the start that compute in high precision. Casts are
             made and counted all the same, so that histories and statistics are there at once.
         rules: Overrides, first match wins; `override` adds to them.
@@ -155,8 +84,10 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        _ = self._base  # a rule checks itself
         check_int("warmup_steps", self.warmup_steps, 0, 1 << 40)
+        for rule in (self._base, *self.rules):  # each has checked itself
+            smooth = self.smooth if rule.smooth is None else rule.smooth
+            check_smooth(smooth=smooth, weight=rule.scalings.get("weight", self.weight))
 
     @classmethod
     def uniform(cls, scaling: Scaling) -> "Recipe":
@@ -257,12 +188,12 @@ class Recipe:
         Raises:
             RecipeError: A reduce function, which plain data cannot hold.
         """
-        data = _rule_to_dict(self._base)
+        data = rule_to_dict(self._base)
         del data["match"]
         if self.warmup_steps:
             data["warmup_steps"] = self.warmup_steps
         if self.rules:
-            data["override"] = [_rule_to_dict(rule) for rule in self.rules]
+            data["override"] = [rule_to_dict(rule) for rule in self.rules]
         return data
 
     @classmethod
@@ -272,8 +203,8 @@ class Recipe:
         Raises:
             RecipeError: An unknown key or name, or a value that makes no sense.
         """
-        _check_keys("recipe", data, [*ROLES, *GEMMS, *_SETTINGS, "warmup_steps", "override"])
-        base = _rule_from_dict({**data, "match": "*"})
+        check_keys("recipe", data, [*ROLES, *GEMMS, *SETTINGS, "warmup_steps", "override"])
+        base = rule_from_dict({**data, "match": "*"})
         rules = []
         overrides = data.get("override", ())
         if not isinstance(overrides, Sequence):
@@ -281,13 +212,13 @@ class Recipe:
         for entry in overrides:
             if not isinstance(entry, Mapping):
                 raise RecipeError(f"expected a table for an override, got {entry!r}")
-            _check_keys("override", entry, ["match", *ROLES, *GEMMS, *_SETTINGS])
+            check_keys("override", entry, ["match", *ROLES, *GEMMS, *SETTINGS])
             if not isinstance(entry.get("match"), str):
                 raise RecipeError(f'an override needs match = "GLOB", got {dict(entry)!r}')
-            rules.append(_rule_from_dict(entry))
+            rules.append(rule_from_dict(entry))
         settings: dict[str, Any] = {**base.scalings, **base.gemms}
         settings.update({f"{role}_format": name for role, name in base.formats.items()})
-        settings.update({key: data[key] for key in (*_SETTINGS, "warmup_steps") if key in data})
+        settings.update({key: data[key] for key in (*SETTINGS, "warmup_steps") if key in data})
         return cls(**settings, rules=tuple(rules))
 
     def to_toml(self) -> str:
@@ -319,90 +250,3 @@ class Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read the recipe {str(path)!r}: {error}") from error
         return cls.from_toml(text)
-
-
-_SETTINGS = ("accumulate", "smooth")
-
-
-def _rule_to_dict(rule: Rule) -> dict[str, Any]:
-    data: dict[str, Any] = {"match": rule.match}
-    for role in ROLES:
-        operand: dict[str, Any] = {}
-        if role in rule.formats:
-            operand["format"] = rule.formats[role]
-        if role in rule.scalings:
-            operand |= scaling_to_dict(rule.scalings[role])
-        if operand:
-            data[role] = operand
-    for gemm, mode in rule.gemms.items():
-        data[gemm] = mode if isinstance(mode, str) else mode.kind
-    for key in _SETTINGS:
-        if getattr(rule, key) is not None:
-            data[key] = getattr(rule, key)
-    return data
-
-
-def _rule_from_dict(data: Mapping[str, Any]) -> Rule:
-    scalings: dict[Role, Scaling] = {}
-    formats: dict[Role, str] = {}
-    for role in ROLES:
-        operand = data.get(role)
-        if operand is None:
-            continue
-        if not isinstance(operand, Mapping):
-            raise RecipeError(f"expected a table for {role}, got {operand!r}")
-        settings = dict(operand)
-        if "format" in settings:
-            formats[role] = settings.pop("format")
-        if settings:
-            scalings[role] = scaling_from_dict(settings)
-    high = HighPrecision()
-    gemms: dict[Gemm, Mode] = {
-        gemm: high if data[gemm] == high.kind else data[gemm] for gemm in GEMMS if gemm in data
-    }
-    return Rule(
-        match=data["match"],
-        scalings=scalings,
-        formats=formats,
-        gemms=gemms,
-        accumulate=data.get("accumulate"),
-        smooth=data.get("smooth"),
-    )
-
-
-def _check_keys(what: str, data: Mapping[str, Any], known: list[str]) -> None:
-    for key in data:
-        if key not in known:
-            raise unknown_name(f"key of the {what}", key, known)
-
-
-def _check_role(role: object) -> None:
-    if role not in ROLES:
-        raise unknown_name("role", role, list(ROLES))
-
-
-def _check_mode(what: str, mode: object) -> None:
-    if what not in (*GEMMS, "accumulate"):
-        raise unknown_name("GEMM", what, list(GEMMS))
-    if isinstance(mode, HighPrecision) and what != "accumulate":
-        return
-    if mode not in ACCUMULATES:
-        error = unknown_name(what, mode, list(ACCUMULATES))
-        hint = "" if what == "accumulate" else ", or HighPrecision() for operands that are not cast"
-        raise RecipeError(f"{error}{hint}")
-
-
-def check_scaling(role: str, scaling: object) -> None:
-    """Raise a RecipeError unless this is a scaling that makes sense for this role."""
-    _check_role(role)
-    if not isinstance(scaling, Scaling):
-        raise RecipeError(
-            f"expected a scaling such as Delayed() or Dynamic() for {role}, got {scaling!r}"
-        )
-    remembers = isinstance(scaling, Delayed | Guarded)
-    if remembers and role != "weight" and not isinstance(scaling.granularity, PerTensor):
-        raise RecipeError(
-            f"{scaling.kind} scaling of {role} per {scaling.granularity}: rows and blocks of "
-            f"{role} are other tokens at every step, so their past amaxes say nothing; use "
-            f"{scaling.kind} per tensor, or Dynamic with this granularity"
-        )

@@ -24,7 +24,7 @@ RECIPES = {
     "rows": Recipe.uniform(ROW),
     "blocks": Recipe(input=BLOCK, weight=Guarded(granularity=PerBlock(16, 16)), grad_output=BLOCK),
     "mx": Recipe.uniform(Dynamic(granularity=MX())),
-    "smooth": Recipe(smooth=True),
+    "smooth": Recipe(weight=Guarded(), smooth=True),
     "hopper": Recipe(accumulate="hopper"),
     "warm-up": Recipe(warmup_steps=1),
     "gemm": Recipe(grad_weight=HighPrecision(), output="hopper_fast"),

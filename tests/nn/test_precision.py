@@ -24,7 +24,7 @@ from unclamp import (
 )
 from unclamp.nn import find_ledgers
 from unclamp.numerics import Stat, channel_scale
-from unclamp.recipe import GEMMS
+from unclamp.rule import GEMMS
 
 HIGH = HighPrecision()
 

@@ -4,7 +4,7 @@ import pytest
 
 from unclamp.errors import RecipeError, StudyError
 from unclamp.recipe import Recipe
-from unclamp.scaling import Delayed, Dynamic
+from unclamp.scaling import Delayed, Dynamic, Guarded
 from unclamp.study.config import StudyConfig, default_toml
 
 
@@ -17,12 +17,16 @@ def test_default_study_round_trips() -> None:
     assert StudyConfig.from_dict(config.to_dict()) == config
 
 
-def test_default_arms_are_the_four_of_the_seed_question() -> None:
+def test_default_arms() -> None:
     arms = StudyConfig.from_toml(default_toml()).arms
-    assert list(arms) == ["hp", "dynamic", "delayed", "mixed"]
+    assert list(arms) == ["hp", "dynamic", "delayed", "guarded", "smooth", "mixed"]
     assert arms["hp"].recipe is None
     assert arms["dynamic"].recipe == Recipe.uniform(Dynamic())
     assert arms["delayed"].recipe == Recipe.uniform(Delayed())
+    assert arms["guarded"].recipe == Recipe.uniform(Guarded())
+    assert arms["smooth"].recipe == Recipe().override(
+        "mlp.down_proj", smooth=True, weight=Guarded()
+    )
     assert arms["mixed"].from_arm == "delayed"
 
 

@@ -17,7 +17,8 @@ from unclamp.errors import ConvertError, UnclampWarning
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.site import LayerSites, Site
-from unclamp.recipe import GEMMS, ROLES, LayerPlan, Recipe, matches
+from unclamp.recipe import Recipe
+from unclamp.rule import GEMMS, ROLES, LayerPlan, matches
 from unclamp.scaling import HighPrecision, describe
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -43,7 +43,7 @@ from torch.autograd.function import once_differentiable
 from unclamp.nn.site import Casts, LayerSites
 from unclamp.numerics import GemmOperand, channel_scale
 from unclamp.numerics.operators import gemm, sum_tokens
-from unclamp.recipe import ROLES, Gemm, Role
+from unclamp.rule import ROLES, Gemm, Role
 from unclamp.scaling import HighPrecision, describe
 
 Commit = Literal["in backward", "now"] | None

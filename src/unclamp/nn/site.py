@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unclamp.numerics import GemmOperand, block_grid, empty_stats, merged_stats
 from unclamp.numerics.operators import CastPlan, Codes, commit, quantize_operand, raise_amax
-from unclamp.recipe import GEMMS, ROLES, Gemm, LayerPlan, Operand, Role
+from unclamp.rule import GEMMS, ROLES, Gemm, LayerPlan, Operand, Role
 from unclamp.scaling import MX, Delayed, Dynamic, Guarded, HighPrecision, PerTensor, is_square
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class LayerSites:
     def cast(self, role: Role, x: Tensor, gemms: Iterable[Gemm]) -> Casts:
         """Cast an operand for these GEMMs: once where its blocks are square, else once an axis."""
         plan = self.casts[role]
-        axes = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
+        axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
         if plan is None or not axes:
             return {}
         if not self.square[role]:

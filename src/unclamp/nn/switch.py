@@ -8,7 +8,7 @@ from torch import nn
 from unclamp.errors import ConvertError, RecipeError
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
-from unclamp.recipe import ROLES, Role, check_scaling, matches
+from unclamp.rule import ROLES, Role, check_scaling, check_smooth, matches
 from unclamp.scaling import Scaling, describe
 
 
@@ -81,6 +81,9 @@ def switch(
         raise ConvertError(
             f"{glob!r} matches no converted layer of the model; it has: {listed or 'none'}"
         )
+    for layer in found.values():
+        weight = wanted.get("weight", layer.sites.operand("weight").scaling)
+        check_smooth(smooth=layer.sites.smooth, weight=weight)
     return SwitchReport(switched=_carry_out(found, wanted))
 
 

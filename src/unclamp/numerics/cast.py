@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from unclamp.errors import UnsupportedError
-from unclamp.formats import Format
+from unclamp.formats import Format, get_format
 from unclamp.numerics.blocks import block_amax, orient, spread
 from unclamp.numerics.scale import scale_from_amax
 from unclamp.numerics.stats import Stat
@@ -59,6 +59,11 @@ class Quantized:
 def torch_dtype(fmt: Format) -> torch.dtype:
     """Return torch's dtype of a format."""
     return getattr(torch, f"float8_{fmt.name}")
+
+
+def format_of(dtype: torch.dtype) -> Format:
+    """Return the format of one of torch's float8 dtypes."""
+    return get_format(str(dtype).removeprefix("torch.float8_"))
 
 
 def cast(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclamp.numerics.blocks import orient, spread
-from unclamp.numerics.cast import dequantize_codes
+from unclamp.numerics.cast import dequantize_codes, format_of
 from unclamp.scaling import Block, parse_granularity
 
 
@@ -70,6 +70,7 @@ def _hopper(a: GemmOperand, b: GemmOperand, *, fast: bool) -> Tensor:
     from unclamp.numerics.hopper import hopper_matmul  # noqa: PLC0415
 
     codes = [orient(x.tensor.to(torch.float32), x.axis) for x in (a, b)]
+    formats = [format_of(x.tensor.dtype) for x in (a, b)]
     contracted = codes[0].shape[1]
     step = _segment(a, b, contracted)
     scales = [_scales(x, code.shape[0]) for x, code in zip((a, b), codes, strict=True)]
@@ -79,7 +80,8 @@ def _hopper(a: GemmOperand, b: GemmOperand, *, fast: bool) -> Tensor:
         a_scale, b_scale = (
             _scale_at(x, scale, first) for x, scale in zip((a, b), scales, strict=True)
         )
-        out += hopper_matmul(a_part, b_part, fast=fast) * a_scale * b_scale.t()
+        sums = hopper_matmul(a_part, b_part, fast=fast, a_format=formats[0], b_format=formats[1])
+        out += sums * a_scale * b_scale.t()
     return out
 
 

@@ -1,0 +1,198 @@
+"""What a recipe can say of a layer: a rule by name, and the layer's plan that comes of it.
+
+Three things: of each *role* (operand) its scaling and format, of each *GEMM* how it accumulates
+or that it runs in high precision, and whether the layer's input is smoothed. Torch-free.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from unclamp.errors import RecipeError
+from unclamp.formats import Format, get_format, unknown_name
+from unclamp.scaling import (
+    Delayed,
+    Guarded,
+    HighPrecision,
+    PerTensor,
+    Scaling,
+    Static,
+    scaling_from_dict,
+    scaling_to_dict,
+)
+
+Role = Literal["input", "weight", "grad_output"]
+ROLES: tuple[Role, ...] = get_args(Role)
+Gemm = Literal["output", "grad_input", "grad_weight"]
+GEMMS: tuple[Gemm, ...] = get_args(Gemm)
+ACCUMULATES = ("float32", "hopper", "hopper_fast")
+"""How a GEMM of FP8 operands adds: in float32, or as a Hopper tensor core does, without and
+with `use_fast_accum`."""
+DEFAULT_FORMATS: dict[Role, str] = {"input": "e4m3fn", "weight": "e4m3fn", "grad_output": "e5m2"}
+
+Mode = str | HighPrecision
+"""One of `ACCUMULATES`, or HighPrecision()."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operand:
+    """What one operand of one layer gets."""
+
+    format: Format
+    scaling: Scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What one layer gets: its operands, its GEMMs, and whether its input is smoothed."""
+
+    operands: Mapping[Role, Operand]
+    gemms: Mapping[Gemm, Mode]
+    smooth: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """An override: for modules that match, what to change for some roles and GEMMs."""
+
+    match: str
+    scalings: Mapping[Role, Scaling] = field(default_factory=dict)
+    formats: Mapping[Role, str] = field(default_factory=dict)
+    gemms: Mapping[Gemm, Mode] = field(default_factory=dict)
+    accumulate: str | None = None
+    smooth: bool | None = None
+
+    def __post_init__(self) -> None:
+        for role, scaling in self.scalings.items():
+            check_scaling(role, scaling)
+        for role, name in self.formats.items():
+            _check_role(role)
+            get_format(name)
+        for gemm, mode in self.gemms.items():
+            _check_mode(gemm, mode)
+        if self.accumulate is not None:
+            _check_mode("accumulate", self.accumulate)
+        if not isinstance(self.smooth, bool | None):
+            raise RecipeError(f"expected True or False for smooth, got {self.smooth!r}")
+
+    def matches(self, fqn: str) -> bool:
+        """Whether the rule applies to a module of this dotted name."""
+        return matches(fqn, self.match)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the rule says nothing of the modules that it matches."""
+        says = (self.scalings, self.formats, self.gemms, self.accumulate, self.smooth is not None)
+        return not any(says)
+
+    def __hash__(self) -> int:
+        parts = (self.scalings, self.formats, self.gemms)
+        sets = tuple(frozenset(part.items()) for part in parts)
+        return hash((self.match, *sets, self.accumulate, self.smooth))
+
+
+def matches(fqn: str, glob: str) -> bool:
+    """Whether a glob matches a dotted name, or a tail of it that starts after a dot."""
+    return fnmatchcase(fqn, glob) or fnmatchcase(fqn, f"*.{glob}")
+
+
+SETTINGS = ("accumulate", "smooth")
+"""Keys of a rule that are neither a role nor a GEMM."""
+
+
+def rule_to_dict(rule: Rule) -> dict[str, Any]:
+    """Return a rule as plain data; raises as `scaling_to_dict`."""
+    data: dict[str, Any] = {"match": rule.match}
+    for role in ROLES:
+        operand: dict[str, Any] = {}
+        if role in rule.formats:
+            operand["format"] = rule.formats[role]
+        if role in rule.scalings:
+            operand |= scaling_to_dict(rule.scalings[role])
+        if operand:
+            data[role] = operand
+    for gemm, mode in rule.gemms.items():
+        data[gemm] = mode if isinstance(mode, str) else mode.kind
+    for key in SETTINGS:
+        if getattr(rule, key) is not None:
+            data[key] = getattr(rule, key)
+    return data
+
+
+def rule_from_dict(data: Mapping[str, Any]) -> Rule:
+    """Return the rule that plain data describes; raises a RecipeError as a rule does."""
+    scalings: dict[Role, Scaling] = {}
+    formats: dict[Role, str] = {}
+    for role in ROLES:
+        operand = data.get(role)
+        if operand is None:
+            continue
+        if not isinstance(operand, Mapping):
+            raise RecipeError(f"expected a table for {role}, got {operand!r}")
+        settings = dict(operand)
+        if "format" in settings:
+            formats[role] = settings.pop("format")
+        if settings:
+            scalings[role] = scaling_from_dict(settings)
+    high = HighPrecision()
+    gemms: dict[Gemm, Mode] = {
+        gemm: high if data[gemm] == high.kind else data[gemm] for gemm in GEMMS if gemm in data
+    }
+    return Rule(
+        match=data["match"],
+        scalings=scalings,
+        formats=formats,
+        gemms=gemms,
+        accumulate=data.get("accumulate"),
+        smooth=data.get("smooth"),
+    )
+
+
+def check_keys(what: str, data: Mapping[str, Any], known: list[str]) -> None:
+    """Raise a RecipeError for a key that is none of `known`, naming the nearest."""
+    for key in data:
+        if key not in known:
+            raise unknown_name(f"key of the {what}", key, known)
+
+
+def _check_role(role: object) -> None:
+    if role not in ROLES:
+        raise unknown_name("role", role, list(ROLES))
+
+
+def _check_mode(what: str, mode: object) -> None:
+    if what not in (*GEMMS, "accumulate"):
+        raise unknown_name("GEMM", what, list(GEMMS))
+    if isinstance(mode, HighPrecision) and what != "accumulate":
+        return
+    if mode not in ACCUMULATES:
+        error = unknown_name(what, mode, list(ACCUMULATES))
+        hint = "" if what == "accumulate" else ", or HighPrecision() for operands that are not cast"
+        raise RecipeError(f"{error}{hint}")
+
+
+def check_smooth(*, smooth: bool, weight: Scaling) -> None:
+    """Raise a RecipeError if a smoothed layer's weight is scaled by what it was before."""
+    if smooth and isinstance(weight, Delayed | Static):
+        raise RecipeError(
+            f"a smoothed layer with {weight.kind} scaling of its weight: smoothing moves each "
+            "channel's outlier into the weight's column, so the weight's amax jumps with the "
+            "input and is clamped; use weight=Guarded() or Dynamic()"
+        )
+
+
+def check_scaling(role: str, scaling: object) -> None:
+    """Raise a RecipeError unless this is a scaling that makes sense for this role."""
+    _check_role(role)
+    if not isinstance(scaling, Scaling):
+        raise RecipeError(
+            f"expected a scaling such as Delayed() or Dynamic() for {role}, got {scaling!r}"
+        )
+    remembers = isinstance(scaling, Delayed | Guarded)
+    if remembers and role != "weight" and not isinstance(scaling.granularity, PerTensor):
+        raise RecipeError(
+            f"{scaling.kind} scaling of {role} per {scaling.granularity}: rows and blocks of "
+            f"{role} are other tokens at every step, so their past amaxes say nothing; use "
+            f"{scaling.kind} per tensor, or Dynamic with this granularity"
+        )

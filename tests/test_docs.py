@@ -1,0 +1,36 @@
+"""The examples of the documentation run, and print what it says they print."""
+
+import contextlib
+import io
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n```text\n(.*?)```)?", re.DOTALL)
+
+
+def examples() -> list[tuple[str, str, str]]:
+    found = []
+    for page in PAGES:
+        for number, match in enumerate(EXAMPLE.finditer(page.read_text(encoding="utf-8"))):
+            found.append((f"{page.name}-{number}", match[1], match[2] or ""))
+    return found
+
+
+@pytest.mark.parametrize(("name", "code", "expected"), examples(), ids=lambda v: v[:24])
+def test_an_example_prints_what_the_page_says(name, code, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compile(code, name, "exec"), {"__name__": "example"})
+    if expected:
+        assert printed.getvalue() == expected
+
+
+def test_the_pages_have_examples():
+    assert len(examples()) >= 10
