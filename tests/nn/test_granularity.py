@@ -145,7 +145,7 @@ def test_an_evaluation_casts_for_the_output_alone():
 @pytest.mark.parametrize("kind", [Delayed, Guarded])
 @pytest.mark.parametrize("granularity", [PerRow(), PerBlock(16, 16), PerBlock(1, 16), MX()])
 def test_each_block_of_a_weight_has_its_own_history(kind, granularity):
-    scaling = kind(history_len=2, granularity=granularity)
+    scaling = kind(history_len=2, margin=0, granularity=granularity)
     high = HighPrecision()
     _, layer = pair(Recipe(input=high, weight=scaling, grad_output=high))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)

@@ -66,7 +66,7 @@ def test_delayed_clamps_where_guarded_casts_again():
 
 
 def test_the_history_learns_the_true_amax_and_the_next_cast_is_predicted():
-    layer, optimizer = made(Guarded(history_len=2))
+    layer, optimizer = made(Guarded(history_len=2, margin=0))
     (ledger,) = find_ledgers(layer)
     stats = seen(layer)
     for amax in (1.0, 50.0, 50.0):
@@ -131,7 +131,7 @@ def test_a_nonfinite_element_neither_triggers_a_cast_nor_enters_the_history():
 
 def test_rows_of_a_weight_are_guarded_one_by_one():
     model = nn.Sequential(nn.Linear(8, 6, bias=False))
-    convert(model, Recipe(weight=Guarded(granularity=PerRow())))
+    convert(model, Recipe(weight=Guarded(margin=0, granularity=PerRow())))
     (layer,) = model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     stats = seen(model)

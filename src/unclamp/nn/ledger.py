@@ -243,6 +243,7 @@ class Ledger:
         replaced and go with it.
         """
         rows, count = self._rows_of(index), self.sites[index].scales
+        was_pending = self.has_pending
         self.pending[index] = self._settings.empty[index]
         self.block_amax[rows] = -1
         self.amax_history[rows] = 0
@@ -253,6 +254,7 @@ class Ledger:
             kept = min(history.shape[-1], self._remembered[index])
             newest = history.reshape(count, -1)[:, :kept]
             self.amax_history[rows, :kept] = newest.to(self.amax_history)
+        self._mark(pending=was_pending)
         self._rescale(index)
 
     def restore_updates(self, updates: Tensor | None) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unclamp.errors import UnsupportedError
 from unclamp.numerics.blocks import orient, spread
 from unclamp.numerics.cast import dequantize_codes, format_of
 from unclamp.scaling import Block, parse_granularity
@@ -55,6 +56,9 @@ def matmul(
     """Return `a @ b.T + bias` in float32, `[rows of a, rows of b]`.
 
     Numerics: NaN and Inf spread as in any GEMM; an empty contracted axis gives zeros.
+
+    Raises:
+        UnsupportedError: Hopper-like accumulation elsewhere than on a CPU.
     """
     # Under autocast F.linear would leave float32.
     with torch.autocast(a.tensor.device.type, enabled=False):
@@ -66,6 +70,11 @@ def matmul(
 
 
 def _hopper(a: GemmOperand, b: GemmOperand, *, fast: bool) -> Tensor:
+    if a.tensor.device.type != "cpu":
+        raise UnsupportedError(
+            "Hopper-like accumulation is emulated on the CPU: expected operands there, got them on "
+            f"{a.tensor.device}; use accumulate='float32'"
+        )
     # numba takes a while to import, and only these modes need it.
     from unclamp.numerics.hopper import hopper_matmul  # noqa: PLC0415
 
