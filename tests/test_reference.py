@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_golden_roundings(fmt: Format, value: float, expected: float) -> None:
 def test_golden_scales(amax: float, power_of_two: float) -> None:
     scale = scale_from_amax(amax, E4M3FN)
     assert scale == np.float32(448) / np.float32(amax)
-    assert math.ldexp(0.5, math.frexp(scale)[1]) == power_of_two
+    assert scale_from_amax(amax, E4M3FN, power_of_two=True) == power_of_two
 
 
 def test_golden_decimal_scales() -> None:
@@ -141,3 +142,44 @@ def test_a_scale_and_its_inverse_are_normal(amax: float, margin: int, fmt: Forma
     scale = scale_from_amax(amax, fmt, margin=margin)
     assert SCALE_MIN <= scale <= SCALE_MAX
     assert float32(1 / scale) >= 2.0**-126
+
+
+@given(amax=any_float32.map(abs).filter(bool), margin=st.integers(0, 64), fmt=formats)
+def test_a_power_of_two_is_the_quotient_rounded_down(amax: float, margin: int, fmt: Format) -> None:
+    scale = scale_from_amax(amax, fmt, margin=margin, power_of_two=True)
+    quotient = Fraction(fmt.max) / Fraction(amax) / 2**margin
+    expected = min((n for n in range(-126, 127) if 2 * Fraction(2) ** n > quotient), default=126)
+    assert scale == 2.0**expected
+    assert Fraction(amax) * Fraction(scale) <= Fraction(fmt.max)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_a_quotient_that_is_a_power_of_two_is_kept_and_the_next_amax_halves_it(fmt: Format) -> None:
+    for exponent in range(-30, 30):
+        amax = fmt.max * 2.0**exponent
+        above = float(np.nextafter(np.float32(amax), np.float32(np.inf)))
+        below = float(np.nextafter(np.float32(amax), np.float32(0)))
+        scales = [scale_from_amax(a, fmt, power_of_two=True) for a in (below, amax, above)]
+        assert scales == [2.0**-exponent, 2.0**-exponent, 2.0 ** -(exponent + 1)]
+
+
+def test_a_power_of_two_does_not_overflow_where_the_logarithm_of_a_quotient_is_rounded_up() -> None:
+    # torchao: exp2(floor(log2(scale))) in float32 (torchao.float8.float8_utils).
+    amax = np.nextafter(np.float32(3.5), np.float32(np.inf))
+    by_logarithm = np.exp2(np.floor(np.log2(np.float32(448) / amax)))
+    assert Fraction(float(by_logarithm)) * Fraction(float(amax)) > 448
+    assert scale_from_amax(float(amax), E4M3FN, power_of_two=True) == by_logarithm / 2
+
+
+@pytest.mark.parametrize("margin", [0, 64])
+@pytest.mark.parametrize("amax", [5e-324, 1e-320, 2.0**-149, 1.0, 3.4e38, 1e300])
+def test_any_float_has_a_power_of_two(amax: float, margin: int) -> None:
+    scale = scale_from_amax(amax, E4M3FN, margin=margin, power_of_two=True)
+    assert SCALE_MIN <= scale <= SCALE_MAX
+    assert math.frexp(scale)[0] == 0.5
+
+
+@pytest.mark.parametrize("amax", [0.0, math.nan, math.inf])
+def test_a_previous_scale_is_kept_whether_or_not_it_is_a_power_of_two(amax: float) -> None:
+    assert scale_from_amax(amax, E4M3FN, power_of_two=True, previous=3.5) == 3.5
+    assert scale_from_amax(amax, E4M3FN, power_of_two=True) == 1

@@ -9,9 +9,10 @@ import struct
 from fractions import Fraction
 
 from unclamp.formats import Format
+from unclamp.scaling import MAX_SCALE_EXPONENT
 
-SCALE_MIN = 2.0**-126
-SCALE_MAX = 2.0**126
+SCALE_MIN = 2.0**-MAX_SCALE_EXPONENT
+SCALE_MAX = 2.0**MAX_SCALE_EXPONENT
 """A scale stays in here, so that scale and 1 / scale are both normal float32."""
 
 
@@ -75,9 +76,9 @@ def scale_from_amax(
     if amax == 0 or not math.isfinite(amax):
         return 1.0 if previous is None else previous
     if power_of_two:
-        quotient = math.ldexp(1.0, _floor_log2(Fraction(fmt.max) / Fraction(amax)) - margin)
-    else:
-        quotient = float32(math.ldexp(fmt.max, -margin) / amax)
+        exponent = _floor_log2(Fraction(fmt.max) / Fraction(amax)) - margin
+        return 2.0 ** min(max(exponent, -MAX_SCALE_EXPONENT), MAX_SCALE_EXPONENT)
+    quotient = float32(math.ldexp(fmt.max, -margin) / amax)
     return min(max(quotient, SCALE_MIN), SCALE_MAX)
 
 

@@ -90,13 +90,13 @@ def test_switching_sites_keeps_the_rest_of_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_outlier_scenario_spikes_under_delayed_and_not_under_dynamic(
+def test_outlier_scenario_spikes_under_delayed_and_under_no_other_arm(
     seed: int, tmp_path: Path
 ) -> None:
     """The first planted steps of the default study; `unclamp study` runs all of it."""
     study = config(steps=62)
     curves: dict[str, list[float]] = {}
-    for arm in ("hp", "dynamic", "delayed"):
+    for arm in ("hp", "dynamic", "delayed", "guarded", "smooth"):
         run = RunPlan(
             config=study,
             scenario="outlier",
@@ -111,7 +111,13 @@ def test_outlier_scenario_spikes_under_delayed_and_not_under_dynamic(
         before = np.mean(curves["dynamic"][step - 5 : step])
         assert curves["dynamic"][step] < 1.1 * before
         assert curves["hp"][step] < 1.1 * before
+        for mended in ("guarded", "smooth"):
+            assert curves[mended][step] < 1.05 * curves["dynamic"][step]
         assert curves["delayed"][step] > 1.3 * curves["dynamic"][step]
+    with RunLog.open(tmp_path / "guarded") as log:
+        counts = log.sql("SELECT sum(saturated) AS clamped, sum(recast) AS recast FROM casts")
+    assert counts["clamped"][0].as_py() == 0
+    assert counts["recast"][0].as_py() > 0
     culprit = down_projection(build_model(study.model))
     rows = (
         duckdb.connect()

@@ -7,7 +7,7 @@ the model only when nothing can fail any more, and both report what they left al
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +69,8 @@ def convert(
         strict: Raise where a rule or a skip glob matches no linear layer; otherwise warn.
 
     Raises:
-        ConvertError: `strict` and something matched nothing, or `skip` is a string. The model
-            is unchanged.
+        ConvertError: `strict` and something matched nothing, `skip` is a string, or the layers
+            lie on several devices. The model is unchanged.
 
     Example:
         >>> import torch, unclamp
@@ -91,6 +91,7 @@ def convert(
             converted[fqn] = module
         elif reason:
             skipped[fqn] = reason
+    _check_devices({fqn: module.weight.device for fqn, module in converted.items()})
     unmatched = _unmatched(model, recipe, skip, list(converted))
     _report_unmatched(model, unmatched, strict=strict)
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
@@ -148,6 +149,17 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
     """  # noqa: D205
     layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
     return list({id(m.sites.ledger): m.sites.ledger for m in layers}.values())
+
+
+def _check_devices(devices: Mapping[str, torch.device]) -> None:
+    """Raise where layers lie on several devices: a ledger has one. Meta stands for any."""
+    first = {device: fqn for fqn, device in reversed(devices.items()) if device.type != "meta"}
+    if len(first) > 1:
+        found = ", ".join(f"{_shown(fqn)} on {device}" for device, fqn in first.items())
+        raise ConvertError(
+            f"expected the layers of one model on one device, got {found}; convert the parts that "
+            "lie on one device each by itself"
+        )
 
 
 def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | None:

@@ -325,6 +325,12 @@ def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]])
         elif arm.saturated and arm.final_gap is not None:
             said.append(_harm(arm, *arm.final_gap))
     said += [
+        f"{arm.name}: {100 * arm.recasts / arm.casts:.2g} % of the casts were repeated with the "
+        "true scale."
+        for arm in arms
+        if arm.recasts
+    ]
+    said += [
         f"{arm} is dynamic at: {', '.join(sites)}." for arm, sites in switched.items() if sites
     ]
     return said
