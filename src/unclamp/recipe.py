@@ -8,8 +8,9 @@ It knows nothing of torch; `unclamp.nn` carries it out.
 
 A glob matches a module's dotted name, or any tail of it that starts after a dot, so that
 "layers.*.mlp.down_proj" finds "model.layers.3.mlp.down_proj" and "lm_head" finds itself; `*`
-crosses dots. Rules (`unclamp.rule`) are tried in order and the first that matches decides for the
-module; what it leaves open comes from the recipe's own settings.
+crosses dots, and a "^" at the start asks for the whole name. Rules (`unclamp.rule`) are tried in
+order and the first that matches decides for the module; what it leaves open comes from the
+recipe's own settings.
 """
 
 import tomllib
@@ -33,7 +34,7 @@ from unclamp.rule import (
     Operand,
     Rule,
     check_keys,
-    check_smooth,
+    check_plan,
     rule_from_dict,
     rule_to_dict,
 )
@@ -85,9 +86,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_int("warmup_steps", self.warmup_steps, 0, 1 << 40)
-        for rule in (self._base, *self.rules):  # each has checked itself
-            smooth = self.smooth if rule.smooth is None else rule.smooth
-            check_smooth(smooth=smooth, weight=rule.scalings.get("weight", self.weight))
+        if self.accumulate is None or self.smooth is None:
+            raise RecipeError("only a rule can leave accumulate and smooth open, with None")
+        for rule in (Rule(match="*"), *self.rules):
+            check_plan(self._plan(rule))
 
     @classmethod
     def uniform(cls, scaling: Scaling) -> "Recipe":
@@ -169,7 +171,10 @@ class Recipe:
 
     def plan(self, fqn: str) -> LayerPlan:
         """Return what this module gets."""
-        base, rule = self._base, self.rule_for(fqn) or Rule(match=fqn)
+        return self._plan(self.rule_for(fqn) or Rule(match=fqn))
+
+    def _plan(self, rule: Rule) -> LayerPlan:
+        base = self._base  # which checks itself, as the rule did
         scalings, formats = {**base.scalings, **rule.scalings}, {**base.formats, **rule.formats}
         named = rule.gemms if rule.accumulate else {**base.gemms, **rule.gemms}
         accumulate = rule.accumulate or self.accumulate

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from unclamp.errors import RecipeError
 from unclamp.formats import Format, get_format, unknown_name
 from unclamp.scaling import (
+    ACCUMULATES,
     Delayed,
     Guarded,
     HighPrecision,
@@ -26,9 +27,6 @@ Role = Literal["input", "weight", "grad_output"]
 ROLES: tuple[Role, ...] = get_args(Role)
 Gemm = Literal["output", "grad_input", "grad_weight"]
 GEMMS: tuple[Gemm, ...] = get_args(Gemm)
-ACCUMULATES = ("float32", "hopper", "hopper_fast")
-"""How a GEMM of FP8 operands adds: in float32, or as a Hopper tensor core does, without and
-with `use_fast_accum`."""
 DEFAULT_FORMATS: dict[Role, str] = {"input": "e4m3fn", "weight": "e4m3fn", "grad_output": "e5m2"}
 
 Mode = str | HighPrecision
@@ -93,7 +91,12 @@ class Rule:
 
 
 def matches(fqn: str, glob: str) -> bool:
-    """Whether a glob matches a dotted name, or a tail of it that starts after a dot."""
+    """Whether a glob matches a dotted name, or a tail of it that starts after a dot.
+
+    A glob that starts with "^" must match the whole name.
+    """
+    if glob.startswith("^"):
+        return fnmatchcase(fqn, glob[1:])
     return fnmatchcase(fqn, glob) or fnmatchcase(fqn, f"*.{glob}")
 
 
@@ -168,18 +171,40 @@ def _check_mode(what: str, mode: object) -> None:
         return
     if mode not in ACCUMULATES:
         error = unknown_name(what, mode, list(ACCUMULATES))
-        hint = "" if what == "accumulate" else ", or HighPrecision() for operands that are not cast"
+        hint = "" if what == "accumulate" else ', or HighPrecision() ("high_precision" in a file)'
         raise RecipeError(f"{error}{hint}")
 
 
-def check_smooth(*, smooth: bool, weight: Scaling) -> None:
-    """Raise a RecipeError if a smoothed layer's weight is scaled by what it was before."""
-    if smooth and isinstance(weight, Delayed | Static):
+OPERANDS: dict[Gemm, tuple[Role, Role]] = {
+    "output": ("input", "weight"),
+    "grad_input": ("grad_output", "weight"),
+    "grad_weight": ("grad_output", "input"),
+}
+"""The two operands of each GEMM."""
+
+
+def check_plan(plan: LayerPlan) -> None:
+    """Raise a RecipeError for a layer's plan that makes no sense, saying why."""
+    weight = plan.operands["weight"].scaling
+    if plan.smooth and isinstance(weight, Delayed | Static):
         raise RecipeError(
             f"a smoothed layer with {weight.kind} scaling of its weight: smoothing moves each "
             "channel's outlier into the weight's column, so the weight's amax jumps with the "
             "input and is clamped; use weight=Guarded() or Dynamic()"
         )
+    for gemm, mode in plan.gemms.items():
+        operands = [plan.operands[role] for role in OPERANDS[gemm]]
+        in_fp8 = not any(isinstance(each.scaling, HighPrecision) for each in operands)
+        formats = tuple(each.format.name for each in operands)
+        if in_fp8 and mode in ("hopper", "hopper_fast") and formats not in HOPPER_PAIRS:
+            pairs = ", ".join(" x ".join(pair) for pair in HOPPER_PAIRS)
+            raise RecipeError(
+                f"{gemm} of {' x '.join(formats)} with accumulate={mode!r}: a Hopper tensor core "
+                f"multiplies {pairs}"
+            )
+
+
+HOPPER_PAIRS = (("e4m3fn", "e4m3fn"), ("e4m3fn", "e5m2"), ("e5m2", "e4m3fn"))
 
 
 def check_scaling(role: str, scaling: object) -> None:

@@ -15,6 +15,9 @@ from typing import Any, ClassVar
 from unclamp.errors import RecipeError
 from unclamp.formats import unknown_name
 
+ACCUMULATES = ("float32", "hopper", "hopper_fast")
+"""How a GEMM of FP8 operands adds: in float32, or as a Hopper tensor core does, without and
+with `use_fast_accum`."""
 REDUCTIONS = ("max", "most_recent")
 MAX_MARGIN = 64
 MAX_SCALE_EXPONENT = 126

@@ -193,7 +193,7 @@ def test_rows_of_tokens_have_no_past(role):
 
     for kind, granularity in itertools.product((Delayed, Guarded), GRANULARITIES[1:]):
         with pytest.raises(RecipeError, match="other tokens at every step"):
-            Recipe(**{role: kind(granularity=granularity)})
+            Recipe(**{role: kind(granularity=granularity)})  # pyright: ignore[reportArgumentType]
 
 
 def test_a_static_scale_never_changes_and_its_history_goes_on():

@@ -141,7 +141,13 @@ def test_other_blocks_start_a_history_of_their_own_and_leave_the_others():
     SGD(model.parameters(), lr=0.0).step()
     train(model, 3, 1)
     assert (ledger.history_of(1)[:8, 0] > 0).all()
+    scales = ledger.scale_of(1)
     switch(model, "0", weight=Dynamic(granularity=PerRow()))
+    train(model, 4, 1)
+    assert (ledger.history_of(1)[:8, :2] > 0).all()  # rows go on while they are dynamic
+    switch(model, "0", weight=Delayed(history_len=4, granularity=PerRow()))
+    assert torch.equal(ledger.scale_of(1), scales)
+    switch(model, "0", weight=Dynamic())
     assert ledger.history_of(1).shape == (16,)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from unclamp.errors import ConvertError, UnclampWarning
+from unclamp.errors import ConvertError, RecipeError, UnclampWarning
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.site import LayerSites, Site
@@ -69,6 +69,7 @@ def convert(
         strict: Raise where a rule or a skip glob matches no linear layer; otherwise warn.
 
     Raises:
+        RecipeError: `recipe` is none.
         ConvertError: `strict` and something matched nothing, `skip` is a string, or the layers
             lie on several devices. The model is unchanged.
 
@@ -80,6 +81,11 @@ def convert(
           0: input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
           skipped 1: matches skip '1'
     """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"expected a Recipe, got {recipe!r}; for one scaling everywhere use "
+            "Recipe.uniform(Dynamic())"
+        )
     if isinstance(skip, str):
         raise ConvertError(f"expected a list of globs for skip, got the string {skip!r}")
     converted: dict[str, nn.Linear] = {}
@@ -91,17 +97,18 @@ def convert(
             converted[fqn] = module
         elif reason:
             skipped[fqn] = reason
-    _check_devices({fqn: module.weight.device for fqn, module in converted.items()})
+    others = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Fp8Linear)}
+    _check_devices({fqn: m.weight.device for fqn, m in {**others, **converted}.items()})
     unmatched = _unmatched(model, recipe, skip, list(converted))
     _report_unmatched(model, unmatched, strict=strict)
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.extend_to(model)
     plans = {fqn: recipe.plan(fqn) for fqn in converted}
     sites = [
-        Site(
-            fqn=fqn,
-            role=role,
-            operand=plans[fqn].operands[role],
+        Site.of(
+            fqn,
+            role,
+            plans[fqn].operands[role],
             shape=tuple(module.weight.shape) if role == "weight" else (),
         )
         for fqn, module in converted.items()
@@ -115,6 +122,7 @@ def convert(
         assert isinstance(module, Fp8Linear)
         module.sites = LayerSites(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
         ledger.move_to(module.weight.device)
+    ledger.rebind()  # a warm-up is the whole model's
     return ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
 
 
@@ -137,9 +145,10 @@ def first_and_last(model: nn.Module) -> list[str]:
     """Return the names of a model's first and last linear layer, in the order of registration.
 
     They are often left in high precision: `convert(model, recipe, skip=first_and_last(model))`.
-    The report of `convert` says what that left alone.
+    The report of `convert` says what that left alone. The names start with "^", so that as globs
+    they match these layers and no other.
     """
-    linear = [fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [f"^{fqn}" for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]
     return list(dict.fromkeys([*linear[:1], *linear[-1:]]))
 
 
@@ -153,7 +162,10 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
 
 def _check_devices(devices: Mapping[str, torch.device]) -> None:
     """Raise where layers lie on several devices: a ledger has one. Meta stands for any."""
-    first = {device: fqn for fqn, device in reversed(devices.items()) if device.type != "meta"}
+    first: dict[torch.device, str] = {}
+    for fqn, device in devices.items():
+        if device.type != "meta":
+            first.setdefault(device, fqn)
     if len(first) > 1:
         found = ", ".join(f"{_shown(fqn)} on {device}" for device, fqn in first.items())
         raise ConvertError(

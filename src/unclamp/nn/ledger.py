@@ -26,7 +26,6 @@ forward runs twice, the backward runs once.
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,6 +57,7 @@ class Ledger:
         self.recipe: Recipe | None = None
         self.updates = 0
         self.layers: weakref.WeakSet[LayerSites] = weakref.WeakSet()
+        self._counted_in = -1
         self._remembered: list[int] = []
         self._listeners: list[Listener] = []
         self._switch_listeners: list[SwitchListener] = []
@@ -102,13 +102,15 @@ class Ledger:
         self._mark(pending=was_pending)
         self.rebind()
 
+    @torch.inference_mode(False)  # its tensors have no version, and could not train
     def _allocate(self, device: torch.device) -> None:
         counts = [site.scales for site in self.sites]
         self.first_row = [sum(counts[:index]) for index in range(len(counts))]
         rows, longest = sum(counts), max(self._remembered, default=1)
-        self.amax_history = torch.zeros(rows, longest, device=device)
-        self.scale = torch.zeros(rows, device=device)
-        self.block_amax = torch.full((rows,), -1.0, device=device)
+        float32 = {"dtype": torch.float32, "device": device}
+        self.amax_history = torch.zeros(rows, longest, **float32)
+        self.scale = torch.zeros(rows, **float32)
+        self.block_amax = torch.full((rows,), -1.0, **float32)
         self.pending = empty_stats(len(self.sites), device)
         self._settings = RowSettings.of(self.sites, longest, device)
         self.scale.copy_(torch.where(self._settings.is_static, self._settings.static, self.scale))
@@ -117,6 +119,10 @@ class Ledger:
     def _rows_of(self, index: int) -> slice:
         first = self.first_row[index]
         return slice(first, first + self.sites[index].scales)
+
+    def _indices_of(self, index: int) -> list[int]:
+        rows = self._rows_of(index)
+        return list(range(rows.start, rows.stop))
 
     def rebind(self) -> None:
         """Have every layer take its plan and its views anew."""
@@ -131,7 +137,7 @@ class Ledger:
         return self.pending._version != self._clean_version
 
     def _mark(self, *, pending: bool) -> None:
-        self._clean_version = self.pending._version - pending
+        self._clean_version = self.pending._version - int(pending)
 
     @property
     def is_warming(self) -> bool:
@@ -157,7 +163,11 @@ class Ledger:
         self.block_amax.fill_(-1)
         self.pending.copy_(self._settings.empty)
         self._mark(pending=False)
-        self._count(self.updates + 1)
+        # Optimizers that step within backward make an update a parameter, and one step in all.
+        task = torch._C._current_graph_task_id()
+        if task == -1 or task != self._counted_in:
+            self._count(self.updates + 1)
+        self._counted_in = task
 
     def _count(self, updates: int) -> None:
         was_warming, self.updates = self.is_warming, updates
@@ -186,8 +196,7 @@ class Ledger:
         before = {index: self.sites[index].operand.scaling for index in scalings}
         sites = list(self.sites)
         for index, scaling in scalings.items():
-            operand = replace(sites[index].operand, scaling=scaling)
-            sites[index] = replace(sites[index], operand=operand)
+            sites[index] = sites[index].switched(scaling)
         fits = all(
             site.scales == old.scales and site.history_len <= self.amax_history.shape[1]
             for site, old in zip(sites, self.sites, strict=True)
@@ -201,7 +210,9 @@ class Ledger:
         else:
             self._lay_out(sites)
         for index, old in before.items():
-            self._rescale(index, forget=isinstance(old, Static))
+            if isinstance(old, Static):
+                self.scale[self._rows_of(index)] = 0
+        self._rescale([row for index in before for row in self._indices_of(index)])
         changed = {self.sites[index].fqn for index in scalings}
         for layer in self.layers:
             if layer.fqn in changed:
@@ -210,12 +221,10 @@ class Ledger:
         for listener in self._switch_listeners:
             listener(switched)
 
-    def _rescale(self, index: int, *, forget: bool = False) -> None:
-        """Take a site's scales from its history; where that says nothing they stay, or 0."""
-        rows = self._rows_of(index)
-        if forget:
-            self.scale[rows] = 0
-        self.scale[rows] = self._settings.scale(self.amax_history, previous=self.scale)[rows]
+    def _rescale(self, rows: list[int]) -> None:
+        """Take the scales of rows from their histories; where those say nothing they stay."""
+        scale = self._settings.scale(self.amax_history, previous=self.scale)
+        self.scale[rows] = scale[rows]
 
     # ---- saved state -----------------------------------------------------------------------
 
@@ -255,11 +264,11 @@ class Ledger:
             newest = history.reshape(count, -1)[:, :kept]
             self.amax_history[rows, :kept] = newest.to(self.amax_history)
         self._mark(pending=was_pending)
-        self._rescale(index)
+        self._rescale(self._indices_of(index))
 
-    def restore_updates(self, updates: Tensor | None) -> None:
-        """Set how many updates there were, which decides where a warm-up stands; None is 0."""
-        self._count(0 if updates is None else int(updates))
+    def restore_updates(self, updates: int) -> None:
+        """Set how many updates there were, which decides where a warm-up stands."""
+        self._count(updates)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ledger":
         root = self._root() if self._root is not None else None
@@ -316,7 +325,9 @@ _hooks: list[Any] = []
 def _follow_optimizers(ledger: Ledger) -> None:
     """Have every optimizer's step update this ledger for as long as it lives."""
     if not _hooks:
-        _hooks.append(register_optimizer_step_post_hook(_after_optimizer_step))
+        # Traced into a compiled step, the update would be no side effect of it.
+        hook: Any = torch.compiler.disable(_after_optimizer_step)
+        _hooks.append(register_optimizer_step_post_hook(hook))
     _ledgers.add(ledger)
 
 

@@ -40,10 +40,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from unclamp.nn.site import Casts, LayerSites
-from unclamp.numerics import GemmOperand, channel_scale
+from unclamp.nn.site import Casts, LayerSites, Seen
+from unclamp.numerics import GemmOperand, Stat, channel_scale
 from unclamp.numerics.operators import gemm, sum_tokens
-from unclamp.rule import ROLES, Gemm, Role
+from unclamp.rule import GEMMS, ROLES, Gemm, Role
 from unclamp.scaling import HighPrecision, describe
 
 Commit = Literal["in backward", "now"] | None
@@ -151,10 +151,12 @@ class Fp8Linear(nn.Linear):
             for role, index in self.sites.indices.items():
                 history = state_dict.get(f"{own}{role}_amax_history")
                 ledger.restore(index, history, state_dict.get(f"{own}{role}_scale"))
-            ledger.restore_updates(state_dict.get(f"{own}updates"))
+            if f"{own}updates" in state_dict:
+                ledger.restore_updates(int(state_dict[f"{own}updates"]))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self.sites.ledger.move_to(self.weight.device)  # assign=True may bring another device
         unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(own)]
 
 
@@ -178,19 +180,27 @@ class _Fp8LinearFunction(torch.autograd.Function):
 
         def operand(role: Role, gemm: Gemm) -> GemmOperand:
             tensor = (plain if sites.is_high(gemm) else tensors)[role]
-            return sites.gemm_operand(role, tensor, casts[role], gemm)
+            return sites.gemm_operand(role, tensor, casts[role], gemm, high=sites.is_high(gemm))
 
         output = _gemm(
-            sites, "output", operand("input", "output"), operand("weight", "output"), bias
+            sites,
+            "output",
+            operand("input", "output"),
+            operand("weight", "output"),
+            bias,
+            high=sites.is_high("output"),
         )
         kept_x = operand("input", "grad_weight") if needs_weight else NOTHING
         kept_w = operand("weight", "grad_input") if needs_input else NOTHING
-        ctx.sites, ctx.commit, ctx.casts = sites, commit, casts
+        # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
+        seen: dict[Role, Seen] = {role: sites.seen(role, made) for role, made in casts.items()}
+        ctx.sites, ctx.commit, ctx.seen = sites, commit, seen
+        ctx.high = {name: sites.is_high(name) for name in GEMMS}
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.granularities = (kept_x.granularity, kept_w.granularity)
         ctx.save_for_backward(*kept_x[:2], *kept_w[:2], smooth)
         if commit == "now":
-            sites.commit(casts)
+            sites.commit(seen)
         return output.to(x.dtype)
 
     # A second derivative would silently miss everything that goes through a cast: raise.
@@ -205,26 +215,29 @@ class _Fp8LinearFunction(torch.autograd.Function):
         wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
         gemms = [name for name, is_wanted in wanted.items() if is_wanted]
         casts = sites.cast("grad_output", dy, gemms)
+        seen = sites.seen("grad_output", casts)
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             kept_w = GemmOperand(saved[2], saved[3], ctx.granularities[1], 0)
-            grad = sites.gemm_operand("grad_output", dy, casts, "grad_input")
-            grad_input = _gemm(sites, "grad_input", grad, kept_w)
-            if smooth is not None and not sites.is_high("grad_input"):
+            high = ctx.high["grad_input"]
+            grad = sites.gemm_operand("grad_output", dy, casts, "grad_input", high=high)
+            grad_input = _gemm(sites, "grad_input", grad, kept_w, high=high)
+            if smooth is not None and not high:
                 grad_input = grad_input * smooth
-            grad_input = grad_input.to(x_dtype)
+            grad_input = _poisoned(grad_input.to(x_dtype), dy, seen.stats)
         if needs_weight:
             kept_x = GemmOperand(saved[0], saved[1], ctx.granularities[0], 0)
-            grad = sites.gemm_operand("grad_output", dy, casts, "grad_weight")
-            grad_weight = _gemm(sites, "grad_weight", grad, kept_x)
-            if smooth is not None and not sites.is_high("grad_weight"):
+            high = ctx.high["grad_weight"]
+            grad = sites.gemm_operand("grad_output", dy, casts, "grad_weight", high=high)
+            grad_weight = _gemm(sites, "grad_weight", grad, kept_x, high=high)
+            if smooth is not None and not high:
                 grad_weight = grad_weight / smooth
-            grad_weight = grad_weight.to(weight_dtype)
+            grad_weight = _poisoned(grad_weight.to(weight_dtype), dy, seen.stats)
         if needs_bias:
             grad_bias = sum_tokens(dy).to(bias_dtype)
         if ctx.commit == "in backward":
-            sites.commit({**ctx.casts, "grad_output": casts})
-            ctx.casts = {}
+            sites.commit({**ctx.seen, "grad_output": seen})
+            ctx.seen = {}
         return grad_input, grad_weight, grad_bias, None, None
 
 
@@ -237,11 +250,27 @@ def _smoothed(x: Tensor, weight: Tensor, smooth: Tensor) -> dict[Role, Tensor]:
     return {"input": x.to(torch.float32) * smooth, "weight": weight.to(torch.float32) / smooth}
 
 
+def _poisoned(grad: Tensor, dy: Tensor, stats: Tensor) -> Tensor:
+    """Return NaN for a gradient made of a float16 one with an Inf: loss scaling must see it.
+
+    The cast saturates Inf, and a gradient scaler would take an overflow for a good step.
+    """
+    if dy.dtype != torch.float16:
+        return grad
+    return torch.where(stats[Stat.NONFINITE] > 0, torch.nan, grad)
+
+
 def _gemm(
-    sites: LayerSites, name: Gemm, a: GemmOperand, b: GemmOperand, bias: Tensor | None = None
+    sites: LayerSites,
+    name: Gemm,
+    a: GemmOperand,
+    b: GemmOperand,
+    bias: Tensor | None = None,
+    *,
+    high: bool,
 ) -> Tensor:
     """Multiply as the layer's plan says; in high precision as `nn.Linear` does."""
-    if not sites.is_high(name):
+    if not high:
         return gemm(a, b, bias, sites.modes[name])
     left, right = (x.tensor if x.axis == 1 else x.tensor.t() for x in (a, b))
     with torch.autocast(left.device.type, enabled=False):

@@ -1,6 +1,6 @@
 """The recipe's settings of every scale as columns, so that an update needs no loop over sites."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,24 +45,28 @@ class RowSettings:
     @classmethod
     def of(cls, sites: list[Site], longest: int, device: torch.device) -> "RowSettings":
         """Return the columns of these sites, for histories of `longest` entries."""
-        of_row = [index for index, site in enumerate(sites) for _ in range(site.scales)]
-        rows = [sites[index] for index in of_row]
-        scalings = [row.operand.scaling for row in rows]
-        windows = torch.tensor([_window(row) for row in rows], device=device)
-        powers = [row.power_of_two for row in rows]
-        blocks = [row.scales > 1 for row in rows]
+        counts = torch.tensor([site.scales for site in sites], dtype=torch.int64)
+        of_row = torch.repeat_interleave(counts).to(device)
+
+        def column(values: Iterable[float | bool], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=device)[of_row]
+
+        scalings = [site.operand.scaling for site in sites]
+        powers = [site.power_of_two for site in sites]
         static = [s.scale if isinstance(s, Static) else 0.0 for s in scalings]
+        has_blocks = any(site.scales > 1 for site in sites)
         return cls(
-            format_max=torch.tensor([r.operand.format.max for r in rows], device=device),
-            margin=torch.tensor([float(row.margin) for row in rows], device=device),
-            power_of_two=torch.tensor(powers, device=device) if any(powers) else None,
-            window=torch.arange(longest, device=device) < windows.unsqueeze(1),
-            is_static=torch.tensor([isinstance(s, Static) for s in scalings], device=device).bool(),
-            static=torch.tensor(static, device=device),
-            site=torch.tensor(of_row, device=device, dtype=torch.int64),
-            is_block=torch.tensor(blocks, device=device) if any(blocks) else None,
+            format_max=column(site.operand.format.max for site in sites),
+            margin=column(site.margin for site in sites),
+            power_of_two=column(powers, torch.bool) if any(powers) else None,
+            window=torch.arange(longest, device=device)
+            < column(map(_window, sites), torch.int64).unsqueeze(1),
+            is_static=column((isinstance(s, Static) for s in scalings), torch.bool),
+            static=column(static),
+            site=of_row,
+            is_block=column((s.scales > 1 for s in sites), torch.bool) if has_blocks else None,
             empty=empty_stats(len(sites), device),
-            reductions=_reductions(rows, device),
+            reductions=_reductions(sites, device),
         )
 
     def newest(self, site_amax: Tensor, block_amax: Tensor) -> Tensor:
@@ -85,12 +89,14 @@ class RowSettings:
         return torch.where(self.is_static, self.static, scale)
 
 
-def _reductions(rows: list[Site], device: torch.device) -> tuple[Reduction, ...]:
+def _reductions(sites: list[Site], device: torch.device) -> tuple[Reduction, ...]:
     groups: dict[tuple[Callable[[Any], Any], int], list[int]] = {}
-    for row, site in enumerate(rows):
-        scaling = site.operand.scaling
+    row = 0
+    for site in sites:
+        scaling, last = site.operand.scaling, row + site.scales
         if isinstance(scaling, Delayed | Guarded) and not isinstance(scaling.reduce, str):
-            groups.setdefault((scaling.reduce, scaling.history_len), []).append(row)
+            groups.setdefault((scaling.reduce, scaling.history_len), []).extend(range(row, last))
+        row = last
     return tuple(
         (reduce, torch.tensor(found, device=device), length)
         for (reduce, length), found in groups.items()

@@ -7,8 +7,8 @@ former, take the latter as inputs, and serve any layer with the same plan.
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,18 @@ from torch import Tensor
 from unclamp.numerics import GemmOperand, block_grid, empty_stats, merged_stats
 from unclamp.numerics.operators import CastPlan, Codes, commit, quantize_operand, raise_amax
 from unclamp.rule import GEMMS, ROLES, Gemm, LayerPlan, Operand, Role
-from unclamp.scaling import MX, Delayed, Dynamic, Guarded, HighPrecision, PerTensor, is_square
+from unclamp.scaling import (
+    MX,
+    PER_TENSOR,
+    Delayed,
+    Dynamic,
+    Granularity,
+    Guarded,
+    HighPrecision,
+    PerTensor,
+    Scaling,
+    is_square,
+)
 
 if TYPE_CHECKING:
     from unclamp.nn.ledger import Ledger
@@ -41,13 +52,31 @@ AXES: dict[tuple[Role, Gemm], Axis] = {
 class Site:
     """One operand of one layer, and what the recipe gives it.
 
-    `shape` is that of a weight, whose blocks can have histories; empty for other roles.
+    `shape` is that of a weight, whose blocks can have histories; empty for other roles. Such
+    histories are of the blocks of `remembers`: those of its scaling, or of the one before it.
     """
 
     fqn: str
     role: Role
     operand: Operand
     shape: tuple[int, ...] = ()
+    remembers: Granularity = PER_TENSOR
+
+    @classmethod
+    def of(cls, fqn: str, role: Role, operand: Operand, *, shape: tuple[int, ...] = ()) -> "Site":
+        """Return the site whose histories are those that its scaling wants."""
+        scaling = operand.scaling
+        has_history = isinstance(scaling, Delayed | Guarded)
+        remembers = scaling.granularity if has_history else PER_TENSOR
+        return cls(fqn=fqn, role=role, operand=operand, shape=shape, remembers=remembers)
+
+    def switched(self, scaling: Scaling) -> "Site":
+        """Return the site under another scaling; it goes on remembering what can go on."""
+        operand = replace(self.operand, scaling=scaling)
+        same = scaling.granularity == self.remembers or isinstance(scaling, HighPrecision)
+        if same and not isinstance(scaling, Delayed | Guarded):
+            return replace(self, operand=operand)
+        return Site.of(self.fqn, self.role, operand, shape=self.shape)
 
     @property
     def history_len(self) -> int:
@@ -70,12 +99,11 @@ class Site:
     @property
     def grids(self) -> dict[Axis, tuple[int, int]]:
         """Shape of the scales with a history, for a cast along each axis; empty per tensor."""
-        scaling = self.operand.scaling
-        if not isinstance(scaling, Delayed | Guarded) or isinstance(scaling.granularity, PerTensor):
+        if isinstance(self.remembers, PerTensor):
             return {}
-        block, (rows, columns) = scaling.granularity.block, self.shape
+        block, (rows, columns) = self.remembers.block, self.shape
         grids: dict[Axis, tuple[int, int]] = {1: block_grid(rows, columns, block)}
-        if not is_square(scaling.granularity):
+        if not is_square(self.remembers):
             grids[0] = block_grid(columns, rows, block)
         return grids
 
@@ -103,6 +131,13 @@ Casts = dict[Axis, Codes]
 """A role's casts by the axis that their GEMM contracts; the same one twice if it serves both."""
 
 
+class Seen(NamedTuple):
+    """What a role's casts tell the ledger: statistics, and amaxes of blocks with a history."""
+
+    stats: Tensor
+    block_amax: dict[Axis, Tensor]
+
+
 class LayerSites:
     """One layer's plan, and views of its state in the ledger.
 
@@ -126,7 +161,9 @@ class LayerSites:
         self.ledger = ledger
         self.indices = dict(indices)
         self.smooth = plan.smooth
-        self.modes = {g: m if isinstance(m, str) else HIGH for g, m in plan.gemms.items()}
+        self.modes: dict[Gemm, str] = {
+            g: m if isinstance(m, str) else HIGH for g, m in plan.gemms.items()
+        }
         self.bind()
         ledger.layers.add(self)
 
@@ -150,22 +187,20 @@ class LayerSites:
         takes_own = isinstance(site.operand.scaling, Dynamic | HighPrecision)
         for axis in (1, 0):
             grid = site.grids.get(axis)
-            if takes_own:
-                self.scales[role, axis] = None
-            elif grid is None:
-                self.scales[role, axis] = self.ledger.scale[row]
-            else:
+            scale = self.ledger.scale[row]
+            if grid is not None:
                 last = row + grid[0] * grid[1]
-                self.scales[role, axis] = self.ledger.scale[row:last].view(grid)
+                scale = self.ledger.scale[row:last].view(grid)
                 self.block_amax[role, axis] = self.ledger.block_amax[row:last].view(grid)
                 row = last
+            self.scales[role, axis] = None if takes_own else scale
 
     def operand(self, role: Role) -> Operand:
         """Return what this role gets, as it stands now."""
         return self.ledger.sites[self.indices[role]].operand
 
     def _needs_cast(self, role: Role) -> bool:
-        used = (gemm for gemm in GEMMS if (role, gemm) in AXES)
+        used: list[Gemm] = [gemm for gemm in GEMMS if (role, gemm) in AXES]
         return self.casts[role] is not None and any(self.modes[gemm] != HIGH for gemm in used)
 
     def is_high(self, gemm: Gemm) -> bool:
@@ -183,31 +218,37 @@ class LayerSites:
         codes = quantize_operand(x, self.scales[role, 1], plan, 1)
         return {1: codes, 0: codes._replace(scale_inv=codes.scale_inv.t())}
 
-    def gemm_operand(self, role: Role, x: Tensor, casts: Casts, gemm: Gemm) -> GemmOperand:
-        """Return an operand as it enters a GEMM: its codes, or itself."""
+    def gemm_operand(
+        self, role: Role, x: Tensor, casts: Casts, gemm: Gemm, *, high: bool
+    ) -> GemmOperand:
+        """Return an operand as it enters a GEMM: its codes, or itself where the GEMM is `high`."""
         axis, plan = AXES[role, gemm], self.casts[role]
-        if plan is None or self.is_high(gemm):
+        if plan is None or high or axis not in casts:
             return GemmOperand(x, axis=axis)
         codes = casts[axis]
         return GemmOperand(codes.codes, codes.scale_inv, plan.granularity, axis)
 
-    def commit(self, casts: Mapping[Role, Casts]) -> None:
-        """Hand statistics, and amaxes of blocks, to the ledger."""
-        stats = []
-        for role in ROLES:
-            made = casts.get(role, {})
-            for axis, codes in made.items():
-                if (role, axis) in self.block_amax:
-                    raise_amax(self.block_amax[role, axis], codes.amax)
-            stats.append(self._statistics(role, made))
-        commit(self.pending, torch.stack(stats))
-
-    def _statistics(self, role: Role, made: Casts) -> Tensor:
-        """Return the statistics of a role's casts as one vector."""
+    def seen(self, role: Role, made: Casts) -> Seen:
+        """Return what the ledger wants to know of a role's casts, and nothing of the codes."""
         if not made:
-            return self.no_stats
+            return Seen(self.no_stats, {})
         vectors = [codes.stats for codes in made.values()]
-        return vectors[0] if self.square[role] else merged_stats(torch.stack(vectors))
+        stats = vectors[0] if self.square[role] else merged_stats(torch.stack(vectors))
+        blocks: dict[Axis, Tensor] = {
+            a: c.amax for a, c in made.items() if (role, a) in self.block_amax
+        }
+        return Seen(stats, blocks)
+
+    def commit(self, seen: Mapping[Role, Seen]) -> None:
+        """Hand statistics, and amaxes of blocks, to the ledger."""
+        for role, (_, blocks) in seen.items():
+            for axis, amax in blocks.items():
+                pending = self.block_amax.get((role, axis))
+                # A switch since the forward may have left other blocks, or none.
+                if pending is not None and pending.shape == amax.shape:
+                    raise_amax(pending, amax)
+        stats = [seen[role].stats if role in seen else self.no_stats for role in ROLES]
+        commit(self.pending, torch.stack(stats))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerSites":
         twin = object.__new__(LayerSites)

@@ -1,14 +1,14 @@
 """Change the scaling of converted layers while they train."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from unclamp.errors import ConvertError, RecipeError
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
-from unclamp.rule import ROLES, Role, check_scaling, check_smooth, matches
+from unclamp.rule import ROLES, LayerPlan, Operand, Role, check_plan, check_scaling, matches
 from unclamp.scaling import Scaling, describe
 
 
@@ -19,7 +19,10 @@ class SwitchReport:
     switched: dict[str, dict[Role, tuple[Scaling, Scaling]]]
 
     def __str__(self) -> str:
-        lines = [f"switched {len(self.switched)} layers; where compiled, each recompiles once"]
+        if not self.switched:
+            return "switched nothing: the layers have these scalings already"
+        count = f"{len(self.switched)} layer" + ("s" if len(self.switched) > 1 else "")
+        lines = [f"switched {count}; where compiled by itself, each recompiles once"]
         for fqn, roles in self.switched.items():
             said = (f"{r} {describe(old)} -> {describe(new)}" for r, (old, new) in roles.items())
             lines.append(f"  {fqn or '(the model itself)'}: {', '.join(said)}")
@@ -38,8 +41,10 @@ def switch(
     """Give the converted layers that match another scaling, from their next cast on.
 
     Histories go on whatever the scaling, so delayed -> dynamic -> delayed gives the scales that
-    delayed alone would have given. Formats stay. A recorder writes the switch as an event of the
-    coming step. Under `torch.compile` each layer that changes recompiles once, and no other.
+    delayed alone would have given; only a weight that comes to other blocks starts new ones.
+    Formats stay. A recorder writes the switch as an event of the coming step. Where layers or
+    blocks of them are compiled by themselves, each that changes recompiles once, and no other; a
+    model compiled as a whole recompiles as a whole.
 
     Args:
         model: A model with converted layers.
@@ -61,7 +66,7 @@ def switch(
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8))
         >>> report = unclamp.convert(model, unclamp.Recipe())
         >>> print(unclamp.switch(model, "1", input=unclamp.Dynamic()))
-        switched 1 layers; where compiled, each recompiles once
+        switched 1 layer; where compiled by itself, each recompiles once
           1: input delayed -> dynamic
     """
     named: dict[Role, Scaling | None] = {
@@ -82,13 +87,20 @@ def switch(
             f"{glob!r} matches no converted layer of the model; it has: {listed or 'none'}"
         )
     for layer in found.values():
-        weight = wanted.get("weight", layer.sites.operand("weight").scaling)
-        check_smooth(smooth=layer.sites.smooth, weight=weight)
+        check_plan(_plan_after(layer, wanted))
     return SwitchReport(switched=_carry_out(found, wanted))
 
 
 def _converted(model: nn.Module) -> dict[str, Fp8Linear]:
     return {fqn: m for fqn, m in model.named_modules() if isinstance(m, Fp8Linear)}
+
+
+def _plan_after(layer: Fp8Linear, wanted: Mapping[Role, Scaling]) -> LayerPlan:
+    operands: dict[Role, Operand] = {}
+    for role in ROLES:
+        old = layer.sites.operand(role)
+        operands[role] = replace(old, scaling=wanted.get(role, old.scaling))
+    return LayerPlan(operands=operands, gemms=layer.sites.modes, smooth=layer.sites.smooth)
 
 
 def _carry_out(

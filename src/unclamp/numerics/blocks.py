@@ -4,6 +4,7 @@ A matrix enters a GEMM with one axis contracted. *Oriented*, it has the contract
 a block is `across` rows by `along` columns (`unclamp.scaling`). The last blocks may be short.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -16,16 +17,19 @@ def orient(x: Tensor, axis: int) -> Tensor:
     """Return a view `[rows, columns]` of `x` with `axis` last; leading axes become rows.
 
     Raises:
-        ValueError: An axis other than the last of a tensor that is no matrix, or a 0-d tensor.
+        ValueError: An axis that a matrix does not have, one other than the last of a tensor that
+            is no matrix, or a 0-d tensor.
     """
     if x.ndim == 2:
+        if axis not in (-2, -1, 0, 1):
+            raise ValueError(f"expected an axis of a matrix, 0 or 1, got {axis}")
         return x if axis in (-1, 1) else x.t()
     if x.ndim == 0 or axis not in (-1, x.ndim - 1):
         raise ValueError(
             "blocks of a tensor that is no matrix lie along its last axis: "
             f"got axis {axis} of {list(x.shape)}"
         )
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 fails for an empty axis
 
 
 def block_count(size: int, block: int | None) -> int:
@@ -47,7 +51,7 @@ def block_amax(magnitude: Tensor, block: Block) -> Tensor:
     grid = block_grid(rows, columns, block)
     if magnitude.numel() == 0:
         return magnitude.new_zeros(grid)
-    across, along = block[0] or rows, block[1] or columns
+    across, along = min(block[0] or rows, rows), min(block[1] or columns, columns)
     padding = (0, grid[1] * along - columns, 0, grid[0] * across - rows)
     padded = F.pad(magnitude, padding) if any(padding) else magnitude
     return padded.reshape(grid[0], across, grid[1], along).amax((1, 3))
@@ -57,5 +61,5 @@ def spread(values: Tensor, shape: Sequence[int], block: Block) -> Tensor:
     """Return a block's value at each element: it broadcasts against a matrix of this shape."""
     for axis, (size, length) in enumerate(zip(shape, block, strict=True)):
         if length is not None and length != 1:
-            values = values.repeat_interleave(length, axis).narrow(axis, 0, size)
+            values = values.repeat_interleave(min(length, size), axis).narrow(axis, 0, size)
     return values

@@ -86,7 +86,8 @@ def dequantize_codes(
     codes: Tensor, scale_inv: Tensor, *, granularity: Granularity, axis: int
 ) -> Tensor:
     """Return `codes * scale_inv` in float32; the arguments are attributes of `Quantized`."""
-    values = codes.to(torch.float32)
+    # Only a matrix, or a contiguous tensor, is oriented as a view that can be scaled in place.
+    values = (codes if codes.ndim == 2 else codes.contiguous()).to(torch.float32)
     if isinstance(granularity, PerTensor):
         return values.mul_(scale_inv)
     oriented = orient(values, axis)
@@ -112,10 +113,11 @@ def quantize(
         fmt: The format of the codes.
         scale: float32, the scale to use, in the shape of `Quantized.scale_inv`. None takes it
             from `x` itself (dynamic scaling), and so does a scale of 0, which stands for
-            "nothing measured yet": the choice is made on the device.
+            "nothing measured yet": the choice is made on the device. Others lie in
+            [2**-126, 2**126].
         granularity: Which elements share a scale.
         axis: The axis that the GEMM contracts: the last, or either one of a matrix.
-        margin: Powers of two of headroom of a scale taken from `x`.
+        margin: Powers of two of headroom of a scale taken from `x`; none with `guard`.
         power_of_two: Whether a scale taken from `x` is a power of two; under `MX` always.
         guard: Where the given scale would saturate a finite element, take the scale from `x`,
             without margin, and count the cast as re-cast.
@@ -126,7 +128,8 @@ def quantize(
 
     Raises:
         UnsupportedError: `x` is not floating point.
-        ValueError: Blocks along an axis that the tensor does not have.
+        ValueError: Blocks along an axis that the tensor does not have, or a scale that is not
+            one a block.
     """
     values = _as_float32(x).contiguous()
     if not isinstance(granularity, PerTensor):
@@ -181,6 +184,11 @@ def _choose(
     """Return the scale to use, and 1 where a block's given scale would pass the limit."""
     if scale is None:
         return own_scale, own_scale.new_zeros(())
+    if scale.shape != amax.shape:
+        raise ValueError(
+            f"expected a scale for each block, {list(amax.shape)}, got {list(scale.shape)}"
+        )
+    scale = scale.detach().to(torch.float32)
     passed = amax * scale > limit
     recast = passed.any() if passed.ndim else passed
     return torch.where((scale > 0) & ~passed, scale, own_scale), recast
@@ -225,13 +233,13 @@ def _statistics(
     fields = {
         Stat.AMAX: torch.where(nonfinite < elements, largest, -1),
         Stat.SCALE_INV: largest,
-        Stat.ELEMENTS: zeros.new_tensor(elements),
+        Stat.ELEMENTS: torch.full_like(zeros, elements),
         Stat.SATURATED: torch.count_nonzero(saturated),
         Stat.UNDERFLOWED: vanishing - (zeros - nonfinite),
         Stat.NONFINITE: nonfinite,
-        Stat.RECAST: zeros.new_tensor(0),
+        Stat.RECAST: torch.zeros_like(zeros),
         Stat.SQUARE: square * unit,
         Stat.SATURATED_SQUARE: removed.square_().sum() * unit,
-        Stat.CASTS: zeros.new_tensor(1),
+        Stat.CASTS: torch.ones_like(zeros),
     }
     return torch.stack([fields[field].to(torch.float64) for field in Stat])

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclamp.errors import UnsupportedError
+from unclamp.formats import unknown_name
 from unclamp.numerics.blocks import orient, spread
 from unclamp.numerics.cast import dequantize_codes, format_of
-from unclamp.scaling import Block, parse_granularity
+from unclamp.scaling import ACCUMULATES, Block, parse_granularity
 
 
 class GemmOperand(NamedTuple):
@@ -58,8 +59,12 @@ def matmul(
     Numerics: NaN and Inf spread as in any GEMM; an empty contracted axis gives zeros.
 
     Raises:
+        RecipeError: `accumulate` is none of `ACCUMULATES`.
+        ValueError: Contracted axes of different lengths, or a format that Hopper does not have.
         UnsupportedError: Hopper-like accumulation elsewhere than on a CPU.
     """
+    if accumulate not in ACCUMULATES:
+        raise unknown_name("accumulate", accumulate, list(ACCUMULATES))
     # Under autocast F.linear would leave float32.
     with torch.autocast(a.tensor.device.type, enabled=False):
         bias = None if bias is None else bias.to(torch.float32)
@@ -79,6 +84,9 @@ def _hopper(a: GemmOperand, b: GemmOperand, *, fast: bool) -> Tensor:
     from unclamp.numerics.hopper import hopper_matmul  # noqa: PLC0415
 
     codes = [orient(x.tensor.to(torch.float32), x.axis) for x in (a, b)]
+    if codes[0].shape[1] != codes[1].shape[1]:
+        lengths = " and ".join(str(code.shape[1]) for code in codes)
+        raise ValueError(f"expected contracted axes of one length, got {lengths}")
     formats = [format_of(x.tensor.dtype) for x in (a, b)]
     contracted = codes[0].shape[1]
     step = _segment(a, b, contracted)

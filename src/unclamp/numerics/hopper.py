@@ -75,7 +75,7 @@ def hopper_matmul(
     """
     _check_operands(a, b, a_format, b_format)
     a, b = a.detach(), b.detach()
-    out = torch.zeros(len(a), len(b))
+    out = torch.zeros(len(a), len(b), dtype=torch.float32)
     if 0 in a.shape or 0 in b.shape:
         return out
     left, right = (pad(x.nan_to_num(0, 0, 0), (0, -x.shape[1] % BLOCK)) for x in (a, b))

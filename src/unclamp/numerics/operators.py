@@ -7,11 +7,12 @@ into the ledger's tensors; the compiler knows it from their signatures and keeps
 where they are called.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from unclamp.errors import UnsupportedError
 from unclamp.formats import get_format
 from unclamp.numerics.blocks import block_grid
 from unclamp.numerics.cast import quantize, torch_dtype
@@ -150,6 +151,8 @@ def _register() -> None:
     for name, (kernel, fake) in kernels.items():
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"unclamp::{name}", fake, lib=LIBRARY)
+    for name in ("quantize", "matmul", "sum_tokens"):
+        torch.library.register_autograd(f"unclamp::{name}", _refuse_backward, lib=LIBRARY)
 
 
 def _fake_quantize(
@@ -163,7 +166,7 @@ def _fake_quantize(
     axis: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parsed = parse_granularity(granularity)
-    rows, columns = x.shape if axis == 1 else x.shape[::-1]
+    rows, columns = x.shape if axis in (1, -1) else x.shape[::-1]
     grid = () if isinstance(parsed, PerTensor) else block_grid(rows, columns, parsed.block)
     return (
         x.new_empty(x.shape, dtype=torch_dtype(get_format(format))),
@@ -185,7 +188,7 @@ def _fake_matmul(
     bias: Tensor | None,
     accumulate: str,
 ) -> Tensor:
-    return a.new_empty(a.shape[1 - a_axis], b.shape[1 - b_axis], dtype=torch.float32)
+    return a.new_empty(a.shape[1 - a_axis % 2], b.shape[1 - b_axis % 2], dtype=torch.float32)
 
 
 def _fake_sum_tokens(x: Tensor) -> Tensor:
@@ -194,6 +197,13 @@ def _fake_sum_tokens(x: Tensor) -> Tensor:
 
 def _fake_nothing(pending: Tensor, other: Tensor) -> None:
     pass
+
+
+def _refuse_backward(ctx: Any, *grads: Tensor) -> None:
+    raise UnsupportedError(
+        "an exported graph of converted layers has no backward: expected to train the model "
+        "itself, eager or under torch.compile"
+    )
 
 
 _register()
