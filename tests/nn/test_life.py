@@ -19,12 +19,12 @@ from unclamp import (
     UnsupportedError,
     convert,
     first_and_last,
-    quantize,
     switch,
 )
 from unclamp.formats import E4M3FN
 from unclamp.nn import find_ledgers
 from unclamp.numerics import Stat
+from unclamp.numerics.cast import quantize_plain
 
 
 def made(recipe: Recipe | None = None, layers: int = 2) -> nn.Sequential:
@@ -206,7 +206,7 @@ def test_no_number_is_copied_to_the_device_by_a_cast():
     x, scale = torch.randn(8, 8), torch.tensor(3.0)
     for settings in ({}, {"power_of_two": True}, {"granularity": PerRow()}, {"guard": True}):
         with Names() as names:
-            quantize(x, E4M3FN, None if "granularity" in settings else scale, **settings)  # pyright: ignore[reportArgumentType]
+            quantize_plain(x, E4M3FN, None if "granularity" in settings else scale, **settings)  # pyright: ignore[reportArgumentType]
         assert not [name for name in names.seen if "lift_fresh" in name or "item" in name]
 
 

@@ -291,8 +291,10 @@ def test_nonfinite_elements_change_nothing_around_them(granularity, axis):
     same = torch.ones_like(x, dtype=torch.bool)
     same[places] = False
     assert torch.equal(values[same], want.codes.to(torch.float32)[same])
-    counted = [s for s in Stat if s != Stat.NONFINITE]
+    sums = [Stat.SQUARE, Stat.SATURATED_SQUARE]
+    counted = [s for s in Stat if s not in (Stat.NONFINITE, *sums)]
     assert torch.equal(got.stats[counted], want.stats[counted])
+    torch.testing.assert_close(got.stats[sums], want.stats[sums], rtol=1e-6, atol=0)
     assert got.stats[Stat.NONFINITE] == 4
 
 

@@ -226,7 +226,7 @@ class LayerSites:
         if plan is None or high or axis not in casts:
             return GemmOperand(x, axis=axis)
         codes = casts[axis]
-        return GemmOperand(codes.codes, codes.scale_inv, plan.granularity, axis)
+        return GemmOperand(codes.codes, codes.scale_inv, plan.granularity, axis, codes.values)
 
     def seen(self, role: Role, made: Casts) -> Seen:
         """Return what the ledger wants to know of a role's casts, and nothing of the codes."""

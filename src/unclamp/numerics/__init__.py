@@ -1,8 +1,9 @@
 """Stateless FP8 arithmetic on tensors: amax and scale, cast with its statistics, GEMM."""
 
 from unclamp.numerics.blocks import block_grid
-from unclamp.numerics.cast import Quantized, cast, dequantize, quantize, torch_dtype
+from unclamp.numerics.cast import Quantized, cast, dequantize, torch_dtype
 from unclamp.numerics.gemm import GemmOperand, matmul
+from unclamp.numerics.quantize import quantize
 from unclamp.numerics.scale import channel_scale, scale_from_amax
 from unclamp.numerics.stats import Stat, empty_stats, merge_stats, merged_stats
 

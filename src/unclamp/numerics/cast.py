@@ -28,6 +28,7 @@ from torch import Tensor
 from unclamp.errors import UnsupportedError
 from unclamp.formats import Format, get_format
 from unclamp.numerics.blocks import block_amax, orient, spread
+from unclamp.numerics.fused import fused, is_plain
 from unclamp.numerics.scale import scale_from_amax
 from unclamp.numerics.stats import Stat
 from unclamp.scaling import MX, PER_TENSOR, Granularity, PerTensor
@@ -46,6 +47,7 @@ class Quantized:
         stats: float64 `[len(Stat)]`, what the cast saw and lost.
         granularity: Which elements share a scale.
         axis: The axis that the GEMM contracts.
+        values: `dequantize` of it, where the cast has made it on the way; else None.
     """
 
     codes: Tensor
@@ -54,6 +56,7 @@ class Quantized:
     stats: Tensor
     granularity: Granularity = PER_TENSOR
     axis: int = -1
+    values: Tensor | None = None
 
 
 def torch_dtype(fmt: Format) -> torch.dtype:
@@ -87,15 +90,22 @@ def dequantize_codes(
 ) -> Tensor:
     """Return `codes * scale_inv` in float32; the arguments are attributes of `Quantized`."""
     # Only a matrix, or a contiguous tensor, is oriented as a view that can be scaled in place.
-    values = (codes if codes.ndim == 2 else codes.contiguous()).to(torch.float32)
+    codes = codes if codes.ndim == 2 else codes.contiguous()
+    cpu = fused() if is_plain(codes) and codes.is_contiguous() else None
     if isinstance(granularity, PerTensor):
-        return values.mul_(scale_inv)
+        if cpu is not None:
+            return cpu.decode(codes, format_of(codes.dtype), float(scale_inv))
+        return codes.to(torch.float32).mul_(scale_inv)
+    if cpu is not None:
+        values = cpu.decode(codes, format_of(codes.dtype), 1.0)
+    else:
+        values = codes.to(torch.float32)
     oriented = orient(values, axis)
     oriented.mul_(spread(scale_inv, oriented.shape, granularity.block))
     return values
 
 
-def quantize(
+def quantize_plain(
     x: Tensor,
     fmt: Format,
     scale: Tensor | None = None,
@@ -106,31 +116,7 @@ def quantize(
     power_of_two: bool = False,
     guard: bool = False,
 ) -> Quantized:
-    """Cast a tensor and count what the cast lost.
-
-    Args:
-        x: Any shape, float32, bfloat16 or float16 (float64 is rounded to float32 first).
-        fmt: The format of the codes.
-        scale: float32, the scale to use, in the shape of `Quantized.scale_inv`. None takes it
-            from `x` itself (dynamic scaling), and so does a scale of 0, which stands for
-            "nothing measured yet": the choice is made on the device. Others lie in
-            [2**-126, 2**126].
-        granularity: Which elements share a scale.
-        axis: The axis that the GEMM contracts: the last, or either one of a matrix.
-        margin: Powers of two of headroom of a scale taken from `x`; none with `guard`.
-        power_of_two: Whether a scale taken from `x` is a power of two; under `MX` always.
-        guard: Where the given scale would saturate a finite element, take the scale from `x`,
-            without margin, and count the cast as re-cast.
-
-    Numerics: amax is over finite elements; with none of them, or all zero, a scale taken from
-    `x` is 1. NaN stays NaN, Inf saturates; both count as non-finite and as nothing else. An
-    empty tensor gives empty codes and amax -1.
-
-    Raises:
-        UnsupportedError: `x` is not floating point.
-        ValueError: Blocks along an axis that the tensor does not have, or a scale that is not
-            one a block.
-    """
+    """Cast a tensor in plain torch; see `unclamp.numerics.quantize`."""
     values = _as_float32(x).contiguous()
     if not isinstance(granularity, PerTensor):
         values = orient(values, axis)
@@ -144,7 +130,7 @@ def quantize(
         margin=0 if guard else margin,
         power_of_two=power_of_two or isinstance(granularity, MX),
     )
-    used, recast = _choose(scale, own_scale, amax, fmt.overflow_limit if guard else torch.inf)
+    used, recast = choose_scale(scale, own_scale, amax, fmt.overflow_limit if guard else torch.inf)
     scale_inv = used.reciprocal()
     if isinstance(granularity, PerTensor):
         each, each_inv = used, scale_inv
@@ -178,20 +164,23 @@ def _amax(magnitude: Tensor, granularity: Granularity) -> Tensor:
     return magnitude.amax() if magnitude.numel() else magnitude.new_zeros(())
 
 
-def _choose(
+def choose_scale(
     scale: Tensor | None, own_scale: Tensor, amax: Tensor, limit: float
 ) -> tuple[Tensor, Tensor]:
     """Return the scale to use, and 1 where a block's given scale would pass the limit."""
     if scale is None:
         return own_scale, own_scale.new_zeros(())
-    if scale.shape != amax.shape:
-        raise ValueError(
-            f"expected a scale for each block, {list(amax.shape)}, got {list(scale.shape)}"
-        )
+    check_scale(scale, amax.shape)
     scale = scale.detach().to(torch.float32)
     passed = amax * scale > limit
     recast = passed.any() if passed.ndim else passed
     return torch.where((scale > 0) & ~passed, scale, own_scale), recast
+
+
+def check_scale(scale: Tensor, shape: torch.Size) -> None:
+    """Raise a ValueError unless there is a scale for each block."""
+    if scale.shape != shape:
+        raise ValueError(f"expected a scale for each block, {list(shape)}, got {list(scale.shape)}")
 
 
 def _as_given(codes: Tensor, x: Tensor, granularity: Granularity, axis: int) -> Tensor:

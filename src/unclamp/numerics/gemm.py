@@ -27,13 +27,15 @@ class GemmOperand(NamedTuple):
     """A matrix as it enters a GEMM: codes and their scales, or a tensor in high precision.
 
     `tensor` is `[rows, contracted]` with `axis` 1 and `[contracted, rows]` with `axis` 0;
-    `scale_inv` is that of `Quantized`, None in high precision; `granularity` is given by name.
+    `scale_inv` is that of `Quantized`, None in high precision; `granularity` is given by name;
+    `ready` is the dequantised tensor, where the cast has made it on the way.
     """
 
     tensor: Tensor
     scale_inv: Tensor | None = None
     granularity: str = "tensor"
     axis: int = 1
+    ready: Tensor | None = None
 
     @property
     def block(self) -> Block:
@@ -42,6 +44,8 @@ class GemmOperand(NamedTuple):
 
     def values(self) -> Tensor:
         """Return what the GEMM multiplies, float32, `[rows, contracted]`."""
+        if self.ready is not None:
+            return orient(self.ready, self.axis)
         if self.scale_inv is None:
             return orient(self.tensor.to(torch.float32), self.axis)
         granularity = parse_granularity(self.granularity)

@@ -15,8 +15,9 @@ from torch import Tensor
 from unclamp.errors import UnsupportedError
 from unclamp.formats import get_format
 from unclamp.numerics.blocks import block_grid
-from unclamp.numerics.cast import quantize, torch_dtype
+from unclamp.numerics.cast import Quantized, torch_dtype
 from unclamp.numerics.gemm import GemmOperand, matmul
+from unclamp.numerics.quantize import quantize
 from unclamp.numerics.stats import Stat, merge_stats
 from unclamp.scaling import PerTensor, parse_granularity
 
@@ -34,25 +35,28 @@ class CastPlan(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """What a cast gives: `Quantized` without the settings."""
+    """What a cast gives: `Quantized` without the settings; `values` in eager mode alone."""
 
     codes: Tensor
     scale_inv: Tensor
     amax: Tensor
     stats: Tensor
+    values: Tensor | None = None
 
 
 def quantize_operand(x: Tensor, scale: Tensor | None, plan: CastPlan, axis: int) -> Codes:
     """Cast a matrix as `unclamp.numerics.quantize` does."""
-    call = torch.ops.unclamp.quantize if torch.compiler.is_compiling() else _quantize
-    return Codes(*call(x, scale, *plan, axis))
+    if torch.compiler.is_compiling():
+        return Codes(*torch.ops.unclamp.quantize(x, scale, *plan, axis))
+    q = _quantized(x, scale, *plan, axis, values=True)
+    return Codes(q.codes, q.scale_inv, q.amax, q.stats, q.values)
 
 
 def gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None, accumulate: str) -> Tensor:
     """Multiply as `unclamp.numerics.matmul` does."""
     if not torch.compiler.is_compiling():
         return matmul(a, b, bias, accumulate=accumulate)
-    return torch.ops.unclamp.matmul(*a, *b, bias, accumulate)
+    return torch.ops.unclamp.matmul(*a[:4], *b[:4], bias, accumulate)
 
 
 def commit(pending: Tensor, stats: Tensor) -> None:
@@ -73,6 +77,31 @@ def sum_tokens(x: Tensor) -> Tensor:
     return call(x)
 
 
+def _quantized(
+    x: Tensor,
+    scale: Tensor | None,
+    format: str,
+    granularity: str,
+    margin: int,
+    power_of_two: bool,
+    guard: bool,
+    axis: int,
+    *,
+    values: bool,
+) -> Quantized:
+    return quantize(
+        x,
+        get_format(format),
+        scale,
+        granularity=parse_granularity(granularity),
+        axis=axis,
+        margin=margin,
+        power_of_two=power_of_two,
+        guard=guard,
+        values=values,
+    )
+
+
 def _quantize(
     x: Tensor,
     scale: Tensor | None,
@@ -83,16 +112,8 @@ def _quantize(
     guard: bool,
     axis: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q = quantize(
-        x,
-        get_format(format),
-        scale,
-        granularity=parse_granularity(granularity),
-        axis=axis,
-        margin=margin,
-        power_of_two=power_of_two,
-        guard=guard,
-    )
+    settings = (format, granularity, margin, power_of_two, guard, axis)
+    q = _quantized(x, scale, *settings, values=False)
     return q.codes, q.scale_inv, q.amax, q.stats
 
 
