@@ -214,8 +214,12 @@ class LayerSites:
         if plan is None or not axes:
             return {}
         if not self.square[role]:
-            return {a: quantize_operand(x, self.scales[role, a], plan, a) for a in axes}
-        codes = quantize_operand(x, self.scales[role, 1], plan, 1)
+            # Backward decodes what it keeps; only what is multiplied at once wants values.
+            slots = {a: f"{role} {a}" if a == 1 or role == "grad_output" else None for a in axes}
+            return {
+                a: quantize_operand(x, self.scales[role, a], plan, a, slot=slots[a]) for a in axes
+            }
+        codes = quantize_operand(x, self.scales[role, 1], plan, 1, slot=role)
         return {1: codes, 0: codes._replace(scale_inv=codes.scale_inv.t())}
 
     def gemm_operand(

@@ -280,10 +280,9 @@ class Blocks(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """What the kernel makes: codes, values if wanted, and what `Stat` counts and sums."""
+    """What the kernel makes: codes, and what `Stat` counts and sums."""
 
     codes: Tensor
-    values: Tensor | None
     amax: float
     saturated: int
     underflowed: int
@@ -309,13 +308,22 @@ def block_amax(x: Tensor, blocks: Blocks) -> np.ndarray:
 
 
 def cast(
-    x: Tensor, scales: np.ndarray, invs: np.ndarray, blocks: Blocks, fmt: Format, *, values: bool
+    x: Tensor,
+    scales: np.ndarray,
+    invs: np.ndarray,
+    blocks: Blocks,
+    fmt: Format,
+    *,
+    values: Tensor | None = None,
 ) -> Cast:
-    """Cast a contiguous matrix with the scales of its blocks, float32, `blocks.grid`."""
+    """Cast a contiguous matrix with the scales of its blocks, float32, `blocks.grid`.
+
+    `values` is written, if given: contiguous float32 of as many elements.
+    """
     data, kind = _data(x, blocks)
     shape = (blocks.rows, blocks.columns)
     codes = torch.empty(shape, dtype=torch.uint8)
-    hat = torch.empty(shape if values else (0, 0), dtype=torch.float32)
+    hat = torch.empty(0, 0, dtype=torch.float32) if values is None else values.view(shape)
     tasks = _tasks(blocks, whole=1)
     counts = np.zeros((len(tasks), _COUNTS), np.int64)
     sums = np.zeros((len(tasks), _SUMS))
@@ -328,7 +336,6 @@ def cast(
     total, added = counts.sum(0), sums.sum(0)
     return Cast(
         codes=codes,
-        values=hat if values else None,
         amax=float(counts[:, _AMAX].max().astype(np.int32).view(np.float32)),
         saturated=int(total[_SATURATED]),
         underflowed=int(total[_UNDERFLOWED]),
@@ -394,10 +401,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def warm_up() -> None:
     """Compile the kernels, or load them from numba's cache; later calls do nothing."""
-    x = torch.ones(1, 1)
+    x = torch.ones(1, 1, dtype=torch.float32)
     blocks = Blocks(1, 1, 1, 1)
     one = np.ones((1, 1), np.float32)
     for dtype in _KINDS:
         block_amax(x.to(dtype), blocks)
-        cast(x.to(dtype), one, one, blocks, E4M3FN, values=True)
+        cast(x.to(dtype), one, one, blocks, E4M3FN, values=torch.empty(1, 1, dtype=torch.float32))
     decode(torch.zeros(1, dtype=torch.float8_e4m3fn), E4M3FN, 1.0)

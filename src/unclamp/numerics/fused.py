@@ -1,6 +1,7 @@
 """Whether the fused kernels (numba) can run: on this machine, and on a tensor."""
 
 import functools
+import threading
 import warnings
 from typing import Any
 
@@ -25,6 +26,28 @@ def fused() -> Any:
         )
         return None
     return cpu
+
+
+class _Workspace(threading.local):
+    """A thread's float32 buffers by slot, each as large as was ever asked for."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+
+_workspace = _Workspace()
+
+
+@torch.inference_mode(False)
+def borrow(slot: str, size: int) -> Tensor:
+    """Return `size` float32 of the calling thread, on the CPU, valid until the slot's next use.
+
+    Fresh memory costs a page fault every 4 kB, which for large tensors is several times the cast.
+    """
+    buffer = _workspace.buffers.get(slot)
+    if buffer is None or buffer.numel() < size:
+        _workspace.buffers[slot] = buffer = torch.empty(size, dtype=torch.float32)
+    return buffer[:size]
 
 
 def is_plain(x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from unclamp.errors import UnsupportedError
 from unclamp.formats import get_format
 from unclamp.numerics.blocks import block_grid
 from unclamp.numerics.cast import Quantized, torch_dtype
+from unclamp.numerics.fused import borrow, is_plain
 from unclamp.numerics.gemm import GemmOperand, matmul
 from unclamp.numerics.quantize import quantize
 from unclamp.numerics.stats import Stat, merge_stats
@@ -44,11 +45,18 @@ class Codes(NamedTuple):
     values: Tensor | None = None
 
 
-def quantize_operand(x: Tensor, scale: Tensor | None, plan: CastPlan, axis: int) -> Codes:
-    """Cast a matrix as `unclamp.numerics.quantize` does."""
+def quantize_operand(
+    x: Tensor, scale: Tensor | None, plan: CastPlan, axis: int, *, slot: str | None = None
+) -> Codes:
+    """Cast a matrix as `unclamp.numerics.quantize` does.
+
+    With a `slot` the values come too where they are cheap, in the workspace of that name: they
+    last until the slot is used again.
+    """
     if torch.compiler.is_compiling():
         return Codes(*torch.ops.unclamp.quantize(x, scale, *plan, axis))
-    q = _quantized(x, scale, *plan, axis, values=True)
+    values = borrow(slot, x.numel()) if slot is not None and is_plain(x) else None
+    q = _quantized(x, scale, *plan, axis, values=values)
     return Codes(q.codes, q.scale_inv, q.amax, q.stats, q.values)
 
 
@@ -87,7 +95,7 @@ def _quantized(
     guard: bool,
     axis: int,
     *,
-    values: bool,
+    values: Tensor | None = None,
 ) -> Quantized:
     return quantize(
         x,
@@ -113,7 +121,7 @@ def _quantize(
     axis: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     settings = (format, granularity, margin, power_of_two, guard, axis)
-    q = _quantized(x, scale, *settings, values=False)
+    q = _quantized(x, scale, *settings)
     return q.codes, q.scale_inv, q.amax, q.stats
 
 

@@ -38,7 +38,7 @@ def quantize(
     margin: int = 0,
     power_of_two: bool = False,
     guard: bool = False,
-    values: bool = False,
+    values: Tensor | None = None,
 ) -> Quantized:
     """Cast a tensor and count what the cast lost.
 
@@ -55,7 +55,8 @@ def quantize(
         power_of_two: Whether a scale taken from `x` is a power of two; under `MX` always.
         guard: Where the given scale would saturate a finite element, take the scale from `x`,
             without margin, and count the cast as re-cast.
-        values: Whether the caller wants `Quantized.values`, if they cost no pass of their own.
+        values: Contiguous float32 with as many elements as `x`, to be filled with what the codes
+            decode to. Only the fused path does; whether it did is seen by `Quantized.values`.
 
     Numerics: amax is over finite elements; with none of them, or all zero, a scale taken from
     `x` is 1. NaN stays NaN, Inf saturates; both count as non-finite and as nothing else. An
@@ -81,7 +82,7 @@ def quantize(
 
 
 def _fused_tensor(
-    x: Tensor, fmt: Format, scale: Tensor | None, *, values: bool, margin: int,
+    x: Tensor, fmt: Format, scale: Tensor | None, *, values: Tensor | None, margin: int,
     power_of_two: bool, guard: bool, granularity: Granularity, axis: int,
 ) -> Quantized:  # fmt: skip
     cpu = fused()
@@ -109,12 +110,12 @@ def _fused_tensor(
         stats=_stats(made, amax=amax, scale_inv=float(inv[0, 0]), recast=recast),
         granularity=granularity,
         axis=axis,
-        values=None if made.values is None else made.values.view(x.shape),
+        values=None if values is None else values.view(x.shape),
     )
 
 
 def _fused_blocks(
-    x: Tensor, fmt: Format, scale: Tensor | None, *, values: bool, margin: int,
+    x: Tensor, fmt: Format, scale: Tensor | None, *, values: Tensor | None, margin: int,
     power_of_two: bool, guard: bool, granularity: Granularity, axis: int,
 ) -> Quantized:  # fmt: skip
     cpu = fused()
@@ -147,7 +148,7 @@ def _fused_blocks(
         ),
         granularity=granularity,
         axis=axis,
-        values=None if made.values is None else made.values.view(x.shape),
+        values=None if values is None else values.view(x.shape),
     )
 
 
