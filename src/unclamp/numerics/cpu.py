@@ -27,7 +27,7 @@ from unclamp.formats import E4M3FN, Format
 
 CHUNK = 1024
 """Elements worked on at a time; the six arrays of them fit the first-level cache."""
-TASK = 128 * CHUNK
+TASK = 512 * CHUNK
 """Elements a thread takes at a time."""
 
 _AMAX, _SATURATED, _UNDERFLOWED, _NONFINITE, _COUNTS = range(5)
@@ -134,16 +134,49 @@ def _square_sum(x: Any, count: int) -> float:
 
 
 @_compiled
-def _careful_sums(x: Any, bits: Any, inv: Any, scaled: Any, fmt: Layout, count: int) -> tuple:
+def _careful_sums(x: Any, bits: Any, scale: Any, inv: Any, fmt: Layout, count: int) -> tuple:
     """Sum squares over finite elements alone, and those of what saturation removed."""
     total, removed = 0.0, 0.0
     for i in range(count):
         if (bits[i] & _ABS) < _INF:
             total += np.float64(x[i]) * np.float64(x[i])
-            if scaled[i] > fmt.limit:
+            if abs(x[i] * scale[i]) > fmt.limit:
                 lost = np.float64(abs(x[i])) - np.float64(fmt.max * inv[i])
                 removed += lost * lost
     return total, removed
+
+
+@_compiled
+def _codes(
+    bits: Any, kept: Any, kept_bits: Any, magic_bits: Any, fmt: Layout, codes: Any, count: int
+) -> None:
+    """Make codes of |x * scale|, at most max, without NaN, for formats with a negative zero."""
+    for i in range(count):
+        b = kept_bits[i]
+        rounded = (b + fmt.half + ((b >> fmt.shift) & np.int32(1))) & fmt.mask
+        small = b < fmt.min_normal_bits
+        code = magic_bits[i] - fmt.magic_bits if small else (rounded >> fmt.shift) - fmt.rebias
+        codes[i] = np.uint8(code | ((bits[i] >> np.int32(24)) & np.int32(-128)))
+        kept_bits[i] = b if small else rounded
+
+
+@_compiled
+def _careful_codes(
+    bits: Any, kept: Any, kept_bits: Any, magic_bits: Any, fmt: Layout, codes: Any, count: int
+) -> None:
+    """The same where elements may be NaN, or the format has no negative zero."""
+    for i in range(count):
+        b = kept_bits[i]
+        rounded = (b + fmt.half + ((b >> fmt.shift) & np.int32(1))) & fmt.mask
+        small = b < fmt.min_normal_bits
+        code = magic_bits[i] - fmt.magic_bits if small else (rounded >> fmt.shift) - fmt.rebias
+        is_nan = b > _INF
+        code = fmt.nan_code if is_nan else code
+        signed = fmt.zero_is_signed if code == 0 else np.int32(1)
+        signed = fmt.nan_is_signed if is_nan else signed
+        sign = (bits[i] >> np.int32(24)) & np.int32(-128)
+        codes[i] = np.uint8(code | (sign * signed))
+        kept_bits[i] = b if (small or is_nan) else rounded
 
 
 @_compiled
@@ -162,31 +195,21 @@ def _chunk(
         amax = max(amax, size)
         nonfinite += np.int32(1) - finite
         s = abs(x[i] * scale[i])
-        kept[i] = s
         saturated += np.int32(s > fmt.limit) & finite
         underflowed += np.int32(s <= fmt.vanishing) & np.int32(size != 0)
+        s = min(s, fmt.max)
+        kept[i] = s
+        magic[i] = s + fmt.magic
     if saturated > 0 or nonfinite > 0:
-        total, removed = _careful_sums(x, bits, inv, kept, fmt, count)
+        total, removed = _careful_sums(x, bits, scale, inv, fmt, count)
         sums[_SATURATED_SQUARE] += removed
     else:
         total = _square_sum(x, count)
     sums[_SQUARE] += total
-    for i in range(count):
-        s = min(kept[i], fmt.max)
-        kept[i] = s
-        magic[i] = s + fmt.magic
-    for i in range(count):
-        b = kept_bits[i]
-        rounded = (b + fmt.half + ((b >> fmt.shift) & np.int32(1))) & fmt.mask
-        small = b < fmt.min_normal_bits
-        code = magic_bits[i] - fmt.magic_bits if small else (rounded >> fmt.shift) - fmt.rebias
-        is_nan = b > _INF
-        code = fmt.nan_code if is_nan else code
-        signed = fmt.zero_is_signed if code == 0 else np.int32(1)
-        signed = fmt.nan_is_signed if is_nan else signed
-        sign = (bits[i] >> np.int32(24)) & np.int32(-128)
-        codes[i] = np.uint8(code | (sign * signed))
-        kept_bits[i] = b if (small or is_nan) else rounded
+    if nonfinite > 0 or fmt.zero_is_signed == 0:
+        _careful_codes(bits, kept, kept_bits, magic_bits, fmt, codes, count)
+    else:
+        _codes(bits, kept, kept_bits, magic_bits, fmt, codes, count)
     counts[_AMAX] = max(counts[_AMAX], np.int64(amax))
     counts[_SATURATED] += saturated
     counts[_UNDERFLOWED] += underflowed
@@ -203,14 +226,17 @@ def _chunk(
 
 @_compiled
 def _cast_range(
-    x: Any, kind: int, scales: Any, invs: Any, across: int, along: int, fmt: Layout, codes: Any,
-    values: Any, rows: Any, columns: Any, counts: Any, sums: Any,
+    x: Any, ints: Any, floats: Any, kind: int, scales: Any, invs: Any, across: int, along: int,
+    fmt: Layout, codes: Any, values: Any, rows: Any, columns: Any, counts: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """Cast the rows and columns of a range; `scales` and `invs` hold one a block."""
+    """Cast the rows and columns of a range; `scales` and `invs` hold one a block.
+
+    `ints` and `floats` view float32 input as what it is; other input is loaded by chunks.
+    """
     work = np.empty((5, CHUNK), np.float32)
-    bits = work[0].view(np.int32)
     kept, magic, scale, inv = work[1], work[2], work[3], work[4]
     kept_bits, magic_bits = kept.view(np.int32), magic.view(np.int32)
+    loaded, loaded_bits = work[0], work[0].view(np.int32)
     nothing = np.empty(0, np.float32)
     filled = -1
     for row in range(rows[0], rows[1]):
@@ -221,9 +247,16 @@ def _cast_range(
                 _fill(scale, scales[group], first, CHUNK if along >= x.shape[1] else count, along)
                 _fill(inv, invs[group], first, CHUNK if along >= x.shape[1] else count, along)
                 filled = group
-            _load(x[row, first : first + count], kind, count, bits, work[0])
+            xs = x[row, first : first + count]
+            if kind == _FLOAT32:
+                chunk = floats[row, first : first + count]
+                bits = ints[row, first : first + count]
+            else:
+                _load(xs, kind, count, loaded_bits, loaded)
+                chunk = loaded[:count]
+                bits = loaded_bits[:count]
             _chunk(
-                work[0], bits, scale, inv, fmt, codes[row, first : first + count],
+                chunk, bits, scale, inv, fmt, codes[row, first : first + count],
                 values[row, first : first + count] if len(values) else nothing,
                 kept, kept_bits, magic, magic_bits, counts, sums,
             )  # fmt: skip
@@ -327,9 +360,12 @@ def cast(
     tasks = _tasks(blocks, whole=1)
     counts = np.zeros((len(tasks), _COUNTS), np.int64)
     sums = np.zeros((len(tasks), _SUMS))
+    is_float32 = kind == _FLOAT32
+    ints = data if is_float32 else np.empty((0, 0), np.int32)
+    views = (data, ints, ints.view(np.float32), kind)
     outs = (layout(fmt), codes.numpy(), hat.numpy())
     calls = [
-        (_cast_range, data, kind, scales, invs, blocks.across, blocks.along, *outs, *task, *out)
+        (_cast_range, *views, scales, invs, blocks.across, blocks.along, *outs, *task, *out)
         for task, *out in zip(tasks, counts, sums, strict=True)
     ]
     _run(calls)
