@@ -1,12 +1,18 @@
 """Run every benchmark side by side, print ratios, write bench/results.json."""
 
 import json
+import platform
 from pathlib import Path
 
-from bench import linear
+import torch
+
+from bench import cast, imports, ledger, linear, study
 
 if __name__ == "__main__":
-    results = {"linear": linear.measure()}
+    machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {machine}")
+    benches = {"cast": cast, "linear": linear, "ledger": ledger, "study": study, "imports": imports}
+    results = {name: bench.measure() for name, bench in benches.items()}
     path = Path(__file__).with_name("results.json")
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {path}")
+    path.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
+    print(f"\nwritten: {path}")
