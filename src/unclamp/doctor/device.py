@@ -2,6 +2,7 @@
 
 import importlib
 import platform
+import warnings
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 
 from unclamp.doctor.casts import SOURCES, CastAnswer, one_line, probe_cast
 from unclamp.doctor.matmul import MatmulAnswer, api, probe_matmul
+from unclamp.errors import UnclampWarning
 from unclamp.formats import FORMATS
+from unclamp.numerics.fused import fused
 
 NO_ACCUMULATION = "not available"
 
@@ -47,12 +50,20 @@ def probe_device(device: str) -> DeviceAnswer:
         matmul_api=api(),
         matmul=probe_matmul(device),
         kernels={
-            "casts": "plain torch operations",
+            "casts": casts(device),
             "GEMMs": "emulated: dequantised values, multiplied in float32",
             "Hopper-like accumulation": accumulation(),
             "Triton kernels": "none yet",
         },
     )
+
+
+def casts(device: str) -> str:
+    """Return what computes a cast on this device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnclampWarning)
+        is_fused = device == "cpu" and fused() is not None
+    return "one pass, compiled by numba" if is_fused else "plain torch operations"
 
 
 @cache

@@ -219,7 +219,9 @@ class LayerSites:
             return {
                 a: quantize_operand(x, self.scales[role, a], plan, a, slot=slots[a]) for a in axes
             }
-        codes = quantize_operand(x, self.scales[role, 1], plan, 1, slot=role)
+        # Codes of the gradient are gone with the backward that makes them.
+        gone = role == "grad_output"
+        codes = quantize_operand(x, self.scales[role, 1], plan, 1, slot=role, codes_too=gone)
         return {1: codes, 0: codes._replace(scale_inv=codes.scale_inv.t())}
 
     def gemm_operand(

@@ -1,6 +1,7 @@
 """Whether the fused kernels (numba) can run: on this machine, and on a tensor."""
 
 import functools
+import sys
 import threading
 import warnings
 from typing import Any
@@ -10,10 +11,19 @@ from torch import Tensor
 
 from unclamp.errors import UnclampWarning
 
+PATIENCE_S = 1.5
+"""Seconds after which a user is told what the first cast waits for."""
+
 
 @functools.cache
 def fused() -> Any:
     """Return the fused kernels, or None with one warning where numba cannot compile them."""
+    said = threading.Timer(
+        PATIENCE_S, print, ["unclamp: compiling the CPU kernels, once; they are kept on disk"],
+        {"file": sys.stderr},
+    )  # fmt: skip
+    said.daemon = True
+    said.start()
     try:
         from unclamp.numerics import cpu  # noqa: PLC0415  # numba is slow to import
 
@@ -25,11 +35,13 @@ def fused() -> Any:
             stacklevel=4,
         )
         return None
+    finally:
+        said.cancel()
     return cpu
 
 
 class _Workspace(threading.local):
-    """A thread's float32 buffers by slot, each as large as was ever asked for."""
+    """A thread's buffers by slot, each as large as was ever asked for."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
@@ -39,14 +51,14 @@ _workspace = _Workspace()
 
 
 @torch.inference_mode(False)
-def borrow(slot: str, size: int) -> Tensor:
-    """Return `size` float32 of the calling thread, on the CPU, valid until the slot's next use.
+def borrow(slot: str, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return `size` elements of the calling thread, on the CPU, valid until the slot's next use.
 
     Fresh memory costs a page fault every 4 kB, which for large tensors is several times the cast.
     """
     buffer = _workspace.buffers.get(slot)
     if buffer is None or buffer.numel() < size:
-        _workspace.buffers[slot] = buffer = torch.empty(size, dtype=torch.float32)
+        _workspace.buffers[slot] = buffer = torch.empty(size, dtype=dtype)
     return buffer[:size]
 
 

@@ -46,17 +46,26 @@ class Codes(NamedTuple):
 
 
 def quantize_operand(
-    x: Tensor, scale: Tensor | None, plan: CastPlan, axis: int, *, slot: str | None = None
+    x: Tensor,
+    scale: Tensor | None,
+    plan: CastPlan,
+    axis: int,
+    *,
+    slot: str | None = None,
+    codes_too: bool = False,
 ) -> Codes:
     """Cast a matrix as `unclamp.numerics.quantize` does.
 
     With a `slot` the values come too where they are cheap, in the workspace of that name: they
-    last until the slot is used again.
+    last until the slot is used again. With `codes_too` so do the codes.
     """
     if torch.compiler.is_compiling():
         return Codes(*torch.ops.unclamp.quantize(x, scale, *plan, axis))
-    values = borrow(slot, x.numel()) if slot is not None and is_plain(x) else None
-    q = _quantized(x, scale, *plan, axis, values=values)
+    values = room = None
+    if slot is not None and is_plain(x):
+        values = borrow(slot, x.numel())
+        room = borrow(f"{slot} codes", x.numel(), torch.uint8) if codes_too else None
+    q = _quantized(x, scale, *plan, axis, values=values, room=room)
     return Codes(q.codes, q.scale_inv, q.amax, q.stats, q.values)
 
 
@@ -96,6 +105,7 @@ def _quantized(
     axis: int,
     *,
     values: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> Quantized:
     return quantize(
         x,
@@ -107,6 +117,7 @@ def _quantized(
         power_of_two=power_of_two,
         guard=guard,
         values=values,
+        room=room,
     )
 
 

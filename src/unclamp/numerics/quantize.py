@@ -39,6 +39,7 @@ def quantize(
     power_of_two: bool = False,
     guard: bool = False,
     values: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> Quantized:
     """Cast a tensor and count what the cast lost.
 
@@ -57,6 +58,8 @@ def quantize(
             without margin, and count the cast as re-cast.
         values: Contiguous float32 with as many elements as `x`, to be filled with what the codes
             decode to. Only the fused path does; whether it did is seen by `Quantized.values`.
+        room: Contiguous uint8 with as many elements as `x`, where the fused path puts the codes;
+            in fresh memory without it.
 
     Numerics: amax is over finite elements; with none of them, or all zero, a scale taken from
     `x` is 1. NaN stays NaN, Inf saturates; both count as non-finite and as nothing else. An
@@ -77,13 +80,13 @@ def quantize(
     if not (is_plain(x) and x.dtype in FUSED_DTYPES and x.numel() and fused()):
         return quantize_plain(x, fmt, scale, **settings)
     if isinstance(granularity, PerTensor):
-        return _fused_tensor(x, fmt, scale, values=values, **settings)
-    return _fused_blocks(x, fmt, scale, values=values, **settings)
+        return _fused_tensor(x, fmt, scale, values=values, room=room, **settings)
+    return _fused_blocks(x, fmt, scale, values=values, room=room, **settings)
 
 
 def _fused_tensor(
-    x: Tensor, fmt: Format, scale: Tensor | None, *, values: Tensor | None, margin: int,
-    power_of_two: bool, guard: bool, granularity: Granularity, axis: int,
+    x: Tensor, fmt: Format, scale: Tensor | None, *, values: Tensor | None, room: Tensor | None,
+    margin: int, power_of_two: bool, guard: bool, granularity: Granularity, axis: int,
 ) -> Quantized:  # fmt: skip
     cpu = fused()
     data = x.detach().contiguous().view(1, -1)
@@ -96,11 +99,11 @@ def _fused_tensor(
     if not used > 0:
         used = scalar_scale_from_amax(float(cpu.block_amax(data, blocks)[0, 0]), fmt, **settings)
         guard = False
-    made = cpu.cast(data, *_pair(used), blocks, fmt, values=values)
+    made = cpu.cast(data, *_pair(used), blocks, fmt, values=values, room=room)
     if guard and float32(made.amax * used) > fmt.overflow_limit:
         recast = True
         used = scalar_scale_from_amax(made.amax, fmt, **settings)
-        made = cpu.cast(data, *_pair(used), blocks, fmt, values=values)
+        made = cpu.cast(data, *_pair(used), blocks, fmt, values=values, room=room)
     (_, inv) = _pair(used)
     amax = made.amax if made.nonfinite < x.numel() else -1.0
     return Quantized(
@@ -115,8 +118,8 @@ def _fused_tensor(
 
 
 def _fused_blocks(
-    x: Tensor, fmt: Format, scale: Tensor | None, *, values: Tensor | None, margin: int,
-    power_of_two: bool, guard: bool, granularity: Granularity, axis: int,
+    x: Tensor, fmt: Format, scale: Tensor | None, *, values: Tensor | None, room: Tensor | None,
+    margin: int, power_of_two: bool, guard: bool, granularity: Granularity, axis: int,
 ) -> Quantized:  # fmt: skip
     cpu = fused()
     oriented = orient(x.detach(), axis)  # raises for an axis that is not there
@@ -134,7 +137,7 @@ def _fused_blocks(
     used, recast = choose_scale(scale, own, amax, fmt.overflow_limit if guard else torch.inf)
     inv = used.reciprocal()
     grids = [(t.t() if transposed else t).contiguous().numpy() for t in (used, inv)]
-    made = cpu.cast(data, *grids, blocks, fmt, values=values)
+    made = cpu.cast(data, *grids, blocks, fmt, values=values, room=room)
     is_seen = made.nonfinite < x.numel()
     return Quantized(
         codes=made.codes.view(torch_dtype(fmt)).view(x.shape),
