@@ -275,6 +275,12 @@ def test_backward_keeps_one_byte_an_element():
     assert sum(t.numel() * t.element_size() for t in kept) == 32 * 64 + 64 * 64 + 8
 
 
+def test_the_layer_shows_special_gemms_and_smoothing():
+    recipe = Recipe(weight=Dynamic(), smooth=True, output="hopper", grad_weight=HighPrecision())
+    _, layer = pair(recipe)
+    assert repr(layer).endswith(", output=hopper, grad_weight=high_precision, smooth)")
+
+
 def test_the_layer_shows_what_it_does():
     _, layer = pair(Recipe(input=Dynamic(), weight=HighPrecision(), grad_output=Delayed()))
     assert "input=dynamic:e4m3fn, weight=high_precision, grad_output=delayed:e5m2" in repr(layer)

@@ -1,5 +1,6 @@
 """The fused kernels against plain torch: the same bits, whatever goes in and however many work."""
 
+import os
 import subprocess
 import sys
 
@@ -59,7 +60,7 @@ def test_float32_bit_patterns(fmt):
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [-2, -1, 0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_blocks_of_odd_matrices(dtype, axis, granularity):
     for shape in ((1, 1), (5, 1), (1, 7), (129, 257), (70, 1500)):
@@ -149,4 +150,37 @@ def test_without_numba_casts_are_plain_and_say_so_once():
         "assert q[0].codes.float().tolist() == [448] * 3\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_scales_of_other_dtypes_and_beyond_the_range_are_as_in_plain_torch():
+    x = torch.randn(70)
+    for scale in (torch.tensor(0.1, dtype=torch.float64), torch.tensor(3.0, requires_grad=True)):
+        check(x, E4M3FN, scale, guard=True)
+    for value in (1e-42, float("inf"), float("nan")):
+        got, want = (f(x, E4M3FN, torch.tensor(value)) for f in (quantize, quantize_plain))
+        assert same_bits(got.scale_inv, want.scale_inv)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_child_casts_too():
+    code = (
+        "import os, torch, unclamp\n"
+        "x = torch.ones(3_000_000)\n"
+        "torch.set_num_threads(2)\n"
+        "unclamp.quantize(x, unclamp.E4M3FN)\n"
+        "torch.set_num_threads(1)\n"
+        "y = torch.ones(3_000_000)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    from unclamp.numerics.compiled import run\n"
+        "    torch.get_num_threads = lambda: 2\n"
+        "    run([(int, 1), (int, 2)])\n"
+        "    os._exit(7)\n"
+        "assert os.waitpid(child, 0)[1] == 7 * 256\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -9,8 +9,8 @@ one layer), so an update is a handful of kernels whatever the model's size:
     pending       [sites, len(Stat)]         float64, statistics since the last update
 
 A site has one scale with a history, that of its tensor's amax; only a weight whose rows or blocks
-have delayed or guarded scales has one a block. A site keeps its history whatever its scaling, so
-that switching to another and back loses nothing.
+have delayed or guarded scales has one a block. A site keeps its history whatever its scaling, as
+long as its blocks stay the same, so that switching to another and back loses nothing.
 
 Casts *commit* their statistics to `pending`. An update folds the pending amaxes into the
 history and makes the next scales. It runs right after `optimizer.step()`, through torch's
@@ -24,6 +24,7 @@ meaning: an evaluation forward commits nothing, and under activation checkpointi
 forward runs twice, the backward runs once.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -105,7 +106,7 @@ class Ledger:
     @torch.inference_mode(False)  # its tensors have no version, and could not train
     def _allocate(self, device: torch.device) -> None:
         counts = [site.scales for site in self.sites]
-        self.first_row = [sum(counts[:index]) for index in range(len(counts))]
+        self.first_row = [0, *itertools.accumulate(counts[:-1])] if counts else []
         rows, longest = sum(counts), max(self._remembered, default=1)
         float32 = {"dtype": torch.float32, "device": device}
         self.amax_history = torch.zeros(rows, longest, **float32)

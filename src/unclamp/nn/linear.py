@@ -111,14 +111,16 @@ class Fp8Linear(nn.Linear):
         return None
 
     def extra_repr(self) -> str:
-        """Add each role's format and scaling to what `nn.Linear` shows."""
+        """Add to what `nn.Linear` shows: scalings, formats, GEMMs that are special, smoothing."""
         operands = {role: self.sites.operand(role) for role in ROLES}
         roles = ", ".join(
             f"{role}={describe(operand.scaling)}"
             + ("" if isinstance(operand.scaling, HighPrecision) else f":{operand.format.name}")
             for role, operand in operands.items()
         )
-        return f"{super().extra_repr()}, {roles}"
+        modes = "".join(f", {g}={m}" for g, m in self.sites.modes.items() if m != "float32")
+        smooth = ", smooth" if self.sites.smooth else ""
+        return f"{super().extra_repr()}, {roles}{modes}{smooth}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Fp8Linear":
         super()._apply(fn, recurse)

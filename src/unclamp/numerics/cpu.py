@@ -7,15 +7,15 @@ within 1e-6 of each other. A tensor is cut into tasks of fixed size whose sums a
 so that nothing depends on the number of threads.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unclamp.formats import E4M3FN, Format
+from unclamp.numerics.compiled import run
 from unclamp.numerics.kernels import (
     AMAX,
     CHUNK,
@@ -72,10 +72,8 @@ def block_amax(x: Tensor, blocks: Blocks) -> np.ndarray:
         (amax_range, data, kind, blocks.across, blocks.along, *task, part)
         for task, part in zip(tasks, parts, strict=True)
     ]
-    _run(calls)
-    return (
-        np.maximum.reduce(parts).view(np.float32) if len(parts) > 1 else parts[0].view(np.float32)
-    )
+    run(calls)
+    return np.maximum.reduce(parts).view(np.float32)
 
 
 def cast(
@@ -108,7 +106,7 @@ def cast(
         (cast_range, *views, scales, invs, blocks.across, blocks.along, *outs, *task, *out)
         for task, *out in zip(tasks, counts, sums, strict=True)
     ]
-    _run(calls)
+    run(calls)
     total, added = counts.sum(0), sums.sum(0)
     return Cast(
         codes=codes,
@@ -128,7 +126,7 @@ def decode(codes: Tensor, fmt: Format, scale_inv: float) -> Tensor:
         table = decode_table(fmt) * np.float32(scale_inv)
     data = (codes.view(torch.uint8).numpy().reshape(-1), table, values.numpy().reshape(-1))
     size = codes.numel()
-    _run([(decode_range, *data, i, min(i + TASK, size)) for i in range(0, size, TASK)])
+    run([(decode_range, *data, i, min(i + TASK, size)) for i in range(0, size, TASK)])
     return values
 
 
@@ -158,21 +156,6 @@ def _tasks(blocks: Blocks, *, whole: int) -> list[tuple[Range, Range]]:
         return [((0, rows), (c, min(c + step, columns))) for c in range(0, columns, step)]
     step = max(TASK // columns // whole, 1) * whole
     return [((r, min(r + step, rows)), (0, columns)) for r in range(0, rows, step)]
-
-
-def _run(calls: list[tuple[Any, ...]]) -> None:
-    threads = min(torch.get_num_threads(), len(calls))
-    if threads <= 1:
-        for function, *arguments in calls:
-            function(*arguments)
-    else:
-        for future in [_pool(threads).submit(*call) for call in calls]:
-            future.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="unclamp-cast")
 
 
 def warm_up() -> None:

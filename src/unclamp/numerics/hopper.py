@@ -30,17 +30,15 @@ of tensor cores, Khattak & Mikaitis, arXiv 2512.07004. The tests hold this modul
 mmaemu 0.1 (splitk=1), whose authors hold it to cuBLAS on an H100 PCIe.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 from torch.nn.functional import pad
 
 from unclamp.formats import E4M3FN, E5M2, Format
+from unclamp.numerics.compiled import compiled, run
 
 BLOCK = 32  # products added at a time
 PROMOTION = 128  # length along K of one tensor-core sum without fast accumulation
@@ -84,7 +82,8 @@ def hopper_matmul(
     right_exponents = _stored_exponents(right, "b", b_format)
     stride = left.shape[1] if fast else PROMOTION
     operands = (left.numpy(), left_exponents, right.numpy(), right_exponents, out.numpy(), stride)
-    _for_each_tile(out.shape, lambda row, column: _fill_tile(*operands, row, column))
+    tiles = product(*(range(0, size, _TILE) for size in out.shape))
+    run([(_fill_tile, *operands, *tile) for tile in tiles])
     if len(wild := _nonfinite_rows(a)):
         out[wild] = a[wild] @ b.t()
     if len(wild := _nonfinite_rows(b)):
@@ -121,21 +120,7 @@ def _stored_exponents(x: Tensor, name: str, fmt: Format) -> np.ndarray:
     return exponents
 
 
-def _for_each_tile(shape: tuple[int, ...], work: Callable[[int, int], None]) -> None:
-    # Plain threads, for numba's own pool dies of a fork, and of two callers at a time.
-    rows, columns = zip(*product(*(range(0, size, _TILE) for size in shape)), strict=True)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(work, rows, columns))
-
-
-def _compiled(function: Callable) -> Callable:
-    try:
-        return njit(function, nogil=True, cache=True)
-    except RuntimeError:  # no folder to write the cache to
-        return njit(function, nogil=True)
-
-
-@_compiled
+@compiled
 def _split_exponents(bits, min_exponent, mantissa_bits, exponents):
     """Write stored exponents; return nonzero if a value has bits below its format's last."""
     excess = 0
@@ -149,7 +134,7 @@ def _split_exponents(bits, min_exponent, mantissa_bits, exponents):
     return excess
 
 
-@_compiled
+@compiled
 def _fill_tile(a, a_exponents, b, b_exponents, out, stride, row, column):
     """Fill the tile of `out` that starts there: `a` [M, K], `b` [K, N], K a multiple of 32."""
     rows = range(row, min(row + _TILE, out.shape[0]))
@@ -168,7 +153,7 @@ def _fill_tile(a, a_exponents, b, b_exponents, out, stride, row, column):
                 c[:] = 0
 
 
-@_compiled
+@compiled
 def _align(a, b, columns, c, largest):
     """Write E of a block: `a` [32] and `b` [32, N] are stored exponents."""
     bits = c.view(np.int32)
@@ -180,7 +165,7 @@ def _align(a, b, columns, c, largest):
             largest[j] = max(largest[j], np.int8(ak + bk[j]))
 
 
-@_compiled
+@compiled
 def _add_block(a, b, columns, largest, c, scratch):
     """Turn c into c': `a` [32] and `b` [32, N] are values, `largest` is E."""
     s, per_unit = scratch  # per_unit: 1 / u

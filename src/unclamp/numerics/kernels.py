@@ -10,14 +10,14 @@ in short loops without branches, which LLVM turns into vector instructions (numb
 `unclamp.numerics.cpu` cuts tensors into ranges for these, and says what holds of the results.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 
 from unclamp.formats import Format
+from unclamp.numerics.compiled import compiled
 
 CHUNK = 1024
 """Elements worked on at a time; the six arrays of them fit the first-level cache."""
@@ -78,8 +78,8 @@ def _bits(value: float | np.float32) -> np.int32:
     return np.float32(value).view(np.int32)
 
 
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
-_summing = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+_compiled = partial(compiled, error_model="numpy")
+_summing = partial(compiled, error_model="numpy", fastmath={"reassoc", "contract"})
 
 
 @_compiled

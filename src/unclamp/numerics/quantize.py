@@ -94,7 +94,7 @@ def _fused_tensor(
     if scale is not None:
         check_scale(scale, torch.Size())
     settings = {"margin": 0 if guard else margin, "power_of_two": power_of_two}
-    used = 0.0 if scale is None else float(scale)
+    used = 0.0 if scale is None else float32(float(scale.detach()))
     recast = False
     if not used > 0:
         used = scalar_scale_from_amax(float(cpu.block_amax(data, blocks)[0, 0]), fmt, **settings)
@@ -123,7 +123,7 @@ def _fused_blocks(
 ) -> Quantized:  # fmt: skip
     cpu = fused()
     oriented = orient(x.detach(), axis)  # raises for an axis that is not there
-    transposed = x.ndim == 2 and axis == 0
+    transposed = x.ndim == 2 and axis in (0, -2)
     data = x.detach().contiguous().view(oriented.shape[::-1] if transposed else oriented.shape)
     across, along = (
         size if block is None else block
@@ -158,7 +158,8 @@ def _fused_blocks(
 def _pair(scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Return one scale and its inverse, float32 `[1, 1]`."""
     value = np.full((1, 1), scale, np.float32)
-    return value, np.float32(1) / value
+    with np.errstate(divide="ignore", over="ignore"):  # as silent as torch
+        return value, np.float32(1) / value
 
 
 def _stats(made: Any, *, amax: float, scale_inv: float, recast: bool) -> Tensor:
