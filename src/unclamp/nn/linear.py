@@ -218,23 +218,24 @@ class _Fp8LinearFunction(torch.autograd.Function):
         gemms = [name for name, is_wanted in wanted.items() if is_wanted]
         casts = sites.cast("grad_output", dy, gemms)
         seen = sites.seen("grad_output", casts)
+
+        def gradient(name: Gemm, kept: GemmOperand) -> Tensor:
+            high = ctx.high[name]
+            operand = sites.gemm_operand("grad_output", dy, casts, name, high=high)
+            grad = _gemm(sites, name, operand, kept, high=high)
+            if smooth is None or high:
+                return grad
+            return grad * smooth if name == "grad_input" else grad / smooth
+
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             kept_w = GemmOperand(saved[2], saved[3], ctx.granularities[1], 0)
-            high = ctx.high["grad_input"]
-            grad = sites.gemm_operand("grad_output", dy, casts, "grad_input", high=high)
-            grad_input = _gemm(sites, "grad_input", grad, kept_w, high=high)
-            if smooth is not None and not high:
-                grad_input = grad_input * smooth
-            grad_input = _poisoned(grad_input.to(x_dtype), dy, seen.stats)
+            grad_input = _poisoned(gradient("grad_input", kept_w).to(x_dtype), dy, seen.stats)
         if needs_weight:
             kept_x = GemmOperand(saved[0], saved[1], ctx.granularities[0], 0)
-            high = ctx.high["grad_weight"]
-            grad = sites.gemm_operand("grad_output", dy, casts, "grad_weight", high=high)
-            grad_weight = _gemm(sites, "grad_weight", grad, kept_x, high=high)
-            if smooth is not None and not high:
-                grad_weight = grad_weight / smooth
-            grad_weight = _poisoned(grad_weight.to(weight_dtype), dy, seen.stats)
+            grad_weight = _poisoned(
+                gradient("grad_weight", kept_x).to(weight_dtype), dy, seen.stats
+            )
         if needs_bias:
             grad_bias = sum_tokens(dy).to(bias_dtype)
         if ctx.commit == "in backward":
