@@ -44,7 +44,7 @@ def write_run(path: Path, *steps: int) -> Path:
 
 def values(dtype: pa.DataType) -> st.SearchStrategy[Any]:
     if pa.types.is_map(dtype):
-        return st.dictionaries(st.text(), st.floats(allow_nan=False), max_size=3)
+        return st.dictionaries(values(dtype.key_type), values(dtype.item_type), max_size=3)
     if pa.types.is_floating(dtype):
         return st.floats(width=dtype.bit_width, allow_nan=False)  # type: ignore[arg-type]
     if pa.types.is_integer(dtype):

@@ -80,6 +80,41 @@ _STEP = _column("step", pa.int64(), "optimizer step, from the recorder's count")
 _RANK = _column("rank", pa.int32(), "rank of the process that recorded the row")
 _SITE = _column("site", pa.int32(), "id of the site: one (module, role)")
 
+_INSPECTED = [
+    _column(
+        "sqnr_db",
+        pa.float64(),
+        "sum of squares of the finite elements over that of the cast's errors, decibel; Inf for "
+        "an exact cast; null where the cast was not inspected or saw no non-zero element",
+        nullable=True,
+    ),
+    _column(
+        "range_used",
+        pa.float64(),
+        "share of the format's powers of two that at least one code lies in, fraction",
+        nullable=True,
+    ),
+    _column(
+        "headroom_bits",
+        pa.float64(),
+        "log2 of the largest representable value over amax; below 0 where anything was clamped",
+        nullable=True,
+    ),
+    _column(
+        "scale_age",
+        pa.int32(),
+        "optimizer steps since the amax that the scale comes from; 0 where it is the tensor's own",
+        nullable=True,
+    ),
+    _column(
+        "exponents",
+        pa.map_(pa.int16(), pa.int64()),
+        "floor(log2 |x|) to elements, count, over finite non-zero elements",
+        nullable=True,
+    ),
+]
+"""What costs a pass of its own: only at the steps that the recorder inspects, else null."""
+
 TABLES: Mapping[str, pa.Schema] = {
     "steps": pa.schema(
         [
@@ -129,6 +164,7 @@ TABLES: Mapping[str, pa.Schema] = {
                 "fraction; 0 where nothing is saturated",
             ),
             _column("microsteps", pa.int32(), "casts merged in this row, count"),
+            *_INSPECTED,
         ]
     ),
     "events": pa.schema(

@@ -1,0 +1,44 @@
+"""The command line: `unclamp study | report | doctor | formats`, a module a command.
+
+Results go to stdout, progress and notes to stderr, so that `--json` prints one JSON document and
+nothing else. What a user can mend is one line and exit code 2. torch is imported only by the
+commands that train or probe.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from unclamp.cli import machine, report, study  # noqa: F401  (each adds its commands)
+from unclamp.cli.app import USER_ERROR, app
+from unclamp.errors import UnclampError
+from unclamp.version import __version__
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"unclamp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; the entry point `unclamp`."""
+    try:
+        app()
+    except UnclampError as error:
+        typer.echo(f"unclamp: {error}", err=True)
+        sys.exit(USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

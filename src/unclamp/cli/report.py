@@ -1,0 +1,42 @@
+"""`unclamp report`: the page, the tables and the JSON of a run or a study."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from unclamp.cli.app import JsonFlag, app
+from unclamp.errors import UnclampError
+
+if TYPE_CHECKING:
+    from unclamp.report.view import View
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="Folder of a run or a study.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Write PATH/report.html and print the same figures."""
+    show_report(path, as_json=as_json)
+
+
+def show_report(path: Path, *, as_json: bool) -> None:
+    """Write the page beside the run and print its figures."""
+    from unclamp.report.html import write_page  # noqa: PLC0415
+    from unclamp.report.text import print_view  # noqa: PLC0415
+    from unclamp.report.view import build_view  # noqa: PLC0415
+
+    view: View = build_view(path)
+    try:
+        page = write_page(view, path / "report.html")
+    except OSError as error:
+        raise UnclampError(f"cannot write {str(path / 'report.html')!r}: {error}") from error
+    if as_json:
+        typer.echo(json.dumps({**view.to_dict(), "page": str(page)}, indent=1, allow_nan=False))
+        return
+    print_view(view, Console(width=None if sys.stdout.isatty() else 160))
+    typer.echo(f"\nThe page: {page}")
