@@ -79,7 +79,7 @@ def teacher_student(recipe: Recipe, seed: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
     (ledger,) = find_ledgers(student)
     total = torch.zeros_like(ledger.pending)
-    ledger.subscribe(lambda pending: merge_stats(total, pending))
+    ledger.subscribe(lambda update: merge_stats(total, update.stats))
     rare: list[float] = []
     for step in range(STEPS):
         x = torch.randn(BATCH, WIDTH)

@@ -1,6 +1,8 @@
 """The examples of the documentation run, and print what it says they print."""
 
 import contextlib
+import doctest
+import importlib
 import io
 import re
 import warnings
@@ -10,6 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE = ROOT / "src"
+MODULES = [
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for path in sorted((SOURCE / "unclamp").rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n```text\n(.*?)```)?", re.DOTALL)
 
 
@@ -34,3 +42,10 @@ def test_an_example_prints_what_the_page_says(name, code, expected, tmp_path, mo
 
 def test_the_pages_have_examples():
     assert len(examples()) >= 10
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_examples_of_docstrings_run(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert doctest.testmod(importlib.import_module(module)).failed == 0

@@ -35,17 +35,19 @@ if TYPE_CHECKING:
     from unclamp.nn import (
         ConvertReport,
         Fp8Linear,
+        Observation,
         RevertReport,
         SwitchReport,
         convert,
         first_and_last,
+        observe,
         revert,
         switch,
         weights_only,
     )
     from unclamp.numerics import Quantized, cast, dequantize, quantize, scale_from_amax
     from unclamp.runlog import RunLog
-    from unclamp.telemetry import Recorder
+    from unclamp.telemetry import Every, Recorder
 
 _LAZY = {
     "ConvertReport": "unclamp.nn",
@@ -53,6 +55,8 @@ _LAZY = {
     "RevertReport": "unclamp.nn",
     "convert": "unclamp.nn",
     "revert": "unclamp.nn",
+    "Observation": "unclamp.nn",
+    "observe": "unclamp.nn",
     "SwitchReport": "unclamp.nn",
     "switch": "unclamp.nn",
     "first_and_last": "unclamp.nn",
@@ -63,6 +67,7 @@ _LAZY = {
     "quantize": "unclamp.numerics",
     "scale_from_amax": "unclamp.numerics",
     "RunLog": "unclamp.runlog",
+    "Every": "unclamp.telemetry",
     "Recorder": "unclamp.telemetry",
 }
 
@@ -77,10 +82,12 @@ __all__ = [
     "ConvertReport",
     "Delayed",
     "Dynamic",
+    "Every",
     "Format",
     "Fp8Linear",
     "Guarded",
     "HighPrecision",
+    "Observation",
     "PerBlock",
     "PerRow",
     "PerTensor",
@@ -102,6 +109,7 @@ __all__ = [
     "convert",
     "dequantize",
     "first_and_last",
+    "observe",
     "quantize",
     "revert",
     "scale_from_amax",

@@ -24,7 +24,7 @@ def made(scaling, k: int = 8, n: int = 6) -> tuple[nn.Linear, torch.optim.Optimi
 
 def seen(model: nn.Module) -> list[Tensor]:
     stats: list[Tensor] = []
-    find_ledgers(model)[0].subscribe(stats.append)
+    find_ledgers(model)[0].subscribe(lambda update: stats.append(update.stats))
     return stats
 
 

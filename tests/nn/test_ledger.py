@@ -329,7 +329,7 @@ def test_converting_the_whole_and_then_a_part_still_follows_the_whole():
 def test_a_listener_gets_a_copy_of_what_was_pending_until_it_ends():
     layer, ledger, optimizer = made()
     heard: list[Tensor] = []
-    end = ledger.subscribe(heard.append)
+    end = ledger.subscribe(lambda update: heard.append(update.stats))
     backward(layer, 2.0)
     optimizer.step()
     assert heard[0][INPUT, Stat.AMAX] == 2

@@ -12,6 +12,7 @@ from unclamp.nn.convert import (
 )
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear, weights_only
+from unclamp.nn.observe import Observation, ObservedSite, observe
 from unclamp.nn.site import Site
 from unclamp.nn.switch import SwitchReport, switch
 
@@ -19,12 +20,15 @@ __all__ = [
     "ConvertReport",
     "Fp8Linear",
     "Ledger",
+    "Observation",
+    "ObservedSite",
     "RevertReport",
     "Site",
     "SwitchReport",
     "convert",
     "find_ledgers",
     "first_and_last",
+    "observe",
     "revert",
     "switch",
     "weights_only",

@@ -81,6 +81,18 @@ def convert(
           0: input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
           skipped 1: matches skip '1'
     """
+    return attach(model, recipe, skip=skip, strict=strict, observes=False)
+
+
+def attach(
+    model: nn.Module, recipe: Recipe, *, skip: Sequence[str], strict: bool, observes: bool
+) -> ConvertReport:
+    """Do what `convert` says; where it `observes`, casts are only counted (`nn.observe`).
+
+    Raises:
+        RecipeError: As `convert`.
+        ConvertError: As `convert`; the model is observed; or it is to be, and is converted.
+    """
     if not isinstance(recipe, Recipe):
         raise RecipeError(
             f"expected a Recipe, got {recipe!r}; for one scaling everywhere use "
@@ -97,12 +109,14 @@ def convert(
             converted[fqn] = module
         elif reason:
             skipped[fqn] = reason
+    _check_not_both(model, observes=observes)
     others = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Fp8Linear)}
     _check_devices({fqn: m.weight.device for fqn, m in {**others, **converted}.items()})
     unmatched = _unmatched(model, recipe, skip, list(converted))
     _report_unmatched(model, unmatched, strict=strict)
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.extend_to(model)
+    ledger.observes = observes
     plans = {fqn: recipe.plan(fqn) for fqn in converted}
     sites = [
         Site.of(
@@ -158,6 +172,16 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
     """  # noqa: D205
     layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
     return list({id(m.sites.ledger): m.sites.ledger for m in layers}.values())
+
+
+def _check_not_both(model: nn.Module, *, observes: bool) -> None:
+    ledgers = find_ledgers(model)
+    if any(ledger.observes for ledger in ledgers):
+        raise ConvertError("the model is observed already: call stop() of its observation first")
+    if observes and ledgers:
+        raise ConvertError(
+            "expected a model that is not converted: the counts of one that is, a Recorder takes"
+        )
 
 
 def _check_devices(devices: Mapping[str, torch.device]) -> None:

@@ -27,19 +27,36 @@ forward runs twice, the backward runs once.
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from unclamp.nn.rows import RowSettings
-from unclamp.nn.site import LayerSites, Site
-from unclamp.numerics import Stat, empty_stats
+from unclamp.nn.site import Inspection, LayerSites, Site
+from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.recipe import Recipe
 from unclamp.scaling import Scaling, Static
 
-Listener = Callable[[Tensor], None]
+
+class Update(NamedTuple):
+    """What an update tells its listeners, in copies of their own; a row a site.
+
+    Attributes:
+        stats: Statistics since the last update, float64 `[sites, len(Stat)]`.
+        details: Closer looks since the last update, float64 `[sites, DETAILS]`; None where no
+            cast was inspected.
+        scale_age: Updates since the amax that the scale came from, int64 `[sites]`; -1 where
+            there is none. None together with `details`.
+    """
+
+    stats: Tensor
+    details: Tensor | None = None
+    scale_age: Tensor | None = None
+
+
+Listener = Callable[[Update], None]
 SwitchListener = Callable[[Mapping[int, tuple[Scaling, Scaling]]], None]
 
 
@@ -58,6 +75,9 @@ class Ledger:
         self.recipe: Recipe | None = None
         self.updates = 0
         self.layers: weakref.WeakSet[LayerSites] = weakref.WeakSet()
+        self.observes = False
+        self.inspection: Inspection = "never"
+        self.details: Tensor | None = None
         self._counted_in = -1
         self._remembered: list[int] = []
         self._listeners: list[Listener] = []
@@ -113,9 +133,16 @@ class Ledger:
         self.scale = torch.zeros(rows, **float32)
         self.block_amax = torch.full((rows,), -1.0, **float32)
         self.pending = empty_stats(len(self.sites), device)
+        if self.details is not None:
+            self._allocate_details()
         self._settings = RowSettings.of(self.sites, longest, device)
         self.scale.copy_(torch.where(self._settings.is_static, self._settings.static, self.scale))
         self._mark(pending=False)
+
+    @torch.inference_mode(False)
+    def _allocate_details(self) -> None:
+        self.details = empty_details(len(self.sites), self.scale.device)
+        self._details_version = self.details._version
 
     def _rows_of(self, index: int) -> slice:
         first = self.first_row[index]
@@ -142,8 +169,9 @@ class Ledger:
 
     @property
     def is_warming(self) -> bool:
-        """Whether the recipe's warm-up in high precision still goes on."""
-        return self.recipe is not None and self.updates < self.recipe.warmup_steps
+        """Whether casts are only counted: in the recipe's warm-up, and where they are observed."""
+        is_early = self.recipe is not None and self.updates < self.recipe.warmup_steps
+        return self.observes or is_early
 
     @torch.no_grad()
     def update(self) -> None:
@@ -153,8 +181,9 @@ class Ledger:
         scale. An amax of 0 enters the history; a window of zeros keeps the scale. Where a
         reduce function gives NaN or Inf the scale is kept too.
         """
+        details, age = self._take_details()
         for listener in self._listeners:
-            listener(self.pending.clone())
+            listener(Update(self.pending.clone(), details, age))
         amax = self._settings.newest(self.pending[:, Stat.AMAX], self.block_amax)
         measured = amax >= 0
         shifted = torch.cat([amax.unsqueeze(1), self.amax_history[:, :-1]], dim=1)
@@ -170,13 +199,34 @@ class Ledger:
             self._count(self.updates + 1)
         self._counted_in = task
 
+    def _take_details(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the closer looks since the last update, and start afresh."""
+        if self.details is None or self.details._version == self._details_version:
+            return None, None
+        details = self.details.clone()
+        self.details.zero_()
+        self._details_version = self.details._version
+        sites = len(self.sites)
+        return details, self._settings.scale_age(self.amax_history, self.scale, sites=sites)
+
+    def inspect(self, inspection: Inspection) -> None:
+        """Have casts from now on get a closer look, or none; costs a pass over each tensor."""
+        if inspection == self.inspection:
+            return
+        self.inspection = inspection
+        if self.details is None:
+            self._allocate_details()
+            self.rebind()
+        for layer in self.layers:
+            layer.inspection = inspection
+
     def _count(self, updates: int) -> None:
         was_warming, self.updates = self.is_warming, updates
         if was_warming != self.is_warming:
             self.rebind()
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener(pending)` at each update, with a copy; return what ends it."""
+        """Call `listener(Update(...))` at each update; return what ends it."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
@@ -275,7 +325,7 @@ class Ledger:
         root = self._root() if self._root is not None else None
         twin = Ledger(memo.get(id(root)))
         memo[id(self)] = twin
-        twin.recipe, twin.updates = self.recipe, self.updates
+        twin.recipe, twin.updates, twin.observes = self.recipe, self.updates, self.observes
         twin._remembered = list(self._remembered)
         twin._lay_out(list(self.sites), device=self.scale.device)
         for name in ("amax_history", "scale", "block_amax", "pending"):
@@ -285,6 +335,7 @@ class Ledger:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_root": None, "_listeners": [], "_switch_listeners": []}
+        state |= {"inspection": "never", "details": None}  # asked for by who listens
         del state["layers"]
         return {**state, "_clean_version": self.has_pending}
 

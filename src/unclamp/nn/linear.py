@@ -120,6 +120,7 @@ class Fp8Linear(nn.Linear):
         )
         modes = "".join(f", {g}={m}" for g, m in self.sites.modes.items() if m != "float32")
         smooth = ", smooth" if self.sites.smooth else ""
+        smooth += ", only observed" if self.sites.ledger.observes else ""
         return f"{super().extra_repr()}, {roles}{modes}{smooth}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Fp8Linear":
@@ -130,6 +131,8 @@ class Fp8Linear(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         ledger = self.sites.ledger
+        if ledger.observes:  # the checkpoint is that of the plain model
+            return
         for role, index in self.sites.indices.items():
             key = f"{prefix}{STATE_PREFIX}{role}"
             destination[f"{key}_amax_history"] = ledger.history_of(index)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unclamp.nn.site import Site
 from unclamp.numerics import empty_stats, scale_from_amax
-from unclamp.scaling import Delayed, Guarded, Static
+from unclamp.scaling import Delayed, Dynamic, Guarded, HighPrecision, Scaling, Static
 
 Reduction = tuple[Callable[[Tensor], Tensor], Tensor, int]
 """A function from histories to amaxes, the rows it is for, and their history length."""
@@ -29,6 +29,8 @@ class RowSettings:
         is_block: Which rows have an amax of their own; None where none does.
         empty: The pending statistics after an update, `[sites, len(Stat)]`.
         reductions: Rows whose amax is not the maximum of their window.
+        takes_own: Which scales are the tensor's own.
+        is_ageless: Which scales come from no amax in particular.
     """
 
     format_max: Tensor
@@ -41,6 +43,8 @@ class RowSettings:
     is_block: Tensor | None
     empty: Tensor
     reductions: tuple[Reduction, ...]
+    takes_own: Tensor
+    is_ageless: Tensor
 
     @classmethod
     def of(cls, sites: list[Site], longest: int, device: torch.device) -> "RowSettings":
@@ -67,12 +71,30 @@ class RowSettings:
             is_block=column((s.scales > 1 for s in sites), torch.bool) if has_blocks else None,
             empty=empty_stats(len(sites), device),
             reductions=_reductions(sites, device),
+            takes_own=column(
+                (isinstance(s, Dynamic | HighPrecision) for s in scalings), torch.bool
+            ),
+            is_ageless=column(map(_is_ageless, scalings), torch.bool),
         )
 
     def newest(self, site_amax: Tensor, block_amax: Tensor) -> Tensor:
         """Return each row's amax since the last update, float32; -1 where nothing was seen."""
         amax = site_amax.to(torch.float32)[self.site]
         return amax if self.is_block is None else torch.where(self.is_block, block_amax, amax)
+
+    def scale_age(self, history: Tensor, scale: Tensor, *, sites: int) -> Tensor:
+        """Return each site's updates since the amax that its scale comes from, int64 `[sites]`.
+
+        The newest of equals counts, and of a site's blocks the oldest. 0 where the scale is the
+        tensor's own; -1 where it comes from no single amax, or from none in the history.
+        """
+        largest = torch.where(self.window, history, -1)
+        value, newest = largest.max(dim=1)
+        age = torch.where(value > 0, newest + 1, -1)
+        age = torch.where(self.is_ageless, -1, age)
+        age = torch.where(self.takes_own | (scale == 0), 0, age)
+        oldest = torch.full((sites,), -1, dtype=age.dtype, device=age.device)
+        return oldest.scatter_reduce_(0, self.site, age, "amax")
 
     def scale(self, history: Tensor, *, previous: Tensor) -> Tensor:
         """Return the scales that follow from the histories; `previous` where they say nothing."""
@@ -101,6 +123,14 @@ def _reductions(sites: list[Site], device: torch.device) -> tuple[Reduction, ...
         (reduce, torch.tensor(found, device=device), length)
         for (reduce, length), found in groups.items()
     )
+
+
+def _takes_own(scaling: Scaling) -> bool:
+    return isinstance(scaling, Dynamic | HighPrecision)
+
+
+def _is_ageless(scaling: Scaling) -> bool:
+    return isinstance(scaling, Static) or callable(getattr(scaling, "reduce", None))
 
 
 def _window(site: Site) -> int:

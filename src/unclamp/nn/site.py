@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from unclamp.numerics import GemmOperand, block_grid, empty_stats, merged_stats
-from unclamp.numerics.operators import CastPlan, Codes, commit, quantize_operand, raise_amax
+from unclamp.numerics.operators import (
+    CastPlan,
+    Codes,
+    add_details,
+    commit,
+    inspect_operand,
+    quantize_operand,
+    raise_amax,
+)
 from unclamp.rule import GEMMS, ROLES, Gemm, LayerPlan, Operand, Role
 from unclamp.scaling import (
     MX,
@@ -127,15 +135,21 @@ class Site:
         )
 
 
+Inspection = Literal["never", "clamped", "always"]
+"""Which casts get a closer look: none, those that clamped, or all."""
+
 Casts = dict[Axis, Codes]
 """A role's casts by the axis that their GEMM contracts; the same one twice if it serves both."""
 
 
 class Seen(NamedTuple):
-    """What a role's casts tell the ledger: statistics, and amaxes of blocks with a history."""
+    """What a role's casts tell the ledger: statistics, amaxes of blocks with a history, and the
+    closer look where one was taken.
+    """  # noqa: D205
 
     stats: Tensor
     block_amax: dict[Axis, Tensor]
+    details: Tensor | None = None
 
 
 class LayerSites:
@@ -155,6 +169,8 @@ class LayerSites:
         square: Whether a cast of a role serves both its GEMMs.
         block_amax: Views of the ledger's amaxes of blocks, by role and axis, where a history has
             more than one.
+        inspection: Which casts get a closer look.
+        details: View of the ledger's closer looks, `[3, DETAILS]`; None until there is any.
     """
 
     def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
@@ -178,6 +194,9 @@ class LayerSites:
         self.square = {r: is_square(s.operand.scaling.granularity) for r, s in sites.items()}
         self.pending = ledger.pending[first : first + len(ROLES)]
         self.no_stats = empty_stats(1, ledger.pending.device)[0]
+        self.inspection: Inspection = ledger.inspection
+        details = ledger.details
+        self.details = None if details is None else details[first : first + len(ROLES)]
         self.scales: dict[tuple[Role, Axis], Tensor | None] = {}
         self.block_amax: dict[tuple[Role, Axis], Tensor] = {}
         for role, site in sites.items():
@@ -217,12 +236,24 @@ class LayerSites:
             # Backward decodes what it keeps; only what is multiplied at once wants values.
             slots = {a: f"{role} {a}" if a == 1 or role == "grad_output" else None for a in axes}
             return {
-                a: quantize_operand(x, self.scales[role, a], plan, a, slot=slots[a]) for a in axes
+                a: self._inspected(
+                    x, quantize_operand(x, self.scales[role, a], plan, a, slot=slots[a]), plan, a
+                )
+                for a in axes
             }
         # Codes of the gradient are gone with the backward that makes them.
         gone = role == "grad_output"
         codes = quantize_operand(x, self.scales[role, 1], plan, 1, slot=role, codes_too=gone)
+        codes = self._inspected(x, codes, plan, 1)
         return {1: codes, 0: codes._replace(scale_inv=codes.scale_inv.t())}
+
+    def _inspected(self, x: Tensor, codes: Codes, plan: CastPlan, axis: Axis) -> Codes:
+        if self.inspection == "never":
+            return codes
+        only_clamped = self.inspection == "clamped"
+        return codes._replace(
+            details=inspect_operand(x, codes, plan, axis, only_clamped=only_clamped)
+        )
 
     def gemm_operand(
         self, role: Role, x: Tensor, casts: Casts, gemm: Gemm, *, high: bool
@@ -243,18 +274,26 @@ class LayerSites:
         blocks: dict[Axis, Tensor] = {
             a: c.amax for a, c in made.items() if (role, a) in self.block_amax
         }
-        return Seen(stats, blocks)
+        looks = [codes.details for codes in made.values() if codes.details is not None]
+        if not looks:
+            return Seen(stats, blocks)
+        details = looks[0] if self.square[role] else torch.stack(looks).sum(0)
+        return Seen(stats, blocks, details)
 
     def commit(self, seen: Mapping[Role, Seen]) -> None:
         """Hand statistics, and amaxes of blocks, to the ledger."""
-        for role, (_, blocks) in seen.items():
-            for axis, amax in blocks.items():
+        for role, one in seen.items():
+            for axis, amax in one.block_amax.items():
                 pending = self.block_amax.get((role, axis))
                 # A switch since the forward may have left other blocks, or none.
                 if pending is not None and pending.shape == amax.shape:
                     raise_amax(pending, amax)
         stats = [seen[role].stats if role in seen else self.no_stats for role in ROLES]
         commit(self.pending, torch.stack(stats))
+        for row, role in enumerate(ROLES):
+            details = seen[role].details if role in seen else None
+            if details is not None and self.details is not None:
+                add_details(self.details[row], details)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerSites":
         twin = object.__new__(LayerSites)

@@ -3,6 +3,7 @@
 from unclamp.numerics.blocks import block_grid
 from unclamp.numerics.cast import Quantized, cast, dequantize, torch_dtype
 from unclamp.numerics.gemm import GemmOperand, matmul
+from unclamp.numerics.inspection import empty_details, inspect
 from unclamp.numerics.quantize import quantize
 from unclamp.numerics.scale import channel_scale, scale_from_amax
 from unclamp.numerics.stats import Stat, empty_stats, merge_stats, merged_stats
@@ -15,7 +16,9 @@ __all__ = [
     "cast",
     "channel_scale",
     "dequantize",
+    "empty_details",
     "empty_stats",
+    "inspect",
     "matmul",
     "merge_stats",
     "merged_stats",

@@ -33,6 +33,7 @@ from unclamp.numerics.kernels import (
     cast_range,
     decode_range,
     layout,
+    look_range,
 )
 
 
@@ -128,6 +129,23 @@ def decode(codes: Tensor, fmt: Format, scale_inv: float) -> Tensor:
     size = codes.numel()
     run([(decode_range, *data, i, min(i + TASK, size)) for i in range(0, size, TASK)])
     return values
+
+
+def look(x: Tensor, codes: Tensor, values: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a cast's elements by exponent and by magnitude, and sums of squares and errors.
+
+    All three are contiguous. See `unclamp.numerics.inspection`.
+    """
+    size = x.numel()
+    bits, kind = _data(x, Blocks(1, size, 1, size))
+    flat = (codes.view(torch.uint8).numpy().reshape(-1), values.numpy().reshape(-1))
+    tasks = range(0, size, TASK)
+    exponents = np.zeros((len(tasks), 277), np.int64)
+    magnitudes = np.zeros((len(tasks), 128), np.int64)
+    sums = np.zeros((len(tasks), 2))
+    outs = zip(tasks, exponents, magnitudes, sums, strict=True)
+    run([(look_range, bits[0], kind, *flat, i, min(i + TASK, size), *out) for i, *out in outs])
+    return exponents.sum(0), magnitudes.sum(0), sums.sum(0)
 
 
 @cache

@@ -291,3 +291,34 @@ def decode_range(codes: Any, table: Any, values: Any, first: int, last: int) -> 
     """Put the value of each code of a range into `values`; `table` has one a code."""
     for i in range(first, last):
         values[i] = table[codes[i]]
+
+
+@_compiled
+def look_range(
+    x: Any, kind: int, codes: Any, values: Any, first: int, last: int,
+    exponents: Any, magnitudes: Any, sums: Any,
+) -> None:  # fmt: skip
+    """Count exponents (from that of the smallest float32 on) and magnitudes, sum up squares."""
+    loaded = np.empty(CHUNK, np.float32)
+    bits = loaded.view(np.int32)
+    for start in range(first, last, CHUNK):
+        count = min(CHUNK, last - start)
+        _load(x[start : start + count], kind, count, bits, loaded)
+        for i in range(count):
+            size = bits[i] & _ABS
+            if size >= _INF:
+                continue
+            magnitudes[codes[start + i] & 0x7F] += 1
+            wide = np.float64(loaded[i])
+            error = wide - np.float64(values[start + i])
+            sums[0] += wide * wide
+            sums[1] += error * error
+            field = size >> 23
+            if field > 0:
+                exponents[field + 22] += 1
+            elif size > 0:  # subnormal: the place of its highest bit
+                place = 0
+                while size > 1:
+                    size >>= 1
+                    place += 1
+                exponents[place] += 1

@@ -18,6 +18,7 @@ from unclamp.numerics.blocks import block_grid
 from unclamp.numerics.cast import Quantized, torch_dtype
 from unclamp.numerics.fused import borrow, is_plain
 from unclamp.numerics.gemm import GemmOperand, matmul
+from unclamp.numerics.inspection import DETAILS, empty_details, inspect
 from unclamp.numerics.quantize import quantize
 from unclamp.numerics.stats import Stat, merge_stats
 from unclamp.scaling import PerTensor, parse_granularity
@@ -36,13 +37,17 @@ class CastPlan(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """What a cast gives: `Quantized` without the settings; `values` in eager mode alone."""
+    """What a cast gives: `Quantized` without the settings; `values` in eager mode alone.
+
+    `details` is there if the cast was inspected (`unclamp.numerics.inspection`).
+    """
 
     codes: Tensor
     scale_inv: Tensor
     amax: Tensor
     stats: Tensor
     values: Tensor | None = None
+    details: Tensor | None = None
 
 
 def quantize_operand(
@@ -69,6 +74,40 @@ def quantize_operand(
     return Codes(q.codes, q.scale_inv, q.amax, q.stats, q.values)
 
 
+def inspect_operand(
+    x: Tensor, codes: Codes, plan: CastPlan, axis: int, *, only_clamped: bool
+) -> Tensor:
+    """Return a cast's closer look, `unclamp.numerics.inspection.inspect`.
+
+    With `only_clamped` the vector of a cast that clamped nothing is zero. On a device other than
+    the CPU that is found out by nobody, for it would stall the device: every cast is inspected.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.unclamp.inspect(
+            x, codes.codes, codes.scale_inv, codes.stats, plan.granularity, axis, only_clamped
+        )
+    return _inspect(
+        x, *codes[:2], codes.stats, plan.granularity, axis, only_clamped, values=codes.values
+    )
+
+
+def _inspect(
+    x: Tensor,
+    codes: Tensor,
+    scale_inv: Tensor,
+    stats: Tensor,
+    granularity: str,
+    axis: int,
+    only_clamped: bool,
+    *,
+    values: Tensor | None = None,
+) -> Tensor:
+    if only_clamped and stats.device.type == "cpu" and not stats[Stat.SATURATED] > 0:
+        return empty_details(1, stats.device)[0]
+    parsed = parse_granularity(granularity)
+    return inspect(x, codes, scale_inv, granularity=parsed, axis=axis, values=values)
+
+
 def gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None, accumulate: str) -> Tensor:
     """Multiply as `unclamp.numerics.matmul` does."""
     if not torch.compiler.is_compiling():
@@ -80,6 +119,12 @@ def commit(pending: Tensor, stats: Tensor) -> None:
     """Merge casts' statistics into the ledger's, `[n, len(Stat)]` each, in place."""
     call = torch.ops.unclamp.commit if torch.compiler.is_compiling() else merge_stats
     call(pending, stats)
+
+
+def add_details(pending: Tensor, details: Tensor) -> None:
+    """Add casts' closer looks to the ledger's, `[n, DETAILS]` each, in place."""
+    call = torch.ops.unclamp.add_details if torch.compiler.is_compiling() else _add_details
+    call(pending, details)
 
 
 def raise_amax(pending: Tensor, amax: Tensor) -> None:
@@ -157,6 +202,15 @@ def _raise_amax(pending: Tensor, amax: Tensor) -> None:
     torch.maximum(pending, amax, out=pending)
 
 
+def _add_details(pending: Tensor, details: Tensor) -> None:
+    pending += details
+
+
+def _add_details_kernel(pending: Tensor, details: Tensor) -> None:
+    _add_details(pending, details)
+    torch.autograd.graph.increment_version(pending)  # as for the statistics
+
+
 def _sum_tokens(x: Tensor) -> Tensor:
     return x.sum(0, dtype=torch.float32)
 
@@ -178,12 +232,19 @@ def _register() -> None:
         "Tensor b, Tensor? b_scale_inv, str b_granularity, int b_axis, "
         "Tensor? bias, str accumulate) -> Tensor"
     )
+    LIBRARY.define(
+        "inspect(Tensor x, Tensor codes, Tensor scale_inv, Tensor stats, str granularity, "
+        "int axis, bool only_clamped) -> Tensor"
+    )
+    LIBRARY.define("add_details(Tensor(a!) pending, Tensor details) -> ()")
     LIBRARY.define("commit(Tensor(a!) pending, Tensor stats) -> ()")
     LIBRARY.define("sum_tokens(Tensor x) -> Tensor")
     LIBRARY.define("raise_amax(Tensor(a!) pending, Tensor amax) -> ()")
     kernels = {
         "quantize": (_quantize, _fake_quantize),
         "matmul": (_matmul, _fake_matmul),
+        "inspect": (_inspect, _fake_inspect),
+        "add_details": (_add_details_kernel, _fake_nothing),
         "sum_tokens": (_sum_tokens, _fake_sum_tokens),
         "commit": (_commit_kernel, _fake_nothing),
         "raise_amax": (_raise_amax, _fake_nothing),
@@ -191,7 +252,7 @@ def _register() -> None:
     for name, (kernel, fake) in kernels.items():
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"unclamp::{name}", fake, lib=LIBRARY)
-    for name in ("quantize", "matmul", "sum_tokens"):
+    for name in ("quantize", "matmul", "inspect", "sum_tokens"):
         torch.library.register_autograd(f"unclamp::{name}", _refuse_backward, lib=LIBRARY)
 
 
@@ -229,6 +290,10 @@ def _fake_matmul(
     accumulate: str,
 ) -> Tensor:
     return a.new_empty(a.shape[1 - a_axis % 2], b.shape[1 - b_axis % 2], dtype=torch.float32)
+
+
+def _fake_inspect(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(DETAILS, dtype=torch.float64)
 
 
 def _fake_sum_tokens(x: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ _INSPECTED = [
     _column(
         "scale_age",
         pa.int32(),
-        "optimizer steps since the amax that the scale comes from; 0 where it is the tensor's own",
+        "updates of the site since the amax that the scale comes from; 0 where it is the tensor's "
+        "own, null where it comes from no single one",
         nullable=True,
     ),
     _column(

@@ -1,5 +1,6 @@
 """From a training run into a run log: the recorder."""
 
+from unclamp.telemetry.cadence import Every
 from unclamp.telemetry.recorder import Recorder
 
-__all__ = ["Recorder"]
+__all__ = ["Every", "Recorder"]

@@ -10,24 +10,27 @@ import platform
 import subprocess
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from unclamp.errors import RecipeError, UnclampWarning
+from unclamp.formats import Format
 from unclamp.nn.convert import find_ledgers
-from unclamp.nn.ledger import Ledger, SwitchListener
-from unclamp.numerics.stats import Stat, merge_stats
+from unclamp.nn.ledger import Ledger, SwitchListener, Update
 from unclamp.runlog import Columns, Header, RunLogWriter, Status
 from unclamp.scaling import Delayed, Guarded, Scaling, scaling_to_dict
+from unclamp.telemetry.cadence import Every
+from unclamp.telemetry.columns import Number, cast_columns, site_columns, step_columns
 from unclamp.version import __version__
 
-Number = float | int | Tensor
+EVERY_STEP = Every()
+EVERY_HUNDREDTH = Every(100)
 SILENT_STEPS = 8
 """Recorded steps without an optimizer step after which the user is told."""
 
@@ -43,6 +46,11 @@ class Recorder:
         model: The model whose casts to record; convert it before.
         path: The run's folder, new or empty.
         metadata: Free JSON data for the header.
+        casts: The steps whose casts are written. Every cast is counted whatever this says.
+        inspect: The steps whose casts get a closer look as well (SQNR, exponents, range in use,
+            headroom, age of the scale), at the price of a pass over each tensor; None for
+            none. Of `or_clamped`'s additional steps, the casts that clamped. On a device other
+            than the CPU `or_clamped` inspects every cast, since only the device knows.
         flush_interval_s: At most so many seconds of the run are lost when it is killed.
 
     Raises:
@@ -60,29 +68,37 @@ class Recorder:
         path: str | Path,
         *,
         metadata: Mapping[str, Any] | None = None,
+        casts: Every = EVERY_STEP,
+        inspect: Every | None = EVERY_HUNDREDTH,
         flush_interval_s: float = 2.0,
     ) -> None:
-        ledgers = find_ledgers(model)
+        self._ledgers = ledgers = find_ledgers(model)
+        self._model = weakref.ref(model)
+        self._casts, self._inspect = casts, inspect
         header = Header(
             unclamp_version=__version__,
             recipe=_recipe_data(ledgers),
             environment=_environment(model),
             git_commit=_git_commit(),
-            metadata=dict(metadata or {}),
+            metadata=_metadata(ledgers, metadata),
         )
         self._writer = RunLogWriter(path, header=header, flush_interval_s=flush_interval_s)
-        self._updates: list[tuple[int, Tensor]] = []
+        self._updates: list[tuple[int, Update]] = []
         self._unsubscribe: list[Callable[[], None]] = []
-        self._has_sites = bool(ledgers)
+        self._formats: dict[int, Format] = {}
         self._silent_steps = 0
+        self._is_first = True
+        self._is_told_of_order = False
         self._next_step = 0
         self._began = self._last = time.perf_counter()
         first = 0
         for ledger in ledgers:
-            self._writer.add("sites", _site_columns(ledger, first))
+            self._writer.add("sites", site_columns(ledger, first))
+            self._formats |= {first + i: s.operand.format for i, s in enumerate(ledger.sites)}
             self._unsubscribe.append(ledger.subscribe(self._listener(first)))
             self._unsubscribe.append(ledger.subscribe_to_switches(self._switch_listener(ledger)))
             first += len(ledger.sites)
+        self._inspect_at(0)
 
     def step(
         self,
@@ -109,10 +125,12 @@ class Recorder:
         self._last = now
         given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         values = {name: _detached(v) for name, v in (given | scalars).items() if v is not None}
-        self._writer.add("steps", lambda: _step_columns(step, values, timing))
+        self._writer.add("steps", lambda: step_columns(step, values, timing))
         updates, self._updates = self._updates, []
         if updates:
-            self._writer.add("casts", lambda: _cast_columns(step, updates))
+            self._writer.add("casts", lambda: self._rows(step, updates))
+        self._inspect_at(step + 1)
+        self._mind_order(heard=bool(updates))
         self._mind_silence(heard=bool(updates))
 
     def event(self, kind: str, step: int | None = None, **data: Any) -> None:
@@ -128,6 +146,8 @@ class Recorder:
         """Stop listening, write what is left and close the run. Later calls do nothing."""
         while self._unsubscribe:
             self._unsubscribe.pop()()
+        for ledger in self._ledgers:
+            ledger.inspect("never")
         self._writer.close(status)
 
     def __enter__(self) -> Self:
@@ -137,8 +157,22 @@ class Recorder:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close("finished" if kind is None else "interrupted" if interrupted else "failed")
 
-    def _listener(self, first: int) -> Callable[[Tensor], None]:
-        return lambda pending: self._updates.append((first, pending))
+    def _rows(self, step: int, updates: list[tuple[int, Update]]) -> Columns:
+        """Return the casts of a step to write, on the writer's thread."""
+        columns = cast_columns(step, updates, self._formats)
+        is_due = self._casts.is_due(step) or (self._casts.or_clamped and columns["saturated"].any())
+        return columns if is_due else {}
+
+    def _inspect_at(self, step: int) -> None:
+        """Have the casts of a coming step inspected if they are due."""
+        if self._inspect is None:
+            return
+        fallback = "clamped" if self._inspect.or_clamped else "never"
+        for ledger in self._ledgers:
+            ledger.inspect("always" if self._inspect.is_due(step) else fallback)
+
+    def _listener(self, first: int) -> Callable[[Update], None]:
+        return lambda update: self._updates.append((first, update))
 
     def _switch_listener(self, ledger: Ledger) -> SwitchListener:
         def record(switched: Mapping[int, tuple[Scaling, Scaling]]) -> None:
@@ -155,19 +189,39 @@ class Recorder:
 
         return record
 
+    def _mind_order(self, *, heard: bool) -> None:
+        """Tell of casts that come a step late, or never, once."""
+        model, is_first, self._is_first = self._model(), self._is_first, False
+        if is_first and not self._ledgers and model is not None and find_ledgers(model):
+            _warn(
+                "the model was converted after its Recorder was made, which records no casts: "
+                "make the Recorder after unclamp.convert."
+            )
+        if self._is_told_of_order:
+            return
+        if heard and any(ledger.has_pending for ledger in self._ledgers):
+            self._is_told_of_order = True
+            _warn(
+                "Recorder.step was called between backward and optimizer.step, so that casts are "
+                "recorded a step late: call it after optimizer.step()."
+            )
+
     def _mind_silence(self, *, heard: bool) -> None:
-        if not self._has_sites or heard:
+        if not self._ledgers or heard:
             self._silent_steps = 0
             return
         self._silent_steps += 1
         if self._silent_steps == SILENT_STEPS:
-            warnings.warn(
+            _warn(
                 f"{SILENT_STEPS} recorded steps without an optimizer step of this model: scales "
                 "are not updated and casts not recorded. unclamp follows torch.optim optimizers "
-                "that hold the model's parameters, and counts casts whose backward ran.",
-                UnclampWarning,
-                stacklevel=3,
+                "that hold the model's parameters, and counts casts whose backward ran."
             )
+
+
+def _warn(message: str) -> None:
+    """Warn where the user called `Recorder.step`."""
+    warnings.warn(message, UnclampWarning, stacklevel=4)
 
 
 def _scaling_data(scaling: Scaling) -> dict[str, Any]:
@@ -183,60 +237,10 @@ def _detached(value: Number) -> Number:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _step_columns(step: int, values: dict[str, Number], timing: dict[str, list[float]]) -> Columns:
-    numbers = {name: float(value) for name, value in values.items()}
-    known = {name: [numbers.pop(name, None)] for name in ("loss", "grad_norm", "lr")}
-    return {"step": [step], **known, **timing, "scalars": [list(numbers.items())]}
-
-
-def _cast_columns(step: int, updates: list[tuple[int, Tensor]]) -> Columns:
-    """Return the rows of one step; several updates since the last step are merged."""
-    merged: dict[int, Tensor] = {}
-    for first, stats in updates:
-        if first in merged:
-            merge_stats(merged[first], stats)
-        else:
-            merged[first] = stats
-    parts = []
-    for first, stats in merged.items():
-        table = stats.cpu().numpy()
-        rows = np.flatnonzero(table[:, Stat.CASTS] > 0)
-        parts.append(np.column_stack([rows + first, table[rows]]))
-    sites, table = np.split(np.concatenate(parts), [1], axis=1)
-    square, removed = table[:, Stat.SQUARE], table[:, Stat.SATURATED_SQUARE]
-    counts = {
-        field.name.lower(): table[:, field].astype(np.int64)
-        for field in (
-            Stat.ELEMENTS,
-            Stat.SATURATED,
-            Stat.UNDERFLOWED,
-            Stat.NONFINITE,
-            Stat.RECAST,
-        )
-    }
-    return {
-        "step": np.full(len(table), step),
-        "site": sites[:, 0].astype(np.int32),
-        "amax": np.maximum(table[:, Stat.AMAX], 0).astype(np.float32),
-        "scale": (1 / table[:, Stat.SCALE_INV]).astype(np.float32),
-        **counts,
-        "saturated_error": np.divide(removed, square, out=np.zeros_like(square), where=square > 0),
-        "microsteps": table[:, Stat.CASTS].astype(np.int32),
-    }
-
-
-def _site_columns(ledger: Ledger, first: int) -> Columns:
-    scalings = [site.operand.scaling for site in ledger.sites]
-    return {
-        "site": list(range(first, first + len(ledger.sites))),
-        "fqn": [site.fqn for site in ledger.sites],
-        "role": [site.role for site in ledger.sites],
-        "format": [site.operand.format.name for site in ledger.sites],
-        "scaling": [scaling.kind for scaling in scalings],
-        "history_len": [getattr(s, "history_len", None) for s in scalings],
-        "granularity": [str(s.granularity) for s in scalings],
-        "format_max": [site.operand.format.max for site in ledger.sites],
-    }
+def _metadata(ledgers: list[Ledger], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the user's metadata; with `observed` where casts are only counted."""
+    is_observed = any(ledger.observes for ledger in ledgers)
+    return dict(given or {}) | ({"observed": True} if is_observed else {})
 
 
 def _recipe_data(ledgers: list[Ledger]) -> dict[str, Any] | None:

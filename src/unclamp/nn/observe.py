@@ -1,0 +1,188 @@
+"""What FP8 would do to a model, asked while it trains as it always did.
+
+An observed model computes bit for bit what it computed before. Each linear layer also casts its
+operands as a recipe says, counts what that loses, and drops the codes: the same histories, counts
+and closer looks as FP8 training, a `Recorder` records them alike, but no loss is affected.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
+from unclamp.nn.ledger import Update
+from unclamp.numerics import Stat, empty_stats, merge_stats
+from unclamp.recipe import Recipe
+from unclamp.rule import Role
+
+SHOWN_SITES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedSite:
+    """What the casts of one operand of one layer would have lost.
+
+    Attributes:
+        fqn: Dotted name of the layer.
+        role: Which operand.
+        casts: Casts counted.
+        elements: Elements in them.
+        saturated: Elements that would have been clamped.
+        clamped_steps: Optimizer steps in which any would have been.
+        underflowed: Non-zero elements that would have become zero.
+        nonfinite: Inf and NaN elements.
+        overshoot: Largest amax over the largest representable value.
+        clamp_error: Squares that clamping would have removed over the squares, of all casts.
+    """
+
+    fqn: str
+    role: Role
+    casts: int
+    elements: int
+    saturated: int
+    clamped_steps: int
+    underflowed: int
+    nonfinite: int
+    overshoot: float
+    clamp_error: float
+
+
+class Observation:
+    """An observed model; made by `observe`. Ends with `stop`, or as a context manager.
+
+    Attributes:
+        report: The layers that are observed, and those left out and why.
+    """
+
+    def __init__(self, model: nn.Module, report: ConvertReport) -> None:
+        """Prefer `unclamp.observe`."""
+        self.report = report
+        self._model = model
+        self._ledger = next(iter(find_ledgers(model)), None)
+        rows = 0 if self._ledger is None else len(self._ledger.sites)
+        self._total = empty_stats(rows)
+        self._clamped = torch.zeros(rows, dtype=torch.int64)
+        self._overshoot = torch.zeros(rows, dtype=torch.float64)
+        self._steps = 0
+        self._end = None if self._ledger is None else self._ledger.subscribe(self._add)
+
+    def sites(self) -> list[ObservedSite]:
+        """Return what each site would have lost so far, the largest clamp error first."""
+        if self._ledger is None:
+            return []
+        rows = zip(
+            self._ledger.sites,
+            self._total.cpu().tolist(),
+            self._clamped.cpu().tolist(),
+            self._overshoot.cpu().tolist(),
+            strict=True,
+        )
+        sites = [
+            ObservedSite(
+                fqn=site.fqn,
+                role=site.role,
+                casts=int(total[Stat.CASTS]),
+                elements=int(total[Stat.ELEMENTS]),
+                saturated=int(total[Stat.SATURATED]),
+                clamped_steps=clamped,
+                underflowed=int(total[Stat.UNDERFLOWED]),
+                nonfinite=int(total[Stat.NONFINITE]),
+                overshoot=peak / site.operand.format.max,
+                clamp_error=total[Stat.SATURATED_SQUARE] / (total[Stat.SQUARE] or 1.0),
+            )
+            for site, total, clamped, peak in rows
+            if total[Stat.CASTS]
+        ]
+        return sorted(sites, key=lambda site: (-site.clamp_error, site.fqn, site.role))
+
+    def stop(self) -> None:
+        """Make the model the plain one that it was; later calls do nothing. Figures stay."""
+        if self._end is not None:
+            self._end()
+            self._end = None
+            revert(self._model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __str__(self) -> str:
+        sites = self.sites()
+        clamped = [site for site in sites if site.saturated]
+        elements = sum(site.elements for site in sites)
+        lost = sum(site.underflowed for site in sites)
+        lines = [
+            f"observed {len(self.report.converted)} layers for {self._steps} steps: FP8 would have "
+            f"clamped {sum(s.saturated for s in sites):,} of {elements:,} elements, at "
+            f"{len(clamped)} of {len(sites)} sites, and lost {lost / max(elements, 1):.3%} to "
+            "underflow"
+        ]
+        lines += [
+            f"  {site.fqn or '(the model itself)'} {site.role}: {site.saturated:,} in "
+            f"{site.clamped_steps} steps, overshoot {site.overshoot:.2f}x, clamp error "
+            f"{site.clamp_error:.2g}"
+            for site in clamped[:SHOWN_SITES]
+        ]
+        return "\n".join(lines)
+
+    @torch.no_grad()
+    def _add(self, update: Update) -> None:
+        """Add a step, on the device."""
+        stats = update.stats
+        if self._total.device != stats.device:
+            self._total, self._clamped, self._overshoot = (
+                t.to(stats.device) for t in (self._total, self._clamped, self._overshoot)
+            )
+        merge_stats(self._total, stats)
+        self._clamped += stats[:, Stat.SATURATED] > 0
+        self._overshoot = torch.maximum(self._overshoot, _peak(stats))
+        self._steps += 1
+
+
+def _peak(stats: Tensor) -> Tensor:
+    """Return the largest scaled element of each site; 0 where nothing was cast."""
+    seen = stats[:, Stat.AMAX] > 0
+    return torch.where(seen, stats[:, Stat.AMAX] / stats[:, Stat.SCALE_INV], 0)
+
+
+def observe(
+    model: nn.Module, recipe: Recipe | None = None, *, skip: Sequence[str] = ()
+) -> Observation:
+    """Count what FP8 would lose in every linear layer of a model that goes on as it is.
+
+    Losses, gradients, weights and the keys of its state_dict are those of the plain model, bit
+    for bit. A step costs three casts a layer more.
+
+    Args:
+        model: A model that is not converted; it may itself be an `nn.Linear`.
+        recipe: What each operand would get; by default delayed scaling everywhere.
+        skip: Globs of modules to leave alone.
+
+    Returns:
+        The observation: print it, ask it for `sites()`, end it with `stop()`. A `Recorder` made
+        meanwhile records every cast.
+
+    Raises:
+        RecipeError: `recipe` is none.
+        ConvertError: The model is converted or observed already, `skip` is a string, or the
+            layers lie on several devices.
+
+    Example:
+        >>> import torch, unclamp
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        >>> with unclamp.observe(model) as observation:
+        ...     for size in (1.0, 1.0, 100.0):
+        ...         model(torch.full((4, 8), size)).sum().backward()
+        ...         optimizer.step()
+        >>> print(observation)
+        observed 1 layers for 3 steps: FP8 would have clamped 32 of 384 elements, at 1 of 3 sites, and lost 0.000% to underflow
+          (the model itself) input: 32 in 1 steps, overshoot 100.00x, clamp error 0.98
+    """  # noqa: E501
+    recipe = Recipe() if recipe is None else recipe
+    return Observation(model, attach(model, recipe, skip=skip, strict=False, observes=True))

@@ -1,0 +1,117 @@
+"""A closer look at a cast: its error, the exponents of its tensor, and which codes it used.
+
+Costs a pass of its own, and is made only where somebody asked for it. The result is one float64
+vector, so that it travels and adds up as the statistics do (`stats`):
+
+    INSPECTED              casts in this vector
+    INSPECTED_SQUARE       sum of x**2 over finite x
+    ERROR_SQUARE           sum of (x - dequantised)**2 over finite x
+    EXPONENTS              elements by floor(log2 |x|), finite and non-zero
+    MAGNITUDES             finite elements by the code of their magnitude
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unclamp.formats import Format
+from unclamp.numerics.cast import dequantize_codes
+from unclamp.numerics.fused import fused, is_plain
+from unclamp.scaling import Granularity
+
+INSPECTED, INSPECTED_SQUARE, ERROR_SQUARE = range(3)
+LOWEST_EXPONENT = -149
+"""That of the smallest float32."""
+EXPONENTS = slice(3, 3 + 128 - LOWEST_EXPONENT)
+MAGNITUDES = slice(EXPONENTS.stop, EXPONENTS.stop + 128)
+DETAILS = MAGNITUDES.stop
+"""Length of the vector."""
+
+
+def inspect(
+    x: Tensor,
+    codes: Tensor,
+    scale_inv: Tensor,
+    *,
+    granularity: Granularity,
+    axis: int = -1,
+    values: Tensor | None = None,
+) -> Tensor:
+    """Return the vector of a cast, float64 `[DETAILS]`.
+
+    Args:
+        x: The tensor that was cast.
+        codes: Its codes, in its shape.
+        scale_inv: As in `Quantized`.
+        granularity: As in `Quantized`.
+        axis: As in `Quantized`.
+        values: What the codes decode to, where that is at hand.
+
+    Numerics: NaN and Inf are left out; an empty tensor counts as a cast with nothing in it.
+    """
+    x = x.detach()
+    if values is None:
+        values = dequantize_codes(codes, scale_inv, granularity=granularity, axis=axis)
+    if is_plain(x) and x.dtype != torch.float64 and x.numel() and fused():
+        return _fused(x, codes, values)
+    return inspect_plain(x, codes, values)
+
+
+def inspect_plain(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
+    """Return the vector of a cast with torch's own operations, on any device, without a sync."""
+    x = x.detach().to(torch.float32).reshape(-1)
+    finite = x.isfinite()
+    kept = torch.where(finite, x, 0)
+    wide = kept.double()
+    error = torch.where(finite, wide - values.reshape(-1).double(), 0)
+    exponents = torch.frexp(kept).exponent - 1 - LOWEST_EXPONENT
+    magnitudes = (codes.contiguous().view(torch.uint8).reshape(-1) & 0x7F).to(torch.int64)
+    details = torch.zeros(DETAILS, dtype=torch.float64, device=x.device)
+    details[INSPECTED] = 1
+    details[INSPECTED_SQUARE] = wide.square_().sum()
+    details[ERROR_SQUARE] = error.square_().sum()
+    details[EXPONENTS] = _counts(exponents.to(torch.int64), kept != 0, EXPONENTS)
+    details[MAGNITUDES] = _counts(magnitudes, finite, MAGNITUDES)
+    return details
+
+
+def _counts(bins: Tensor, wanted: Tensor, place: slice) -> Tensor:
+    """Count the wanted elements by bin; `bincount` would look at the device's data."""
+    counts = torch.zeros(place.stop - place.start, dtype=torch.int64, device=bins.device)
+    return counts.scatter_add_(0, torch.where(wanted, bins, 0), wanted.to(torch.int64))
+
+
+def _fused(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
+    cpu = fused()
+    exponents, magnitudes, sums = cpu.look(x.contiguous(), codes.contiguous(), values.contiguous())
+    details = np.empty(DETAILS)
+    details[INSPECTED] = 1
+    details[INSPECTED_SQUARE], details[ERROR_SQUARE] = sums
+    details[EXPONENTS], details[MAGNITUDES] = exponents, magnitudes
+    return torch.from_numpy(details)
+
+
+def empty_details(rows: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the neutral element of adding, float64 `[rows, DETAILS]`."""
+    return torch.zeros(rows, DETAILS, dtype=torch.float64, device=device)
+
+
+def range_used(magnitudes: np.ndarray, fmt: Format) -> np.ndarray:
+    """Return the share of the format's powers of two that codes lie in, `[...]`.
+
+    Args:
+        magnitudes: Elements by the code of their magnitude, `[..., 128]`.
+        fmt: Their format.
+    """
+    return np.mean(magnitudes @ _binades(fmt) > 0, axis=-1)
+
+
+@cache
+def _binades(fmt: Format) -> np.ndarray:
+    """Return which magnitude lies in which of the format's powers of two, 0 or 1 `[128, n]`."""
+    values = np.array([fmt.decode(code) for code in range(128)])
+    counts = np.isfinite(values) & (values > 0)
+    exponents = np.floor(np.log2(np.where(counts, values, 1)))
+    return (exponents[:, None] == np.unique(exponents[counts])) & counts[:, None]

@@ -1,0 +1,141 @@
+"""A step as the run log's columns: from the ledger's tensors, on the writer's thread."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from unclamp.formats import Format
+from unclamp.nn.ledger import Ledger, Update
+from unclamp.numerics.inspection import (
+    ERROR_SQUARE,
+    EXPONENTS,
+    INSPECTED,
+    INSPECTED_SQUARE,
+    LOWEST_EXPONENT,
+    MAGNITUDES,
+    range_used,
+)
+from unclamp.numerics.stats import Stat, merge_stats
+from unclamp.runlog import Columns
+
+Number = float | int | Tensor
+
+INSPECTED_COLUMNS = ("sqnr_db", "range_used", "headroom_bits", "scale_age", "exponents")
+COUNTS = (Stat.ELEMENTS, Stat.SATURATED, Stat.UNDERFLOWED, Stat.NONFINITE, Stat.RECAST)
+
+
+def step_columns(step: int, values: Mapping[str, Number], timing: Columns) -> dict[str, Any]:
+    """Return the row of a step; this is where a loss on a device is waited for."""
+    numbers = {name: float(value) for name, value in values.items()}
+    known = {name: [numbers.pop(name, None)] for name in ("loss", "grad_norm", "lr")}
+    return {"step": [step], **known, **timing, "scalars": [list(numbers.items())]}
+
+
+def site_columns(ledger: Ledger, first: int) -> dict[str, Any]:
+    """Return a ledger's sites, numbered from `first` on."""
+    scalings = [site.operand.scaling for site in ledger.sites]
+    return {
+        "site": list(range(first, first + len(ledger.sites))),
+        "fqn": [site.fqn for site in ledger.sites],
+        "role": [site.role for site in ledger.sites],
+        "format": [site.operand.format.name for site in ledger.sites],
+        "scaling": [scaling.kind for scaling in scalings],
+        "history_len": [getattr(s, "history_len", None) for s in scalings],
+        "granularity": [str(s.granularity) for s in scalings],
+        "format_max": [site.operand.format.max for site in ledger.sites],
+    }
+
+
+def merge_updates(updates: list[tuple[int, Update]]) -> list[tuple[int, Update]]:
+    """Return one update a ledger, by its first site; later ones of a step are merged in."""
+    merged: dict[int, Update] = {}
+    for first, update in updates:
+        if first not in merged:
+            merged[first] = update
+            continue
+        so_far = merged[first]
+        merge_stats(so_far.stats, update.stats)
+        if so_far.details is None:
+            merged[first] = update._replace(stats=so_far.stats)
+        elif update.details is not None:
+            so_far.details.add_(update.details)
+    return list(merged.items())
+
+
+def cast_columns(
+    step: int, updates: list[tuple[int, Update]], formats: Mapping[int, Format]
+) -> dict[str, Any]:
+    """Return the rows of one step: a row a site that cast anything.
+
+    Args:
+        step: Its number.
+        updates: Of each ledger, by its first site.
+        formats: The format of each site.
+    """
+    parts = [_part(first, update, formats) for first, update in merge_updates(updates)]
+    columns: dict[str, Any] = {"step": np.full(sum(len(p["site"]) for p in parts), step)}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        is_array = isinstance(values[0], np.ndarray)
+        columns[name] = np.concatenate(values) if is_array else list(itertools.chain(*values))
+    return columns
+
+
+def _part(first: int, update: Update, formats: Mapping[int, Format]) -> dict[str, Any]:
+    """Return the rows of one ledger."""
+    table = update.stats.cpu().numpy()
+    rows = np.flatnonzero(table[:, Stat.CASTS] > 0)
+    table = table[rows]
+    sites = (rows + first).astype(np.int32)
+    columns = {
+        "site": sites,
+        "amax": np.maximum(table[:, Stat.AMAX], 0).astype(np.float32),
+        "scale": (1 / table[:, Stat.SCALE_INV]).astype(np.float32),
+        **{field.name.lower(): table[:, field].astype(np.int64) for field in COUNTS},
+        "saturated_error": _ratio(table[:, Stat.SATURATED_SQUARE], table[:, Stat.SQUARE]),
+        "microsteps": table[:, Stat.CASTS].astype(np.int32),
+    }
+    looks: list[dict[str, Any]] = [{}] * len(rows)
+    if update.details is not None and update.scale_age is not None:
+        details, ages = update.details.cpu().numpy()[rows], update.scale_age.cpu().numpy()[rows]
+        # The tensor's own scale, taken by a guarded cast, is as new as can be.
+        ages = np.where(columns["recast"] > 0, 0, ages)
+        looks = [
+            _look(details[i], int(ages[i]), formats[int(sites[i])], columns, i)
+            if details[i, INSPECTED]
+            else {}
+            for i in range(len(rows))
+        ]
+    return columns | {name: [look.get(name) for look in looks] for name in INSPECTED_COLUMNS}
+
+
+def _look(
+    details: np.ndarray, age: int, fmt: Format, columns: Mapping[str, np.ndarray], row: int
+) -> dict[str, Any]:
+    """Return the columns of an inspected row that have a value."""
+    counts = details[EXPONENTS]
+    present = np.flatnonzero(counts)
+    look: dict[str, Any] = {
+        "range_used": float(range_used(details[MAGNITUDES], fmt)),
+        "exponents": [(int(i) + LOWEST_EXPONENT, int(counts[i])) for i in present],
+    }
+    if details[INSPECTED_SQUARE] > 0:
+        look["sqnr_db"] = _decibel(details[INSPECTED_SQUARE], details[ERROR_SQUARE])
+    peak = float(columns["amax"][row]) * float(columns["scale"][row])
+    if peak > 0:
+        look["headroom_bits"] = math.log2(fmt.max / peak)
+    if age >= 0:
+        look["scale_age"] = age
+    return look
+
+
+def _decibel(signal: float, noise: float) -> float:
+    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)

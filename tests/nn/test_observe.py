@@ -1,0 +1,163 @@
+"""An observed model is the plain one, and its counts are those of FP8."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+import unclamp
+from unclamp import ConvertError, Delayed, Dynamic, PerRow, Recipe, UnclampWarning
+from unclamp.formats import E4M3FN
+from unclamp.nn import Fp8Linear, find_ledgers
+from unclamp.reference import float32, is_saturated, round_to_format, scale_from_amax
+
+
+def plain(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 6)).to(dtype)
+
+
+def train(model, sizes=(1, 1, 40, 1), dtype=torch.float32):
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for step, size in enumerate(sizes):
+        torch.manual_seed(step)
+        loss = model(torch.randn(5, 12).to(dtype) * size).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", [None, Recipe.uniform(Dynamic(granularity=PerRow()))], ids=str)
+def test_losses_and_weights_are_those_of_the_plain_model(dtype, recipe):
+    model, twin = plain(dtype), plain(dtype)
+    with unclamp.observe(model, recipe):
+        observed = train(model, dtype=dtype)
+    expected = train(twin, dtype=dtype)
+    assert all(torch.equal(a, b) for a, b in zip(observed, expected, strict=True))
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_counts_equal_a_recount_with_the_scalar_reference():
+    model = plain()
+    observation = unclamp.observe(model, Recipe(input=Delayed(history_len=2)), skip=["2"])
+    optimizer = SGD(model.parameters(), lr=0.0)
+    history: list[float] = []
+    saturated = underflowed = 0
+    for step, size in enumerate([1.0, 3.0, 40.0, 1e-4]):
+        torch.manual_seed(step)
+        x = torch.randn(5, 12) * size
+        model(x).sum().backward()
+        optimizer.step()
+        amax = float(x.abs().max())
+        scale = scale_from_amax(max(history[:2], default=amax), E4M3FN)
+        scaled = [float32(v * scale) for v in x.flatten().tolist()]
+        saturated += sum(is_saturated(v, E4M3FN) for v in scaled)
+        underflowed += sum(v != 0 and round_to_format(v, E4M3FN) == 0 for v in scaled)
+        history.insert(0, amax)
+    (site,) = [site for site in observation.sites() if site.role == "input"]
+    assert (site.fqn, site.casts, site.elements) == ("0", 4, 240)
+    assert (site.saturated, site.underflowed) == (saturated, underflowed)
+    assert saturated > 0
+    assert underflowed > 0
+    assert site.clamped_steps == 2
+    observation.stop()
+
+
+def test_the_state_dict_is_that_of_the_plain_model():
+    model, twin = plain(), plain()
+    with unclamp.observe(model):
+        train(model, sizes=(1,))
+        state = copy.deepcopy(model.state_dict())
+        assert list(state) == list(twin.state_dict())
+        twin.load_state_dict(state)
+        model.load_state_dict(twin.state_dict())
+
+
+def test_stop_gives_the_plain_model_back_and_keeps_the_figures():
+    model = plain()
+    weights = list(model.parameters())
+    observation = unclamp.observe(model)
+    assert isinstance(model[0], Fp8Linear)
+    assert "only observed" in repr(model)
+    train(model)
+    before = observation.sites()
+    observation.stop()
+    observation.stop()
+    assert type(model[0]) is nn.Linear
+    assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
+    train(model)
+    assert observation.sites() == before
+    assert any(site.saturated for site in before)
+    assert "FP8 would have clamped" in str(observation)
+
+
+def test_an_exception_ends_the_observation():
+    model = plain()
+    with pytest.raises(ZeroDivisionError), unclamp.observe(model):
+        raise ZeroDivisionError
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_model_is_observed_or_converted_and_not_both():
+    model = plain()
+    with unclamp.observe(model):
+        with pytest.raises(ConvertError, match="observed already"):
+            unclamp.convert(model, Recipe())
+        with pytest.raises(ConvertError, match="observed already"):
+            unclamp.observe(model)
+    unclamp.convert(model, Recipe())
+    with pytest.raises(ConvertError, match="not converted"):
+        unclamp.observe(model)
+
+
+def test_a_model_without_linear_layers_says_so():
+    observation = unclamp.observe(nn.ReLU())
+    assert observation.sites() == []
+    assert "0 layers" in str(observation)
+    observation.stop()
+
+
+def test_an_observed_run_is_recorded_and_says_that_it_is_one(tmp_path):
+    model = plain()
+    with unclamp.observe(model), unclamp.Recorder(model, tmp_path / "run") as recorder:
+        optimizer = SGD(model.parameters(), lr=0.01)
+        for size in (1, 1, 50):
+            model(torch.ones(2, 12) * size).sum().backward()
+            optimizer.step()
+            recorder.step(loss=0.0)
+    with unclamp.RunLog.open(tmp_path / "run") as log:
+        assert log.header.metadata == {"observed": True}
+        assert log.casts().num_rows == 3 * 6
+        assert sum(log.casts()["saturated"].to_pylist()) > 0
+
+
+def test_switching_changes_what_is_observed():
+    model = plain()
+    with unclamp.observe(model) as observation:
+        unclamp.switch(model, "*", scaling=Dynamic())
+        train(model)
+    assert not any(site.saturated for site in observation.sites())
+
+
+def test_a_dead_rule_is_warned_about():
+    with pytest.warns(UnclampWarning, match="nope"):
+        unclamp.observe(plain(), skip=["nope"]).stop()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_compiled_it_counts_the_same():
+    torch._dynamo.reset()
+    eager, compiled = plain(), plain()
+    with unclamp.observe(eager) as one, unclamp.observe(compiled) as other:
+        train(eager)
+        train(torch.compile(compiled, backend="aot_eager", fullgraph=True))
+        assert find_ledgers(compiled)[0].updates == 4
+    assert one.sites() == other.sites()
+    torch._dynamo.reset()
