@@ -82,7 +82,7 @@ class Sinks:
         """
         infos = site_infos(*sites)
         self._each("at its start", lambda sink: sink.start(header, infos), close_failed=False)
-        self.warn()
+        self.warn(stacklevel=4)
 
     def step(self, step: int, steps: Columns, casts: Columns | None) -> None:
         """Hand one step's rows to every sink; after `close` to none."""
@@ -100,12 +100,15 @@ class Sinks:
             self._closed = True
             self._each("at its end", lambda sink: sink.close(status), close_failed=False)
 
-    def warn(self) -> None:
-        """Warn, from the training's thread, of each sink that failed since the last call."""
+    def warn(self, *, stacklevel: int = 3) -> None:
+        """Warn, from the training's thread, of each sink that failed since the last call.
+
+        The warning names the line that called the caller; `stacklevel` as in `warnings.warn`.
+        """
         with self._lock:
             failures, self._failures = self._failures, []
         for failure in failures:
-            warnings.warn(failure, UnclampWarning, stacklevel=3)
+            warnings.warn(failure, UnclampWarning, stacklevel=stacklevel)
 
     def _each(self, when: str, call: Callable[[Sink], None], *, close_failed: bool = True) -> None:
         for entry in list(self._sinks):
