@@ -164,3 +164,30 @@ def test_an_inf_loss_is_recorded_as_such(tmp_path: Path) -> None:
         recorder.step(loss=torch.tensor(float("inf")))
     with RunLog.open(tmp_path / "run") as log:
         assert log.steps()["loss"].to_pylist() == [math.inf]
+
+
+def test_sinks_get_every_step_and_a_failing_one_costs_itself(tmp_path: Path) -> None:
+    model = tiny()
+    unclamp.convert(model, Recipe())
+    heard: list[tuple[int, dict[str, float]]] = []
+
+    def keep_numbers(step: int, numbers: dict[str, float]) -> None:
+        heard.append((step, numbers))
+
+    def fail(step: int, numbers: dict[str, float]) -> None:
+        raise OSError("gone")
+
+    sinks = [keep_numbers, fail]
+    recorder = Recorder(model, tmp_path / "run", sinks=sinks)
+    with pytest.warns(unclamp.UnclampWarning, match="the sink fail stopped") as caught:  # noqa: PT031
+        train(model, recorder, steps=5)
+        recorder.close()
+    assert len(caught) == 1
+    assert [step for step, _ in heard] == list(range(5))
+    with RunLog.open(tmp_path / "run") as log:
+        assert log.header.status == "finished"
+        rows = log.sql("SELECT step, sum(saturated) AS n FROM casts GROUP BY step").to_pylist()
+    assert {row["step"]: row["n"] for row in rows} == {
+        step: numbers["unclamp/saturated"] for step, numbers in heard
+    }
+    assert all(numbers["temperature"] == 2.0 for _, numbers in heard)

@@ -5,13 +5,16 @@ the whole model's statistics of a step to the writer's thread as one tensor. The
 neither waits for a disk nor for a device.
 """
 
+import atexit
+import functools
 import json
+import os
 import platform
 import subprocess
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +30,7 @@ from unclamp.runlog import Columns, Header, RunLogWriter, Status
 from unclamp.scaling import Delayed, Guarded, Scaling, scaling_to_dict
 from unclamp.telemetry.cadence import Every
 from unclamp.telemetry.columns import Number, cast_columns, site_columns, step_columns
+from unclamp.telemetry.sinks import NumbersFunction, Sink, Sinks
 from unclamp.version import __version__
 
 EVERY_STEP = Every()
@@ -51,6 +55,9 @@ class Recorder:
             headroom, age of the scale), at the price of a pass over each tensor; None for
             none. Of `or_clamped`'s additional steps, the casts that clamped. On a device other
             than the CPU `or_clamped` inspects every cast, since only the device knows.
+        sinks: Where else the numbers go: `TensorBoard(...)`, `WandB(...)`, `MLflow(...)`, a
+            function of step and numbers, or an object with the methods of
+            `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
         flush_interval_s: At most so many seconds of the run are lost when it is killed.
 
     Raises:
@@ -70,8 +77,10 @@ class Recorder:
         metadata: Mapping[str, Any] | None = None,
         casts: Every = EVERY_STEP,
         inspect: Every | None = EVERY_HUNDREDTH,
+        sinks: Iterable[Sink | NumbersFunction] = (),
         flush_interval_s: float = 2.0,
     ) -> None:
+        self._sinks = Sinks(sinks)
         self._ledgers = ledgers = find_ledgers(model)
         self._model = weakref.ref(model)
         self._casts, self._inspect = casts, inspect
@@ -91,13 +100,17 @@ class Recorder:
         self._is_told_of_order = False
         self._next_step = 0
         self._began = self._last = time.perf_counter()
-        first = 0
+        first, pieces = 0, []
         for ledger in ledgers:
-            self._writer.add("sites", site_columns(ledger, first))
+            pieces.append(site_columns(ledger, first))
+            self._writer.add("sites", pieces[-1])
             self._formats |= {first + i: s.operand.format for i, s in enumerate(ledger.sites)}
             self._unsubscribe.append(ledger.subscribe(self._listener(first)))
             self._unsubscribe.append(ledger.subscribe_to_switches(self._switch_listener(ledger)))
             first += len(ledger.sites)
+        self._sinks.start(header, *pieces)
+        self._process = os.getpid()  # a fork inherits the exit hook, and must not end the sinks
+        atexit.register(self.close, "interrupted")
         self._inspect_at(0)
 
     def step(
@@ -125,10 +138,12 @@ class Recorder:
         self._last = now
         given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         values = {name: _detached(v) for name, v in (given | scalars).items() if v is not None}
-        self._writer.add("steps", lambda: step_columns(step, values, timing))
         updates, self._updates = self._updates, []
-        if updates:
-            self._writer.add("casts", lambda: self._rows(step, updates))
+        row = functools.cache(lambda: step_columns(step, values, timing))
+        self._writer.add("steps", row)
+        if updates or self._sinks:
+            self._writer.add("casts", lambda: self._rows(step, updates, row))
+        self._sinks.warn()
         self._inspect_at(step + 1)
         self._mind_order(heard=bool(updates))
         self._mind_silence(heard=bool(updates))
@@ -136,7 +151,13 @@ class Recorder:
     def event(self, kind: str, step: int | None = None, **data: Any) -> None:
         """Record that something happened, with JSON data; at the coming step by default."""
         at = self._next_step if step is None else step
-        self._writer.add("events", {"step": [at], "kind": [kind], "data": [json.dumps(data)]})
+        text = json.dumps(data)
+
+        def columns() -> Columns:
+            self._sinks.event(at, kind, data)
+            return {"step": [at], "kind": [kind], "data": [text]}
+
+        self._writer.add("events", columns)
 
     def flush(self) -> None:
         """Wait until everything recorded so far is on disk."""
@@ -144,11 +165,16 @@ class Recorder:
 
     def close(self, status: Status = "finished") -> None:
         """Stop listening, write what is left and close the run. Later calls do nothing."""
+        if os.getpid() != self._process:
+            return
+        atexit.unregister(self.close)
         while self._unsubscribe:
             self._unsubscribe.pop()()
         for ledger in self._ledgers:
             ledger.inspect("never")
         self._writer.close(status)
+        self._sinks.close(status)
+        self._sinks.warn()
 
     def __enter__(self) -> Self:
         return self
@@ -157,9 +183,14 @@ class Recorder:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close("finished" if kind is None else "interrupted" if interrupted else "failed")
 
-    def _rows(self, step: int, updates: list[tuple[int, Update]]) -> Columns:
-        """Return the casts of a step to write, on the writer's thread."""
-        columns = cast_columns(step, updates, self._formats)
+    def _rows(
+        self, step: int, updates: list[tuple[int, Update]], row: Callable[[], Columns]
+    ) -> Columns:
+        """Tell the sinks of a step and return its casts to write, on the writer's thread."""
+        columns = cast_columns(step, updates, self._formats) if updates else {}
+        self._sinks.step(step, row(), columns or None)
+        if not columns:
+            return columns
         is_due = self._casts.is_due(step) or (self._casts.or_clamped and columns["saturated"].any())
         return columns if is_due else {}
 
