@@ -25,6 +25,7 @@ from unclamp.nn.ledger import Ledger, SwitchListener
 from unclamp.numerics.stats import Stat, merge_stats
 from unclamp.runlog import Columns, Header, RunLogWriter, Status
 from unclamp.scaling import Delayed, Guarded, Scaling, scaling_to_dict
+from unclamp.telemetry.rank import find_place
 from unclamp.version import __version__
 
 Number = float | int | Tensor
@@ -63,14 +64,19 @@ class Recorder:
         flush_interval_s: float = 2.0,
     ) -> None:
         ledgers = find_ledgers(model)
+        place = find_place()
         header = Header(
             unclamp_version=__version__,
+            world_size=place.world_size,
+            run_id=place.run_id,
             recipe=_recipe_data(ledgers),
             environment=_environment(model),
             git_commit=_git_commit(),
             metadata=dict(metadata or {}),
         )
-        self._writer = RunLogWriter(path, header=header, flush_interval_s=flush_interval_s)
+        self._writer = RunLogWriter(
+            path, header=header, rank=place.rank, flush_interval_s=flush_interval_s
+        )
         self._updates: list[tuple[int, Tensor]] = []
         self._unsubscribe: list[Callable[[], None]] = []
         self._has_sites = bool(ledgers)
