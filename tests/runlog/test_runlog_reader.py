@@ -203,18 +203,19 @@ def test_a_part_that_disappears_under_the_query_is_left_out(
         for number in range(2):
             writer.add("steps", step(number))
             writer.flush()
-    log = RunLog.open(tmp_path)
-    listed = log._list_parts()
-    answers = [listed]
-    list_parts = log._list_parts
-    monkeypatch.setattr(log, "_list_parts", lambda: answers.pop() if answers else list_parts())
-    listed["steps"][0].unlink()
-    assert log.steps()["step"].to_pylist() == [1]
+        log = RunLog.open(tmp_path)
+        listed = log._list_parts()
+        answers = [listed]
+        list_parts = log._list_parts
+        monkeypatch.setattr(log, "_list_parts", lambda: answers.pop() if answers else list_parts())
+        listed["steps"][0].unlink()
+        assert log.steps()["step"].to_pylist() == [1]
+        writer.close("interrupted")  # without a merge, which would miss the part
 
 
 def test_a_damaged_part_is_named(tmp_path: Path):
     write_run(tmp_path, 0)
-    (tmp_path / "steps" / "part-r0-000000.parquet").write_bytes(b"not parquet")
+    (tmp_path / "steps" / "part-r0-000000-000000.parquet").write_bytes(b"not parquet")
     with pytest.raises(RunLogError, match="part-r0-000000"):
         RunLog.open(tmp_path).steps()
 

@@ -11,6 +11,7 @@ import pytest
 
 from unclamp.errors import RunLogError, UnclampWarning
 from unclamp.runlog import Header, RunLog, RunLogWriter
+from unclamp.runlog.parts import PartName
 
 HEADER = Header(unclamp_version="0.1.0", world_size=2, recipe={"input": "delayed"})
 
@@ -93,14 +94,21 @@ def test_a_function_is_called_on_another_thread_and_only_once(tmp_path: Path):
     assert callers != [get_ident()]
 
 
-def test_parts_are_numbered_compressed_and_leave_no_other_file(tmp_path: Path):
+def names_in(path: Path) -> list[str]:
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+
+
+def test_parts_are_numbered_compressed_merged_and_leave_no_other_file(tmp_path: Path):
     with RunLogWriter(tmp_path, header=HEADER, flush_interval_s=60) as writer:
         for number in range(3):
             writer.add("steps", step(number))
             writer.flush()
-    names = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
-    assert names == ["run.json"] + [f"steps/part-r0-00000{n}.parquet" for n in range(3)]
-    group = pq.ParquetFile(tmp_path / names[1]).metadata.row_group(0)
+        names = names_in(tmp_path)
+        parts = [f"steps/part-r0-00000{n}.parquet" for n in range(3)]
+        assert names == [".writer-r0.json", "run.json", *parts]
+        group = pq.ParquetFile(tmp_path / parts[0]).metadata.row_group(0)
+    merged = "steps/part-r0-000000-000002.parquet"
+    assert names_in(tmp_path) == [".writer-r0.json", "run.json", merged]
     assert group.column(0).compression == "ZSTD"
 
 
@@ -121,7 +129,10 @@ def test_a_busy_queue_does_not_put_off_the_flush(tmp_path: Path):
     with RunLogWriter(tmp_path, header=HEADER, flush_interval_s=0.05) as writer:
         for _ in range(50):
             writer.add("steps", slow_columns)
-    assert len(list(tmp_path.glob("steps/*.parquet"))) > 1
+    (part,) = tmp_path.glob("steps/*.parquet")
+    name = PartName.parse(part.name)
+    assert name is not None
+    assert name.last > 0  # several were flushed, and merged at the end
 
 
 def test_float_columns_carry_no_statistics_that_hide_nan(tmp_path: Path):

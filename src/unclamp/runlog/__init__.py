@@ -5,13 +5,17 @@ says what happened. `RunLogWriter` writes it while training, `RunLog` reads it, 
 Neither needs torch. What the numbers mean for training is for `unclamp.analysis`.
 """
 
-from unclamp.runlog.reader import RunLog, find_runs, is_run
-from unclamp.runlog.schema import SCHEMA_VERSION, TABLES, Columns, Header, Status
+from unclamp.runlog.finder import find_runs, is_run
+from unclamp.runlog.header import SCHEMA_VERSION, Header, Status
+from unclamp.runlog.reader import RunLog
+from unclamp.runlog.schema import SUMMARY_STEPS, TABLES, VIEWS, Columns
 from unclamp.runlog.writer import RunLogWriter
 
 __all__ = [
     "SCHEMA_VERSION",
+    "SUMMARY_STEPS",
     "TABLES",
+    "VIEWS",
     "Columns",
     "Header",
     "RunLog",

@@ -2,23 +2,44 @@
 
 The parts on disk are listed anew for every query, so a query sees all that has been flushed by
 then. DuckDB reads them through an Arrow dataset: paths are never parsed as patterns or SQL.
+Which parts count is for `unclamp.runlog.parts`, finding and describing runs for `finder`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Self
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from unclamp.errors import RunLogError
-from unclamp.runlog.schema import KIND, RUN_FILE, TABLES, Header
+from unclamp.runlog.finder import read_header
+from unclamp.runlog.folder import read_missing
+from unclamp.runlog.header import RUN_FILE, Header
+from unclamp.runlog.parts import PartName, parts_that_count
+from unclamp.runlog.schema import TABLES, VIEWS, describe_columns
+from unclamp.runlog.summary import merged_sql, summary_sql
 
-STUDY_FILE = "study.json"
+_Parts = dict[str, list[Path]]
+
+_MADE_VIEWS = {
+    "sites": "SELECT DISTINCT * FROM sites_by_rank",
+    "summaries": merged_sql(
+        f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
+    ),
+    "switches": """
+        SELECT step, rank, site->>'fqn' AS fqn, site->>'role' AS role,
+            (site->'before')::VARCHAR AS before, (site->'after')::VARCHAR AS after
+        FROM (
+            SELECT step, rank, unnest(json_extract(data, '$.sites[*]')) AS site
+            FROM events WHERE kind = 'switch' AND json_valid(data)
+        )
+        WHERE fqn IS NOT NULL AND role IS NOT NULL AND before IS NOT NULL AND after IS NOT NULL""",
+}
 
 
 class RunLog:
@@ -26,14 +47,15 @@ class RunLog:
 
     The views `steps`, `sites`, `casts` and `events` hold the rows of all ranks. A table nothing
     was written to yet is empty, with all its columns. A site that several ranks recorded alike
-    is one row.
+    is one row. The view `summaries` has a row per 100 steps, rank and site, and says at any
+    moment what the casts on disk say; `switches` has a row per site that changed its scaling.
     """
 
     def __init__(self, path: Path) -> None:
         """Prefer `RunLog.open`, which checks that `path` is a run."""
         self.path = path
         self._connection = duckdb.connect()
-        self._parts: dict[str, list[Path]] = {}
+        self._parts: _Parts = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunLog:
@@ -43,7 +65,7 @@ class RunLog:
             RunLogError: `path` does not exist, is a file, is not a run, or is a run that this
                 version cannot read.
         """
-        _read_header(Path(path))
+        read_header(Path(path))
         return cls(Path(path))
 
     @property
@@ -53,13 +75,32 @@ class RunLog:
         Raises:
             RunLogError: the run is gone.
         """
-        return _read_header(self.path)
+        return read_header(self.path)
+
+    @property
+    def missing(self) -> dict[int, str]:
+        """What could not be written, by rank; empty where nothing is known to be missing.
+
+        A process that was killed could not say: its run's status stays "running".
+
+        Raises:
+            RunLogError: the run is gone.
+        """
+        noted = read_missing(self.path)
+        missing = self.header.missing
+        return noted if missing is None else {0: missing} | noted
+
+    @staticmethod
+    def columns() -> pa.Table:
+        """Return the columns of every table and view: table, column, type and meaning."""
+        return describe_columns()
 
     def sql(self, query: str, **params: Any) -> pa.Table:
         """Return what `query` selects; it refers to a parameter as `$name`.
 
-        NaN follows DuckDB: it equals itself and is above every number. A statement without a
-        result returns a table without columns.
+        NaN follows DuckDB: it equals itself and is above every number. Whole decimals, such as
+        the sum of a count, come as int64 where they fit. A statement without a result returns a
+        table without columns.
 
         Raises:
             RunLogError: DuckDB refuses the query, a part is damaged, the run is gone, or the
@@ -73,11 +114,11 @@ class RunLog:
             try:
                 self._register(parts)
                 relation = self._connection.sql(query, params=params or None)
-                return pa.table({}) if relation is None else relation.to_arrow_table()
+                return pa.table({}) if relation is None else _whole(relation.to_arrow_table())
             except (duckdb.Error, pa.ArrowException, OSError) as error:
                 if all(part.exists() for files in parts.values() for part in files):
                     raise RunLogError(f"the query on {self.path} failed: {error}") from error
-                # A part was removed under the query: ask again, of those that are left.
+                # A part was merged or removed under the query: ask again, of what is there.
 
     def steps(self) -> pa.Table:
         """Return the table `steps`, ordered by step, then rank, then time of recording."""
@@ -97,6 +138,14 @@ class RunLog:
         """Return the table `events`, ordered by step, then rank, then time of recording."""
         return self._table("events", "step", "rank")
 
+    def summaries(self) -> pa.Table:
+        """Return the view `summaries`, ordered by first step, rank and site."""
+        return self._table("summaries", "first_step", "rank", "site")
+
+    def switches(self) -> pa.Table:
+        """Return the view `switches`, ordered by step, then rank, then time of recording."""
+        return self._table("switches", "step", "rank")
+
     def close(self) -> None:
         """Release the connection; later calls do nothing."""
         self._connection.close()
@@ -107,82 +156,68 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        """Say what the run holds, or why that cannot be said."""
+        try:
+            (steps,) = self.sql(
+                "SELECT count(DISTINCT step) AS steps, min(rank) AS first, max(rank) AS last, "
+                "(SELECT count(*) FROM sites) AS sites FROM steps"
+            ).to_pylist()
+            ranks = "none" if steps["first"] is None else f"{steps['first']}-{steps['last']}"
+            status, missing = self.header.status, ", rows missing" if self.missing else ""
+        except RunLogError as error:
+            return f"RunLog({str(self.path)!r}: {error})"
+        return (
+            f"RunLog({str(self.path)!r}: {status}{missing}, {steps['steps']} steps, "
+            f"{steps['sites']} sites, ranks {ranks})"
+        )
+
     def _table(self, name: str, *order: str, where: str = "") -> pa.Table:
-        rows = self.sql(f"SELECT * FROM {name} {where}").cast(TABLES[name])
+        rows = self.sql(f"SELECT * FROM {name} {where}").cast({**TABLES, **VIEWS}[name])
         return rows.sort_by([(column, "ascending") for column in order])  # stable
 
-    def _list_parts(self) -> dict[str, list[Path]]:
+    def _list_parts(self) -> _Parts:
+        """Return the parts of each relation that views are made of."""
         if not (self.path / RUN_FILE).is_file():
             raise RunLogError(f"the run {self.path} is gone: it was moved or removed")
-        return {table: sorted((self.path / table).glob("*.parquet")) for table in TABLES}
+        parts = {table: parts_that_count(self.path / table) for table in TABLES}
+        stored = {path.name: path for path in (self.path / "summaries").glob("*.parquet")}
+        summed = {path.name for path in parts["casts"] if _is_merged(path)} & stored.keys()
+        parts["stored_summaries"] = [stored[name] for name in sorted(summed)]
+        parts["casts_without_summary"] = [p for p in parts["casts"] if p.name not in summed]
+        return parts
 
-    def _register(self, parts: dict[str, list[Path]]) -> None:
-        """Make each view read its current parts; views whose parts are the same stay."""
-        for table, files in parts.items():
-            if self._parts.get(table) == files:
+    def _register(self, parts: _Parts) -> None:
+        """Make each relation read its current parts; those whose parts are the same stay."""
+        schemas = {
+            **TABLES,
+            "stored_summaries": VIEWS["summaries"],
+            "casts_without_summary": TABLES["casts"],
+        }
+        is_first = not self._parts
+        for name, files in parts.items():
+            if self._parts.get(name) == files:
                 continue
-            rows = ds.dataset([str(file) for file in files], TABLES[table], format="parquet")
-            name = "sites_by_rank" if table == "sites" else table
-            self._connection.register(name, rows)
-            self._parts[table] = files
-            if table == "sites":
-                distinct = "SELECT DISTINCT * FROM sites_by_rank"
-                self._connection.execute(f"CREATE OR REPLACE TEMP VIEW sites AS {distinct}")
+            rows = ds.dataset([str(file) for file in files], schemas[name], format="parquet")
+            self._connection.register("sites_by_rank" if name == "sites" else name, rows)
+            self._parts[name] = files
+        if is_first:
+            for view, query in _MADE_VIEWS.items():
+                self._connection.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {query}")
 
 
-def is_run(path: str | os.PathLike[str]) -> bool:
-    """Return whether the folder `path` holds a run, of any schema version.
-
-    A path that does not exist, or cannot be read, is not a run.
-    """
-    try:
-        return _read_json(Path(path) / RUN_FILE).get("kind") == KIND
-    except (OSError, ValueError):
-        return False
+def _is_merged(path: Path) -> bool:
+    name = PartName.parse(path.name)
+    return name is not None and name.is_merged
 
 
-def find_runs(path: str | os.PathLike[str]) -> list[Path]:
-    """Return the run folders at or below `path`, sorted; none if it does not exist.
-
-    The inside of a run is not searched, and links to folders are not followed.
-    """
-    runs = []
-    for folder, subfolders, files in os.walk(path):
-        if RUN_FILE in files and is_run(folder):
-            runs.append(Path(folder))
-            subfolders.clear()
-    return sorted(runs)
-
-
-def _read_header(path: Path) -> Header:
-    if not path.exists():
-        raise RunLogError(f"expected a run, but {path} does not exist")
-    if not path.is_dir():
-        raise RunLogError(f"expected the folder of a run, but {path} is a file")
-    if not (path / RUN_FILE).is_file():
-        raise RunLogError(_what_it_holds(path))
-    try:
-        return Header.from_dict(_read_json(path / RUN_FILE))
-    except (OSError, ValueError) as error:
-        raise RunLogError(f"cannot open {path / RUN_FILE}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    data = json.loads(path.read_bytes())
-    if not isinstance(data, dict):
-        raise ValueError(f"expected a JSON object, got {type(data).__name__}")
-    return data
-
-
-def _what_it_holds(path: Path) -> str:
-    """Say why `path` is not a run, and what to open in its place."""
-    below = [str(run) for run in find_runs(path)[:5]]
-    if (path / STUDY_FILE).is_file():
-        return (
-            f"{path} is a study, not a run: `unclamp report` reads it as a whole; "
-            f"as runs, open {below or 'those it will hold once it has started'}"
-        )
-    if below:
-        return f"{path} is not a run (it has no {RUN_FILE}); runs below it: {below}"
-    held = sorted(entry.name for entry in path.iterdir())[:5]
-    return f"{path} is not a run: it has no {RUN_FILE}, it holds {held or 'nothing'}"
+def _whole(rows: pa.Table) -> pa.Table:
+    """Return `rows` with whole decimals as int64, in columns where all of them fit."""
+    for index, column in enumerate(rows.schema):
+        if pa.types.is_decimal(column.type) and column.type.scale == 0:
+            try:
+                whole = pc.cast(rows.column(index), pa.int64())
+            except pa.ArrowInvalid:
+                continue
+            rows = rows.set_column(index, column.name, whole)
+    return rows

@@ -1,75 +1,24 @@
-"""What a run consists of: the header, the tables, and the meaning of every column.
+"""The tables and views of a run, and the meaning of every column.
 
 Nothing here touches the disk. The meaning of a column, with its unit, travels in the Parquet
-files as field metadata, so that a part explains itself wherever it ends up.
+files as field metadata, so that a part explains itself wherever it ends up. Tables are what a
+writer is given; views are made of them when a run is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from unclamp.errors import RunLogError
 
-KIND = "unclamp-run"
-SCHEMA_VERSION = 1
-RUN_FILE = "run.json"
+SUMMARY_STEPS = 100
+"""Steps that one row of `summaries` stands for."""
 
-Status = Literal["running", "finished", "interrupted", "failed"]
 Columns = Mapping[str, Sequence[Any] | np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """What ran, and how it ended: the content of `run.json`.
-
-    `status` is "running" until the run is closed, and stays so when the process is killed;
-    "interrupted" is an end from outside, "failed" an exception or a log that could not be
-    written to the end. `created` is ISO-8601 in UTC. `recipe`, `environment` and `metadata`
-    hold plain JSON data: what JSON cannot express is refused when the header is written.
-    """
-
-    unclamp_version: str
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    status: Status = "running"
-    world_size: int = 1
-    recipe: dict[str, Any] | None = None
-    environment: dict[str, Any] = field(default_factory=dict)
-    git_commit: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    kind: str = KIND
-    schema_version: int = SCHEMA_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the header as plain data, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Header:
-        """Return the header that `to_dict` was called on; unknown keys are ignored.
-
-        Raises:
-            RunLogError: `data` is of another kind or schema version, or lacks a key.
-        """
-        if data.get("kind") != KIND:
-            raise RunLogError(f"expected kind {KIND!r}, got {data.get('kind')!r}: not a run")
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise RunLogError(
-                f"it was written by unclamp {data.get('unclamp_version')} with schema version "
-                f"{data.get('schema_version')}, and this unclamp reads version {SCHEMA_VERSION}; "
-                f"install that unclamp to read it"
-            )
-        missing = [f.name for f in fields(cls) if f.name not in data]
-        if missing:
-            raise RunLogError(f"its header lacks {missing}; was {RUN_FILE} edited by hand?")
-        if data["status"] not in get_args(Status):
-            raise RunLogError(f"status must be one of {get_args(Status)}, got {data['status']!r}")
-        return cls(**{f.name: data[f.name] for f in fields(cls)})
 
 
 def _column(name: str, dtype: pa.DataType, meaning: str, *, nullable: bool = False) -> pa.Field:
@@ -179,6 +128,89 @@ TABLES: Mapping[str, pa.Schema] = {
 }
 
 
+def _count(name: str, meaning: str) -> pa.Field:
+    return _column(name, pa.int64(), f"{meaning}, count")
+
+
+VIEWS: Mapping[str, pa.Schema] = {
+    "summaries": pa.schema(
+        [
+            _column(
+                "first_step",
+                pa.int64(),
+                f"first of the {SUMMARY_STEPS} steps that the row is about, a multiple of them",
+            ),
+            _RANK,
+            _SITE,
+            _count("steps", "rows of casts in this one"),
+            _count("microsteps", "casts"),
+            _count("elements", "elements cast"),
+            _count("saturated", "finite elements clamped to +-max"),
+            _count("underflowed", "non-zero elements that became zero"),
+            _count("nonfinite", "Inf and NaN elements"),
+            _count("recast", "casts repeated with the true scale"),
+            _count("clamped", "rows of casts with anything saturated"),
+            _column("amax_max", pa.float32(), "largest amax, in the tensor's unit"),
+            _column("amax_mean", pa.float64(), "mean amax, in the tensor's unit"),
+            _column(
+                "scaled_amax_max",
+                pa.float64(),
+                "largest product of amax and scale; over sites.format_max it is the overshoot",
+            ),
+            _column("scale_min", pa.float32(), "smallest scale"),
+            _column("scale_max", pa.float32(), "largest scale"),
+            _column("saturated_error_sum", pa.float64(), "sum of saturated_error"),
+            _column("saturated_error_max", pa.float64(), "largest saturated_error, fraction"),
+            _column(
+                "worst_step",
+                pa.int64(),
+                "first step with the largest saturated_error; null where all of it is 0",
+                nullable=True,
+            ),
+            _column(
+                "sqnr_db_min",
+                pa.float64(),
+                "smallest sqnr_db, decibel; Inf where every inspected cast was exact; null where "
+                "none was inspected",
+                nullable=True,
+            ),
+            _column(
+                "sqnr_db_mean",
+                pa.float64(),
+                "mean of the finite sqnr_db, decibel; null where there is none",
+                nullable=True,
+            ),
+            _count("sqnr_steps", "rows of casts with a finite sqnr_db"),
+        ]
+    ),
+    "switches": pa.schema(
+        [
+            _STEP,
+            _RANK,
+            _column("fqn", pa.string(), "dotted name of the module"),
+            _column("role", pa.string(), "input, weight or grad_output"),
+            _column("before", pa.string(), "scaling until then, as JSON text"),
+            _column("after", pa.string(), "scaling from this step on, as JSON text"),
+        ]
+    ),
+}
+
+
+def describe_columns() -> pa.Table:
+    """Return a row for each column of each table and view: table, column, type, meaning."""
+    rows = [
+        {
+            "table": table,
+            "column": column.name,
+            "type": f"{column.type}, may be null" if column.nullable else str(column.type),
+            "meaning": column.metadata[b"meaning"].decode(),
+        }
+        for table, schema in {**TABLES, **VIEWS}.items()
+        for column in schema
+    ]
+    return pa.Table.from_pylist(rows)
+
+
 def schema_of(table: str) -> pa.Schema:
     """Return the schema of `table`.
 
@@ -211,7 +243,7 @@ def to_arrow(table: str, columns: Columns, *, rank: int) -> pa.Table:
     if len(set(lengths.values())) > 1:
         raise RunLogError(f"columns of {table!r} must have equal lengths, got {lengths}")
     rows = max(lengths.values(), default=0)
-    filled = {"rank": [rank] * rows, **columns}
+    filled = {"rank": np.full(rows, rank, dtype=np.int32), **columns}
     arrays = [_to_array(table, column, filled.get(column.name), rows) for column in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
 
@@ -219,12 +251,10 @@ def to_arrow(table: str, columns: Columns, *, rank: int) -> pa.Table:
 def _to_array(
     table: str, column: pa.Field, values: Sequence[Any] | np.ndarray | None, rows: int
 ) -> pa.Array:
-    if values is None:
-        values = [None] * rows
-    elif isinstance(values, np.ndarray):
+    if isinstance(values, np.ndarray):
         values = values.copy()  # Arrow would share the caller's buffer, which may be reused
     try:
-        array = pa.array(values, type=column.type)
+        array = pa.nulls(rows, column.type) if values is None else pa.array(values, column.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise RunLogError(
             f"column {column.name!r} of {table!r} must hold {column.type}: {error}"

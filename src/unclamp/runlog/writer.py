@@ -2,14 +2,14 @@
 
 The foreground validates and queues; one daemon thread buffers rows and writes them as Parquet
 parts. A part appears whole or not at all (temporary name, fsync, rename), so a killed run loses
-at most one flush interval and never what was written before. When writing fails, the log stops
+at most one flush interval and never what was written before. Merging parts is left to another
+thread (`unclamp.runlog.compactor`), so that it delays no flush. When writing fails, the log stops
 and says so once, and the training goes on.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import queue
 import threading
@@ -23,10 +23,16 @@ from pathlib import Path
 from typing import Self, get_args
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from unclamp.errors import RunLogError, UnclampWarning
-from unclamp.runlog.schema import RUN_FILE, TABLES, Columns, Header, Status, schema_of, to_arrow
+from unclamp.runlog.compactor import Compactor, Part
+from unclamp.runlog.folder import create_run, write_header, write_missing
+from unclamp.runlog.header import RUN_FILE, Header, Status
+from unclamp.runlog.parts import PartName, write_part
+from unclamp.runlog.schema import TABLES, Columns, schema_of, to_arrow
+
+_ALIVE_S = 0.2
+"""How often somebody who waits for the thread looks whether it still lives."""
 
 _Rows = tuple[str, Callable[[], pa.Table]]  # for which table, and what makes the rows
 _Message = _Rows | threading.Event | None  # rows, a flush to acknowledge, or the end
@@ -36,7 +42,7 @@ class RunLogWriter:
     """Write one rank's share of a run into the folder `path`.
 
     Rank 0 creates the run and writes its header; the other ranks add parts and wait for nothing.
-    Use it from one thread. As a context manager it closes as "finished", as "failed" after an
+    All ranks give the same `run_id` in their headers, and a folder has one writer a rank. Use it from one thread. As a context manager it closes as "finished", as "failed" after an
     exception, as "interrupted" after Ctrl-C or `sys.exit`. The interpreter's exit closes what is
     still open as "interrupted".
     """
@@ -52,8 +58,9 @@ class RunLogWriter:
         """Create the run, or join it when `rank` is not 0.
 
         Raises:
-            RunLogError: `path` is a file, holds a run or something else, or cannot be written;
-                `rank` is not in the header's world; the header is not JSON data.
+            RunLogError: `path` is a file, is being written, holds another run or something else,
+                or cannot be written; `rank` is not in the header's world; the header is not JSON
+                data.
         """
         if not 0 <= rank < header.world_size:
             raise RunLogError(f"rank must be in 0..{header.world_size - 1}, got {rank}")
@@ -64,13 +71,14 @@ class RunLogWriter:
         self._header = replace(header, status="running")
         self._flush_interval_s = flush_interval_s
         self._queue: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self._parts = _Parts(self.path, rank)
         self._failure: BaseException | None = None
         self._missing = ""
         self._warned = False
-        self._closed = False
+        self._closing = self._closed = False
         self._process = os.getpid()  # a fork inherits the writer and its exit hook, not the thread
-        _create(self.path, rank, self._header)
+        create_run(self.path, rank=rank, header=self._header)
+        self._compactor = Compactor(self.path)
+        self._parts = _Parts(self.path, rank, self._compactor)
         self._thread = threading.Thread(target=self._work, name="unclamp-runlog", daemon=True)
         self._thread.start()
         atexit.register(self.close, "interrupted")
@@ -81,7 +89,7 @@ class RunLogWriter:
         return self._failure
 
     def add(self, table: str, columns: Columns | Callable[[], Columns]) -> None:
-        """Queue rows for `table`; do nothing once the log has failed.
+        """Queue rows for `table`; do nothing once the log has failed, or in a forked process.
 
         Args:
             table: a name in `TABLES`.
@@ -93,10 +101,13 @@ class RunLogWriter:
             RunLogError: the table or a column is unknown, lengths differ, a value does not fit
                 its column, or the writer is closed.
         """
+        if os.getpid() != self._process:
+            return  # in a fork, that has no thread to write with
+        self._mind_the_thread()
         self._warn_of_failure()
         if self._failure is not None:
             return
-        if self._closed:
+        if self._closing:
             raise RunLogError(f"the run log {self.path} is closed; add rows before close()")
         schema_of(table)
         if isinstance(columns, Mapping):
@@ -107,17 +118,20 @@ class RunLogWriter:
 
     def flush(self) -> None:
         """Block until everything queued so far is on disk, or the log has failed."""
-        if self._closed or os.getpid() != self._process:
+        if self._closing or os.getpid() != self._process:
             return
         done = threading.Event()
         self._queue.put(done)
-        done.wait()
+        while not done.wait(_ALIVE_S) and self._thread.is_alive():
+            pass
+        self._mind_the_thread()
         self._warn_of_failure()
 
     def close(self, status: Status = "finished") -> None:
         """Flush, stop, and write `status` into the header; later calls do nothing.
 
-        A log that failed cannot be called finished: its run is closed as "failed".
+        A log that failed cannot be called finished: its run is closed as "failed". The parts
+        that are left are merged, for some seconds at most; not if the run was interrupted.
 
         Raises:
             RunLogError: there is no such status.
@@ -126,13 +140,17 @@ class RunLogWriter:
             raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}")
         if self._closed or os.getpid() != self._process:
             return
+        self._mind_the_thread()
+        self._closing = True
         self._queue.put(None)
         self._thread.join()
-        self._closed = True
-        atexit.unregister(self.close)
+        self._compactor.close(at_once=status == "interrupted")
         if self.rank == 0:
             self._close_header(status)
+        self._closed = True  # not before: after Ctrl-C in here, the exit closes once more
+        atexit.unregister(self.close)
         self._warn_of_failure()
+        self._warn_of_small_parts()
 
     def __enter__(self) -> Self:
         return self
@@ -147,9 +165,14 @@ class RunLogWriter:
         if self._failure is not None and status == "finished":
             status = "failed"
         try:
-            _write_header(self.path, replace(self._header, status=status))
+            write_header(self.path, replace(self._header, status=status))
         except OSError as error:
             self._fail(error, f"the status {status!r} in {RUN_FILE}")
+
+    def _mind_the_thread(self) -> None:
+        """Notice that the thread is gone, though nothing it does should end it."""
+        if not self._closing and self._failure is None and not self._thread.is_alive():
+            self._fail(RuntimeError("its thread has ended"), self._parts.missing())
 
     def _warn_of_failure(self) -> None:
         if self._failure is None or self._warned:
@@ -162,13 +185,38 @@ class RunLogWriter:
             stacklevel=3,
         )
 
+    def _warn_of_small_parts(self) -> None:
+        if self._compactor.problem is None or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"the run log {self.path} stays in many small parts, which are slow to read: merging "
+            f"them failed with {self._compactor.problem!r}. What was written is intact.",
+            UnclampWarning,
+            stacklevel=3,
+        )
+
     def _fail(self, error: BaseException, missing: str) -> None:
-        if self._failure is None:
-            self._missing = missing
-            self._failure = error
+        if self._failure is not None:
+            return
+        self._missing = missing
+        self._failure = error
+        self._header = replace(self._header, missing=f"{missing}, because of {error!r}")
+        with suppress(OSError, ValueError):  # a full disk has no room for this either; close() tries again
+            if self.rank == 0:
+                write_header(self.path, self._header)
+            else:
+                write_missing(self.path, rank=self.rank, missing=str(self._header.missing))
 
     def _work(self) -> None:
-        """Buffer rows and write parts, on the thread; after a failure, only answer flushes."""
+        """Be the thread: whatever ends it, the log says so."""
+        try:
+            self._serve()
+        except BaseException as error:
+            self._fail(error, self._parts.missing())
+
+    def _serve(self) -> None:
+        """Buffer rows and write parts; after a failure, only answer flushes."""
         message = threading.Event()
         flush_at = time.monotonic() + self._flush_interval_s
         while message is not None:
@@ -198,15 +246,16 @@ class RunLogWriter:
         except BaseException as error:
             with suppress(Exception):
                 self._parts.write()  # a bad batch need not cost the good ones
-            self._fail(error, f"{self._parts.waiting()}everything since {datetime.now():%H:%M:%S}")
+            self._fail(error, self._parts.missing())
 
 
 class _Parts:
     """One rank's rows that are not on disk yet, and the parts they go to."""
 
-    def __init__(self, path: Path, rank: int) -> None:
+    def __init__(self, path: Path, rank: int, compactor: Compactor) -> None:
         self._path = path
         self._rank = rank
+        self._compactor = compactor
         self._waiting: dict[str, list[pa.Table]] = {table: [] for table in TABLES}
         self._written = dict.fromkeys(TABLES, 0)
 
@@ -218,76 +267,15 @@ class _Parts:
         """Write one part per table that has rows waiting."""
         for table, waiting in self._waiting.items():
             if waiting:
-                name = f"part-r{self._rank}-{self._written[table]:06d}.parquet"
-                _write_part(self._path / table / name, pa.concat_tables(waiting))
+                name = PartName.flushed(self._rank, self._written[table])
+                rows = pa.concat_tables(waiting)
+                write_part(self._path / table / str(name), rows)
                 self._written[table] += 1
                 waiting.clear()
+                self._compactor.add(Part(table=table, name=name, rows=rows.num_rows))
 
-    def waiting(self) -> str:
-        """Return how many rows wait, per table, as the start of a list in a sentence."""
+    def missing(self) -> str:
+        """Return what is lost if nothing more is written, as a list in a sentence."""
         counts = {table: sum(map(len, rows)) for table, rows in self._waiting.items()}
-        return "".join(f"{count} rows of {table}, " for table, count in counts.items() if count)
-
-
-def _create(path: Path, rank: int, header: Header) -> None:
-    _refuse_unless_free(path, rank)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            _write_header(path, header)
-    except OSError as error:
-        raise RunLogError(f"cannot create the run {path}: {error}") from error
-
-
-def _refuse_unless_free(path: Path, rank: int) -> None:
-    """Raise unless `path` is absent, empty, or holds only what the other ranks wrote."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise RunLogError(f"expected a folder for the run, but {path} is a file; name another")
-    held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-    own_parts = any(path.glob(f"*/part-r{rank}-*"))
-    if own_parts or (rank == 0 and RUN_FILE in held):
-        raise RunLogError(f"{path} already holds a run; name a new folder, runs never mix")
-    foreign = [name for name in held if name not in {RUN_FILE, *TABLES}]
-    if foreign:
-        raise RunLogError(
-            f"expected a new or empty folder for the run, but {path} holds {foreign[:5]}; "
-            "name another folder"
-        )
-
-
-def _write_header(path: Path, header: Header) -> None:
-    try:
-        text = json.dumps(header.to_dict(), indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise RunLogError(f"the header must be JSON data (no NaN, no Inf): {error}") from error
-    _write_atomically(path / RUN_FILE, f"{text}\n".encode())
-
-
-def _write_part(path: Path, rows: pa.Table) -> None:
-    """Write `rows`, with statistics for integer columns only.
-
-    A float column's minimum and maximum leave NaN out, and DuckDB would go by them and skip the
-    part that holds the NaN loss it was asked for.
-    """
-    counts = [column.name for column in rows.schema if pa.types.is_integer(column.type)]
-    data = pa.BufferOutputStream()
-    pq.write_table(rows, data, compression="zstd", write_statistics=counts)  # type: ignore[arg-type]
-    path.parent.mkdir(exist_ok=True)  # not its parents: a run that was removed stays removed
-    _write_atomically(path, data.getvalue())
-
-
-def _write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """Make `path` appear with all of `data`, safe from a crash, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+        waiting = "".join(f"{count} rows of {table}, " for table, count in counts.items() if count)
+        return f"{waiting}everything since {datetime.now():%Y-%m-%d %H:%M:%S}"

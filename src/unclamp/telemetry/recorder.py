@@ -30,6 +30,7 @@ from unclamp.runlog import Columns, Header, RunLogWriter, Status
 from unclamp.scaling import Delayed, Guarded, Scaling, scaling_to_dict
 from unclamp.telemetry.cadence import Every
 from unclamp.telemetry.columns import Number, cast_columns, site_columns, step_columns
+from unclamp.telemetry.rank import find_place
 from unclamp.telemetry.sinks import NumbersFunction, Sink, Sinks
 from unclamp.version import __version__
 
@@ -80,18 +81,23 @@ class Recorder:
         sinks: Iterable[Sink | NumbersFunction] = (),
         flush_interval_s: float = 2.0,
     ) -> None:
-        self._sinks = Sinks(sinks)
+        place = find_place()
+        self._sinks = Sinks(sinks, rank=place.rank)
         self._ledgers = ledgers = find_ledgers(model)
         self._model = weakref.ref(model)
         self._casts, self._inspect = casts, inspect
         header = Header(
             unclamp_version=__version__,
+            world_size=place.world_size,
+            run_id=place.run_id,
             recipe=_recipe_data(ledgers),
             environment=_environment(model),
             git_commit=_git_commit(),
             metadata=_metadata(ledgers, metadata),
         )
-        self._writer = RunLogWriter(path, header=header, flush_interval_s=flush_interval_s)
+        self._writer = RunLogWriter(
+            path, header=header, rank=place.rank, flush_interval_s=flush_interval_s
+        )
         self._updates: list[tuple[int, Update]] = []
         self._unsubscribe: list[Callable[[], None]] = []
         self._formats: dict[int, Format] = {}

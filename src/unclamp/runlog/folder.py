@@ -1,0 +1,182 @@
+"""Who may write to a run's folder: one writer a rank, all of one run. And its small files.
+
+A rank claims the folder with a file of its own, `.writer-r0.json`, which only one process can
+create. It holds the id of the run, so that a rank never joins another run, and later what could
+not be written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from unclamp.errors import RunLogError
+from unclamp.runlog.header import RUN_FILE, Header
+from unclamp.runlog.parts import write_atomically
+from unclamp.runlog.schema import TABLES
+
+_CLAIM_S = 2.0
+"""How long another rank's claim may be empty: it is created, then filled."""
+
+
+def create_run(path: Path, *, rank: int, header: Header) -> None:
+    """Claim `path` for `rank` of the run that `header` describes; rank 0 writes the header.
+
+    Raises:
+        RunLogError: `path` is a file, is in use, holds a run or something else, or cannot be
+            written; the header is not JSON data.
+    """
+    _to_json(header)
+    _refuse_unless_free(path, rank)
+    claim = {"run_id": header.run_id, "process": os.getpid(), "host": socket.gethostname()}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _claim(path, rank, claim)
+        try:
+            _refuse_another_run(path, rank, header.run_id)
+            if rank == 0:
+                write_header(path, header)
+        except BaseException:
+            claim_path(path, rank).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RunLogError(f"cannot create the run {path}: {error}") from error
+
+
+def write_header(path: Path, header: Header) -> None:
+    """Put `header` in the place of the one in the run `path`.
+
+    Raises:
+        RunLogError: It is not JSON data.
+        OSError: It cannot be written.
+    """
+    write_atomically(path / RUN_FILE, _to_json(header))
+
+
+def write_missing(path: Path, *, rank: int, missing: str) -> None:
+    """Note with the claim of `rank` what it could not write.
+
+    Raises:
+        OSError: That cannot be written either.
+    """
+    claim = read_json(claim_path(path, rank)) | {"missing": missing}
+    write_atomically(claim_path(path, rank), f"{json.dumps(claim)}\n".encode())
+
+
+def read_missing(path: Path) -> dict[int, str]:
+    """Return what each rank noted as missing from the run `path`, by rank; a cheap look."""
+    noted = {}
+    for rank, file in _claims(path).items():
+        with suppress(OSError, ValueError):
+            noted[rank] = read_json(file).get("missing")
+    return {rank: text for rank, text in sorted(noted.items()) if text}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in the file `path`.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It holds something else.
+    """
+    data = json.loads(path.read_bytes())
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def claim_path(path: Path, rank: int) -> Path:
+    """Return the file with which `rank` claims the run `path`."""
+    return path / f".writer-r{rank}.json"
+
+
+def _claims(path: Path) -> dict[int, Path]:
+    found = {}
+    for file in path.glob(".writer-r*.json"):
+        number = file.name.removeprefix(".writer-r").removesuffix(".json")
+        if number.isdecimal():
+            found[int(number)] = file
+    return found
+
+
+def _claim(path: Path, rank: int, claim: dict[str, Any]) -> None:
+    try:
+        descriptor = os.open(claim_path(path, rank), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        raise _in_use(path, rank) from None
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(json.dumps(claim))
+
+
+def _refuse_unless_free(path: Path, rank: int) -> None:
+    """Raise unless `path` is absent, empty, or holds only what the other ranks wrote."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunLogError(f"expected a folder for the run, but {path} is a file; name another")
+    held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if any(path.glob(f"*/part-r{rank}-*")) or (rank == 0 and RUN_FILE in held):
+        raise _in_use(path, rank)
+    foreign = [name for name in held if name not in {RUN_FILE, "summaries", *TABLES}]
+    if foreign:
+        raise RunLogError(
+            f"expected a new or empty folder for the run, but {path} holds {foreign[:5]}; "
+            "name another folder"
+        )
+
+
+def _refuse_another_run(path: Path, rank: int, run_id: str | None) -> None:
+    """Raise if another rank, or rank 0's header, belongs to another run.
+
+    Each rank looks after it has claimed, so of two that mix at least one notices.
+    """
+    if rank == 0 and (path / RUN_FILE).exists():
+        raise _in_use(path, rank)
+    files = {f"rank {other}": file for other, file in _claims(path).items() if other != rank}
+    if (path / RUN_FILE).exists():
+        files["rank 0"] = path / RUN_FILE
+    for writer, file in files.items():
+        held = _read_when_filled(file)
+        if held is not None and held.get("run_id") != run_id:
+            raise RunLogError(
+                f"{path} holds what {writer} of another run wrote; name a new folder, runs never "
+                "mix"
+            )
+
+
+def _read_when_filled(path: Path) -> dict[str, Any] | None:
+    """Return what a file holds as soon as it holds something; None if it was taken back."""
+    give_up_at = time.monotonic() + _CLAIM_S
+    while True:
+        try:
+            return read_json(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            if time.monotonic() >= give_up_at:
+                raise RunLogError(
+                    f"{path} cannot be read: {error}; name a new folder for the run"
+                ) from error
+            time.sleep(0.01)
+
+
+def _in_use(path: Path, rank: int) -> RunLogError:
+    """Return the refusal of a folder that holds a run, with who wrote it where that is known."""
+    writer = ""
+    with suppress(OSError, ValueError):
+        claim = read_json(claim_path(path, rank))
+        writer = f", begun by process {claim.get('process')} on {claim.get('host')}"
+    return RunLogError(f"{path} already holds a run{writer}; name a new folder, runs never mix")
+
+
+def _to_json(header: Header) -> bytes:
+    try:
+        text = json.dumps(header.to_dict(), indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RunLogError(f"the header must be JSON data (no NaN, no Inf): {error}") from error
+    return f"{text}\n".encode()

@@ -1,0 +1,70 @@
+"""The header of a run: what ran, how it ended, and what is missing. It touches no disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
+
+from unclamp.errors import RunLogError
+
+KIND = "unclamp-run"
+SCHEMA_VERSION = 1
+RUN_FILE = "run.json"
+_LATER_FIELDS = ("run_id", "missing")
+"""What the headers of version 1 did not have from the start."""
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What ran, and how it ended: the content of `run.json`.
+
+    `status` is "running" until the run is closed, and stays so when the process is killed;
+    "interrupted" is an end from outside, "failed" an exception or a log that could not be
+    written to the end. `missing` says what of rank 0 could not be written, None where nothing is
+    known to be. `run_id` is the same for all ranks of a launch, None where nobody said. `created` is ISO-8601 in UTC. `recipe`, `environment` and `metadata`
+    hold plain JSON data: what JSON cannot express is refused when the header is written.
+    """
+
+    unclamp_version: str
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    status: Status = "running"
+    world_size: int = 1
+    recipe: dict[str, Any] | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    git_commit: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    run_id: str | None = None
+    missing: str | None = None
+    kind: str = KIND
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the header as plain data, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Header:
+        """Return the header that `to_dict` was called on; unknown keys are ignored.
+
+        Raises:
+            RunLogError: `data` is of another kind or schema version, or lacks a key.
+        """
+        if data.get("kind") != KIND:
+            raise RunLogError(f"expected kind {KIND!r}, got {data.get('kind')!r}: not a run")
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise RunLogError(
+                f"it was written by unclamp {data.get('unclamp_version')} with schema version "
+                f"{data.get('schema_version')}, and this unclamp reads version {SCHEMA_VERSION}; "
+                f"install that unclamp to read it"
+            )
+        data = dict.fromkeys(_LATER_FIELDS) | dict(data)
+        missing = [f.name for f in fields(cls) if f.name not in data]
+        if missing:
+            raise RunLogError(f"its header lacks {missing}; was {RUN_FILE} edited by hand?")
+        if data["status"] not in get_args(Status):
+            raise RunLogError(f"status must be one of {get_args(Status)}, got {data['status']!r}")
+        return cls(**{f.name: data[f.name] for f in fields(cls)})
