@@ -5,6 +5,7 @@ UnclampError
 ├── ConvertError       a model that cannot be converted or reverted as asked
 ├── UnsupportedError   a request this build, device or dtype cannot serve
 ├── RunLogError        a folder that is not the run log it should be
+├── AnalysisError      a curve that cannot be read or judged as asked
 └── StudyError         a study whose configuration or data cannot be used
 
 A message says what was expected, what came, and what to do about it.
@@ -33,6 +34,10 @@ class RunLogError(UnclampError, ValueError):
 
 class StudyError(UnclampError, ValueError):
     """A study's configuration, text or output folder cannot be used."""
+
+
+class AnalysisError(UnclampError, ValueError):
+    """A file holds no curve, or not the one asked for; or a definition is unknown."""
 
 
 class UnclampWarning(UserWarning):

@@ -1,0 +1,251 @@
+"""Loss curves from wherever they were written: a run log, CSV, JSON, a trainer, TensorBoard.
+
+`read_curve` finds out what a path holds, which column is the loss and which the gradient norm,
+and brings the records into one order of steps. The parsing of each format is in `curve_files` and
+`event_files`; what the curve means is for `spikes`.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unclamp.analysis.curve_files import (
+    Recorded,
+    plain_name,
+    read_csv_file,
+    read_json_file,
+    to_number,
+)
+from unclamp.analysis.event_files import read_event_files
+from unclamp.errors import AnalysisError
+from unclamp.runlog import RunLog, is_run
+
+SERIES = ("loss", "grad_norm")
+SERIES_NAMES = {
+    "loss": ("loss", "train_loss", "training_loss", "loss_train", "train_loss_step", "lm_loss",
+             "lm_loss_training_lm_loss", "total_loss", "train_total_loss", "train_cross_entropy",
+             "ce_loss", "train_ce_loss", "optim_loss"),
+    "grad_norm": ("grad_norm", "train_grad_norm", "gradient_norm", "train_gradient_norm",
+                  "total_grad_norm", "optim_total_grad_norm", "gradnorm", "gnorm"),
+}  # fmt: skip
+"""What a series is called elsewhere, the likeliest first; case and punctuation do not count."""
+_NOT_TRAINING = re.compile(r"(^|_)(eval|val|valid|validation|test|dev|min|max)(_|$)")
+_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One run's series over its steps.
+
+    Attributes:
+        steps: Step numbers, rising.
+        series: By name ("loss", "grad_norm"), a value a step; None where it was not recorded.
+        columns: By name, what the series is called in the source.
+        source: What it was read from, in words.
+    """
+
+    steps: np.ndarray
+    series: dict[str, list[float | None]]
+    columns: dict[str, str]
+    source: str
+
+
+def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Curve:
+    """Return the curve that a file or folder holds.
+
+    Reads the folder of a run log; CSV with a header line; JSON lines, nested or not; a Hugging
+    Face `trainer_state.json`, or a folder or checkpoint with one; a TensorBoard event file, or a
+    folder with those of one run.
+
+    Records are taken in the order in which they were written. Where the step goes back (a resumed
+    run), what was recorded before from that step on is dropped; a step recorded twice counts as it
+    was recorded last. Without a column of steps the rows are numbered from 0.
+
+    Args:
+        path: What to read.
+        column: Column or tag to take for the loss; without it, one that is called like a loss.
+
+    Raises:
+        AnalysisError: Nothing readable, no such column, or several that could be the loss.
+        RunLogError: A run that this version cannot read.
+    """
+    path = Path(path)
+    if path.is_dir() and is_run(path):
+        with RunLog.open(path) as log:
+            return run_curve(log, column=column)
+    recorded = _read_folder(path) if path.is_dir() else _read_file(path)
+    chosen = {
+        name: found
+        for name in SERIES
+        if (found := column if name == "loss" and column else _choose(recorded, name)) is not None
+    }
+    if column is not None and column not in recorded.columns:
+        raise AnalysisError(f"{path} has no column {column!r}; it has {_listed(recorded.columns)}")
+    if not chosen:
+        raise AnalysisError(
+            f"{path} has no column that is called like a loss; name one with --column: "
+            f"it has {_listed(recorded.columns)}"
+        )
+    parts = {name: _in_order(*recorded.columns[found]) for name, found in chosen.items()}
+    return _curve(parts, chosen, recorded.source)
+
+
+def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
+    """Return the curve of a run log: the mean over ranks at each step.
+
+    Args:
+        log: The run.
+        column: A name among the recorded scalars to take for the loss.
+
+    Raises:
+        AnalysisError: No such scalar, or the run recorded neither loss nor gradient norm.
+
+    Numerics: a NaN or Inf of one rank is that of the step; a rank without a value counts for
+    nothing.
+    """
+    rows = log.sql("SELECT step, rank, loss, grad_norm, scalars FROM steps").to_pydict()
+    values: dict[str, list[Any]] = {name: rows[name] for name in SERIES}
+    if column is not None and column not in SERIES:
+        scalars = [dict(pairs or ()) for pairs in rows["scalars"]]
+        known = {name for row in scalars for name in row}
+        if column not in known:
+            raise AnalysisError(
+                f"{log.path} has no scalar {column!r}; it has {_listed([*SERIES, *sorted(known)])}"
+            )
+        values["loss"] = [row.get(column) for row in scalars]
+    elif column == "grad_norm":
+        values["loss"] = values.pop("grad_norm")
+    parts = {
+        name: _mean_over_ranks(rows["step"], rows["rank"], numbers)
+        for name, numbers in values.items()
+        if any(value is not None for value in numbers)
+    }
+    if not parts:
+        raise AnalysisError(
+            f"the run {log.path} recorded neither loss nor gradient norm; "
+            "pass them to recorder.step(loss=..., grad_norm=...)"
+        )
+    columns = {name: column if name == "loss" and column else name for name in parts}
+    return _curve(parts, columns, "run log")
+
+
+def _read_folder(path: Path) -> Recorded:
+    """Read what a folder holds that is no run."""
+    states = [path / "trainer_state.json"] if (path / "trainer_state.json").is_file() else []
+    checkpoints = {
+        int(state.parent.name.rpartition("-")[2]): state
+        for state in path.glob("checkpoint-*/trainer_state.json")
+        if state.parent.name.rpartition("-")[2].isdigit()
+    }
+    if states or checkpoints:
+        return read_json_file(states[0] if states else checkpoints[max(checkpoints)])
+    events = sorted({file.parent for file in path.rglob("*tfevents*") if file.is_file()})
+    if len(events) > 1:
+        raise AnalysisError(
+            f"{path} holds TensorBoard events of several runs; give one of "
+            f"{_listed([str(folder) for folder in events])}"
+        )
+    if events:
+        return read_event_files(events[0])
+    if (path / "study.json").is_file():
+        RunLog.open(path)  # raises, and names the runs in the study
+    raise AnalysisError(
+        f"{path} holds no run log, trainer_state.json or TensorBoard events; "
+        "give a run's folder, or a CSV or JSON file"
+    )
+
+
+def _read_file(path: Path) -> Recorded:
+    if not path.exists():
+        raise AnalysisError(f"expected a run or a file with a loss curve, but {path} is not there")
+    if "tfevents" in path.name:
+        return read_event_files(path)
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.read(4096).lstrip()[:1]
+        return read_json_file(path) if first in ("{", "[") else read_csv_file(path)
+    except UnicodeDecodeError as error:
+        raise AnalysisError(
+            f"{path} is no text; expected CSV, JSON lines, trainer_state.json or an event file"
+        ) from error
+    except OSError as error:
+        raise AnalysisError(f"cannot read {path}: {error}") from error
+
+
+def _choose(recorded: Recorded, series: str) -> str | None:
+    """Return the column that holds a series, None if there is none.
+
+    Raises:
+        AnalysisError: Several that could be the loss.
+    """
+    plain: dict[str, str] = {}
+    for column in recorded.columns:
+        plain.setdefault(plain_name(column), column)
+    for name in SERIES_NAMES[series]:
+        if name in plain:
+            return plain[name]
+    if series != "loss":
+        return None
+    likely = [
+        column
+        for name, column in plain.items()
+        if name.endswith("loss") and not _NOT_TRAINING.search(name)
+    ]
+    if len(likely) > 1:
+        raise AnalysisError(f"several columns could be the loss; name one with --column: {likely}")
+    return likely[0] if likely else None
+
+
+def _in_order(steps: Sequence[int], values: Sequence[Any]) -> tuple[np.ndarray, list[float | None]]:
+    """Bring records into rising steps; what a later record went back behind is dropped."""
+    there = [i for i, value in enumerate(values) if value is not None]
+    at = np.asarray([steps[i] for i in there], dtype=np.int64)
+    if len(at) > 1 and np.all(np.diff(at) < 0):  # newest first
+        there, at = there[::-1], at[::-1]
+    if len(at) == 0:
+        return at, []
+    later = np.concatenate([np.minimum.accumulate(at[::-1])[::-1][1:], [np.iinfo(np.int64).max]])
+    kept = np.flatnonzero(at < later)
+    return at[kept], [to_number(values[there[i]]) for i in kept.tolist()]
+
+
+def _mean_over_ranks(
+    steps: Sequence[int], ranks: Sequence[int], values: Sequence[float | None]
+) -> tuple[np.ndarray, list[float | None]]:
+    of_rank: dict[int, list[int]] = {}
+    for i, rank in enumerate(ranks):
+        of_rank.setdefault(rank, []).append(i)
+    totals: dict[int, list[float]] = {}
+    for rows in of_rank.values():
+        at, numbers = _in_order([steps[i] for i in rows], [values[i] for i in rows])
+        for step, number in zip(at.tolist(), numbers, strict=True):
+            if number is not None:
+                totals.setdefault(step, []).append(number)
+    order = sorted(totals)
+    with np.errstate(invalid="ignore"):  # Inf and -Inf of two ranks are NaN
+        means = [float(np.mean(totals[step])) for step in order]
+    return np.asarray(order, dtype=np.int64), list(means)
+
+
+def _curve(
+    parts: dict[str, tuple[np.ndarray, list[float | None]]], columns: dict[str, str], source: str
+) -> Curve:
+    """Join series over the union of their steps."""
+    steps = np.unique(np.concatenate([at for at, _ in parts.values()]))
+    series: dict[str, list[float | None]] = {}
+    for name, (at, values) in parts.items():
+        known = dict(zip(at.tolist(), values, strict=True))
+        series[name] = [known.get(step) for step in steps.tolist()]
+    return Curve(steps=steps, series=series, columns=columns, source=source)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return names for an error, the first few of many."""
+    every = list(names)
+    rest = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return (", ".join(repr(name) for name in every[:_SHOWN]) or "none") + rest

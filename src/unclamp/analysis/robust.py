@@ -1,0 +1,248 @@
+"""The robust detector: causal, one-sided, calibrated by the series' own past errors.
+
+For each point it predicts a value from the points before it and asks how far above the point is,
+measured by how far earlier points were off *their* predictions.
+
+Prediction: the median of the last points that were no spikes, lowered by how much that median has
+lately been too high. So neither a decaying loss nor a learning-rate drop is a spike, and a spike
+of ten steps does not become its own level.
+
+Limit: the interquartile range of the last errors gives a standard deviation; how far the outer
+errors exceed those of a normal distribution raises the limit. So noise with heavy tails raises it
+by itself. Errors of spikes enter neither.
+
+Positive series are judged in logarithms, where a ratio is a difference and noise is the same at
+every level. A series that has been zero or below has no ratios and is judged as it is.
+
+A spike ends when the series is back within half the limit. One that has lasted `SETTLED` steps
+becomes the new level, so that spikes on top of it are still found; it is counted as the same
+spike until the old level is reached. Nothing at a step depends on later steps.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from statistics import NormalDist
+
+import numpy as np
+
+from unclamp.analysis.definitions import ROUNDING, Judged
+
+LEVEL_POINTS = 5
+DRIFT_POINTS = 9
+ERROR_POINTS = 400
+FIRST_ERRORS = 16
+SETTLED = 50
+MIN_HEIGHT = 1.2
+THRESHOLD = 5.0
+SMALL_SAMPLE = 6.0
+"""The limit is larger by this over the number of errors: few errors say little of their spread."""
+TAIL_SHARE = 64
+TAIL_SLACK = 1.2
+"""Outer errors may exceed normal ones by this before the limit rises: the estimate varies."""
+TAIL_POWER = 3.5
+"""How strongly outer errors raise the limit. Of Student's t with 3 degrees of freedom the outer
+errors seen are about twice the normal ones, those to allow for ten times."""
+LARGEST_EXCESS = 10.0
+_NORMAL_IQR = 1.349
+_END_SHARE = 0.5
+_LARGEST_EXPONENT = 700.0
+_MIN_RISE = math.log(MIN_HEIGHT)
+
+
+class _Window:
+    """The last `size` numbers, in order of arrival and sorted."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.arrived: deque[float] = deque()
+        self.sorted: list[float] = []
+
+    def add(self, number: float) -> None:
+        if len(self.arrived) == self.size:
+            oldest = self.arrived.popleft()
+            del self.sorted[bisect_left(self.sorted, oldest)]
+        self.arrived.append(number)
+        insort(self.sorted, number)
+
+    def median(self) -> float:
+        count = len(self.sorted)
+        return (self.sorted[(count - 1) // 2] + self.sorted[count // 2]) / 2
+
+
+def _normal_tails() -> list[float]:
+    """Return, for each number of errors, the mean of the outer ones if they are normal."""
+    normal = NormalDist()
+    return [
+        -sum(normal.inv_cdf((i + 0.6) / (count + 0.2)) for i in range(_outer(count)))
+        / _outer(count)
+        if count > 1
+        else math.nan
+        for count in range(ERROR_POINTS + 1)
+    ]
+
+
+def _outer(count: int) -> int:
+    """Return how many of `count` errors are outer ones, on each side."""
+    return 1 + count // TAIL_SHARE
+
+
+_NORMAL_TAILS = _normal_tails()
+
+
+def _spread_and_excess(errors: list[float]) -> tuple[float, float]:
+    """Return the standard deviation of sorted errors, and how far outer ones exceed normal ones.
+
+    The excess is at least 1 and at most `LARGEST_EXCESS`.
+    """
+    count = len(errors)
+    outer = _outer(count)
+    tail = max(sum(errors[-outer:]), -sum(errors[:outer])) / (outer * _NORMAL_TAILS[count])
+    spread = (errors[(3 * count) // 4] - errors[count // 4]) / _NORMAL_IQR
+    if spread <= 0:  # most errors are equal, as of losses printed with few digits
+        return max(tail, 0.0), 1.0
+    return spread, min(max(tail / (TAIL_SLACK * spread), 1.0), LARGEST_EXCESS)
+
+
+class SpikeDetector:
+    """Judges a series while it arrives: `update` once a value.
+
+    Attributes:
+        spike: Number of the spike that the last finite value belongs to, -1 for none.
+        level: The value that was expected of it; NaN while there were too few.
+        limit: The value above which it is a spike; NaN likewise.
+        spread: Standard deviation of the expectation's error; NaN likewise.
+    """
+
+    def __init__(self, *, threshold: float = THRESHOLD) -> None:
+        """Start with an empty past.
+
+        Args:
+            threshold: Standard deviations of normal noise; heavy tails raise the limit above it.
+        """
+        self.threshold = threshold
+        self.spike = -1
+        self.level = self.limit = self.spread = math.nan
+        self._count = 0
+        self._logarithmic = True
+        self._forget()
+        self._floor = math.nan
+        self._open = self._settled = False
+        self._last: deque[float] = deque(maxlen=LEVEL_POINTS)
+        self._length = 0
+
+    def _forget(self) -> None:
+        self._calm = _Window(LEVEL_POINTS)
+        self._drift = _Window(DRIFT_POINTS)
+        self._errors = _Window(ERROR_POINTS)
+        self._raw: deque[float] = deque(maxlen=ERROR_POINTS + LEVEL_POINTS)
+
+    def update(self, value: float) -> bool:
+        """Return whether `value` belongs to a spike: begins one, or goes on with it.
+
+        Numerics: a NaN or Inf does, and changes nothing else, `spike` included.
+        """
+        if not math.isfinite(value):
+            return True
+        if self._logarithmic and value <= 0:
+            self._leave_logarithms()
+        number = math.log(value) if self._logarithmic else value
+        expected, spread, rise = self._expect()
+        self._publish(expected, spread, rise)
+        above = number - expected
+        if above > rise and (not self._open or self._settled):
+            self._begin(expected, rise)
+        elif self._open and not number > self._floor:
+            self._open = False
+        if self._open and not self._settled:
+            self._last.append(number)
+            self._length += 1
+            if self._length >= SETTLED:
+                self._settle()
+        else:
+            self._learn(number, value, expected, rise)
+        self.spike = self._count - 1 if self._open else -1
+        return self._open
+
+    def _begin(self, expected: float, rise: float) -> None:
+        self._open, self._settled = True, False
+        self._floor = expected + _END_SHARE * rise
+        self._length = 0
+        self._last.clear()
+        self._count += 1
+
+    def _settle(self) -> None:
+        """Take the spike's last values for the level from now on."""
+        self._settled = True
+        self._calm = _Window(LEVEL_POINTS)
+        self._drift = _Window(DRIFT_POINTS)
+        for number in self._last:
+            self._calm.add(number)
+
+    def _learn(self, number: float, value: float, expected: float, rise: float) -> None:
+        if self._calm.sorted:
+            self._drift.add(number - self._calm.median())
+            # A fall beyond the limit is a drop of the level: it says nothing of the noise.
+            # While the drift is not known, errors are those of a lagging level.
+            drift_known = len(self._drift.sorted) == DRIFT_POINTS
+            if drift_known and number - expected >= -rise:
+                self._errors.add(number - expected)
+        self._calm.add(number)
+        self._raw.append(value)
+
+    def _expect(self) -> tuple[float, float, float]:
+        """Return expectation, standard deviation of its error, and the rise that is a spike."""
+        if not self._calm.sorted:
+            return math.nan, math.nan, math.inf
+        expected = self._calm.median()
+        if self._drift.sorted:
+            expected += min(0.0, self._drift.median())
+        errors = self._errors.sorted
+        count = len(errors)
+        if count < FIRST_ERRORS:
+            return expected, math.nan, math.inf
+        spread, excess = _spread_and_excess(errors)
+        rise = self.threshold * spread * (1 + SMALL_SAMPLE / count) * excess**TAIL_POWER
+        least = _MIN_RISE if self._logarithmic else ROUNDING * abs(expected)
+        return expected, spread, max(rise, least)
+
+    def _publish(self, expected: float, spread: float, rise: float) -> None:
+        if math.isnan(spread):
+            self.level = math.exp(expected) if self._logarithmic else expected
+            self.limit = self.spread = math.nan
+        elif self._logarithmic:
+            self.level = math.exp(expected)
+            self.limit = math.exp(min(expected + rise, _LARGEST_EXPONENT))
+            self.spread = self.level * spread
+        else:
+            self.level, self.limit, self.spread = expected, expected + rise, spread
+
+    def _leave_logarithms(self) -> None:
+        """Learn the past anew as it is: from here on the series has no ratios."""
+        past = list(self._raw)
+        was_open, floor = self._open, self._floor
+        self._logarithmic = False
+        self._forget()
+        for value in past:
+            expected, _, _ = self._expect()
+            self._learn(value, value, expected, math.inf)
+        if was_open:
+            self._floor = math.exp(min(floor, _LARGEST_EXPONENT))
+            self._last = deque(map(math.exp, self._last), maxlen=LEVEL_POINTS)
+
+
+def judge_robust(values: np.ndarray, threshold: float = THRESHOLD) -> Judged:
+    """Judge a finite series with `SpikeDetector`, from its first point on.
+
+    Numerics: the first 25 points are not judged.
+
+    Source: this module; measured in docs/spikes.md.
+    """
+    detector = SpikeDetector(threshold=threshold)
+    spike = np.empty(len(values), dtype=np.int64)
+    level, limit, spread = np.empty((3, len(values)))
+    for i, value in enumerate(values.tolist()):
+        detector.update(value)
+        spike[i], level[i] = detector.spike, detector.level
+        limit[i], spread[i] = detector.limit, detector.spread
+    return Judged(spike=spike, level=level, limit=limit, spread=spread)

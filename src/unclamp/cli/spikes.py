@@ -1,0 +1,126 @@
+"""`unclamp spikes`: where the loss or the gradient norm of a run jumped up."""
+
+import json
+import math
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from unclamp.cli.app import JsonFlag, app
+from unclamp.errors import AnalysisError
+
+if TYPE_CHECKING:
+    from unclamp.analysis import Curve, Spike
+
+
+class Method(StrEnum):
+    """Definitions of a spike."""
+
+    ROBUST = "robust"
+    OLMO = "olmo"
+    OLMO_CORE = "olmo-core"
+    ZCLIP = "zclip"
+    MEGATRON = "megatron"
+
+
+class Series(StrEnum):
+    """What is judged."""
+
+    LOSS = "loss"
+    GRAD_NORM = "grad_norm"
+    BOTH = "both"
+
+
+@app.command()
+def spikes(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a run; or CSV, JSON lines, trainer_state.json, TensorBoard events."
+        ),
+    ],
+    method: Annotated[Method, typer.Option(help="Definition of a spike.")] = Method.ROBUST,
+    series: Annotated[Series, typer.Option(help="What to judge.")] = Series.BOTH,
+    column: Annotated[
+        str | None, typer.Option(help="Column or tag to take for the loss.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="In the method's unit; its own by default.", show_default=False),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the upward spikes of a run's loss and gradient norm."""
+    from unclamp.analysis import find_spikes, read_curve  # noqa: PLC0415
+
+    curve = read_curve(path, column=column)
+    names = [name for name in curve.series if series in (Series.BOTH, name)]
+    if not names:
+        raise AnalysisError(f"{path} has no {series}; it has {list(curve.series)}")
+    found = {
+        name: find_spikes(
+            curve.series[name],
+            steps=curve.steps,
+            method=method,
+            threshold=threshold,
+            series=name,
+        )
+        for name in names
+    }
+    ordered = sorted((s for each in found.values() for s in each), key=lambda spike: spike.onset)
+    if as_json:
+        typer.echo(json.dumps([s.to_dict() for s in ordered], indent=1, allow_nan=False))
+        return
+    typer.echo(f"{curve.source}: {', '.join(curve.columns[name] for name in names)}", err=True)
+    if ordered:
+        _print_table(ordered)
+    for name in names:
+        typer.echo(_in_words(curve, name, found[name], method, threshold))
+
+
+def _print_table(found: "list[Spike]") -> None:
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table("series", box=None)
+    for name in ("onset", "peak", "end", "recovery", "height", "sigmas"):
+        table.add_column(name, justify="right")
+    table.add_column("kind")
+    for spike in found:
+        recovery = "never" if spike.recovery is None else str(spike.recovery)
+        table.add_row(
+            spike.series,
+            *(str(step) for step in (spike.onset, spike.peak, spike.end)),
+            recovery,
+            f"{spike.height:.2f}x" if math.isfinite(spike.height) else "-",
+            f"{spike.sigmas:.1f}" if math.isfinite(spike.sigmas) else "-",
+            spike.kind,
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _in_words(
+    curve: "Curve", name: str, found: "list[Spike]", method: Method, threshold: float | None
+) -> str:
+    """Return the last line: how many spikes in how many steps, and what could have been missed."""
+    from unclamp.analysis import DEFINITIONS, smallest_height, spike_score  # noqa: PLC0415
+
+    values = [value for value in curve.series[name] if value is not None]
+    count = f"{len(found) or 'no'} spike{'' if len(found) == 1 else 's'}"
+    definition = DEFINITIONS[method]
+    used = definition.threshold if threshold is None else threshold
+    words = f"{name}: {count} in {len(values)} steps (method {method}, threshold {used:g})."
+    least = smallest_height(values, method=method, threshold=threshold)
+    if math.isfinite(least):
+        words += f" One step at {least:.2f}x the level or more would show; less may be missed."
+    elif all(value > 0 for value in values if math.isfinite(value)):
+        words += " There are too few steps for this method to judge any."
+    else:
+        words += " Values at or below zero have no ratio; heights are in sigmas."
+    score = spike_score(values)
+    if math.isfinite(score):
+        return f"{words} OLMo spike score: {100 * score:.3g} %."
+    return words
