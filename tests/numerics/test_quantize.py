@@ -260,3 +260,19 @@ def test_native_infinity_becomes_what_we_believe() -> None:
     native = [infinity.to(torch_dtype(fmt)).to(torch.float32).item() for fmt in FORMATS.values()]
     assert native[:2] == [448.0, math.inf]
     assert all(map(math.isnan, native[2:]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([1.0], E4M3FN), "expected a tensor"),
+        ((torch.ones(2), "e4m3fn"), "expected a Format"),
+        ((torch.ones(2), E4M3FN, 2.0), "scale as a float32 tensor"),
+    ],
+)
+def test_arguments_of_another_type_are_named(arguments, words):
+    with pytest.raises(UnsupportedError, match=words):
+        quantize(*arguments)
+    if len(arguments) == 2:
+        with pytest.raises(UnsupportedError, match=words):
+            cast(arguments[0], 1.0, arguments[1])

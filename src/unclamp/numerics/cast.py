@@ -75,8 +75,19 @@ def cast(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:
     Shapes: `x` any shape; `scale` broadcasts against it. The result has the shape of `x`.
     Numerics: NaN stays NaN; Inf and finite overflow become +-max; empty stays empty.
     """
+    check_types(x, fmt)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     return _saturating_cast(_as_float32(x) * scale, fmt)
+
+
+def check_types(x: Tensor, fmt: Format, scale: Tensor | None = None) -> None:
+    """Raise an UnsupportedError that names what was expected, where it is something else."""
+    if not isinstance(x, Tensor):
+        raise UnsupportedError(f"expected a tensor to cast, got {x!r}")
+    if not isinstance(fmt, Format):
+        raise UnsupportedError(f"expected a Format such as unclamp.E4M3FN, got {fmt!r}")
+    if scale is not None and not isinstance(scale, Tensor):
+        raise UnsupportedError(f"expected the scale as a float32 tensor, got {scale!r}")
 
 
 def dequantize(quantized: Quantized) -> Tensor:

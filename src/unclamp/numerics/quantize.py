@@ -14,6 +14,7 @@ from unclamp.numerics.blocks import orient
 from unclamp.numerics.cast import (
     Quantized,
     check_scale,
+    check_types,
     choose_scale,
     quantize_plain,
     torch_dtype,
@@ -66,10 +67,11 @@ def quantize(
     empty tensor gives empty codes and amax -1.
 
     Raises:
-        UnsupportedError: `x` is not floating point.
+        UnsupportedError: `x` is not a floating-point tensor, or another argument no such thing.
         ValueError: Blocks along an axis that the tensor does not have, or a scale that is not
             one a block.
     """
+    check_types(x, fmt, scale)
     settings = {
         "granularity": granularity,
         "axis": axis,
