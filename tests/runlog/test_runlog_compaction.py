@@ -1,6 +1,7 @@
 """Parts become few while a run goes on, and a merge that fails costs nothing."""
 
 import errno
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_merges_that_never_succeed_leave_the_parts_and_say_so_once(
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(compactor, "write_part", fail)
-    with pytest.warns(UnclampWarning, match=r"small parts.*no space left.*intact") as caught:  # noqa: PT031
+    with pytest.warns(UnclampWarning, match=r"small parts.*no space left.*intact") as caught:
         with RunLogWriter(tmp_path, header=HEADER) as writer:
             record(writer, range(7))
     assert len(caught) == 1
@@ -124,7 +125,7 @@ def test_a_flush_waits_for_no_merge_and_an_interrupted_run_begins_none(
     tmp_path: Path, monkeypatch: Any
 ):
     merge_early(monkeypatch, fan_in=2)
-    begun, may_end = compactor.threading.Event(), compactor.threading.Event()
+    begun, may_end = threading.Event(), threading.Event()
     read_parts = compactor.read_parts
 
     def read_slowly(paths: Any) -> Any:
@@ -138,7 +139,7 @@ def test_a_flush_waits_for_no_merge_and_an_interrupted_run_begins_none(
     assert begun.wait(20)
     record(writer, range(2, 9))  # comes back although the merge does not
     assert len(parts_of(tmp_path, "casts")) == 9
-    compactor.threading.Timer(0.2, may_end.set).start()
+    threading.Timer(0.2, may_end.set).start()
     writer.close("interrupted")
     assert len(parts_of(tmp_path, "casts")) == 9
     with RunLog.open(tmp_path) as log:

@@ -63,7 +63,7 @@ class Disk:
 def write_and_crash(path: str, batches: list[list[dict[str, Any]]], disk: Disk) -> None:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", UnclampWarning)
-        merge_early(patch, fan_in=2, full_rows=7)
+        merge_early(patch, fan_in=2, full_rows=5)
         patch.setattr(compactor, "write_part", disk.write_part)
         patch.setattr(compactor, "_remove", disk.remove_part)
         with RunLogWriter(path, header=HEADER) as writer:
