@@ -9,8 +9,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from made import assert_summaries_are_those_of_casts, casts_of_step, merge_early, parts_of, step
 
+from runlog_rows import (
+    assert_summaries_are_those_of_casts,
+    casts_of_step,
+    merge_early,
+    parts_of,
+    step,
+)
 from unclamp.errors import UnclampWarning
 from unclamp.runlog import Header, RunLog, RunLogWriter, compactor
 
@@ -111,9 +117,10 @@ def test_merges_that_never_succeed_leave_the_parts_and_say_so_once(
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(compactor, "write_part", fail)
+    writer = RunLogWriter(tmp_path, header=HEADER)
+    record(writer, range(7))
     with pytest.warns(UnclampWarning, match=r"small parts.*no space left.*intact") as caught:
-        with RunLogWriter(tmp_path, header=HEADER) as writer:
-            record(writer, range(7))
+        writer.close()
     assert len(caught) == 1
     with RunLog.open(tmp_path) as log:
         assert log.header.status == "finished"

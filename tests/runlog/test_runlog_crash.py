@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from made import assert_summaries_are_those_of_casts
 
+from runlog_rows import assert_summaries_are_those_of_casts
 from unclamp.runlog import RunLog
 
 START = """
@@ -90,7 +90,7 @@ def test_a_killed_run_stays_readable_and_loses_at_most_one_flush_interval(tmp_pa
 
 
 COMPACTING = """
-from made import casts_of_step
+from runlog_rows import casts_of_step
 from unclamp.runlog import compactor
 compactor.FAN_IN, compactor.FULL_ROWS = 3, 2000
 for step in itertools.count():
@@ -114,7 +114,7 @@ def kill_at_random(path: Path, rng: random.Random) -> set[str]:
     flushed = max((int(value) for what, value in said if what == "flushed"), default=-1)
     recorded_s = [float(value) for what, value in said if what == "recorded"]
     for part in path.rglob("*.parquet"):
-        assert pq.read_table(part, partitioning=None).num_rows
+        assert pq.ParquetFile(part).metadata.num_rows
     with RunLog.open(path) as log:
         steps = log.steps()
         read = steps["step"].to_pylist()

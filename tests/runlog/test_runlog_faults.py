@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from made import parts_of, step
 
+from runlog_rows import parts_of, step
 from unclamp.errors import UnclampWarning
 from unclamp.runlog import Header, RunLog, RunLogWriter
 

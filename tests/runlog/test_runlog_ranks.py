@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from made import step
 
+from runlog_rows import step
 from unclamp.errors import RunLogError
 from unclamp.runlog import Header, RunLog, RunLogWriter, folder
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import (
+
+from runlog_rows import (
     COUNTS,
     assert_summaries_are_those_of_casts,
     cast_row,
@@ -18,7 +19,6 @@ from made import (
     merge_early,
     parts_of,
 )
-
 from unclamp.errors import UnclampWarning
 from unclamp.runlog import VIEWS, Header, RunLog, RunLogWriter, compactor
 

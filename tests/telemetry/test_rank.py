@@ -71,8 +71,8 @@ def test_variables_of_something_else_do_not_count():
     assert find_place({"RANK": "3", "WORLD_SIZE": "8"}).rank == 0
 
 
-def test_an_initialised_group_decides_and_agrees_on_one_id():
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+def test_an_initialised_group_decides_and_agrees_on_one_id(tmp_path: Path):
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
     try:
         place = find_place(LAUNCHED)
         assert (place.rank, place.world_size) == (0, 1)

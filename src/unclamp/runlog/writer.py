@@ -40,9 +40,10 @@ class RunLogWriter:
     """Write one rank's share of a run into the folder `path`.
 
     Rank 0 creates the run and writes its header; the other ranks add parts and wait for nothing.
-    All ranks give the same `run_id` in their headers, and a folder has one writer a rank. Use it from one thread. As a context manager it closes as "finished", as "failed" after an
-    exception, as "interrupted" after Ctrl-C or `sys.exit`. The interpreter's exit closes what is
-    still open as "interrupted".
+    All ranks give the same `run_id` in their headers, and a folder has one writer a rank. Use it
+    from one thread. As a context manager it closes as "finished", as "failed" after an exception,
+    as "interrupted" after Ctrl-C or `sys.exit`. The interpreter's exit closes what is still open
+    as "interrupted".
     """
 
     def __init__(

@@ -52,10 +52,10 @@ def summarise(casts: Iterable[Row]) -> list[dict[str, Any]]:
     for row in casts:
         window = math.floor(row["step"] / SUMMARY_STEPS) * SUMMARY_STEPS
         groups[window, row["rank"], row["site"]].append(row)
-    return [_summary(*key, rows) for key, rows in sorted(groups.items())]
+    return [_summary(*key, rows=rows) for key, rows in sorted(groups.items())]
 
 
-def _summary(first_step: int, rank: int, site: int, rows: list[Row]) -> dict[str, Any]:
+def _summary(first_step: int, rank: int, site: int, *, rows: list[Row]) -> dict[str, Any]:
     errors = [row["saturated_error"] for row in rows]
     worst = [row["step"] for row in rows if row["saturated_error"] == max(errors) > 0]
     inspected = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
