@@ -24,8 +24,9 @@ def test_the_scaling_in_force_at_a_step_is_a_join_away(tmp_path: Path) -> None:
     with RunLog.open(tmp_path / "run") as log:
         (switch,) = log.switches().to_pylist()
         dynamic = log.sql(
-            "SELECT casts.step FROM casts JOIN sites USING (site) JOIN switches w "
-            "USING (fqn, role) WHERE casts.step >= w.step AND w.after->>'scaling' = 'dynamic' ORDER BY ALL"
+            "SELECT casts.step FROM casts JOIN sites USING (site) "
+            "JOIN switches w USING (fqn, role) "
+            "WHERE casts.step >= w.step AND w.after->>'scaling' = 'dynamic' ORDER BY ALL"
         )
     assert (switch["step"], switch["fqn"], switch["role"]) == (2, "1", "input")
     assert (json.loads(switch["before"])["scaling"], json.loads(switch["after"])["scaling"]) == (
