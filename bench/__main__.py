@@ -6,12 +6,19 @@ from pathlib import Path
 
 import torch
 
-from bench import cast, imports, ledger, linear, study
+from bench import cast, imports, ledger, linear, runlog, study
 
 if __name__ == "__main__":
     machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {machine}")
-    benches = {"cast": cast, "linear": linear, "ledger": ledger, "study": study, "imports": imports}
+    benches = {
+        "cast": cast,
+        "linear": linear,
+        "ledger": ledger,
+        "runlog": runlog,
+        "study": study,
+        "imports": imports,
+    }
     results = {name: bench.measure() for name, bench in benches.items()}
     path = Path(__file__).with_name("results.json")
     path.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")

@@ -21,7 +21,7 @@ from unclamp.nn.convert import find_ledgers
 from unclamp.runlog import Columns, Header, RunLog, RunLogWriter
 
 SITES, STEPS_OF_WEEKS = 1680, 100_000
-SIZES = (3_000, 12_000)
+SIZES = (6_000, 24_000)
 STEPS_A_FLUSH, PACE_S, ROUNDS = 20, 0.02, 300
 PARTS_WAITING = 40
 """Parts of casts that may wait for a merge before the bench waits; a full part has 600 steps."""
@@ -105,7 +105,7 @@ def foreground_ms() -> tuple[float, float]:
 
 
 def read_s(path: Path) -> dict[str, float]:
-    """Time what a page asks of a log, each in a log opened anew; the best of three."""
+    """Time what a page asks of a log, each in a log opened anew; the best of five."""
 
     def page(log: RunLog) -> None:
         log.steps()
@@ -124,7 +124,7 @@ def read_s(path: Path) -> dict[str, float]:
     seconds = {}
     for name, read in reads.items():
         times = []
-        for _ in range(3):
+        for _ in range(5):
             began = time.perf_counter()
             with RunLog.open(path) as log:
                 read(log)

@@ -1,12 +1,16 @@
 """A process that ends without closing its run, politely or not."""
 
+import os
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
+from runlog_rows import assert_summaries_are_those_of_casts
 from unclamp.runlog import RunLog
 
 START = """
@@ -25,6 +29,7 @@ def start(path: Path, code: str, *, flush_s: float) -> subprocess.Popen[str]:
     program = START.format(flush_s=flush_s) + code
     return subprocess.Popen(
         [sys.executable, "-c", program, str(path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -82,3 +87,57 @@ def test_a_killed_run_stays_readable_and_loses_at_most_one_flush_interval(tmp_pa
     assert steps["step"].to_pylist() == list(range(steps.num_rows))
     lost_s = recorded_s[-1] - steps["time_s"][-1].as_py()
     assert lost_s < flush_s + 0.3  # the writing itself takes time, on a busy machine most of all
+
+
+COMPACTING = """
+from runlog_rows import casts_of_step
+from unclamp.runlog import compactor
+compactor.FAN_IN, compactor.FULL_ROWS = 3, 2000
+for step in itertools.count():
+    print("recorded", record(step), flush=True)
+    writer.add("casts", casts_of_step(step, 40))
+    if step % 7 == 6:
+        writer.flush()
+        print("flushed", step, flush=True)
+"""
+
+
+def kill_at_random(path: Path, rng: random.Random) -> set[str]:
+    """Kill a writer that merges all the time; check its log and return what the folder holds."""
+    flush_s = 0.1
+    process = start(path, COMPACTING, flush_s=flush_s)
+    assert process.stdout is not None
+    process.stdout.readline()  # imports are over
+    time.sleep(rng.uniform(0, 0.7))
+    process.kill()
+    said = [line.split() for line in process.communicate()[0].splitlines()]
+    flushed = max((int(value) for what, value in said if what == "flushed"), default=-1)
+    recorded_s = [float(value) for what, value in said if what == "recorded"]
+    for part in path.rglob("*.parquet"):
+        assert pq.ParquetFile(part).metadata.num_rows
+    with RunLog.open(path) as log:
+        steps = log.steps()
+        read = steps["step"].to_pylist()
+        assert read == list(range(len(read)))
+        assert len(read) > flushed
+        casts = log.casts()
+        assert casts["step"].to_pylist() == [
+            s for s in range(casts.num_rows // 40) for _ in range(40)
+        ]
+        assert casts["site"].to_pylist() == list(range(40)) * (casts.num_rows // 40)
+        assert casts.num_rows // 40 > flushed
+        assert_summaries_are_those_of_casts(log)
+    if recorded_s and read:
+        assert recorded_s[-1] - steps["time_s"][-1].as_py() < flush_s + 1  # on a busy machine
+    return {file.name for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "kills", [4, pytest.param(60, marks=pytest.mark.slow)], ids="{} kills".format
+)
+def test_kills_at_random_moments_lose_no_flushed_row_and_double_none(tmp_path: Path, kills: int):
+    rng = random.Random(kills)
+    left = set()
+    for number in range(kills):
+        left |= kill_at_random(tmp_path / str(number), rng)
+    assert any(name.startswith("part-r0-000000-") for name in left)  # kills came after merges

@@ -28,6 +28,7 @@ import pyarrow as pa
 from unclamp.runlog.parts import PartName, read_parts, sync_folder, write_part
 from unclamp.runlog.schema import TABLES, VIEWS
 from unclamp.runlog.summary import summary_sql
+from unclamp.runlog.waiting import wait_for
 
 FAN_IN = 16
 FULL_ROWS = 1_000_000
@@ -57,10 +58,11 @@ class Compactor:
     """
 
     def __init__(self, path: Path) -> None:
-        self.problem: Exception | None = None
+        self.problem: BaseException | None = None
         self._path = path
         self._levels: dict[str, _Levels] = {table: [] for table in TABLES}
         self._queue: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
         self._stop_at = float("inf")
         self._retry_at = 0.0
         self._wait_s = RETRY_S[0]
@@ -77,9 +79,18 @@ class Compactor:
         self._stop_at = time.monotonic() + (0.0 if at_once else CLOSE_S)
         self._retry_at = 0.0
         self._queue.put(None)
-        self._thread.join()
+        wait_for(self._ended, self._thread)
 
     def _work(self) -> None:
+        """Be the thread: what ends it leaves parts small, and rows where they are."""
+        try:
+            self._serve()
+        except BaseException as error:
+            self.problem = error
+        finally:
+            self._ended.set()
+
+    def _serve(self) -> None:
         _yield_to_training()
         while (part := self._queue.get()) is not None:
             levels = self._levels[part.table]

@@ -23,10 +23,11 @@ class Header:
     """What ran, and how it ended: the content of `run.json`.
 
     `status` is "running" until the run is closed, and stays so when the process is killed;
-    "interrupted" is an end from outside, "failed" an exception or a log that could not be
-    written to the end. `missing` says what of rank 0 could not be written, None where nothing is
-    known to be. `run_id` is the same for all ranks of a launch, None where nobody said. `created` is ISO-8601 in UTC. `recipe`, `environment` and `metadata`
-    hold plain JSON data: what JSON cannot express is refused when the header is written.
+    "interrupted" is an end from outside, "failed" an exception or a log that could not be written
+    to the end. `missing` says what of rank 0 could not be written, None where nothing is known to
+    be. `run_id` is the same for all ranks of a launch, None where nobody said. `created` is
+    ISO-8601 in UTC. `recipe`, `environment` and `metadata` hold plain JSON data: what JSON cannot
+    express is refused when the header is written.
     """
 
     unclamp_version: str
@@ -61,7 +62,7 @@ class Header:
                 f"{data.get('schema_version')}, and this unclamp reads version {SCHEMA_VERSION}; "
                 f"install that unclamp to read it"
             )
-        data = dict.fromkeys(_LATER_FIELDS) | dict(data)
+        data = {**dict.fromkeys(_LATER_FIELDS), **data}
         missing = [f.name for f in fields(cls) if f.name not in data]
         if missing:
             raise RunLogError(f"its header lacks {missing}; was {RUN_FILE} edited by hand?")

@@ -30,9 +30,7 @@ from unclamp.runlog.folder import create_run, write_header, write_missing
 from unclamp.runlog.header import RUN_FILE, Header, Status
 from unclamp.runlog.parts import PartName, write_part
 from unclamp.runlog.schema import TABLES, Columns, schema_of, to_arrow
-
-_ALIVE_S = 0.2
-"""How often somebody who waits for the thread looks whether it still lives."""
+from unclamp.runlog.waiting import wait_for
 
 _Rows = tuple[str, Callable[[], pa.Table]]  # for which table, and what makes the rows
 _Message = _Rows | threading.Event | None  # rows, a flush to acknowledge, or the end
@@ -42,9 +40,10 @@ class RunLogWriter:
     """Write one rank's share of a run into the folder `path`.
 
     Rank 0 creates the run and writes its header; the other ranks add parts and wait for nothing.
-    All ranks give the same `run_id` in their headers, and a folder has one writer a rank. Use it from one thread. As a context manager it closes as "finished", as "failed" after an
-    exception, as "interrupted" after Ctrl-C or `sys.exit`. The interpreter's exit closes what is
-    still open as "interrupted".
+    All ranks give the same `run_id` in their headers, and a folder has one writer a rank. Use it
+    from one thread. As a context manager it closes as "finished", as "failed" after an exception,
+    as "interrupted" after Ctrl-C or `sys.exit`. The interpreter's exit closes what is still open
+    as "interrupted".
     """
 
     def __init__(
@@ -74,6 +73,7 @@ class RunLogWriter:
         self._failure: BaseException | None = None
         self._missing = ""
         self._warned = False
+        self._ended = threading.Event()
         self._closing = self._closed = False
         self._process = os.getpid()  # a fork inherits the writer and its exit hook, not the thread
         create_run(self.path, rank=rank, header=self._header)
@@ -122,8 +122,7 @@ class RunLogWriter:
             return
         done = threading.Event()
         self._queue.put(done)
-        while not done.wait(_ALIVE_S) and self._thread.is_alive():
-            pass
+        wait_for(done, self._thread)
         self._mind_the_thread()
         self._warn_of_failure()
 
@@ -143,7 +142,7 @@ class RunLogWriter:
         self._mind_the_thread()
         self._closing = True
         self._queue.put(None)
-        self._thread.join()
+        wait_for(self._ended, self._thread)
         self._compactor.close(at_once=status == "interrupted")
         if self.rank == 0:
             self._close_header(status)
@@ -202,7 +201,9 @@ class RunLogWriter:
         self._missing = missing
         self._failure = error
         self._header = replace(self._header, missing=f"{missing}, because of {error!r}")
-        with suppress(OSError, ValueError):  # a full disk has no room for this either; close() tries again
+        with suppress(
+            OSError, ValueError
+        ):  # a full disk has no room for this either; close() tries again
             if self.rank == 0:
                 write_header(self.path, self._header)
             else:
@@ -214,6 +215,8 @@ class RunLogWriter:
             self._serve()
         except BaseException as error:
             self._fail(error, self._parts.missing())
+        finally:
+            self._ended.set()
 
     def _serve(self) -> None:
         """Buffer rows and write parts; after a failure, only answer flushes."""

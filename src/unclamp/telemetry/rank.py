@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 _KEY = "unclamp/run_id"
 _LAUNCHER = (
@@ -51,7 +50,7 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
 def _agree() -> str | None:
     """Return the id that the first rank to ask has put into the store."""
     try:
-        store = distributed_c10d._get_default_store()
+        store = dist.distributed_c10d._get_default_store()
         return store.compare_set(_KEY, "", str(uuid.uuid4())).decode()
     except (AttributeError, RuntimeError, ValueError):
         return None  # a backend without a store

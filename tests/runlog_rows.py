@@ -1,0 +1,107 @@
+"""Rows that the tests of the run log write, and what they must sum to."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from unclamp.runlog import SUMMARY_STEPS, VIEWS, RunLog, compactor
+
+COUNTS = ("elements", "saturated", "underflowed", "nonfinite", "recast", "microsteps")
+Row = Mapping[str, Any]
+
+
+def step(number: int) -> dict[str, list]:
+    return {"step": [number], "time_s": [float(number)]}
+
+
+def cast_row(step: int, site: int, **changes: Any) -> dict[str, Any]:
+    floats = {"amax": 1.5, "scale": 2.0, "saturated_error": 0.0, "sqnr_db": None}
+    return {"step": step, "rank": 0, "site": site} | floats | dict.fromkeys(COUNTS, 1) | changes
+
+
+def columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+
+
+def casts_of_step(number: int, sites: int) -> dict[str, Any]:
+    generator = np.random.default_rng(number)
+    clamped = generator.random(sites) < 0.3
+    return {
+        "step": np.full(sites, number),
+        "site": np.arange(sites, dtype=np.int32),
+        "amax": generator.random(sites).astype(np.float32),
+        "scale": np.exp2(generator.integers(0, 8, sites)).astype(np.float32),
+        "elements": np.full(sites, 1024),
+        "saturated": clamped * generator.integers(1, 9, sites),
+        "underflowed": generator.integers(0, 9, sites),
+        "nonfinite": np.zeros(sites, dtype=np.int64),
+        "recast": np.zeros(sites, dtype=np.int64),
+        "saturated_error": clamped * generator.random(sites),
+        "microsteps": np.full(sites, 2, dtype=np.int32),
+    }
+
+
+def summarise(casts: Iterable[Row]) -> list[dict[str, Any]]:
+    """Sum up rows of casts in plain Python."""
+    groups = defaultdict(list)
+    for row in casts:
+        window = math.floor(row["step"] / SUMMARY_STEPS) * SUMMARY_STEPS
+        groups[window, row["rank"], row["site"]].append(row)
+    return [_summary(*key, rows=rows) for key, rows in sorted(groups.items())]
+
+
+def _summary(first_step: int, rank: int, site: int, *, rows: list[Row]) -> dict[str, Any]:
+    errors = [row["saturated_error"] for row in rows]
+    worst = [row["step"] for row in rows if row["saturated_error"] == max(errors) > 0]
+    inspected = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
+    finite = [value for value in inspected if math.isfinite(value)]
+    return {
+        "first_step": first_step,
+        "rank": rank,
+        "site": site,
+        "steps": len(rows),
+        **{name: sum(row[name] for row in rows) for name in COUNTS},
+        "clamped": sum(row["saturated"] > 0 for row in rows),
+        "amax_max": max(row["amax"] for row in rows),
+        "amax_mean": math.fsum(row["amax"] for row in rows) / len(rows),
+        "scaled_amax_max": max(row["amax"] * row["scale"] for row in rows),
+        "scale_min": min(row["scale"] for row in rows),
+        "scale_max": max(row["scale"] for row in rows),
+        "saturated_error_sum": math.fsum(errors),
+        "saturated_error_max": max(errors),
+        "worst_step": min(worst, default=None),
+        "sqnr_db_min": min(inspected, default=None),
+        "sqnr_db_mean": math.fsum(finite) / len(finite) if finite else None,
+        "sqnr_steps": len(finite),
+    }
+
+
+def assert_summaries_are_those_of_casts(log: RunLog) -> None:
+    """Compare the view with the log's own casts: sums to a rounding, all else exactly."""
+    expected = summarise(log.casts().to_pylist())
+    found = log.summaries()
+    assert found.schema == VIEWS["summaries"]
+    assert found.num_rows == len(expected)
+    rounded = ("amax_mean", "saturated_error_sum", "sqnr_db_mean")
+    for row, wanted in zip(found.to_pylist(), expected, strict=True):
+        for name in rounded:
+            value, exact = row.pop(name), wanted.pop(name)
+            assert value == (exact if exact is None else pytest.approx(exact, rel=1e-9))
+        assert row == wanted
+
+
+def merge_early(
+    monkeypatch: pytest.MonkeyPatch, *, fan_in: int = 3, full_rows: int = 1_000_000
+) -> None:
+    """Make parts merge, and fill up, at sizes that a test reaches."""
+    monkeypatch.setattr(compactor, "FAN_IN", fan_in)
+    monkeypatch.setattr(compactor, "FULL_ROWS", full_rows)
+
+
+def parts_of(path: Path, table: str) -> list[str]:
+    return sorted(part.name for part in (path / table).glob("*.parquet"))
