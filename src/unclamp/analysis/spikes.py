@@ -38,7 +38,7 @@ class Spike:
         peak: Step of the largest value; the first non-finite one where there is one.
         end: Last step. That of the data if the series never came back.
         recovery: First step after the end at which the series is back at the level before the
-            onset, within one standard deviation; None if it is not in the data.
+            onset, within two standard deviations; None if it is not in the data.
         height: Peak over level, a ratio; Inf for a non-finite peak; NaN for a series that is
             somewhere zero or below, where a ratio says nothing.
         sigmas: Peak minus level in the definition's standard deviations; Inf for a non-finite
@@ -282,7 +282,7 @@ def _spike(
     peak = places.start + int(np.argmax(broken) if broken.any() else np.argmax(inside))
     height = float(numbers[peak]) / level if has_ratio and level > 0 else math.nan
     sigmas = (float(numbers[peak]) - level) / spread if spread > 0 else math.nan
-    back = level if math.isnan(spread) else level + spread
+    back = level if math.isnan(spread) else level + 2 * spread
     recovered = _first_at_or_below(numbers, places.stop, back)
     return Spike(
         onset=int(steps[places.start]),
