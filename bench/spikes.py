@@ -44,7 +44,7 @@ def measure() -> dict[str, dict[str, float]]:
     rates: dict[str, dict[str, float]] = {name: {} for name in names}
     print(f"\nfalse alarms per 10,000 steps ({CURVES} held-out curves a family)\n")
     print("| family | " + " | ".join(names) + " |\n|---" * 1 + "|---:" * len(names) + "|")
-    totals = dict.fromkeys(names, (0, 0))
+    totals: dict[str, tuple[int, int]] = dict.fromkeys(names, (0, 0))
     for family in FAMILIES:
         for name in names:
             alarms, steps = false_alarms(name, family)

@@ -40,9 +40,13 @@ def test_planted_spike_is_found(height: float, length: int, onset: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 10])
-@pytest.mark.parametrize(("height", "noise", "least"), [(1.3, 0.02, 0.97), (1.3, 0.03, 0.93),
-                                                        (1.6, 0.03, 0.99), (5.0, 0.05, 0.99)])  # fmt: skip
-def test_share_of_planted_spikes_found(height, noise, least, length) -> None:
+@pytest.mark.parametrize(
+    ("height", "noise", "least"),
+    [(1.3, 0.02, 0.97), (1.3, 0.03, 0.93), (1.6, 0.03, 0.99), (5.0, 0.05, 0.99)],
+)
+def test_share_of_planted_spikes_found(
+    height: float, noise: float, least: float, length: int
+) -> None:
     found = 0
     for seed in range(HELD_OUT, HELD_OUT + 100):
         curve, onset = planted(seed, height=height, length=length, noise=noise)
@@ -68,13 +72,13 @@ def test_some_healthy_curves_raise_at_most_one_alarm_in_10000_steps() -> None:
 
 @pytest.mark.slow
 def test_healthy_curves_raise_at_most_one_alarm_in_10000_steps() -> None:
-    """40 curves a family, over a million steps; without heavy tails there is none at all."""
+    """40 curves a family; docs/spikes.md has the rates, of these very curves."""
     counts, steps = alarms(40)
-    assert steps > 1_000_000
+    assert steps > 1_600_000
     assert sum(counts.values()) <= steps / 10_000
-    asked = ("decaying", "noisy", "warm-up", "learning-rate drops", "heavy-tailed")
-    assert sum(counts[family] for family in asked) <= 200 * 6_000 / 10_000 / 2
-    assert {family: n for family, n in counts.items() if family != "heavy-tailed" and n} == {}
+    tame = {family: count for family, count in counts.items() if family != "heavy-tailed"}
+    assert sum(tame.values()) <= 3
+    assert counts["heavy-tailed"] <= 2 * 240_000 / 10_000
 
 
 def test_rival_definitions_do_raise_alarms_on_the_same_curves() -> None:

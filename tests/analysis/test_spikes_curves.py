@@ -1,8 +1,10 @@
 """Curves from every format: the right column, missing values, rewinds, and clear errors."""
 
 import builtins
+import importlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def write_run(path: Path, rows: list[tuple[int, int, float | None, float | None]]) -> Path:
+def write_run(path: Path, rows: Sequence[tuple[int, int, float | None, float | None]]) -> Path:
     """Write a run log with (step, rank, loss, grad_norm) and a scalar `reward`."""
     step, rank, loss, norm = (list(column) for column in zip(*rows, strict=True))
     count = len(rows)
@@ -71,8 +73,12 @@ def test_json_lines_nested_and_cut_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["trainer_state.json", "checkpoint-20/trainer_state.json"])
 def test_trainer_state_of_hugging_face(tmp_path: Path, where: str) -> None:
-    history = [{"loss": 4.0, "grad_norm": 2.0, "step": 10}, {"eval_loss": 3.5, "step": 10},
-               {"loss": 3.0, "grad_norm": 1.0, "step": 20}, {"train_loss": 3.6, "step": 20}]  # fmt: skip
+    history = [
+        {"loss": 4.0, "grad_norm": 2.0, "step": 10},
+        {"eval_loss": 3.5, "step": 10},
+        {"loss": 3.0, "grad_norm": 1.0, "step": 20},
+        {"train_loss": 3.6, "step": 20},
+    ]
     for name in ("checkpoint-10/trainer_state.json", where):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         rows = history[:1] if "10" in name else history
@@ -128,14 +134,13 @@ def test_scalar_of_a_run_log_can_be_chosen(tmp_path: Path) -> None:
 
 
 def write_events(folder: Path, tag: str, values: list[float]) -> None:
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    writer = EventFileWriter(str(folder))
+    event_class = importlib.import_module("tensorboard.compat.proto.event_pb2").Event
+    summaries = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
+    writer_module = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+    writer = writer_module.EventFileWriter(str(folder))
     for step, value in enumerate(values):
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        writer.add_event(Event(step=step, wall_time=float(step), summary=summary))
+        summary = summaries(value=[summaries.Value(tag=tag, simple_value=value)])
+        writer.add_event(event_class(step=step, wall_time=float(step), summary=summary))
     writer.close()
 
 

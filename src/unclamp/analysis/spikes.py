@@ -197,8 +197,8 @@ def smallest_height(
 ) -> float:
     """Return the height that a one-step spike needs to be found, a ratio.
 
-    The median over all judged steps of the limit plus two standard deviations of noise, over the
-    level: a spike of that height is found at about 49 of 50 steps of ordinary noise, at half of
+    The median over all judged steps of the limit over the level, times two standard deviations of
+    noise: a spike of that height is found at about 49 of 50 steps of ordinary noise, at half of
     the steps at least.
 
     Raises:
@@ -212,8 +212,9 @@ def smallest_height(
     known = np.isfinite(judged.limit)
     if not known.any() or not np.all(numbers > 0):
         return math.nan
-    noise = np.nan_to_num(judged.spread[known])
-    return float(np.median((judged.limit[known] + 2 * noise) / judged.level[known]))
+    level = judged.level[known]
+    noise = np.exp(2 * np.nan_to_num(judged.spread[known] / level))
+    return float(np.median(judged.limit[known] / level * noise))
 
 
 def _judge(numbers: np.ndarray, method: str, threshold: float | None) -> Judged:
