@@ -28,6 +28,7 @@ def decaying(steps: int = 400, seed: int = 0, noise: float = 0.03) -> np.ndarray
 @pytest.mark.parametrize("length", [1, 10])
 @pytest.mark.parametrize("onset", [45, 60, 250])
 def test_planted_spike_is_found(height: float, length: int, onset: int) -> None:
+    """trainpulse and losslint miss spikes of 1.6x and 5x."""
     loss = decaying()
     loss[onset : onset + length] *= height
     (spike,) = find_spikes(loss.tolist())
@@ -89,6 +90,7 @@ def test_rival_definitions_do_raise_alarms_on_the_same_curves() -> None:
 
 @pytest.mark.parametrize("factor", [0.5, 0.9])
 def test_falling_loss_is_no_spike(factor: float) -> None:
+    """trainscope 1.8 flags falls, and a healthy decay 13 times."""
     loss = decaying()
     loss[200:] *= factor
     loss[300] *= 0.5
@@ -139,6 +141,22 @@ def test_slow_rise_to_a_peak_begins_before_the_peak() -> None:
     assert 207 <= spike.peak <= 211
     assert spike.recovery is not None
     assert 214 <= spike.end < spike.recovery <= 222
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.05, 0.1])
+def test_rise_over_many_steps_is_one_spike(rate: float) -> None:
+    loss = decaying(800)
+    rise = (1 + rate) ** np.arange(int(math.log(2) / math.log1p(rate)))
+    loss[300 : 300 + 2 * len(rise)] *= np.concatenate([rise, rise[::-1]])
+    (spike,) = find_spikes(loss)
+    assert 300 < spike.onset < 300 + len(rise)
+    assert spike.height == pytest.approx(2, rel=0.15)
+
+
+def test_drift_upward_by_a_fifth_in_500_steps_is_no_spike() -> None:
+    loss = decaying(1200)
+    loss[600:] *= np.minimum(1 + 0.2 * np.arange(600) / 500, 1.2)
+    assert find_spikes(loss) == []
 
 
 def test_new_level_is_one_spike_without_recovery_and_hides_no_later_one() -> None:

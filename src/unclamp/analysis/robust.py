@@ -4,8 +4,8 @@ For each point it predicts a value from the points before it and asks how far ab
 measured by how far earlier points were off *their* predictions.
 
 Prediction: the median of the last points that were no spikes, lowered by how much that median has
-lately been too high. So neither a decaying loss nor a learning-rate drop is a spike, and a spike
-of ten steps does not become its own level.
+lately been too high, and never above the median of a longer past. So neither a decaying loss nor
+a learning-rate drop is a spike, and neither ten steps nor a slow rise become their own level.
 
 Limit: the interquartile range of the last errors gives a standard deviation; how far the outer
 errors exceed those of a normal distribution raises the limit. So noise with heavy tails raises it
@@ -30,6 +30,8 @@ import numpy as np
 from unclamp.analysis.definitions import ROUNDING, Judged
 
 LEVEL_POINTS = 5
+BASE_POINTS = 31
+"""The level is at most the median of so many: it must not climb along with a slow spike."""
 DRIFT_POINTS = 9
 ERROR_POINTS = 400
 FIRST_ERRORS = 16
@@ -38,7 +40,7 @@ MIN_HEIGHT = 1.2
 THRESHOLD = 5.0
 SMALL_SAMPLE = 6.0
 """The limit is larger by this over the number of errors: few errors say little of their spread."""
-DELAY = 10
+DELAY = 20
 """Errors count this many steps later: the foot of a slow spike must not raise its limit."""
 TAIL_SHARE = 64
 """One in so many errors, on each side, is an outer one."""
@@ -140,6 +142,7 @@ class SpikeDetector:
 
     def _forget(self) -> None:
         self._calm = _Window(LEVEL_POINTS)
+        self._base = _Window(BASE_POINTS)
         self._drift = _Window(DRIFT_POINTS)
         self._errors = _Window(ERROR_POINTS)
         self._waiting: deque[float] = deque()
@@ -185,9 +188,11 @@ class SpikeDetector:
         """Take the spike's last values for the level from now on."""
         self._settled = True
         self._calm = _Window(LEVEL_POINTS)
+        self._base = _Window(BASE_POINTS)
         self._drift = _Window(DRIFT_POINTS)
         for number in self._last:
             self._calm.add(number)
+            self._base.add(number)
 
     def _learn(self, number: float, value: float, expected: float, noise: float) -> None:
         if self._calm.sorted:
@@ -203,6 +208,7 @@ class SpikeDetector:
             if count < FIRST_ERRORS == len(self._errors.sorted):
                 self._clean()
         self._calm.add(number)
+        self._base.add(number)
         self._raw.append(value)
 
     def _expect(self) -> tuple[float, float, float]:
@@ -212,6 +218,7 @@ class SpikeDetector:
         expected = self._calm.median()
         if self._drift.sorted:
             expected += min(0.0, self._drift.median())
+        expected = min(expected, self._base.median())
         errors = self._errors.sorted
         count = len(errors)
         if count < FIRST_ERRORS:
