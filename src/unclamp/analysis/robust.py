@@ -4,12 +4,13 @@ For each point it predicts a value from the points before it and asks how far ab
 measured by how far earlier points were off *their* predictions.
 
 Prediction: the median of the last points that were no spikes, lowered by how much that median has
-lately been too high. So neither a decaying loss nor a learning-rate drop is a spike, and a spike
-of ten steps does not become its own level.
+lately been too high, and never above the median of a longer past. So neither a decaying loss nor
+a learning-rate drop is a spike, and neither ten steps nor a slow rise become their own level.
 
 Limit: the interquartile range of the last errors gives a standard deviation; how far the outer
 errors exceed those of a normal distribution raises the limit. So noise with heavy tails raises it
-by itself. Errors of spikes enter neither.
+by itself. Errors of spikes enter neither, nor do errors beyond the noise in either direction, and
+the rest enter with a delay. Below `MIN_HEIGHT` nothing is a spike, however quiet the series.
 
 Positive series are judged in logarithms, where a ratio is a difference and noise is the same at
 every level. A series that has been zero or below has no ratios and is judged as it is.
@@ -29,6 +30,8 @@ import numpy as np
 from unclamp.analysis.definitions import ROUNDING, Judged
 
 LEVEL_POINTS = 5
+BASE_POINTS = 31
+"""The level is at most the median of so many: it must not climb along with a slow spike."""
 DRIFT_POINTS = 9
 ERROR_POINTS = 400
 FIRST_ERRORS = 16
@@ -37,13 +40,19 @@ MIN_HEIGHT = 1.2
 THRESHOLD = 5.0
 SMALL_SAMPLE = 6.0
 """The limit is larger by this over the number of errors: few errors say little of their spread."""
+DELAY = 20
+"""Errors count this many steps later: the foot of a slow spike must not raise its limit."""
 TAIL_SHARE = 64
-TAIL_SLACK = 1.2
+"""One in so many errors, on each side, is an outer one."""
+TAIL_SLACK = 1.15
 """Outer errors may exceed normal ones by this before the limit rises: the estimate varies."""
 TAIL_POWER = 3.5
 """How strongly outer errors raise the limit. Of Student's t with 3 degrees of freedom the outer
-errors seen are about twice the normal ones, those to allow for ten times."""
-LARGEST_EXCESS = 10.0
+errors are about 1.7 times the normal ones, and one in 10,000 is six times as far out."""
+TAIL_DOUBT = 100
+"""The power is half of that at this number of errors: outer ones of few errors vary much."""
+LARGEST_EXCESS = 2.0
+"""More is not believed: one missed spike among the errors would hide those after it."""
 _NORMAL_IQR = 1.349
 _END_SHARE = 0.5
 _LARGEST_EXPONENT = 700.0
@@ -133,8 +142,10 @@ class SpikeDetector:
 
     def _forget(self) -> None:
         self._calm = _Window(LEVEL_POINTS)
+        self._base = _Window(BASE_POINTS)
         self._drift = _Window(DRIFT_POINTS)
         self._errors = _Window(ERROR_POINTS)
+        self._waiting: deque[float] = deque()
         self._raw: deque[float] = deque(maxlen=ERROR_POINTS + LEVEL_POINTS)
 
     def update(self, value: float) -> bool:
@@ -147,7 +158,8 @@ class SpikeDetector:
         if self._logarithmic and value <= 0:
             self._leave_logarithms()
         number = math.log(value) if self._logarithmic else value
-        expected, spread, rise = self._expect()
+        expected, spread, noise = self._expect()
+        rise = max(noise, self._least_rise(expected))
         self._publish(expected, spread, rise)
         above = number - expected
         if above > rise and (not self._open or self._settled):
@@ -160,7 +172,7 @@ class SpikeDetector:
             if self._length >= SETTLED:
                 self._settle()
         else:
-            self._learn(number, value, expected, rise)
+            self._learn(number, value, expected, noise)
         self.spike = self._count - 1 if self._open else -1
         return self._open
 
@@ -169,42 +181,64 @@ class SpikeDetector:
         self._floor = expected + _END_SHARE * rise
         self._length = 0
         self._last.clear()
+        self._waiting.clear()
         self._count += 1
 
     def _settle(self) -> None:
         """Take the spike's last values for the level from now on."""
         self._settled = True
         self._calm = _Window(LEVEL_POINTS)
+        self._base = _Window(BASE_POINTS)
         self._drift = _Window(DRIFT_POINTS)
         for number in self._last:
             self._calm.add(number)
+            self._base.add(number)
 
-    def _learn(self, number: float, value: float, expected: float, rise: float) -> None:
+    def _learn(self, number: float, value: float, expected: float, noise: float) -> None:
         if self._calm.sorted:
             self._drift.add(number - self._calm.median())
-            # A fall beyond the limit is a drop of the level: it says nothing of the noise.
-            # While the drift is not known, errors are those of a lagging level.
+            # Errors beyond the noise are the foot of a spike or a drop of the level. While the
+            # drift is not known, they are those of a lagging level.
             drift_known = len(self._drift.sorted) == DRIFT_POINTS
-            if drift_known and number - expected >= -rise:
-                self._errors.add(number - expected)
+            if drift_known and abs(number - expected) <= noise:
+                self._waiting.append(number - expected)
+            count = len(self._errors.sorted)
+            while len(self._waiting) > min(count // 8, DELAY):
+                self._errors.add(self._waiting.popleft())
+            if count < FIRST_ERRORS == len(self._errors.sorted):
+                self._clean()
         self._calm.add(number)
+        self._base.add(number)
         self._raw.append(value)
 
     def _expect(self) -> tuple[float, float, float]:
-        """Return expectation, standard deviation of its error, and the rise that is a spike."""
+        """Return expectation, standard deviation of its error, and the largest error of noise."""
         if not self._calm.sorted:
             return math.nan, math.nan, math.inf
         expected = self._calm.median()
         if self._drift.sorted:
             expected += min(0.0, self._drift.median())
+        expected = min(expected, self._base.median())
         errors = self._errors.sorted
         count = len(errors)
         if count < FIRST_ERRORS:
             return expected, math.nan, math.inf
         spread, excess = _spread_and_excess(errors)
-        rise = self.threshold * spread * (1 + SMALL_SAMPLE / count) * excess**TAIL_POWER
-        least = _MIN_RISE if self._logarithmic else ROUNDING * abs(expected)
-        return expected, spread, max(rise, least)
+        power = TAIL_POWER * count / (count + TAIL_DOUBT)
+        noise = self.threshold * spread * (1 + SMALL_SAMPLE / count) * excess**power
+        return expected, spread, max(noise, ROUNDING * abs(expected))
+
+    def _least_rise(self, expected: float) -> float:
+        return _MIN_RISE if self._logarithmic else ROUNDING * abs(expected)
+
+    def _clean(self) -> None:
+        """Forget those of the first errors that are beyond the noise, now that it is known."""
+        spread, _ = _spread_and_excess(self._errors.sorted)
+        bound = 2 * self.threshold * spread
+        kept = [error for error in self._errors.arrived if abs(error) <= bound]
+        self._errors = _Window(ERROR_POINTS)
+        for error in kept:
+            self._errors.add(error)
 
     def _publish(self, expected: float, spread: float, rise: float) -> None:
         if math.isnan(spread):

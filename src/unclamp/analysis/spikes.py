@@ -38,7 +38,7 @@ class Spike:
         peak: Step of the largest value; the first non-finite one where there is one.
         end: Last step. That of the data if the series never came back.
         recovery: First step after the end at which the series is back at the level before the
-            onset, within one standard deviation; None if it is not in the data.
+            onset, within two standard deviations; None if it is not in the data.
         height: Peak over level, a ratio; Inf for a non-finite peak; NaN for a series that is
             somewhere zero or below, where a ratio says nothing.
         sigmas: Peak minus level in the definition's standard deviations; Inf for a non-finite
@@ -197,8 +197,8 @@ def smallest_height(
 ) -> float:
     """Return the height that a one-step spike needs to be found, a ratio.
 
-    The median over all judged steps of the limit plus two standard deviations of noise, over the
-    level: a spike of that height is found at about 49 of 50 steps of ordinary noise, at half of
+    The median over all judged steps of the limit over the level, times two standard deviations of
+    noise: a spike of that height is found at about 49 of 50 steps of ordinary noise, at half of
     the steps at least.
 
     Raises:
@@ -212,8 +212,9 @@ def smallest_height(
     known = np.isfinite(judged.limit)
     if not known.any() or not np.all(numbers > 0):
         return math.nan
-    noise = np.nan_to_num(judged.spread[known])
-    return float(np.median((judged.limit[known] + 2 * noise) / judged.level[known]))
+    level = judged.level[known]
+    noise = np.exp(2 * np.nan_to_num(judged.spread[known] / level))
+    return float(np.median(judged.limit[known] / level * noise))
 
 
 def _judge(numbers: np.ndarray, method: str, threshold: float | None) -> Judged:
@@ -282,7 +283,7 @@ def _spike(
     peak = places.start + int(np.argmax(broken) if broken.any() else np.argmax(inside))
     height = float(numbers[peak]) / level if has_ratio and level > 0 else math.nan
     sigmas = (float(numbers[peak]) - level) / spread if spread > 0 else math.nan
-    back = level if math.isnan(spread) else level + spread
+    back = level if math.isnan(spread) else level + 2 * spread
     recovered = _first_at_or_below(numbers, places.stop, back)
     return Spike(
         onset=int(steps[places.start]),

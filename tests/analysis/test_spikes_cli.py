@@ -1,0 +1,76 @@
+"""`unclamp spikes` as a user types it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from unclamp.cli import app
+from unclamp.errors import UnclampError
+
+
+def write(path: Path, *, spiked: bool, broken: bool = False) -> Path:
+    loss = 2 + 3 * np.exp(-np.arange(300) / 40)
+    loss *= 1 + 0.02 * np.random.default_rng(0).standard_normal(300)
+    if spiked:
+        loss[200:203] *= 1.6
+    cells = [f"{x:.5f}" for x in loss]
+    if broken:
+        cells[-1] = "nan"
+    path.write_text("step,loss\n" + "".join(f"{10 * i},{x}\n" for i, x in enumerate(cells)))
+    return path
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(app, ["spikes", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def test_json_is_a_list_of_spikes(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", spiked=True, broken=True)
+    rise, broken = json.loads(run(path, "--json"))
+    assert (rise["onset"], rise["end"], rise["recovery"], rise["kind"]) == (
+        2000,
+        2020,
+        2030,
+        "rise",
+    )
+    assert rise["height"] == pytest.approx(1.6, rel=0.1)
+    assert rise["onset"] <= rise["peak"] <= rise["end"]
+    assert (broken["onset"], broken["height"], broken["kind"]) == (2990, None, "nonfinite")
+    assert json.loads(run(write(tmp_path / "calm.csv", spiked=False), "--json")) == []
+
+
+def test_table_and_words(tmp_path: Path) -> None:
+    lines = run(write(tmp_path / "log.csv", spiked=True)).splitlines()
+    cells = lines[1].split()
+    assert (cells[0], cells[1], cells[3], cells[4]) == ("loss", "2000", "2020", "2030")
+    assert cells[5].startswith("1.")
+    assert "1 spike in 300 steps" in lines[-1]
+    assert all(len(line.rstrip()) <= 80 for line in lines[:-1])
+
+
+def test_no_spikes_is_said_with_what_could_be_missed(tmp_path: Path) -> None:
+    text = run(write(tmp_path / "log.csv", spiked=False))
+    assert "no spikes in 300 steps" in text
+    assert "x the level or more would show" in text
+    few = tmp_path / "few.csv"
+    few.write_text("loss\n3\n2\n1\n")
+    assert "too few steps" in run(few)
+
+
+@pytest.mark.parametrize("method", ["robust", "olmo", "olmo-core", "zclip", "megatron"])
+def test_every_method_runs(tmp_path: Path, method: str) -> None:
+    path = write(tmp_path / "log.csv", spiked=True)
+    assert f"method {method}" in run(path, "--method", method)
+    assert run(path, "--method", method, "--threshold", 1e9, "--json").strip() == "[]"
+
+
+def test_series_and_column_that_are_not_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", spiked=False)
+    for option in (["--series", "grad_norm"], ["--column", "nonsense"], ["--threshold", "-1"]):
+        with pytest.raises(UnclampError):
+            run(path, *option)
