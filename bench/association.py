@@ -1,0 +1,115 @@
+"""How often an association names the innocent and the guilty, and what it costs.
+
+Run by itself, `python -m bench.association [runs] [first seed]`: the rates take minutes.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from statistics import NormalDist
+
+import numpy as np
+from tests.planted import FAMILIES, plant, plant_culprit, plant_effect
+
+from unclamp.analysis.association import Association, associate_series
+from unclamp.analysis.evidence import Clamping
+
+FIRST_SEED = 1_000_000
+"""Far from the seeds of the tests and of what was tuned on."""
+CULPRITS = {
+    "10 of 10 spikes, lags 0-8": {},
+    "7 of 10 spikes, lags 0-8": {"hits": 7},
+    "5 of 10 spikes, lags 0-8": {"hits": 5},
+    "5 of 10 spikes, lag 1": {"hits": 5, "lags": (1, 1)},
+}
+
+
+def judge(family: str, seed: int, culprit: str | None, effect: bool) -> tuple[bool, bool, bool]:
+    """Return whether anybody is named, whether site 7 is first, and whether it is named."""
+    run = plant(seed, family=family)
+    if culprit is not None:
+        plant_culprit(run, 7, seed=seed, **CULPRITS[culprit])
+    if effect:
+        plant_effect(run, 8)
+        plant_effect(run, 9)
+    found = associate_series(run.clamping(), run.loss, spikes=run.spikes, names=run.names)
+    first = found.sites[0]
+    return found.verdict == "named", first.site == 7, first.site == 7 and first.by is not None
+
+
+def tabulate(most: int, first_seed: int) -> None:
+    """Print the rates of all families and culprits."""
+    cases = [(family, None, False) for family in FAMILIES] + [("bursts", None, True)]
+    cases += [("bursts", culprit, False) for culprit in CULPRITS]
+    cases += [(family, next(iter(CULPRITS)), False) for family in ("common", "early")]
+    with ProcessPoolExecutor(2) as pool:
+        for family, culprit, effect in cases:
+            runs = most if culprit is None else most // 2
+            seeds = range(first_seed, first_seed + runs)
+            repeated = ([family] * runs, seeds, [culprit] * runs, [effect] * runs)
+            judged = np.array(list(pool.map(judge, *repeated, chunksize=4)))
+            named, first, right = judged.sum(axis=0)
+            low, high = wilson(int(named), runs)
+            kind = culprit or ("effects of spikes" if effect else "none")
+            print(
+                f"| {family} | {kind} | {named} of {runs} ({100 * low:.1f} to {100 * high:.1f} %) "
+                f"| {f'{first}; {right} named' if culprit else '-'} |",
+                flush=True,
+            )
+
+
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share."""
+    z = NormalDist().inv_cdf(0.975)
+    share = hits / trials
+    middle = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * np.sqrt(share * (1 - share) / trials + (z / trials / 2) ** 2)
+    return middle - half, middle + half
+
+
+def large_run(*, sites: int = 1680, steps: int = 100_000, share: float = 0.01) -> Clamping:
+    """Return clamping at `share` of the casts, sparse."""
+    generator = np.random.default_rng(0)
+
+    def rows() -> Iterator[np.ndarray]:
+        for _ in range(sites):
+            yield np.flatnonzero(generator.random(steps, dtype=np.float32) < share)
+
+    found = list(rows())
+    return Clamping(
+        starts=np.concatenate([[0], np.cumsum([len(row) for row in found])]),
+        steps=np.concatenate(found),
+        errors=generator.random(sum(len(row) for row in found)),
+        first_lags=np.arange(sites) % 3 // 2,
+        length=steps,
+    )
+
+
+def measure() -> dict[str, float]:
+    """Time a large run, with 10 and with 100 spikes."""
+    clamping = large_run()
+    generator = np.random.default_rng(1)
+    loss = 2 + 0.02 * generator.standard_normal(clamping.length)
+    names = [(site, f"layers.{site}", "input") for site in range(clamping.sites)]
+    results = {}
+    for count in (10, 100):
+        onsets = np.sort(generator.choice(np.arange(100, clamping.length - 100), count, False))
+        spikes = [(onset, onset) for onset in onsets.tolist()]
+        began = time.perf_counter()
+        found: Association = associate_series(clamping, loss, spikes=spikes, names=names)
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            f"1680 sites x 100,000 steps, {len(clamping.steps):,} clamped, {count} spikes: "
+            f"{seconds:.1f} s, verdict {found.verdict!r}; peak {peak:.1f} GiB"
+        )
+        results[f"{count} spikes, s"] = seconds
+    return results
+
+
+if __name__ == "__main__":
+    measure()
+    runs, first_seed, *_ = [*map(int, sys.argv[1:]), *(200, FIRST_SEED)[len(sys.argv) - 1 :]]
+    tabulate(runs, first_seed)

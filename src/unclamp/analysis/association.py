@@ -1,0 +1,385 @@
+"""Does clamping at a site go with loss spikes, or a raised loss, more than chance would have it?
+
+Each site is weighed twice (see `evidence`), and is named when what happened weighs more than the
+heaviest site does at all but a few of the shifts (see `shifts`). The heaviest of all sites is
+the measure, so the chance that anybody is named in a run without a culprit is bounded, however
+many sites there are; a bound on that is also one on the false discovery rate.
+
+Association is not cause: that is for a replay. What it says in words is in `sentences`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unclamp.analysis.evidence import MIN_HITS, Clamping, Weights, tail_weights, weigh
+from unclamp.analysis.response import Response, make_response
+from unclamp.analysis.sentences import Finding, describe
+from unclamp.analysis.shifts import Shifts, make_shifts
+from unclamp.analysis.spikes import Spike, find_spikes
+from unclamp.errors import RunLogError
+from unclamp.runlog import RunLog
+
+MAX_LAG = 8
+SHIFTS = 501
+ALPHA = 0.05
+GUARD = 0.4
+"""Share of alpha that is spent: shifts stay local and are sampled, so the bound is approximate."""
+TWO_SIDED_95 = 1.96
+EFFECT_LAG = {"grad_output": 1}
+"""A gradient is cast after the loss of its step is known; other operands act at once."""
+
+Verdict = Literal["named", "none", "cannot tell"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteEvidence:
+    """What a run shows about clamping at one site.
+
+    Attributes:
+        site: Id in the run; `fqn` and `role` name it.
+        clamped_steps: Steps at which it clamped.
+        followed: Of those, how many had a spike begin within the lags after them.
+        hits: Spikes with clamping at this site within the lags before them.
+        expected_hits: How many that would be by chance.
+        lag: Steps from clamping to the spike at which the mean clamp error before spikes is
+            largest; None without a hit.
+        p: Chance that any site would look like this without a link, all sites counted.
+        by: What it is named by, "spikes" or "loss"; None where it is not named.
+        loss_change: Mean change of the loss just after clamping, a fraction (in the loss's own
+            unit where it is not positive throughout); None where that is unknown.
+        low: Lower end of its 95 % interval.
+        high: Upper end of it.
+        clamp_error: Mean clamp error over the clamped steps.
+        sqnr_db: Least signal-to-noise ratio seen, decibel; None where none was measured.
+    """
+
+    site: int
+    fqn: str
+    role: str
+    clamped_steps: int
+    followed: int
+    hits: int
+    expected_hits: float
+    lag: int | None
+    p: float
+    by: Literal["spikes", "loss"] | None
+    loss_change: float | None
+    low: float | None
+    high: float | None
+    clamp_error: float
+    sqnr_db: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Association:
+    """Whether clamping goes with spikes or a raised loss in one run.
+
+    Attributes:
+        verdict: "named": some sites have evidence. "none": none has, and the run could have
+            shown it. "cannot tell": it could not have.
+        sites: Sites that clamped, strongest evidence first.
+        all_sites: Sites recorded.
+        spikes: How many spikes were asked about.
+        steps: Steps with a recorded loss.
+        max_lag: Steps within which clamping counts as before a spike.
+        alpha: Bound on the chance to name anybody without a link.
+        distinct_shifts: How many shifts differ.
+        spikes_needed: Of the spikes, how many must have clamping before them for a typical site
+            to be named; None where all would not do.
+        loss_needed: Mean change of the loss after clamping at which a typical site is named, a
+            fraction; None where no change would do.
+        sentences: All that in words.
+    """
+
+    verdict: Verdict
+    sites: list[SiteEvidence]
+    all_sites: int
+    spikes: int
+    steps: int
+    max_lag: int
+    alpha: float
+    distinct_shifts: int
+    spikes_needed: int | None
+    loss_needed: float | None
+    sentences: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain data, ready for strict JSON."""
+        return asdict(self)
+
+
+def associate(
+    log: RunLog,
+    *,
+    spikes: Sequence[Spike] | None = None,
+    max_lag: int = MAX_LAG,
+    shifts: int = SHIFTS,
+    alpha: float = ALPHA,
+    seed: int = 0,
+) -> Association:
+    """Ask a run, finished or not, whether clamping at a site goes with its spikes.
+
+    Args:
+        log: With losses and casts.
+        spikes: Those of the loss, as `find_spikes` finds them, without this.
+        max_lag: Clamping counts as before a spike within so many steps, at least 1.
+        shifts: How many shifts to draw at most.
+        alpha: Bound on the chance to name anybody in a run without a link.
+        seed: Of that draw; the same seed gives the same answer.
+
+    Raises:
+        RunLogError: The run has no losses or no casts, or cannot be read.
+        ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
+    """
+    steps, loss = read_loss(log)
+    if spikes is None:
+        spikes = find_spikes(loss.tolist(), steps=steps.tolist())
+    names = log.sql("SELECT site, fqn, role FROM sites ORDER BY site").to_pylist()
+    clamping = _read_clamping(log, steps, names)
+    return associate_series(
+        clamping,
+        loss,
+        spikes=[_indexed(spike, steps) for spike in spikes],
+        names=[(n["site"], n["fqn"], n["role"]) for n in names],
+        sqnr_db=_read_sqnr(log),
+        max_lag=max_lag,
+        shifts=shifts,
+        alpha=alpha,
+        seed=seed,
+    )
+
+
+def associate_series(
+    clamping: Clamping,
+    loss: NDArray[np.float64],
+    *,
+    spikes: Sequence[tuple[int, int]],
+    names: Sequence[tuple[int, str, str]],
+    sqnr_db: dict[int, float] | None = None,
+    max_lag: int = MAX_LAG,
+    shifts: int = SHIFTS,
+    alpha: float = ALPHA,
+    seed: int = 0,
+) -> Association:
+    """Ask arrays what `associate` asks a run.
+
+    Args:
+        clamping: Of all sites.
+        loss: One a step.
+        spikes: First and last index of each in `loss`.
+        names: Id, fqn and role of each row of `clamping`.
+        sqnr_db: Least signal-to-noise ratio by id, where it was measured.
+        max_lag: As for `associate`, and so are the others.
+        shifts: At most so many.
+        alpha: Bound on the chance to name anybody without a link.
+        seed: Of the draw of shifts.
+
+    A NaN or Inf in `loss` counts as its highest value.
+
+    Raises:
+        ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
+    """
+    if max_lag < 1 or shifts < 1 or not 0 < alpha < 1:
+        raise ValueError(
+            f"max_lag and shifts must be at least 1 and alpha between 0 and 1, got "
+            f"{max_lag}, {shifts} and {alpha}"
+        )
+    onsets = np.array(sorted(onset for onset, _ in spikes), dtype=np.int64)
+    in_spike = np.zeros(len(loss), dtype=bool)
+    for onset, end in spikes:
+        in_spike[onset : end + 1] = True
+    response = make_response(loss, in_spike)
+    moves = make_shifts(onsets, clamping.activity(), limit=shifts, seed=seed)
+    weights = weigh(clamping, onsets, response, moves, max_lag=max_lag)
+    level = GUARD * alpha
+    power = _power(weights, len(onsets), clamping, moves, level)
+    evidence = _rank(weights, clamping, onsets, names, sqnr_db or {}, response, max_lag, level)
+    enough = level * min(moves.distinct, len(moves.offsets)) >= 1
+    if not enough:
+        evidence = [_unnamed(e) for e in evidence]
+    named = any(e.by for e in evidence)
+    could = enough and any(p is not None for p in power)
+    verdict: Verdict = "named" if named else "none" if could or not evidence else "cannot tell"
+    fields: dict[str, Any] = {
+        "verdict": verdict,
+        "sites": evidence,
+        "all_sites": len(names),
+        "spikes": len(onsets),
+        "steps": len(loss),
+        "max_lag": max_lag,
+        "alpha": alpha,
+        "distinct_shifts": moves.distinct,
+        "spikes_needed": power[0] if enough else None,
+        "loss_needed": power[1] if enough else None,
+    }
+    finding = Finding(
+        **{k: v for k, v in fields.items() if k != "alpha"},
+        shifts_needed=int(np.ceil(1 / level)),
+        period=moves.period,
+        is_relative=response is not None and response.is_relative,
+    )
+    return Association(**fields, sentences=describe(finding))
+
+
+def read_loss(log: RunLog) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the steps with a loss and their losses, the mean over ranks; NaN stays NaN.
+
+    Raises:
+        RunLogError: There is none.
+    """
+    rows = log.sql(
+        "SELECT step, avg(loss) AS loss FROM steps WHERE loss IS NOT NULL GROUP BY step "
+        "ORDER BY step"
+    )
+    if not rows.num_rows:
+        raise RunLogError(
+            f"expected losses in {log.path}, but it has none: give them to "
+            "`recorder.step(loss=...)`"
+        )
+    return rows["step"].to_numpy(), rows["loss"].to_numpy()
+
+
+def _read_clamping(log: RunLog, steps: NDArray[np.int64], names: list[dict[str, Any]]) -> Clamping:
+    if not log.sql("SELECT 1 FROM casts LIMIT 1").num_rows:
+        raise RunLogError(
+            f"expected casts in {log.path}, but it has none: it trained without FP8 casts, or "
+            "was stopped before the first were written"
+        )
+    rows = log.sql(
+        "SELECT site, step, max(saturated_error) AS error FROM casts WHERE saturated > 0 "
+        "AND saturated_error > 0 GROUP BY site, step ORDER BY site, step"
+    )
+    site, step = rows["site"].to_numpy(), rows["step"].to_numpy()
+    index = np.searchsorted(steps, step)
+    known = (index < len(steps)) & (steps[np.minimum(index, len(steps) - 1)] == step)
+    ids = np.array([name["site"] for name in names])
+    row = np.searchsorted(ids, site[known])
+    return Clamping(
+        starts=np.searchsorted(row, np.arange(len(ids) + 1)),
+        steps=index[known],
+        errors=rows["error"].to_numpy()[known],
+        first_lags=np.array([EFFECT_LAG.get(name["role"], 0) for name in names]),
+        length=len(steps),
+    )
+
+
+def _read_sqnr(log: RunLog) -> dict[int, float]:
+    rows = log.sql(
+        "SELECT site, min(sqnr_db) AS sqnr FROM casts WHERE sqnr_db IS NOT NULL "
+        "AND isfinite(sqnr_db) GROUP BY site"
+    ).to_pylist()
+    return {row["site"]: row["sqnr"] for row in rows}
+
+
+def _indexed(spike: Spike, steps: NDArray[np.int64]) -> tuple[int, int]:
+    onset, end = np.searchsorted(steps, [spike.onset, spike.end]).tolist()
+    last = len(steps) - 1
+    return min(onset, last), min(end, last)
+
+
+def _rank(
+    weights: Weights,
+    clamping: Clamping,
+    onsets: NDArray[np.int64],
+    names: Sequence[tuple[int, str, str]],
+    sqnr_db: dict[int, float],
+    response: Response | None,
+    max_lag: int,
+    level: float,
+) -> list[SiteEvidence]:
+    """Return the sites that clamped, heaviest first, then by how often they clamped."""
+    highest = np.sort(weights.highest()) if clamping.sites else np.zeros(1)
+    own = np.maximum(weights.spikes[:, 0], weights.loss[:, 0])
+    p = 1 - np.searchsorted(highest, own, side="left") / len(highest)
+    counts = clamping.counts()
+    order = np.lexsort((np.arange(len(own)), -counts, -own))
+    is_relative = response is not None and response.is_relative
+    found = []
+    for row in order[counts[order] > 0]:
+        part = slice(clamping.starts[row], clamping.starts[row + 1])
+        steps, errors = clamping.steps[part], clamping.errors[part]
+        lags = range(int(clamping.first_lags[row]), max_lag + 1)
+        by_spikes = weights.spikes[row, 0] >= weights.loss[row, 0]
+        number, fqn, role = names[row]
+        change, low, high = _interval(weights.excess[row], weights.excess_sd[row], is_relative)
+        found.append(
+            SiteEvidence(
+                site=number,
+                fqn=fqn,
+                role=role,
+                clamped_steps=len(steps),
+                followed=_followed(steps, onsets, lags),
+                hits=_hits(steps, onsets, lags),
+                expected_hits=float(weights.expected[row]),
+                lag=_peak_lag(steps, errors, onsets, lags),
+                p=float(p[row]),
+                by=("spikes" if by_spikes else "loss") if p[row] <= level else None,
+                loss_change=change,
+                low=low,
+                high=high,
+                clamp_error=float(errors.mean()),
+                sqnr_db=sqnr_db.get(number),
+            )
+        )
+    return found
+
+
+def _unnamed(evidence: SiteEvidence) -> SiteEvidence:
+    return SiteEvidence(**{**asdict(evidence), "by": None})
+
+
+def _hits(steps: NDArray[np.int64], onsets: NDArray[np.int64], lags: range) -> int:
+    """Return how many onsets have one of `steps` at one of the lags before them."""
+    return int(np.isin(onsets[:, None] - np.array(lags), steps).any(axis=1).sum())
+
+
+def _followed(steps: NDArray[np.int64], onsets: NDArray[np.int64], lags: range) -> int:
+    return int(np.isin(steps[:, None] + np.array(lags), onsets).any(axis=1).sum())
+
+
+def _peak_lag(
+    steps: NDArray[np.int64], errors: NDArray[np.float64], onsets: NDArray[np.int64], lags: range
+) -> int | None:
+    """Return the lag at which the event-synchronous average of the clamp error is largest."""
+    sums = [errors[np.isin(steps, onsets - lag)].sum() for lag in lags]
+    return lags[int(np.argmax(sums))] if max(sums, default=0) > 0 else None
+
+
+def _interval(
+    mean: float, sd: float, is_relative: bool
+) -> tuple[float, float, float] | tuple[None, None, None]:
+    if not np.isfinite(mean) or not sd > 0:
+        return None, None, None
+    ends = [mean, mean - TWO_SIDED_95 * sd, mean + TWO_SIDED_95 * sd]
+    change, low, high = (float(np.expm1(x) if is_relative else x) for x in ends)
+    return change, low, high
+
+
+def _power(
+    weights: Weights, spikes: int, clamping: Clamping, shifts: Shifts, level: float
+) -> tuple[int | None, float | None]:
+    """Return the smallest effects by which a typical site is named: spikes, and loss.
+
+    The typical site clamps as often, and has the spread, of the median of those that clamped.
+    """
+    asked = clamping.counts() >= MIN_HITS
+    rank = int(level * len(shifts.offsets)) - 1
+    if not asked.any() or rank < 0:
+        return None, None
+    bar = float(np.sort(weights.highest()[1:])[::-1][min(rank, len(shifts.offsets) - 2)])
+    needed = None
+    if spikes >= MIN_HITS:
+        chance = np.clip(np.median(weights.expected[asked]) / spikes, 1e-4, 1 - 1e-6)
+        enough = np.flatnonzero(tail_weights(np.array([chance]), spikes)[0] > bar)
+        needed = int(enough[0]) if len(enough) else None
+    sd = weights.excess_sd[asked]
+    sd = sd[sd > 0]
+    # -log of a normal tail is near z^2 / 2 + log(z) + 0.92: two steps of iteration do.
+    z = np.sqrt(2 * bar)
+    for _ in range(3):
+        z = np.sqrt(max(2 * (bar - np.log(max(z, 1.0)) - 0.92), 0.25))
+    return needed, float(np.expm1(z * np.median(sd))) if len(sd) else None

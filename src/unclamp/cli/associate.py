@@ -1,0 +1,59 @@
+"""`unclamp associate`: does clamping at a site go with loss spikes more than chance?"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from unclamp.cli.app import JsonFlag, app
+
+SHOWN = 10
+
+
+@app.command()
+def associate(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    max_lag: Annotated[
+        int, typer.Option(min=1, max=1000, help="Clamping counts within so many steps.")
+    ] = 8,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say which sites clamp before loss spikes more often than chance has it."""
+    from rich.table import Table  # noqa: PLC0415
+
+    from unclamp.analysis.association import associate as ask  # noqa: PLC0415
+    from unclamp.runlog import RunLog  # noqa: PLC0415
+
+    with RunLog.open(path) as log:
+        found = ask(log, max_lag=max_lag)
+        status = log.header.status
+    if status != "finished":
+        typer.echo(f"The run is {status}: the answer is of what is there so far.", err=True)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+        return
+    console = Console(highlight=False, markup=False)
+    for sentence in found.sentences:
+        console.print(f"- {sentence}")
+    if not found.sites:
+        return
+    table = Table("site", "clamped", "before spikes", "p", "loss after", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    table.columns[0].overflow = "fold"
+    for site in found.sites[:SHOWN]:
+        change = "-" if site.loss_change is None else f"{100 * site.loss_change:+.2g} %"
+        hits = f"{site.hits} of {found.spikes} ({site.expected_hits:.1f})"
+        mark = "* " if site.by else ""
+        table.add_row(
+            f"{mark}{site.fqn} {site.role}",
+            f"{site.clamped_steps:,}",
+            hits,
+            f"{site.p:.3f}",
+            change,
+        )
+    console.print()
+    console.print(table)
+    console.print("\n* named. clamped: steps. In brackets: expected by chance. p: over all sites.")
