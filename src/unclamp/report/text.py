@@ -4,7 +4,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from unclamp.report.view import ScenarioView, View
+from unclamp.report.arms import ScenarioView
+from unclamp.report.view import View
 from unclamp.report.words import SITE_COLUMNS, arm_columns, arm_row, site_row
 
 TERMINAL_SITES = 5
