@@ -57,7 +57,9 @@ def write(path: Path, steps: int) -> float:
     """Write a log as fast as its threads keep up with, merges included; return the seconds."""
     generator = np.random.default_rng(0)
     began = time.perf_counter()
-    with RunLogWriter(path, header=Header(unclamp_version="bench"), flush_interval_s=1e9) as writer:
+    with RunLogWriter(
+        path, header=Header(unclamp_version="bench"), flush_interval_s=1e9
+    ) as writer:
         sites = {"site": range(SITES), "fqn": [f"layers.{i}" for i in range(SITES)]}
         same = {"role": "input", "format": "e4m3fn", "scaling": "delayed", "format_max": 448.0}
         writer.add("sites", sites | {name: [value] * SITES for name, value in same.items()})

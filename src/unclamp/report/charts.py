@@ -1,4 +1,4 @@
-"""The plots of a page, as plotly figures of a view's data. Those of a site's panel are in sites.js."""
+"""The plots of a page, as plotly figures of a view's data; those of a panel are in sites.js."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from unclamp.report.arms import ScenarioView
 from unclamp.report.runs import RunView
+from unclamp.report.words import spike_text
 
 COLOURS = ("#4b5563", "#2563eb", "#dc2626", "#059669", "#9333ea", "#d97706", "#0891b2", "#be185d")
 FONT = "system-ui, sans-serif"
@@ -71,17 +72,6 @@ def _add_spikes(figure: go.Figure, spikes: Sequence[Mapping[str, Any]], series: 
         hovertext=[f"spike of the {title}<br>{spike_text(spike)}" for spike in spikes],
         marker={"symbol": "triangle-down", "size": 9, "color": "#dc2626"}, showlegend=False,
     )  # fmt: skip
-
-
-def spike_text(spike: Mapping[str, Any]) -> str:
-    """Return a spike as one line: its steps and its height."""
-    recovery = "never" if spike["recovery"] is None else f"{spike['recovery']:,}"
-    how = "" if spike["height"] is None else f", {spike['height']:.2f}x its level"
-    how = ", not finite" if spike["kind"] == "nonfinite" else how
-    return (
-        f"onset {spike['onset']:,}, peak {spike['peak']:,}, end {spike['end']:,}, "
-        f"recovery {recovery}{how}"
-    )
 
 
 def _peak(spike: Mapping[str, Any]) -> float | None:

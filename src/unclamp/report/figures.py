@@ -79,9 +79,10 @@ def read_run(log: RunLog) -> RunFigures:
     Raises:
         RunLogError: As `RunLog.sql`.
     """
-    steps, series = _series(log)
-    with ThreadPoolExecutor(1) as pool:  # DuckDB needs no interpreter while spikes are sought
+    with ThreadPoolExecutor(1) as pool:  # DuckDB cuts while Python looks for spikes
         cutting = pool.submit(cut, log)
+        with RunLog.open(log.path) as another:  # a connection is for one thread
+            steps, series = _series(another)
         spikes = [
             spike
             for name, values in series.items()

@@ -18,7 +18,6 @@ from unclamp.report.charts import (
     heat_figure,
     replay_figure,
     run_figure,
-    spike_text,
 )
 from unclamp.report.evidence import CAUTION
 from unclamp.report.runs import RunView
@@ -33,6 +32,7 @@ from unclamp.report.words import (
     association_row,
     explanation_row,
     site_row,
+    spike_text,
 )
 
 LISTED_SPIKES = 100

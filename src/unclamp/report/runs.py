@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from unclamp.report.arms import final_loss
 from unclamp.report.evidence import named_sites, read_association, read_explanations
 from unclamp.report.figures import RunFigures, by_clamp_error
 from unclamp.report.panels import choose_sites, read_panels, rounded
@@ -114,10 +115,19 @@ def event_text(kind: str, data: str) -> str:
 def run_sentences(figures: RunFigures, switched: Mapping[tuple[str, str], list[int]]) -> list[str]:
     """Say in words what a run's figures show, and no more."""
     return [
+        *_final_sentence(figures),
         *_spike_sentences(figures),
         *_clamp_sentences(figures.sites),
         *_switch_sentences(switched),
     ]
+
+
+def _final_sentence(figures: RunFigures) -> list[str]:
+    final = final_loss(figures)
+    if final is None:
+        return []
+    but = ", planted ones left out" if figures.planted else ""
+    return [f"The final loss is {final:.4f}: mean over the last tenth of the steps{but}."]
 
 
 def _spike_sentences(figures: RunFigures) -> list[str]:

@@ -8,6 +8,7 @@ is drawn of it is for `figures` and `panels`.
 from dataclasses import dataclass
 
 from unclamp.runlog import SUMMARY_STEPS, RunLog
+from unclamp.runlog.summary import summary_sql
 
 MOST_WINDOWS = 300
 LONG_STEPS, LONG_ROWS = 2_000, 2_000_000
@@ -15,6 +16,9 @@ LONG_STEPS, LONG_ROWS = 2_000, 2_000_000
 CELLS = "report_cells"
 """Name of the table of windows that `cut` makes in the log's connection."""
 
+_SUMMARIES = f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
+"""What the view `summaries` adds up a row per window. Windows here are wider and added up once
+more, so the first sum would be made for nothing; it takes longer than all else on a page."""
 _COUNTS = ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
 _FROM_CASTS = """
     count(*) AS steps, count(*) FILTER (saturated > 0) AS clamped,
@@ -90,7 +94,7 @@ def _span(log: RunLog, table: str) -> tuple[int, int] | None:
 
 
 def _make_cells(log: RunLog, windows: Windows) -> None:
-    step, table = ("first_step", "summaries") if windows.from_summaries else ("step", "casts")
+    step, table = ("first_step", _SUMMARIES) if windows.from_summaries else ("step", "casts")
     figures = _FROM_SUMMARIES if windows.from_summaries else _FROM_CASTS
     counts = ", ".join(f"sum({name})::BIGINT AS {name}" for name in _COUNTS)
     log.sql(

@@ -39,9 +39,9 @@ TABLE_COLUMNS = (
      "mean over the casts that clamped"),
     ("overshoot", "overshoot", "ratio", "largest amax over the largest representable value"),
     ("underflow_share", "underflow", "share", "non-zero elements that became zero"),
-    ("sqnr_db_min", "SQNR min, dB", "decibel", "signal to quantisation noise, smallest of the "
+    ("sqnr_db_min", "SQNR dB, min", "decibel", "signal to quantisation noise, smallest of the "
      "inspected casts"),
-    ("sqnr_db_mean", "SQNR mean, dB", "decibel", "mean over the inspected casts"),
+    ("sqnr_db_mean", "SQNR dB, mean", "decibel", "mean over the inspected casts"),
     ("recasts", "re-cast", "count", "casts that guarded scaling repeated"),
     ("nonfinite", "Inf, NaN", "count", "elements that were not finite"),
     ("worst_step", "worst step", "step", "step with the largest clamp error"),
@@ -132,6 +132,17 @@ def explanation_row(row: Mapping[str, Any]) -> list[str]:
         percent(share) if known else "-",
         f"{percent(low)} to {percent(high)}" if within else "-",
     ]
+
+
+def spike_text(spike: Mapping[str, Any]) -> str:
+    """Return a spike as one line: its steps and its height."""
+    recovery = "never" if spike["recovery"] is None else f"{spike['recovery']:,}"
+    how = "" if spike["height"] is None else f", {spike['height']:.2f}x its level"
+    how = ", not finite" if spike["kind"] == "nonfinite" else how
+    return (
+        f"onset {spike['onset']:,}, peak {spike['peak']:,}, end {spike['end']:,}, "
+        f"recovery {recovery}{how}"
+    )
 
 
 def shortened(name: str, width: int) -> str:

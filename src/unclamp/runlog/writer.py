@@ -202,9 +202,7 @@ class RunLogWriter:
         self._missing = missing
         self._failure = error
         self._header = replace(self._header, missing=f"{missing}, because of {error!r}")
-        with suppress(
-            OSError, ValueError
-        ):  # a full disk has no room for this either; close() tries again
+        with suppress(OSError, ValueError):  # a full disk has no room for this either; close() tries again
             if self.rank == 0:
                 write_header(self.path, self._header)
             else:
