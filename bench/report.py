@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -59,7 +60,7 @@ def write_log(path: Path, *, steps: int = STEPS) -> Path:
     return path
 
 
-def _sites() -> dict[str, list[object]]:
+def _sites() -> dict[str, Any]:
     rows = [
         (f"model.layers.{layer}.{module}", role, fmt, largest)
         for layer in range(LAYERS)
@@ -72,7 +73,7 @@ def _sites() -> dict[str, list[object]]:
     return {"site": list(range(SITES)), **columns, **{k: [v] * SITES for k, v in same.items()}}
 
 
-def _steps(steps: int) -> dict[str, object]:
+def _steps(steps: int) -> dict[str, Any]:
     generator = np.random.default_rng(1)
     at = np.arange(steps)
     loss = 2 + 8 * np.exp(-at / 5000) + 0.02 * generator.standard_normal(steps)
@@ -119,7 +120,11 @@ def _part(generator: np.random.Generator, *, clamps: bool) -> tuple[pa.Table, pa
 def _shifted(rows: pa.Table, steps: int, *columns: str) -> pa.Table:
     for name in columns:
         index = rows.schema.get_field_index(name)
-        rows = rows.set_column(index, rows.schema.field(name), pc.add(rows.column(name), steps))
+        rows = rows.set_column(
+            index,
+            rows.schema.field(name),
+            pc.call_function("add", [rows.column(name), pa.scalar(steps)]),
+        )
     return rows
 
 

@@ -33,14 +33,14 @@ def run_figure(run: RunView) -> go.Figure:
             line={"color": colour, "width": 1.5}, showlegend=False,
             hovertemplate="step %{x}<br>%{y:.4g}<extra>" + title + "</extra>",
         )  # fmt: skip
-    for name in run.curves:
-        _add_spikes(figure, run.spikes, name)
-    _add_events(figure, run.events)
+    shapes = [shape for name in run.curves for shape in _add_spikes(figure, run.spikes, name)]
+    shapes += _add_events(figure, run.events)
     both = "grad_norm" in run.curves and "loss" in run.curves
     lane = {"domain": [0.93, 1.0], "visible": False, "fixedrange": True, "range": [-0.5, 1.5]}
     below = {"domain": [0.0, 0.27] if both else [0.0, 0.91], "title": "gradient norm"}
     figure.update_layout(
         height=480 if both else 380,
+        shapes=shapes,
         xaxis={"title": "step", "anchor": "y2" if "grad_norm" in run.curves else "y"},
         yaxis={"domain": [0.35 if both else 0.0, 0.91], "title": "loss"},
         yaxis3={**lane, "anchor": "x"},
@@ -50,11 +50,14 @@ def run_figure(run: RunView) -> go.Figure:
     return figure
 
 
-def _add_spikes(figure: go.Figure, spikes: Sequence[Mapping[str, Any]], series: str) -> None:
+def _add_spikes(
+    figure: go.Figure, spikes: Sequence[Mapping[str, Any]], series: str
+) -> list[dict[str, Any]]:
+    """Mark the peaks of a series' spikes and return their bands."""
     title, axis, _ = _SERIES[series]
     spikes = [spike for spike in spikes if spike["series"] == series]
     if not spikes:
-        return
+        return []
     spikes = sorted(spikes, key=lambda s: -(s["sigmas"] or math.inf))[:MOST_BANDS]
     shapes = []
     for spike in spikes:
@@ -65,13 +68,13 @@ def _add_spikes(figure: go.Figure, spikes: Sequence[Mapping[str, Any]], series: 
         if spike["recovery"] is not None:
             calm = {"fillcolor": RECOVERY, "line": {"width": 0}}
             shapes.append({**where, "x0": end, "x1": max(end, spike["recovery"]), **calm})
-    figure.update_layout(shapes=[*figure.layout.shapes, *shapes])
     figure.add_scatter(
         x=[spike["peak"] for spike in spikes], y=[_peak(spike) for spike in spikes], yaxis=axis,
         mode="markers", name=f"spike of the {title}", hoverinfo="text",
         hovertext=[f"spike of the {title}<br>{spike_text(spike)}" for spike in spikes],
         marker={"symbol": "triangle-down", "size": 9, "color": "#dc2626"}, showlegend=False,
     )  # fmt: skip
+    return shapes
 
 
 def _peak(spike: Mapping[str, Any]) -> float | None:
@@ -81,8 +84,9 @@ def _peak(spike: Mapping[str, Any]) -> float | None:
     return spike["level"] * spike["height"]
 
 
-def _add_events(figure: go.Figure, events: Sequence[Mapping[str, Any]]) -> None:
-    lines = []
+def _add_events(figure: go.Figure, events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mark events in the lane above the curves and return their lines."""
+    lines: list[dict[str, Any]] = []
     for i, kind in enumerate(dict.fromkeys(event["kind"] for event in events)):
         colour = EVENT_COLOURS.get(kind, COLOURS[(i + 4) % len(COLOURS)])
         found = [event for event in events if event["kind"] == kind]
@@ -98,7 +102,7 @@ def _add_events(figure: go.Figure, events: Sequence[Mapping[str, Any]]) -> None:
              **style}
             for e in (found if len(found) <= MOST_LINES else [])
         ]  # fmt: skip
-    figure.update_layout(shapes=[*figure.layout.shapes, *lines])
+    return lines
 
 
 def _wrapped(text: str, width: int = 70) -> str:

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
-from unclamp.errors import RunLogError
-from unclamp.runlog import RunLog, is_run
+from unclamp.runlog import RunLog, Status
 
 QUIET_S = 60.0
 """A run that wrote nothing for so long may have been killed; a flush interval is 2 s."""
+ABSENT = "not begun"
 OBSERVED = (
     "This run was only observed: nothing was cast in the training. The counts are what FP8 would "
     "have lost, and the loss is that of the training without it."
@@ -40,30 +41,20 @@ def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
     return notes + ([OBSERVED] if header.metadata.get("observed") else [])
 
 
-def study_notes(status: str, runs: Mapping[str, Path], *, now_s: float | None = None) -> list[str]:
+def study_notes(status: str, runs: Mapping[str, str]) -> list[str]:
     """Return which runs of a study are missing, unfinished or unreadable; nothing of a whole one.
 
     Args:
         status: As the study's header says.
-        runs: Folder of every run that the study has when it is whole, by name.
-        now_s: As in `run_notes`.
+        runs: By name, of every run that the study has when it is whole: its status, `ABSENT`, or
+            why it cannot be read.
     """
-    absent, unfinished, unreadable = [], [], []
-    for name, path in runs.items():
-        if not is_run(path):
-            absent.append(name)
-            continue
-        try:
-            with RunLog.open(path) as log:
-                state = log.header.status
-        except RunLogError:
-            unreadable.append(name)
-            continue
-        if state != "finished":
-            unfinished.append(name)
+    states = get_args(Status)
+    unfinished = [name for name, state in runs.items() if state in states and state != "finished"]
+    absent = [name for name, state in runs.items() if state == ABSENT]
     notes = []
     if status != "finished" or absent or unfinished:
-        whole = len(runs) - len(absent) - len(unfinished) - len(unreadable)
+        whole = sum(state == "finished" for state in runs.values())
         notes.append(
             f"The study is not finished: {whole} of {len(runs)} runs are. Run the same "
             "`unclamp study` again to train the rest."
@@ -75,9 +66,8 @@ def study_notes(status: str, runs: Mapping[str, Path], *, now_s: float | None = 
         )
     if absent:
         notes.append(f"Not begun: {_listed(absent)}.")
-    if unreadable:
-        notes.append(f"Unreadable: {_listed(unreadable)}.")
-    return notes
+    unreadable = {name: state for name, state in runs.items() if state not in (*states, ABSENT)}
+    return notes + [f"{name} cannot be read: {why}." for name, why in unreadable.items()]
 
 
 def ago(seconds: float) -> str:

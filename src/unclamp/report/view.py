@@ -11,7 +11,7 @@ from unclamp.errors import RunLogError, UnclampError
 from unclamp.report.arms import ScenarioView, scenario_view
 from unclamp.report.figures import RunFigures, read_run
 from unclamp.report.runs import RunView, read_run_view
-from unclamp.report.status import run_notes, study_notes
+from unclamp.report.status import ABSENT, run_notes, study_notes
 from unclamp.runlog import Header, RunLog, is_run
 from unclamp.study.config import SCENARIOS, StudyConfig, is_study, read_study
 
@@ -122,11 +122,15 @@ def _study_view(path: Path) -> View:
     config = StudyConfig.from_dict(study["config"])
     paths = _run_paths(path)
     scenarios = []
+    states: dict[str, str] = {}
     runs: dict[str, dict[str, list[str]]] = {}
     for name in config.scenarios:
         figures: dict[str, dict[int, RunFigures]] = defaultdict(dict)
         for (scenario, arm, seed), run in paths.items():
-            if scenario == name and (found := _figures(run)) is not None:
+            if scenario != name:
+                continue
+            found, states[f"{scenario}/{arm}/seed-{seed}"] = _figures(run)
+            if found is not None:
                 figures[arm][seed] = found
                 runs.setdefault(name, {}).setdefault(arm, []).append(str(run.relative_to(path)))
         switched = study.get("switched", {}).get(name, {})
@@ -148,7 +152,7 @@ def _study_view(path: Path) -> View:
         path=str(path),
         status=study["status"],
         facts=facts,
-        notes=study_notes(study["status"], {"/".join(map(str, k)): p for k, p in paths.items()}),
+        notes=study_notes(study["status"], states),
         scenarios=scenarios,
         run=None,
         runs=runs,
@@ -166,13 +170,13 @@ def _run_paths(path: Path) -> dict[tuple[str, str, int], Path]:
     }
 
 
-def _figures(run: Path) -> RunFigures | None:
-    """Return a run's figures; None if it has recorded nothing yet, or cannot be read."""
+def _figures(run: Path) -> tuple[RunFigures | None, str]:
+    """Return a run's figures, None if it recorded no step or cannot be read; and its state."""
     if not is_run(run):
-        return None
+        return None, ABSENT
     try:
         with RunLog.open(run) as log:
             figures = read_run(log)
-    except RunLogError:
-        return None  # the notes of the study name it
-    return figures if figures.steps else None
+    except RunLogError as error:
+        return None, str(error)
+    return (figures if figures.steps else None), figures.status

@@ -122,16 +122,17 @@ def association_row(row: Mapping[str, Any]) -> list[str]:
 
 def explanation_row(row: Mapping[str, Any]) -> list[str]:
     """Return a site's share of a replayed spike as cells under `EXPLANATION_COLUMNS`."""
-    share = row.get("share")
-    known = isinstance(share, int | float)
-    low, high = row.get("low"), row.get("high")
-    within = isinstance(low, int | float) and isinstance(high, int | float)
+    low, high = _percent(row.get("low")), _percent(row.get("high"))
     return [
         str(row.get("fqn") or "-"),
         str(row.get("role") or "-"),
-        percent(share) if known else "-",
-        f"{percent(low)} to {percent(high)}" if within else "-",
+        _percent(row.get("share")),
+        "-" if "-" in (low, high) else f"{low} to {high}",
     ]
+
+
+def _percent(share: object) -> str:
+    return percent(share) if isinstance(share, int | float) else "-"
 
 
 def spike_text(spike: Mapping[str, Any]) -> str:
