@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from planted_run import write_large, write_planted
+from unclamp.cli import app
+from unclamp.formats import FORMATS
 from unclamp.report import build_view
 from unclamp.report.text import print_view
 from unclamp.report.words import shortened
@@ -103,3 +106,13 @@ def test_a_damaged_run_is_named_and_does_not_hide_the_others(tmp_path: Path) -> 
     assert note.startswith("text/delayed/seed-1 cannot be read:")
     arms = {arm.name: arm for arm in view.scenarios[0].arms}
     assert (arms["delayed"].seeds, arms["dynamic"].seeds) == (1, 2)
+
+
+def test_formats_fit_80_columns_with_every_number_whole() -> None:
+    done = CliRunner().invoke(app, ["formats"], env={"COLUMNS": "80"})
+    assert done.exit_code == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "…" not in done.stdout
+    for fmt in FORMATS.values():
+        assert f"{fmt.min_subnormal:.10g}" in done.stdout
+        assert fmt.standard in " ".join(done.stdout.split())

@@ -204,7 +204,7 @@ def embed(figure: go.Figure, name: str) -> str:
         font={"family": FONT, "size": 12},
         margin={"l": 60, "r": 20, "t": 20, "b": 45},
         hovermode="closest",
-        legend={"orientation": "h", "y": 1.12},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
     )
     config = {"displaylogo": False, "responsive": True}
     return figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)

@@ -25,6 +25,7 @@ from unclamp.report.view import View
 from unclamp.report.words import (
     ASSOCIATION_COLUMNS,
     EXPLANATION_COLUMNS,
+    SERIES,
     SITE_COLUMNS,
     TABLE_COLUMNS,
     arm_columns,
@@ -114,7 +115,7 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
     return {
         "view": run,
         "loss": Markup(embed(run_figure(run), "loss-run")) if run.curves else "",
-        "spikes": [(s["series"].replace("_", " "), spike_text(s)) for s in run.spikes],
+        "spikes": [(SERIES[s["series"]], spike_text(s)) for s in run.spikes],
         "listed_spikes": LISTED_SPIKES,
         "heat": heat,
         "association": association,

@@ -12,6 +12,7 @@ from unclamp.report.evidence import CAUTION
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
+    SERIES,
     arm_columns,
     arm_row,
     shortened,
@@ -47,7 +48,7 @@ def _run(run: RunView, width: int) -> RenderableType:
     if run.spikes:
         shown = run.spikes[:TERMINAL_SPIKES]
         parts.append(Text("\nspikes", style="bold"))
-        parts += [_bullet(f"{s['series'].replace('_', ' ')}: {spike_text(s)}") for s in shown]
+        parts += [_bullet(f"{SERIES[s['series']]}: {spike_text(s)}") for s in shown]
         if len(shown) < len(run.spikes):
             parts.append(Text(f"  and {len(run.spikes) - len(shown)} more: unclamp spikes RUN"))
     if run.association is not None:

@@ -135,6 +135,10 @@ def _percent(share: object) -> str:
     return percent(share) if isinstance(share, int | float) else "-"
 
 
+SERIES = {"loss": "loss", "grad_norm": "gradient norm"}
+"""What a series is called where people read."""
+
+
 def spike_text(spike: Mapping[str, Any]) -> str:
     """Return a spike as one line: its steps and its height."""
     recovery = "never" if spike["recovery"] is None else f"{spike['recovery']:,}"

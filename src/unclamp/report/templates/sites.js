@@ -9,7 +9,7 @@
   const state = { sort: null, down: true, role: "all", clamped: false, shown: [], at: -1, open: null };
 
   // How a value is written ------------------------------------------------------------------
-  const figures = (v) => (v === 0 ? "0" : v >= 1e5 ? v.toExponential(2) : String(Number(v.toPrecision(3))));
+  const figures = (v) => (v === 0 ? "0" : v >= 1e5 || v < 1e-3 ? v.toExponential(1) : String(Number(v.toPrecision(3))));
   const write = {
     name: (v) => v, text: (v) => v, scaling: (v) => v,
     count: (v) => v.toLocaleString("en-US"), step: (v) => v.toLocaleString("en-US"),
