@@ -15,8 +15,8 @@ from unclamp.report.evidence import CAUTION, read_explanations
 from unclamp.report.html import write_page
 from unclamp.report.runs import RunView, event_text
 from unclamp.report.status import OBSERVED, ago
-from unclamp.report.windows import LONG_STEPS, MOST_WINDOWS
-from unclamp.runlog import Header, RunLogWriter
+from unclamp.report.windows import LONG_STEPS, MOST_WINDOWS, cut
+from unclamp.runlog import Header, RunLog, RunLogWriter
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +230,15 @@ def test_replays_are_shown_whatever_keys_they_lack(tmp_path: Path) -> None:
     assert 'id="replay-0"' in text
     assert "[[override]]" in text
     assert "explain-13.json cannot be read" in text
+
+
+def test_a_slow_query_prints_no_progress_into_the_json(planted_run: Path) -> None:
+    with RunLog.open(planted_run) as log:
+        cut(log)
+        assert log.sql("SELECT current_setting('enable_progress_bar') AS on_").to_pylist() == [
+            {"on_": False}
+        ]
+
+
+def test_one_log_gives_one_report(planted_run: Path) -> None:
+    assert build_view(planted_run).to_dict() == build_view(planted_run).to_dict()

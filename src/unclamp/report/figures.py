@@ -89,7 +89,7 @@ def read_run(log: RunLog) -> RunFigures:
             for spike in find_spikes(values, steps=steps, series=name)
         ]
         windows = cutting.result()
-    sites = log.sql(_SITES).to_pylist()
+    sites = [_settled(site) for site in log.sql(_SITES).to_pylist()]
     planted = log.sql("SELECT DISTINCT step FROM events WHERE kind = 'planted'").to_pydict()["step"]
     recorded = set(steps)
     return RunFigures(
@@ -104,6 +104,15 @@ def read_run(log: RunLog) -> RunFigures:
         sites=sites,
         shares=_shares(log, sites, windows),
     )
+
+
+def _settled(site: dict[str, Any]) -> dict[str, Any]:
+    """Return a site with its sums of fractions to nine figures.
+
+    DuckDB's threads add in any order, and one log gives one report.
+    """
+    sums = {name: site[name] for name in ("clamp_error", "sqnr_db_mean")}
+    return site | {k: None if v is None else float(f"{v:.9g}") for k, v in sums.items()}
 
 
 def by_clamp_error(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
