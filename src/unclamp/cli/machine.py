@@ -1,6 +1,8 @@
 """`unclamp formats` and `unclamp doctor`: what FP8 is, and what this machine does with it."""
 
 import json
+from itertools import groupby
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -14,7 +16,7 @@ def formats(as_json: JsonFlag = False) -> None:
     """Print the FP8 formats and their limits."""
     from rich.table import Table  # noqa: PLC0415
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": fmt.name,
             "max": fmt.max,
@@ -29,10 +31,21 @@ def formats(as_json: JsonFlag = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    table = Table(*(key.replace("_", " ") for key in rows[0]), box=None)
+    shown = [key for key in rows[0] if key != "standard"]  # too long for a terminal's table
+    table = Table(*(key.replace("_", " ") for key in shown), box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(f"{v:.10g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
+        table.add_row(*(_cell(row[key]) for key in shown))
+    console = Console()
+    console.print(table)
+    console.print()
+    for standard, same in groupby(rows, key=lambda row: row["standard"]):
+        console.print(f"{', '.join(row['name'] for row in same)}: {standard}", highlight=False)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """`unclamp report`: the page, the tables and the JSON of a run or a study."""
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,19 +18,23 @@ if TYPE_CHECKING:
 @app.command()
 def report(
     path: Annotated[Path, typer.Argument(help="Folder of a run or a study.")],
+    site: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob of sites whose panels the page holds too; may be repeated."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write PATH/report.html and print the same figures."""
-    show_report(path, as_json=as_json)
+    show_report(path, as_json=as_json, sites=site or ())
 
 
-def show_report(path: Path, *, as_json: bool) -> None:
-    """Write the page beside the run and print its figures."""
+def show_report(path: Path, *, as_json: bool, sites: Sequence[str] = ()) -> None:
+    """Write the page beside the run and print its figures; `sites` as in `build_view`."""
     from unclamp.report.html import write_page  # noqa: PLC0415
     from unclamp.report.text import print_view  # noqa: PLC0415
     from unclamp.report.view import build_view  # noqa: PLC0415
 
-    view: View = build_view(path)
+    view: View = build_view(path, sites=sites)
     try:
         page = write_page(view, path / "report.html")
     except OSError as error:
@@ -38,5 +42,5 @@ def show_report(path: Path, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({**view.to_dict(), "page": str(page)}, indent=1, allow_nan=False))
         return
-    print_view(view, Console(width=None if sys.stdout.isatty() else 160))
+    print_view(view, Console())
     typer.echo(f"\nThe page: {page}")

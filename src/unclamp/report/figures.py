@@ -1,13 +1,18 @@
-"""The figures of one run, read from its log: losses, spikes, and totals a site. Torch-free."""
+"""The figures of one run, read from its log: curves, spikes, windows, totals a site. Torch-free."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unclamp.analysis import find_spikes
+from unclamp.analysis import Spike, find_spikes, run_curve
+from unclamp.errors import AnalysisError
+from unclamp.report.windows import CELLS, Windows, cut
 from unclamp.runlog import RunLog
+
+HEAT_SITES = 60
+_NAN = float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,79 +20,125 @@ class RunFigures:
     """The figures of one run.
 
     Attributes:
-        steps: Step numbers of `loss`.
+        steps: Step numbers of `loss` and `grad_norm`, rising; a step counts once.
+        loss: Mean over ranks; NaN where none was recorded.
+        grad_norm: The same of the gradient norm; empty if it was never recorded.
         planted: Steps whose batch was planted.
-        spikes: Steps at which a detected spike begins.
-        sites: A row of totals a site.
-        shares: Saturated share `[sites, steps]`, in the order of `sites` and `steps`.
+        spikes: Of the loss and the gradient norm, by onset.
+        windows: How the steps are cut for the figures of sites.
+        sites: A row of totals a site, in the order of their ids.
+        shares: Saturated share a window, by site (fqn, role), of the sites with the largest total
+            clamp error, worst first.
     """
 
     status: str
     steps: list[int]
     loss: list[float]
+    grad_norm: list[float]
     planted: list[int]
-    spikes: list[int]
+    spikes: list[Spike]
     tokens_per_s: float | None
+    windows: Windows
     sites: list[dict[str, Any]]
-    shares: np.ndarray
+    shares: dict[tuple[str, str], np.ndarray]
+
+    @property
+    def loss_spikes(self) -> list[int]:
+        """Steps at which a spike of the loss begins."""
+        return [spike.onset for spike in self.spikes if spike.series == "loss"]
 
 
-_SITES = """
-SELECT fqn, role, any_value(format) AS format, any_value(scaling) AS scaling,
-       sum(elements)::BIGINT AS elements, sum(saturated)::BIGINT AS saturated,
-       sum(underflowed)::BIGINT AS underflowed, sum(nonfinite)::BIGINT AS nonfinite,
-       count(*) FILTER (saturated > 0)::BIGINT AS clamped_casts,
-       sum(recast)::BIGINT AS recasts, sum(microsteps)::BIGINT AS casts,
-       max(amax::DOUBLE * scale / format_max) AS overshoot,
-       sum(saturated_error) AS clamp_error,
-       arg_max(step, saturated_error) FILTER (saturated > 0) AS worst_step
-FROM casts JOIN sites USING (site) GROUP BY site, fqn, role ORDER BY site
+_SITES = f"""
+WITH totals AS (
+    SELECT site, sum(elements)::BIGINT AS elements, sum(saturated)::BIGINT AS saturated,
+        sum(underflowed)::BIGINT AS underflowed, sum(nonfinite)::BIGINT AS nonfinite,
+        sum(recast)::BIGINT AS recasts, sum(microsteps)::BIGINT AS casts,
+        sum(steps)::BIGINT AS rows, sum(clamped)::BIGINT AS clamped_casts,
+        max(scaled_amax) AS scaled_amax, sum(error) AS clamp_error,
+        max(error_max) AS clamp_error_max,
+        max_by(worst_step, (error_max, ~worst_step)) FILTER (error_max > 0) AS worst_step,
+        min(sqnr_min) AS sqnr_db_min, sum(sqnr_sum) / nullif(sum(sqnr_steps), 0) AS sqnr_db_mean
+    FROM {CELLS} GROUP BY site)
+SELECT fqn, role, format, scaling, history_len, granularity, format_max, totals.*,
+    scaled_amax / format_max AS overshoot
+FROM (SELECT DISTINCT ON (site) * FROM sites ORDER BY site) JOIN totals USING (site) ORDER BY site
 """
-_SHARES = """
-SELECT site, step, sum(saturated) / greatest(sum(elements), 1)::DOUBLE AS share
-FROM casts WHERE saturated > 0 GROUP BY site, step
+_SHARES = f"""
+SELECT site, cell, saturated / greatest(elements, 1)::DOUBLE AS share FROM {CELLS}
+WHERE saturated > 0 AND list_contains($sites, site)
+"""
+_TOKENS_PER_S = """
+SELECT median(map_extract(scalars, 'tokens')[1] / step_ms * 1e3) AS speed FROM steps
+WHERE step_ms > 0 AND step > (SELECT min(step) FROM steps)
 """
 
 
-def read_run(path: Path) -> RunFigures:
-    """Return the figures of a run, finished or not.
+def read_run(log: RunLog) -> RunFigures:
+    """Return the figures of a run, finished or not; leaves the table `CELLS` in its connection.
 
     Raises:
-        RunLogError: No run, or one that another version wrote.
+        RunLogError: As `RunLog.sql`.
     """
-    with RunLog.open(path) as log:
-        steps = log.steps().to_pydict()
-        sites = log.sql(_SITES).to_pylist()
-        ids = log.sql("SELECT DISTINCT site FROM casts ORDER BY site").to_pydict()["site"]
-        cells = log.sql(_SHARES).to_pydict()
-        planted = log.sql("SELECT step FROM events WHERE kind = 'planted'").to_pydict()["step"]
-        status = log.header.status
-    column = {step: i for i, step in enumerate(steps["step"])}
-    row = {site: i for i, site in enumerate(ids)}
-    shares = np.zeros((len(ids), len(column)))
-    for site, step, share in zip(cells["site"], cells["step"], cells["share"], strict=True):
-        if step in column:
-            shares[row[site], column[step]] = share
-    loss = [float("nan") if v is None else v for v in steps["loss"]]
-    recorded = any(v is not None for v in steps["loss"])
-    spikes = find_spikes(loss, steps=steps["step"]) if recorded else []
+    with ThreadPoolExecutor(1) as pool:  # DuckDB cuts while Python looks for spikes
+        cutting = pool.submit(cut, log)
+        with RunLog.open(log.path) as another:  # a connection is for one thread
+            steps, series = _series(another)
+        spikes = [
+            spike
+            for name, values in series.items()
+            for spike in find_spikes(values, steps=steps, series=name)
+        ]
+        windows = cutting.result()
+    sites = [_settled(site) for site in log.sql(_SITES).to_pylist()]
+    planted = log.sql("SELECT DISTINCT step FROM events WHERE kind = 'planted'").to_pydict()["step"]
+    recorded = set(steps)
     return RunFigures(
-        status=status,
-        steps=steps["step"],
-        loss=loss,
-        planted=sorted(step for step in planted if step in column),
-        spikes=[spike.onset for spike in spikes],
-        tokens_per_s=_tokens_per_s(steps),
+        status=log.header.status,
+        steps=steps,
+        loss=_floats(series.get("loss", [None] * len(steps))),
+        grad_norm=_floats(series.get("grad_norm", [])),
+        planted=sorted(step for step in planted if step in recorded),
+        spikes=sorted(spikes, key=lambda spike: (spike.onset, spike.series != "loss")),
+        tokens_per_s=log.sql(_TOKENS_PER_S).to_pydict()["speed"][0],
+        windows=windows,
         sites=sites,
-        shares=shares,
+        shares=_shares(log, sites, windows),
     )
 
 
-def _tokens_per_s(steps: dict[str, list[Any]]) -> float | None:
-    """Return the median speed; the first step pays for warming up."""
-    speeds = [
-        dict(scalars)["tokens"] / ms * 1e3
-        for scalars, ms in zip(steps["scalars"], steps["step_ms"], strict=True)
-        if ms and scalars and "tokens" in dict(scalars)
-    ]
-    return float(np.median(speeds[1:])) if len(speeds) > 1 else None
+def _settled(site: dict[str, Any]) -> dict[str, Any]:
+    """Return a site with its sums of fractions to nine figures.
+
+    DuckDB's threads add in any order, and one log gives one report.
+    """
+    sums = {name: site[name] for name in ("clamp_error", "sqnr_db_mean")}
+    return site | {k: None if v is None else float(f"{v:.9g}") for k, v in sums.items()}
+
+
+def by_clamp_error(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the sites with the largest total clamp error first; then by name."""
+    return sorted(sites, key=lambda site: (-site["clamp_error"], site["fqn"], site["role"]))
+
+
+def _series(log: RunLog) -> tuple[list[int], dict[str, list[float | None]]]:
+    """Return steps and series of a run; without any that recorded neither."""
+    try:
+        curve = run_curve(log)
+    except AnalysisError:  # neither loss nor gradient norm
+        return log.sql("SELECT DISTINCT step FROM steps ORDER BY step").to_pydict()["step"], {}
+    return curve.steps.tolist(), curve.series
+
+
+def _floats(values: list[float | None]) -> list[float]:
+    return [_NAN if value is None else value for value in values]
+
+
+def _shares(
+    log: RunLog, sites: list[dict[str, Any]], windows: Windows
+) -> dict[tuple[str, str], np.ndarray]:
+    clamped = [site for site in by_clamp_error(sites) if site["saturated"]][:HEAT_SITES]
+    shares = {site["site"]: np.zeros(windows.count) for site in clamped}
+    cells = log.sql(_SHARES, sites=list(shares)).to_pydict() if shares else {"site": []}
+    for place, site in enumerate(cells["site"]):
+        shares[site][cells["cell"][place]] = cells["share"][place]
+    return {(site["fqn"], site["role"]): shares[site["site"]] for site in clamped}

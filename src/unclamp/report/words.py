@@ -1,8 +1,9 @@
 """How the report's figures are written: the same in the terminal and on the page."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from unclamp.report.view import ArmView, ScenarioView
+from unclamp.report.arms import ArmView, ScenarioView
 
 ARM_COLUMNS = (
     "arm",
@@ -27,6 +28,37 @@ SITE_COLUMNS = (
     "underflow",
     "worst step",
 )
+
+TABLE_COLUMNS = (
+    ("fqn", "site", "name", "dotted name of the module"),
+    ("role", "role", "text", "which operand: input, weight or grad_output"),
+    ("scaling", "scaling, format", "scaling", "kind of scaling and FP8 format at the beginning"),
+    ("saturated", "saturated", "count", "finite elements clamped to the largest value"),
+    ("clamped_casts", "clamped casts", "count", "recorded casts in which anything was clamped"),
+    ("clamp_error", "clamp error", "share", "share of the tensor's squares that clamping removed, "
+     "mean over the casts that clamped"),
+    ("overshoot", "overshoot", "ratio", "largest amax over the largest representable value"),
+    ("underflow_share", "underflow", "share", "non-zero elements that became zero"),
+    ("sqnr_db_min", "SQNR dB, min", "decibel", "signal to quantisation noise, smallest of the "
+     "inspected casts"),
+    ("sqnr_db_mean", "SQNR dB, mean", "decibel", "mean over the inspected casts"),
+    ("recasts", "re-cast", "count", "casts that guarded scaling repeated"),
+    ("nonfinite", "Inf, NaN", "count", "elements that were not finite"),
+    ("worst_step", "worst step", "step", "step with the largest clamp error"),
+)  # fmt: skip
+"""The table of all sites: key of a row, heading, how it is written, and what it means."""
+ASSOCIATION_COLUMNS = (
+    "site",
+    "role",
+    "lag",
+    "hits",
+    "by chance",
+    "p",
+    "effect",
+    "interval",
+    "note",
+)
+EXPLANATION_COLUMNS = ("site", "role", "share", "interval")
 
 
 def arm_columns(scenario: ScenarioView) -> list[str]:
@@ -71,6 +103,75 @@ def site_row(site: dict[str, Any]) -> list[str]:
         percent(site["underflow_share"]),
         str(site["worst_step"]),
     ]
+
+
+def association_row(row: Mapping[str, Any]) -> list[str]:
+    """Return a site's association as cells under `ASSOCIATION_COLUMNS`; "-" for what is missing."""
+    return [
+        str(row.get("fqn") or "-"),
+        str(row.get("role") or "-"),
+        _plain(row.get("lag")),
+        _plain(row.get("hits")),
+        _plain(row.get("expected_hits")),
+        _plain(row.get("p")),
+        _plain(row.get("effect")),
+        _interval(row),
+        str(row.get("note") or ""),
+    ]
+
+
+def explanation_row(row: Mapping[str, Any]) -> list[str]:
+    """Return a site's share of a replayed spike as cells under `EXPLANATION_COLUMNS`."""
+    low, high = _percent(row.get("low")), _percent(row.get("high"))
+    return [
+        str(row.get("fqn") or "-"),
+        str(row.get("role") or "-"),
+        _percent(row.get("share")),
+        "-" if "-" in (low, high) else f"{low} to {high}",
+    ]
+
+
+def _percent(share: object) -> str:
+    return percent(share) if isinstance(share, int | float) else "-"
+
+
+SERIES = {"loss": "loss", "grad_norm": "gradient norm"}
+"""What a series is called where people read."""
+
+
+def spike_text(spike: Mapping[str, Any]) -> str:
+    """Return a spike as one line: its steps and its height."""
+    recovery = "never" if spike["recovery"] is None else f"{spike['recovery']:,}"
+    how = "" if spike["height"] is None else f", {spike['height']:.2f}x its level"
+    how = ", not finite" if spike["kind"] == "nonfinite" else how
+    return (
+        f"onset {spike['onset']:,}, peak {spike['peak']:,}, end {spike['end']:,}, "
+        f"recovery {recovery}{how}"
+    )
+
+
+def shortened(name: str, width: int) -> str:
+    """Return a name cut in its middle to at most `width` characters, the tail kept longer.
+
+    Example:
+        >>> shortened("model.layers.0.mlp.down_proj", 20)
+        'model.l…lp.down_proj'
+    """
+    if len(name) <= width:
+        return name
+    tail = max(1, (width - 1) * 2 // 3)
+    return f"{name[: max(0, width - 1 - tail)]}…{name[-tail:]}"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else "-"
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    low, high = row.get("low"), row.get("high")
+    return "-" if low is None or high is None else f"{_plain(low)} to {_plain(high)}"
 
 
 def percent(share: float) -> str:

@@ -1,0 +1,300 @@
+"""Runs side by side: the arms of a scenario over their seeds, as plain data. Torch-free.
+
+What one run shows is in `runs`; which runs a study has is for `view`.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unclamp.report.figures import HEAT_SITES, RunFigures
+from unclamp.report.thinning import kept_places
+
+FINAL_SHARE = 0.1
+"""The final loss is the mean over this last share of the steps that are not planted."""
+BASELINE = "dynamic"
+"""The arm that losses at planted steps are compared with."""
+WORST_SITES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmView:
+    """One arm over its seeds; counts are means a run, rates are fractions.
+
+    Attributes:
+        final_loss: Mean over seeds of the mean loss over the last tenth of the steps, planted
+            ones left out.
+        final_loss_spread: Standard deviation of that over seeds; None with one seed.
+        final_gap: Final loss minus that of the dynamic arm on the same seed: mean, and standard
+            deviation over seeds, NaN with one; None for that arm itself.
+        planted_ratio: Loss over that of the dynamic arm at the same planted step and seed,
+            mean, smallest and largest; None without planted steps or without that arm.
+        casts: Casts made.
+        clamped_casts: Casts in which anything saturated.
+        recasts: Casts repeated with the true scale, by guarded scaling.
+        overshoot: Largest amax over the largest representable value.
+    """
+
+    name: str
+    seeds: int
+    unfinished: int
+    final_loss: float | None
+    final_loss_spread: float | None
+    final_gap: tuple[float, float] | None
+    planted_ratio: tuple[float, float, float] | None
+    planted_spikes: int
+    other_spikes: int
+    saturated: float
+    casts: float
+    clamped_casts: float
+    recasts: float
+    underflow_share: float
+    overshoot: float
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenarioView:
+    """One scenario: its arms side by side, and what the plots show."""
+
+    name: str
+    description: str
+    findings: list[str]
+    planted: list[int]
+    arms: list[ArmView]
+    curves: dict[str, dict[str, list[float]]]
+    spikes: dict[str, list[int]]
+    heat: dict[str, dict[str, Any]]
+    worst: dict[str, list[dict[str, Any]]]
+    switched: dict[str, list[str]]
+
+
+def scenario_view(
+    name: str,
+    description: str,
+    figures: dict[str, dict[int, RunFigures]],
+    switched: dict[str, list[str]],
+) -> ScenarioView:
+    """Return a scenario's view.
+
+    Args:
+        name: Of the scenario.
+        description: What is in it.
+        figures: Of every run that there is, by arm and seed; an arm without runs is left out.
+        switched: Sites that an arm made dynamic, by arm.
+    """
+    figures = {arm: runs for arm, runs in figures.items() if runs}
+    baseline = figures.get(BASELINE, {})
+    arms = [_arm_view(arm, runs, baseline) for arm, runs in figures.items()]
+    planted = sorted({s for runs in figures.values() for run in runs.values() for s in run.planted})
+    return ScenarioView(
+        name=name,
+        description=description,
+        findings=_findings(arms, len(planted), switched),
+        planted=planted,
+        arms=arms,
+        curves={arm: _curve(list(runs.values())) for arm, runs in figures.items()},
+        spikes={
+            arm: sorted({step for run in runs.values() for step in run.loss_spikes})
+            for arm, runs in figures.items()
+        },
+        heat={arm: _heat(list(runs.values())) for arm, runs in figures.items()},
+        worst={arm: _worst(list(runs.values())) for arm, runs in figures.items()},
+        switched=switched,
+    )
+
+
+def _arm_view(name: str, runs: dict[int, RunFigures], baseline: dict[int, RunFigures]) -> ArmView:
+    """Sum an arm up; its counts are of finished runs, or of all where none is finished."""
+    counted = _finished(runs) or runs
+    finals = [f for f in map(final_loss, counted.values()) if f is not None]
+    sites = [site for run in counted.values() for site in run.sites]
+    speeds = [run.tokens_per_s for run in counted.values() if run.tokens_per_s is not None]
+    elements = sum(site["elements"] for site in sites)
+    at_planted = [s for run in counted.values() for s in run.loss_spikes if s in run.planted]
+    spikes = sum(len(run.loss_spikes) for run in counted.values())
+
+    def a_run(name: str) -> float:
+        return sum(site[name] for site in sites) / len(counted)
+
+    return ArmView(
+        name=name,
+        seeds=len(runs),
+        unfinished=len(runs) - len(_finished(runs)),
+        final_loss=float(np.mean(finals)) if finals else None,
+        final_loss_spread=float(np.std(finals, ddof=1)) if len(finals) > 1 else None,
+        final_gap=None if name == BASELINE else _final_gap(runs, baseline),
+        planted_ratio=_planted_ratio(runs, baseline),
+        planted_spikes=len(at_planted),
+        other_spikes=spikes - len(at_planted),
+        saturated=a_run("saturated"),
+        casts=a_run("casts"),
+        clamped_casts=a_run("clamped_casts"),
+        recasts=a_run("recasts"),
+        underflow_share=sum(site["underflowed"] for site in sites) / max(elements, 1),
+        overshoot=max((site["overshoot"] for site in sites), default=0.0),
+        tokens_per_s=float(np.mean(speeds)) if speeds else None,
+    )
+
+
+def _finished(runs: dict[int, RunFigures]) -> dict[int, RunFigures]:
+    return {seed: run for seed, run in runs.items() if run.status == "finished"}
+
+
+def final_loss(run: RunFigures) -> float | None:
+    """Return the mean over the last tenth of the steps, planted ones left out.
+
+    Those are compared apart. None of a run that is not finished, whose last steps are not the
+    last ones, or that recorded no loss.
+    """
+    if run.status != "finished":
+        return None
+    planted = set(run.planted)
+    ordinary = [x for s, x in zip(run.steps, run.loss, strict=True) if s not in planted]
+    last = max(1, round(FINAL_SHARE * len(run.loss)))
+    mean = float(np.mean(ordinary[-last:])) if ordinary else math.nan
+    return None if math.isnan(mean) and all(map(math.isnan, run.loss)) else mean
+
+
+def _final_gap(
+    runs: dict[int, RunFigures], baseline: dict[int, RunFigures]
+) -> tuple[float, float] | None:
+    pairs = [(final_loss(run), final_loss(baseline[s])) for s, run in runs.items() if s in baseline]
+    gaps = [own - other for own, other in pairs if own is not None and other is not None]
+    if not gaps:
+        return None
+    return float(np.mean(gaps)), float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
+
+
+def _planted_ratio(
+    runs: dict[int, RunFigures], baseline: dict[int, RunFigures]
+) -> tuple[float, float, float] | None:
+    ratios = []
+    for seed, run in runs.items():
+        if seed not in baseline:
+            continue
+        other = dict(zip(baseline[seed].steps, baseline[seed].loss, strict=True))
+        own = dict(zip(run.steps, run.loss, strict=True))
+        ratios += [own[s] / other[s] for s in run.planted if s in own and s in other]
+    return (float(np.mean(ratios)), min(ratios), max(ratios)) if ratios else None
+
+
+def _curve(runs: list[RunFigures]) -> dict[str, list[float]]:
+    """Return loss over steps: mean, smallest and largest over the seeds that got there.
+
+    Thinned for a page, so that every peak of the largest and trough of the smallest stays.
+    """
+    by_step: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        for step, loss in zip(run.steps, run.loss, strict=True):
+            by_step[step].append(loss)
+    steps = sorted(by_step)
+    low, high = [min(by_step[step]) for step in steps], [max(by_step[step]) for step in steps]
+    kept = kept_places(low, high)
+    return {
+        "step": [float(steps[i]) for i in kept],
+        "mean": [float(np.mean(by_step[steps[i]])) for i in kept],
+        "low": [low[i] for i in kept],
+        "high": [high[i] for i in kept],
+    }
+
+
+def _heat(runs: list[RunFigures]) -> dict[str, Any]:
+    """Return the saturated share, sites by windows, mean over the runs cut alike; worst sites."""
+    windows = max((run.windows for run in runs), key=lambda w: w.count * w.size)
+    same = [run.shares for run in runs if run.windows == windows]
+    nothing = np.zeros(windows.count)
+    order = dict.fromkeys(site for shares in same for site in shares)
+    share = {site: np.mean([s.get(site, nothing) for s in same], axis=0) for site in order}
+    worst = sorted(share, key=lambda site: -float(share[site].sum()))[:HEAT_SITES]
+    rows = [site for site in order if site in set(worst)]
+    return {
+        "sites": [f"{fqn} {role}" for fqn, role in rows],
+        "steps": windows.steps,
+        "share": np.array([share[site] for site in rows]).reshape(len(rows), windows.count),
+    }
+
+
+def _worst(runs: list[RunFigures]) -> list[dict[str, Any]]:
+    """Return the sites with the largest clamp error over all seeds, worst first."""
+    total: dict[tuple[str, str], dict[str, Any]] = {}
+    for site in (site for run in runs for site in run.sites):
+        key = (site["fqn"], site["role"])
+        total[key] = _merged(total[key], site) if key in total else site
+    clamped = [site for site in total.values() if site["saturated"]]
+    ranked = sorted(clamped, key=lambda s: (-s["clamp_error"], s["fqn"], s["role"]))
+    return [_site_row(site) for site in ranked[:WORST_SITES]]
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    added = (
+        "elements",
+        "saturated",
+        "underflowed",
+        "nonfinite",
+        "clamped_casts",
+        "clamp_error",
+        "recasts",
+        "casts",
+    )
+    worst = one["worst_step"] if one["worst_step"] is not None else other["worst_step"]
+    return {
+        **one,
+        **{name: one[name] + other[name] for name in added},
+        "overshoot": max(one["overshoot"], other["overshoot"]),
+        "worst_step": worst,
+    }
+
+
+def _site_row(site: dict[str, Any]) -> dict[str, Any]:
+    casts = max(site["clamped_casts"], 1)
+    return {
+        "fqn": site["fqn"],
+        "role": site["role"],
+        "format": site["format"],
+        "scaling": site["scaling"],
+        "saturated": site["saturated"],
+        "clamped_casts": site["clamped_casts"],
+        "overshoot": site["overshoot"],
+        "clamp_error": site["clamp_error"] / casts,
+        "underflow_share": site["underflowed"] / max(site["elements"], 1),
+        "worst_step": site["worst_step"],
+    }
+
+
+def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]]) -> list[str]:
+    """Say in words what the figures show, and no more."""
+    said = []
+    for arm in arms:
+        if arm.planted_ratio is not None and arm.name != BASELINE:
+            mean, low, high = arm.planted_ratio
+            said.append(
+                f"{arm.name}: at the {planted} planted steps the loss is {mean:.2f}x that of "
+                f"{BASELINE} ({low:.2f}x to {high:.2f}x over steps and seeds)."
+            )
+        elif arm.saturated and arm.final_gap is not None:
+            said.append(_harm(arm, *arm.final_gap))
+    said += [
+        f"{arm.name}: {100 * arm.recasts / arm.casts:.2g} % of the casts were repeated with the "
+        "true scale."
+        for arm in arms
+        if arm.recasts
+    ]
+    said += [
+        f"{arm} is dynamic at: {', '.join(sites)}." for arm, sites in switched.items() if sites
+    ]
+    return said
+
+
+def _harm(arm: ArmView, gap: float, spread: float) -> str:
+    clamped = (
+        f"{arm.name} clamped {arm.saturated:,.0f} elements in {arm.clamped_casts:,.0f} casts a "
+        f"run; against {BASELINE} on the same seed its final loss is {gap:+.4f}"
+    )
+    if math.isnan(spread):
+        return f"{clamped} (one seed: no spread to judge it by)."
+    verdict = "within that spread" if abs(gap) <= spread else "beyond that spread"
+    return f"{clamped} ± {spread:.4f} over seeds: {verdict}."

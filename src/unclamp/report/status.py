@@ -1,0 +1,93 @@
+"""How a run or a study ended, and what is missing of it, in sentences. Torch-free."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import get_args
+
+from unclamp.runlog import RunLog, Status
+
+QUIET_S = 60.0
+"""A run that wrote nothing for so long may have been killed; a flush interval is 2 s."""
+ABSENT = "not begun"
+OBSERVED = (
+    "This run was only observed: nothing was cast in the training. The counts are what FP8 would "
+    "have lost, and the loss is that of the training without it."
+)
+
+
+def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
+    """Return what a reader must know of a run before its figures; nothing of a whole one.
+
+    Args:
+        log: The run.
+        now_s: Seconds since 1970; the clock's without it.
+
+    Raises:
+        RunLogError: The run is gone.
+    """
+    header = log.header
+    so_far = "The figures are of what was recorded until then."
+    notes = {
+        "finished": [],
+        "interrupted": [f"The run was interrupted. {so_far}"],
+        "failed": [f"The run failed. {so_far}"],
+        "running": [_running(log.path, time.time() if now_s is None else now_s)],
+    }[header.status]
+    notes += [
+        f"Not all of it is in the log: rank {rank} could not write {what}."
+        for rank, what in log.missing.items()
+    ]
+    return notes + ([OBSERVED] if header.metadata.get("observed") else [])
+
+
+def study_notes(status: str, runs: Mapping[str, str]) -> list[str]:
+    """Return which runs of a study are missing, unfinished or unreadable; nothing of a whole one.
+
+    Args:
+        status: As the study's header says.
+        runs: By name, of every run that the study has when it is whole: its status, `ABSENT`, or
+            why it cannot be read.
+    """
+    states = get_args(Status)
+    unfinished = [name for name, state in runs.items() if state in states and state != "finished"]
+    absent = [name for name, state in runs.items() if state == ABSENT]
+    notes = []
+    if status != "finished" or absent or unfinished:
+        whole = sum(state == "finished" for state in runs.values())
+        notes.append(
+            f"The study is not finished: {whole} of {len(runs)} runs are. Run the same "
+            "`unclamp study` again to train the rest."
+        )
+    if unfinished:
+        notes.append(
+            f"Unfinished: {_listed(unfinished)}. Their curves are shown and they are in no final "
+            "loss; the counts of an arm are those of its finished runs, if it has any."
+        )
+    if absent:
+        notes.append(f"Not begun: {_listed(absent)}.")
+    unreadable = {name: state for name, state in runs.items() if state not in (*states, ABSENT)}
+    return notes + [f"{name} cannot be read: {why}." for name, why in unreadable.items()]
+
+
+def ago(seconds: float) -> str:
+    """Return a duration in the unit that a person would use."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+def _running(path: Path, now_s: float) -> str:
+    written = [part.stat().st_mtime for part in path.glob("*/*.parquet")]
+    if not written:
+        return "The run has begun and nothing is recorded yet; or it was killed before."
+    quiet = now_s - max(written)
+    if quiet < QUIET_S:
+        return f"The run is going on: last record {ago(quiet)}. Make the page again for more."
+    return f"Running or killed: last record {ago(quiet)}. A process that was killed cannot say so."
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + rest
