@@ -242,3 +242,42 @@ def test_a_slow_query_prints_no_progress_into_the_json(planted_run: Path) -> Non
 
 def test_one_log_gives_one_report(planted_run: Path) -> None:
     assert build_view(planted_run).to_dict() == build_view(planted_run).to_dict()
+
+
+def test_of_very_many_events_some_are_drawn_and_the_rest_counted(tmp_path: Path) -> None:
+    with RunLogWriter(tmp_path / "run", header=Header(unclamp_version="test")) as writer:
+        writer.add("steps", {"step": range(1001), "loss": [2.0] * 1001, "time_s": [0.0] * 1001})
+        at = list(range(1001))
+        writer.add("events", {"step": at, "kind": ["snapshot"] * 1001, "data": ["{}"] * 1001})
+        writer.add("events", {"step": [1000], "kind": ["rewind"], "data": ['{"to": 900}']})
+    view = build_view(tmp_path / "run").run
+    assert view is not None
+    snapshots = [event["step"] for event in view.events if event["kind"] == "snapshot"]
+    assert snapshots == list(range(0, 1001, 6))
+    assert view.events_left_out == {"snapshot": 1001 - len(snapshots)}
+    assert [e["text"] for e in view.events if e["kind"] == "rewind"] == ["to: 900"]
+
+
+def test_sites_of_several_ranks_are_one_row_and_their_loss_a_mean(tmp_path: Path) -> None:
+    header = Header(unclamp_version="test", world_size=2, run_id="one")
+    site = {"site": [0], "fqn": ["a"], "role": ["input"], "format": ["e4m3fn"],
+            "scaling": ["delayed"], "format_max": [448.0]}  # fmt: skip
+    cast = {"step": [0], "site": [0], "scale": [1.0], "elements": [10], "underflowed": [0],
+            "nonfinite": [0], "recast": [0], "microsteps": [1]}  # fmt: skip
+    for rank in (0, 1):
+        with RunLogWriter(tmp_path / "run", header=header, rank=rank) as writer:
+            writer.add("sites", site)
+            writer.add("steps", {"step": [0], "loss": [2.0 + rank], "time_s": [0.0]})
+            more = {
+                "amax": [448.0 * (1 + rank)],
+                "saturated": [rank],
+                "saturated_error": [rank / 2],
+            }
+            writer.add("casts", cast | more)
+    view = build_view(tmp_path / "run").run
+    assert view is not None
+    (row,) = view.sites
+    assert (row["rows"], row["clamped_casts"], row["overshoot"]) == (2, 1, 2.0)
+    assert row["clamp_error"] == 0.5
+    assert view.curves["loss"]["value"] == [2.5]
+    assert view.panels[0]["amax"] == [896.0]
