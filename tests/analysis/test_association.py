@@ -12,8 +12,15 @@ from unclamp.analysis.association import Association, associate_series
 HELD_OUT = 500_000
 
 
-def ask(run: Planted, **options: int) -> Association:
-    return associate_series(run.clamping(), run.loss, spikes=run.spikes, names=run.names, **options)
+def ask(run: Planted, *, seed: int = 0, max_lag: int = 8) -> Association:
+    return associate_series(
+        run.clamping(),
+        run.loss,
+        spikes=run.spikes,
+        names=run.names,
+        seed=seed,
+        max_lag=max_lag,
+    )
 
 
 def named(found: Association) -> list[int]:
@@ -127,7 +134,7 @@ def test_one_coincidence_names_nobody() -> None:
 
 
 def test_spikes_with_a_rhythm_in_a_short_run_cannot_be_told() -> None:
-    run = plant(0, sites=9, steps=110)
+    run = plant(0, sites=9, steps=110, spikes=1)
     onsets = (40, 60, 80, 100)
     run.errors[:] = 0
     run.errors[0, onsets] = 0.1
@@ -141,7 +148,7 @@ def test_spikes_with_a_rhythm_in_a_short_run_cannot_be_told() -> None:
 
 
 def test_irregular_spikes_in_a_short_run_can_be_told() -> None:
-    run = plant(0, sites=9, steps=200)
+    run = plant(0, sites=9, steps=200, spikes=1)
     onsets = (40, 63, 97, 131, 170)
     run.errors[:] = 0
     run.errors[0, onsets] = 0.1
@@ -203,6 +210,6 @@ def test_the_caution_names_the_columns_and_the_worst_sites() -> None:
 
 
 def test_options_out_of_range_are_refused() -> None:
-    run = plant(6, sites=3, steps=300)
+    run = plant(6, sites=3, steps=300, spikes=1)
     with pytest.raises(ValueError, match="at least 1"):
         ask(run, max_lag=0)

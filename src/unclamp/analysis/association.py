@@ -305,7 +305,9 @@ def _rank(
         lags = range(int(clamping.first_lags[row]), max_lag + 1)
         by_spikes = weights.spikes[row, 0] >= weights.loss[row, 0]
         number, fqn, role = names[row]
-        change, low, high = _interval(weights.excess[row], weights.excess_sd[row], is_relative)
+        change, low, high = _interval(
+            float(weights.excess[row]), float(weights.excess_sd[row]), is_relative
+        )
         found.append(
             SiteEvidence(
                 site=number,

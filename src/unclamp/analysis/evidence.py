@@ -55,7 +55,8 @@ class Clamping:
         """Return how much was clamped at each step; a site counts by the root of its share."""
         counts = self.counts()
         weights = np.repeat(1 / np.sqrt(np.maximum(counts, 1)), counts)
-        return np.bincount(self.steps, weights=weights, minlength=self.length)
+        total = np.bincount(self.steps, weights=weights, minlength=self.length)
+        return total.astype(np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def _weigh_spikes(
     first = int(clamping.first_lags[rows[0]])
     levels = _levels(clamping, rows)
     weights = np.zeros((len(rows), moved.shape[1]), dtype=np.float32)
-    hits = np.zeros((len(rows), moved.shape[1]), dtype=np.int64)
+    all_hits = np.zeros((len(rows), moved.shape[1]), dtype=np.int64)
     for last in sorted({min(first + SHORT_LAGS - 1, max_lag), max_lag}):
         seen = _window_max(levels, first, last)
         at = np.stack([seen[:, moved[k]] for k in range(len(moved))])
@@ -236,7 +237,7 @@ def _standard(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def normal_weights(z: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return -log P(standard normal > z), to a few percent; 0 for z below 0."""
+    """Return -log P(standard normal > z), within 5 %; 0 for z below 0."""
     above = np.maximum(z, 0.0)
     weights = above**2 / 2 - np.log(np.sqrt(2 / np.pi) / (above + np.sqrt(above**2 + 8 / np.pi)))
     return np.where(z > 0, weights, 0.0).astype(np.float32)

@@ -147,7 +147,7 @@ def _step_at(ticks: NDArray[np.int64], clock: NDArray[np.int64]) -> NDArray[np.i
 
 
 def find_period(onsets: NDArray[np.int64]) -> int | None:
-    """Return the largest distance that all `onsets` are multiples of apart, one step lenient.
+    """Return the largest distance of which all gaps between `onsets` are multiples, give or take 1.
 
     None where so many spikes would share such a distance by chance more often than one time in
     a hundred, and for fewer than four.
