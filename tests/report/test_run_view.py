@@ -185,8 +185,8 @@ ASSOCIATION: dict[str, Any] = {
     "sentences": ["Clamping at one site comes before 3 of 4 spikes."],
     "sites": [
         {"site": 0, "fqn": "model.layers.0.down", "role": "input", "lag": 1, "hits": 3,
-         "expected_hits": 0.25, "p": 0.002, "effect": 1.5, "low": 1.1, "high": 1.9,
-         "note": "<odd>"},
+         "expected_hits": 0.25, "p": 0.002, "loss_change": 1.5, "low": 1.1, "high": 1.9,
+         "by": "<odd>"},
         {"fqn": "elsewhere", "role": "weight"},
     ],
 }  # fmt: skip
@@ -195,14 +195,13 @@ ASSOCIATION: dict[str, Any] = {
 def test_the_association_is_a_table_and_the_caution_is_always_there(
     planted_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unclamp.report.runs.read_association", lambda log: None)
     text = write_page(build_view(planted_run), tmp_path / "page.html").read_text()
-    assert "Nobody has tested this run" in text
-    assert CAUTION in text
+    assert "Did spikes follow clamping?" in text
+    assert "2605.26189" in text
     monkeypatch.setattr("unclamp.report.runs.read_association", lambda log: ASSOCIATION)
     text = write_page(build_view(planted_run), tmp_path / "page.html").read_text()
     assert ASSOCIATION["sentences"][0] in text
-    assert "1.1 to 1.9" in text
+    assert "+110 % to +190 %" in text
     assert "&lt;odd&gt;" in text
     assert CAUTION in text
     assert "2605.26189" in CAUTION

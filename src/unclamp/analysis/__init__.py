@@ -1,5 +1,6 @@
-"""What a run's log means: spikes of the loss. Torch-free."""
+"""What a run's log means: spikes of the loss, and whether clamping goes with them. Torch-free."""
 
+from unclamp.analysis.association import Association, SiteEvidence, associate
 from unclamp.analysis.curves import Curve, read_curve, run_curve
 from unclamp.analysis.definitions import spike_score
 from unclamp.analysis.robust import SpikeDetector
@@ -14,10 +15,13 @@ from unclamp.analysis.spikes import (
 
 __all__ = [
     "DEFINITIONS",
+    "Association",
     "Curve",
     "Definition",
+    "SiteEvidence",
     "Spike",
     "SpikeDetector",
+    "associate",
     "find_spikes",
     "read_curve",
     "run_curve",

@@ -20,7 +20,7 @@ from unclamp.analysis.response import Response, make_response
 from unclamp.analysis.sentences import Finding, describe
 from unclamp.analysis.shifts import Shifts, make_shifts
 from unclamp.analysis.spikes import Spike, find_spikes
-from unclamp.errors import RunLogError
+from unclamp.errors import AnalysisError
 from unclamp.runlog import RunLog
 
 MAX_LAG = 8
@@ -132,7 +132,8 @@ def associate(
         seed: Of that draw; the same seed gives the same answer.
 
     Raises:
-        RunLogError: The run has no losses or no casts, or cannot be read.
+        AnalysisError: The run has no losses or no casts.
+        RunLogError: It cannot be read.
         ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
     """
     steps, loss = read_loss(log)
@@ -229,14 +230,14 @@ def read_loss(log: RunLog) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the steps with a loss and their losses, the mean over ranks; NaN stays NaN.
 
     Raises:
-        RunLogError: There is none.
+        AnalysisError: There is none.
     """
     rows = log.sql(
         "SELECT step, avg(loss) AS loss FROM steps WHERE loss IS NOT NULL GROUP BY step "
         "ORDER BY step"
     )
     if not rows.num_rows:
-        raise RunLogError(
+        raise AnalysisError(
             f"expected losses in {log.path}, but it has none: give them to "
             "`recorder.step(loss=...)`"
         )
@@ -245,7 +246,7 @@ def read_loss(log: RunLog) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 
 def _read_clamping(log: RunLog, steps: NDArray[np.int64], names: list[dict[str, Any]]) -> Clamping:
     if not log.sql("SELECT 1 FROM casts LIMIT 1").num_rows:
-        raise RunLogError(
+        raise AnalysisError(
             f"expected casts in {log.path}, but it has none: it trained without FP8 casts, or "
             "was stopped before the first were written"
         )

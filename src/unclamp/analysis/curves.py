@@ -108,9 +108,11 @@ def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
     Numerics: a NaN or Inf of one rank is that of the step; a rank without a value counts for
     nothing.
     """
-    rows = log.sql("SELECT step, rank, loss, grad_norm, scalars FROM steps").to_pydict()
+    is_scalar = column is not None and column not in SERIES
+    others = ", scalars" if is_scalar else ""
+    rows = log.sql(f"SELECT step, rank, loss, grad_norm{others} FROM steps").to_pydict()
     values: dict[str, list[Any]] = {name: rows[name] for name in SERIES}
-    if column is not None and column not in SERIES:
+    if is_scalar:
         scalars = [dict(pairs or ()) for pairs in rows["scalars"]]
         known = {name for row in scalars for name in row}
         if column not in known:
@@ -220,6 +222,8 @@ def _mean_over_ranks(
     of_rank: dict[int, list[int]] = {}
     for i, rank in enumerate(ranks):
         of_rank.setdefault(rank, []).append(i)
+    if len(of_rank) == 1:
+        return _in_order(steps, values)
     totals: dict[int, list[float]] = {}
     for rows in of_rank.values():
         at, numbers = _in_order([steps[i] for i in rows], [values[i] for i in rows])

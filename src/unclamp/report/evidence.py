@@ -9,25 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unclamp import analysis
+from unclamp.analysis import associate
 from unclamp.errors import AnalysisError
 from unclamp.runlog import RunLog
 
+PAPER = "arXiv 2605.26189"
 CAUTION = (
-    "Clamping can also do harm that the training loss does not show (arXiv 2605.26189): no spike, "
+    f"Clamping can also do harm that the training loss does not show ({PAPER}): no spike, "
     "and no association, does not clear a site. Look at the columns clamp error and SQNR of the "
     "table of sites for that."
 )
 
 
-def read_association(log: RunLog) -> dict[str, Any] | None:
-    """Return `Association.to_dict()` of a run; None as long as `unclamp.analysis` offers none.
+def read_association(log: RunLog) -> dict[str, Any]:
+    """Return `Association.to_dict()` of a run.
 
     A run that cannot be judged has the verdict "cannot tell", with the reason.
     """
-    associate = getattr(analysis, "associate", None)
-    if associate is None:
-        return None
     try:
         return associate(log).to_dict()
     except AnalysisError as error:
@@ -35,9 +33,9 @@ def read_association(log: RunLog) -> dict[str, Any] | None:
 
 
 def named_sites(association: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Return fqn and role of the sites in an association."""
+    """Return fqn and role of the sites that an association names."""
     rows = (association or {}).get("sites") or []
-    return [(row["fqn"], row["role"]) for row in rows if "fqn" in row and "role" in row]
+    return [(row["fqn"], row["role"]) for row in rows if row.get("by")]
 
 
 def read_explanations(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from unclamp.report.charts import (
     replay_figure,
     run_figure,
 )
-from unclamp.report.evidence import CAUTION
+from unclamp.report.evidence import CAUTION, PAPER
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
@@ -37,6 +37,8 @@ from unclamp.report.words import (
 )
 
 LISTED_SPIKES = 100
+LISTED_SITES = 12
+"""Rows of the association's table; the strongest come first."""
 
 
 def write_page(view: View, path: Path) -> Path:
@@ -111,15 +113,19 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
     if share.any():
         figure = heat_figure(list(run.heat), run.window_steps, share, window=run.window_size)
         heat = Markup(embed(figure, "heat-run"))
-    association = run.association
+    association = run.association or {}
+    said = association.get("sentences", [])
     return {
         "view": run,
         "loss": Markup(embed(run_figure(run), "loss-run")) if run.curves else "",
         "spikes": [(SERIES[s["series"]], spike_text(s)) for s in run.spikes],
         "listed_spikes": LISTED_SPIKES,
         "heat": heat,
-        "association": association,
-        "association_rows": [association_row(row) for row in (association or {}).get("sites", [])],
+        "association": [sentence for sentence in said if PAPER not in sentence],
+        "association_rows": [association_row(row) for row in association.get("sites", [])][
+            :LISTED_SITES
+        ],
+        "caution": next((sentence for sentence in said if PAPER in sentence), CAUTION),
         "explanations": [
             {
                 **found,

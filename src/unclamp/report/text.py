@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unclamp.report.arms import ScenarioView
-from unclamp.report.evidence import CAUTION
+from unclamp.report.evidence import CAUTION, PAPER
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
@@ -61,7 +61,9 @@ def _run(run: RunView, width: int) -> RenderableType:
     if clamped:
         parts.append(Text("\nworst sites, by total clamp error", style="bold"))
         parts.append(_sites(clamped, width))
-    parts.append(Text(f"\n{CAUTION.replace('columns', 'figures')}", style="dim"))
+    said = (run.association or {}).get("sentences", [])
+    if not any(PAPER in sentence for sentence in said):
+        parts.append(Text(f"\n{CAUTION.replace('columns', 'figures')}", style="dim"))
     return Group(*parts)
 
 

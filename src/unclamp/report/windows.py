@@ -70,7 +70,6 @@ def cut(log: RunLog) -> Windows:
     Raises:
         RunLogError: As `RunLog.sql`.
     """
-    log.sql("SET enable_progress_bar = false")  # it would go to stdout, into the JSON
     span = _span(log, "steps") or _span(log, "casts")
     first, last = span or (0, -1)
     is_long = last - first >= LONG_STEPS or _rows_of_casts(log) > LONG_ROWS

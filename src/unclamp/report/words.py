@@ -50,13 +50,13 @@ TABLE_COLUMNS = (
 ASSOCIATION_COLUMNS = (
     "site",
     "role",
-    "lag",
-    "hits",
+    "spikes after it",
     "by chance",
+    "steps ahead",
     "p",
-    "effect",
-    "interval",
-    "note",
+    "loss after it",
+    "95 %",
+    "named by",
 )
 EXPLANATION_COLUMNS = ("site", "role", "share", "interval")
 
@@ -110,13 +110,13 @@ def association_row(row: Mapping[str, Any]) -> list[str]:
     return [
         str(row.get("fqn") or "-"),
         str(row.get("role") or "-"),
-        _plain(row.get("lag")),
         _plain(row.get("hits")),
         _plain(row.get("expected_hits")),
+        _plain(row.get("lag")),
         _plain(row.get("p")),
-        _plain(row.get("effect")),
-        _interval(row),
-        str(row.get("note") or ""),
+        _change(row.get("loss_change")),
+        "-" if row.get("low") is None else f"{_change(row['low'])} to {_change(row['high'])}",
+        str(row.get("by") or "-"),
     ]
 
 
@@ -169,9 +169,8 @@ def _plain(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "-"
 
 
-def _interval(row: Mapping[str, Any]) -> str:
-    low, high = row.get("low"), row.get("high")
-    return "-" if low is None or high is None else f"{_plain(low)} to {_plain(high)}"
+def _change(value: object) -> str:
+    return f"{100 * value:+.3g} %" if isinstance(value, int | float) else "-"
 
 
 def percent(share: float) -> str:

@@ -55,6 +55,8 @@ class RunLog:
         """Prefer `RunLog.open`, which checks that `path` is a run."""
         self.path = path
         self._connection = duckdb.connect()
+        # A bar after two seconds of a query would go to stdout, into the JSON.
+        self._connection.execute("SET enable_progress_bar = false")
         self._parts: _Parts = {}
 
     @classmethod
