@@ -5,6 +5,7 @@ UnclampError
 ├── ConvertError       a model that cannot be converted or reverted as asked
 ├── UnsupportedError   a request this build, device or dtype cannot serve
 ├── RunLogError        a folder that is not the run log it should be
+├── ReplayError        steps that cannot be replayed, or a spike that cannot be explained
 └── StudyError         a study whose configuration or data cannot be used
 
 A message says what was expected, what came, and what to do about it.
@@ -29,6 +30,10 @@ class UnsupportedError(UnclampError, NotImplementedError):
 
 class RunLogError(UnclampError, ValueError):
     """A folder is not a run log, is another version's, or is already in use."""
+
+
+class ReplayError(UnclampError, ValueError):
+    """Snapshot, code or batches for a replay are missing, or do not belong together."""
 
 
 class StudyError(UnclampError, ValueError):
