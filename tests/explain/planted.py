@@ -64,10 +64,11 @@ class Paths(nn.Module):
         )
         self.drop = nn.Dropout(case.dropout)
         parts = list(case.parts or [1.0] * len(case.paths)) + [0.0] * case.decoys
-        self.register_buffer("parts", torch.tensor(parts))
+        self.parts = parts
         gains = [*case.paths, *[(1.0,)] * case.decoys]
         with torch.no_grad():
             for path, gain in zip(self.paths, gains, strict=True):
+                assert isinstance(path, nn.Sequential)
                 for k, layer in enumerate(path):
                     noise = torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
                     noise[0] = 0
@@ -79,7 +80,9 @@ class Paths(nn.Module):
                         layer.weight[0, 0] = gain[k - 1]
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs = [self.drop(path(x)) * part for path, part in zip(self.paths, self.parts)]
+        outputs = [
+            self.drop(path(x)) * part for path, part in zip(self.paths, self.parts, strict=True)
+        ]
         return torch.stack(outputs, 1)
 
 

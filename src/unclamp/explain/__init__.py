@@ -2,7 +2,7 @@
 
 from unclamp.explain.entry import explain_spike
 from unclamp.explain.explanation import Explanation, SiteShare
-from unclamp.explain.investigate import Limits
+from unclamp.explain.limits import Limits
 from unclamp.explain.snapshots import Rewind, Snapshots
 from unclamp.explain.training import Training
 

@@ -7,7 +7,8 @@ from unclamp.analysis.spikes import Spike, find_spikes
 from unclamp.errors import ReplayError
 from unclamp.explain.explanation import Explanation
 from unclamp.explain.facts import check_belongs, load_function
-from unclamp.explain.investigate import Limits, investigate
+from unclamp.explain.investigate import investigate
+from unclamp.explain.limits import Limits
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import find_snapshots, read_facts, read_snapshot
 from unclamp.explain.training import Build, Step, keeping_random_state
@@ -93,7 +94,9 @@ def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, 
     )
     listed += "" if len(spikes) <= SHOWN_SPIKES else f"; ... {len(spikes)} in all"
     if wanted is not None and not 1 <= wanted <= len(spikes):
-        raise ReplayError(f"expected the number of a spike of the run, got {wanted}; it has {listed}")
+        raise ReplayError(
+            f"expected the number of a spike of the run, got {wanted}; it has {listed}"
+        )
     ranges = {path: (read_facts(path)["step"], read_facts(path)["last_step"]) for path in found}
     candidates = spikes if wanted is None else [spikes[wanted - 1]]
     for spike in sorted(candidates, key=lambda s: -s.height):

@@ -157,14 +157,14 @@ class Explanation:
 
     def _about_clamping(self) -> list[str]:
         assert self.clamping_share is not None
-        gone = percent(self.clamping_share)
+        gone = _gone(self.clamping_share)
         if self.verdict == "not clamping":
             return [
-                f"With nothing clamped {gone} of it is gone: clamping is not the cause.",
+                f"With nothing clamped {gone}: clamping is not the cause.",
                 *self._about_others(),
             ]
         cause = "the cause" if self.verdict == "clamping" else "a part of the cause"
-        parts = [f"With nothing clamped {gone} of it is gone: clamping is {cause}."]
+        parts = [f"With nothing clamped {gone}: clamping is {cause}."]
         if self.clamped_sites:
             parts.append(f"{self.clamped_sites} sites clamped, or would have.")
         parts += self._about_sites()
@@ -179,7 +179,9 @@ class Explanation:
         parts = [f"{'; '.join(said)}."] if said else []
         override = self.override
         if override is not None and override.removed is not None:
-            which = "that site" if len(override.sites) == 1 else f"those {len(override.sites)} sites"
+            which = (
+                "that site" if len(override.sites) == 1 else f"those {len(override.sites)} sites"
+            )
             parts.append(
                 f"Making {which} {override.scaling} removes {percent(override.removed)} of the "
                 "spike, by a replay."
@@ -192,13 +194,19 @@ class Explanation:
             parts.append(
                 f"With a scale for every 32 elements, under which "
                 f"{percent(self.underflowed['blocks'])} of elements underflow and not "
-                f"{percent(self.underflowed['actual'])}, {percent(self.others['blocks'])} is gone."
+                f"{percent(self.underflowed['actual'])}, {_gone(self.others['blocks'])}."
             )
         if "high_precision" in self.others:
             share = self.others["high_precision"]
             meaning = "it is FP8" if share >= CLAMPING else "most of it is not FP8 at all"
-            parts.append(f"In high precision everywhere {percent(share)} is gone: {meaning}.")
+            parts.append(f"In high precision everywhere {_gone(share)}: {meaning}.")
         return parts
+
+
+def _gone(share: float) -> str:
+    if share < -0.005:
+        return f"it is {percent(-share)} higher"
+    return f"{percent(max(share, 0.0))} of it is gone"
 
 
 def _steps(first: int, last: int) -> str:

@@ -147,13 +147,15 @@ def check_belongs(
         )
 
 
-def differing(facts: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """Return in words what of the machine differs from that of a snapshot."""
+def differing(
+    facts: Mapping[str, Any], model: nn.Module, *, but: tuple[str, ...] = ()
+) -> list[str]:
+    """Return in words what of the machine differs from that of a snapshot, `but` for some."""
     here = machine_facts(model)
     return [
         f"{name} {facts.get(name)} then, {here[name]} now"
         for name in MACHINE
-        if facts.get(name) != here[name]
+        if name not in but and facts.get(name) != here[name]
     ]
 
 

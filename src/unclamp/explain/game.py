@@ -119,6 +119,16 @@ class Game:
         """Return the share of the spike that is gone with these sites scaled otherwise."""
         return self.share_gone(self.ask(kind, sites))
 
+    def known(self, kind: Kind, sites: Iterable[SiteKey]) -> float | None:
+        """Return what `removed` does if no replay is needed for it, else None."""
+        budget, self.budget = self.budget, 0
+        try:
+            return self.removed(kind, sites)
+        except BudgetSpent:
+            return None
+        finally:
+            self.budget = budget
+
     def share_gone(self, trace: Trace) -> float:
         """Return the share of the spike that is gone in a replay."""
         return (self.actual_excess - self.window.excess(trace.losses)) / self.actual_excess

@@ -12,61 +12,32 @@
 After every replay the answer so far is written.
 """
 
-import dataclasses
 import hashlib
-import itertools
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from unclamp.analysis.spikes import Spike
-from unclamp.errors import ReplayError
-from unclamp.explain.explanation import CLAMPING, NOT_CLAMPING, Explanation, SiteShare, Verdict
-from unclamp.explain.facts import MACHINE, differing, recipe_of
-from unclamp.explain.game import BudgetSpent, Game, Window, write_json
+from unclamp.errors import ReplayError, UnclampError
+from unclamp.explain.attribution import ENOUGH, NOISE_FACTOR, Attribution
+from unclamp.explain.explanation import CLAMPING, NOT_CLAMPING, Explanation, Verdict
+from unclamp.explain.facts import MACHINE, SiteKey, differing, recipe_of
+from unclamp.explain.findings import Findings
+from unclamp.explain.game import BudgetSpent, Game, Window
+from unclamp.explain.limits import Limits
+from unclamp.explain.mend import ScalingName as Scaling
 from unclamp.explain.mend import make_override
-from unclamp.explain.players import Group, Player, group_sites, joined
+from unclamp.explain.players import Player, group_sites, joined
 from unclamp.explain.replay import Replay, Trace, same_losses, unclamped
-from unclamp.explain.screening import Screening
-from unclamp.explain.shapley import Shares, exact_shares, sampled_pair, shares_of_pairs
+from unclamp.explain.smallest import smallest_set
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training
 
 MAX_STEPS = 8
 """Steps of a spike that count: later ones are consequences of consequences."""
 PLACEBOS = 2
-NOISE_FACTOR = 3.0
-"""A share is significant beyond so many times the largest change that a placebo makes."""
-LEAST_SHARE = 0.02
-ENOUGH = 0.9
-"""Share of a spike that the smallest set has to remove."""
-MORE_ROUNDS = 3
-RESERVE = 8
-"""Replays kept back for the smallest set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much to ask.
-
-    Attributes:
-        replays: Most replays, those of earlier processes included.
-        leading: Sites that are replayed by themselves.
-        group: What is un-clamped together.
-        seed: Of the orders that are drawn.
-        anyway: Go on though the losses do not come back.
-    """
-
-    replays: int = 100
-    leading: int = 12
-    group: Group = "site"
-    seed: int = 0
-    anyway: bool = False
 
 
 def investigate(
@@ -120,18 +91,10 @@ class _Investigation:
                 f"{snapshot.last_step}, which leaves out the spike at step {spike.onset}"
             )
         last = min(spike.end, spike.onset + MAX_STEPS - 1, snapshot.last_step)
+        window = Window(first=spike.onset, last=last, level=level)
         self._replay = Replay(training, step, snapshot)
-        self._snapshot, self._limits, self._on_progress = snapshot, limits, on_progress
-        self._window = Window(first=spike.onset, last=last, level=level)
-        self._path = run / f"explain-{spike.onset}.json"
-        self._game = Game(
-            self._replay,
-            self._window,
-            budget=limits.replays,
-            cache=run / "explain-cache" / f"{self._digest()}.json",
-            on_replay=lambda name: self._publish(),
-        )
-        self._found = Explanation(
+        self._snapshot, self._limits = snapshot, limits
+        found = Explanation(
             run=str(run),
             onset=spike.onset,
             last=last,
@@ -142,89 +105,69 @@ class _Investigation:
             others={},
             underflowed={},
         )
-        self._extra = 0
-        self._screening: dict[Any, float] = {}
-
-    def _digest(self) -> str:
-        facts = self._snapshot.facts
-        kept = {name: facts.get(name) for name in ("code", "sites", "recipe", *MACHINE)}
-        window = dataclasses.astuple(self._window)
-        text = json.dumps([self._snapshot.step, kept, [str(w) for w in window]], default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._findings = Findings(
+            found,
+            path=run / f"explain-{spike.onset}.json",
+            steps=last - snapshot.step + 1,
+            on_progress=on_progress,
+        )
+        self._game = self._findings.game = Game(
+            self._replay,
+            window,
+            budget=limits.replays,
+            cache=run / "explain-cache" / f"{_digest(snapshot, window)}.json",
+            on_replay=lambda name: self._findings.publish(),
+        )
+        self._can_clamp = [k for k in self._replay.sites if unclamped(self._replay.original(k))]
 
     def run(self) -> Explanation:
         """Ask until all is answered, the budget is spent or Ctrl-C comes."""
+        findings = self._findings
         try:
             try:
                 self._ask()
             except BudgetSpent:
-                self._note(
+                findings.note(
                     f"The budget of {self._limits.replays} replays is spent; a larger one goes on "
                     "from here."
                 )
-            self._publish(status="finished")
+            findings.publish(status="finished")
         except KeyboardInterrupt:
-            self._publish(status="interrupted")
-        return self._found
-
-    # ---- what is known ---------------------------------------------------------------------
-
-    def _publish(self, **changes: Any) -> None:
-        game = self._game
-        steps = self._window.last - self._snapshot.step + 1
-        spent = game.spent + self._extra
-        self._found = replace(
-            self._found,
-            **changes,
-            replays=spent,
-            replay_s=game.seconds,
-            step_s=game.seconds / max(1, game.spent * steps),
-            counterfactuals=tuple(
-                {
-                    "name": name,
-                    "losses": {str(n): loss for n, loss in trace.losses.items()},
-                    "removed": None if math.isnan(game.actual_excess) else game.share_gone(trace),
-                }
-                for name, trace in game.answers.items()
-            ),
-        )
-        write_json(self._path, self._found.to_dict())
-        self._on_progress(self._found)
-
-    def _note(self, note: str) -> None:
-        self._found = replace(self._found, notes=(*self._found.notes, note))
-
-    # ---- the questions ---------------------------------------------------------------------
+            findings.publish(status="interrupted")
+        return findings.found
 
     def _ask(self) -> None:
+        findings = self._findings
         if not self._reproduces() and not self._limits.anyway:
             return
         if self._game.actual_excess <= 0:
-            self._publish(verdict="not reproduced")
-            self._note("In the replay the loss does not rise above its level: nothing to explain.")
+            findings.note("In the replay the loss does not rise: there is nothing to explain.")
+            findings.publish(verdict="not reproduced")
             return
         clamping_share, noise = self._without_clamping()
-        if self._found.verdict == "not clamping":
+        if findings.found.verdict == "not clamping":
             self._other_questions()
             return
-        players = self._players()
-        if players:
-            leading, rest = self._lead(players, clamping_share)
-            active, rest, ways = self._both_ways(leading, rest, noise, clamping_share)
-            self._share_out(active, rest, ways)
-            self._smallest_set(active or leading, clamping_share)
-        if self._found.verdict == "partly clamping":
+        attribution = Attribution(
+            self._game, findings, self._limits, clamping_share=clamping_share, noise=noise
+        )
+        causes = attribution.share_out(self._players())
+        self._mend(causes, clamping_share)
+        if findings.found.verdict == "partly clamping":
             self._other_questions()
 
+    # ---- does it come back -----------------------------------------------------------------
+
     def _reproduces(self) -> bool:
-        snapshot, replay = self._snapshot, self._replay
-        plain = replay.run({}, last=self._window.last)
+        snapshot, replay, findings = self._snapshot, self._replay, self._findings
+        last = self._game.window.last
+        plain = replay.run({}, last=last)
         self._game.begin(plain)
         if same_losses(plain.losses, snapshot.losses):
-            self._publish(reproduced=True)
+            findings.publish(reproduced=True)
             return True
-        again = replay.run({}, last=self._window.last)
-        self._extra += 1
+        again = replay.run({}, last=last)
+        findings.extra_replays += 1
         told = [_first_difference(snapshot.losses, plain.losses)]
         if not same_losses(plain.losses, again.losses):
             told.append(
@@ -233,287 +176,117 @@ class _Investigation:
                 "generators of Python, NumPy and torch."
             )
         else:
-            told.append("Replays agree with each other, so something differs from the run.")
-        machine = differing(snapshot.facts, replay.training.model)
-        machine = [d for d in machine if not d.startswith("threads")]
+            told.append("Two replays agree with each other, so something differs from the run.")
+        # The number of threads is the run's: a replay sets it.
+        machine = differing(snapshot.facts, replay.training.model, but=("threads",))
         if machine:
             told.append(f"What differs: {'; '.join(machine)}.")
         if not self._limits.anyway:
             told.append("No attribution without that, unless told to go on (--anyway).")
         verdict: Verdict = "unknown" if self._limits.anyway else "not reproduced"
-        self._publish(reproduced=False, differences=tuple(told), verdict=verdict)
+        findings.publish(reproduced=False, differences=tuple(told), verdict=verdict)
         return False
 
-    def _without_clamping(self) -> tuple[float, float]:
-        everything = [k for k in self._replay.sites if unclamped(self._replay.original(k))]
-        gone = self._game.removed("unclamped", everything)
-        noise = 0.0
-        for seed in range(PLACEBOS):
-            noise = max(noise, abs(self._game.share_gone(self._game.placebo(seed))))
-        if gone < max(NOT_CLAMPING, NOISE_FACTOR * noise):
-            verdict: Verdict = "not clamping"
-        else:
-            verdict = "clamping" if gone >= CLAMPING else "partly clamping"
-        underflowed = {"actual": _underflow(self._game.answers["actual"])}
-        self._publish(clamping_share=gone, noise=noise, verdict=verdict, underflowed=underflowed)
-        return gone, noise
+    # ---- is it clamping --------------------------------------------------------------------
 
-    def _other_questions(self) -> None:
-        for kind in ("blocks", "high_precision"):
-            try:
-                trace = self._game.ask(kind, self._replay.sites)
-            except (ReplayError, ValueError, NotImplementedError) as error:
-                self._note(f"The question {kind!r} could not be asked: {error}.")
-                continue
-            self._publish(
-                others={**self._found.others, kind: self._game.share_gone(trace)},
-                underflowed={**self._found.underflowed, kind: _underflow(trace)},
-            )
+    def _without_clamping(self) -> tuple[float, float]:
+        """Return the share that is gone with nothing clamped, and that of a placebo."""
+        game = self._game
+        gone = game.removed("unclamped", self._can_clamp)
+        noise = max(abs(game.share_gone(game.placebo(seed))) for seed in range(PLACEBOS))
+        verdict: Verdict = "clamping" if gone >= CLAMPING else "partly clamping"
+        if gone < max(NOT_CLAMPING, NOISE_FACTOR * noise):
+            verdict = "not clamping"
+        underflowed = {"actual": _underflow(game.answers["actual"])}
+        traces = (game.answers["actual"], game.ask("unclamped", self._can_clamp))
+        self._clamped = {key for trace in traces for key in trace.sites}
+        self._findings.publish(
+            clamping_share=gone,
+            noise=noise,
+            verdict=verdict,
+            underflowed=underflowed,
+            clamped_sites=len(self._clamped),
+        )
+        return gone, noise
 
     def _players(self) -> list[Player]:
         """Return who clamps, or would where nobody else does."""
-        everything = [k for k in self._replay.sites if unclamped(self._replay.original(k))]
-        traces = (self._game.answers["actual"], self._game.ask("unclamped", everything))
-        clamped = {key for trace in traces for key in trace.sites}
-        self._publish(clamped_sites=len(clamped))
-        return group_sites((key for key in everything if key in clamped), self._limits.group)
+        clamped = (key for key in self._can_clamp if key in self._clamped)
+        return group_sites(clamped, self._limits.group)
 
-    def _lead(
-        self, players: list[Player], clamping_share: float
-    ) -> tuple[list[Player], list[Player]]:
-        """Return the leading players, and the rest; together the leading ones do what all do."""
-        if len(players) == 1:
-            return players, []
-        ranked = self._rank(players)
-        count = self._limits.leading
-        for _ in range(MORE_ROUNDS):
-            leading, rest = ranked[:count], ranked[count:]
-            if not rest:
-                break
-            if self._game.removed("unclamped", joined(leading)) >= ENOUGH * clamping_share:
-                break
-            count += self._limits.leading
-        return ranked[:count], ranked[count:]
-
-    def _rank(self, players: list[Player]) -> list[Player]:
-        """Return players by first-order effect, and every third by clamp error instead."""
-        screening = Screening(self._replay.training.model)
-        self._replay.run({}, last=self._window.last, watching=screening.watching)
-        self._extra += 1
-        self._screening = screening.effects
-        by_effect = sorted(players, key=lambda p: (-abs(self._effect(p) or 0.0), p.name))
-        by_error = sorted(players, key=lambda p: (-self._clamp_error(p), p.name))
-        ranked: dict[str, Player] = {}
-        effects, errors = iter(by_effect), iter(by_error)
-        for turn in itertools.cycle((effects, effects, errors)):
-            player = next((p for p in turn if p.name not in ranked), None)
-            if player is None:
-                break
-            ranked[player.name] = player
-        ranked |= {player.name: player for player in players if player.name not in ranked}
-        return list(ranked.values())
-
-    def _effect(self, player: Player) -> float | None:
-        known = [self._screening[site] for site in player.sites if site in self._screening]
-        return sum(known) if known else None
-
-    def _clamp_error(self, player: Player) -> float:
-        counts = self._game.answers["actual"].sites
-        return sum(counts[site].clamp_error for site in player.sites if site in counts)
-
-    def _both_ways(
-        self, leading: list[Player], rest: list[Player], noise: float, clamping_share: float
-    ) -> tuple[list[Player], list[Player], dict[str, tuple[float, float]]]:
-        """Replay each leading player alone, both ways; return those that matter, and the rest."""
-        ways: dict[str, tuple[float, float]] = {}
-        all_sites = joined([*leading, *rest])
-        for player in leading:
-            only = self._game.removed("unclamped", player.sites)
-            last = clamping_share - self._game.removed("unclamped", all_sites - player.sites)
-            ways[player.name] = (only, last)
-            self._publish(sites=self._tabulate(leading, ways))
-        least = max(LEAST_SHARE, NOISE_FACTOR * noise)
-        active = [p for p in leading if max(map(abs, ways[p.name])) > least]
-        others = [p for p in [*leading, *rest] if p not in active]
-        if not active:
-            return leading, rest, ways
-        if not others:
-            return active, [], ways
-        # Do those left out really do nothing, also together?
-        explains = abs(self._game.removed("unclamped", joined(active)) - clamping_share) <= least
-        is_idle = abs(self._game.removed("unclamped", joined(others))) <= least
-        return (active, others, ways) if explains and is_idle else (leading, rest, ways)
-
-    def _tabulate(
-        self,
-        players: list[Player],
-        ways: dict[str, tuple[float, float]],
-        shares: dict[str, tuple[float, float, float]] | None = None,
-    ) -> tuple[SiteShare, ...]:
-        actual, noise = self._game.answers["actual"], self._found.noise or 0.0
-        rows = []
-        for player in players:
-            if shares is None and player.name not in ways:
-                continue
-            only, last = ways.get(player.name, (None, None))
-            if shares is not None and player.name in shares:
-                share, low, high = shares[player.name]
-                how = "shapley"
-            elif only is not None and last is not None:
-                share, low, high, how = (only + last) / 2, min(only, last), max(only, last), "both ways"
-            else:
-                continue
-            overshoots = [actual.sites[s].overshoot for s in player.sites if s in actual.sites]
-            rows.append(
-                SiteShare(
-                    fqn=player.fqn,
-                    role=player.role,
-                    share=share,
-                    low=low - noise,
-                    high=high + noise,
-                    how=how,
-                    only=only,
-                    last=last,
-                    effect=self._effect(player),
-                    clamp_error=self._clamp_error(player),
-                    overshoot=max(overshoots, default=0.0),
-                    sites=tuple(sorted(player.sites)) if self._limits.group != "site" else (),
-                )
-            )
-        return tuple(sorted(rows, key=lambda row: (-row.share, row.fqn, row.role)))
-
-    def _share_out(
-        self, active: list[Player], rest: list[Player], ways: dict[str, tuple[float, float]]
-    ) -> None:
-        """Find Shapley values of the active players, with the rest as one more."""
-        groups = [player.sites for player in active] + ([joined(rest)] if rest else [])
-        count = len(groups)
-
-        def value(members: frozenset[int]) -> float:
-            sites = frozenset().union(*(groups[i] for i in members))
-            return self._game.removed("unclamped", sites) if sites else 0.0
-
-        def tell(shares: Shares) -> None:
-            known = {
-                player.name: (shares.values[i], shares.low[i], shares.high[i])
-                for i, player in enumerate(active)
-            }
-            self._publish(
-                sites=self._tabulate([*active, *rest], ways, known),
-                rest_share=shares.values[-1] if rest else 0.0,
-            )
-
-        budget, game = self._game.budget, self._game
-        game.budget = max(game.spent, budget - RESERVE)
-        try:
-            if 2**count <= max(game.budget - game.spent, 4):
-                tell(exact_shares(count, value))
-            else:
-                tolerance = max(LEAST_SHARE, self._found.noise or 0.0)
-                self._sample(count, value, tolerance, tell)
-        except BudgetSpent:
-            self._note("The budget did not suffice for Shapley values; shares are both ways' mean.")
-        finally:
-            game.budget = budget
-
-    def _sample(
-        self,
-        count: int,
-        value: Callable[[frozenset[int]], float],
-        tolerance: float,
-        tell: Callable[[Shares], None],
-    ) -> None:
-        """Draw pairs of orders until the budget is spent or nothing moves any more."""
-        pairs: list[np.ndarray] = []
-        seed = self._limits.seed
-        for pair in itertools.count():
-            before = self._game.spent
+    def _other_questions(self) -> None:
+        """Ask for underflow, and whether it is FP8 at all."""
+        findings = self._findings
+        for kind in ("blocks", "high_precision"):
             try:
-                pairs.append(
-                    sampled_pair(count, value, seed=seed, pair=pair, tolerance=tolerance)
-                )
-            except BudgetSpent:
-                if not pairs:
-                    raise
-                return
-            shares = shares_of_pairs(pairs)
-            tell(shares)
-            widest = max(h - low for h, low in zip(shares.high, shares.low, strict=True))
-            is_known = self._game.spent == before and pair >= 4 * count
-            if len(pairs) > 2 and (widest < 2 * LEAST_SHARE or is_known):
-                return
-
-    def _smallest_set(self, candidates: list[Player], clamping_share: float) -> None:
-        """Find the smallest set that removes enough, and replay it as it would be recommended."""
-        target = ENOUGH * min(1.0, clamping_share)
-        if clamping_share >= ENOUGH:
-            target = ENOUGH
-        chosen = self._greedy(candidates, target)
-        chosen = self._smaller(candidates, chosen, target)
-        names = {player.name for player in chosen}
-        rows = tuple(replace(row, named=row.name in names) for row in self._found.sites)
-        self._publish(sites=rows)
-        sites = joined(chosen)
-        recipe = recipe_of(self._snapshot.facts)
-        best = ("dynamic", -math.inf)
-        try:
-            for scaling in ("dynamic", "guarded"):
-                removed = self._game.removed(scaling, sites)
-                if removed > best[1]:
-                    best = (scaling, removed)
-                if removed >= target:
-                    break
-        except BudgetSpent:
-            self._note("The recommended change was not replayed: the budget is spent.")
-        removed = best[1] if math.isfinite(best[1]) else None
-        if removed is not None and removed < target:
-            self._note(f"It removes less than the {100 * target:.0f} % aimed at.")
-        if clamping_share < ENOUGH:
-            self._note(
-                f"As clamping caused {100 * clamping_share:.0f} % of the spike, the set is the "
-                f"smallest that removes {100 * ENOUGH:.0f} % of that."
+                trace = self._game.ask(kind, self._replay.sites)
+            except (UnclampError, ValueError) as error:
+                findings.note(f"The question {kind!r} could not be asked: {error}.")
+                continue
+            findings.publish(
+                others={**findings.found.others, kind: self._game.share_gone(trace)},
+                underflowed={**findings.found.underflowed, kind: _underflow(trace)},
             )
-        self._publish(override=make_override(sites, best[0], recipe=recipe, removed=removed))
 
-    def _greedy(self, candidates: list[Player], target: float) -> list[Player]:
-        shares = {row.name: row.share for row in self._found.sites}
-        ranked = sorted(candidates, key=lambda p: -shares.get(p.name, -math.inf))
-        chosen: list[Player] = []
-        for player in ranked:
-            chosen.append(player)
-            if self._game.removed("unclamped", joined(chosen)) >= target:
+    # ---- what mends it ---------------------------------------------------------------------
+
+    def _mend(self, causes: list[Player], clamping_share: float) -> None:
+        """Find the smallest set that removes enough, and replay it as it would be recommended."""
+        findings, game = self._findings, self._game
+        target = ENOUGH * (1.0 if clamping_share >= ENOUGH else clamping_share)
+        shares = {row.name: row.share for row in findings.found.sites}
+        chosen = smallest_set(
+            sorted(causes, key=lambda p: (-shares.get(p.name, -math.inf), p.name)),
+            target,
+            gain=lambda players: game.removed("unclamped", joined(players)),
+            known=lambda players: game.known("unclamped", joined(players)),
+        )
+        names = {player.name for player in chosen}
+        findings.publish(
+            sites=tuple(replace(r, named=r.name in names) for r in findings.found.sites)
+        )
+        scaling, removed = self._verified(joined(chosen), target)
+        if removed is not None and removed < target:
+            findings.note(f"That is less than the {100 * target:.0f} % aimed at.")
+        if clamping_share < ENOUGH:
+            findings.note(
+                f"As {100 * clamping_share:.0f} % of the spike goes with the clamps, the set is "
+                f"the smallest that removes {100 * ENOUGH:.0f} % of that."
+            )
+        recipe = recipe_of(self._snapshot.facts)
+        override = make_override(joined(chosen), scaling, recipe=recipe, removed=removed)
+        findings.publish(override=override)
+
+    def _verified(self, sites: frozenset[SiteKey], target: float) -> tuple[Scaling, float | None]:
+        """Return the scaling to recommend, and what it removes in a replay."""
+        tried: dict[Scaling, float] = {}
+        scalings: tuple[Scaling, ...] = ("dynamic", "guarded")
+        for scaling in scalings:
+            try:
+                tried[scaling] = self._game.removed(scaling, sites)
+            except BudgetSpent:
                 break
-        for player in list(chosen)[::-1]:
-            without = [other for other in chosen if other is not player]
-            if without and self._game.removed("unclamped", joined(without)) >= target:
-                chosen = without
-        return chosen
+            if tried[scaling] >= target:
+                return scaling, tried[scaling]
+        if not tried:
+            self._findings.note("The recommended change was not replayed: the budget is spent.")
+            return "dynamic", None
+        best = max(tried, key=lambda scaling: tried[scaling])
+        return best, tried[best]
 
-    def _smaller(
-        self, candidates: list[Player], chosen: list[Player], target: float
-    ) -> list[Player]:
-        """Return a smaller set, or one as small that removes more, among those replayed already."""
-        budget, self._game.budget = self._game.budget, 0
-        best = (len(chosen), -self._game.removed("unclamped", joined(chosen)), chosen)
-        try:
-            for size in range(1, min(len(chosen), 3) + 1):
-                for members in itertools.combinations(candidates, size):
-                    try:
-                        removed = self._game.removed("unclamped", joined(members))
-                    except BudgetSpent:
-                        continue
-                    if removed >= target and (size, -removed) < best[:2]:
-                        best = (size, -removed, list(members))
-        finally:
-            self._game.budget = budget
-        return best[2]
+
+def _digest(snapshot: Snapshot, window: Window) -> str:
+    """Return what identifies the questions: answers of others are of no use."""
+    kept = {name: snapshot.facts.get(name) for name in ("code", "sites", "recipe", *MACHINE)}
+    text = json.dumps([snapshot.step, kept, repr(window)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _underflow(trace: Trace) -> float:
     return trace.underflowed / max(1, trace.elements)
 
 
-def _first_difference(run: Any, replayed: Any) -> str:
+def _first_difference(run: Mapping[int, float], replayed: Mapping[int, float]) -> str:
     for n in sorted(set(run) & set(replayed)):
         one, other = run[n], replayed[n]
         if one != other and not (math.isnan(one) and math.isnan(other)):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 from torch import nn
@@ -12,7 +12,8 @@ from unclamp.recipe import Recipe
 from unclamp.rule import ROLES, Role, Rule, rule_to_dict
 from unclamp.scaling import Dynamic, Guarded, Scaling
 
-SCALINGS: Mapping[str, Scaling] = {"dynamic": Dynamic(), "guarded": Guarded()}
+ScalingName = Literal["dynamic", "guarded"]
+SCALINGS: Mapping[ScalingName, Scaling] = {"dynamic": Dynamic(), "guarded": Guarded()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Override:
     """
 
     sites: tuple[SiteKey, ...]
-    scaling: str
+    scaling: ScalingName
     removed: float | None
     toml: str
     python: str | None
@@ -46,7 +47,7 @@ class Override:
 
 
 def make_override(
-    sites: Iterable[SiteKey], scaling: str, *, recipe: Recipe | None, removed: float | None
+    sites: Iterable[SiteKey], scaling: ScalingName, *, recipe: Recipe | None, removed: float | None
 ) -> Override:
     """Return the overrides that make sites dynamic or guarded.
 
@@ -76,7 +77,9 @@ def make_override(
     )
 
 
-def switch_sites(model: nn.Module, sites: Iterable[Mapping[str, Any]], scaling: str) -> None:
+def switch_sites(
+    model: nn.Module, sites: Iterable[Mapping[str, Any]], scaling: ScalingName
+) -> None:
     """Switch sites of a model that trains; a recorder writes the event."""
     where = sites_of(model)
     changes: dict[int, tuple[Any, dict[int, Scaling]]] = {}

@@ -89,9 +89,8 @@ class Replay:
         self.training, self.snapshot = training, snapshot
         self._step = step
         self.sites = sites_of(training.model)
-        self._before = {key: self.scaling_of(key) for key in self.sites} | {
-            key: scaling for key, scaling in scalings_of(snapshot.facts).items()
-        }
+        self._before = {key: self.scaling_of(key) for key in self.sites}
+        self._before |= scalings_of(snapshot.facts)
 
     def scaling_of(self, key: SiteKey) -> Scaling:
         """Return the scaling of a site as it stands."""
@@ -131,7 +130,11 @@ class Replay:
             )
         began = time.perf_counter()
         losses: dict[int, float] = {}
-        with keeping_random_state(), _threads(snapshot.facts.get("threads")), self._counts() as seen:
+        with (
+            keeping_random_state(),
+            _threads(snapshot.facts.get("threads")),
+            self._counts() as seen,
+        ):
             self._switch({**self._before, **changes})
             put_state(self.training, snapshot.state)
             if perturb is not None:
@@ -260,9 +263,7 @@ def _number(loss: object) -> float:
 def same_losses(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
     """Whether the losses of the steps that both have are equal bit for bit; NaN equals NaN."""
     shared = set(one) & set(other)
-    return all(
-        one[n] == other[n] or (math.isnan(one[n]) and math.isnan(other[n])) for n in shared
-    )
+    return all(one[n] == other[n] or (math.isnan(one[n]) and math.isnan(other[n])) for n in shared)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def encode(tree: Any, what: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, dict):
         return {key: encode(v, f"{what}, {key!r}", tensors) for key, v in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(encode(v, what, tensors) for v in tree)
+        return type(tree)([encode(v, what, tensors) for v in tree])
     if type(tree) in _PLAIN:
         return tree
     if isinstance(tree, np.generic):

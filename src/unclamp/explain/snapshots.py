@@ -39,6 +39,7 @@ from unclamp.explain.training import (
 )
 from unclamp.explain.watch import LateLoss, SpikeWatch
 
+
 class Events(Protocol):
     """Takes events, as a Recorder does."""
 
@@ -114,7 +115,9 @@ class Snapshots:
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ReplayError(f"expected a whole number {name} of {low} or more, got {value!r}")
         if on_spike == "explain" and (build is None or step is None):
-            raise ReplayError('on_spike="explain" needs the build and step functions to replay with')
+            raise ReplayError(
+                'on_spike="explain" needs the build and step functions to replay with'
+            )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ReplayError("snapshots are of one process; torch.distributed is initialised here")
         self._training, self._path = training, Path(path)
@@ -156,7 +159,9 @@ class Snapshots:
             self.before(step, batch)
             yield step, batch
             if self._open is not None:
-                raise ReplayError(f"call snapshots.after({self._open}, loss) at the end of the step")
+                raise ReplayError(
+                    f"call snapshots.after({self._open}, loss) at the end of the step"
+                )
 
     def before(self, step: int, batch: Any) -> None:
         """Take a snapshot if one is due, and keep the batch. Call it before the step.
@@ -252,7 +257,8 @@ class Snapshots:
     def _explain(self, onset: int, start: int, now: int) -> Rewind | None:
         """Explain a spike beside the training; go back to before it if that mends it."""
         # Its own import: a run without a spike needs nothing of it.
-        from unclamp.explain.investigate import Limits, investigate  # noqa: PLC0415
+        from unclamp.explain.investigate import investigate  # noqa: PLC0415
+        from unclamp.explain.limits import Limits  # noqa: PLC0415
         from unclamp.explain.mend import switch_sites  # noqa: PLC0415
 
         assert self._build is not None

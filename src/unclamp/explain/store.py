@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as checkpoint
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from unclamp.errors import ReplayError
 from unclamp.explain.snapshot import Snapshot, decode, encode
@@ -61,7 +62,7 @@ def write_snapshot(run: Path, snapshot: Snapshot) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        checkpoint.save(tensors, checkpoint_id=part / TENSORS_FOLDER, no_dist=True)
+        save(tensors, checkpoint_id=part / TENSORS_FOLDER, no_dist=True)
         torch.save(skeleton, part / SKELETON_FILE)
         (part / FACTS_FILE).write_text(json.dumps(facts, allow_nan=False), encoding="utf-8")
         for name in (SKELETON_FILE, FACTS_FILE):
@@ -87,7 +88,7 @@ def read_snapshot(path: Path) -> Snapshot:
         for key, (shape, dtype) in facts.pop("tensors").items()
     }
     try:
-        checkpoint.load(tensors, checkpoint_id=path / TENSORS_FOLDER, no_dist=True)
+        load(tensors, checkpoint_id=path / TENSORS_FOLDER, no_dist=True)
         skeleton = torch.load(path / SKELETON_FILE, weights_only=True)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__

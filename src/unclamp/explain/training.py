@@ -41,14 +41,14 @@ class Training:
     Attributes:
         model: The model, converted.
         optimizer: Its optimizer.
-        scheduler: Learning rates, or None.
+        scheduler: What sets learning rates and keeps state, or None.
         others: What else keeps state from step to step, such as a gradient scaler, an average
             of the weights or a data loader, by name.
     """
 
     model: nn.Module
     optimizer: Optimizer
-    scheduler: Stateful | None = None
+    scheduler: Any = None
     others: Mapping[str, Stateful] = field(default_factory=dict)
 
 
