@@ -1,4 +1,4 @@
-"""The command line: `unclamp study | report | doctor | formats`, a module a command.
+"""The command line: `unclamp study | explain | report | doctor | formats`, a module a command.
 
 Results go to stdout, progress and notes to stderr, so that `--json` prints one JSON document and
 nothing else. What a user can mend is one line and exit code 2. torch is imported only by the
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from unclamp.cli import machine, report, study  # noqa: F401  (each adds its commands)
+from unclamp.cli import explain, machine, report, study  # noqa: F401  (each adds its commands)
 from unclamp.cli.app import USER_ERROR, app
 from unclamp.errors import UnclampError
 from unclamp.version import __version__

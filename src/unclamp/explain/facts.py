@@ -31,16 +31,22 @@ MACHINE = ("torch", "device", "threads", "cpu", "deterministic", "matmul_precisi
 """Facts that may change bits without anything being wrong."""
 
 
-def gather_facts(
-    model: nn.Module, *, build: Build | None, step: Step | None, arguments: Mapping[str, Any]
+def code_facts(
+    *, build: Build | None, step: Step | None, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the facts of a training as it stands, as JSON data."""
+    """Return the facts that stay through a run, as JSON data."""
     return {
         "unclamp_version": __version__,
         "build": _name_of(build),
         "step_function": _name_of(step),
         "arguments": dict(arguments),
         "code": fingerprint(build, step),
+    }
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Return the facts of a model as it stands, as JSON data."""
+    return {
         "sites": site_facts(model),
         "recipe": recipe_facts(model),
         **machine_facts(model),

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from unclamp.errors import ReplayError, UnclampWarning
-from unclamp.explain.facts import gather_facts
+from unclamp.explain.facts import code_facts, model_facts
 from unclamp.explain.ring import GIB, Ring
 from unclamp.explain.training import (
     Batch,
@@ -123,6 +123,7 @@ class Snapshots:
         self._training, self._path = training, Path(path)
         self._build, self._step = build, step
         self._arguments = dict(arguments or {})
+        self._code = code_facts(build=build, step=step, arguments=self._arguments)
         self._every, self._lead, self._after = every, lead, after
         self._write_all, self._explains = write == "all", on_spike == "explain"
         self._replays, self._rewinds_left, self._recorder = replays, max_rewinds, recorder
@@ -171,13 +172,8 @@ class Snapshots:
                 what cannot be kept.
         """
         if step % self._every == 0 or not self._ring.steps:
-            facts = gather_facts(
-                self._training.model,
-                build=self._build,
-                step=self._step,
-                arguments=self._arguments,
-            )
-            self._ring.take(step, self._training, facts)
+            facts = model_facts(self._training.model)
+            self._ring.take(step, self._training, {**self._code, **facts})
             if self._write_all:
                 self._due.append(step)
         self._ring.add_batch(step, batch)

@@ -44,12 +44,14 @@ class Training:
         scheduler: What sets learning rates and keeps state, or None.
         others: What else keeps state from step to step, such as a gradient scaler, an average
             of the weights or a data loader, by name.
+        settings: What a step needs to know besides, such as where gradients are clipped.
     """
 
     model: nn.Module
     optimizer: Optimizer
     scheduler: Any = None
     others: Mapping[str, Stateful] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 Build = Callable[..., Training]
