@@ -1,6 +1,5 @@
 """The answer while it grows: written after every replay, so that it can always be read."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +48,7 @@ class Findings:
                 {
                     "name": name,
                     "losses": {str(n): loss for n, loss in trace.losses.items()},
-                    "removed": None if math.isnan(game.actual_excess) else game.share_gone(trace),
+                    "removed": game.share_gone(trace) if game.rise > 0 else None,
                 }
                 for name, trace in game.answers.items()
             ),

@@ -34,12 +34,11 @@ class Window:
     last: int
     level: float
 
-    def excess(self, losses: Mapping[int, float]) -> float:
-        """Return the mean loss above the level over the spike's steps."""
+    def loss(self, losses: Mapping[int, float]) -> float:
+        """Return the mean loss over the spike's steps; what is not finite counts as the cap."""
         top = CAP * abs(self.level)
         values = [losses[n] for n in range(self.first, self.last + 1)]
-        capped = [min(v, top) if math.isfinite(v) else top for v in values]
-        return sum(capped) / len(capped) - self.level
+        return sum(min(v, top) if math.isfinite(v) else top for v in values) / len(values)
 
 
 class Game:
@@ -65,7 +64,7 @@ class Game:
         self.replay, self.window, self.budget = replay, window, budget
         self.answers: dict[str, Trace] = {}
         self._cache, self._on_replay = cache, on_replay
-        self.actual_excess = math.nan
+        self._actual = self._floor = math.nan
 
     @property
     def spent(self) -> int:
@@ -88,8 +87,21 @@ class Game:
             }:
                 self.answers = earlier
         self.answers["actual"] = actual
-        self.actual_excess = self.window.excess(actual.losses)
+        self._actual, self._floor = self.window.loss(actual.losses), self.window.level
         self._keep("actual")
+
+    @property
+    def rise(self) -> float:
+        """How far the spike rises; NaN before there is a plain replay."""
+        return self._actual - self._floor
+
+    def lower_floor(self, without_clamping: Trace) -> None:
+        """Count the spike from what its loss is with nothing clamped, if that is below the level.
+
+        A batch may be easier than those before it; without this, shares would add up to more than
+        the whole.
+        """
+        self._floor = min(self.window.level, self.window.loss(without_clamping.losses))
 
     def ask(self, kind: Kind, sites: Iterable[SiteKey]) -> Trace:
         """Return the replay with these sites scaled otherwise.
@@ -131,7 +143,7 @@ class Game:
 
     def share_gone(self, trace: Trace) -> float:
         """Return the share of the spike that is gone in a replay."""
-        return (self.actual_excess - self.window.excess(trace.losses)) / self.actual_excess
+        return (self._actual - self.window.loss(trace.losses)) / self.rise
 
     def _changed(self, kind: Kind, key: SiteKey) -> Scaling | None:
         before = self.replay.original(key)

@@ -140,7 +140,7 @@ class _Investigation:
         findings = self._findings
         if not self._reproduces() and not self._limits.anyway:
             return
-        if self._game.actual_excess <= 0:
+        if not self._game.rise > 0:
             findings.note("In the replay the loss does not rise: there is nothing to explain.")
             findings.publish(verdict="not reproduced")
             return
@@ -192,13 +192,15 @@ class _Investigation:
     def _without_clamping(self) -> tuple[float, float]:
         """Return the share that is gone with nothing clamped, and that of a placebo."""
         game = self._game
-        gone = game.removed("unclamped", self._can_clamp)
+        free = game.ask("unclamped", self._can_clamp)
+        game.lower_floor(free)
+        gone = game.share_gone(free)
         noise = max(abs(game.share_gone(game.placebo(seed))) for seed in range(PLACEBOS))
         verdict: Verdict = "clamping" if gone >= CLAMPING else "partly clamping"
         if gone < max(NOT_CLAMPING, NOISE_FACTOR * noise):
             verdict = "not clamping"
         underflowed = {"actual": _underflow(game.answers["actual"])}
-        traces = (game.answers["actual"], game.ask("unclamped", self._can_clamp))
+        traces = (game.answers["actual"], free)
         self._clamped = {key for trace in traces for key in trace.sites}
         self._findings.publish(
             clamping_share=gone,

@@ -1,10 +1,10 @@
 """From the sites that caused a spike to a recipe that does not clamp them."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import tomli_w
 from torch import nn
 
 from unclamp.explain.facts import SiteKey, sites_of
@@ -72,9 +72,21 @@ def make_override(
         sites=ordered,
         scaling=scaling,
         removed=removed,
-        toml=tomli_w.dumps({"override": rules}),
+        toml="\n".join(map(_as_toml, rules)),
         python="".join(lines) if is_first else None,
     )
+
+
+def _as_toml(rule: Mapping[str, Any]) -> str:
+    """Return a rule as an entry that can be pasted before others: `[[override]]`, a line a key."""
+    return "[[override]]\n" + "".join(f"{key} = {_inline(rule[key])}\n" for key in rule)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_inline(value[key])}" for key in value) + " }"
+    # Text, numbers and booleans are written alike in JSON and TOML.
+    return json.dumps(value)
 
 
 def switch_sites(

@@ -1,5 +1,6 @@
 """An explanation on a terminal: the paragraph, the sites, the override; and progress meanwhile."""
 
+import math
 from collections.abc import Callable
 
 from rich.console import Console
@@ -29,32 +30,25 @@ def print_explanation(found: Explanation, console: Console) -> None:
 
 def _table(found: Explanation) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading, justify in (
-        ("site", "left"),
-        ("caused", "right"),
-        ("95 %", "right"),
-        ("only it un-clamped", "right"),
-        ("only it clamped", "right"),
-        ("overshoot", "right"),
-    ):
-        table.add_column(f"[dim]{heading}[/]", justify=justify)  # pyright: ignore
+    table.add_column("[dim]site[/]", overflow="fold", ratio=1)
+    for heading in ("caused", "95 % interval", "only it\nfree", "only it\nclamped"):
+        table.add_column(f"[dim]{heading}[/]", justify="right", no_wrap=True)
     for row in found.sites[:SHOWN_ROWS]:
         table.add_row(*_cells(row), style="bold" if row.named else None)
     if len(found.sites) > SHOWN_ROWS:
         table.add_row(f"... and {len(found.sites) - SHOWN_ROWS} more, in the JSON")
+    table.caption = "only it free: share gone; only it clamped: share left; bold: to be mended"
+    table.caption_justify = "left"
     return table
 
 
 def _cells(row: SiteShare) -> list[str]:
-    interval = f"{percent(row.low)} to {percent(row.high)}"
-    return [
-        row.name,
-        percent(row.share),
-        interval if row.how == "shapley" else f"({interval})",
-        "-" if row.only is None else f"-{percent(row.only)}" if row.only > 0 else "0 %",
-        "-" if row.last is None else percent(row.last),
-        f"{row.overshoot:.1f}x" if row.overshoot else "-",
-    ]
+    ways = ["-" if share is None else _rounded(share) for share in (row.only, row.last)]
+    return [row.name, _rounded(row.share), f"{_rounded(row.low)} to {_rounded(row.high)}", *ways]
+
+
+def _rounded(share: float) -> str:
+    return f"{100 * share:.0f} %".replace("-0 %", "0 %") if math.isfinite(share) else "?"
 
 
 def with_progress(
