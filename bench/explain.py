@@ -7,6 +7,7 @@ planted sites cause together. `python -m bench.explain [folder]` runs all cases.
 
 import itertools
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -22,11 +23,14 @@ from tests.explain.planted import Case
 from tests.explain.planted_llama import LlamaCase
 
 import unclamp
+from unclamp.analysis.spikes import LEVEL_POINTS
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 
 ENOUGH = 0.9
 Site = tuple[str, str]
 AnyCase = Case | LlamaCase
+HARMLESS = ((0.0,), (0.0,))
+"""Paths whose outlier meets a column of zeros."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +122,12 @@ def cases() -> dict[str, list[AnyCase]]:
         "Llama, two in parallel": [LlamaCase(layout="parallel", seed=s) for s in range(6, 10)],
         "Llama, two in series": [LlamaCase(layout="series", seed=s) for s in range(10, 14)],
         "other cause: bad batch": [
-            *(
-                Case(other="bad batch", seed=s, decoys=3, paths=(), size=64.0)
-                for s in range(40, 44)
-            ),
+            *(Case(other="bad batch", seed=s, decoys=3, paths=HARMLESS) for s in range(40, 44)),
             *(LlamaCase(layout="decoys", other="bad batch", seed=s) for s in range(44, 47)),
         ],
         "other cause: learning rate": [
-            *(Case(other="learning rate", seed=s, decoys=3, paths=()) for s in range(47, 51)),
-            *(LlamaCase(layout="decoys", other="learning rate", seed=s) for s in range(51, 54)),
+            *(Case(other="learning rate", seed=s, decoys=3, paths=HARMLESS) for s in range(47, 51)),
+            *(LlamaCase(layout="decoys", other="learning rate", seed=s) for s in (51, 53, 54)),
         ],
     }
 
@@ -187,13 +188,14 @@ def _truth(case: AnyCase, losses: Sequence[float]) -> tuple[list[Site], dict[str
     sites = case.culprits
     if case.other or not sites:
         return [], {}
-    level = sorted(losses[:at])[at // 2]
-    excess = losses[at] - level
-    removed = {
-        members: (losses[at] - planted.losses_with(case, list(members))[at]) / excess
+    level = statistics.median(losses[at - LEVEL_POINTS : at])
+    with_free = {
+        members: planted.losses_with(case, list(members))[at]
         for size in range(len(sites) + 1)
         for members in itertools.combinations(sites, size)
     }
+    rise = losses[at] - min(level, with_free[tuple(sites)])
+    removed = {members: (losses[at] - loss) / rise for members, loss in with_free.items()}
     target = ENOUGH * min(1.0, removed[tuple(sites)])
     enough = [m for m in removed if removed[m] >= target]
     best = min(enough, key=lambda m: (len(m), -removed[m]))

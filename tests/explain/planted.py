@@ -165,7 +165,7 @@ def batch(case: Case, number: int) -> Batch:
     if number == SPIKE and case.other == "bad batch":
         target = target.flip(0) + 3
     is_fast = number == SPIKE - 1 and case.other == "learning rate"
-    return x, target, torch.tensor(1000.0 if is_fast else 1.0)
+    return x, target, torch.tensor(5000.0 if is_fast else 1.0)
 
 
 def record(case: Case, run: Path, **settings: object) -> list[float]:
@@ -216,3 +216,13 @@ def losses_with(case: AnyCase, unclamped: list[tuple[str, str]]) -> list[float]:
         recipe = recipe.override(f"^{fqn}", **roles)  # pyright: ignore
     training = case.build(recipe)
     return [case.step(training, one).item() for one in case.batches()]
+
+
+def default_build() -> Training:
+    """The default case, for a command that finds it by name."""
+    return Case().build()
+
+
+def many_build() -> Training:
+    """A case with five culprits, likewise."""
+    return Case(paths=((1.0, 1.0), (1.0, 1.0), (1.0,)), decoys=4).build()

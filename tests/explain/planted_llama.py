@@ -112,7 +112,7 @@ class LlamaCase:
                 generator = torch.Generator().manual_seed(self.seed)
                 labels = torch.randint(0, 256, labels.shape, generator=generator)
             fast = number == SPIKE - 1 and self.other == "learning rate"
-            yield tokens, labels, torch.tensor(30.0 if fast else min(1.0, (number + 1) / 5))
+            yield tokens, labels, torch.tensor(300.0 if fast else min(1.0, (number + 1) / 5))
 
 
 @lru_cache(maxsize=1)

@@ -80,6 +80,8 @@ def _losses(run: Path) -> tuple[list[int], list[float]]:
 
 def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, Path]:
     """Return a spike and the snapshot to start from."""
+    if not spikes:
+        raise ReplayError(f"the loss of {run} has no spike, so there is nothing to explain")
     found = find_snapshots(run)
     if not found:
         raise ReplayError(
@@ -87,8 +89,6 @@ def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, 
             "unclamp.Snapshots(training, path, ...), as docs/explain.md shows; studies take them "
             "by themselves"
         )
-    if not spikes:
-        raise ReplayError(f"the loss of {run} has no spike, so there is nothing to explain")
     listed = "; ".join(
         f"{i} at step {s.onset} ({s.height:.2f}x)" for i, s in enumerate(spikes[:SHOWN_SPIKES], 1)
     )
