@@ -15,7 +15,7 @@ from explain.planted import SPIKE, Case, record
 from unclamp.errors import ReplayError
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 from unclamp.explain.replay import Replay, same_losses, unclamped
-from unclamp.explain.screening import Screening
+from unclamp.explain.screening import Screening, free_gradients
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import FACTS_FILE, find_snapshots, read_snapshot
 from unclamp.scaling import Delayed, Dynamic, Guarded, HighPrecision, Static
@@ -41,7 +41,7 @@ def test_losses_come_back_bit_for_bit_after_any_counterfactual(case: Case, tmp_p
         if not changes:
             assert trace.losses == snapshot.losses
         else:
-            assert trace.losses[SPIKE] < 2
+            assert trace.losses[SPIKE] < 0.9 * snapshot.losses[SPIKE]
 
 
 def test_un_clamping_who_does_not_clamp_changes_no_bit(tmp_path: Path) -> None:
@@ -63,11 +63,10 @@ def test_a_replay_leaves_random_generators_and_threads_alone(tmp_path: Path) -> 
 
 def test_a_clamp_downstream_of_a_clamp_is_found(tmp_path: Path) -> None:
     """It never clamps while the one before it does: the guarded twin counts that it would."""
-    again, snapshot = replay(Case(paths=((1.0, 1.0),)), tmp_path / "run")
+    again, _ = replay(Case(paths=((1.0, 1.0),)), tmp_path / "run")
     hidden = ("paths.0.2", "input")
-    assert again.run({}, last=SPIKE).sites.get(hidden) is None or (
-        again.run({}, last=SPIKE).sites[hidden].overshoot < 2
-    )
+    plain = again.run({}, last=SPIKE).sites
+    assert hidden not in plain or plain[hidden].overshoot < 2
     free = {key: unclamped(again.original(key)) for key in again.sites}
     assert again.run({k: s for k, s in free.items() if s}, last=SPIKE).sites[hidden].would_clamp
 
@@ -109,8 +108,9 @@ def test_screening_is_the_first_order_effect(tmp_path: Path) -> None:
     case = Case(paths=((1.0,), (1.0,)), parts=(1.0, 0.5), size=24.0)
     again, snapshot = replay(case, tmp_path / "run")
     screening = Screening(again.training.model)
-    watched = again.run({}, last=SPIKE, watching=screening.watching)
-    assert watched.losses[SPIKE] == snapshot.losses[SPIKE]
+    free = free_gradients(again)
+    watched = again.run(free, last=SPIKE, watching=screening.watching)
+    assert watched.losses[SPIKE] == pytest.approx(snapshot.losses[SPIKE], rel=1e-3)
     first, second = (screening.effects[site] for site in case.culprits)
     assert first < 0
     assert 2 < first / second < 8  # the outputs are 1 and 0.5, the loss is quadratic

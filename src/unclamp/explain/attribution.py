@@ -13,7 +13,7 @@ from unclamp.explain.findings import Findings
 from unclamp.explain.game import BudgetSpent, Game
 from unclamp.explain.limits import Limits
 from unclamp.explain.players import Player, joined
-from unclamp.explain.screening import Screening
+from unclamp.explain.screening import Screening, free_gradients
 from unclamp.explain.shapley import Shares, exact_shares, sampled_pair, shares_of_pairs
 
 NOISE_FACTOR = 3.0
@@ -90,7 +90,8 @@ class Attribution:
         """Return players by first-order effect, and every third by clamp error instead."""
         findings, replay = self._findings, self._game.replay
         screening = Screening(replay.training.model)
-        replay.run({}, last=self._game.window.last, watching=screening.watching)
+        changes = free_gradients(replay)
+        replay.run(changes, last=self._game.window.last, watching=screening.watching)
         findings.extra_replays += 1
         findings.effects = screening.effects
         findings.publish()

@@ -192,9 +192,9 @@ class Explanation:
         parts = []
         if "blocks" in self.others:
             parts.append(
-                f"With a scale for every 32 elements, under which "
-                f"{percent(self.underflowed['blocks'])} of elements underflow and not "
-                f"{percent(self.underflowed['actual'])}, {_gone(self.others['blocks'])}."
+                f"With a scale for every 32 elements, so that "
+                f"{percent(self.underflowed['blocks'])} of elements underflow (in the run "
+                f"{percent(self.underflowed['actual'])}), {_gone(self.others['blocks'])}."
             )
         if "high_precision" in self.others:
             share = self.others["high_precision"]

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from unclamp.explain.facts import SiteKey
+from unclamp.explain.replay import Replay, unclamped
 from unclamp.nn import Fp8Linear
 from unclamp.nn.site import AXES
 from unclamp.numerics.blocks import orient, spread
 from unclamp.rule import Role
-from unclamp.scaling import Delayed, Static
+from unclamp.scaling import Delayed, Scaling, Static
 
 
 class Screening:
@@ -84,6 +85,15 @@ class Screening:
                 weights.clear()
 
         return hook
+
+
+def free_gradients(replay: Replay) -> dict[SiteKey, Scaling]:
+    """Return the change with which to watch: no gradient is clamped.
+
+    Where a loss jumps its gradients do, and a clamped one would understate every effect.
+    """
+    free = {k: unclamped(replay.original(k)) for k in replay.sites if k[1] == "grad_output"}
+    return {key: scaling for key, scaling in free.items() if scaling is not None}
 
 
 @torch.no_grad()
