@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,16 @@ from tests.explain.planted import Case
 from tests.explain.planted_llama import LlamaCase
 
 import unclamp
+from bench.timing import compare
 from unclamp.analysis.spikes import LEVEL_POINTS
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
+from unclamp.rule import Role
+from unclamp.study.config import StudyConfig, default_toml
+from unclamp.study.data import Batches, read_text
+from unclamp.study.loop import build, do_step, tokenize
 
 ENOUGH = 0.9
-Site = tuple[str, str]
+Site = tuple[str, Role]
 AnyCase = Case | LlamaCase
 HARMLESS = ((0.0,), (0.0,))
 """Paths whose outlier meets a column of zeros."""
@@ -230,6 +235,55 @@ def measure(folder: Path | None = None) -> list[Result]:
     return results
 
 
+def growth() -> None:
+    """Print how the cost grows with the number of sites that clamp, and with the budget."""
+    print("\n| sites | sites that clamp | budget | replays | named rightly |")
+    print("|---|---|---|---|---|")
+    for decoys, budget in ((1, 100), (8, 100), (32, 100), (96, 100), (96, 30)):
+        case = Case(seed=60, paths=((1.0,), (1.0,)), decoys=decoys, size=64.0 * (1 + decoys) ** 0.5)
+        with tempfile.TemporaryDirectory() as scratch:
+            result = run_case("growth", case, Path(scratch), limits=Limits(replays=budget))
+        sites = 6 * (2 + decoys)
+        print(
+            f"| {sites} | {result.found.clamped_sites} | {budget} | {result.found.replays} | "
+            f"{result.is_right} |",
+            flush=True,
+        )
+
+
+def snapshot_cost() -> None:
+    """Print what taking snapshots costs a step of the study's model."""
+    config = StudyConfig.from_toml(default_toml())
+    recipe = unclamp.Recipe()
+    arguments = {
+        "config": config.to_dict(), "scenario": "text", "seed": 0, "recipe": recipe.to_dict()
+    }  # fmt: skip
+    training = build(**arguments)
+    shape = {"batch_size": config.data.batch_size, "seq_len": config.data.seq_len}
+    tokens = tokenize(config.model, training.model, read_text((), seq_len=config.data.seq_len))
+    batch = Batches(tokens, **shape, seed=0).batch(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        snapshots = Snapshots(training, scratch, build=build, step=do_step, arguments=arguments)
+        count = itertools.count()
+
+        def plain() -> None:
+            do_step(training, batch)
+
+        def taken() -> None:
+            n = next(count)
+            snapshots.before(n, batch)
+            snapshots.after(n, do_step(training, batch))
+
+        def ten(run: Callable[[], None]) -> Callable[[], None]:
+            return lambda: [run() for _ in range(10)] and None
+
+        compare(
+            "ten steps of the study's model, one snapshot",
+            {"plain": ten(plain), "with snapshots": ten(taken)},
+            rounds=9,
+        )
+
+
 def _line(result: Result) -> str:
     found = result.found
     named = ", ".join(" ".join(site) for site in found.named) or "-"
@@ -244,17 +298,17 @@ def _line(result: Result) -> str:
 
 def print_table(results: Sequence[Result]) -> None:
     """Print a row a kind, as docs/explain.md has them."""
-    print("\n| planted | cases | right | clamped sites | replays | largest share error | seconds |")
+    print("\n| planted | cases | right | clamped sites | replays | steps' time | share error |")
     print("|---|---|---|---|---|---|---|")
     for kind in dict.fromkeys(result.kind for result in results):
         mine = [result for result in results if result.kind == kind]
         clamped = [result.found.clamped_sites for result in mine]
         replays = [result.found.replays for result in mine]
-        seconds = sum(result.seconds for result in mine) / len(mine)
+        steps = sum(result.seconds / result.step_s for result in mine) / len(mine)
         print(
             f"| {kind} | {len(mine)} | {sum(r.is_right for r in mine)} | {min(clamped)} to "
-            f"{max(clamped)} | {min(replays)} to {max(replays)} | "
-            f"{max(r.share_error for r in mine):.3f} | {seconds:.1f} |"
+            f"{max(clamped)} | {min(replays)} to {max(replays)} | {steps:.0f} | "
+            f"{max(r.share_error for r in mine):.3f} |"
         )
     causes = [r for r in results if not r.case.other]
     others = [r for r in results if r.case.other]
@@ -278,5 +332,8 @@ def to_dict(results: Sequence[Result]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    snapshot_cost()
+    growth()
     done = measure(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     print(json.dumps(to_dict(done)))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import unclamp
 from unclamp.explain import Snapshots, Training
+from unclamp.rule import Role
 
 WIDTH = 32
 TOKENS = 64
@@ -51,7 +52,7 @@ class Case:
     deterministic: bool = True
 
     @property
-    def culprits(self) -> list[tuple[str, str]]:
+    def culprits(self) -> list[tuple[str, Role]]:
         """The planted sites."""
         return [
             (f"paths.{i}.{k + 1}", "input")
@@ -168,7 +169,21 @@ def batch(case: Case, number: int) -> Batch:
     return x, target, torch.tensor(5000.0 if is_fast else 1.0)
 
 
-def record(case: Case, run: Path, **settings: object) -> list[float]:
+class AnyCase(Protocol):
+    """A case of any model."""
+
+    @property
+    def recipe(self) -> unclamp.Recipe: ...
+    @property
+    def culprits(self) -> list[tuple[str, Role]]: ...
+    @property
+    def scaling(self) -> unclamp.Delayed | unclamp.Static: ...
+    def build(self, recipe: unclamp.Recipe | None = None) -> Training: ...
+    def step(self, training: Training, batch: Batch) -> Tensor: ...
+    def batches(self) -> Iterator[Batch]: ...
+
+
+def record(case: AnyCase, run: Path, **settings: object) -> list[float]:
     """Train a case into a run folder with snapshots; return its losses."""
     training = case.build()
     losses: list[float] = []
@@ -190,19 +205,7 @@ def record(case: Case, run: Path, **settings: object) -> list[float]:
     return losses
 
 
-class AnyCase(Protocol):
-    """A case of any model."""
-
-    @property
-    def recipe(self) -> unclamp.Recipe: ...
-    @property
-    def scaling(self) -> unclamp.Delayed | unclamp.Static: ...
-    def build(self, recipe: unclamp.Recipe | None = None) -> Training: ...
-    def step(self, training: Training, batch: Batch) -> Tensor: ...
-    def batches(self) -> Iterator[Batch]: ...
-
-
-def losses_with(case: AnyCase, unclamped: list[tuple[str, str]]) -> list[float]:
+def losses_with(case: AnyCase, unclamped: list[tuple[str, Role]]) -> list[float]:
     """Train a case from its start with sites un-clamped by the recipe: the truth, by no replay."""
     recipe = case.recipe
     scaling = case.scaling

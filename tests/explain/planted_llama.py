@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import unclamp
 from unclamp.explain import Training
+from unclamp.rule import Role
 from unclamp.study.data import Batches, read_text
 from unclamp.study.outlier import (
     ANSWER_NORM,
@@ -63,7 +64,7 @@ class LlamaCase:
     scaling: unclamp.Delayed = field(default_factory=unclamp.Delayed)
 
     @property
-    def culprits(self) -> list[tuple[str, str]]:
+    def culprits(self) -> list[tuple[str, Role]]:
         """The planted sites."""
         layers = {layer for layer, _, write in LAYOUTS[self.layout][0] if write is not None}
         return [(f"model.layers.{layer}.mlp.down_proj", "input") for layer in sorted(layers)]

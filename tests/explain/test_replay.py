@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import unclamp
-from explain.planted import SPIKE, Case, record
+from explain.planted import SPIKE, AnyCase, Case, record
 from unclamp.errors import ReplayError
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 from unclamp.explain.replay import Replay, same_losses, unclamped
@@ -27,7 +27,7 @@ def replay(case: Case, run: Path) -> tuple[Replay, Snapshot]:
     return Replay(case.build(), case.step, snapshot), snapshot
 
 
-def explain(case: Case, run: Path, **limits: Any) -> Explanation:
+def explain(case: AnyCase, run: Path, **limits: Any) -> Explanation:
     return explain_spike(run, build=partial(case.build), step=case.step, limits=Limits(**limits))
 
 

@@ -51,7 +51,7 @@ def trained(case: Case, steps: int) -> Training:
 def test_a_state_goes_through_the_disk_and_back_bit_for_bit(tmp_path: Path) -> None:
     case = Case(paths=((1.0, 1.0),), dropout=0.2)
     training = trained(case, 6)
-    random.random(), np.random.normal(), torch.rand(3)
+    _ = random.random(), np.random.normal(), torch.rand(3)
     state = take_state(training)
     snapshot = Snapshot(step=6, state=state, facts={}, batches={6: Batch.of({"x": torch.ones(2)})})
     back = read_snapshot(write_snapshot(tmp_path, snapshot))
@@ -215,7 +215,7 @@ def test_a_loop_that_forgets_a_call_is_told() -> None:
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}, {"after": -1}, {"every": 2.5}])
 def test_a_number_out_of_range_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ReplayError, match="expected a whole number"):
-        Snapshots(Case().build(), "unused", **wrong)
+        Snapshots(Case().build(), "unused", **wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_training_that_does_not_fit_is_refused() -> None:
