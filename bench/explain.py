@@ -239,8 +239,9 @@ def growth() -> None:
     """Print how the cost grows with the number of sites that clamp, and with the budget."""
     print("\n| sites | sites that clamp | budget | replays | named rightly |")
     print("|---|---|---|---|---|")
-    for decoys, budget in ((1, 100), (8, 100), (32, 100), (96, 100), (96, 30)):
-        case = Case(seed=60, paths=((1.0,), (1.0,)), decoys=decoys, size=64.0 * (1 + decoys) ** 0.5)
+    for decoys, budget in ((1, 100), (8, 100), (32, 100), (64, 100), (64, 20)):
+        loud = ((2 + decoys) / 3) ** 0.5
+        case = Case(seed=60, paths=((1.0,), (1.0,)), decoys=decoys, parts=(loud, loud))
         with tempfile.TemporaryDirectory() as scratch:
             result = run_case("growth", case, Path(scratch), limits=Limits(replays=budget))
         sites = 6 * (2 + decoys)
@@ -275,7 +276,11 @@ def snapshot_cost() -> None:
             snapshots.after(n, do_step(training, batch))
 
         def ten(run: Callable[[], None]) -> Callable[[], None]:
-            return lambda: [run() for _ in range(10)] and None
+            def runs() -> None:
+                for _ in range(10):
+                    run()
+
+            return runs
 
         compare(
             "ten steps of the study's model, one snapshot",

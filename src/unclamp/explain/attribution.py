@@ -1,8 +1,8 @@
 """Who caused how much: leading sites, each exactly both ways, then Shapley values.
 
 A site that matters in neither direction, and does not matter together with the others like it
-either, is no part of the sampling: it joins the *rest*, one player. So the exact part grows with
-the budget and with the number of causes, and not with the number of sites.
+either, is idle and out of the game; those that do not lead are the *rest*, one player. So the
+exact part grows with the number of causes up to the budget, and not with the number of sites.
 """
 
 from collections.abc import Callable
@@ -61,9 +61,9 @@ class Attribution:
             BudgetSpent: Before each leading player was replayed by itself.
         """
         leading, rest = self._lead(players)
-        active, rest = self._both_ways(leading, rest)
+        active, rest, idle = self._both_ways(leading, rest)
         try:
-            self._shapley(active, rest)
+            self._shapley(active, rest, idle)
         except BudgetSpent:
             self._findings.note(
                 "The budget did not suffice for Shapley values: shares are the mean of both ways."
@@ -108,8 +108,12 @@ class Attribution:
 
     def _both_ways(
         self, leading: list[Player], rest: list[Player]
-    ) -> tuple[list[Player], list[Player]]:
-        """Replay each leading player by itself; return those that matter, and the rest."""
+    ) -> tuple[list[Player], list[Player], list[Player]]:
+        """Replay each leading player by itself; return those that matter, the rest, and the idle.
+
+        The idle are out of the game: they do nothing by themselves, nor together without the
+        others, nor together beside the others.
+        """
         everyone = [*leading, *rest]
         for player in leading:
             only = self._removed([player])
@@ -119,11 +123,10 @@ class Attribution:
         active = [p for p in leading if max(map(abs, self._ways[p.name])) > self._least]
         idle = [p for p in everyone if p not in active]
         if not active:
-            return leading, rest
-        # Do those left out do nothing together, too?
+            return leading, rest, []
         is_all = abs(self._removed(active) - self._whole) <= self._least
         is_idle = abs(self._removed(idle)) <= self._least
-        return (active, idle) if is_all and is_idle else (leading, rest)
+        return (active, [], idle) if is_all and is_idle else (leading, rest, [])
 
     def _tell(
         self, players: list[Player], shapley: dict[str, tuple[float, float, float]] | None = None
@@ -135,7 +138,7 @@ class Attribution:
 
     # ---- Shapley values --------------------------------------------------------------------
 
-    def _shapley(self, active: list[Player], rest: list[Player]) -> None:
+    def _shapley(self, active: list[Player], rest: list[Player], idle: list[Player]) -> None:
         """Find the values of the active players, with the rest as one more.
 
         Raises:
@@ -148,8 +151,9 @@ class Attribution:
 
         def tell(shares: Shares) -> None:
             ends = list(zip(shares.values, shares.low, shares.high, strict=True))
-            self._findings.publish(rest_share=shares.values[-1] if rest else 0.0)
-            self._tell([*active, *rest], {p.name: ends[i] for i, p in enumerate(active)})
+            left = shares.values[-1] if rest else self._whole - sum(shares.values)
+            self._findings.publish(rest_share=left)
+            self._tell([*active, *idle], {p.name: ends[i] for i, p in enumerate(active)})
 
         game, budget = self._game, self._game.budget
         game.budget = max(game.spent, budget - RESERVE)
