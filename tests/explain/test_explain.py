@@ -17,7 +17,7 @@ from rich.console import Console
 import unclamp
 from explain.planted import SPIKE, STEPS, Case, record
 from explain.test_replay import explain
-from unclamp.errors import ReplayError
+from unclamp.errors import ReplayError, UnclampWarning
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 from unclamp.explain.text import print_explanation
 from unclamp.recipe import Recipe
@@ -243,6 +243,31 @@ def test_a_run_goes_back_only_so_often(tmp_path: Path) -> None:
     done, events = rewound(Case(), tmp_path / "run", max_rewinds=0)
     assert len(done) == STEPS
     assert {event["kind"] for event in events} == {"explain", "snapshot", "spike"}
+
+
+def test_what_cannot_be_explained_does_not_end_a_training(tmp_path: Path) -> None:
+    case, training = Case(), Case().build()
+    other = Case(paths=((1.0, 1.0),))
+    snapshots = Snapshots(
+        training,
+        tmp_path,
+        build=partial(other.build),
+        step=case.step,
+        every=5,
+        after=1,
+        on_spike="explain",
+    )
+    done: list[int] = []
+
+    def train() -> None:
+        for n, batch in snapshots.follow(case.batches()):
+            snapshots.after(n, case.step(training, batch))
+            done.append(n)
+
+    with pytest.warns(UnclampWarning, match="not explained: expected the build"):
+        train()
+    snapshots.close()
+    assert done == list(range(STEPS))
 
 
 def test_explaining_in_place_needs_functions() -> None:

@@ -26,9 +26,13 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from unclamp.errors import ReplayError, UnclampWarning
+from unclamp.errors import ReplayError, UnclampError, UnclampWarning
+from unclamp.explain.explanation import CLAMPING
 from unclamp.explain.facts import code_facts, model_facts
+from unclamp.explain.limits import Limits
+from unclamp.explain.mend import switch_sites
 from unclamp.explain.ring import GIB, Ring
+from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import (
     Batch,
     Build,
@@ -38,6 +42,9 @@ from unclamp.explain.training import (
     put_state,
 )
 from unclamp.explain.watch import LateLoss, SpikeWatch
+
+EVENT_SITES = 8
+"""Sites that an event names; RUN/explain-<onset>.json has all."""
 
 
 class Events(Protocol):
@@ -252,30 +259,20 @@ class Snapshots:
 
     def _explain(self, onset: int, start: int, now: int) -> Rewind | None:
         """Explain a spike beside the training; go back to before it if that mends it."""
-        # Its own import: a run without a spike needs nothing of it.
-        from unclamp.explain.investigate import investigate  # noqa: PLC0415
-        from unclamp.explain.limits import Limits  # noqa: PLC0415
-        from unclamp.explain.mend import switch_sites  # noqa: PLC0415
-
-        assert self._build is not None
-        assert self._step is not None
         snapshot = self._ring.snapshot(start, last=now)
-        spike = self._watch.spike_at(onset)
-        with keeping_random_state():
-            twin = self._build(**self._arguments)
-            explanation = investigate(
-                twin,
-                self._step,
-                snapshot,
-                spike=spike,
-                level=self._watch.level_before(onset),
-                run=self._path,
-                limits=Limits(replays=self._replays),
-            ).to_dict()
+        try:
+            explanation = self._investigate(snapshot, onset)
+        except UnclampError as error:
+            # No reason to end a training.
+            warnings.warn(f"the spike was not explained: {error}", UnclampWarning, stacklevel=4)
+            self._tell("explain", onset, error=str(error))
+            return None
+        if explanation["status"] == "interrupted":
+            raise KeyboardInterrupt
         told = {key: explanation[key] for key in ("verdict", "clamping_share", "replays")}
-        self._tell("explain", onset, **told, sites=explanation["sites"][:8])
+        self._tell("explain", onset, **told, sites=explanation["sites"][:EVENT_SITES])
         override = explanation["override"]
-        if override is None or self._rewinds_left <= 0:
+        if override is None or not _mends(override["removed"]) or self._rewinds_left <= 0:
             return None
         self._rewinds_left -= 1
         put_state(self._training, snapshot.state)
@@ -289,9 +286,33 @@ class Snapshots:
         self._tell("rewind", onset, to=start, sites=override["sites"], scaling=override["scaling"])
         return Rewind(step=start, batches=dict(self._again), explanation=explanation)
 
+    def _investigate(self, snapshot: Snapshot, onset: int) -> dict[str, Any]:
+        # Its own import: most runs never need it.
+        from unclamp.explain.investigate import investigate  # noqa: PLC0415
+
+        assert self._build is not None
+        assert self._step is not None
+        with keeping_random_state():
+            twin = self._build(**self._arguments)
+            found = investigate(
+                twin,
+                self._step,
+                snapshot,
+                spike=self._watch.spike_at(onset),
+                level=self._watch.level_before(onset),
+                run=self._path,
+                limits=Limits(replays=self._replays),
+            )
+        return found.to_dict()
+
     def _tell(self, kind: str, step: int, **data: Any) -> None:
         if self._recorder is not None:
             self._recorder.event(kind, step, **data)
+
+
+def _mends(removed: float | None) -> bool:
+    """Whether a change is worth going back for: by a replay it removes most of the spike."""
+    return removed is not None and removed >= CLAMPING
 
 
 class Writer:
@@ -299,12 +320,12 @@ class Writer:
 
     def __init__(self, run: Path) -> None:
         self._run = run
-        self._queue: queue.Queue[Any] = queue.Queue()
+        self._queue: queue.Queue[Snapshot | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self.is_closed = False
 
-    def put(self, snapshot: Any) -> None:
+    def put(self, snapshot: Snapshot) -> None:
         """Have a snapshot written; returns at once."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="unclamp-snapshots")
