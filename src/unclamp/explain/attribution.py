@@ -87,8 +87,15 @@ class Attribution:
         return ranked[:count], ranked[count:]
 
     def _ranked(self, players: list[Player]) -> list[Player]:
-        """Return players by first-order effect, and every third by clamp error instead."""
+        """Return players by first-order effect, and every third by clamp error instead.
+
+        Raises:
+            BudgetSpent: No replay is left.
+        """
         findings, replay = self._findings, self._game.replay
+        if self._game.spent >= self._game.budget:
+            raise BudgetSpent
+        self._game.budget -= 1  # the pass is a replay, though none whose answer is kept
         screening = Screening(replay.training.model)
         changes = free_gradients(replay)
         replay.run(changes, last=self._game.window.last, watching=screening.watching)
