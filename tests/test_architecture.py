@@ -20,6 +20,7 @@ LAYERS = [
     {"nn"},
     {"telemetry"},
     {"analysis"},
+    {"explain"},
     {"study"},
     {"doctor"},
     {"report"},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unclamp.errors import (
     ConvertError,
     RecipeError,
+    ReplayError,
     RunLogError,
     StudyError,
     UnclampError,
@@ -32,6 +33,7 @@ from unclamp.scaling import (
 from unclamp.version import __version__
 
 if TYPE_CHECKING:
+    from unclamp.explain import Explanation, Snapshots, Training, explain_spike
     from unclamp.nn import (
         ConvertReport,
         Fp8Linear,
@@ -67,6 +69,10 @@ _LAZY = {
     "quantize": "unclamp.numerics",
     "scale_from_amax": "unclamp.numerics",
     "RunLog": "unclamp.runlog",
+    "Explanation": "unclamp.explain",
+    "Snapshots": "unclamp.explain",
+    "Training": "unclamp.explain",
+    "explain_spike": "unclamp.explain",
     "Every": "unclamp.telemetry",
     "Recorder": "unclamp.telemetry",
 }
@@ -83,6 +89,7 @@ __all__ = [
     "Delayed",
     "Dynamic",
     "Every",
+    "Explanation",
     "Format",
     "Fp8Linear",
     "Guarded",
@@ -95,12 +102,15 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Recorder",
+    "ReplayError",
     "RevertReport",
     "RunLog",
     "RunLogError",
+    "Snapshots",
     "Static",
     "StudyError",
     "SwitchReport",
+    "Training",
     "UnclampError",
     "UnclampWarning",
     "UnsupportedError",
@@ -108,6 +118,7 @@ __all__ = [
     "cast",
     "convert",
     "dequantize",
+    "explain_spike",
     "first_and_last",
     "observe",
     "quantize",

@@ -6,6 +6,7 @@ UnclampError
 ├── UnsupportedError   a request this build, device or dtype cannot serve
 ├── RunLogError        a folder that is not the run log it should be
 ├── AnalysisError      a curve that cannot be read or judged as asked
+├── ReplayError        steps that cannot be replayed, or a spike that cannot be explained
 └── StudyError         a study whose configuration or data cannot be used
 
 A message says what was expected, what came, and what to do about it.
@@ -30,6 +31,10 @@ class UnsupportedError(UnclampError, NotImplementedError):
 
 class RunLogError(UnclampError, ValueError):
     """A folder is not a run log, is another version's, or is already in use."""
+
+
+class ReplayError(UnclampError, ValueError):
+    """Snapshot, code or batches for a replay are missing, or do not belong together."""
 
 
 class StudyError(UnclampError, ValueError):

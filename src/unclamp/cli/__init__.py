@@ -10,7 +10,14 @@ from typing import Annotated
 
 import typer
 
-from unclamp.cli import associate, machine, report, spikes, study  # noqa: F401  (they register)
+from unclamp.cli import (  # noqa: F401  (they register)
+    associate,
+    explain,
+    machine,
+    report,
+    spikes,
+    study,
+)
 from unclamp.cli.app import USER_ERROR, app
 from unclamp.errors import UnclampError
 from unclamp.version import __version__

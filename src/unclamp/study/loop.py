@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from unclamp.errors import StudyError
+from unclamp.explain.snapshots import Snapshots
+from unclamp.explain.training import Training
 from unclamp.nn.convert import convert
 from unclamp.recipe import Recipe
 from unclamp.study.config import ModelConfig, StudyConfig
-from unclamp.study.data import Batches, read_text
+from unclamp.study.data import Batch, Batches, read_text
 from unclamp.study.outlier import plant_batch, plant_weights
 from unclamp.telemetry import Recorder
 
@@ -51,6 +53,16 @@ class RunPlan:
         }
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Return what `build` makes the run's training of, as plain data."""
+        return {
+            "config": self.config.to_dict(),
+            "scenario": self.scenario,
+            "seed": self.seed,
+            "recipe": None if self.recipe is None else self.recipe.to_dict(),
+        }
+
+    @property
     def planted_steps(self) -> list[int]:
         """Return the steps whose batch is planted."""
         outlier = self.scenario == "outlier"
@@ -75,12 +87,8 @@ def train(
         should_stop: Asked before each step; True ends the run as interrupted.
     """
     config = plan.config
-    torch.manual_seed(plan.seed)
-    model = build_model(config.model)
-    if plan.scenario == "outlier":
-        plant_weights(model, seed=plan.seed)
-    if plan.recipe is not None:
-        convert(model, plan.recipe, skip=config.model.skip, strict=config.model.strict)
+    training = _make_training(config, plan.scenario, plan.seed, plan.recipe)
+    model = training.model
     tokens = tokenize(config.model, model, read_text(config.data.text, seq_len=config.data.seq_len))
     batches = Batches(
         tokens, batch_size=config.data.batch_size, seq_len=config.data.seq_len, seed=plan.seed
@@ -90,47 +98,98 @@ def train(
         for step in plan.planted_steps:
             recorder.event("planted", step, what="rare tokens that drive two SwiGLU channels")
         try:
-            _train_steps(plan, model, batches, recorder, on_step, should_stop)
+            _train_steps(plan, training, batches, recorder, on_step, should_stop)
         except Stopped:
             recorder.close("interrupted")
             return "interrupted"
     return "finished"
 
 
-def _train_steps(
-    plan: RunPlan,
-    model: nn.Module,
-    batches: Batches,
-    recorder: Recorder,
-    on_step: Callable[[int, float], None],
-    should_stop: Callable[[], bool],
-) -> None:
-    settings = plan.config.optimizer
+def build(
+    *, config: dict[str, Any], scenario: str, seed: int, recipe: dict[str, Any] | None
+) -> Training:
+    """Make a run's training anew from `RunPlan.arguments`, for a replay."""
+    plan = None if recipe is None else Recipe.from_dict(recipe)
+    return _make_training(StudyConfig.from_dict(config), scenario, seed, plan)
+
+
+def _make_training(
+    config: StudyConfig, scenario: str, seed: int, recipe: Recipe | None
+) -> Training:
+    torch.manual_seed(seed)
+    model = build_model(config.model)
+    if scenario == "outlier":
+        plant_weights(model, seed=seed)
+    if recipe is not None:
+        convert(model, recipe, skip=config.model.skip, strict=config.model.strict)
+    settings = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
     )
-    planted = set(plan.planted_steps)
+    warmup = max(1, settings.warmup_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / warmup))
     model.train()
-    for step in range(plan.config.steps):
-        if should_stop():
-            raise Stopped
-        batch = batches.batch(step)
-        if step in planted:
-            share = plan.config.outlier.share
-            batch = plant_batch(batch, seed=plan.seed, step=step, share=share)
-        lr = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = model(input_ids=batch[0], labels=batch[1], use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        optimizer.step()
-        recorder.step(step, loss=loss, grad_norm=norm, lr=lr, tokens=batch[0].numel())
-        on_step(step, loss.item())
+    return Training(
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        settings={"grad_clip": settings.grad_clip},
+    )
+
+
+def do_step(training: Training, batch: Batch) -> Tensor:
+    """Do one optimizer step; return its loss."""
+    return _do_step(training, batch)[0]
+
+
+def _do_step(training: Training, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Do one optimizer step; return loss and gradient norm."""
+    model, optimizer = training.model, training.optimizer
+    loss = model(input_ids=batch[0], labels=batch[1], use_cache=False).loss
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), training.settings["grad_clip"])
+    optimizer.step()
+    training.scheduler.step()
+    return loss, norm
+
+
+def _train_steps(
+    plan: RunPlan,
+    training: Training,
+    batches: Batches,
+    recorder: Recorder,
+    on_step: Callable[[int, float], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    with Snapshots(
+        training,
+        plan.path,
+        build=build,
+        step=do_step,
+        arguments=plan.arguments,
+        recorder=recorder,
+    ) as snapshots:
+        for step in range(plan.config.steps):
+            if should_stop():
+                raise Stopped
+            batch = _batch(plan, batches, step)
+            snapshots.before(step, batch)
+            lr = training.optimizer.param_groups[0]["lr"]
+            loss, norm = _do_step(training, batch)
+            recorder.step(step, loss=loss, grad_norm=norm, lr=lr, tokens=batch[0].numel())
+            snapshots.after(step, loss)
+            on_step(step, loss.item())
+
+
+def _batch(plan: RunPlan, batches: Batches, step: int) -> Batch:
+    batch = batches.batch(step)
+    if step not in plan.planted_steps:
+        return batch
+    return plant_batch(batch, seed=plan.seed, step=step, share=plan.config.outlier.share)
 
 
 def build_model(settings: ModelConfig) -> nn.Module:

@@ -1,0 +1,61 @@
+"""`unclamp explain`: which clamped tensors caused a loss spike, by replays from a snapshot."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from unclamp.cli.app import INTERRUPTED, JsonFlag, app
+
+NARROW = 80
+
+
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that has snapshots.")],
+    spike: Annotated[
+        int | None, typer.Option(help="Number of the spike, 1 for the first; the highest without.")
+    ] = None,
+    budget: Annotated[
+        int, typer.Option(help="Most replays; a larger one goes on where a smaller one ended.")
+    ] = 100,
+    group: Annotated[
+        str, typer.Option(help="What is un-clamped together: site, layer, role or projection.")
+    ] = "site",
+    leading: Annotated[int, typer.Option(help="Sites replayed by themselves.")] = 12,
+    build: Annotated[
+        str | None, typer.Option(help="MODULE:FUNCTION that makes the training.")
+    ] = None,
+    step: Annotated[str | None, typer.Option(help="MODULE:FUNCTION that does a step.")] = None,
+    anyway: Annotated[
+        bool,
+        typer.Option("--anyway", help="Go on though code has changed or losses do not come back."),
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Replay a loss spike with clamping undone, and say what caused it."""
+    from unclamp.explain.entry import explain_spike  # noqa: PLC0415
+    from unclamp.explain.explanation import Explanation  # noqa: PLC0415
+    from unclamp.explain.game import strict  # noqa: PLC0415
+    from unclamp.explain.limits import Limits  # noqa: PLC0415
+    from unclamp.explain.text import print_explanation, with_progress  # noqa: PLC0415
+
+    limits = Limits(replays=budget, leading=leading, group=group, anyway=anyway)  # pyright: ignore
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: MODULE lies where the training runs
+    found: Explanation = with_progress(
+        lambda show: explain_spike(
+            run, spike, build=build, step=step, limits=limits, on_progress=show
+        ),
+        budget=budget,
+        console=Console(stderr=True),
+    )
+    if as_json:
+        typer.echo(json.dumps(strict(found.to_dict()), indent=1, allow_nan=False))
+    else:
+        print_explanation(found, Console(width=None if sys.stdout.isatty() else NARROW))
+    if found.status == "interrupted":
+        raise typer.Exit(INTERRUPTED)

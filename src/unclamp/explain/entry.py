@@ -1,0 +1,136 @@
+"""From a run's folder to an explanation: which spike, which snapshot, which code."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from unclamp.analysis.spikes import Spike, find_spikes
+from unclamp.errors import ReplayError
+from unclamp.explain.explanation import Explanation
+from unclamp.explain.facts import check_belongs, load_function
+from unclamp.explain.investigate import investigate
+from unclamp.explain.limits import Limits
+from unclamp.explain.snapshot import Snapshot
+from unclamp.explain.store import find_snapshots, read_facts, read_snapshot
+from unclamp.explain.training import Build, Step, keeping_random_state
+from unclamp.explain.watch import level_before
+from unclamp.runlog import RunLog
+
+LEAD = 4
+"""Least steps from snapshot to spike that are wished for, as in `Snapshots`."""
+SHOWN_SPIKES = 6
+
+
+def explain_spike(
+    run: str | Path,
+    spike: int | None = None,
+    *,
+    build: Build | str | None = None,
+    step: Step | str | None = None,
+    limits: Limits = Limits(),
+    on_progress: Callable[[Explanation], None] = lambda explanation: None,
+) -> Explanation:
+    """Say what caused a spike of a run, by replaying it from a snapshot.
+
+    Args:
+        run: The run's folder, with snapshots below it.
+        spike: Its number, 1 for the first; the highest that has a snapshot without it.
+        build: Makes the training as the run did: a function or "module:function"; what the
+            snapshot names without it.
+        step: Does a step; likewise.
+        limits: How much to ask.
+        on_progress: Called after each replay with the answer so far, which is also in
+            RUN/explain-<onset>.json.
+
+    Raises:
+        ReplayError: No spike, no snapshot before it, no batches, or code, recipe or model that
+            do not belong to the snapshot.
+        RunLogError: The folder holds no run.
+    """
+    run = Path(run)
+    steps, losses = _losses(run)
+    chosen, path = _choose(run, find_spikes(losses, steps=steps), spike)
+    snapshot = read_snapshot(path)
+    builder, stepper = _functions(snapshot, build, step)
+    with keeping_random_state():
+        arguments = snapshot.facts["arguments"] if build is None else {}
+        training = builder(**arguments)
+        check_belongs(
+            snapshot.facts, training.model, build=builder, step=stepper, anyway=limits.anyway
+        )
+        return investigate(
+            training,
+            stepper,
+            snapshot,
+            spike=chosen,
+            level=level_before(steps, losses, chosen.onset),
+            run=run,
+            limits=limits,
+            on_progress=on_progress,
+        )
+
+
+def _losses(run: Path) -> tuple[list[int], list[float]]:
+    """Return steps and losses; of a step that was done twice, as after a rewind, the last."""
+    with RunLog.open(run) as log:
+        table = log.sql("SELECT step, loss FROM steps WHERE loss IS NOT NULL ORDER BY time_s")
+    by_step = dict(zip(table["step"].to_pylist(), table["loss"].to_pylist(), strict=True))
+    ordered = sorted(by_step)
+    return ordered, [by_step[n] for n in ordered]
+
+
+def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, Path]:
+    """Return a spike and the snapshot to start from."""
+    if not spikes:
+        raise ReplayError(f"the loss of {run} has no spike, so there is nothing to explain")
+    found = find_snapshots(run)
+    if not found:
+        raise ReplayError(
+            f"{run} holds no snapshots, so nothing can be replayed: train with "
+            "unclamp.Snapshots(training, path, ...), as docs/explain.md shows; studies take them "
+            "by themselves"
+        )
+    listed = "; ".join(
+        f"{i} at step {s.onset} ({s.height:.2f}x)" for i, s in enumerate(spikes[:SHOWN_SPIKES], 1)
+    )
+    listed += "" if len(spikes) <= SHOWN_SPIKES else f"; ... {len(spikes)} in all"
+    if wanted is not None and not 1 <= wanted <= len(spikes):
+        raise ReplayError(
+            f"expected the number of a spike of the run, got {wanted}; it has {listed}"
+        )
+    ranges = {path: (read_facts(path)["step"], read_facts(path)["last_step"]) for path in found}
+    candidates = spikes if wanted is None else [spikes[wanted - 1]]
+    for spike in sorted(candidates, key=lambda s: -s.height):
+        path = _snapshot_for(spike, ranges)
+        if path is not None:
+            return spike, path
+    covered = ", ".join(f"{first} to {last}" for first, last in sorted(set(ranges.values())))
+    raise ReplayError(
+        f"no snapshot reaches the spike ({listed}): the run has the state and batches of steps "
+        f"{covered}; take snapshots more often, Snapshots(..., every=..., keep=...), next time"
+    )
+
+
+def _snapshot_for(spike: Spike, ranges: dict[Path, tuple[int, int]]) -> Path | None:
+    """Return the newest snapshot some steps before the spike that has its batches."""
+    reaching = {p: r for p, r in ranges.items() if r[0] <= spike.onset <= r[1]}
+    early = {p: r for p, r in reaching.items() if r[0] <= spike.onset - LEAD}
+    among = early or reaching
+    if not among:
+        return None
+    sign = 1 if early else -1
+    return max(among, key=lambda p: (sign * among[p][0], among[p][1]))
+
+
+def _functions(
+    snapshot: Snapshot, build: Build | str | None, step: Step | str | None
+) -> tuple[Build, Step]:
+    found = []
+    for given, key, what in ((build, "build", "build"), (step, "step_function", "step")):
+        name = given if given is not None else snapshot.facts.get(key)
+        if name is None:
+            raise ReplayError(
+                f"the snapshot does not name a {what} function that another process can find: "
+                f"name it with --{what} MODULE:FUNCTION, or give Snapshots a function of a module"
+            )
+        found.append(load_function(name, what) if isinstance(name, str) else name)
+    return found[0], found[1]

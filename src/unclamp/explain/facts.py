@@ -1,0 +1,210 @@
+"""What must be alike for steps to come back bit for bit: code, recipe and machine, as plain data.
+
+Written with a snapshot, compared before a replay. A fact that differs is a reason to refuse or,
+where it may be harmless, the first suspect if losses do not come back.
+"""
+
+import ast
+import hashlib
+import inspect
+import platform
+import textwrap
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from unclamp.errors import RecipeError, ReplayError
+from unclamp.explain.training import Build, Step
+from unclamp.nn import Ledger, find_ledgers
+from unclamp.recipe import Recipe
+from unclamp.rule import Role
+from unclamp.scaling import Scaling, scaling_from_dict, scaling_to_dict
+from unclamp.version import __version__
+
+SiteKey = tuple[str, Role]
+"""A site by its layer's name and its role."""
+
+MACHINE = ("torch", "device", "threads", "cpu", "deterministic", "matmul_precision")
+"""Facts that may change bits without anything being wrong."""
+
+
+def code_facts(
+    *, build: Build | None, step: Step | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the facts that stay through a run, as JSON data."""
+    return {
+        "unclamp_version": __version__,
+        "build": _name_of(build),
+        "step_function": _name_of(step),
+        "arguments": dict(arguments),
+        "code": fingerprint(build, step),
+    }
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Return the facts of a model as it stands, as JSON data."""
+    return {
+        "sites": site_facts(model),
+        "recipe": recipe_facts(model),
+        **machine_facts(model),
+    }
+
+
+def machine_facts(model: nn.Module) -> dict[str, Any]:
+    """Return what of the machine and its settings decides bits."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    is_cuda = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "threads": torch.get_num_threads(),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def sites_of(model: nn.Module) -> dict[SiteKey, tuple[Ledger, int]]:
+    """Return where each site of a model's converted layers has its state."""
+    return {
+        (site.fqn, site.role): (ledger, index)
+        for ledger in find_ledgers(model)
+        for index, site in enumerate(ledger.sites)
+    }
+
+
+def site_facts(model: nn.Module) -> list[dict[str, Any]]:
+    """Return each site's format and the scaling in force; no scaling where it is a function."""
+    facts = []
+    for (fqn, role), (ledger, index) in sites_of(model).items():
+        operand = ledger.sites[index].operand
+        try:
+            scaling = scaling_to_dict(operand.scaling)
+        except RecipeError:
+            scaling = None
+        facts.append({"fqn": fqn, "role": role, "format": operand.format.name, "scaling": scaling})
+    return facts
+
+
+def scalings_of(facts: Mapping[str, Any]) -> dict[SiteKey, Scaling]:
+    """Return the scalings that were in force; sites scaled by a function are left out."""
+    return {
+        (site["fqn"], site["role"]): scaling_from_dict(site["scaling"])
+        for site in facts["sites"]
+        if site["scaling"] is not None
+    }
+
+
+def recipe_facts(model: nn.Module) -> dict[str, Any] | str | None:
+    """Return the recipe as plain data, or as text where it holds a function."""
+    recipe = next((ledger.recipe for ledger in find_ledgers(model)), None)
+    if recipe is None:
+        return None
+    try:
+        return recipe.to_dict()
+    except RecipeError:
+        return repr(recipe)
+
+
+def recipe_of(facts: Mapping[str, Any]) -> Recipe | None:
+    """Return the recipe of a snapshot; None where it has none or cannot be written down."""
+    recipe = facts.get("recipe")
+    return Recipe.from_dict(recipe) if isinstance(recipe, dict) else None
+
+
+def check_belongs(
+    facts: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    build: Build | None,
+    step: Step,
+    anyway: bool = False,
+) -> None:
+    """Raise unless a snapshot is of this code and this recipe.
+
+    Raises:
+        ReplayError: Another layer, format or recipe, or a build or step function whose code has
+            changed since; the latter two not where `anyway`.
+    """
+    here = {(s["fqn"], s["role"]): s["format"] for s in site_facts(model)}
+    there = {(s["fqn"], s["role"]): s["format"] for s in facts["sites"]}
+    if here != there:
+        different = sorted(set(here.items()) ^ set(there.items()))[0][0]
+        raise ReplayError(
+            "the snapshot is of another model or recipe: it differs in the FP8 operand "
+            f"{different[0]!r} {different[1]} (snapshot {there.get(different)}, here "
+            f"{here.get(different)}); build the model as the run did"
+        )
+    if anyway:
+        return
+    if recipe_facts(model) != facts["recipe"]:
+        raise ReplayError(
+            "the snapshot was taken under another recipe than the build function uses: build the "
+            "model with the run's recipe (it is in the run's header), or record the run anew"
+        )
+    code = fingerprint(build, step)
+    if None not in (code, facts["code"]) and code != facts["code"]:
+        raise ReplayError(
+            "the build or step function has changed since the snapshot was taken: check out the "
+            "run's commit, or say --anyway to replay with the code as it is"
+        )
+
+
+def differing(
+    facts: Mapping[str, Any], model: nn.Module, *, but: tuple[str, ...] = ()
+) -> list[str]:
+    """Return in words what of the machine differs from that of a snapshot, `but` for some."""
+    here = machine_facts(model)
+    return [
+        f"{name} {facts.get(name)} then, {here[name]} now"
+        for name in MACHINE
+        if name not in but and facts.get(name) != here[name]
+    ]
+
+
+def fingerprint(*functions: Callable[..., Any] | None) -> str | None:
+    """Return a digest of functions' code, blind to comments and layout.
+
+    None where there is no source to read, such as in a shell. What the functions call is not
+    looked at: the plain replay is the judge of that.
+    """
+    digest = hashlib.sha256()
+    for function in functions:
+        if function is None:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError, SyntaxError):
+            return None
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def load_function(name: str, what: str) -> Callable[..., Any]:
+    """Return the function that "module:function" names.
+
+    Raises:
+        ReplayError: There is none.
+    """
+    module, colon, path = name.partition(":")
+    if not (module and colon and path):
+        raise ReplayError(f"expected MODULE:FUNCTION for the {what} function, got {name!r}")
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ReplayError(
+            f"cannot find the {what} function {name!r} ({error}): run from where the training "
+            "runs, or name it with --build and --step"
+        ) from error
+    return found
+
+
+def _name_of(function: Callable[..., Any] | None) -> str | None:
+    """Return "module:function", None where no other process could find it by that."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<")
+    return None if "<" in name or module is None else f"{module}:{name}"

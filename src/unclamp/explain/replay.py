@@ -1,0 +1,279 @@
+"""The same steps again from a snapshot, with another scaling at chosen sites.
+
+A replay starts from the snapshot's state, gives the sites their scalings, and does the same
+steps on the same batches. Without a change the losses must come back bit for bit.
+
+*Un-clamped* is the smallest change that ends clamping: a delayed site becomes the guarded one
+with the same history, margin and rounding, whose casts are those of the delayed one, bit for bit,
+wherever that would not clamp. A static site has no such twin and becomes dynamic.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from unclamp.errors import ReplayError
+from unclamp.explain.facts import SiteKey, scalings_of, sites_of
+from unclamp.explain.snapshot import Snapshot
+from unclamp.explain.training import Step, Training, keeping_random_state, put_state
+from unclamp.nn.ledger import Update
+from unclamp.numerics import Stat, empty_stats, merge_stats
+from unclamp.scaling import (
+    Delayed,
+    Dynamic,
+    Guarded,
+    HighPrecision,
+    PerBlock,
+    Scaling,
+    Static,
+)
+
+PLACEBO = 2.0**-12
+"""Relative change of every weight in a placebo: too small to mean anything, and large enough to
+reach codes. One unit in the last place mostly vanishes in the casts of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteCount:
+    """What a site's casts did in the steps of a replay.
+
+    Attributes:
+        saturated: Elements clamped.
+        would_clamp: Casts that were repeated so as not to clamp, or had no need to.
+        clamp_error: Squares removed by clamping over the squares of the tensor, summed over steps.
+        overshoot: Largest amax over the largest representable value.
+    """
+
+    saturated: int = 0
+    would_clamp: int = 0
+    clamp_error: float = 0.0
+    overshoot: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A replay: the loss of each step, and what was clamped or lost.
+
+    Attributes:
+        losses: By step.
+        sites: Sites that clamped, or would have.
+        underflowed: Non-zero elements that became zero.
+        elements: Elements cast.
+        seconds: Duration.
+    """
+
+    losses: Mapping[int, float]
+    sites: Mapping[SiteKey, SiteCount]
+    underflowed: int
+    elements: int
+    seconds: float
+
+
+class Replay:
+    """Replays steps from one snapshot, in a training that it takes over.
+
+    Args:
+        training: Made by the build function; its state is replaced again and again.
+        step: The step function.
+        snapshot: Where to start.
+
+    Raises:
+        ReplayError: The training does not fit the snapshot.
+    """
+
+    def __init__(self, training: Training, step: Step, snapshot: Snapshot) -> None:
+        self.training, self.snapshot = training, snapshot
+        self._step = step
+        self.sites = sites_of(training.model)
+        self._before = {key: self.scaling_of(key) for key in self.sites}
+        self._before |= scalings_of(snapshot.facts)
+
+    def scaling_of(self, key: SiteKey) -> Scaling:
+        """Return the scaling of a site as it stands."""
+        ledger, index = self.sites[key]
+        return ledger.sites[index].operand.scaling
+
+    def original(self, key: SiteKey) -> Scaling:
+        """Return the scaling of a site in the run."""
+        return self._before[key]
+
+    def run(
+        self,
+        changes: Mapping[SiteKey, Scaling],
+        *,
+        last: int,
+        perturb: int | None = None,
+        watching: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> Trace:
+        """Replay the steps up to `last`, with these sites scaled otherwise.
+
+        Args:
+            changes: Scalings by site; the others are scaled as they were.
+            last: The last step.
+            perturb: Seed of a change of every weight by a 4096th, up or down.
+            watching: A context for the time of the steps.
+
+        Raises:
+            ReplayError: A batch is missing, or the step function returns no loss.
+        """
+        snapshot = self.snapshot
+        steps = range(snapshot.step, last + 1)
+        missing = [n for n in steps if n not in snapshot.batches]
+        if missing:
+            raise ReplayError(
+                f"the snapshot before step {snapshot.step} lacks the batch of step {missing[0]}: "
+                "keep more steps after a spike, Snapshots(..., after=...), in the next run"
+            )
+        began = time.perf_counter()
+        losses: dict[int, float] = {}
+        with (
+            keeping_random_state(),
+            _threads(snapshot.facts.get("threads")),
+            self._counts() as seen,
+        ):
+            self._switch({**self._before, **changes})
+            put_state(self.training, snapshot.state)
+            if perturb is not None:
+                self._perturb(perturb)
+            with watching():
+                for n in steps:
+                    losses[n] = _number(self._step(self.training, snapshot.batches[n].fresh()))
+                    self._end_step(seen)
+        return self._trace(losses, seen, time.perf_counter() - began)
+
+    def _switch(self, wanted: Mapping[SiteKey, Scaling]) -> None:
+        for ledger in {id(ledger): ledger for ledger, _ in self.sites.values()}.values():
+            changes = {
+                index: wanted[key]
+                for key, (owner, index) in self.sites.items()
+                if owner is ledger and self.scaling_of(key) != wanted[key]
+            }
+            if changes:
+                ledger.switch(changes)
+
+    @torch.no_grad()
+    def _perturb(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.training.model.parameters():
+            if parameter.is_floating_point():
+                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                parameter.mul_(1 + PLACEBO * signs.to(parameter.device))
+
+    # ---- counting --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _counts(self) -> Iterator["_Seen"]:
+        ledgers = list({id(ledger): ledger for ledger, _ in self.sites.values()}.values())
+        seen = _Seen({id(ledger): [] for ledger in ledgers})
+        ends = [ledger.subscribe(seen.listener(id(ledger))) for ledger in ledgers]
+        try:
+            yield seen
+        finally:
+            for end in ends:
+                end()
+
+    def _end_step(self, seen: "_Seen") -> None:
+        for ledger in {id(ledger): ledger for ledger, _ in self.sites.values()}.values():
+            total = empty_stats(len(ledger.sites), ledger.pending.device)
+            for stats in seen.updates[id(ledger)]:
+                merge_stats(total, stats)
+            seen.updates[id(ledger)].clear()
+            seen.steps.setdefault(id(ledger), []).append(total)
+
+    def _trace(self, losses: dict[int, float], seen: "_Seen", seconds: float) -> Trace:
+        tables = {key: torch.stack(steps).cpu() for key, steps in seen.steps.items()}
+        sites: dict[SiteKey, SiteCount] = {}
+        for key, (ledger, index) in self.sites.items():
+            count = self._count(key, tables[id(ledger)][:, index])
+            if count.saturated or count.would_clamp:
+                sites[key] = count
+        rows = list(tables.values())
+        return Trace(
+            losses=losses,
+            sites=sites,
+            underflowed=int(sum(t[..., Stat.UNDERFLOWED].sum() for t in rows)),
+            elements=int(sum(t[..., Stat.ELEMENTS].sum() for t in rows)),
+            seconds=seconds,
+        )
+
+    def _count(self, key: SiteKey, rows: torch.Tensor) -> SiteCount:
+        ledger, index = self.sites[key]
+        fmt, before = ledger.sites[index].operand.format, self._before[key]
+        amax = rows[:, Stat.AMAX]
+        would = rows[:, Stat.RECAST].sum() if isinstance(before, Delayed) else torch.tensor(0.0)
+        if isinstance(before, Static):
+            would = (amax * before.scale > fmt.max).sum()
+        square = rows[:, Stat.SQUARE]
+        error = torch.where(square > 0, rows[:, Stat.SATURATED_SQUARE] / square, 0.0)
+        return SiteCount(
+            saturated=int(rows[:, Stat.SATURATED].sum()),
+            would_clamp=int(would),
+            clamp_error=float(error.sum()),
+            overshoot=float((amax / (fmt.max * rows[:, Stat.SCALE_INV])).nan_to_num(0, 0, 0).max()),
+        )
+
+
+class _Seen:
+    """Statistics of the updates of a step, and of the steps so far, by ledger."""
+
+    def __init__(self, updates: dict[int, list[torch.Tensor]]) -> None:
+        self.updates = updates
+        self.steps: dict[int, list[torch.Tensor]] = {}
+
+    def listener(self, ledger: int) -> Callable[[Update], None]:
+        return lambda update: self.updates[ledger].append(update.stats)
+
+
+def unclamped(scaling: Scaling) -> Scaling | None:
+    """Return the scaling that differs only where this one would clamp; None if it cannot clamp."""
+    if isinstance(scaling, Delayed):
+        return Guarded(
+            history_len=scaling.history_len,
+            reduce=scaling.reduce,
+            margin=scaling.margin,
+            power_of_two=scaling.power_of_two,
+            granularity=scaling.granularity,
+        )
+    return Dynamic() if isinstance(scaling, Static) else None
+
+
+def block_scaled(scaling: Scaling) -> Scaling | None:
+    """Return scales of blocks of 32, under which next to nothing underflows; None without casts."""
+    if isinstance(scaling, HighPrecision):
+        return None
+    return Dynamic(granularity=PerBlock(1, 32))
+
+
+def _number(loss: object) -> float:
+    """Return what a step function returned as a number."""
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return float(loss.detach())
+    if isinstance(loss, int | float) and not isinstance(loss, bool):
+        return float(loss)
+    raise ReplayError(
+        "expected the step function to return its loss, a number or a tensor of one element, got "
+        f"{type(loss).__name__}"
+    )
+
+
+def same_losses(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
+    """Whether the losses of the steps that both have are equal bit for bit; NaN equals NaN."""
+    shared = set(one) & set(other)
+    return all(one[n] == other[n] or (math.isnan(one[n]) and math.isnan(other[n])) for n in shared)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute with the run's number of threads, which decides the order of sums."""
+    before = torch.get_num_threads()
+    if count is not None and count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)

@@ -1,0 +1,112 @@
+"""For every site at once: the first-order effect of what its clamp removed on the loss.
+
+One extra pass over the steps. With x as it came, c(x) as clamped, and g the gradient of the loss
+with respect to the operand, un-clamping changes the loss by about <g, x - c(x)>. Inputs and
+weights have that. What a gradient's clamp removes cannot change the loss of its own step, and acts
+through the optimizer later: such sites are ranked by clamp error.
+
+First order is good for a ranking and not for an attribution: the outliers are large.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unclamp.explain.facts import SiteKey
+from unclamp.explain.replay import Replay, unclamped
+from unclamp.nn import Fp8Linear
+from unclamp.nn.site import AXES
+from unclamp.numerics.blocks import orient, spread
+from unclamp.rule import Role
+from unclamp.scaling import Delayed, Scaling, Static
+
+
+class Screening:
+    """Adds up the effects of clamped inputs and weights while steps run; see `watching`.
+
+    Attributes:
+        effects: By site, the change of the losses that un-clamping would make, first order; the
+            sum over the steps watched. Negative is a fall.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.effects: dict[SiteKey, float] = {}
+        self._layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the steps in this context."""
+        handles: list[Any] = []
+        for layer in self._layers:
+            # Removed amounts wait here from the forward to the gradient, newest last.
+            weights: list[Tensor] = []
+            handles.append(layer.register_forward_pre_hook(self._input_hook(weights)))
+            if layer.weight.requires_grad:
+                handles.append(layer.weight.register_hook(self._weight_hook(layer, weights)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, site: SiteKey, gradient: Tensor, lost: Tensor) -> None:
+        effect = float((gradient.detach().float() * lost).sum())
+        self.effects[site] = self.effects.get(site, 0.0) + effect
+
+    def _input_hook(self, weights: list[Tensor]) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            assert isinstance(layer, Fp8Linear)
+            if not torch.is_grad_enabled() or not inputs:
+                return None
+            lost = clamped_off(layer, "weight", layer.weight)
+            if lost is not None:
+                weights.append(lost)
+            lost = clamped_off(layer, "input", inputs[0])
+            if lost is None:
+                return None
+            # A view of its own: the gradient of this use of the tensor, and of no other.
+            own = inputs[0].view_as(inputs[0])
+            if not own.requires_grad:
+                own = own.detach().requires_grad_()
+            site: SiteKey = (layer.sites.fqn, "input")
+            own.register_hook(lambda gradient, lost=lost: self._add(site, gradient, lost))
+            return (own, *inputs[1:])
+
+        return hook
+
+    def _weight_hook(self, layer: Fp8Linear, weights: list[Tensor]) -> Any:
+        def hook(gradient: Tensor) -> None:
+            # Micro-batches share the weight and its clamp.
+            if weights:
+                self._add((layer.sites.fqn, "weight"), gradient, weights[-1])
+                weights.clear()
+
+        return hook
+
+
+def free_gradients(replay: Replay) -> dict[SiteKey, Scaling]:
+    """Return the change with which to watch: no gradient is clamped.
+
+    Where a loss jumps its gradients do, and a clamped one would understate every effect.
+    """
+    free = {k: unclamped(replay.original(k)) for k in replay.sites if k[1] == "grad_output"}
+    return {key: scaling for key, scaling in free.items() if scaling is not None}
+
+
+@torch.no_grad()
+def clamped_off(layer: Fp8Linear, role: Role, x: Tensor) -> Tensor | None:
+    """Return x - clamp(x) as the site's scale stands; None where it cannot clamp, or did not."""
+    operand = layer.sites.operand(role)
+    scale = layer.sites.scales[role, AXES[role, "output"]]
+    if not isinstance(operand.scaling, Delayed | Static) or scale is None or layer.sites.smooth:
+        return None
+    if scale.ndim == 2:
+        flat = orient(x.detach(), 1)
+        scale = spread(scale, flat.shape, operand.scaling.granularity.block).reshape(x.shape)
+    limit = torch.where(scale > 0, operand.format.max / scale, torch.inf)
+    x = x.detach().float()
+    lost = x - x.clamp(-limit, limit)
+    return lost if bool(lost.any()) else None

@@ -1,0 +1,358 @@
+"""In a training loop: states taken before steps, and kept on disk when the loss spikes.
+
+    with Recorder(model, path) as recorder, Snapshots(training, path, build=build, step=step,
+                                                      recorder=recorder) as snapshots:
+        for n, batch in snapshots.follow(loader):
+            loss = step(training, batch)
+            recorder.step(n, loss=loss)
+            snapshots.after(n, loss)
+
+`follow` calls `before(n, batch)`, which a loop of another shape calls itself. A ring of states
+lies in memory. When a spike is seen, the loop goes on for a few steps; then the state from before
+the spike is written by a thread, with the batches of all steps since. With on_spike="explain" the
+spike is explained on the spot, and the training goes on from before it, mended.
+"""
+
+import math
+import queue
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from unclamp.errors import ReplayError, UnclampError, UnclampWarning
+from unclamp.explain.explanation import CLAMPING
+from unclamp.explain.facts import code_facts, model_facts
+from unclamp.explain.limits import Limits
+from unclamp.explain.mend import switch_sites
+from unclamp.explain.ring import GIB, Ring
+from unclamp.explain.snapshot import Snapshot
+from unclamp.explain.training import (
+    Batch,
+    Build,
+    Step,
+    Training,
+    keeping_random_state,
+    put_state,
+)
+from unclamp.explain.watch import LateLoss, SpikeWatch
+
+EVENT_SITES = 8
+"""Sites that an event names; RUN/explain-<onset>.json has all."""
+
+
+class Events(Protocol):
+    """Takes events, as a Recorder does."""
+
+    def event(self, kind: str, step: int | None = None, **data: Any) -> None:
+        """Record that something happened."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewind:
+    """The training is as it was before `step`, with some sites switched.
+
+    Attributes:
+        step: The step that comes next.
+        batches: The batches from that step on, as they were.
+        explanation: Why, as plain data: what RUN/explain-<onset>.json says.
+    """
+
+    step: int
+    batches: Mapping[int, Batch]
+    explanation: Mapping[str, Any]
+
+
+class Snapshots:
+    """Takes snapshots of a training, and keeps those around spikes.
+
+    Args:
+        training: The objects whose state is taken.
+        path: The run's folder; snapshots go to RUN/snapshots. Give it to a Recorder too.
+        build: Makes the training anew for a replay. A function of a module can be found again by
+            `unclamp explain`; any other has to be given to `explain_spike`.
+        step: Does one step on a batch, and returns its loss.
+        arguments: Keyword arguments of `build`, JSON data.
+        every: Steps between snapshots.
+        keep: Snapshots in memory.
+        budget_gib: Memory they may take.
+        lead: Least steps from snapshot to spike, where the ring has one so old: what clamps
+            shortly before a spike can cause it.
+        after: Steps after a spike's onset whose batches are kept with it.
+        write: "spikes" writes what lies before a spike, "all" every snapshot, with the batches of
+            the `every + after` steps that follow it.
+        on_spike: "keep" writes; "explain" also explains, and where clamping is the cause, goes
+            back to before the spike with the recommended scaling. It makes a second training with
+            `build`, beside the one that runs.
+        replays: Most replays of an explanation on the spot.
+        max_rewinds: Most times that a run goes back.
+        recorder: Gets the events spike, snapshot, explain and rewind.
+
+    Raises:
+        ReplayError: A number is out of range, or "explain" without build and step, or more than
+            one process.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        path: str | Path,
+        *,
+        build: Build | None = None,
+        step: Step | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        every: int = 10,
+        keep: int = 2,
+        budget_gib: float = 4.0,
+        lead: int = 4,
+        after: int = 8,
+        write: Literal["spikes", "all"] = "spikes",
+        on_spike: Literal["keep", "explain"] = "keep",
+        replays: int = 40,
+        max_rewinds: int = 3,
+        recorder: Events | None = None,
+    ) -> None:
+        for name, value, low in (("every", every, 1), ("keep", keep, 1), ("after", after, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ReplayError(f"expected a whole number {name} of {low} or more, got {value!r}")
+        if on_spike == "explain" and (build is None or step is None):
+            raise ReplayError(
+                'on_spike="explain" needs the build and step functions to replay with'
+            )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise ReplayError("snapshots are of one process; torch.distributed is initialised here")
+        self._training, self._path = training, Path(path)
+        self._build, self._step = build, step
+        self._arguments = dict(arguments or {})
+        self._code = code_facts(build=build, step=step, arguments=self._arguments)
+        self._every, self._lead, self._after = every, lead, after
+        self._write_all, self._explains = write == "all", on_spike == "explain"
+        self._replays, self._rewinds_left, self._recorder = replays, max_rewinds, recorder
+        self._ring = Ring(keep=keep, budget_bytes=budget_gib * GIB)
+        self._watch = SpikeWatch()
+        self._late = LateLoss()
+        self._spike: int | None = None
+        self._due: deque[int] = deque()
+        self._again: dict[int, Batch] = {}
+        self._open: int | None = None
+        self._last = -1
+        self._next = 0
+        self._writer = Writer(self._path)
+
+    # ---- in the loop -----------------------------------------------------------------------
+
+    def follow(self, batches: Iterable[Any], *, first: int = 0) -> Iterator[tuple[int, Any]]:
+        """Yield step and batch, steps from `first` on; after a rewind the same ones again.
+
+        Raises:
+            ReplayError: `after` was not called for the step before, or as `before`.
+        """
+        source = iter(batches)
+        self._next = first
+        while True:
+            step = self._next
+            if step in self._again:
+                batch = self._again.pop(step).fresh()
+            else:
+                try:
+                    batch = next(source)
+                except StopIteration:
+                    return
+            self.before(step, batch)
+            yield step, batch
+            if self._open is not None:
+                raise ReplayError(
+                    f"call snapshots.after({self._open}, loss) at the end of the step"
+                )
+
+    def before(self, step: int, batch: Any) -> None:
+        """Take a snapshot if one is due, and keep the batch. Call it before the step.
+
+        Raises:
+            ReplayError: The snapshot does not fit the budget, or the state or the batch holds
+                what cannot be kept.
+        """
+        if step % self._every == 0 or not self._ring.steps:
+            facts = model_facts(self._training.model)
+            self._ring.take(step, self._training, {**self._code, **facts})
+            if self._write_all:
+                self._due.append(step)
+        self._ring.add_batch(step, batch)
+        self._open = step
+
+    def after(self, step: int, loss: Tensor | float) -> Rewind | None:
+        """Hear the loss of a step; write or explain if a spike is complete.
+
+        A loss on a GPU is looked at one step later, so that nothing waits for it.
+
+        Returns:
+            Where the training is now if it went back; else None. `follow` does the rest.
+
+        Raises:
+            ReplayError: `before` was not called.
+        """
+        if self._open != step:
+            raise ReplayError(f"call snapshots.before({step}, batch) at the start of the step")
+        self._open, self._next = None, step + 1
+        self._writer.tell_failure()
+        for number, value in self._late.put(step, loss):
+            rewind = self._hear(number, value)
+            if rewind is not None:
+                return rewind
+        return None
+
+    def close(self) -> None:
+        """Write what is due and wait for the disk. Later calls do nothing."""
+        if self._writer.is_closed:
+            return
+        for number, value in self._late.rest():
+            self._note(number, value)
+        if self._spike is not None:
+            self._write(self._ring.before(self._spike, lead=self._lead), self._spike)
+            self._spike = None
+        while self._due:
+            self._write(self._due.popleft(), None)
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- losses and spikes -----------------------------------------------------------------
+
+    def _note(self, step: int, value: float) -> None:
+        self._ring.add_loss(step, value)
+        self._last = step
+        onset = self._watch.hear(step, value)
+        if onset is not None and self._spike is None:
+            self._spike = onset
+            self._tell("spike", onset, loss=value if math.isfinite(value) else str(value))
+
+    def _hear(self, step: int, value: float) -> Rewind | None:
+        self._note(step, value)
+        while self._due and step >= self._due[0] + self._every + self._after:
+            self._write(self._due.popleft(), None)
+        if self._spike is None or step < self._spike + self._after:
+            return None
+        onset, self._spike = self._spike, None
+        start = self._ring.before(onset, lead=self._lead)
+        self._write(start, onset)
+        if not self._explains or start is None:
+            return None
+        return self._explain(onset, start, step)
+
+    def _write(self, start: int | None, onset: int | None) -> None:
+        if start is None or start not in self._ring.steps:
+            return
+        snapshot = self._ring.snapshot(start, last=self._last)
+        self._writer.put(snapshot)
+        spike = {} if onset is None else {"onset": onset}
+        self._tell("snapshot", start, last_step=snapshot.last_step, **spike)
+
+    def _explain(self, onset: int, start: int, now: int) -> Rewind | None:
+        """Explain a spike beside the training; go back to before it if that mends it."""
+        snapshot = self._ring.snapshot(start, last=now)
+        try:
+            explanation = self._investigate(snapshot, onset)
+        except UnclampError as error:
+            # No reason to end a training.
+            warnings.warn(f"the spike was not explained: {error}", UnclampWarning, stacklevel=4)
+            self._tell("explain", onset, error=str(error))
+            return None
+        if explanation["status"] == "interrupted":
+            raise KeyboardInterrupt
+        told = {key: explanation[key] for key in ("verdict", "clamping_share", "replays")}
+        self._tell("explain", onset, **told, sites=explanation["sites"][:EVENT_SITES])
+        override = explanation["override"]
+        if override is None or not _mends(override["removed"]) or self._rewinds_left <= 0:
+            return None
+        self._rewinds_left -= 1
+        put_state(self._training, snapshot.state)
+        switch_sites(self._training.model, override["sites"], override["scaling"])
+        self._again = self._ring.batches_from(start)
+        self._ring = self._ring.emptied()
+        self._watch.forget_from(start)
+        self._due.clear()
+        self._late = LateLoss()
+        self._next = start
+        self._tell("rewind", onset, to=start, sites=override["sites"], scaling=override["scaling"])
+        return Rewind(step=start, batches=dict(self._again), explanation=explanation)
+
+    def _investigate(self, snapshot: Snapshot, onset: int) -> dict[str, Any]:
+        # Its own import: most runs never need it.
+        from unclamp.explain.investigate import investigate  # noqa: PLC0415
+
+        assert self._build is not None
+        assert self._step is not None
+        with keeping_random_state():
+            twin = self._build(**self._arguments)
+            found = investigate(
+                twin,
+                self._step,
+                snapshot,
+                spike=self._watch.spike_at(onset),
+                level=self._watch.level_before(onset),
+                run=self._path,
+                limits=Limits(replays=self._replays),
+            )
+        return found.to_dict()
+
+    def _tell(self, kind: str, step: int, **data: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.event(kind, step, **data)
+
+
+def _mends(removed: float | None) -> bool:
+    """Whether a change is worth going back for: by a replay it removes most of the spike."""
+    return removed is not None and removed >= CLAMPING
+
+
+class Writer:
+    """Writes snapshots in a thread, in order; a failure is told in the loop, as a warning."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._queue: queue.Queue[Snapshot | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self.is_closed = False
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Have a snapshot written; returns at once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="unclamp-snapshots")
+            self._thread.start()
+        self._queue.put(snapshot)
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self.is_closed = True
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+        self.tell_failure()
+
+    def tell_failure(self) -> None:
+        """Warn of a snapshot that could not be written, once."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            warnings.warn(f"a snapshot was not kept: {failure}", UnclampWarning, stacklevel=3)
+
+    def _work(self) -> None:
+        # Its own import: torch.distributed.checkpoint takes a second, and most runs need it late.
+        from unclamp.explain.store import write_snapshot  # noqa: PLC0415
+
+        while (snapshot := self._queue.get()) is not None:
+            try:
+                write_snapshot(self._run, snapshot)
+            except Exception as error:
+                self._failure = error

@@ -1,0 +1,85 @@
+"""An explanation on a terminal: the paragraph, the sites, the override; and progress meanwhile."""
+
+import math
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from unclamp.explain.explanation import Explanation, SiteShare, percent
+
+SHOWN_ROWS = 12
+
+
+def print_explanation(found: Explanation, console: Console) -> None:
+    """Print what was found; fits 80 columns."""
+    console.print(Text(f"{found.verdict}", style="bold"))
+    console.print(Text(found.words()), soft_wrap=False)
+    if found.sites:
+        console.print()
+        console.print(_table(found))
+    if found.override is not None:
+        where = "at the head of the recipe's overrides"
+        console.print(Text(f"\nTo paste, {where}:", style="bold"))
+        console.print(Text(found.override.toml), soft_wrap=True)
+    spent = f"{found.replays} replays of at most {found.budget}, {found.replay_s:.1f} s"
+    console.print(Text(f"{spent}; a step takes {1e3 * found.step_s:.0f} ms.", style="dim"))
+
+
+def _table(found: Explanation) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("[dim]site[/]", overflow="fold", ratio=1)
+    for heading in ("caused", "95 % interval", "only it\nfree", "only it\nclamped"):
+        table.add_column(f"[dim]{heading}[/]", justify="right", no_wrap=True)
+    for row in found.sites[:SHOWN_ROWS]:
+        table.add_row(*_cells(row), style="bold" if row.named else None)
+    if len(found.sites) > SHOWN_ROWS:
+        table.add_row(f"... and {len(found.sites) - SHOWN_ROWS} more, in the JSON")
+    table.caption = "only it free: share gone; only it clamped: share left; bold: to be mended"
+    table.caption_justify = "left"
+    return table
+
+
+def _cells(row: SiteShare) -> list[str]:
+    ways = ["-" if share is None else _rounded(share) for share in (row.only, row.last)]
+    return [row.name, _rounded(row.share), f"{_rounded(row.low)} to {_rounded(row.high)}", *ways]
+
+
+def _rounded(share: float) -> str:
+    return f"{100 * share:.0f} %".replace("-0 %", "0 %") if math.isfinite(share) else "?"
+
+
+def with_progress(
+    explain: Callable[[Callable[[Explanation], None]], Explanation],
+    *,
+    budget: int,
+    console: Console,
+) -> Explanation:
+    """Explain with a bar of replays, time left and the answer so far, on this console."""
+    columns = (
+        TextColumn("replays"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("replays", total=budget, note="")
+
+        def show(found: Explanation) -> None:
+            bar.update(task, completed=found.replays, note=_so_far(found))
+
+        return explain(show)
+
+
+def _so_far(found: Explanation) -> str:
+    if found.clamping_share is None:
+        return "does it come back?"
+    if not found.sites:
+        return f"clamping: {percent(found.clamping_share)}"
+    first = found.sites[0]
+    return f"{first.name}: {percent(first.share)}"

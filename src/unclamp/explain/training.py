@@ -1,0 +1,235 @@
+"""What a training is made of, and its whole state before a step: taken, and put back.
+
+A *training* is what a build function returns: model, optimizer, and what else keeps state. Its
+state holds weights, scaling state, optimizer, scheduler and the random generators of Python,
+NumPy and torch, as copies on the CPU. Where states go to is `store`'s matter, and when they are
+taken is that of `snapshots`.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from unclamp.errors import ReplayError
+from unclamp.nn import find_ledgers
+from unclamp.numerics.operators import commit
+
+State = dict[str, Any]
+
+
+class Stateful(Protocol):
+    """Anything that can tell its state and take it back, such as a scheduler."""
+
+    def state_dict(self) -> Any:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Take a state back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The objects of a training.
+
+    Attributes:
+        model: The model, converted.
+        optimizer: Its optimizer.
+        scheduler: What sets learning rates and keeps state, or None.
+        others: What else keeps state from step to step, such as a gradient scaler, an average
+            of the weights or a data loader, by name.
+        settings: What a step needs to know besides, such as where gradients are clipped.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Any = None
+    others: Mapping[str, Stateful] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+Build = Callable[..., Training]
+"""Makes the training anew; its weights and states do not matter, they are replaced."""
+Step = Callable[[Training, Any], Any]
+"""Does one optimizer step on a batch and returns its loss, a number or a tensor of one."""
+
+
+class Batch(NamedTuple):
+    """A batch as it was before its step: a copy on the CPU, and where its tensors were."""
+
+    tree: Any
+    devices: tuple[str, ...]
+
+    @classmethod
+    def of(cls, batch: Any) -> "Batch":
+        """Keep a batch; later changes to it in place change nothing here."""
+        devices: list[str] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            devices.append(str(tensor.device))
+            return tensor.detach().to("cpu", copy=True)
+
+        return cls(map_tensors(batch, keep), tuple(devices))
+
+    def fresh(self) -> Any:
+        """Return a copy that a step may change, on the devices where it was."""
+        devices = iter(self.devices)
+        return map_tensors(self.tree, lambda tensor: tensor.to(next(devices), copy=True))
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return the tree with its tensors changed and its arrays copied, in order.
+
+    Dicts, lists and tuples are rebuilt as their plain kinds; a named tuple, or anything else, is
+    left as it is.
+    """
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, np.ndarray):
+        return tree.copy()
+    if isinstance(tree, dict):
+        return {key: map_tensors(value, change) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(map_tensors(value, change) for value in tree)
+    return tree
+
+
+def take_state(training: Training) -> State:
+    """Return the training's state in copies on the CPU; nothing of the training changes."""
+    model = training.model
+    saved = model.state_dict()
+    loose = {name: b for name, b in model.named_buffers() if name not in saved}
+    state = {
+        "model": saved,
+        "buffers": loose,
+        "optimizer": training.optimizer.state_dict(),
+        "scheduler": None if training.scheduler is None else training.scheduler.state_dict(),
+        "others": {name: other.state_dict() for name, other in training.others.items()},
+        "pending": [
+            {"stats": ledger.pending, "block_amax": ledger.block_amax}
+            if ledger.has_pending
+            else None
+            for ledger in find_ledgers(model)
+        ],
+        "random": random_state(),
+    }
+    return map_tensors(state, lambda tensor: tensor.detach().to("cpu", copy=True))
+
+
+@torch.no_grad()
+def put_state(training: Training, state: State) -> None:
+    """Bring a training to a state, random generators included; gradients are dropped.
+
+    Raises:
+        ReplayError: The training has other parameters or parts than the one of the state.
+    """
+    # What is loaded may be taken over without a copy, and the next step would write into it.
+    state = map_tensors(state, torch.clone)
+    model = training.model
+    try:
+        model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise ReplayError(
+            "expected the build function to make the model and optimizer of the snapshot, but "
+            f"its state does not fit: {first}"
+        ) from error
+    buffers = dict(model.named_buffers())
+    for name, value in state["buffers"].items():
+        if name in buffers and buffers[name].shape == value.shape:
+            buffers[name].copy_(value)
+    _put_parts(training, state)
+    for parameter in model.parameters():
+        parameter.grad = None
+    for ledger, pending in zip(find_ledgers(model), state["pending"], strict=False):
+        if pending is not None and pending["stats"].shape == ledger.pending.shape:
+            commit(ledger.pending, pending["stats"].to(ledger.pending.device))
+            if pending["block_amax"].shape == ledger.block_amax.shape:
+                ledger.block_amax.copy_(pending["block_amax"])
+    put_random_state(state["random"])
+
+
+def _put_parts(training: Training, state: State) -> None:
+    has_scheduler = state["scheduler"] is not None
+    if has_scheduler != (training.scheduler is not None) or set(state["others"]) != set(
+        training.others
+    ):
+        here = [*training.others, *(["scheduler"] if training.scheduler is not None else [])]
+        there = [*state["others"], *(["scheduler"] if has_scheduler else [])]
+        raise ReplayError(
+            f"expected a training with the parts of the snapshot, {there}, got {here}: build it as "
+            "the run did"
+        )
+    if training.scheduler is not None:
+        training.scheduler.load_state_dict(state["scheduler"])
+    for name, other in training.others.items():
+        other.load_state_dict(state["others"][name])
+
+
+# ---- random generators -----------------------------------------------------------------------
+
+
+def random_state() -> State:
+    """Return the states of all random generators a step may draw from."""
+    version, words, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict)
+    has_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "numpy": {
+            "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            "pos": int(numpy["state"]["pos"]),
+            "has_gauss": int(numpy["has_gauss"]),
+            "gauss": float(numpy["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if has_cuda else [],
+    }
+
+
+def put_random_state(state: State) -> None:
+    """Set all random generators."""
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": numpy["key"].numpy().astype(np.uint32), "pos": numpy["pos"]},
+            "has_gauss": numpy["has_gauss"],
+            "gauss": numpy["gauss"],
+        }
+    )
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextlib.contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Leave the random generators as they were found."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        put_random_state(before)
+
+
+def size_bytes(tree: Any) -> int:
+    """Return the bytes of all tensors and arrays in a tree."""
+    total = 0
+
+    def add(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    map_tensors(tree, add)
+    return total

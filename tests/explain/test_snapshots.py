@@ -1,0 +1,245 @@
+"""States taken before steps: whole, bit for bit, within a budget, and on disk around spikes."""
+
+import random
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import unclamp
+from explain.planted import SPIKE, STEPS, Case, record
+from unclamp.errors import ReplayError, UnclampWarning
+from unclamp.explain import Snapshots, Training
+from unclamp.explain.ring import Ring
+from unclamp.explain.snapshot import Snapshot
+from unclamp.explain.store import find_snapshots, read_facts, read_snapshot, write_snapshot
+from unclamp.explain.training import Batch, put_state, size_bytes, take_state
+
+
+def assert_same(one: object, other: object) -> None:
+    """Assert that two trees are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor)
+        assert one.dtype == other.dtype
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+    elif isinstance(one, dict):
+        assert isinstance(other, dict)
+        assert list(one) == list(other)
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert isinstance(other, list | tuple)
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+def trained(case: Case, steps: int) -> Training:
+    training = case.build()
+    for n, batch in enumerate(case.batches()):
+        if n == steps:
+            break
+        case.step(training, batch)
+    return training
+
+
+def test_a_state_goes_through_the_disk_and_back_bit_for_bit(tmp_path: Path) -> None:
+    case = Case(paths=((1.0, 1.0),), dropout=0.2)
+    training = trained(case, 6)
+    _ = random.random(), np.random.normal(), torch.rand(3)
+    state = take_state(training)
+    snapshot = Snapshot(step=6, state=state, facts={}, batches={6: Batch.of({"x": torch.ones(2)})})
+    back = read_snapshot(write_snapshot(tmp_path, snapshot))
+    assert_same(state, back.state)
+    other = case.build()
+    put_state(other, back.state)
+    assert_same(state, take_state(other))
+
+
+def test_random_generators_come_back(tmp_path: Path) -> None:
+    training = trained(Case(), 2)
+    state = take_state(training)
+
+    def draw() -> list[float]:
+        return [random.random(), np.random.normal(), torch.rand(()).item(), random.gauss(0, 1)]
+
+    first = draw()
+    put_state(training, state)
+    assert draw() == first
+
+
+def test_later_steps_change_nothing_in_a_state() -> None:
+    case = Case()
+    training = trained(case, 4)
+    state = take_state(training)
+    kept = take_state(training)
+    for batch in case.batches():
+        case.step(training, batch)
+    assert_same(kept, state)
+    put_state(training, state)
+    for batch in case.batches():
+        case.step(training, batch)
+    assert_same(kept, state)
+
+
+def test_pending_statistics_of_a_skipped_step_are_part_of_the_state() -> None:
+    training = trained(Case(), 3)
+    training.model(100 * torch.randn(4, 32)).sum().backward()  # no optimizer step, as a scaler does
+    state = take_state(training)
+    other = Case().build()
+    put_state(other, state)
+    assert_same(state, take_state(other))
+    assert state["pending"][0] is not None
+
+
+def test_all_dtypes_and_shapes_go_through_the_disk(tmp_path: Path) -> None:
+    tree = {
+        "float8": torch.randn(5).to(torch.float8_e4m3fn).view(torch.uint8),
+        "bfloat16": torch.randn(3, 2).bfloat16(),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(3.5, dtype=torch.float64),
+        "flag": torch.tensor(True),
+        "transposed": torch.arange(6).view(2, 3).t(),
+        "array": np.arange(3, dtype=np.int32),
+        "numbers": [1, 2.5, None, "text", (True, b"bytes"), float("inf")],
+        3: {"nested": torch.ones(1)},
+    }
+    snapshot = Snapshot(step=0, state={}, facts={}, batches={0: Batch.of(tree)})
+    back = read_snapshot(write_snapshot(tmp_path, snapshot)).batches[0].tree
+    assert isinstance(back["array"], np.ndarray)
+    assert back["array"].tolist() == [0, 1, 2]
+    assert_same({k: v for k, v in tree.items() if k != "array"},
+                {k: v for k, v in back.items() if k != "array"})  # fmt: skip
+
+
+def test_what_cannot_be_kept_is_named() -> None:
+    training = Case().build()
+    snapshots = Snapshots(training, "unused")
+    with pytest.raises(ReplayError, match="a batch, 'x', got object"):
+        snapshots.before(0, {"x": object()})
+
+
+def test_a_spike_is_kept_with_the_batches_around_it(tmp_path: Path) -> None:
+    losses = record(Case(), tmp_path / "run")
+    (path,) = find_snapshots(tmp_path / "run")
+    snapshot = read_snapshot(path)
+    assert (snapshot.step, snapshot.last_step) == (20, SPIKE + 3)
+    assert snapshot.losses == {n: losses[n] for n in range(20, SPIKE + 4)}
+    with unclamp.RunLog.open(tmp_path / "run") as log:
+        events = log.events().to_pylist()
+    assert [(e["kind"], e["step"]) for e in events] == [("snapshot", 20), ("spike", SPIKE)]
+
+
+def test_a_run_without_a_spike_writes_nothing(tmp_path: Path) -> None:
+    record(Case(paths=(), decoys=1), tmp_path / "run")
+    assert not (tmp_path / "run" / "snapshots").exists()
+
+
+def test_a_spike_in_the_last_step_is_kept_at_the_end(tmp_path: Path) -> None:
+    case, training = Case(), Case().build()
+    with Snapshots(training, tmp_path, every=5) as snapshots:
+        for n, batch in snapshots.follow(case.batches()):
+            snapshots.after(n, case.step(training, batch))
+            if n == SPIKE:
+                break
+    (path,) = find_snapshots(tmp_path)
+    assert read_facts(path)["last_step"] == SPIKE
+
+
+def test_all_snapshots_are_written_where_asked(tmp_path: Path) -> None:
+    record(Case(paths=()), tmp_path / "run", write="all", every=10, after=2)
+    found = [read_facts(path) for path in find_snapshots(tmp_path / "run")]
+    assert [(f["step"], f["last_step"]) for f in found] == [(0, 12), (10, 22), (20, STEPS - 1)]
+
+
+def test_taking_snapshots_changes_no_loss(tmp_path: Path) -> None:
+    case = Case(dropout=0.3)
+    training = case.build()
+    plain = [case.step(training, batch).item() for batch in case.batches()]
+    assert record(case, tmp_path / "run", every=2) == plain
+
+
+def test_a_budget_too_small_for_one_snapshot_says_how_much_is_needed() -> None:
+    training = Case().build()
+    needed = size_bytes(take_state(training))
+    snapshots = Snapshots(training, "unused", budget_gib=1e-6)
+    with pytest.raises(ReplayError, match=f"takes {needed:,} bytes and the budget is 1,073"):
+        snapshots.before(0, torch.ones(1))
+
+
+def test_a_budget_for_fewer_snapshots_keeps_the_newest() -> None:
+    training = Case().build()
+    ring = Ring(keep=5, budget_bytes=2.5 * size_bytes(take_state(training)))
+    for step in range(5):
+        ring.take(step, training, {})
+    assert ring.steps == [3, 4]
+
+
+def test_a_half_written_snapshot_is_absent(tmp_path: Path) -> None:
+    training = Case().build()
+    state = {**take_state(training), "odd": object()}
+    with pytest.raises(ReplayError, match="the state, 'odd', got object"):
+        write_snapshot(tmp_path, Snapshot(step=0, state=state))
+    assert list((tmp_path / "snapshots").glob("*")) == []
+    part = tmp_path / "snapshots" / ".step-000000-to-000003.part"
+    part.mkdir(parents=True)
+    (part / "snapshot.json").write_text("{}")
+    assert find_snapshots(tmp_path) == []
+
+
+def test_a_disk_that_fails_is_a_warning_and_not_the_end_of_the_run(tmp_path: Path) -> None:
+    case, training = Case(), Case().build()
+    (tmp_path / "snapshots").write_text("in the way")
+    snapshots = Snapshots(training, tmp_path, every=5)
+    for n, batch in snapshots.follow(case.batches()):
+        snapshots.after(n, case.step(training, batch))
+    with pytest.warns(UnclampWarning, match="a snapshot was not kept"):
+        snapshots.close()
+
+
+def test_a_loop_that_forgets_a_call_is_told() -> None:
+    case, training = Case(), Case().build()
+    snapshots = Snapshots(training, "unused")
+    with pytest.raises(ReplayError, match=r"call snapshots\.after\(0, loss\)"):
+        for _ in snapshots.follow(case.batches()):
+            pass
+    with pytest.raises(ReplayError, match=r"call snapshots\.before\(7, batch\)"):
+        snapshots.after(7, 1.0)
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}, {"after": -1}, {"every": 2.5}])
+def test_a_number_out_of_range_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ReplayError, match="expected a whole number"):
+        Snapshots(Case().build(), "unused", **wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_training_that_does_not_fit_is_refused() -> None:
+    state = take_state(Case().build())
+    other = Case(paths=((1.0, 1.0),)).build()
+    with pytest.raises(ReplayError, match="its state does not fit"):
+        put_state(other, state)
+    model = Case().build()
+    without = Training(model=model.model, optimizer=model.optimizer)
+    with pytest.raises(ReplayError, match="parts of the snapshot"):
+        put_state(without, state)
+
+
+def test_a_plain_model_has_snapshots_too(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    training = Training(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    state = take_state(training)
+    with torch.no_grad():
+        model.weight.zero_()
+    put_state(training, state)
+    assert model.weight.abs().sum() > 0
+
+
+def test_functions_of_a_module_are_named_and_others_are_not(tmp_path: Path) -> None:
+    record(Case(), tmp_path / "run", build=partial(Case().build))
+    (path,) = find_snapshots(tmp_path / "run")
+    assert read_facts(path)["build"] is None
