@@ -24,8 +24,8 @@ from tests.explain.planted_llama import LlamaCase
 
 import unclamp
 from bench.timing import compare
-from unclamp.analysis.spikes import LEVEL_POINTS
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
+from unclamp.explain.watch import LEVEL_POINTS
 from unclamp.rule import Role
 from unclamp.study.config import StudyConfig, default_toml
 from unclamp.study.data import Batches, read_text

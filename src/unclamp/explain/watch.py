@@ -1,55 +1,58 @@
 """Losses as they come: read without making a GPU wait, and watched for spikes."""
 
-import math
-from collections import deque
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unclamp.analysis.spikes import LEVEL_POINTS, SPREAD_POINTS, Spike, find_spikes
+from unclamp.analysis import Spike, SpikeDetector, find_spikes
 
-MIN_HEIGHT = 1.1
-"""Least ratio of a spike to the level, as in `find_spikes`."""
-HISTORY = LEVEL_POINTS + SPREAD_POINTS + 51
-"""Losses that the search for a spike looks at: its own windows, and room for spikes in them."""
+LEVEL_POINTS = 9
+"""Calm losses whose median is the level that a spike rises from."""
 
 
 class SpikeWatch:
-    """Finds spikes in losses as they come; the definition is that of `find_spikes`."""
+    """Finds spikes in losses as they come: those that `find_spikes` finds afterwards."""
 
     def __init__(self) -> None:
-        self._steps: deque[int] = deque(maxlen=HISTORY)
-        self._values: deque[float] = deque(maxlen=HISTORY)
+        self._steps: list[int] = []
+        self._values: list[float] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._detector = SpikeDetector()
+        self._is_open, self._number = False, -1
 
     def hear(self, step: int, value: float) -> int | None:
         """Return the onset if a spike begins with this loss; None otherwise."""
-        recent = [v for v in list(self._values)[-LEVEL_POINTS:] if math.isfinite(v)]
         self._steps.append(step)
         self._values.append(value)
-        # Cheap first: no spike is lower than this.
-        if math.isfinite(value) and (not recent or value <= MIN_HEIGHT * float(np.median(recent))):
-            return None
-        spikes = self._find()
-        return step if spikes and spikes[-1].onset == step else None
+        return step if self._judge(value) else None
+
+    def _judge(self, value: float) -> bool:
+        """Return whether a spike begins with this value."""
+        was_open, number = self._is_open, self._number
+        self._is_open = self._detector.update(value)
+        self._number = self._detector.spike
+        return self._is_open and (not was_open or self._number > number >= 0)
 
     def spike_at(self, onset: int) -> Spike:
         """Return the spike that began at a step, as far as it is known."""
-        return next(spike for spike in self._find() if spike.onset == onset)
+        spikes = find_spikes(self._values, steps=self._steps)
+        return next(spike for spike in spikes if spike.onset == onset)
 
     def level_before(self, onset: int) -> float:
         """Return the level that the spike rises from."""
-        return level_before(list(self._steps), list(self._values), onset)
+        return level_before(self._steps, self._values, onset)
 
     def forget_from(self, step: int) -> None:
         """Drop losses from a step on: they will come again."""
-        while self._steps and self._steps[-1] >= step:
-            self._steps.pop()
-            self._values.pop()
-
-    def _find(self) -> list[Spike]:
-        return find_spikes(list(self._values), steps=list(self._steps))
+        kept = [(n, value) for n, value in zip(self._steps, self._values, strict=True) if n < step]
+        self._steps, self._values = [n for n, _ in kept], [value for _, value in kept]
+        self._begin()
+        for value in self._values:
+            self._judge(value)
 
 
 def level_before(steps: list[int], values: list[float], onset: int) -> float:
