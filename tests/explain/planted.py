@@ -23,7 +23,7 @@ from unclamp.rule import Role
 
 WIDTH = 32
 TOKENS = 64
-SPIKE = 24
+SPIKE = 34
 STEPS = SPIKE + 5
 LR = 1e-4
 GAIN = 8.0

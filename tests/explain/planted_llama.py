@@ -33,7 +33,7 @@ from unclamp.study.outlier import (
     plant_batch,
 )
 
-SPIKE = 22
+SPIKE = 32
 STEPS = SPIKE + 5
 LR = 1e-3
 SEQ_LEN = 48

@@ -168,7 +168,7 @@ def damage(run: Path) -> None:
             "holds no snapshots, so nothing can be replayed: train with",
         ),
         (Case(paths=()), break_nothing, None, "has no spike, so there is nothing to explain"),
-        (Case(), break_nothing, 2, "got 2; it has 1 at step 24"),
+        (Case(), break_nothing, 2, "got 2; it has 1 at step 34"),
         (Case(), change_recipe, None, "under another recipe than the build function uses"),
         (Case(), change_format, None, "another model or recipe: it differs in the FP8 operand"),
         (Case(), change_version, None, r"written by unclamp 9\.0"),

@@ -128,11 +128,11 @@ def test_a_spike_is_kept_with_the_batches_around_it(tmp_path: Path) -> None:
     losses = record(Case(), tmp_path / "run")
     (path,) = find_snapshots(tmp_path / "run")
     snapshot = read_snapshot(path)
-    assert (snapshot.step, snapshot.last_step) == (20, SPIKE + 3)
-    assert snapshot.losses == {n: losses[n] for n in range(20, SPIKE + 4)}
+    assert (snapshot.step, snapshot.last_step) == (30, SPIKE + 3)
+    assert snapshot.losses == {n: losses[n] for n in range(30, SPIKE + 4)}
     with unclamp.RunLog.open(tmp_path / "run") as log:
         events = log.events().to_pylist()
-    assert [(e["kind"], e["step"]) for e in events] == [("snapshot", 20), ("spike", SPIKE)]
+    assert [(e["kind"], e["step"]) for e in events] == [("snapshot", 30), ("spike", SPIKE)]
 
 
 def test_a_run_without_a_spike_writes_nothing(tmp_path: Path) -> None:
