@@ -225,7 +225,7 @@ def test_a_training_goes_back_and_goes_on_mended(tmp_path: Path) -> None:
     kinds = [event["kind"] for event in sorted(events, key=lambda e: e["step"])]
     assert sorted(kinds) == ["explain", "rewind", "snapshot", "spike", "switch"]
     (rewind,) = (json.loads(e["data"]) for e in events if e["kind"] == "rewind")
-    assert rewind["to"] == 20
+    assert rewind["to"] == 30
     assert [(s["fqn"], s["role"]) for s in rewind["sites"]] == case.culprits
 
 
@@ -282,7 +282,13 @@ BUILD, STEP = "explain.planted:default_build", "explain.planted:step"
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "unclamp", "explain", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+    }
+    return subprocess.run(
+        line, capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
 
 
 def test_the_command_explains(tmp_path: Path) -> None:

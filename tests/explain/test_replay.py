@@ -207,15 +207,15 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_missing_batches_are_refused(tmp_path: Path) -> None:
     again, snapshot = replay(Case(), tmp_path / "run")
-    with pytest.raises(ReplayError, match="lacks the batch of step 28: keep more steps"):
+    with pytest.raises(ReplayError, match="lacks the batch of step 38: keep more steps"):
         again.run({}, last=snapshot.last_step + 1)
 
 
 def test_a_spike_before_all_snapshots_says_what_there_is(tmp_path: Path) -> None:
     record(Case(), tmp_path / "run")
     (path,) = find_snapshots(tmp_path / "run")
-    change_facts(tmp_path / "run", step=26)
-    with pytest.raises(ReplayError, match="has the state and batches of steps 26 to 27"):
+    change_facts(tmp_path / "run", step=36)
+    with pytest.raises(ReplayError, match="has the state and batches of steps 36 to 37"):
         explain(Case(), tmp_path / "run")
     assert path.exists()
 
@@ -246,7 +246,7 @@ def test_a_step_that_is_not_deterministic_is_named_and_not_attributed(tmp_path: 
     assert found.replays == 2
     words = found.words()
     assert "the step function is not deterministic" in words
-    assert "The loss of step 20 was" in words
+    assert "The loss of step 30 was" in words
     told = explain(case, tmp_path / "run", anyway=True)
     assert told.reproduced is False
     assert told.named == case.culprits
@@ -256,11 +256,11 @@ def test_what_differs_of_the_machine_is_said(tmp_path: Path) -> None:
     record(Case(), tmp_path / "run")
     (path,) = find_snapshots(tmp_path / "run")
     losses = json.loads((path / FACTS_FILE).read_text())["losses"]
-    losses["21"] = (float.fromhex(losses["21"]) + 1e-7).hex()
+    losses["31"] = (float.fromhex(losses["31"]) + 1e-7).hex()
     change_facts(tmp_path / "run", losses=losses, torch="1.0")
     found = explain(Case(), tmp_path / "run")
     assert found.reproduced is False
-    assert "The loss of step 21 was" in found.differences[0]
+    assert "The loss of step 31 was" in found.differences[0]
     assert "Two replays agree with each other" in found.differences[1]
     assert f"torch 1.0 then, {torch.__version__} now" in found.differences[2]
 

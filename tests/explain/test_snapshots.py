@@ -154,7 +154,12 @@ def test_a_spike_in_the_last_step_is_kept_at_the_end(tmp_path: Path) -> None:
 def test_all_snapshots_are_written_where_asked(tmp_path: Path) -> None:
     record(Case(paths=()), tmp_path / "run", write="all", every=10, after=2)
     found = [read_facts(path) for path in find_snapshots(tmp_path / "run")]
-    assert [(f["step"], f["last_step"]) for f in found] == [(0, 12), (10, 22), (20, STEPS - 1)]
+    assert [(f["step"], f["last_step"]) for f in found] == [
+        (0, 12),
+        (10, 22),
+        (20, 32),
+        (30, STEPS - 1),
+    ]
 
 
 def test_taking_snapshots_changes_no_loss(tmp_path: Path) -> None:

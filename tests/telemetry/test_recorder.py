@@ -83,7 +83,7 @@ def test_scalars_and_sites_are_read_back(tmp_path: Path) -> None:
     with RunLog.open(tmp_path / "run") as log:
         steps, sites = log.steps().to_pydict(), log.sites().to_pylist()
         assert log.header.status == "finished"
-        assert log.header.metadata == {"note": 7}
+        assert log.header.metadata["note"] == 7
         assert log.header.recipe == Recipe(weight=Dynamic()).to_dict()
     assert steps["step"] == [0, 1, 2]
     assert all(math.isfinite(loss) for loss in steps["loss"])

@@ -177,7 +177,9 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
 def _check_not_both(model: nn.Module, *, observes: bool) -> None:
     ledgers = find_ledgers(model)
     if any(ledger.observes for ledger in ledgers):
-        raise ConvertError("the model is observed already: call stop() of its observation first")
+        raise ConvertError(
+            "the model is observed already: call stop() of its observation, or unclamp.revert"
+        )
     if observes and ledgers:
         raise ConvertError(
             "expected a model that is not converted: the counts of one that is, a Recorder takes"

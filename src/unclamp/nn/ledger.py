@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from unclamp.nn.rows import RowSettings
-from unclamp.nn.site import Inspection, LayerSites, Site
+from unclamp.nn.site import INSPECTIONS, Inspection, LayerSites, Site
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.recipe import Recipe
 from unclamp.scaling import Scaling, Static
@@ -77,6 +77,7 @@ class Ledger:
         self.layers: weakref.WeakSet[LayerSites] = weakref.WeakSet()
         self.observes = False
         self.inspection: Inspection = "never"
+        self._inspections: dict[int, Inspection] = {}
         self.details: Tensor | None = None
         self._counted_in = -1
         self._remembered: list[int] = []
@@ -183,7 +184,8 @@ class Ledger:
         """
         details, age = self._take_details()
         for listener in self._listeners:
-            listener(Update(self.pending.clone(), details, age))
+            look = None if details is None else details.clone()
+            listener(Update(self.pending.clone(), look, age))
         amax = self._settings.newest(self.pending[:, Stat.AMAX], self.block_amax)
         measured = amax >= 0
         shifted = torch.cat([amax.unsqueeze(1), self.amax_history[:, :-1]], dim=1)
@@ -209,8 +211,13 @@ class Ledger:
         sites = len(self.sites)
         return details, self._settings.scale_age(self.amax_history, self.scale, sites=sites)
 
-    def inspect(self, inspection: Inspection) -> None:
-        """Have casts from now on get a closer look, or none; costs a pass over each tensor."""
+    def inspect(self, inspection: Inspection, *, by: object = None) -> None:
+        """Have casts from now on get a closer look, or none; costs a pass over each tensor.
+
+        Of several who ask, each named by `by`, the one who wants most decides.
+        """
+        self._inspections[id(by)] = inspection
+        inspection = max(self._inspections.values(), key=INSPECTIONS.index)
         if inspection == self.inspection:
             return
         self.inspection = inspection
@@ -335,7 +342,8 @@ class Ledger:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_root": None, "_listeners": [], "_switch_listeners": []}
-        state |= {"inspection": "never", "details": None}  # asked for by who listens
+        # Closer looks are asked for by those who listen.
+        state |= {"inspection": "never", "_inspections": {}, "details": None}
         del state["layers"]
         return {**state, "_clean_version": self.has_pending}
 

@@ -57,6 +57,7 @@ class Observation:
         report: The layers that are observed, and those left out and why.
     """
 
+    @torch.inference_mode(False)  # its totals are written in every step
     def __init__(self, model: nn.Module, report: ConvertReport) -> None:
         """Prefer `unclamp.observe`."""
         self.report = report

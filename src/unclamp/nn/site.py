@@ -8,12 +8,18 @@ former, take the latter as inputs, and serve any layer with the same plan.
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from unclamp.numerics import GemmOperand, block_grid, empty_stats, merged_stats
+from unclamp.numerics import (
+    GemmOperand,
+    block_grid,
+    empty_details,
+    empty_stats,
+    merged_stats,
+)
 from unclamp.numerics.operators import (
     CastPlan,
     Codes,
@@ -137,6 +143,7 @@ class Site:
 
 Inspection = Literal["never", "clamped", "always"]
 """Which casts get a closer look: none, those that clamped, or all."""
+INSPECTIONS: tuple[Inspection, ...] = get_args(Inspection)
 
 Casts = dict[Axis, Codes]
 """A role's casts by the axis that their GEMM contracts; the same one twice if it serves both."""
@@ -171,6 +178,7 @@ class LayerSites:
             more than one.
         inspection: Which casts get a closer look.
         details: View of the ledger's closer looks, `[3, DETAILS]`; None until there is any.
+        no_details: What a role that was not inspected adds.
     """
 
     def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
@@ -197,6 +205,7 @@ class LayerSites:
         self.inspection: Inspection = ledger.inspection
         details = ledger.details
         self.details = None if details is None else details[first : first + len(ROLES)]
+        self.no_details = empty_details(1, ledger.pending.device)[0]
         self.scales: dict[tuple[Role, Axis], Tensor | None] = {}
         self.block_amax: dict[tuple[Role, Axis], Tensor] = {}
         for role, site in sites.items():
@@ -290,10 +299,11 @@ class LayerSites:
                     raise_amax(pending, amax)
         stats = [seen[role].stats if role in seen else self.no_stats for role in ROLES]
         commit(self.pending, torch.stack(stats))
-        for row, role in enumerate(ROLES):
-            details = seen[role].details if role in seen else None
-            if details is not None and self.details is not None:
-                add_details(self.details[row], details)
+        looks = [seen[role].details if role in seen else None for role in ROLES]
+        if any(look is not None for look in looks) and self.details is not None:
+            # One call with the whole view: in a graph, a row of it would be a tensor of its own.
+            rows = [self.no_details if look is None else look for look in looks]
+            add_details(self.details, torch.stack(rows))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerSites":
         twin = object.__new__(LayerSites)

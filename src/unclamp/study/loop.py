@@ -19,7 +19,7 @@ from unclamp.recipe import Recipe
 from unclamp.study.config import ModelConfig, StudyConfig
 from unclamp.study.data import Batch, Batches, read_text
 from unclamp.study.outlier import plant_batch, plant_weights
-from unclamp.telemetry import Recorder
+from unclamp.telemetry import Every, Recorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,10 @@ class RunPlan:
         return self.config.outlier.planted_steps(self.config.steps) if outlier else []
 
 
+INSPECT = Every(20, or_clamped=True)
+"""Runs are short, and what clamped is what the report is about."""
+
+
 class Stopped(Exception):
     """The run was asked to stop between two steps."""
 
@@ -93,7 +97,7 @@ def train(
     batches = Batches(
         tokens, batch_size=config.data.batch_size, seq_len=config.data.seq_len, seed=plan.seed
     )
-    recorder = Recorder(model, plan.path, metadata=plan.identity)
+    recorder = Recorder(model, plan.path, metadata=plan.identity, inspect=INSPECT)
     with recorder:
         for step in plan.planted_steps:
             recorder.event("planted", step, what="rare tokens that drive two SwiGLU channels")

@@ -2,14 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from unclamp.formats import Format
-from unclamp.nn.ledger import Ledger, Update
+from unclamp.nn.ledger import Update
+from unclamp.nn.site import Site
 from unclamp.numerics.inspection import (
     ERROR_SQUARE,
     EXPONENTS,
@@ -35,48 +36,44 @@ def step_columns(step: int, values: Mapping[str, Number], timing: Columns) -> di
     return {"step": [step], **known, **timing, "scalars": [list(numbers.items())]}
 
 
-def site_columns(ledger: Ledger, first: int) -> dict[str, Any]:
-    """Return a ledger's sites, numbered from `first` on."""
-    scalings = [site.operand.scaling for site in ledger.sites]
+def site_columns(sites: Sequence[Site], ids: Sequence[int]) -> dict[str, Any]:
+    """Return the rows of sites that have these ids."""
+    scalings = [site.operand.scaling for site in sites]
     return {
-        "site": list(range(first, first + len(ledger.sites))),
-        "fqn": [site.fqn for site in ledger.sites],
-        "role": [site.role for site in ledger.sites],
-        "format": [site.operand.format.name for site in ledger.sites],
+        "site": list(ids),
+        "fqn": [site.fqn for site in sites],
+        "role": [site.role for site in sites],
+        "format": [site.operand.format.name for site in sites],
         "scaling": [scaling.kind for scaling in scalings],
         "history_len": [getattr(s, "history_len", None) for s in scalings],
         "granularity": [str(s.granularity) for s in scalings],
-        "format_max": [site.operand.format.max for site in ledger.sites],
+        "format_max": [site.operand.format.max for site in sites],
     }
 
 
-def merge_updates(updates: list[tuple[int, Update]]) -> list[tuple[int, Update]]:
-    """Return one update a ledger, by its first site; later ones of a step are merged in."""
-    merged: dict[int, Update] = {}
-    for first, update in updates:
-        if first not in merged:
-            merged[first] = update
-            continue
-        so_far = merged[first]
-        merge_stats(so_far.stats, update.stats)
-        if so_far.details is None:
-            merged[first] = update._replace(stats=so_far.stats)
-        elif update.details is not None:
-            so_far.details.add_(update.details)
-    return list(merged.items())
+def merged_update(so_far: Update | None, update: Update) -> Update:
+    """Return an update with a later one of the same step merged in, in its own tensors."""
+    if so_far is None or len(so_far.stats) != len(update.stats):  # another layout starts anew
+        return update
+    merge_stats(so_far.stats, update.stats)
+    if so_far.details is None:
+        return update._replace(stats=so_far.stats)
+    if update.details is not None:
+        so_far.details.add_(update.details)
+    return so_far
 
 
 def cast_columns(
-    step: int, updates: list[tuple[int, Update]], formats: Mapping[int, Format]
+    step: int, updates: list[tuple[list[int], Update]], formats: Mapping[int, Format]
 ) -> dict[str, Any]:
     """Return the rows of one step: a row a site that cast anything.
 
     Args:
         step: Its number.
-        updates: Of each ledger, by its first site.
+        updates: Of each ledger, with the ids of its sites.
         formats: The format of each site.
     """
-    parts = [_part(first, update, formats) for first, update in merge_updates(updates)]
+    parts = [_part(ids, update, formats) for ids, update in updates]
     columns: dict[str, Any] = {"step": np.full(sum(len(p["site"]) for p in parts), step)}
     for name in parts[0]:
         values = [part[name] for part in parts]
@@ -85,12 +82,12 @@ def cast_columns(
     return columns
 
 
-def _part(first: int, update: Update, formats: Mapping[int, Format]) -> dict[str, Any]:
+def _part(ids: list[int], update: Update, formats: Mapping[int, Format]) -> dict[str, Any]:
     """Return the rows of one ledger."""
     table = update.stats.cpu().numpy()
     rows = np.flatnonzero(table[:, Stat.CASTS] > 0)
     table = table[rows]
-    sites = (rows + first).astype(np.int32)
+    sites = np.asarray(ids, np.int32)[rows]
     columns = {
         "site": sites,
         "amax": np.maximum(table[:, Stat.AMAX], 0).astype(np.float32),

@@ -9,31 +9,31 @@ import atexit
 import functools
 import json
 import os
-import platform
-import subprocess
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, SupportsFloat, get_args
 
-import torch
 from torch import Tensor, nn
 
-from unclamp.errors import RecipeError, UnclampWarning
+from unclamp.errors import RunLogError, UnclampWarning
 from unclamp.formats import Format
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.ledger import Ledger, SwitchListener, Update
-from unclamp.runlog import Columns, Header, RunLogWriter, Status
-from unclamp.scaling import Delayed, Guarded, Scaling, scaling_to_dict
+from unclamp.runlog import Columns, RunLogWriter, Status
+from unclamp.scaling import Scaling
 from unclamp.telemetry.cadence import Every
 from unclamp.telemetry.columns import Number, cast_columns, site_columns, step_columns
+from unclamp.telemetry.header import make_header, scaling_data
 from unclamp.telemetry.rank import find_place
 from unclamp.telemetry.sinks import NumbersFunction, Sink, Sinks
-from unclamp.version import __version__
+from unclamp.telemetry.sinks.feed import SinkFeed
+from unclamp.telemetry.source import Source
 
+Heard = tuple[list[int], Update]
+"""An update, and the ids of the sites that it has rows of."""
 EVERY_STEP = Every()
 EVERY_HUNDREDTH = Every(100)
 SILENT_STEPS = 8
@@ -76,44 +76,35 @@ class Recorder:
         path: str | Path,
         *,
         metadata: Mapping[str, Any] | None = None,
-        casts: Every = EVERY_STEP,
-        inspect: Every | None = EVERY_HUNDREDTH,
+        casts: Every | int = EVERY_STEP,
+        inspect: Every | int | None = EVERY_HUNDREDTH,
         sinks: Iterable[Sink | NumbersFunction] = (),
         flush_interval_s: float = 2.0,
     ) -> None:
+        self._casts = _cadence(casts, "casts")
+        self._inspect = None if inspect is None else _cadence(inspect, "inspect")
         place = find_place()
         self._sinks = Sinks(sinks, rank=place.rank)
-        self._ledgers = ledgers = find_ledgers(model)
+        self._feed = SinkFeed()
+        ledgers = find_ledgers(model)
         self._model = weakref.ref(model)
-        self._casts, self._inspect = casts, inspect
-        header = Header(
-            unclamp_version=__version__,
-            world_size=place.world_size,
-            run_id=place.run_id,
-            recipe=_recipe_data(ledgers),
-            environment=_environment(model),
-            git_commit=_git_commit(),
-            metadata=_metadata(ledgers, metadata),
+        header = make_header(
+            model, ledgers, place, metadata=metadata, casts=self._casts, inspect=self._inspect
         )
         self._writer = RunLogWriter(
             path, header=header, rank=place.rank, flush_interval_s=flush_interval_s
         )
-        self._updates: list[tuple[int, Update]] = []
-        self._unsubscribe: list[Callable[[], None]] = []
+        self._sources = [Source(ledger) for ledger in ledgers]
         self._formats: dict[int, Format] = {}
         self._silent_steps = 0
         self._is_first = True
         self._is_told_of_order = False
         self._next_step = 0
         self._began = self._last = time.perf_counter()
-        first, pieces = 0, []
-        for ledger in ledgers:
-            pieces.append(site_columns(ledger, first))
-            self._writer.add("sites", pieces[-1])
-            self._formats |= {first + i: s.operand.format for i, s in enumerate(ledger.sites)}
-            self._unsubscribe.append(ledger.subscribe(self._listener(first)))
-            self._unsubscribe.append(ledger.subscribe_to_switches(self._switch_listener(ledger)))
-            first += len(ledger.sites)
+        pieces = self._record_new_sites()
+        self._switches = [
+            ledger.subscribe_to_switches(self._switch_listener(ledger)) for ledger in ledgers
+        ]
         self._sinks.start(header, *pieces)
         self._process = os.getpid()  # a fork inherits the exit hook, and must not end the sinks
         atexit.register(self.close, "interrupted")
@@ -143,24 +134,36 @@ class Recorder:
         timing = {"time_s": [now - self._began], "step_ms": [(now - self._last) * 1e3]}
         self._last = now
         given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
-        values = {name: _detached(v) for name, v in (given | scalars).items() if v is not None}
-        updates, self._updates = self._updates, []
+        values = {n: _checked(n, v) for n, v in (given | scalars).items() if v is not None}
+        self._record_new_sites()
+        updates = [heard for source in self._sources if (heard := source.take()) is not None]
         row = functools.cache(lambda: step_columns(step, values, timing))
         self._writer.add("steps", row)
-        if updates or self._sinks:
+        if self._writer.failure is not None and self._sinks:  # the sinks go on without the log
+            self._feed.put(lambda: self._tell_sinks(step, updates, row))
+        elif updates or self._sinks:
             self._writer.add("casts", lambda: self._rows(step, updates, row))
         self._sinks.warn()
+        self._feed.warn()
         self._inspect_at(step + 1)
         self._mind_order(heard=bool(updates))
         self._mind_silence(heard=bool(updates))
 
     def event(self, kind: str, step: int | None = None, **data: Any) -> None:
-        """Record that something happened, with JSON data; at the coming step by default."""
+        """Record that something happened, with JSON data; at the coming step by default.
+
+        Raises:
+            RunLogError: The data are not JSON data; NaN and Inf are none.
+        """
         at = self._next_step if step is None else step
-        text = json.dumps(data)
+        try:
+            text = json.dumps(data, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RunLogError(f"expected JSON data for the event {kind!r}: {error}") from error
 
         def columns() -> Columns:
-            self._sinks.event(at, kind, data)
+            if self._sinks:
+                self._feed.put(lambda: self._sinks.event(at, kind, data))
             return {"step": [at], "kind": [kind], "data": [text]}
 
         self._writer.add("events", columns)
@@ -170,17 +173,25 @@ class Recorder:
         self._writer.flush()
 
     def close(self, status: Status = "finished") -> None:
-        """Stop listening, write what is left and close the run. Later calls do nothing."""
+        """Stop listening, write what is left and close the run. Later calls do nothing.
+
+        Raises:
+            RunLogError: There is no such status.
+        """
         if os.getpid() != self._process:
             return
-        atexit.unregister(self.close)
-        while self._unsubscribe:
-            self._unsubscribe.pop()()
-        for ledger in self._ledgers:
-            ledger.inspect("never")
+        if status not in get_args(Status):
+            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}")
+        for source in self._sources:
+            source.close()
+        while self._switches:
+            self._switches.pop()()
         self._writer.close(status)
+        self._feed.close()
         self._sinks.close(status)
+        atexit.unregister(self.close)  # not before: after Ctrl-C in here the exit closes the rest
         self._sinks.warn()
+        self._feed.warn()
 
     def __enter__(self) -> Self:
         return self
@@ -189,27 +200,40 @@ class Recorder:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close("finished" if kind is None else "interrupted" if interrupted else "failed")
 
-    def _rows(
-        self, step: int, updates: list[tuple[int, Update]], row: Callable[[], Columns]
-    ) -> Columns:
-        """Tell the sinks of a step and return its casts to write, on the writer's thread."""
+    def _record_new_sites(self) -> list[Columns]:
+        """Record sites that were added since the last step; return their rows."""
+        pieces: list[Columns] = []
+        for source in self._sources:
+            sites, ids = source.number_new_sites(len(self._formats))
+            if sites:
+                self._formats |= {i: s.operand.format for i, s in zip(ids, sites, strict=True)}
+                pieces.append(site_columns(sites, ids))
+                self._writer.add("sites", pieces[-1])
+        return pieces
+
+    def _rows(self, step: int, updates: list[Heard], row: Callable[[], Columns]) -> Columns:
+        """Return a step's casts to write, on the writer's thread, and have the sinks told."""
         columns = cast_columns(step, updates, self._formats) if updates else {}
-        self._sinks.step(step, row(), columns or None)
+        if self._sinks:
+            self._feed.put(lambda: self._sinks.step(step, row(), columns or None))
         if not columns:
             return columns
         is_due = self._casts.is_due(step) or (self._casts.or_clamped and columns["saturated"].any())
-        return columns if is_due else {}
+        is_inspected = self._inspect is not None and self._inspect.is_due(step)
+        return columns if is_due or is_inspected else {}
+
+    def _tell_sinks(self, step: int, updates: list[Heard], row: Callable[[], Columns]) -> None:
+        columns = cast_columns(step, updates, self._formats) if updates else None
+        self._sinks.step(step, row(), columns)
 
     def _inspect_at(self, step: int) -> None:
         """Have the casts of a coming step inspected if they are due."""
         if self._inspect is None:
             return
-        fallback = "clamped" if self._inspect.or_clamped else "never"
-        for ledger in self._ledgers:
-            ledger.inspect("always" if self._inspect.is_due(step) else fallback)
-
-    def _listener(self, first: int) -> Callable[[Update], None]:
-        return lambda update: self._updates.append((first, update))
+        between = "clamped" if self._inspect.or_clamped else "never"
+        is_due = self._inspect.is_due(step)
+        for source in self._sources:
+            source.inspect("always" if is_due else between, between=between)
 
     def _switch_listener(self, ledger: Ledger) -> SwitchListener:
         def record(switched: Mapping[int, tuple[Scaling, Scaling]]) -> None:
@@ -217,8 +241,8 @@ class Recorder:
                 {
                     "fqn": ledger.sites[index].fqn,
                     "role": ledger.sites[index].role,
-                    "before": _scaling_data(before),
-                    "after": _scaling_data(after),
+                    "before": scaling_data(before),
+                    "after": scaling_data(after),
                 }
                 for index, (before, after) in switched.items()
             ]
@@ -229,14 +253,14 @@ class Recorder:
     def _mind_order(self, *, heard: bool) -> None:
         """Tell of casts that come a step late, or never, once."""
         model, is_first, self._is_first = self._model(), self._is_first, False
-        if is_first and not self._ledgers and model is not None and find_ledgers(model):
+        if is_first and not self._sources and model is not None and find_ledgers(model):
             _warn(
                 "the model was converted after its Recorder was made, which records no casts: "
                 "make the Recorder after unclamp.convert."
             )
         if self._is_told_of_order:
             return
-        if heard and any(ledger.has_pending for ledger in self._ledgers):
+        if heard and any(source.ledger.has_pending for source in self._sources):
             self._is_told_of_order = True
             _warn(
                 "Recorder.step was called between backward and optimizer.step, so that casts are "
@@ -244,7 +268,7 @@ class Recorder:
             )
 
     def _mind_silence(self, *, heard: bool) -> None:
-        if not self._ledgers or heard:
+        if not self._sources or heard:
             self._silent_steps = 0
             return
         self._silent_steps += 1
@@ -261,49 +285,25 @@ def _warn(message: str) -> None:
     warnings.warn(message, UnclampWarning, stacklevel=4)
 
 
-def _scaling_data(scaling: Scaling) -> dict[str, Any]:
-    """Return a scaling as plain data; a reduce function by its name."""
-    reduce = getattr(scaling, "reduce", None)
-    if not callable(reduce) or not isinstance(scaling, Delayed | Guarded):
-        return scaling_to_dict(scaling)
-    name = getattr(reduce, "__name__", repr(reduce))
-    return {**scaling_to_dict(replace(scaling, reduce="max")), "reduce": name}
+def _checked(name: str, value: object) -> Number:
+    """Return a number, or a copy of a tensor that holds one.
+
+    Raises:
+        RunLogError: It is something else.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().clone()
+    if isinstance(value, Tensor) or not isinstance(value, SupportsFloat):
+        shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else value
+        raise RunLogError(f"expected a number for {name!r}, got {shown!r}; nothing is recorded")
+    return float(value)
 
 
-def _detached(value: Number) -> Number:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _metadata(ledgers: list[Ledger], given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the user's metadata; with `observed` where casts are only counted."""
-    is_observed = any(ledger.observes for ledger in ledgers)
-    return dict(given or {}) | ({"observed": True} if is_observed else {})
-
-
-def _recipe_data(ledgers: list[Ledger]) -> dict[str, Any] | None:
-    """Return the recipe as plain data; None without one, or where a function is part of it."""
-    recipe = ledgers[0].recipe if ledgers else None
+def _cadence(value: Every | int, name: str) -> Every:
+    """Return a cadence; a whole number n stands for every n-th step."""
+    if isinstance(value, Every):
+        return value
     try:
-        return None if recipe is None else recipe.to_dict()
-    except RecipeError:
-        return None
-
-
-def _environment(model: nn.Module) -> dict[str, Any]:
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _git_commit() -> str | None:
-    """Return the commit of the folder the training runs in, None outside of one."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+        return Every(value)
+    except ValueError as error:
+        raise RunLogError(f"{name}: {error}; write Every(100) or 100") from error

@@ -1,0 +1,48 @@
+"""What a recorder hears from one ledger: its updates since the last step, and its sites."""
+
+from unclamp.nn.ledger import Ledger, Update
+from unclamp.nn.site import Inspection, Site
+from unclamp.telemetry.columns import merged_update
+
+MOST_UPDATES = 2
+"""Optimizer steps after which closer looks end, if nobody records a step meanwhile."""
+
+
+class Source:
+    """One ledger, heard. Updates between two steps are merged: they take no more room than one."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.ids: list[int] = []
+        self._waiting: Update | None = None
+        self._updates_at_step = ledger.updates
+        self._between: Inspection = "never"
+        self._end = ledger.subscribe(self._hear)
+
+    def number_new_sites(self, first: int) -> tuple[list[Site], list[int]]:
+        """Give sites that have no id yet ids from `first` on; return both."""
+        new = self.ledger.sites[len(self.ids) :]
+        ids = list(range(first, first + len(new)))
+        self.ids += ids
+        return new, ids
+
+    def inspect(self, inspection: Inspection, *, between: Inspection) -> None:
+        """Have the casts of the coming step inspected; `between` if it is not recorded."""
+        self._between = between
+        self._updates_at_step = self.ledger.updates
+        self.ledger.inspect(inspection, by=self)
+
+    def take(self) -> tuple[list[int], Update] | None:
+        """Return the ids of the sites and what was heard since the last call; None if nothing."""
+        update, self._waiting = self._waiting, None
+        return None if update is None else (self.ids[: len(update.stats)], update)
+
+    def close(self) -> None:
+        """Hear no more, and ask for nothing."""
+        self._end()
+        self.ledger.inspect("never", by=self)
+
+    def _hear(self, update: Update) -> None:
+        self._waiting = merged_update(self._waiting, update)
+        if self.ledger.updates - self._updates_at_step >= MOST_UPDATES:
+            self.ledger.inspect(self._between, by=self)
