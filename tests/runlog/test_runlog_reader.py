@@ -283,3 +283,27 @@ def test_find_runs_lists_runs_at_and_below_a_folder_sorted(tmp_path: Path):
     assert find_runs(tmp_path) == sorted(runs)
     assert find_runs(runs[0]) == [runs[0]]
     assert find_runs(tmp_path / "nowhere") == []
+
+
+def test_a_part_that_links_to_nothing_is_named(tmp_path: Path):
+    run = write_run(tmp_path / "run", 1, 2)
+    part = run / "steps" / "part-r0-000099.parquet"
+    part.symlink_to(tmp_path / "gone.parquet")
+    with RunLog.open(run) as log:
+        with pytest.raises(RunLogError, match="part-r0-000099"):
+            log.steps()
+        part.unlink()
+        assert log.steps().num_rows == 2
+        assert log.summaries().num_rows == 0  # its views were made although the start failed
+
+
+def test_a_site_is_mixed_where_its_id_names_several_modules(tmp_path: Path):
+    with RunLogWriter(tmp_path / "run", header=HEADER) as writer:
+        writer.add("sites", site(0))
+        writer.add("sites", {**site(0), "scaling": ["delayed"]})
+        writer.flush()
+        with RunLog.open(tmp_path / "run") as log:
+            assert not log.has_mixed_sites
+            writer.add("sites", {**site(0), "role": ["weight"]})
+            writer.flush()
+            assert log.has_mixed_sites

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unclamp.analysis.evidence import MIN_HITS, Clamping, Weights, tail_weights, weigh
-from unclamp.analysis.response import Response, make_response
+from unclamp.analysis.history import read_history
+from unclamp.analysis.response import make_response
 from unclamp.analysis.sentences import Finding, describe
 from unclamp.analysis.shifts import Shifts, make_shifts
 from unclamp.analysis.spikes import Spike, find_spikes
-from unclamp.errors import AnalysisError
 from unclamp.runlog import RunLog
 
 MAX_LAG = 8
@@ -29,8 +29,6 @@ ALPHA = 0.05
 GUARD = 0.4
 """Share of alpha that is spent: shifts stay local and are sampled, so the bound is approximate."""
 TWO_SIDED_95 = 1.96
-EFFECT_LAG = {"grad_output": 1}
-"""A gradient is cast after the loss of its step is known; other operands act at once."""
 
 Verdict = Literal["named", "none", "cannot tell"]
 
@@ -90,8 +88,9 @@ class Association:
         distinct_shifts: How many shifts differ.
         spikes_needed: Of the spikes, how many must have clamping before them for a typical site
             to be named; None where all would not do.
-        loss_needed: Mean change of the loss after clamping at which a typical site is named, a
-            fraction; None where no change would do.
+        loss_needed: Mean change of the loss after clamping at which a typical site is named, as
+            `loss_change`; None where no change would do.
+        is_relative: Whether changes of the loss are fractions; else in the loss's own unit.
         sentences: All that in words.
     """
 
@@ -105,11 +104,13 @@ class Association:
     distinct_shifts: int
     spikes_needed: int | None
     loss_needed: float | None
+    is_relative: bool
     sentences: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain data, ready for strict JSON."""
-        return asdict(self)
+        """Return all of it as plain data, ready for strict JSON: None for what is not finite."""
+        data = asdict(self)
+        return {**_finite(data), "sites": [_finite(site) for site in data["sites"]]}
 
 
 def associate(
@@ -132,21 +133,22 @@ def associate(
         seed: Of that draw; the same seed gives the same answer.
 
     Raises:
-        AnalysisError: The run has no losses or no casts.
+        AnalysisError: The run has no losses or no casts, or its ranks other modules.
         RunLogError: It cannot be read.
         ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
     """
-    steps, loss = read_loss(log)
+    history = read_history(log)
+    steps = history.steps
     if spikes is None:
-        spikes = find_spikes(loss.tolist(), steps=steps.tolist())
-    names = log.sql("SELECT site, fqn, role FROM sites ORDER BY site").to_pylist()
-    clamping = _read_clamping(log, steps, names)
+        spikes = find_spikes(history.loss.tolist(), steps=steps.tolist())
     return associate_series(
-        clamping,
-        loss,
+        history.clamping,
+        history.loss,
         spikes=[_indexed(spike, steps) for spike in spikes],
-        names=[(n["site"], n["fqn"], n["role"]) for n in names],
-        sqnr_db=_read_sqnr(log),
+        names=history.names,
+        sqnr_db=history.sqnr_db,
+        refusal=history.refusal,
+        notes=history.notes,
         max_lag=max_lag,
         shifts=shifts,
         alpha=alpha,
@@ -161,6 +163,8 @@ def associate_series(
     spikes: Sequence[tuple[int, int]],
     names: Sequence[tuple[int, str, str]],
     sqnr_db: dict[int, float] | None = None,
+    refusal: str | None = None,
+    notes: Sequence[str] = (),
     max_lag: int = MAX_LAG,
     shifts: int = SHIFTS,
     alpha: float = ALPHA,
@@ -174,6 +178,8 @@ def associate_series(
         spikes: First and last index of each in `loss`.
         names: Id, fqn and role of each row of `clamping`.
         sqnr_db: Least signal-to-noise ratio by id, where it was measured.
+        refusal: Why these arrays cannot tell, a sentence: then nobody is named.
+        notes: Further sentences for the answer.
         max_lag: As for `associate`, and so are the others.
         shifts: At most so many.
         alpha: Bound on the chance to name anybody without a link.
@@ -197,14 +203,17 @@ def associate_series(
     moves = make_shifts(onsets, clamping.activity(), limit=shifts, seed=seed)
     weights = weigh(clamping, onsets, response, moves, max_lag=max_lag)
     level = GUARD * alpha
-    power = _power(weights, len(onsets), clamping, moves, level)
-    evidence = _rank(weights, clamping, onsets, names, sqnr_db or {}, response, max_lag, level)
-    enough = level * min(moves.distinct, len(moves.offsets)) >= 1
+    is_relative = response is not None and response.is_relative
+    power = _power(weights, len(onsets), clamping, moves, level, is_relative)
+    evidence = _rank(weights, clamping, onsets, names, sqnr_db or {}, is_relative, max_lag, level)
+    can_tell = refusal is None
+    enough = can_tell and level * min(moves.distinct, len(moves.offsets)) >= 1
     if not enough:
         evidence = [_unnamed(e) for e in evidence]
     named = any(e.by for e in evidence)
     could = enough and any(p is not None for p in power)
-    verdict: Verdict = "named" if named else "none" if could or not evidence else "cannot tell"
+    silent = can_tell and not evidence
+    verdict: Verdict = "named" if named else "none" if could or silent else "cannot tell"
     fields: dict[str, Any] = {
         "verdict": verdict,
         "sites": evidence,
@@ -216,64 +225,23 @@ def associate_series(
         "distinct_shifts": moves.distinct,
         "spikes_needed": power[0] if enough else None,
         "loss_needed": power[1] if enough else None,
+        "is_relative": is_relative,
     }
     finding = Finding(
         **{k: v for k, v in fields.items() if k != "alpha"},
         shifts_needed=int(np.ceil(1 / level)),
         period=moves.period,
-        is_relative=response is not None and response.is_relative,
+        refusal=refusal,
+        notes=list(notes),
     )
     return Association(**fields, sentences=describe(finding))
 
 
-def read_loss(log: RunLog) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the steps with a loss and their losses, the mean over ranks; NaN stays NaN.
-
-    Raises:
-        AnalysisError: There is none.
-    """
-    rows = log.sql(
-        "SELECT step, avg(loss) AS loss FROM steps WHERE loss IS NOT NULL GROUP BY step "
-        "ORDER BY step"
-    )
-    if not rows.num_rows:
-        raise AnalysisError(
-            f"expected losses in {log.path}, but it has none: give them to "
-            "`recorder.step(loss=...)`"
-        )
-    return rows["step"].to_numpy(), rows["loss"].to_numpy()
-
-
-def _read_clamping(log: RunLog, steps: NDArray[np.int64], names: list[dict[str, Any]]) -> Clamping:
-    if not log.sql("SELECT 1 FROM casts LIMIT 1").num_rows:
-        raise AnalysisError(
-            f"expected casts in {log.path}, but it has none: it trained without FP8 casts, or "
-            "was stopped before the first were written"
-        )
-    rows = log.sql(
-        "SELECT site, step, max(saturated_error) AS error FROM casts WHERE saturated > 0 "
-        "AND saturated_error > 0 GROUP BY site, step ORDER BY site, step"
-    )
-    site, step = rows["site"].to_numpy(), rows["step"].to_numpy()
-    index = np.searchsorted(steps, step)
-    known = (index < len(steps)) & (steps[np.minimum(index, len(steps) - 1)] == step)
-    ids = np.array([name["site"] for name in names])
-    row = np.searchsorted(ids, site[known])
-    return Clamping(
-        starts=np.searchsorted(row, np.arange(len(ids) + 1)),
-        steps=index[known],
-        errors=rows["error"].to_numpy()[known],
-        first_lags=np.array([EFFECT_LAG.get(name["role"], 0) for name in names]),
-        length=len(steps),
-    )
-
-
-def _read_sqnr(log: RunLog) -> dict[int, float]:
-    rows = log.sql(
-        "SELECT site, min(sqnr_db) AS sqnr FROM casts WHERE sqnr_db IS NOT NULL "
-        "AND isfinite(sqnr_db) GROUP BY site"
-    ).to_pylist()
-    return {row["site"]: row["sqnr"] for row in rows}
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not np.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 def _indexed(spike: Spike, steps: NDArray[np.int64]) -> tuple[int, int]:
@@ -288,7 +256,7 @@ def _rank(
     onsets: NDArray[np.int64],
     names: Sequence[tuple[int, str, str]],
     sqnr_db: dict[int, float],
-    response: Response | None,
+    is_relative: bool,
     max_lag: int,
     level: float,
 ) -> list[SiteEvidence]:
@@ -298,7 +266,6 @@ def _rank(
     p = 1 - np.searchsorted(highest, own, side="left") / len(highest)
     counts = clamping.counts()
     order = np.lexsort((np.arange(len(own)), -counts, -own))
-    is_relative = response is not None and response.is_relative
     found = []
     for row in order[counts[order] > 0]:
         part = slice(clamping.starts[row], clamping.starts[row + 1])
@@ -358,12 +325,23 @@ def _interval(
     if not np.isfinite(mean) or not sd > 0:
         return None, None, None
     ends = [mean, mean - TWO_SIDED_95 * sd, mean + TWO_SIDED_95 * sd]
-    change, low, high = (float(np.expm1(x) if is_relative else x) for x in ends)
+    change, low, high = (_change(x, is_relative) for x in ends)
     return change, low, high
 
 
+def _change(excess: float, is_relative: bool) -> float:
+    """Return a mean excess as a change of the loss; Inf beyond the range of floats."""
+    with np.errstate(over="ignore"):
+        return float(np.expm1(excess)) if is_relative else excess
+
+
 def _power(
-    weights: Weights, spikes: int, clamping: Clamping, shifts: Shifts, level: float
+    weights: Weights,
+    spikes: int,
+    clamping: Clamping,
+    shifts: Shifts,
+    level: float,
+    is_relative: bool,
 ) -> tuple[int | None, float | None]:
     """Return the smallest effects by which a typical site is named: spikes, and loss.
 
@@ -385,4 +363,5 @@ def _power(
     z = np.sqrt(2 * bar)
     for _ in range(3):
         z = np.sqrt(max(2 * (bar - np.log(max(z, 1.0)) - 0.92), 0.25))
-    return needed, float(np.expm1(z * np.median(sd))) if len(sd) else None
+    change = _change(float(z * np.median(sd)), is_relative) if len(sd) else np.inf
+    return needed, change if np.isfinite(change) else None

@@ -187,16 +187,15 @@ def _weigh_loss(
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
     weights = np.zeros((clamping.sites, len(shifts.offsets)), dtype=np.float32)
     excess, excess_sd = np.full(clamping.sites, np.nan), np.full(clamping.sites, np.nan)
-    back = shifts.steps_before().astype(np.int32)
     for first in np.unique(clamping.first_lags):
         rows = np.flatnonzero((clamping.first_lags == first) & (clamping.counts() >= MIN_HITS))
         short = min(int(first) + SHORT_LAGS - 1, max_lag)
         for last in sorted({short, max_lag}):
             news = response.ahead(response.calm_scores(), int(first), last).astype(np.float32)
-            sums = _products(clamping, rows, news, back, _score_weights)
+            sums = _products(clamping, rows, news, shifts, _score_weights)
             weights[rows] = np.maximum(weights[rows], normal_weights(_standard(sums)))
         news = response.ahead(response.excess, int(first), short).astype(np.float32)
-        means = _products(clamping, rows, news, back[:, ::4], _mean_weights)
+        means = _products(clamping, rows, news, shifts, _mean_weights, every=4)
         excess[rows] = means[:, 0] - means.mean(axis=1)
         excess_sd[rows] = means.std(axis=1)
     return weights, excess, excess_sd
@@ -206,16 +205,19 @@ def _products(
     clamping: Clamping,
     rows: NDArray[np.int64],
     news: NDArray[np.float32],
-    back: NDArray[np.int32],
+    shifts: Shifts,
     make_weights: Callable[[NDArray[np.float64]], NDArray[np.float32]],
+    *,
+    every: int = 1,
 ) -> NDArray[np.float64]:
-    """Return the weighted sum of the news at each site's clamped steps, at every shift."""
+    """Return the weighted sum of the news at each site's clamped steps, at every n-th shift."""
     size = max(1, CHUNK_ELEMENTS // max(clamping.length, 1))
-    out = np.zeros((len(rows), back.shape[1]))
+    count = -(-len(shifts.offsets) // every)
+    out = np.zeros((len(rows), count))
     own = [slice(clamping.starts[site], clamping.starts[site + 1]) for site in rows]
     weights = [make_weights(clamping.errors[part]) for part in own]
-    for low in range(0, back.shape[1], size):
-        moved = news[back[:, low : low + size]]
+    for low in range(0, count, size):
+        moved = news[shifts.steps_before(slice(low * every, (low + size) * every, every))]
         for row, part in enumerate(own):
             out[row, low : low + size] = weights[row] @ moved[clamping.steps[part]]
     return out

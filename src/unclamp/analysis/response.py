@@ -18,6 +18,7 @@ HIGH_SCORE = 2.0
 MAX_SCORE = 2.5
 RECENT = (1, 2, 3)
 """Steps before the first one that clamping could act on, in which the loss must not be high."""
+CHUNK_ELEMENTS = 2_000_000
 MIN_FINITE = 20
 """A loss with fewer finite values says nothing."""
 
@@ -79,7 +80,10 @@ def make_response(loss: NDArray[np.float64], in_spike: NDArray[np.bool_]) -> Res
     highest = np.nanmax(excess)
     excess = np.where(np.isfinite(excess), excess, highest)
     spread = _running_median(np.abs(excess), SPREAD_STEPS)
-    floor = np.median(spread) * 1e-3 + np.finfo(float).tiny
+    # Where most of the loss repeats itself the median is 0: a rounding error of its size is less
+    # than any step of it, and small enough to divide by.
+    size = max(float(np.max(np.abs(excess))), float(np.max(np.abs(values[finite]))))
+    floor = max(float(np.median(spread)) * 1e-3, size * np.finfo(float).eps, np.finfo(float).tiny)
     scores = _normal_scores(excess / np.maximum(spread, floor), ~finite)
     return Response(
         excess=excess,
@@ -105,7 +109,11 @@ def _running_median(values: NDArray[np.float64], width: int) -> NDArray[np.float
     half = width // 2
     padded = np.pad(values, half, constant_values=np.nan)
     windows = sliding_window_view(padded, width)
-    medians = np.median(windows, axis=-1)  # NaN wherever the window has one
+    medians = np.empty(len(values))
+    size = max(1, CHUNK_ELEMENTS // width)
+    for low in range(0, len(values), size):  # median copies what it is given
+        medians[low : low + size] = np.median(windows[low : low + size], axis=-1)
+    # NaN wherever the window has one.
     for index in np.flatnonzero(np.isnan(medians)):
         known = windows[index][~np.isnan(windows[index])]
         medians[index] = np.median(known) if len(known) else np.nan

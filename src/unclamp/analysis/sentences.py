@@ -32,19 +32,33 @@ class Finding:
     loss_needed: float | None
     period: int | None
     is_relative: bool
+    refusal: str | None
+    notes: list[str]
 
 
 def describe(finding: Finding) -> list[str]:
     """Return the answer, the effect sizes, the power, and the caution, a sentence each."""
     if not finding.sites:
-        return [f"Nothing was clamped at any of the {finding.all_sites} sites."]
+        return [_answer_without_sites(finding), *finding.notes]
     return [
         _answer(finding),
+        *finding.notes,
         *_named(finding),
         *_harmless(finding),
         *_power(finding),
         _caution(finding),
     ]
+
+
+def _answer_without_sites(finding: Finding) -> str:
+    if finding.refusal is not None:
+        return f"Cannot tell: {finding.refusal}"
+    if finding.notes:
+        return (
+            f"Nothing was clamped at any of the {finding.all_sites} sites in the "
+            f"{finding.steps:,} steps with a loss."
+        )
+    return f"Nothing was clamped at any of the {finding.all_sites} sites."
 
 
 def _answer(finding: Finding) -> str:
@@ -62,6 +76,8 @@ def _answer(finding: Finding) -> str:
 
 
 def _why_not(finding: Finding) -> str:
+    if finding.refusal is not None:
+        return finding.refusal
     if finding.distinct_shifts < finding.shifts_needed:
         rhythm = ""
         if finding.period is not None:

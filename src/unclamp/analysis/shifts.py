@@ -60,17 +60,23 @@ class Shifts:
         low = _lowest(ticks, self.width, self.clock)[..., None]
         return _step_at(low + (ticks[..., None] - low + self.offsets) % self.width, self.clock)
 
-    def steps_before(self) -> NDArray[np.int64]:
+    def steps_before(self, which: slice = slice(None)) -> NDArray[np.int32]:
         """Return, steps by shifts, which step each shift moves to a step: evenly, in steps.
 
         For a series that is even by itself. The clock would stretch it where little is clamped
         and so take likeness from neighbours, which makes what happened look special.
+
+        Args:
+            which: Shifts to return; all of a long run fill gigabytes.
         """
         steps = len(self.clock) - 1
-        positions = np.arange(steps)[:, None]
-        low = np.clip(positions - self.reach // 2, 0, steps - self.reach)
-        offsets = self.offsets * self.reach // self.width
-        return low + (positions - low - offsets) % self.reach
+        positions = np.arange(steps, dtype=np.int32)[:, None]
+        low = np.clip(positions - self.reach // 2, 0, steps - self.reach).astype(np.int32)
+        offsets = (self.offsets[which] * self.reach // self.width).astype(np.int32)
+        before = (positions - low) - offsets
+        before += np.int32(self.reach) * (before < 0)  # both are below reach: % in less memory
+        before += low
+        return before
 
 
 def make_shifts(

@@ -44,7 +44,7 @@ def associate(
         column.no_wrap = True
     table.columns[0].overflow = "fold"
     for site in found.sites[:SHOWN]:
-        change = "-" if site.loss_change is None else f"{100 * site.loss_change:+.2g} %"
+        change = _change(site.loss_change, is_relative=found.is_relative)
         hits = f"{site.hits} of {found.spikes} ({site.expected_hits:.1f})"
         mark = "* " if site.by else ""
         table.add_row(
@@ -57,3 +57,9 @@ def associate(
     console.print()
     console.print(table)
     console.print("\n* named. clamped: steps. In brackets: expected by chance. p: over all sites.")
+
+
+def _change(change: float | None, *, is_relative: bool) -> str:
+    if change is None:
+        return "-"
+    return f"{100 * change:+.2g} %" if is_relative else f"{change:+.3g}"

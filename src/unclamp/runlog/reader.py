@@ -58,6 +58,7 @@ class RunLog:
         # A bar after two seconds of a query would go to stdout, into the JSON.
         self._connection.execute("SET enable_progress_bar = false")
         self._parts: _Parts = {}
+        self._has_views = False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunLog:
@@ -92,6 +93,21 @@ class RunLog:
         missing = self.header.missing
         return noted if missing is None else {0: missing} | noted
 
+    @property
+    def has_mixed_sites(self) -> bool:
+        """Whether one site id stands for different modules or roles, on ranks or after a resume.
+
+        Each rank numbers its sites from 0, so that ranks with different modules (pipeline
+        parallel) use one id for several. What joins `casts` and `sites` by id is then wrong.
+
+        Raises:
+            RunLogError: as for `sql`.
+        """
+        mixed = self.sql(
+            "SELECT 1 FROM sites GROUP BY site HAVING count(DISTINCT (fqn, role)) > 1 LIMIT 1"
+        )
+        return mixed.num_rows > 0
+
     @staticmethod
     def columns() -> pa.Table:
         """Return the columns of every table and view: table, column, type and meaning."""
@@ -111,6 +127,7 @@ class RunLog:
         Example:
             `log.sql("SELECT max(amax) AS peak FROM casts WHERE site = $site", site=3)`
         """
+        failed = None
         while True:
             parts = self._list_parts()
             try:
@@ -118,9 +135,16 @@ class RunLog:
                 relation = self._connection.sql(query, params=params or None)
                 return pa.table({}) if relation is None else _whole(relation.to_arrow_table())
             except (duckdb.Error, pa.ArrowException, OSError) as error:
-                if all(part.exists() for files in parts.values() for part in files):
+                gone = [part for files in parts.values() for part in files if not part.exists()]
+                if not gone:
                     raise RunLogError(f"the query on {self.path} failed: {error}") from error
+                if parts == failed:
+                    raise RunLogError(
+                        f"expected {gone[0]} to be a part of the run, but it is listed and cannot "
+                        "be opened, like a link to a file that is gone; restore it or remove it"
+                    ) from error
                 # A part was merged or removed under the query: ask again, of what is there.
+                failed = parts
 
     def steps(self) -> pa.Table:
         """Return the table `steps`, ordered by step, then rank, then time of recording."""
@@ -196,16 +220,16 @@ class RunLog:
             "stored_summaries": VIEWS["summaries"],
             "casts_without_summary": TABLES["casts"],
         }
-        is_first = not self._parts
         for name, files in parts.items():
             if self._parts.get(name) == files:
                 continue
             rows = ds.dataset([str(file) for file in files], schemas[name], format="parquet")
             self._connection.register("sites_by_rank" if name == "sites" else name, rows)
             self._parts[name] = files
-        if is_first:
+        if not self._has_views:
             for view, query in _MADE_VIEWS.items():
                 self._connection.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {query}")
+            self._has_views = True
 
 
 def _is_merged(path: Path) -> bool:
