@@ -192,3 +192,42 @@ def test_of_blocks_the_oldest_counts():
         model(torch.ones(2, 8)).sum().backward()
         optimizer.step()
     assert [int(u.scale_age[1]) for u in heard if u.scale_age is not None] == [0, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_the_default_compiler_hands_the_looks_over_too():
+    torch._dynamo.reset()
+    (eager, ledger, want), (model, other, got) = made(layers=1), made(layers=1)
+    compiled = torch.compile(model, fullgraph=True)
+    for mode in ("always", "never", "always"):
+        ledger.inspect(mode)
+        other.inspect(mode)
+        train(eager, [1])
+        train(model, [1], call=compiled)
+    for a, b in zip(want, got, strict=True):
+        assert (a.details is None) == (b.details is None)
+        if a.details is not None and b.details is not None:
+            assert torch.equal(a.details[:, INSPECTED], b.details[:, INSPECTED])
+    torch._dynamo.reset()
+
+
+def test_of_several_who_ask_the_one_who_wants_most_decides():
+    _, ledger, _ = made()
+    one, other = object(), object()
+    ledger.inspect("always", by=one)
+    ledger.inspect("clamped", by=other)
+    assert ledger.inspection == "always"
+    ledger.inspect("never", by=one)
+    assert ledger.inspection == "clamped"
+
+
+def test_listeners_do_not_share_what_they_hear():
+    model, ledger, heard = made()
+    more: list[Update] = []
+    ledger.subscribe(more.append)
+    ledger.inspect("always")
+    train(model, [1])
+    assert heard[0].details is not None
+    assert more[0].details is not None
+    heard[0].details.zero_()
+    assert more[0].details.sum() > 0

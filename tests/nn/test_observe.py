@@ -161,3 +161,12 @@ def test_compiled_it_counts_the_same():
         assert find_ledgers(compiled)[0].updates == 4
     assert one.sites() == other.sites()
     torch._dynamo.reset()
+
+
+def test_made_in_inference_mode_it_still_counts():
+    model = plain()
+    with torch.inference_mode():
+        observation = unclamp.observe(model)
+    train(model)
+    assert any(site.saturated for site in observation.sites())
+    observation.stop()

@@ -144,3 +144,52 @@ def test_a_recorder_made_before_convert_is_told_of(tmp_path):
         with pytest.warns(UnclampWarning, match="after unclamp.convert"):
             recorder.step()
         recorder.step()
+
+
+def test_a_whole_number_is_a_cadence_and_the_header_has_it(tmp_path):
+    rows, _ = record(tmp_path / "run", casts=6, inspect=10)
+    assert steps_of(rows) == [0, 6, 10, 12, 18]  # what was looked at is written too
+    with RunLog.open(tmp_path / "run") as log:
+        assert log.header.metadata["cadence"] == {
+            "casts": {"steps": 6, "or_clamped": False},
+            "inspect": {"steps": 10, "or_clamped": False},
+        }
+
+
+@pytest.mark.parametrize("wrong", [{"casts": None}, {"casts": 0}, {"inspect": "often"}])
+def test_a_wrong_cadence_is_refused_before_anything_is_claimed(tmp_path, wrong):
+    with pytest.raises(unclamp.RunLogError, match="1 step or more"):
+        Recorder(nn.Linear(4, 4), tmp_path / "run", **wrong)
+    Recorder(nn.Linear(4, 4), tmp_path / "run").close()
+
+
+def test_steps_that_nobody_records_take_no_room_and_are_merged(tmp_path):
+    model = nn.Linear(4, 4)
+    unclamp.convert(model, Recipe())
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with Recorder(model, tmp_path / "run", inspect=Every(1)) as recorder:
+        for _ in range(5):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+        recorder.step()
+    with RunLog.open(tmp_path / "run") as log:
+        (row,) = log.casts(site=0).to_pylist()
+    assert row["microsteps"] == 5
+    assert sum(count for _, count in row["exponents"]) == 3 * 8  # then looking ended
+
+
+def test_layers_converted_later_are_recorded_from_then_on(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    unclamp.convert(model, Recipe(), skip=["1"])
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with Recorder(model, tmp_path / "run", inspect=Every(1)) as recorder:
+        for step in range(4):
+            if step == 2:
+                unclamp.convert(model, Recipe())
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            recorder.step()
+    with RunLog.open(tmp_path / "run") as log:
+        assert log.header.status == "finished"
+        assert [s["fqn"] for s in log.sites().to_pylist()] == ["0"] * 3 + ["1"] * 3
+        assert [s["step"] for s in log.casts(site=3).to_pylist()] == [2, 3]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,58 @@ def test_sinks_get_every_step_and_a_failing_one_costs_itself(tmp_path: Path) -> 
         step: numbers["unclamp/saturated"] for step, numbers in heard
     }
     assert all(numbers["temperature"] == 2.0 for _, numbers in heard)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2), "x", [1, 2]])
+def test_what_is_no_number_is_refused_at_once_and_the_log_goes_on(
+    tmp_path: Path, wrong: Any
+) -> None:
+    with Recorder(tiny(), tmp_path / "run") as recorder:
+        recorder.step(loss=1.0)
+        with pytest.raises(unclamp.RunLogError, match="expected a number for 'extra'"):
+            recorder.step(loss=2.0, extra=wrong)
+        recorder.step(loss=3.0)
+    with RunLog.open(tmp_path / "run") as log:
+        assert (log.header.status, log.steps().num_rows) == ("finished", 2)
+
+
+@pytest.mark.parametrize("data", [{"x": math.nan}, {"x": torch.ones(1)}])
+def test_an_event_that_is_no_json_is_refused(tmp_path: Path, data: dict[str, Any]) -> None:
+    with (
+        Recorder(tiny(), tmp_path / "run") as recorder,
+        pytest.raises(unclamp.RunLogError, match="expected JSON data for the event 'odd'"),
+    ):
+        recorder.event("odd", **data)
+
+
+def test_a_slow_sink_delays_neither_log_nor_training(tmp_path: Path) -> None:
+    go_on = threading.Event()
+    heard: list[int] = []
+
+    def wait(step: int, numbers: dict[str, float]) -> None:
+        go_on.wait(timeout=30)
+        heard.append(step)
+
+    with Recorder(tiny(), tmp_path / "run", sinks=[wait]) as recorder:
+        for _ in range(5):
+            recorder.step(loss=1.0)
+        recorder.flush()
+        with RunLog.open(tmp_path / "run") as log:
+            assert log.steps().num_rows == 5
+        assert heard == []
+        go_on.set()
+    assert heard == list(range(5))
+
+
+def test_the_sinks_go_on_when_the_log_has_stopped(tmp_path: Path) -> None:
+    heard: list[int] = []
+    recorder = Recorder(tiny(), tmp_path / "run", sinks=[lambda step, numbers: heard.append(step)])
+    recorder.step(loss=1.0)
+    recorder.flush()
+    shutil.rmtree(tmp_path / "run")
+    with pytest.warns(unclamp.UnclampWarning, match="the run log .* stopped"):  # noqa: PT031
+        recorder.step(loss=1.0)
+        recorder.flush()
+        recorder.step(loss=1.0)
+        recorder.close()
+    assert heard == [0, 1, 2]

@@ -127,14 +127,17 @@ class Recorder:
             grad_norm: Norm of all gradients.
             lr: Learning rate.
             **scalars: Whatever else to record under its name.
+
+        Raises:
+            RunLogError: Something is neither a number nor a tensor of one; nothing is recorded.
         """
+        given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+        values = {n: _checked(n, v) for n, v in (given | scalars).items() if v is not None}
         step = self._next_step if step is None else step
         self._next_step = step + 1
         now = time.perf_counter()
         timing = {"time_s": [now - self._began], "step_ms": [(now - self._last) * 1e3]}
         self._last = now
-        given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
-        values = {n: _checked(n, v) for n, v in (given | scalars).items() if v is not None}
         self._record_new_sites()
         updates = [heard for source in self._sources if (heard := source.take()) is not None]
         row = functools.cache(lambda: step_columns(step, values, timing))
