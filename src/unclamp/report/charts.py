@@ -198,7 +198,12 @@ def heat_figure(
 
 
 def embed(figure: go.Figure, name: str) -> str:
-    """Return a figure as HTML for a page that has plotly, in an element of this name."""
+    """Return a figure as HTML for a page that has plotly, in an element of this name.
+
+    plotly writes the name into HTML and script as it is: it must not hold what others chose.
+    """
+    if not name.replace("-", "").isalnum():
+        raise ValueError(f"expected letters, digits and '-' as an element's name, got {name!r}")
     figure.update_layout(
         template="plotly_white",
         font={"family": FONT, "size": 12},

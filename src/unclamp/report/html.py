@@ -48,7 +48,9 @@ def write_page(view: View, path: Path) -> Path:
     )
     page = environment.get_template("page.html.j2").render(
         view=view,
-        scenarios=[] if view.run else [_scenario(scenario, view) for scenario in view.scenarios],
+        scenarios=[]
+        if view.run
+        else [_scenario(scenario, view, place=i) for i, scenario in enumerate(view.scenarios)],
         run=None if view.run is None else _run(view.run, view.path),
         site_columns=SITE_COLUMNS,
         association_columns=ASSOCIATION_COLUMNS,
@@ -74,7 +76,8 @@ def _json(data: object) -> Markup:
     return Markup(text.replace("<", "\\u003c"))
 
 
-def _scenario(scenario: ScenarioView, view: View) -> dict[str, Any]:
+def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, Any]:
+    """Return what the template shows of a scenario; `place` keeps its plots' ids apart."""
     colours = {arm.name: COLOURS[i % len(COLOURS)] for i, arm in enumerate(scenario.arms)}
     clamped = [arm for arm, heat in scenario.heat.items() if heat["share"].any()]
     return {
@@ -84,10 +87,10 @@ def _scenario(scenario: ScenarioView, view: View) -> dict[str, Any]:
         "arm_columns": arm_columns(scenario),
         "arm_rows": [arm_row(arm, scenario) for arm in scenario.arms],
         "colours": list(colours.values()),
-        "loss": Markup(embed(arms_figure(scenario, colours), f"loss-{scenario.name}")),
+        "loss": Markup(embed(arms_figure(scenario, colours), f"loss-{place}")),
         "heats": [
-            (arm, Markup(embed(heat_figure(**scenario.heat[arm]), f"heat-{scenario.name}-{arm}")))
-            for arm in clamped
+            (arm, Markup(embed(heat_figure(**scenario.heat[arm]), f"heat-{place}-{i}")))
+            for i, arm in enumerate(clamped)
         ],
         "calm": [arm.name for arm in scenario.arms if arm.name not in clamped],
         "worst": [
