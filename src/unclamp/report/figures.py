@@ -12,7 +12,8 @@ from unclamp.report.windows import CELLS, Windows, cut
 from unclamp.runlog import RunLog
 
 HEAT_SITES = 60
-_NAN = float("nan")
+ROOT = "(the model itself)"
+"""What stands for the empty dotted name of a root module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class RunFigures:
 
     Attributes:
         steps: Step numbers of `loss` and `grad_norm`, rising; a step counts once.
-        loss: Mean over ranks; NaN where none was recorded.
+        loss: Mean over ranks; None where none was recorded, which NaN is not.
         grad_norm: The same of the gradient norm; empty if it was never recorded.
         planted: Steps whose batch was planted.
         spikes: Of the loss and the gradient norm, by onset.
@@ -33,8 +34,8 @@ class RunFigures:
 
     status: str
     steps: list[int]
-    loss: list[float]
-    grad_norm: list[float]
+    loss: list[float | None]
+    grad_norm: list[float | None]
     planted: list[int]
     spikes: list[Spike]
     tokens_per_s: float | None
@@ -95,8 +96,8 @@ def read_run(log: RunLog) -> RunFigures:
     return RunFigures(
         status=log.header.status,
         steps=steps,
-        loss=_floats(series.get("loss", [None] * len(steps))),
-        grad_norm=_floats(series.get("grad_norm", [])),
+        loss=series.get("loss", [None] * len(steps)),
+        grad_norm=series.get("grad_norm", []),
         planted=sorted(step for step in planted if step in recorded),
         spikes=sorted(spikes, key=lambda spike: (spike.onset, spike.series != "loss")),
         tokens_per_s=log.sql(_TOKENS_PER_S).to_pydict()["speed"][0],
@@ -115,6 +116,11 @@ def _settled(site: dict[str, Any]) -> dict[str, Any]:
     return site | {k: None if v is None else float(f"{v:.9g}") for k, v in sums.items()}
 
 
+def site_name(fqn: str, role: str) -> str:
+    """Return a site's name for people; a root module has no dotted name."""
+    return f"{fqn or ROOT} {role}"
+
+
 def by_clamp_error(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the sites with the largest total clamp error first; then by name."""
     return sorted(sites, key=lambda site: (-site["clamp_error"], site["fqn"], site["role"]))
@@ -127,10 +133,6 @@ def _series(log: RunLog) -> tuple[list[int], dict[str, list[float | None]]]:
     except AnalysisError:  # neither loss nor gradient norm
         return log.sql("SELECT DISTINCT step FROM steps ORDER BY step").to_pydict()["step"], {}
     return curve.steps.tolist(), curve.series
-
-
-def _floats(values: list[float | None]) -> list[float]:
-    return [_NAN if value is None else value for value in values]
 
 
 def _shares(

@@ -125,8 +125,9 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
         "listed_spikes": LISTED_SPIKES,
         "heat": heat,
         "association": [sentence for sentence in said if PAPER not in sentence],
-        "association_rows": [association_row(row) for row in association.get("sites", [])][
-            :LISTED_SITES
+        "association_rows": [
+            association_row(row, is_relative=association.get("is_relative") is not False)
+            for row in association.get("sites", [])[:LISTED_SITES]
         ],
         "caution": next((sentence for sentence in said if PAPER in sentence), CAUTION),
         "explanations": [

@@ -9,7 +9,7 @@ from typing import Any
 
 from unclamp.errors import RunLogError, UnclampError
 from unclamp.report.arms import ScenarioView, scenario_view
-from unclamp.report.figures import RunFigures, read_run
+from unclamp.report.figures import RunFigures, read_run, site_name
 from unclamp.report.runs import RunView, read_run_view
 from unclamp.report.status import ABSENT, run_notes, study_notes
 from unclamp.runlog import Header, RunLog, is_run
@@ -89,7 +89,8 @@ def _run_view(path: Path, sites: Sequence[str]) -> View:
         notes = run_notes(log)
     name = str(header.metadata.get("scenario", "run"))
     arm = str(header.metadata.get("arm", run.name))
-    seed = int(header.metadata.get("seed", 0))
+    given = header.metadata.get("seed")  # free: a user's own
+    seed = given if isinstance(given, int) else 0
     description = SCENARIOS.get(name, "")
     return View(
         title=f"Run {run.name}",
@@ -134,7 +135,9 @@ def _study_view(path: Path) -> View:
                 figures[arm][seed] = found
                 runs.setdefault(name, {}).setdefault(arm, []).append(str(run.relative_to(path)))
         switched = study.get("switched", {}).get(name, {})
-        named = {arm: [f"{s['fqn']} {s['role']}" for s in sites] for arm, sites in switched.items()}
+        named = {
+            arm: [site_name(s["fqn"], s["role"]) for s in sites] for arm, sites in switched.items()
+        }
         if figures:
             scenarios.append(scenario_view(name, SCENARIOS.get(name, ""), figures, named))
     model, data = config.model, config.data
