@@ -38,7 +38,7 @@ from unclamp.report.words import (
 
 LISTED_SPIKES = 100
 LISTED_SITES = 12
-"""Rows of the association's table; the strongest come first."""
+"""Rows of the tables of association and of a replay; the strongest come first."""
 
 
 def write_page(view: View, path: Path) -> Path:
@@ -133,7 +133,7 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
         "explanations": [
             {
                 **found,
-                "rows": [explanation_row(site) for site in found["sites"]],
+                "rows": [explanation_row(site) for site in found["sites"][:LISTED_SITES]],
                 "plot": Markup(embed(replay_figure(found["losses"]), f"replay-{i}"))
                 if found["losses"]
                 else "",

@@ -60,7 +60,7 @@ ASSOCIATION_COLUMNS = (
     "95 %",
     "named by",
 )
-EXPLANATION_COLUMNS = ("site", "role", "share", "interval")
+EXPLANATION_COLUMNS = ("site", "role", "caused", "95 % interval", "only it free", "only it clamped")
 
 
 def arm_columns(scenario: ScenarioView) -> list[str]:
@@ -135,6 +135,8 @@ def explanation_row(row: Mapping[str, Any]) -> list[str]:
         str(row.get("role") or "-"),
         _percent(row.get("share")),
         "-" if "-" in (low, high) else f"{low} to {high}",
+        _percent(row.get("only")),
+        _percent(row.get("last")),
     ]
 
 
@@ -144,7 +146,8 @@ def _fqn(row: Mapping[str, Any]) -> str:
 
 
 def _percent(share: object) -> str:
-    return percent(share) if isinstance(share, int | float) else "-"
+    """Return a share of a spike; what is below a hundredth of a percent is noise."""
+    return f"{100 * share:.2f} %" if isinstance(share, int | float) else "-"
 
 
 SERIES = {"loss": "loss", "grad_norm": "gradient norm"}
