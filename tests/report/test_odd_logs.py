@@ -13,6 +13,7 @@ from unclamp.report.charts import embed, run_figure
 from unclamp.report.figures import RunFigures, read_run
 from unclamp.report.html import write_page
 from unclamp.report.runs import RunView
+from unclamp.report.status import MIXED
 from unclamp.report.view import View
 from unclamp.report.words import arm_row, association_row, site_row
 from unclamp.runlog import Header, RunLog, RunLogWriter
@@ -155,3 +156,56 @@ def test_a_change_of_a_loss_below_zero_is_no_percentage() -> None:
     assert association_row(row)[6:8] == ["+50 %", "+25 % to +75 %"]
     assert association_row(row, is_relative=False)[6:8] == ["+0.5", "+0.25 to +0.75"]
     assert association_row({**row, "high": None})[7] == "-"
+
+
+def write_stages(path: Path) -> Path:
+    """Write two ranks that call different modules site 0, as the stages of a pipeline do."""
+    header = Header(unclamp_version="test", world_size=2, run_id="one")
+    for rank, fqn in enumerate(("first.down", "second.up")):
+        with RunLogWriter(path, header=header, rank=rank) as writer:
+            writer.add("sites", {"site": [0], "fqn": [fqn], "role": ["input"], "format": ["e4m3fn"],
+                                 "scaling": ["delayed"], "format_max": [448.0]})  # fmt: skip
+            writer.add("steps", {"step": [0], "loss": [2.0], "time_s": [0.0]})
+            writer.add("casts", {"step": [0], "site": [0], "amax": [896.0], "scale": [1.0],
+                "elements": [10], "saturated": [3], "underflowed": [0], "nonfinite": [0],
+                "recast": [0], "saturated_error": [0.5], "microsteps": [1]})  # fmt: skip
+    return path
+
+
+def test_modules_that_share_an_id_are_counted_and_not_named(tmp_path: Path) -> None:
+    path = write_stages(tmp_path / "run")
+    view = build_view(path)
+    run = run_of(view)
+    assert MIXED in view.notes
+    assert (run.sites, run.heat, run.panels, view.scenarios[0].worst["run"]) == ([], {}, {}, [])
+    assert "6 elements were clamped, in 2 of 2 recorded casts" in " ".join(run.sentences)
+    assert run.association is not None
+    assert "Cannot tell" in run.association["sentences"][0]
+    text = write_page(view, tmp_path / "page.html").read_text()
+    assert "first.down" not in text
+    assert "second.up" not in text
+    study = replace(view, run=None)
+    assert "Nothing was clamped in" not in write_page(study, tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("saturated", [0, 2])
+def test_of_sparse_rows_no_more_is_said_than_was_recorded(saturated: int, tmp_path: Path) -> None:
+    cadence = {"casts": {"steps": 10, "or_clamped": False}, "inspect": None}
+    path = write_run(tmp_path / "run", [2.0] * 100, metadata={"cadence": cadence}, every=10,
+                     saturated=saturated, saturated_error=saturated / 4)  # fmt: skip
+    view = build_view(path)
+    said = run_of(view).sentences
+    (counted,) = [s for s in said if "clamped" in s and "Most" not in s]
+    assert counted.endswith("sites in the 10 recorded of 100 steps.")
+    assert counted.startswith("Nothing was clamped") == (saturated == 0)
+    page = write_page(replace(view, run=None), tmp_path / "page.html").read_text()
+    calm = "Nothing was clamped in: run in the 10 recorded of 100 steps."
+    assert (calm in page) == (saturated == 0)
+
+
+@pytest.mark.parametrize(
+    "cadence", [None, 3, {"casts": None}, {"casts": {"steps": 1}}, {"casts": {"steps": "x"}}]
+)
+def test_dense_rows_or_an_unknown_cadence_say_nothing_of_it(cadence: Any, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", [2.0] * 30, metadata={"cadence": cadence})
+    assert "Nothing was clamped at any of 1 sites." in run_of(build_view(path)).sentences

@@ -58,7 +58,7 @@ def test_an_explanation_is_shown_as_it_was_written(tmp_path: Path) -> None:
     assert read["override"] == found.override.toml
     assert list(read["losses"]) == [
         "nothing changed",
-        "nothing clamped, 8 sites",
+        "nothing clamped",
         "dynamic: layers.0.down input",
         "guarded: 2 sites",
         "a scale for every 32 elements",

@@ -33,6 +33,7 @@ class ArmView:
         planted_ratio: Loss over that of the dynamic arm at the same planted step and seed,
             mean, smallest and largest, NaN where any is not finite; None without planted steps
             or without that arm.
+        extent: Which steps the counts are of; "" where it is all.
         casts: Casts made.
         clamped_casts: Casts in which anything saturated.
         recasts: Casts repeated with the true scale, by guarded scaling.
@@ -48,6 +49,7 @@ class ArmView:
     planted_ratio: tuple[float, float, float] | None
     planted_spikes: int
     other_spikes: int
+    extent: str
     saturated: float
     casts: float
     clamped_casts: float
@@ -131,6 +133,7 @@ def _arm_view(name: str, runs: dict[int, RunFigures], baseline: dict[int, RunFig
         planted_ratio=_planted_ratio(runs, baseline),
         planted_spikes=len(at_planted),
         other_spikes=spikes - len(at_planted),
+        extent=next((run.extent for run in counted.values() if run.extent), ""),
         saturated=a_run("saturated"),
         casts=a_run("casts"),
         clamped_casts=a_run("clamped_casts"),
@@ -241,7 +244,7 @@ def _heat(runs: list[RunFigures]) -> dict[str, Any]:
 def _worst(runs: list[RunFigures]) -> list[dict[str, Any]]:
     """Return the sites with the largest clamp error over all seeds, worst first."""
     total: dict[tuple[str, str], dict[str, Any]] = {}
-    for site in (site for run in runs for site in run.sites):
+    for site in (site for run in runs if not run.mixed for site in run.sites):
         key = (site["fqn"], site["role"])
         total[key] = _merged(total[key], site) if key in total else site
     clamped = [site for site in total.values() if site["saturated"]]
@@ -296,7 +299,7 @@ def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]])
             said.append(_harm(arm, *arm.final_gap))
     said += [
         f"{arm.name}: {100 * arm.recasts / arm.casts:.2g} % of the casts were repeated with the "
-        "true scale."
+        f"true scale{arm.extent}."
         for arm in arms
         if arm.recasts
     ]
@@ -321,7 +324,7 @@ def _at_planted(arm: str, planted: int, mean: float, low: float, high: float) ->
 def _harm(arm: ArmView, gap: float, spread: float) -> str:
     clamped = (
         f"{arm.name} clamped {arm.saturated:,.0f} elements in {arm.clamped_casts:,.0f} casts a "
-        f"run; against {BASELINE} on the same seed its final loss is "
+        f"run{arm.extent}; against {BASELINE} on the same seed its final loss is "
     )
     if math.isnan(gap):
         return f"{clamped}not comparable: one of them is not finite."

@@ -31,6 +31,13 @@ CAUTION = (
 )
 
 
+MIXED_ASSOCIATION: dict[str, Any] = {
+    "verdict": "cannot tell",
+    "sentences": ["Cannot tell: the ranks recorded different modules under the same site ids."],
+    "sites": [],
+}
+
+
 def read_association(log: RunLog) -> dict[str, Any]:
     """Return `Association.to_dict()` of a run.
 
@@ -98,7 +105,7 @@ def replay_losses(
         if kind in _WHOLE:
             labels[name] = _WHOLE[kind]
         elif name == free:
-            labels[name] = (1, f"nothing clamped, {count}")
+            labels[name] = (1, "nothing clamped")
         elif kind in ("dynamic", "guarded"):
             labels[name] = (2, f"{kind}: {names[0] if len(names) == 1 else count}")
         elif kind == "unclamped" and set(names) in leading:

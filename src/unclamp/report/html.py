@@ -92,7 +92,7 @@ def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, An
             (arm, Markup(embed(heat_figure(**scenario.heat[arm]), f"heat-{place}-{i}")))
             for i, arm in enumerate(clamped)
         ],
-        "calm": [arm.name for arm in scenario.arms if arm.name not in clamped],
+        "calm": [arm.name + arm.extent for arm in scenario.arms if not arm.saturated],
         "worst": [
             (arm, [site_row(site) for site in sites])
             for arm, sites in scenario.worst.items()

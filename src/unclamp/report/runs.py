@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from unclamp.report.arms import final_loss
-from unclamp.report.evidence import named_sites, read_association, read_explanations
+from unclamp.report.evidence import (
+    MIXED_ASSOCIATION,
+    named_sites,
+    read_association,
+    read_explanations,
+)
 from unclamp.report.figures import RunFigures, by_clamp_error, site_name
 from unclamp.report.panels import choose_sites, read_panels, rounded
 from unclamp.report.thinning import kept_places
@@ -74,8 +79,10 @@ def read_run_view(log: RunLog, figures: RunFigures, *, globs: Sequence[str] = ()
         RunLogError: As `RunLog.sql`.
         UnclampError: A glob matches no site.
     """
-    association = read_association(log)
-    chosen = choose_sites(figures, globs=globs, named=named_sites(association))
+    association = MIXED_ASSOCIATION if figures.mixed else read_association(log)
+    named = named_sites(association)
+    chosen = [] if figures.mixed else choose_sites(figures, globs=globs, named=named)
+    shown = [] if figures.mixed else by_clamp_error(figures.sites)
     switched = _switched(log)
     events = log.sql(_EVENTS).to_pylist()
     return RunView(
@@ -90,7 +97,7 @@ def read_run_view(log: RunLog, figures: RunFigures, *, globs: Sequence[str] = ()
         events_left_out=_left_out(events),
         window_steps=figures.windows.steps,
         window_size=figures.windows.size,
-        sites=[_site(site, switched) for site in by_clamp_error(figures.sites)],
+        sites=[_site(site, switched) for site in shown],
         heat={site_name(f, r): shares.tolist() for (f, r), shares in figures.shares.items()},
         panels=read_panels(log, figures, chosen),
         association=association,
@@ -118,7 +125,7 @@ def run_sentences(figures: RunFigures, switched: Mapping[tuple[str, str], list[i
     return [
         *_final_sentence(figures),
         *_spike_sentences(figures),
-        *_clamp_sentences(figures.sites),
+        *_clamp_sentences(figures),
         *_switch_sentences(switched),
     ]
 
@@ -155,27 +162,28 @@ def _spike_sentences(figures: RunFigures) -> list[str]:
     return said
 
 
-def _clamp_sentences(sites: list[dict[str, Any]]) -> list[str]:
+def _clamp_sentences(figures: RunFigures) -> list[str]:
+    sites, extent = figures.sites, figures.extent
     if not sites:
         return ["No cast was recorded."]
     clamped = by_clamp_error([site for site in sites if site["saturated"]])
-    said = [f"Nothing was clamped at any of {len(sites):,} sites."]
+    said = [f"Nothing was clamped at any of {len(sites):,} sites{extent}."]
     if clamped:
         total, casts = (sum(s[name] for s in clamped) for name in ("saturated", "clamped_casts"))
         rows = sum(site["rows"] for site in sites)
         said = [
             f"{total:,} elements were clamped, in {casts:,} of {rows:,} recorded casts, at "
-            f"{len(clamped):,} of {len(sites):,} sites.",
-            *_worst_sentence(clamped[0]),
+            f"{len(clamped):,} of {len(sites):,} sites{extent}.",
+            *([] if figures.mixed else _worst_sentence(clamped[0])),
         ]
     casts, recasts = (sum(site[name] for site in sites) for name in ("casts", "recasts"))
     if recasts:
         share = f"{100 * recasts / casts:.2g} %"
-        said.append(f"{share} of the casts were repeated with the true scale.")
+        said.append(f"{share} of the casts were repeated with the true scale{extent}.")
     broken = [site for site in sites if site["nonfinite"]]
     if broken:
         total = sum(site["nonfinite"] for site in broken)
-        said.append(f"{total:,} elements were Inf or NaN, at {len(broken):,} sites.")
+        said.append(f"{total:,} elements were Inf or NaN, at {len(broken):,} sites{extent}.")
     return said
 
 

@@ -147,7 +147,9 @@ def _fqn(row: Mapping[str, Any]) -> str:
 
 def _percent(share: object) -> str:
     """Return a share of a spike; what is below a hundredth of a percent is noise."""
-    return f"{100 * share:.2f} %" if isinstance(share, int | float) else "-"
+    if not isinstance(share, int | float):
+        return "-"
+    return f"{100 * share:.2f} %".replace("-0.00 %", "0.00 %")
 
 
 SERIES = {"loss": "loss", "grad_norm": "gradient norm"}
