@@ -211,21 +211,23 @@ def test_replays_are_shown_whatever_keys_they_lack(tmp_path: Path) -> None:
     path = write_planted(tmp_path / "run", steps=20)
     full = {
         "reproduced": True, "clamping_share": 0.93, "verdict": "clamping",
-        "sentences": ["Un-clamped, the spike is gone."],
+        "words": "Un-clamped, the spike is gone.",
         "sites": [{"fqn": "model.layers.0.down", "role": "input", "share": 0.6, "low": 0.5,
                    "high": 0.7}],
-        "override": '[[override]]\nmatch = "layers.0.down"',
-        "losses": {"as it was": [[10, 2.0], [11, 5.0]], "un-clamped": [[10, 2.0], [11, 2.1]]},
+        "override": {"toml": '[[override]]\nmatch = "layers.0.down"'},
+        "counterfactuals": [{"name": "actual", "losses": {"10": 2.0, "11": 5.0}}],
     }  # fmt: skip
     (path / "explain-11.json").write_text(json.dumps(full))
-    (path / "explain-12.json").write_text(json.dumps({"verdict": "unclear", "losses": {"a": [3]}}))
+    (path / "explain-12.json").write_text(
+        json.dumps({"verdict": "unclear", "counterfactuals": [3, {"name": "actual"}]})
+    )
     (path / "explain-13.json").write_text("[")
     assert [found["name"] for found in read_explanations(path)] == [
         f"explain-{i}" for i in (11, 12, 13)
     ]
     text = write_page(build_view(path), path / "report.html").read_text()
     assert "Un-clamped, the spike is gone." in text
-    assert "50 % to 70 %" in text
+    assert "50.00 % to 70.00 %" in text
     assert 'id="replay-0"' in text
     assert "[[override]]" in text
     assert "explain-13.json cannot be read" in text

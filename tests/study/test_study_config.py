@@ -40,6 +40,12 @@ def test_default_arms() -> None:
         ({"seeds": []}, "at least one of seeds"),
         ({"seeds": [1, 1]}, "distinct seeds"),
         ({"arms": {}}, "at least one arm"),
+        ({"arms": {"a<b>": {}}}, "expected an arm's name of letters.*got 'a<b>'"),
+        ({"arms": {"../up": {}}}, "not beginning with '.', as it names a folder"),
+        ({"arms": {"..": {}}}, "got '..'"),
+        ({"arms": {".hidden": {}}}, "got '.hidden'"),
+        ({"arms": {"": {}}}, "got ''"),
+        ({"arms": {"a\n": {}}}, "expected an arm's name"),
         ({"arms": {"mixed": {"from": "delayed"}}}, "must be an arm with a recipe"),
         ({"arms": {"a": {"recipe": "dynamic", "from": "b"}}}, "both from and recipe"),
         ({"data": {"batch": 3}}, "did you mean 'batch_size'"),
@@ -51,6 +57,11 @@ def test_default_arms() -> None:
 def test_wrong_study_is_refused_with_a_reason(changes: dict[str, object], message: str) -> None:
     with pytest.raises(StudyError, match=message):
         StudyConfig.from_dict(changed(**changes))
+
+
+def test_an_arm_may_be_called_by_letters_digits_and_dots_within() -> None:
+    arms = {"e4m3.2-x_Y": {"recipe": "dynamic"}}
+    assert list(StudyConfig.from_dict(changed(arms=arms)).arms) == ["e4m3.2-x_Y"]
 
 
 def test_unknown_scaling_of_an_arm_names_the_nearest() -> None:

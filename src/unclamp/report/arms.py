@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unclamp.report.figures import HEAT_SITES, RunFigures
+from unclamp.report.figures import HEAT_SITES, RunFigures, site_name
 from unclamp.report.thinning import kept_places
 
 FINAL_SHARE = 0.1
@@ -25,13 +25,15 @@ class ArmView:
     """One arm over its seeds; counts are means a run, rates are fractions.
 
     Attributes:
-        final_loss: Mean over seeds of the mean loss over the last tenth of the steps, planted
-            ones left out.
+        final_loss: Mean over seeds of the mean loss over the last tenth of the steps that
+            recorded one, planted ones left out; NaN where any of it is not finite.
         final_loss_spread: Standard deviation of that over seeds; None with one seed.
         final_gap: Final loss minus that of the dynamic arm on the same seed: mean, and standard
             deviation over seeds, NaN with one; None for that arm itself.
         planted_ratio: Loss over that of the dynamic arm at the same planted step and seed,
-            mean, smallest and largest; None without planted steps or without that arm.
+            mean, smallest and largest, NaN where any is not finite; None without planted steps
+            or without that arm.
+        extent: Which steps the counts are of; "" where it is all.
         casts: Casts made.
         clamped_casts: Casts in which anything saturated.
         recasts: Casts repeated with the true scale, by guarded scaling.
@@ -47,6 +49,7 @@ class ArmView:
     planted_ratio: tuple[float, float, float] | None
     planted_spikes: int
     other_spikes: int
+    extent: str
     saturated: float
     casts: float
     clamped_casts: float
@@ -124,12 +127,13 @@ def _arm_view(name: str, runs: dict[int, RunFigures], baseline: dict[int, RunFig
         name=name,
         seeds=len(runs),
         unfinished=len(runs) - len(_finished(runs)),
-        final_loss=float(np.mean(finals)) if finals else None,
-        final_loss_spread=float(np.std(finals, ddof=1)) if len(finals) > 1 else None,
+        final_loss=_mean(finals) if finals else None,
+        final_loss_spread=_spread(finals) if len(finals) > 1 else None,
         final_gap=None if name == BASELINE else _final_gap(runs, baseline),
         planted_ratio=_planted_ratio(runs, baseline),
         planted_spikes=len(at_planted),
         other_spikes=spikes - len(at_planted),
+        extent=next((run.extent for run in counted.values() if run.extent), ""),
         saturated=a_run("saturated"),
         casts=a_run("casts"),
         clamped_casts=a_run("clamped_casts"),
@@ -145,18 +149,34 @@ def _finished(runs: dict[int, RunFigures]) -> dict[int, RunFigures]:
 
 
 def final_loss(run: RunFigures) -> float | None:
-    """Return the mean over the last tenth of the steps, planted ones left out.
+    """Return the mean over the last tenth of the steps that recorded a loss, planted ones left out.
 
     Those are compared apart. None of a run that is not finished, whose last steps are not the
-    last ones, or that recorded no loss.
+    last ones, or that recorded no loss. NaN where one of these losses is not finite.
     """
     if run.status != "finished":
         return None
-    planted = set(run.planted)
-    ordinary = [x for s, x in zip(run.steps, run.loss, strict=True) if s not in planted]
-    last = max(1, round(FINAL_SHARE * len(run.loss)))
-    mean = float(np.mean(ordinary[-last:])) if ordinary else math.nan
-    return None if math.isnan(mean) and all(map(math.isnan, run.loss)) else mean
+    planted, recorded = set(run.planted), _by_step(run)
+    ordinary = [loss for step, loss in recorded.items() if step not in planted]
+    last = max(1, round(FINAL_SHARE * len(recorded)))
+    return _mean(ordinary[-last:]) if ordinary else None
+
+
+def _by_step(run: RunFigures) -> dict[int, float]:
+    """Return the losses that were recorded, NaN and Inf among them."""
+    return {s: x for s, x in zip(run.steps, run.loss, strict=True) if x is not None}
+
+
+def _mean(values: list[float]) -> float:
+    """Return the mean; NaN where a value is not finite, or where there is none."""
+    is_known = bool(values) and all(map(math.isfinite, values))
+    return float(np.mean(values)) if is_known else math.nan
+
+
+def _spread(values: list[float]) -> float:
+    """Return the standard deviation; NaN of a single value, or where one is not finite."""
+    is_known = len(values) > 1 and all(map(math.isfinite, values))
+    return float(np.std(values, ddof=1)) if is_known else math.nan
 
 
 def _final_gap(
@@ -166,7 +186,7 @@ def _final_gap(
     gaps = [own - other for own, other in pairs if own is not None and other is not None]
     if not gaps:
         return None
-    return float(np.mean(gaps)), float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
+    return _mean(gaps), _spread(gaps)
 
 
 def _planted_ratio(
@@ -176,27 +196,30 @@ def _planted_ratio(
     for seed, run in runs.items():
         if seed not in baseline:
             continue
-        other = dict(zip(baseline[seed].steps, baseline[seed].loss, strict=True))
-        own = dict(zip(run.steps, run.loss, strict=True))
-        ratios += [own[s] / other[s] for s in run.planted if s in own and s in other]
-    return (float(np.mean(ratios)), min(ratios), max(ratios)) if ratios else None
+        own, other = _by_step(run), _by_step(baseline[seed])
+        # A loss of 0 has no ratio to it.
+        ratios += [own[s] / other[s] for s in run.planted if s in own and other.get(s)]
+    if not all(map(math.isfinite, ratios)):
+        return math.nan, math.nan, math.nan
+    return (_mean(ratios), min(ratios), max(ratios)) if ratios else None
 
 
 def _curve(runs: list[RunFigures]) -> dict[str, list[float]]:
     """Return loss over steps: mean, smallest and largest over the seeds that got there.
 
-    Thinned for a page, so that every peak of the largest and trough of the smallest stays.
+    Thinned for a page, so that every peak of the largest and trough of the smallest stays. NaN at
+    a step where a seed's loss is not finite; steps without a loss are left out.
     """
     by_step: dict[int, list[float]] = defaultdict(list)
     for run in runs:
-        for step, loss in zip(run.steps, run.loss, strict=True):
-            by_step[step].append(loss)
+        for step, loss in _by_step(run).items():
+            by_step[step].append(loss if math.isfinite(loss) else math.nan)
     steps = sorted(by_step)
-    low, high = [min(by_step[step]) for step in steps], [max(by_step[step]) for step in steps]
+    low, high = ([float(ends(by_step[step])) for step in steps] for ends in (np.min, np.max))
     kept = kept_places(low, high)
     return {
         "step": [float(steps[i]) for i in kept],
-        "mean": [float(np.mean(by_step[steps[i]])) for i in kept],
+        "mean": [_mean(by_step[steps[i]]) for i in kept],
         "low": [low[i] for i in kept],
         "high": [high[i] for i in kept],
     }
@@ -212,7 +235,7 @@ def _heat(runs: list[RunFigures]) -> dict[str, Any]:
     worst = sorted(share, key=lambda site: -float(share[site].sum()))[:HEAT_SITES]
     rows = [site for site in order if site in set(worst)]
     return {
-        "sites": [f"{fqn} {role}" for fqn, role in rows],
+        "sites": [site_name(fqn, role) for fqn, role in rows],
         "steps": windows.steps,
         "share": np.array([share[site] for site in rows]).reshape(len(rows), windows.count),
     }
@@ -221,7 +244,7 @@ def _heat(runs: list[RunFigures]) -> dict[str, Any]:
 def _worst(runs: list[RunFigures]) -> list[dict[str, Any]]:
     """Return the sites with the largest clamp error over all seeds, worst first."""
     total: dict[tuple[str, str], dict[str, Any]] = {}
-    for site in (site for run in runs for site in run.sites):
+    for site in (site for run in runs if not run.mixed for site in run.sites):
         key = (site["fqn"], site["role"])
         total[key] = _merged(total[key], site) if key in total else site
     clamped = [site for site in total.values() if site["saturated"]]
@@ -240,12 +263,13 @@ def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         "recasts",
         "casts",
     )
-    worst = one["worst_step"] if one["worst_step"] is not None else other["worst_step"]
+    worst = max((one, other), key=lambda site: site["clamp_error_max"])
     return {
         **one,
         **{name: one[name] + other[name] for name in added},
         "overshoot": max(one["overshoot"], other["overshoot"]),
-        "worst_step": worst,
+        "clamp_error_max": worst["clamp_error_max"],
+        "worst_step": worst["worst_step"],
     }
 
 
@@ -270,16 +294,12 @@ def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]])
     said = []
     for arm in arms:
         if arm.planted_ratio is not None and arm.name != BASELINE:
-            mean, low, high = arm.planted_ratio
-            said.append(
-                f"{arm.name}: at the {planted} planted steps the loss is {mean:.2f}x that of "
-                f"{BASELINE} ({low:.2f}x to {high:.2f}x over steps and seeds)."
-            )
+            said.append(_at_planted(arm.name, planted, *arm.planted_ratio))
         elif arm.saturated and arm.final_gap is not None:
             said.append(_harm(arm, *arm.final_gap))
     said += [
         f"{arm.name}: {100 * arm.recasts / arm.casts:.2g} % of the casts were repeated with the "
-        "true scale."
+        f"true scale{arm.extent}."
         for arm in arms
         if arm.recasts
     ]
@@ -289,11 +309,26 @@ def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]])
     return said
 
 
+def _at_planted(arm: str, planted: int, mean: float, low: float, high: float) -> str:
+    if math.isnan(mean):
+        return (
+            f"{arm}: at the {planted} planted steps a loss, or its ratio to {BASELINE}, is not "
+            "finite."
+        )
+    return (
+        f"{arm}: at the {planted} planted steps the loss is {mean:.2f}x that of {BASELINE} "
+        f"({low:.2f}x to {high:.2f}x over steps and seeds)."
+    )
+
+
 def _harm(arm: ArmView, gap: float, spread: float) -> str:
     clamped = (
         f"{arm.name} clamped {arm.saturated:,.0f} elements in {arm.clamped_casts:,.0f} casts a "
-        f"run; against {BASELINE} on the same seed its final loss is {gap:+.4f}"
+        f"run{arm.extent}; against {BASELINE} on the same seed its final loss is "
     )
+    if math.isnan(gap):
+        return f"{clamped}not comparable: one of them is not finite."
+    clamped += f"{gap:+.4f}"
     if math.isnan(spread):
         return f"{clamped} (one seed: no spread to judge it by)."
     verdict = "within that spread" if abs(gap) <= spread else "beyond that spread"

@@ -117,14 +117,20 @@ def _wrapped(text: str, width: int = 70) -> str:
 
 
 def replay_figure(losses: Mapping[str, Mapping[str, Sequence[float]]]) -> go.Figure:
-    """Draw the loss under each counterfactual of a replay."""
+    """Draw the loss under each counterfactual of a replay; earlier ones are drawn wider.
+
+    Many coincide, and the wider one shows on both sides of the one drawn over it.
+    """
     figure = go.Figure()
     for i, (name, curve) in enumerate(losses.items()):
         figure.add_scatter(
             x=curve["step"], y=curve["loss"], name=name, mode="lines+markers",
-            line={"color": COLOURS[i % len(COLOURS)], "width": 2}, marker={"size": 4},
+            line={"color": COLOURS[i % len(COLOURS)], "width": 2 + 8 * (1 - (i + 1) / len(losses))},
+            marker={"size": 4},
         )  # fmt: skip
-    return figure.update_layout(height=320, xaxis_title="step", yaxis_title="loss")
+    return figure.update_layout(
+        height=320 + 10 * len(losses), xaxis_title="step", yaxis_title="loss"
+    )
 
 
 def arms_figure(scenario: ScenarioView, colours: Mapping[str, str]) -> go.Figure:
@@ -198,7 +204,12 @@ def heat_figure(
 
 
 def embed(figure: go.Figure, name: str) -> str:
-    """Return a figure as HTML for a page that has plotly, in an element of this name."""
+    """Return a figure as HTML for a page that has plotly, in an element of this name.
+
+    plotly writes the name into HTML and script as it is: it must not hold what others chose.
+    """
+    if not name.replace("-", "").isalnum():
+        raise ValueError(f"expected letters, digits and '-' as an element's name, got {name!r}")
     figure.update_layout(
         template="plotly_white",
         font={"family": FONT, "size": 12},

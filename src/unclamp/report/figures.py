@@ -12,7 +12,9 @@ from unclamp.report.windows import CELLS, Windows, cut
 from unclamp.runlog import RunLog
 
 HEAT_SITES = 60
-_NAN = float("nan")
+_NOBODY = {"fqn": "?", "role": "-", "format": "-", "scaling": "-", "overshoot": 0.0}
+ROOT = "(the model itself)"
+"""What stands for the empty dotted name of a root module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,26 +23,38 @@ class RunFigures:
 
     Attributes:
         steps: Step numbers of `loss` and `grad_norm`, rising; a step counts once.
-        loss: Mean over ranks; NaN where none was recorded.
+        loss: Mean over ranks; None where none was recorded, which NaN is not.
         grad_norm: The same of the gradient norm; empty if it was never recorded.
         planted: Steps whose batch was planted.
         spikes: Of the loss and the gradient norm, by onset.
         windows: How the steps are cut for the figures of sites.
         sites: A row of totals a site, in the order of their ids.
+        mixed: Whether ranks recorded different modules under the same id. Rows of casts then belong
+            to nobody: `sites` has counts without names, formats and overshoot, `shares` is empty.
+        recorded: Steps that have rows of casts, where not every step was to have them; else None.
         shares: Saturated share a window, by site (fqn, role), of the sites with the largest total
             clamp error, worst first.
     """
 
     status: str
     steps: list[int]
-    loss: list[float]
-    grad_norm: list[float]
+    loss: list[float | None]
+    grad_norm: list[float | None]
     planted: list[int]
     spikes: list[Spike]
     tokens_per_s: float | None
     windows: Windows
+    mixed: bool
+    recorded: int | None
     sites: list[dict[str, Any]]
     shares: dict[tuple[str, str], np.ndarray]
+
+    @property
+    def extent(self) -> str:
+        """Which steps the counts are of, to be said with them; "" where it is all."""
+        if self.recorded is None:
+            return ""
+        return f" in the {self.recorded:,} recorded of {len(self.steps):,} steps"
 
     @property
     def loss_spikes(self) -> list[int]:
@@ -67,6 +81,9 @@ _SHARES = f"""
 SELECT site, cell, saturated / greatest(elements, 1)::DOUBLE AS share FROM {CELLS}
 WHERE saturated > 0 AND list_contains($sites, site)
 """
+_MIXED = """
+SELECT site FROM sites GROUP BY site HAVING count(DISTINCT fqn) > 1 OR count(DISTINCT role) > 1
+"""
 _TOKENS_PER_S = """
 SELECT median(map_extract(scalars, 'tokens')[1] / step_ms * 1e3) AS speed FROM steps
 WHERE step_ms > 0 AND step > (SELECT min(step) FROM steps)
@@ -90,20 +107,35 @@ def read_run(log: RunLog) -> RunFigures:
         ]
         windows = cutting.result()
     sites = [_settled(site) for site in log.sql(_SITES).to_pylist()]
+    mixed = log.sql(_MIXED).num_rows > 0
+    if mixed:
+        sites = [site | _NOBODY for site in sites]
     planted = log.sql("SELECT DISTINCT step FROM events WHERE kind = 'planted'").to_pydict()["step"]
     recorded = set(steps)
     return RunFigures(
         status=log.header.status,
         steps=steps,
-        loss=_floats(series.get("loss", [None] * len(steps))),
-        grad_norm=_floats(series.get("grad_norm", [])),
+        loss=series.get("loss", [None] * len(steps)),
+        grad_norm=series.get("grad_norm", []),
         planted=sorted(step for step in planted if step in recorded),
         spikes=sorted(spikes, key=lambda spike: (spike.onset, spike.series != "loss")),
         tokens_per_s=log.sql(_TOKENS_PER_S).to_pydict()["speed"][0],
         windows=windows,
+        mixed=mixed,
+        recorded=_recorded_steps(log),
         sites=sites,
-        shares=_shares(log, sites, windows),
+        shares={} if mixed else _shares(log, sites, windows),
     )
+
+
+def _recorded_steps(log: RunLog) -> int | None:
+    """Count the steps with rows of casts; None where the cadence is each step, or not said."""
+    cadence = log.header.metadata.get("cadence")
+    casts = cadence.get("casts") if isinstance(cadence, dict) else None
+    every = casts.get("steps") if isinstance(casts, dict) else None
+    if not isinstance(every, int) or every <= 1:
+        return None
+    return log.sql("SELECT count(DISTINCT step) AS steps FROM casts").to_pydict()["steps"][0]
 
 
 def _settled(site: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +145,11 @@ def _settled(site: dict[str, Any]) -> dict[str, Any]:
     """
     sums = {name: site[name] for name in ("clamp_error", "sqnr_db_mean")}
     return site | {k: None if v is None else float(f"{v:.9g}") for k, v in sums.items()}
+
+
+def site_name(fqn: str, role: str) -> str:
+    """Return a site's name for people; a root module has no dotted name."""
+    return f"{fqn or ROOT} {role}"
 
 
 def by_clamp_error(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -127,10 +164,6 @@ def _series(log: RunLog) -> tuple[list[int], dict[str, list[float | None]]]:
     except AnalysisError:  # neither loss nor gradient norm
         return log.sql("SELECT DISTINCT step FROM steps ORDER BY step").to_pydict()["step"], {}
     return curve.steps.tolist(), curve.series
-
-
-def _floats(values: list[float | None]) -> list[float]:
-    return [_NAN if value is None else value for value in values]
 
 
 def _shares(

@@ -38,7 +38,7 @@ from unclamp.report.words import (
 
 LISTED_SPIKES = 100
 LISTED_SITES = 12
-"""Rows of the association's table; the strongest come first."""
+"""Rows of the tables of association and of a replay; the strongest come first."""
 
 
 def write_page(view: View, path: Path) -> Path:
@@ -48,7 +48,9 @@ def write_page(view: View, path: Path) -> Path:
     )
     page = environment.get_template("page.html.j2").render(
         view=view,
-        scenarios=[] if view.run else [_scenario(scenario, view) for scenario in view.scenarios],
+        scenarios=[]
+        if view.run
+        else [_scenario(scenario, view, place=i) for i, scenario in enumerate(view.scenarios)],
         run=None if view.run is None else _run(view.run, view.path),
         site_columns=SITE_COLUMNS,
         association_columns=ASSOCIATION_COLUMNS,
@@ -74,7 +76,8 @@ def _json(data: object) -> Markup:
     return Markup(text.replace("<", "\\u003c"))
 
 
-def _scenario(scenario: ScenarioView, view: View) -> dict[str, Any]:
+def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, Any]:
+    """Return what the template shows of a scenario; `place` keeps its plots' ids apart."""
     colours = {arm.name: COLOURS[i % len(COLOURS)] for i, arm in enumerate(scenario.arms)}
     clamped = [arm for arm, heat in scenario.heat.items() if heat["share"].any()]
     return {
@@ -84,12 +87,12 @@ def _scenario(scenario: ScenarioView, view: View) -> dict[str, Any]:
         "arm_columns": arm_columns(scenario),
         "arm_rows": [arm_row(arm, scenario) for arm in scenario.arms],
         "colours": list(colours.values()),
-        "loss": Markup(embed(arms_figure(scenario, colours), f"loss-{scenario.name}")),
+        "loss": Markup(embed(arms_figure(scenario, colours), f"loss-{place}")),
         "heats": [
-            (arm, Markup(embed(heat_figure(**scenario.heat[arm]), f"heat-{scenario.name}-{arm}")))
-            for arm in clamped
+            (arm, Markup(embed(heat_figure(**scenario.heat[arm]), f"heat-{place}-{i}")))
+            for i, arm in enumerate(clamped)
         ],
-        "calm": [arm.name for arm in scenario.arms if arm.name not in clamped],
+        "calm": [arm.name + arm.extent for arm in scenario.arms if not arm.saturated],
         "worst": [
             (arm, [site_row(site) for site in sites])
             for arm, sites in scenario.worst.items()
@@ -122,14 +125,15 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
         "listed_spikes": LISTED_SPIKES,
         "heat": heat,
         "association": [sentence for sentence in said if PAPER not in sentence],
-        "association_rows": [association_row(row) for row in association.get("sites", [])][
-            :LISTED_SITES
+        "association_rows": [
+            association_row(row, is_relative=association.get("is_relative") is not False)
+            for row in association.get("sites", [])[:LISTED_SITES]
         ],
         "caution": next((sentence for sentence in said if PAPER in sentence), CAUTION),
         "explanations": [
             {
                 **found,
-                "rows": [explanation_row(site) for site in found["sites"]],
+                "rows": [explanation_row(site) for site in found["sites"][:LISTED_SITES]],
                 "plot": Markup(embed(replay_figure(found["losses"]), f"replay-{i}"))
                 if found["losses"]
                 else "",

@@ -10,7 +10,7 @@ from typing import Any
 
 from unclamp.errors import UnclampError
 from unclamp.formats import FORMATS
-from unclamp.report.figures import RunFigures, by_clamp_error
+from unclamp.report.figures import ROOT, RunFigures, by_clamp_error, site_name
 from unclamp.report.windows import CELLS
 from unclamp.rule import matches
 from unclamp.runlog import RunLog
@@ -61,7 +61,7 @@ def choose_sites(
     for glob in globs:
         found = {(s["fqn"], s["role"]) for s in ranked if _matches(s, glob)}
         if not found:
-            some = ", ".join(dict.fromkeys(site["fqn"] for site in ranked[:3])) or "none"
+            some = ", ".join(dict.fromkeys(site["fqn"] or ROOT for site in ranked[:3])) or "none"
             raise UnclampError(f"--site {glob!r} matches no site of the run; it has: {some}, ...")
         wanted |= found
     if len(ranked) * figures.windows.count <= ALL_CELLS:
@@ -156,4 +156,4 @@ def _underflow(site: dict[str, Any]) -> float:
 
 
 def _matches(site: dict[str, Any], glob: str) -> bool:
-    return matches(site["fqn"], glob) or fnmatchcase(f"{site['fqn']} {site['role']}", glob)
+    return matches(site["fqn"], glob) or fnmatchcase(site_name(site["fqn"], site["role"]), glob)

@@ -4,13 +4,19 @@ Several runs side by side, the arms of a study, are for `arms`.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from unclamp.report.arms import final_loss
-from unclamp.report.evidence import named_sites, read_association, read_explanations
-from unclamp.report.figures import RunFigures, by_clamp_error
+from unclamp.report.evidence import (
+    MIXED_ASSOCIATION,
+    named_sites,
+    read_association,
+    read_explanations,
+)
+from unclamp.report.figures import RunFigures, by_clamp_error, site_name
 from unclamp.report.panels import choose_sites, read_panels, rounded
 from unclamp.report.thinning import kept_places
 from unclamp.runlog import RunLog
@@ -40,7 +46,7 @@ class RunView:
         window_steps: First step of each window of the heat map and the panels.
         window_size: Steps a window.
         sites: All sites, largest total clamp error first: what a row of the table says.
-        heat: Saturated share a window, by "fqn role"; the worst sites.
+        heat: Saturated share a window, by `site_name`; the worst sites.
         panels: By site id; `panels` of `unclamp.report.panels`.
         association: As `Association.to_dict`, None where nobody looked.
         explanations: Replays of this run's spikes.
@@ -73,8 +79,10 @@ def read_run_view(log: RunLog, figures: RunFigures, *, globs: Sequence[str] = ()
         RunLogError: As `RunLog.sql`.
         UnclampError: A glob matches no site.
     """
-    association = read_association(log)
-    chosen = choose_sites(figures, globs=globs, named=named_sites(association))
+    association = MIXED_ASSOCIATION if figures.mixed else read_association(log)
+    named = named_sites(association)
+    chosen = [] if figures.mixed else choose_sites(figures, globs=globs, named=named)
+    shown = [] if figures.mixed else by_clamp_error(figures.sites)
     switched = _switched(log)
     events = log.sql(_EVENTS).to_pylist()
     return RunView(
@@ -89,8 +97,8 @@ def read_run_view(log: RunLog, figures: RunFigures, *, globs: Sequence[str] = ()
         events_left_out=_left_out(events),
         window_steps=figures.windows.steps,
         window_size=figures.windows.size,
-        sites=[_site(site, switched) for site in by_clamp_error(figures.sites)],
-        heat={f"{f} {r}": shares.tolist() for (f, r), shares in figures.shares.items()},
+        sites=[_site(site, switched) for site in shown],
+        heat={site_name(f, r): shares.tolist() for (f, r), shares in figures.shares.items()},
         panels=read_panels(log, figures, chosen),
         association=association,
         explanations=read_explanations(log.path),
@@ -117,7 +125,7 @@ def run_sentences(figures: RunFigures, switched: Mapping[tuple[str, str], list[i
     return [
         *_final_sentence(figures),
         *_spike_sentences(figures),
-        *_clamp_sentences(figures.sites),
+        *_clamp_sentences(figures),
         *_switch_sentences(switched),
     ]
 
@@ -127,14 +135,17 @@ def _final_sentence(figures: RunFigures) -> list[str]:
     if final is None:
         return []
     but = ", planted ones left out" if figures.planted else ""
+    if not math.isfinite(final):
+        return [f"The final loss is not finite: it is not in the last tenth of the steps{but}."]
     return [f"The final loss is {final:.4f}: mean over the last tenth of the steps{but}."]
 
 
 def _spike_sentences(figures: RunFigures) -> list[str]:
     said = []
     for series, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
-        values = figures.loss if series == "loss" else figures.grad_norm
-        if not any(value == value for value in values):
+        given = figures.loss if series == "loss" else figures.grad_norm
+        values = [value for value in given if value is not None]
+        if not values:
             said += [f"The {name} was not recorded."] if series == "loss" else []
             continue
         spikes = [spike for spike in figures.spikes if spike.series == series]
@@ -151,31 +162,40 @@ def _spike_sentences(figures: RunFigures) -> list[str]:
     return said
 
 
-def _clamp_sentences(sites: list[dict[str, Any]]) -> list[str]:
+def _clamp_sentences(figures: RunFigures) -> list[str]:
+    sites, extent = figures.sites, figures.extent
     if not sites:
         return ["No cast was recorded."]
     clamped = by_clamp_error([site for site in sites if site["saturated"]])
-    said = [f"Nothing was clamped at any of {len(sites):,} sites."]
+    said = [f"Nothing was clamped at any of {len(sites):,} sites{extent}."]
     if clamped:
         total, casts = (sum(s[name] for s in clamped) for name in ("saturated", "clamped_casts"))
         rows = sum(site["rows"] for site in sites)
-        worst = clamped[0]
         said = [
             f"{total:,} elements were clamped, in {casts:,} of {rows:,} recorded casts, at "
-            f"{len(clamped):,} of {len(sites):,} sites.",
-            f"Most clamp error: {worst['fqn']} {worst['role']}, worst at step "
-            f"{worst['worst_step']:,}, where clamping removed "
-            f"{100 * worst['clamp_error_max']:.3g} % of the tensor's squares.",
+            f"{len(clamped):,} of {len(sites):,} sites{extent}.",
+            *([] if figures.mixed else _worst_sentence(clamped[0])),
         ]
     casts, recasts = (sum(site[name] for site in sites) for name in ("casts", "recasts"))
     if recasts:
         share = f"{100 * recasts / casts:.2g} %"
-        said.append(f"{share} of the casts were repeated with the true scale.")
+        said.append(f"{share} of the casts were repeated with the true scale{extent}.")
     broken = [site for site in sites if site["nonfinite"]]
     if broken:
         total = sum(site["nonfinite"] for site in broken)
-        said.append(f"{total:,} elements were Inf or NaN, at {len(broken):,} sites.")
+        said.append(f"{total:,} elements were Inf or NaN, at {len(broken):,} sites{extent}.")
     return said
+
+
+def _worst_sentence(site: dict[str, Any]) -> list[str]:
+    """Say where clamping removed most; nothing where it removed too little to be counted."""
+    if site["worst_step"] is None:
+        return []
+    return [
+        f"Most clamp error: {site_name(site['fqn'], site['role'])}, worst at step "
+        f"{site['worst_step']:,}, where clamping removed "
+        f"{100 * site['clamp_error_max']:.3g} % of the tensor's squares."
+    ]
 
 
 def _switch_sentences(switched: Mapping[tuple[str, str], list[int]]) -> list[str]:
@@ -197,7 +217,7 @@ def _switched(log: RunLog) -> dict[tuple[str, str], list[int]]:
 
 def _switch_text(sites: list[dict[str, Any]]) -> str:
     named = [
-        f"{site.get('fqn')} {site.get('role')} {_kind(site.get('before'))} → "
+        f"{site_name(str(site.get('fqn')), str(site.get('role')))} {_kind(site.get('before'))} → "
         f"{_kind(site.get('after'))}"
         for site in sites[:SITES_IN_TEXT]
     ]
@@ -222,12 +242,18 @@ def _left_out(events: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _curves(figures: RunFigures) -> dict[str, dict[str, list[Any]]]:
+    """Return what was recorded; a value that is not finite is None and a gap in the line.
+
+    Steps without one are left out: a loss of every tenth step is a line and no dots.
+    """
     curves = {}
-    for name, values in (("loss", figures.loss), ("grad_norm", figures.grad_norm)):
-        if any(value == value for value in values):
+    for name, given in (("loss", figures.loss), ("grad_norm", figures.grad_norm)):
+        pairs = [(s, v) for s, v in zip(figures.steps, given, strict=False) if v is not None]
+        if pairs:
+            steps, values = zip(*pairs, strict=True)
             kept = kept_places(values)
             curves[name] = {
-                "step": [figures.steps[i] for i in kept],
+                "step": [steps[i] for i in kept],
                 "value": [rounded(values[i]) for i in kept],
             }
     return curves

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from unclamp.report.arms import ScenarioView
 from unclamp.report.evidence import CAUTION, PAPER
+from unclamp.report.figures import ROOT
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
@@ -128,7 +129,7 @@ def _sites(sites: Sequence[dict[str, Any]], width: int) -> RenderableType:
     lines = [Text(f"{upper}\n{lower}", style="dim", no_wrap=True)]
     for site, row in zip(sites, rows, strict=True):
         about = f" {site['role']}, {site['scaling']} {site['format']}"
-        name = shortened(site["fqn"], max(20, width - len(about)))
+        name = shortened(site["fqn"] or ROOT, max(20, width - len(about)))
         lines.append(Text.assemble((name, "bold"), about))
         lines.append(Text(line(row), no_wrap=True))
     return Group(*lines)

@@ -9,9 +9,9 @@ from typing import Any
 
 from unclamp.errors import RunLogError, UnclampError
 from unclamp.report.arms import ScenarioView, scenario_view
-from unclamp.report.figures import RunFigures, read_run
+from unclamp.report.figures import RunFigures, read_run, site_name
 from unclamp.report.runs import RunView, read_run_view
-from unclamp.report.status import ABSENT, run_notes, study_notes
+from unclamp.report.status import ABSENT, MIXED, run_notes, study_notes
 from unclamp.runlog import Header, RunLog, is_run
 from unclamp.study.config import SCENARIOS, StudyConfig, is_study, read_study
 
@@ -86,10 +86,11 @@ def _run_view(path: Path, sites: Sequence[str]) -> View:
         header = log.header
         figures = read_run(log)
         run = read_run_view(log, figures, globs=sites)
-        notes = run_notes(log)
+        notes = run_notes(log) + ([MIXED] if figures.mixed else [])
     name = str(header.metadata.get("scenario", "run"))
     arm = str(header.metadata.get("arm", run.name))
-    seed = int(header.metadata.get("seed", 0))
+    given = header.metadata.get("seed")  # free: a user's own
+    seed = given if isinstance(given, int) else 0
     description = SCENARIOS.get(name, "")
     return View(
         title=f"Run {run.name}",
@@ -123,6 +124,7 @@ def _study_view(path: Path) -> View:
     paths = _run_paths(path)
     scenarios = []
     states: dict[str, str] = {}
+    mixed: list[str] = []
     runs: dict[str, dict[str, list[str]]] = {}
     for name in config.scenarios:
         figures: dict[str, dict[int, RunFigures]] = defaultdict(dict)
@@ -132,9 +134,12 @@ def _study_view(path: Path) -> View:
             found, states[f"{scenario}/{arm}/seed-{seed}"] = _figures(run)
             if found is not None:
                 figures[arm][seed] = found
+                mixed += [f"{scenario}/{arm}/seed-{seed}: {MIXED}"] if found.mixed else []
                 runs.setdefault(name, {}).setdefault(arm, []).append(str(run.relative_to(path)))
         switched = study.get("switched", {}).get(name, {})
-        named = {arm: [f"{s['fqn']} {s['role']}" for s in sites] for arm, sites in switched.items()}
+        named = {
+            arm: [site_name(s["fqn"], s["role"]) for s in sites] for arm, sites in switched.items()
+        }
         if figures:
             scenarios.append(scenario_view(name, SCENARIOS.get(name, ""), figures, named))
     model, data = config.model, config.data
@@ -152,7 +157,7 @@ def _study_view(path: Path) -> View:
         path=str(path),
         status=study["status"],
         facts=facts,
-        notes=study_notes(study["status"], states),
+        notes=study_notes(study["status"], states) + mixed,
         scenarios=scenarios,
         run=None,
         runs=runs,

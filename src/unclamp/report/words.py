@@ -1,9 +1,11 @@
 """How the report's figures are written: the same in the terminal and on the page."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from unclamp.report.arms import ArmView, ScenarioView
+from unclamp.report.figures import ROOT
 
 ARM_COLUMNS = (
     "arm",
@@ -58,7 +60,7 @@ ASSOCIATION_COLUMNS = (
     "95 %",
     "named by",
 )
-EXPLANATION_COLUMNS = ("site", "role", "share", "interval")
+EXPLANATION_COLUMNS = ("site", "role", "caused", "95 % interval", "only it free", "only it clamped")
 
 
 def arm_columns(scenario: ScenarioView) -> list[str]:
@@ -68,13 +70,14 @@ def arm_columns(scenario: ScenarioView) -> list[str]:
 
 def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
     """Return an arm as cells under `arm_columns`."""
-    loss = "-" if arm.final_loss is None else f"{arm.final_loss:.4f}"
-    if arm.final_loss_spread is not None:
+    loss = "-" if arm.final_loss is None else _number(arm.final_loss, ".4f")
+    if arm.final_loss_spread is not None and math.isfinite(arm.final_loss_spread):
         loss += f" ± {arm.final_loss_spread:.4f}"
     ratio = "-"
     if arm.planted_ratio is not None:
         mean, low, high = arm.planted_ratio
-        ratio = f"{mean:.2f}x ({low:.2f} to {high:.2f})"
+        ratio = _number(mean, ".2f")
+        ratio += f"x ({low:.2f} to {high:.2f})" if math.isfinite(mean) else ""
     cells = {
         "arm": arm.name + (f" ({arm.unfinished} unfinished)" if arm.unfinished else ""),
         "final loss": loss,
@@ -93,7 +96,7 @@ def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
 def site_row(site: dict[str, Any]) -> list[str]:
     """Return a site as cells under `SITE_COLUMNS`."""
     return [
-        site["fqn"],
+        site["fqn"] or ROOT,
         site["role"],
         f"{site['scaling']} {site['format']}",
         f"{site['saturated']:,}",
@@ -101,21 +104,25 @@ def site_row(site: dict[str, Any]) -> list[str]:
         f"{site['overshoot']:.2f}x",
         percent(site["clamp_error"]),
         percent(site["underflow_share"]),
-        str(site["worst_step"]),
+        "-" if site["worst_step"] is None else f"{site['worst_step']:,}",
     ]
 
 
-def association_row(row: Mapping[str, Any]) -> list[str]:
-    """Return a site's association as cells under `ASSOCIATION_COLUMNS`; "-" for what is missing."""
+def association_row(row: Mapping[str, Any], *, is_relative: bool = True) -> list[str]:
+    """Return a site's association as cells under `ASSOCIATION_COLUMNS`; "-" for what is missing.
+
+    With `is_relative` a change of the loss is a fraction of its level, else in the loss's units.
+    """
+    low, high = (_change(row.get(end), is_relative) for end in ("low", "high"))
     return [
-        str(row.get("fqn") or "-"),
+        _fqn(row),
         str(row.get("role") or "-"),
         _plain(row.get("hits")),
         _plain(row.get("expected_hits")),
         _plain(row.get("lag")),
         _plain(row.get("p")),
-        _change(row.get("loss_change")),
-        "-" if row.get("low") is None else f"{_change(row['low'])} to {_change(row['high'])}",
+        _change(row.get("loss_change"), is_relative),
+        "-" if "-" in (low, high) else f"{low} to {high}",
         str(row.get("by") or "-"),
     ]
 
@@ -124,15 +131,25 @@ def explanation_row(row: Mapping[str, Any]) -> list[str]:
     """Return a site's share of a replayed spike as cells under `EXPLANATION_COLUMNS`."""
     low, high = _percent(row.get("low")), _percent(row.get("high"))
     return [
-        str(row.get("fqn") or "-"),
+        _fqn(row),
         str(row.get("role") or "-"),
         _percent(row.get("share")),
         "-" if "-" in (low, high) else f"{low} to {high}",
+        _percent(row.get("only")),
+        _percent(row.get("last")),
     ]
 
 
+def _fqn(row: Mapping[str, Any]) -> str:
+    fqn = row.get("fqn")
+    return "-" if fqn is None else str(fqn) or ROOT
+
+
 def _percent(share: object) -> str:
-    return percent(share) if isinstance(share, int | float) else "-"
+    """Return a share of a spike; what is below a hundredth of a percent is noise."""
+    if not isinstance(share, int | float):
+        return "-"
+    return f"{100 * share:.2f} %".replace("-0.00 %", "0.00 %")
 
 
 SERIES = {"loss": "loss", "grad_norm": "gradient norm"}
@@ -163,14 +180,20 @@ def shortened(name: str, width: int) -> str:
     return f"{name[: max(0, width - 1 - tail)]}…{name[-tail:]}"
 
 
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "not finite"
+
+
 def _plain(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.3g}" if isinstance(value, float) else "-"
 
 
-def _change(value: object) -> str:
-    return f"{100 * value:+.3g} %" if isinstance(value, int | float) else "-"
+def _change(value: object, is_relative: bool) -> str:
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{100 * value:+.3g} %" if is_relative else f"{value:+.3g}"
 
 
 def percent(share: float) -> str:

@@ -4,6 +4,7 @@ Torch-free, so that a report can be made of a study's folder without torch.
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +22,8 @@ SCENARIOS = {
     "text": "real text, nothing planted",
     "outlier": "real text; at the marked steps planted rare tokens drive two SwiGLU channels",
 }
+ARM_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+"""What an arm may be called: its name is a folder of the study, and on its page."""
 STUDY_FILE = "study.json"
 STUDY_KIND = "unclamp-study"
 STUDY_SCHEMA_VERSION = 1
@@ -109,6 +112,11 @@ class StudyConfig:
             if scenario not in SCENARIOS:
                 raise _unknown("scenario", scenario, list(SCENARIOS))
         for name, arm in self.arms.items():
+            if not ARM_NAME.fullmatch(name):
+                raise StudyError(
+                    f"expected an arm's name of letters, digits, '_', '-' and '.', not beginning "
+                    f"with '.', as it names a folder; got {name!r}"
+                )
             if arm.from_arm is not None and not self._has_recipe(arm.from_arm):
                 raise StudyError(
                     f"arm {name!r} starts from {arm.from_arm!r}, which must be an arm with a recipe"

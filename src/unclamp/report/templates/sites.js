@@ -32,7 +32,7 @@
 
   // Filter and order ------------------------------------------------------------------------
   const rows = data.sites.map((site) => ({
-    site, text: `${site.fqn} ${site.role} ${site.scaling} ${site.format}`.toLowerCase(),
+    site, text: `${title(site)} ${site.scaling} ${site.format}`.toLowerCase(),
   }));
   const test = (word) => {
     if (!/[*?]/.test(word)) return (text) => text.includes(word);
@@ -278,7 +278,7 @@
   const heat = el("heat-run");
   if (heat && heat.on) heat.on("plotly_click", ({ points }) => {
     const name = points[0].y;
-    const row = rows.find(({ site }) => [name, "model." + name].includes(`${site.fqn} ${site.role}`));
+    const row = rows.find(({ site }) => [name, "model." + name].includes(title(site)));
     if (row) open(row.site);
   });
   update();
