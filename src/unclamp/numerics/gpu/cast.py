@@ -23,16 +23,20 @@ from unclamp.numerics.stats import Stat
 from unclamp.scaling import PER_TENSOR
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-FLAT = (1, 8192)
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+FLAT = (1, 2048)
 """A tile of a tensor whose codes are written as they lie."""
-SQUARE = (128, 64)
-"""A tile that is written turned as well: 128 codes side by side either way fill a cache line."""
+SQUARE = (64, 64)
+"""A tile that is written turned as well: 64 codes side by side either way."""
+INTERPRETED = (1, 32768)
+"""A tile under Triton's interpreter, which takes its time for each program."""
+WARPS = {FLAT: 4, SQUARE: 8, INTERPRETED: 8}
+REGISTERS = {FLAT: 96, SQUARE: 80}
+"""Of a thread, which has 16 elements: as few as make the usual branch spill (almost) nothing, so
+that five, and three, programs share a multiprocessor."""
 MOST_PROGRAMS = 4096
 SETTLERS = 4
 """Programs a multiprocessor that cast again."""
-OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
-"""A fused multiply-add would round once where the CPU rounds twice."""
 
 
 @functools.cache
@@ -51,8 +55,7 @@ def numbers(
         max=float(plain.max),
         max_bits=int(float_bits(plain.max)),
         limit=float(plain.limit),
-        limit_bits=int(float_bits(plain.limit)),
-        vanishing_bits=int(float_bits(plain.vanishing)),
+        vanishing=float(plain.vanishing),
         nan_code=int(plain.nan_code),
         nan_is_signed=bool(plain.nan_is_signed),
         zero_is_signed=bool(plain.zero_is_signed),
@@ -72,6 +75,15 @@ def rounds_natively(fmt: Format, arch: str) -> bool:
     if fmt not in (E4M3FN, E5M2) or not arch.startswith("sm_"):
         return False
     return int(arch.removeprefix("sm_")) >= 89
+
+
+def options(block: tuple[int, int], arch: str) -> dict[str, Any]:
+    """Return how a kernel is to be compiled.
+
+    A fused multiply-add would round once where the CPU rounds twice.
+    """
+    chosen: dict[str, Any] = {"num_warps": WARPS[block], "enable_fp_fusion": False}
+    return chosen | ({"maxnreg": REGISTERS[block]} if arch.startswith("sm_") else {})
 
 
 def quantize_tensor(
@@ -101,11 +113,12 @@ def quantize_tensor(
         power_of_two=power_of_two,
     )
     rows, columns = x.shape if turned else (1, x.numel())
-    block = SQUARE if turned else FLAT
+    flat = INTERPRETED if arch == "cpu" else FLAT
+    block = SQUARE if turned else flat
     tiles_along = -(-columns // block[1])
     tiles = -(-rows // block[0]) * tiles_along
     programs = min(tiles, MOST_PROGRAMS)
-    data = x.detach().contiguous().view(_BITS[x.dtype])
+    data = x.detach().contiguous().view(BITS[x.dtype])
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     other = torch.empty((columns, rows), dtype=torch.uint8, device=x.device) if turned else codes
     tops = torch.empty(programs, dtype=torch.int32, device=x.device)
@@ -118,14 +131,15 @@ def quantize_tensor(
     shape = (rows, columns, tiles_along, tiles)
     constants = {"KIND": KINDS[x.dtype], "F": settings, "BM": block[0], "BN": block[1]}
     constants |= {"GIVEN": scale is not None, "GUARD": guard, "TURNED": turned}
+    how = options(block, arch)
     with torch.cuda.device_of(x):
         cast_tiles[(programs,)](
             data, given, flag, codes, other, tops, parts, stats, *shape,
-            **constants, COUNT=counts, **OPTIONS,
+            **constants, COUNT=counts, **how,
         )  # fmt: skip
         settle[(min(tiles, _settlers(x.device)),)](
             data, given, codes, other, tops, parts, stats, results[:1], results[1:], *shape,
-            programs, x.numel(), **constants, PROGRAMS=max(_power_of_two(programs), 16), **OPTIONS,
+            programs, x.numel(), **constants, PROGRAMS=max(_power_of_two(programs), 16), **how,
         )  # fmt: skip
     return Quantized(
         codes=codes.view(torch_dtype(fmt)),

@@ -20,7 +20,6 @@ FLOAT16 = tl.constexpr(2)
 ABS = tl.constexpr(0x7FFFFFFF)
 SIGN = tl.constexpr(-0x80000000)
 INF = tl.constexpr(0x7F800000)
-MANTISSA = tl.constexpr(0x7FFFFF)
 
 
 class Numbers(NamedTuple):
@@ -38,8 +37,7 @@ class Numbers(NamedTuple):
     max: float
     max_bits: int
     limit: float
-    limit_bits: int
-    vanishing_bits: int
+    vanishing: float
     nan_code: int
     nan_is_signed: bool
     zero_is_signed: bool
@@ -80,7 +78,7 @@ def own_scale(amax, F: tl.constexpr):
         is_tiny = amax < 0x00800000
         normal = tl.where(is_tiny, value * 16777216.0, value).to(tl.int32, bitcast=True)
         exponent = (normal >> 23) - tl.where(is_tiny, 24, 0)
-        is_larger = (normal & MANTISSA) > (F.max_bits & MANTISSA)
+        is_larger = (normal & 0x7FFFFF) > (F.max_bits & 0x7FFFFF)
         power = (F.max_bits >> 23) - exponent - is_larger.to(tl.int32) - F.margin
         power = tl.minimum(tl.maximum(power, -126), 126)
         scale = as_float((power + 127) << 23)

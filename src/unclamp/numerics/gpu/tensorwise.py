@@ -45,6 +45,9 @@ RECAST = tl.constexpr(int(Stat.RECAST))
 SQUARE = tl.constexpr(int(Stat.SQUARE))
 SATURATED_SQUARE = tl.constexpr(int(Stat.SATURATED_SQUARE))
 CASTS = tl.constexpr(int(Stat.CASTS))
+SMALL = tl.constexpr(0x2B800000)
+LARGE = tl.constexpr(0x58800000)
+"""Bits of 2**-40 and 2**50: in between, squares of a tile's values fit float32 as they are."""
 PARTS = 5
 """Sums of a program, float64 `[PARTS, programs]`: the three counts, then the two squares."""
 
@@ -52,8 +55,12 @@ PARTS = 5
 @triton.jit
 def tile_offsets(tile, rows, columns, tiles_along, BM: tl.constexpr, BN: tl.constexpr):
     """Return the rows and columns of a tile, and which of its elements exist."""
-    m = (tile // tiles_along) * BM + tl.arange(0, BM)
-    n = (tile % tiles_along).to(tl.int64) * BN + tl.arange(0, BN)
+    if BM == 1:  # one row: no division
+        m = tl.arange(0, BM)
+        n = tile.to(tl.int64) * BN + tl.arange(0, BN)
+    else:
+        m = (tile // tiles_along) * BM + tl.arange(0, BM)
+        n = (tile % tiles_along).to(tl.int64) * BN + tl.arange(0, BN)
     mask = (m[:, None] < rows) & (n[None, :] < columns)
     return m, n, mask
 
@@ -71,6 +78,33 @@ def store_codes(codes, out, turned, m, n, mask, rows, columns,
 
 
 @triton.jit
+def quick_tile(bits, scale, F: tl.constexpr):
+    """Return codes, and how many elements vanish, of a tile without overflow or NaN."""
+    scaled = as_float(bits) * scale
+    vanishes = (tl.abs(scaled) <= F.vanishing) & (as_float(bits) != 0)
+    return quick_codes(bits, scaled, F), tl.sum(vanishes.to(tl.int32))
+
+
+@triton.jit
+def careful_tile(bits, scale, F: tl.constexpr):
+    """Return the same of any tile."""
+    scaled = as_float(bits) * scale
+    vanishes = (tl.abs(scaled) <= F.vanishing) & (as_float(bits) != 0)
+    return careful_codes(bits, scaled, F), tl.sum(vanishes.to(tl.int32))
+
+
+@triton.jit
+def squares(value, top):
+    """Return the sum of squares of values with this amax (bits), float64."""
+    if (top > SMALL) & (top < LARGE):
+        total = tl.sum(value * value).to(tl.float64)
+    else:
+        brought = value * unit_of(top)
+        total = tl.sum(brought * brought).to(tl.float64) * unit_square(top)
+    return total
+
+
+@triton.jit
 def cast_tiles(
     x, scale, flag, out, turned, tops, parts, stats, rows, columns, tiles_along, tiles,
     KIND: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -78,7 +112,8 @@ def cast_tiles(
 ):  # fmt: skip
     """Cast tiles with the given scale and measure them; see the module.
 
-    Without `COUNT` only the amax is measured; that is for measuring what counting costs.
+    A tile takes one of two branches, and stores its codes there: what a branch passes on costs
+    registers. Without `COUNT` only the amax is measured, to see what counting costs.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     if program == 0:
@@ -98,42 +133,41 @@ def cast_tiles(
     while tile < tiles:  # not `for`: the interpreter's range fails with numpy 2.4
         m, n, mask = tile_offsets(tile, rows, columns, tiles_along, BM, BN)
         bits = load_bits(x, m[:, None].to(tl.int64) * columns + n[None, :], mask, KIND)
-        size = bits & ABS
-        top = tl.max(size)
+        top = tl.max(bits & ABS)
         is_wild = top >= INF
-        value = as_float(bits)
-        if is_wild:
-            is_finite = size < INF
-            nonfinite += tl.sum(tl.where(is_finite, 0, 1))
-            top = tl.max(tl.where(is_finite, size, 0))
-            value = tl.where(is_finite, value, 0.0)
-        largest = tl.maximum(largest, top)
-        unit = unit_of(top)
-        if COUNT:
-            brought = value * unit
-            square += tl.sum(brought * brought).to(tl.float64) * unit_square(top)
-        is_over = as_float(top) * given > F.limit
+        is_over = as_float(top) * given > F.limit  # of Inf and of NaN bits too, or is_wild
         if GUARD:
-            if is_over:
-                tl.store(flag, 1)
             # Stale zeros cost time only.
             makes_codes = (given > 0) & (tl.load(flag, volatile=True) == 0)
-        if makes_codes:
-            scaled = as_float(bits) * given
-            sized = scaled.to(tl.int32, bitcast=True) & ABS
+        if is_wild | is_over | (not F.zero_is_signed):
+            size = bits & ABS
+            is_finite = size < INF
+            size = tl.where(is_finite, size, 0)
+            top = tl.max(size)
             if COUNT:
-                vanishes = (sized <= F.vanishing_bits) & (size != 0)
-                underflowed += tl.sum(vanishes.to(tl.int32))
-            if is_wild | is_over | (not F.zero_is_signed):
-                codes = careful_codes(bits, scaled, F)
+                nonfinite += tl.sum(tl.where(is_finite, 0, 1))
+                square += squares(as_float(size), top)
+            if GUARD:
+                if as_float(top) * given > F.limit:
+                    tl.store(flag, 1)
+            if makes_codes:
+                codes, vanished = careful_tile(bits, given, F)
+                store_codes(codes, out, turned, m, n, mask, rows, columns, True, TURNED)
                 if COUNT:
-                    lost = (sized > F.limit_bits) & (size < INF)
+                    underflowed += vanished
+                    lost = tl.abs(as_float(size) * given) > F.limit
                     saturated += tl.sum(lost.to(tl.int32))
-                    excess = tl.where(lost, (tl.abs(value) - F.max * inv) * unit, 0.0)
+                    excess = tl.where(lost, (as_float(size) - F.max * inv) * unit_of(top), 0.0)
                     removed += tl.sum(excess * excess).to(tl.float64) * unit_square(top)
-            else:
-                codes = quick_codes(bits, scaled, F)
-            store_codes(codes, out, turned, m, n, mask, rows, columns, True, TURNED)
+        else:
+            if COUNT:
+                square += squares(as_float(bits), top)
+            if makes_codes:
+                codes, vanished = quick_tile(bits, given, F)
+                store_codes(codes, out, turned, m, n, mask, rows, columns, True, TURNED)
+                if COUNT:
+                    underflowed += vanished
+        largest = tl.maximum(largest, top)
         tile += programs
     tl.store(tops + program, largest)
     tl.store(parts + program, saturated.to(tl.float64))
@@ -192,15 +226,14 @@ def settle(
         while tile < tiles:
             m, n, mask = tile_offsets(tile, rows, columns, tiles_along, BM, BN)
             bits = load_bits(x, m[:, None].to(tl.int64) * columns + n[None, :], mask, KIND)
-            size = bits & ABS
-            scaled = as_float(bits) * used
-            sized = scaled.to(tl.int32, bitcast=True) & ABS
-            vanished += tl.sum(((sized <= F.vanishing_bits) & (size != 0)).to(tl.int32))
-            if (tl.max(size) >= INF) | (not F.zero_is_signed):
-                codes = careful_codes(bits, scaled, F)
+            if (tl.max(bits & ABS) >= INF) | (not F.zero_is_signed):
+                codes, count = careful_tile(bits, used, F)
+                vanished += count
+                store_codes(codes, out, turned, m, n, mask, rows, columns, True, TURNED)
             else:
-                codes = quick_codes(bits, scaled, F)
-            store_codes(codes, out, turned, m, n, mask, rows, columns, True, TURNED)
+                codes, count = quick_tile(bits, used, F)
+                vanished += count
+                store_codes(codes, out, turned, m, n, mask, rows, columns, True, TURNED)
             tile += tl.num_programs(0)
         # Whole numbers in float64: exact in any order.
         tl.atomic_add(stats + UNDERFLOWED, vanished.to(tl.float64), sem="relaxed")
