@@ -194,6 +194,7 @@ class _Fp8LinearFunction(torch.autograd.Function):
             operand("weight", "output"),
             bias,
             high=sites.is_high("output"),
+            dtype=x.dtype,
         )
         kept_x = operand("input", "grad_weight") if needs_weight else NOTHING
         kept_w = operand("weight", "grad_input") if needs_input else NOTHING
@@ -225,7 +226,10 @@ class _Fp8LinearFunction(torch.autograd.Function):
         def gradient(name: Gemm, kept: GemmOperand) -> Tensor:
             high = ctx.high[name]
             operand = sites.gemm_operand("grad_output", dy, casts, name, high=high)
-            grad = _gemm(sites, name, operand, kept, high=high)
+            # Smoothing comes after the sum, and before it is rounded.
+            exact = smooth is not None and not high
+            dtype = torch.float32 if exact else x_dtype if name == "grad_input" else weight_dtype
+            grad = _gemm(sites, name, operand, kept, high=high, dtype=dtype)
             if smooth is None or high:
                 return grad
             return grad * smooth if name == "grad_input" else grad / smooth
@@ -274,10 +278,14 @@ def _gemm(
     bias: Tensor | None = None,
     *,
     high: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Multiply as the layer's plan says; in high precision as `nn.Linear` does."""
+    """Multiply as the layer's plan says; in high precision as `nn.Linear` does.
+
+    `dtype` is that of the result; one in high precision has its operands' own.
+    """
     if not high:
-        return gemm(a, b, bias, sites.modes[name])
+        return gemm(a, b, bias, sites.modes[name], dtype)
     left, right = (x.tensor if x.axis == 1 else x.tensor.t() for x in (a, b))
     with torch.autocast(left.device.type, enabled=False):
         bias = None if bias is None else bias.to(left.dtype)

@@ -243,9 +243,12 @@ class LayerSites:
             }
         # Codes of the gradient are gone with the backward that makes them.
         gone = role == "grad_output"
-        codes = quantize_operand(x, self.scales[role, 1], plan, 1, slot=role, codes_too=gone)
+        codes = quantize_operand(
+            x, self.scales[role, 1], plan, 1, slot=role, codes_too=gone, turned=0 in axes
+        )
         codes = self._inspected(x, codes, plan, 1)
-        return {1: codes, 0: codes._replace(scale_inv=codes.scale_inv.t())}
+        other = codes.codes if codes.turned is None else codes.turned
+        return {1: codes, 0: codes._replace(codes=other, scale_inv=codes.scale_inv.t())}
 
     def _inspected(self, x: Tensor, codes: Codes, plan: CastPlan, axis: Axis) -> Codes:
         if self.inspection == "never":

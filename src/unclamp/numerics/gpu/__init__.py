@@ -1,7 +1,7 @@
 """The casts and GEMMs on a GPU: which tensors they take, and nothing that loads Triton.
 
-`cast` launches Triton kernels, `gemm` multiplies by torch's scaled matmul; both are imported
-when a first tensor comes that they take.
+`cast` and `cast_blocks` launch Triton kernels and are imported when a first tensor comes that
+they take; `gemm` multiplies by torch's scaled matmul.
 """
 
 import functools
@@ -16,11 +16,15 @@ DEVICE_PATH = "UNCLAMP_DEVICE_PATH"
 run by Triton's interpreter (TRITON_INTERPRET=1). For tests; some thousand times slower."""
 
 
-def takes(x: Tensor) -> bool:
-    """Whether a tensor goes the way of a GPU."""
-    if x.device.type == "cuda":
-        return _has_triton()
-    return x.device.type == "cpu" and is_interpreted()
+def goes_to_gpu(x: Tensor) -> bool:
+    """Whether a tensor's casts and GEMMs go the way of a GPU; stand-ins for tensors too."""
+    return x.device.type == "cuda" or (x.device.type == "cpu" and is_interpreted())
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels take a tensor: memory of a GPU, and no stand-in for it."""
+    is_real = type(x) in (Tensor, torch.nn.Parameter)
+    return is_real and goes_to_gpu(x) and _has_triton()
 
 
 def is_interpreted() -> bool:

@@ -21,7 +21,7 @@ TILE = (64, 128)
 """Rows and columns of a tile, where blocks do not ask for others."""
 LARGEST = 16384
 """Elements of a block that fits: more would not stay in registers."""
-ELEMENTS_A_WARP = 1024
+ELEMENTS_A_WARP = 512
 SIZE = 1024
 """Programs added up at a time."""
 ADDING = {"num_warps": 8, "enable_fp_fusion": False}
@@ -64,6 +64,8 @@ def tiling(rows: int, columns: int, block: tuple[int | None, int | None]) -> Til
     gn = max(TILE[1] // width, 1)
     while gm > 1 and gm * height * gn * width > TILE[0] * TILE[1]:
         gm //= 2
+    while gn > 1 and gm * height * gn * width > TILE[0] * TILE[1]:
+        gn //= 2
     if tall:
         gm = 1
     if wide:
