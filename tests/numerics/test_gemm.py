@@ -263,7 +263,9 @@ def test_the_operator_matmul_is_what_its_fake_says(axes, accumulate):
     a, _ = made(9, 40, axes[0], PerRow())
     b, _ = made(6, 40, axes[1], PerBlock(3, 5))
     plain = GemmOperand(torch.randn(6, 40))
-    opcheck("matmul", *a[:4], *b[:4], torch.randn(6), accumulate, torch.float32, test_utils=ON_FLOAT8)
+    opcheck(
+        "matmul", *a[:4], *b[:4], torch.randn(6), accumulate, torch.float32, test_utils=ON_FLOAT8
+    )
     opcheck("matmul", *a[:4], *plain[:4], None, accumulate, torch.float32, test_utils=ON_FLOAT8)
     turned = GemmOperand(torch.randn(40, 3), axis=0)
     opcheck("matmul", *plain[:4], *turned[:4], None, accumulate, torch.float32)

@@ -82,9 +82,7 @@ def matmul(
     # Under autocast F.linear would leave float32.
     with torch.autocast(a.tensor.device.type, enabled=False):
         if goes_to_gpu(a.tensor) and (a.scale_inv is not None or b.scale_inv is not None):
-            return scaled_matmul(
-                a, b, bias, fast=accumulate == "hopper_fast", out_dtype=out_dtype
-            )
+            return scaled_matmul(a, b, bias, fast=accumulate == "hopper_fast", out_dtype=out_dtype)
         bias = None if bias is None else bias.to(torch.float32)
         if accumulate == "float32" or a.scale_inv is None or b.scale_inv is None:
             return F.linear(a.values(), b.values(), bias).to(out_dtype)

@@ -1,7 +1,7 @@
 """A format's numbers as integer rounding wants them, for the kernels on a CPU and on a GPU.
 
-    normal     round the bits to the format's mantissa, ties to even, and shift
-    subnormal  add 2**(emin - mantissa + 23): the adder rounds; the sum's low bits are the code
+normal     round the bits to the format's mantissa, ties to even, and shift
+subnormal  add 2**(emin - mantissa + 23): the adder rounds; the sum's low bits are the code
 """
 
 from functools import cache
