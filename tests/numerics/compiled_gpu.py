@@ -75,4 +75,5 @@ def check_blocks(target: str) -> None:
 
 if __name__ == "__main__":
     check_tensor(sys.argv[1])
-    check_blocks(sys.argv[1])
+    if sys.argv[1] == "cuda":
+        check_blocks(sys.argv[1])

@@ -137,7 +137,7 @@ class Fp8Linear(nn.Linear):
             key = f"{prefix}{STATE_PREFIX}{role}"
             destination[f"{key}_amax_history"] = ledger.history_of(index)
             destination[f"{key}_scale"] = ledger.scale_of(index)
-        destination[f"{prefix}{STATE_PREFIX}updates"] = torch.tensor(ledger.updates)
+        destination[f"{prefix}{STATE_PREFIX}updates"] = torch.tensor(ledger.count())
 
     def _load_from_state_dict(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unclamp.numerics import GemmOperand, block_grid, empty_stats, merged_stats
+from unclamp.numerics.gpu import is_capturing
 from unclamp.numerics.operators import (
     CastPlan,
     Codes,
@@ -285,6 +286,8 @@ class LayerSites:
 
     def commit(self, seen: Mapping[Role, Seen]) -> None:
         """Hand statistics, and amaxes of blocks, to the ledger."""
+        if not torch.compiler.is_compiling() and is_capturing():
+            self.ledger.captured.is_in_graph = True
         for role, one in seen.items():
             for axis, amax in one.block_amax.items():
                 pending = self.block_amax.get((role, axis))

@@ -144,6 +144,9 @@ class Recorder:
         self._last = now
         given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         values = {name: _detached(v) for name, v in (given | scalars).items() if v is not None}
+        if not self._updates:  # in a CUDA graph no listener is called
+            for ledger in self._ledgers:
+                ledger.replayed()
         updates, self._updates = self._updates, []
         row = functools.cache(lambda: step_columns(step, values, timing))
         self._writer.add("steps", row)

@@ -32,6 +32,11 @@ def is_interpreted() -> bool:
     return os.environ.get(DEVICE_PATH) == "interpreter"
 
 
+def is_capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
