@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from unclamp.numerics import GemmOperand, block_grid, empty_stats, merged_stats
-from unclamp.numerics.gpu import is_capturing
+from unclamp.numerics.gpu import architecture, is_capturing
+from unclamp.numerics.gpu.formats import native_format
 from unclamp.numerics.operators import (
     CastPlan,
     Codes,
@@ -134,6 +135,16 @@ class Site:
             power_of_two=self.power_of_two,
             guard=isinstance(scaling, Guarded),
         )
+
+
+def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
+    """Return a plan in the formats that a device multiplies (`numerics.gpu.formats`)."""
+    arch = architecture(device)
+    operands = {
+        role: replace(operand, format=native_format(operand.format, arch))
+        for role, operand in plan.operands.items()
+    }
+    return plan if operands == plan.operands else replace(plan, operands=operands)
 
 
 Inspection = Literal["never", "clamped", "always"]
