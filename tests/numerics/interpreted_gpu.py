@@ -238,10 +238,29 @@ def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [out.detach(), x.grad, linear.weight.grad, linear.bias.grad, ledger.amax_history]
 
 
-def test_layer_keeps_one_byte_an_element_of_its_input(monkeypatch):
+def test_layer_makes_codes_of_a_large_weight_again_and_counts_them_once(monkeypatch):
     monkeypatch.setenv(DEVICE_PATH, "interpreter")
-    model = nn.Linear(32, 16, dtype=torch.bfloat16)
-    unclamp.convert(model, Recipe.uniform(Delayed()))
+    results = []
+    for tokens_an_output in (10, 0):
+        monkeypatch.setattr("unclamp.nn.site.TOKENS_AN_OUTPUT", tokens_an_output)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 32))
+        unclamp.convert(model, RECIPES["guarded"])
+        ledger = model[0].sites.ledger
+        seen: list[Tensor] = []
+        ledger.subscribe(lambda update, seen=seen: seen.append(update.stats))
+        kept = kept_by(model, torch.randn(20, 48))
+        results.append((kept, *trained(model, torch.randn(20, 48)), *seen))
+    (remade, *first), (kept, *second) = results
+    assert remade == 20 * 48 < kept == 20 * 48 + 32 * 48
+    for a, b in zip(first[:5], second[:5], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(first[5:], second[5:], strict=True):
+        assert torch.equal(a[:, COUNTS], b[:, COUNTS])  # squares add up by other tiles
+
+
+def kept_by(model: nn.Module, x: Tensor) -> int:
+    """Return the bytes of codes that a forward keeps for backward."""
     kept: list[Tensor] = []
 
     def keep(t: Tensor) -> Tensor:
@@ -249,7 +268,12 @@ def test_layer_keeps_one_byte_an_element_of_its_input(monkeypatch):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True))
-    codes = [t for t in kept if t.numel() == 64 * 32]
-    assert [t.element_size() for t in codes] == [1]
-    assert codes[0].t().is_contiguous()  # as the gradient of the weight wants it
+        model(x.clone().requires_grad_())
+    return sum(t.numel() for t in kept if t.element_size() == 1)
+
+
+def test_layer_keeps_one_byte_an_element_of_its_input(monkeypatch):
+    monkeypatch.setenv(DEVICE_PATH, "interpreter")
+    model = nn.Linear(32, 16, dtype=torch.bfloat16)
+    unclamp.convert(model, Recipe.uniform(Delayed()))
+    assert kept_by(model, torch.randn(64, 32, dtype=torch.bfloat16)) == 64 * 32

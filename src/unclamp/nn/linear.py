@@ -8,8 +8,8 @@ With tokens T, in features K, out features N, and a hat for a tensor that went t
     grad_bias    [N]    = sum of grad_output over T, in high precision
 
 The codes of input and weight that the forward made are what backward uses: three casts and not
-six, one byte an element kept for backward, and no chance of two scales for one tensor. A
-re-computed forward (activation checkpointing) finds the same scales, since they change only
+six, one byte an element kept for backward, and no chance of two scales for one tensor. On a GPU
+the codes of a weight that would be most of what is kept are made again in backward. A re-computed forward (activation checkpointing) finds the same scales, since they change only
 after an optimizer step.
 
 Statistics are kept with the graph node and committed to the ledger when its backward runs,
@@ -177,7 +177,9 @@ class _Fp8LinearFunction(torch.autograd.Function):
         smooth = channel_scale(x) if sites.smooth else None
         tensors = plain if smooth is None else _smoothed(x, weight, smooth)
         x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
-        w_gemms: list[Gemm] = ["output", "grad_input"] if needs_input else ["output"]
+        remakes = needs_input and sites.remakes_weight(weight, x.shape[0])
+        keeps = needs_input and not remakes
+        w_gemms: list[Gemm] = ["output", "grad_input"] if keeps else ["output"]
         casts: dict[Role, Casts] = {
             "input": sites.cast("input", tensors["input"], x_gemms),
             "weight": sites.cast("weight", tensors["weight"], w_gemms),
@@ -197,7 +199,11 @@ class _Fp8LinearFunction(torch.autograd.Function):
             dtype=x.dtype,
         )
         kept_x = operand("input", "grad_weight") if needs_weight else NOTHING
-        kept_w = operand("weight", "grad_input") if needs_input else NOTHING
+        kept_w = operand("weight", "grad_input") if keeps else NOTHING
+        ctx.remade = sites.casts["weight"] if remakes else None
+        if remakes:
+            scale = sites.scales["weight", 1]
+            kept_w = GemmOperand(weight, None if scale is None else scale.clone())
         # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
         seen: dict[Role, Seen] = {role: sites.seen(role, made) for role, made in casts.items()}
         ctx.sites, ctx.commit, ctx.seen = sites, commit, seen
@@ -236,7 +242,10 @@ class _Fp8LinearFunction(torch.autograd.Function):
 
         grad_input = grad_weight = grad_bias = None
         if needs_input:
-            kept_w = GemmOperand(saved[2], saved[3], ctx.granularities[1], 0)
+            if ctx.remade is not None:
+                kept_w = sites.remake(saved[2], saved[3], ctx.remade)
+            else:
+                kept_w = GemmOperand(saved[2], saved[3], ctx.granularities[1], 0)
             grad_input = _poisoned(gradient("grad_input", kept_w).to(x_dtype), dy, seen.stats)
         if needs_weight:
             kept_x = GemmOperand(saved[0], saved[1], ctx.granularities[0], 0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unclamp.numerics import GemmOperand, block_grid, empty_stats, merged_stats
-from unclamp.numerics.gpu import architecture, is_capturing
+from unclamp.numerics.gpu import architecture, goes_to_gpu, is_capturing
 from unclamp.numerics.gpu.formats import native_format
 from unclamp.numerics.operators import (
     CastPlan,
@@ -150,6 +150,9 @@ def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
 Inspection = Literal["never", "clamped", "always"]
 """Which casts get a closer look: none, those that clamped, or all."""
 
+TOKENS_AN_OUTPUT = 10
+"""Tokens for each output feature from which on the codes of a weight are kept on a GPU."""
+
 Casts = dict[Axis, Codes]
 """A role's casts by the axis that their GEMM contracts; the same one twice if it serves both."""
 
@@ -234,6 +237,17 @@ class LayerSites:
         used: list[Gemm] = [gemm for gemm in GEMMS if (role, gemm) in AXES]
         return self.casts[role] is not None and any(self.modes[gemm] != HIGH for gemm in used)
 
+    def remakes_weight(self, weight: Tensor, tokens: int) -> bool:
+        """Whether backward casts the weight again, and does not keep its codes.
+
+        On a GPU, where a cast costs little next to a GEMM, and the codes of a weight with many
+        outputs would be most of what is kept: with them, more than 0.55 of a plain layer's.
+        """
+        is_kept = weight.shape[0] * TOKENS_AN_OUTPUT <= tokens
+        if is_kept or not goes_to_gpu(weight) or self.smooth or self.is_high("grad_input"):
+            return False
+        return self.casts["weight"] is not None and self.square["weight"]
+
     def is_high(self, gemm: Gemm) -> bool:
         """Whether a GEMM computes from operands that are not cast."""
         return self.warming or self.modes[gemm] == HIGH
@@ -279,6 +293,15 @@ class LayerSites:
             return GemmOperand(x, axis=axis)
         codes = casts[axis]
         return GemmOperand(codes.codes, codes.scale_inv, plan.granularity, axis, codes.values)
+
+    def remake(self, weight: Tensor, scale: Tensor | None, plan: CastPlan) -> GemmOperand:
+        """Return the weight as the forward cast it, for `grad_input`; it is not counted again.
+
+        What a cast does is a function of tensor, scale and plan: the codes are the same.
+        """
+        codes = quantize_operand(weight, scale, plan, 1, turned=True)
+        other = codes.codes if codes.turned is None else codes.turned
+        return GemmOperand(other, codes.scale_inv.t(), plan.granularity, 0)
 
     def seen(self, role: Role, made: Casts) -> Seen:
         """Return what the ledger wants to know of a role's casts, and nothing of the codes."""

@@ -147,7 +147,7 @@ def cast_tiles(
             if COUNT:
                 nonfinite += tl.sum(tl.where(is_finite, 0, 1))
                 square += squares(as_float(size), top)
-            if GUARD:
+            if GUARD:  # noqa: SIM102  # one is a constant
                 if as_float(top) * given > F.limit:
                     tl.store(flag, 1)
             if makes_codes:
@@ -186,7 +186,7 @@ def settle(
 ):  # fmt: skip
     """Add up the statistics; cast with the tensor's own scale where that is due.
 
-    `cast_tiles` has set `stats[UNDERFLOWED]` to 0. `PROGRAMS` is a power of two, at least `programs`.
+    `cast_tiles` has set `stats[UNDERFLOWED]` to 0. `PROGRAMS`: a power of two, at least `programs`.
     """
     program = tl.program_id(0)
     each = tl.arange(0, PROGRAMS)
