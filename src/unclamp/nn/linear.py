@@ -9,8 +9,9 @@ With tokens T, in features K, out features N, and a hat for a tensor that went t
 
 The codes of input and weight that the forward made are what backward uses: three casts and not
 six, one byte an element kept for backward, and no chance of two scales for one tensor. On a GPU
-the codes of a weight that would be most of what is kept are made again in backward. A re-computed forward (activation checkpointing) finds the same scales, since they change only
-after an optimizer step.
+the codes of a weight that would be most of what is kept are made again in backward. A re-computed
+forward (activation checkpointing) finds the same scales, since they change only after an
+optimizer step.
 
 Statistics are kept with the graph node and committed to the ledger when its backward runs,
 once. So an evaluation forward changes nothing, and a forward that runs twice for one backward

@@ -54,7 +54,8 @@ def tiling(rows: int, columns: int, block: tuple[int | None, int | None]) -> Til
     tall, wide = (size is None for size in block)
     height = _power_of_two(rows) if tall else block[0]
     width = _power_of_two(columns) if wide else block[1]
-    assert height is not None and width is not None
+    assert height is not None
+    assert width is not None
     fits = height * width <= LARGEST and not (tall and width == 1)
     if not fits:
         if not (tall or wide):
