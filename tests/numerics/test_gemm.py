@@ -241,7 +241,7 @@ def test_the_last_axis_may_be_called_minus_one_in_an_operator_too():
     x = torch.randn(4, 6)
     opcheck("quantize", x, None, *CastPlan("e4m3fn", "row"), -1)
     plain = GemmOperand(x, axis=-1)
-    opcheck("matmul", *plain[:4], *plain[:4], None, "float32")
+    opcheck("matmul", *plain[:4], *plain[:4], None, "float32", torch.float32)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -263,10 +263,13 @@ def test_the_operator_matmul_is_what_its_fake_says(axes, accumulate):
     a, _ = made(9, 40, axes[0], PerRow())
     b, _ = made(6, 40, axes[1], PerBlock(3, 5))
     plain = GemmOperand(torch.randn(6, 40))
-    opcheck("matmul", *a[:4], *b[:4], torch.randn(6), accumulate, test_utils=ON_FLOAT8)
-    opcheck("matmul", *a[:4], *plain[:4], None, accumulate, test_utils=ON_FLOAT8)
-    opcheck("matmul", *plain[:4], *GemmOperand(torch.randn(40, 3), axis=0)[:4], None, accumulate)
-    got = torch.ops.unclamp.matmul(*a[:4], *b[:4], None, accumulate)
+    opcheck(
+        "matmul", *a[:4], *b[:4], torch.randn(6), accumulate, torch.float32, test_utils=ON_FLOAT8
+    )
+    opcheck("matmul", *a[:4], *plain[:4], None, accumulate, torch.float32, test_utils=ON_FLOAT8)
+    turned = GemmOperand(torch.randn(40, 3), axis=0)
+    opcheck("matmul", *plain[:4], *turned[:4], None, accumulate, torch.float32)
+    got = torch.ops.unclamp.matmul(*a[:4], *b[:4], None, accumulate, torch.float32)
     assert torch.equal(got, matmul(a, b, accumulate=accumulate))
 
 

@@ -9,6 +9,7 @@ the model only when nothing can fail any more, and both report what they left al
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from torch import nn
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
-from unclamp.nn.site import LayerSites, Site
+from unclamp.nn.payoff import Timer, check_tokens, unprofitable
+from unclamp.nn.site import LayerSites, Site, native_plan
 from unclamp.recipe import Recipe
 from unclamp.rule import GEMMS, ROLES, LayerPlan, matches
 from unclamp.scaling import HighPrecision, describe
@@ -58,7 +60,14 @@ class RevertReport:
 
 
 def convert(
-    model: nn.Module, recipe: Recipe, *, skip: Sequence[str] = (), strict: bool = False
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    skip: Sequence[str] = (),
+    strict: bool = False,
+    where_it_pays: bool = False,
+    tokens: int | None = None,
+    timer: Timer | None = None,
 ) -> ConvertReport:
     """Make every linear layer of a model compute in FP8, as the recipe says.
 
@@ -67,11 +76,16 @@ def convert(
         recipe: What each operand gets.
         skip: Globs of modules to leave alone, such as "lm_head".
         strict: Raise where a rule or a skip glob matches no linear layer; otherwise warn.
+        where_it_pays: Leave alone the layers that FP8 does not make faster. Each shape is
+            measured on the layers' device, forward and backward, once in a process; the report
+            says the ratios. On a CPU FP8 is emulated, and pays nowhere.
+        tokens: Tokens of a step (batch times sequence length), at which to measure.
+        timer: What measures, milliseconds of a layer's step; `nn.payoff.step_ms` by default.
 
     Raises:
         RecipeError: `recipe` is none.
-        ConvertError: `strict` and something matched nothing, `skip` is a string, or the layers
-            lie on several devices. The model is unchanged.
+        ConvertError: `strict` and something matched nothing, `skip` is a string, `where_it_pays`
+            without `tokens`, or the layers lie on several devices. The model is unchanged.
 
     Example:
         >>> import torch, unclamp
@@ -81,11 +95,25 @@ def convert(
           0: input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
           skipped 1: matches skip '1'
     """
-    return attach(model, recipe, skip=skip, strict=strict, observes=False)
+    profit = Profit(check_tokens(tokens), timer) if where_it_pays else None
+    return attach(model, recipe, skip=skip, strict=strict, observes=False, profit=profit)
+
+
+class Profit(NamedTuple):
+    """How `convert` finds out where FP8 pays."""
+
+    tokens: int
+    timer: Timer | None = None
 
 
 def attach(
-    model: nn.Module, recipe: Recipe, *, skip: Sequence[str], strict: bool, observes: bool
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    skip: Sequence[str],
+    strict: bool,
+    observes: bool,
+    profit: Profit | None = None,
 ) -> ConvertReport:
     """Do what `convert` says; where it `observes`, casts are only counted (`nn.observe`).
 
@@ -114,10 +142,28 @@ def attach(
     _check_devices({fqn: m.weight.device for fqn, m in {**others, **converted}.items()})
     unmatched = _unmatched(model, recipe, skip, list(converted))
     _report_unmatched(model, unmatched, strict=strict)
+    plans = {fqn: native_plan(recipe.plan(fqn), m.weight.device) for fqn, m in converted.items()}
+    if profit is not None:
+        left = unprofitable(
+            converted, plans, tokens=profit.tokens, install=_install_alone, timer=profit.timer
+        )
+        skipped |= left
+        converted = {fqn: m for fqn, m in converted.items() if fqn not in left}
+        plans = {fqn: plans[fqn] for fqn in converted}
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.extend_to(model)
     ledger.observes = observes
-    plans = {fqn: recipe.plan(fqn) for fqn in converted}
+    if converted:
+        ledger.recipe = recipe
+    _install(ledger, converted, plans)
+    ledger.rebind()  # a warm-up is the whole model's
+    return ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
+
+
+def _install(
+    ledger: Ledger, layers: Mapping[str, nn.Linear], plans: Mapping[str, LayerPlan]
+) -> None:
+    """Give layers their sites in a ledger, and their class."""
     sites = [
         Site.of(
             fqn,
@@ -125,19 +171,20 @@ def attach(
             plans[fqn].operands[role],
             shape=tuple(module.weight.shape) if role == "weight" else (),
         )
-        for fqn, module in converted.items()
+        for fqn, module in layers.items()
         for role in ROLES
     ]
     indices = iter(ledger.add(sites))
-    if converted:
-        ledger.recipe = recipe
-    for fqn, module in converted.items():
+    for fqn, module in layers.items():
         module.__class__ = Fp8Linear
         assert isinstance(module, Fp8Linear)
         module.sites = LayerSites(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
         ledger.move_to(module.weight.device)
-    ledger.rebind()  # a warm-up is the whole model's
-    return ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
+
+
+def _install_alone(layer: nn.Linear, plan: LayerPlan) -> None:
+    """Convert a layer that is made to be measured."""
+    _install(Ledger(layer), {"": layer}, {"": plan})
 
 
 def revert(model: nn.Module) -> RevertReport:

@@ -22,6 +22,10 @@ maximum over the microsteps enters the history once.
 A cast commits when its *backward* runs (`unclamp.nn.linear`). That alone gives the counts their
 meaning: an evaluation forward commits nothing, and under activation checkpointing, where the
 forward runs twice, the backward runs once.
+
+A CUDA graph replays kernels and no Python. An update that is captured runs at every replay, counts
+itself on the device, and leaves its statistics where `replayed` finds them; once a commit was
+captured, every optimizer step outside of the graph updates, pending or not: the host cannot know.
 """
 
 import itertools
@@ -33,9 +37,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from unclamp.nn.captured import Captured
 from unclamp.nn.rows import RowSettings
 from unclamp.nn.site import INSPECTIONS, Inspection, LayerSites, Site
 from unclamp.numerics import Stat, empty_details, empty_stats
+from unclamp.numerics.gpu import is_capturing
 from unclamp.recipe import Recipe
 from unclamp.scaling import Scaling, Static
 
@@ -105,7 +111,7 @@ class Ledger:
     def _lay_out(self, sites: list[Site], *, device: torch.device | None = None) -> None:
         """Give these sites rows; those that are here keep what they know if it still fits."""
         old, old_first, old_sites = self.__dict__.copy(), self.first_row, self.sites
-        was_pending = self.has_pending
+        was_pending, self.updates = self.has_pending, self.count()
         remembered = [site.history_len for site in sites]
         for index, before in enumerate(self._remembered):
             remembered[index] = max(before, remembered[index])
@@ -137,6 +143,7 @@ class Ledger:
         if self.details is not None:
             self._allocate_details()
         self._settings = RowSettings.of(self.sites, longest, device)
+        self.captured = Captured(device)  # a graph of other tensors is of no use any more
         self.scale.copy_(torch.where(self._settings.is_static, self._settings.static, self.scale))
         self._mark(pending=False)
 
@@ -175,15 +182,21 @@ class Ledger:
         return self.observes or is_early
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, *, captured: bool | None = None) -> None:
         """Fold the pending amaxes into histories and scales, tell listeners, start afresh.
+
+        Where it is `captured` in a CUDA graph (by default it looks), listeners are told by
+        `replayed`.
 
         Numerics: a site that cast nothing, or saw no finite element, keeps its history and
         scale. An amax of 0 enters the history; a window of zeros keeps the scale. Where a
         reduce function gives NaN or Inf the scale is kept too.
         """
+        captured = is_capturing() if captured is None else captured
         details, age = self._take_details()
-        for listener in self._listeners:
+        if captured:
+            self.captured.keep((self.pending.clone(), details, age))
+        for listener in [] if captured else self._listeners:
             look = None if details is None else details.clone()
             listener(Update(self.pending.clone(), look, age))
         amax = self._settings.newest(self.pending[:, Stat.AMAX], self.block_amax)
@@ -195,11 +208,28 @@ class Ledger:
         self.block_amax.fill_(-1)
         self.pending.copy_(self._settings.empty)
         self._mark(pending=False)
+        if captured:
+            return
         # Optimizers that step within backward make an update a parameter, and one step in all.
         task = torch._C._current_graph_task_id()
         if task == -1 or task != self._counted_in:
             self._count(self.updates + 1)
         self._counted_in = task
+
+    def replayed(self) -> None:
+        """Tell listeners what the last replay of a captured update saw; once after each replay.
+
+        `Recorder.step` does it. Without a captured update it does nothing.
+        """
+        seen = self.captured.seen()
+        for listener in [] if seen is None else self._listeners:
+            stats, *others = seen or []
+            assert stats is not None
+            listener(Update(stats.clone(), *others))
+
+    def count(self) -> int:
+        """Return the number of updates; waits for the device if some are replayed."""
+        return self.updates + self.captured.count()
 
     def _take_details(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the closer looks since the last update, and start afresh."""
@@ -326,13 +356,14 @@ class Ledger:
 
     def restore_updates(self, updates: int) -> None:
         """Set how many updates there were, which decides where a warm-up stands."""
+        self.captured.forget_count()
         self._count(updates)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ledger":
         root = self._root() if self._root is not None else None
         twin = Ledger(memo.get(id(root)))
         memo[id(self)] = twin
-        twin.recipe, twin.updates, twin.observes = self.recipe, self.updates, self.observes
+        twin.recipe, twin.updates, twin.observes = self.recipe, self.count(), self.observes
         twin._remembered = list(self._remembered)
         twin._lay_out(list(self.sites), device=self.scale.device)
         for name in ("amax_history", "scale", "block_amax", "pending"):
@@ -393,5 +424,5 @@ def _follow_optimizers(ledger: Ledger) -> None:
 
 def _after_optimizer_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     for ledger in list(_ledgers):
-        if ledger.has_pending and ledger.follows(optimizer):
+        if (ledger.has_pending or ledger.captured.is_in_graph) and ledger.follows(optimizer):
             ledger.update()

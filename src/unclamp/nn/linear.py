@@ -8,9 +8,10 @@ With tokens T, in features K, out features N, and a hat for a tensor that went t
     grad_bias    [N]    = sum of grad_output over T, in high precision
 
 The codes of input and weight that the forward made are what backward uses: three casts and not
-six, one byte an element kept for backward, and no chance of two scales for one tensor. A
-re-computed forward (activation checkpointing) finds the same scales, since they change only
-after an optimizer step.
+six, one byte an element kept for backward, and no chance of two scales for one tensor. On a GPU
+the codes of a weight that would be most of what is kept are made again in backward. A re-computed
+forward (activation checkpointing) finds the same scales, since they change only after an
+optimizer step.
 
 Statistics are kept with the graph node and committed to the ledger when its backward runs,
 once. So an evaluation forward changes nothing, and a forward that runs twice for one backward
@@ -137,7 +138,7 @@ class Fp8Linear(nn.Linear):
             key = f"{prefix}{STATE_PREFIX}{role}"
             destination[f"{key}_amax_history"] = ledger.history_of(index)
             destination[f"{key}_scale"] = ledger.scale_of(index)
-        destination[f"{prefix}{STATE_PREFIX}updates"] = torch.tensor(ledger.updates)
+        destination[f"{prefix}{STATE_PREFIX}updates"] = torch.tensor(ledger.count())
 
     def _load_from_state_dict(
         self,
@@ -177,7 +178,9 @@ class _Fp8LinearFunction(torch.autograd.Function):
         smooth = channel_scale(x) if sites.smooth else None
         tensors = plain if smooth is None else _smoothed(x, weight, smooth)
         x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
-        w_gemms: list[Gemm] = ["output", "grad_input"] if needs_input else ["output"]
+        remakes = needs_input and sites.remakes_weight(weight, x.shape[0])
+        keeps = needs_input and not remakes
+        w_gemms: list[Gemm] = ["output", "grad_input"] if keeps else ["output"]
         casts: dict[Role, Casts] = {
             "input": sites.cast("input", tensors["input"], x_gemms),
             "weight": sites.cast("weight", tensors["weight"], w_gemms),
@@ -194,9 +197,14 @@ class _Fp8LinearFunction(torch.autograd.Function):
             operand("weight", "output"),
             bias,
             high=sites.is_high("output"),
+            dtype=x.dtype,
         )
         kept_x = operand("input", "grad_weight") if needs_weight else NOTHING
-        kept_w = operand("weight", "grad_input") if needs_input else NOTHING
+        kept_w = operand("weight", "grad_input") if keeps else NOTHING
+        ctx.remade = sites.casts["weight"] if remakes else None
+        if remakes:
+            scale = sites.scales["weight", 1]
+            kept_w = GemmOperand(weight, None if scale is None else scale.clone())
         # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
         seen: dict[Role, Seen] = {role: sites.seen(role, made) for role, made in casts.items()}
         ctx.sites, ctx.commit, ctx.seen = sites, commit, seen
@@ -225,14 +233,20 @@ class _Fp8LinearFunction(torch.autograd.Function):
         def gradient(name: Gemm, kept: GemmOperand) -> Tensor:
             high = ctx.high[name]
             operand = sites.gemm_operand("grad_output", dy, casts, name, high=high)
-            grad = _gemm(sites, name, operand, kept, high=high)
+            # Smoothing comes after the sum, and before it is rounded.
+            exact = smooth is not None and not high
+            dtype = torch.float32 if exact else x_dtype if name == "grad_input" else weight_dtype
+            grad = _gemm(sites, name, operand, kept, high=high, dtype=dtype)
             if smooth is None or high:
                 return grad
             return grad * smooth if name == "grad_input" else grad / smooth
 
         grad_input = grad_weight = grad_bias = None
         if needs_input:
-            kept_w = GemmOperand(saved[2], saved[3], ctx.granularities[1], 0)
+            if ctx.remade is not None:
+                kept_w = sites.remake(saved[2], saved[3], ctx.remade)
+            else:
+                kept_w = GemmOperand(saved[2], saved[3], ctx.granularities[1], 0)
             grad_input = _poisoned(gradient("grad_input", kept_w).to(x_dtype), dy, seen.stats)
         if needs_weight:
             kept_x = GemmOperand(saved[0], saved[1], ctx.granularities[0], 0)
@@ -274,10 +288,14 @@ def _gemm(
     bias: Tensor | None = None,
     *,
     high: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Multiply as the layer's plan says; in high precision as `nn.Linear` does."""
+    """Multiply as the layer's plan says; in high precision as `nn.Linear` does.
+
+    `dtype` is that of the result; one in high precision has its operands' own.
+    """
     if not high:
-        return gemm(a, b, bias, sites.modes[name])
+        return gemm(a, b, bias, sites.modes[name], dtype)
     left, right = (x.tensor if x.axis == 1 else x.tensor.t() for x in (a, b))
     with torch.autocast(left.device.type, enabled=False):
         bias = None if bias is None else bias.to(left.dtype)

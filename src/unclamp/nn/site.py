@@ -20,6 +20,8 @@ from unclamp.numerics import (
     empty_stats,
     merged_stats,
 )
+from unclamp.numerics.gpu import architecture, goes_to_gpu, is_capturing
+from unclamp.numerics.gpu.formats import native_format
 from unclamp.numerics.operators import (
     CastPlan,
     Codes,
@@ -141,9 +143,22 @@ class Site:
         )
 
 
+def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
+    """Return a plan in the formats that a device multiplies (`numerics.gpu.formats`)."""
+    arch = architecture(device)
+    operands = {
+        role: replace(operand, format=native_format(operand.format, arch))
+        for role, operand in plan.operands.items()
+    }
+    return plan if operands == plan.operands else replace(plan, operands=operands)
+
+
 Inspection = Literal["never", "clamped", "always"]
 """Which casts get a closer look: none, those that clamped, or all."""
 INSPECTIONS: tuple[Inspection, ...] = get_args(Inspection)
+
+TOKENS_AN_OUTPUT = 10
+"""Tokens for each output feature from which on the codes of a weight are kept on a GPU."""
 
 Casts = dict[Axis, Codes]
 """A role's casts by the axis that their GEMM contracts; the same one twice if it serves both."""
@@ -231,6 +246,17 @@ class LayerSites:
         used: list[Gemm] = [gemm for gemm in GEMMS if (role, gemm) in AXES]
         return self.casts[role] is not None and any(self.modes[gemm] != HIGH for gemm in used)
 
+    def remakes_weight(self, weight: Tensor, tokens: int) -> bool:
+        """Whether backward casts the weight again, and does not keep its codes.
+
+        On a GPU, where a cast costs little next to a GEMM, and the codes of a weight with many
+        outputs would be most of what is kept: with them, more than 0.55 of a plain layer's.
+        """
+        is_kept = weight.shape[0] * TOKENS_AN_OUTPUT <= tokens
+        if is_kept or not goes_to_gpu(weight) or self.smooth or self.is_high("grad_input"):
+            return False
+        return self.casts["weight"] is not None and self.square["weight"]
+
     def is_high(self, gemm: Gemm) -> bool:
         """Whether a GEMM computes from operands that are not cast."""
         return self.warming or self.modes[gemm] == HIGH
@@ -252,9 +278,12 @@ class LayerSites:
             }
         # Codes of the gradient are gone with the backward that makes them.
         gone = role == "grad_output"
-        codes = quantize_operand(x, self.scales[role, 1], plan, 1, slot=role, codes_too=gone)
+        codes = quantize_operand(
+            x, self.scales[role, 1], plan, 1, slot=role, codes_too=gone, turned=0 in axes
+        )
         codes = self._inspected(x, codes, plan, 1)
-        return {1: codes, 0: codes._replace(scale_inv=codes.scale_inv.t())}
+        other = codes.codes if codes.turned is None else codes.turned
+        return {1: codes, 0: codes._replace(codes=other, scale_inv=codes.scale_inv.t())}
 
     def _inspected(self, x: Tensor, codes: Codes, plan: CastPlan, axis: Axis) -> Codes:
         if self.inspection == "never":
@@ -274,6 +303,15 @@ class LayerSites:
         codes = casts[axis]
         return GemmOperand(codes.codes, codes.scale_inv, plan.granularity, axis, codes.values)
 
+    def remake(self, weight: Tensor, scale: Tensor | None, plan: CastPlan) -> GemmOperand:
+        """Return the weight as the forward cast it, for `grad_input`; it is not counted again.
+
+        What a cast does is a function of tensor, scale and plan: the codes are the same.
+        """
+        codes = quantize_operand(weight, scale, plan, 1, turned=True)
+        other = codes.codes if codes.turned is None else codes.turned
+        return GemmOperand(other, codes.scale_inv.t(), plan.granularity, 0)
+
     def seen(self, role: Role, made: Casts) -> Seen:
         """Return what the ledger wants to know of a role's casts, and nothing of the codes."""
         if not made:
@@ -291,6 +329,8 @@ class LayerSites:
 
     def commit(self, seen: Mapping[Role, Seen]) -> None:
         """Hand statistics, and amaxes of blocks, to the ledger."""
+        if not torch.compiler.is_compiling() and is_capturing():
+            self.ledger.captured.is_in_graph = True
         for role, one in seen.items():
             for axis, amax in one.block_amax.items():
                 pending = self.block_amax.get((role, axis))

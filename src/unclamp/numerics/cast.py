@@ -48,6 +48,8 @@ class Quantized:
         granularity: Which elements share a scale.
         axis: The axis that the GEMM contracts.
         values: `dequantize` of it, where the cast has made it on the way; else None.
+        turned: The codes once more in column-major memory, as a GEMM that contracts the other
+            axis wants them on a GPU; None where nobody asked, and off the GPU.
     """
 
     codes: Tensor
@@ -57,6 +59,7 @@ class Quantized:
     granularity: Granularity = PER_TENSOR
     axis: int = -1
     values: Tensor | None = None
+    turned: Tensor | None = None
 
 
 def torch_dtype(fmt: Format) -> torch.dtype:

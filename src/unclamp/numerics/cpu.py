@@ -32,9 +32,9 @@ from unclamp.numerics.kernels import (
     amax_range,
     cast_range,
     decode_range,
-    layout,
     look_range,
 )
+from unclamp.numerics.layout import layout
 
 
 class Blocks(NamedTuple):

@@ -20,6 +20,8 @@ from unclamp.errors import UnsupportedError
 from unclamp.formats import unknown_name
 from unclamp.numerics.blocks import orient, spread
 from unclamp.numerics.cast import dequantize_codes, format_of
+from unclamp.numerics.gpu import goes_to_gpu
+from unclamp.numerics.gpu.gemm import scaled_matmul
 from unclamp.scaling import ACCUMULATES, Block, parse_granularity
 
 
@@ -56,26 +58,36 @@ class GemmOperand(NamedTuple):
 
 
 def matmul(
-    a: GemmOperand, b: GemmOperand, bias: Tensor | None = None, *, accumulate: str = "float32"
+    a: GemmOperand,
+    b: GemmOperand,
+    bias: Tensor | None = None,
+    *,
+    accumulate: str = "float32",
+    out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return `a @ b.T + bias` in float32, `[rows of a, rows of b]`.
+    """Return `a @ b.T + bias`, `[rows of a, rows of b]`: float32, rounded to `out_dtype`.
+
+    On a GPU the tensor cores add, and "hopper_fast" is their `use_fast_accum`; the other two mean
+    without it (`unclamp.numerics.gpu.gemm`).
 
     Numerics: NaN and Inf spread as in any GEMM; an empty contracted axis gives zeros.
 
     Raises:
         RecipeError: `accumulate` is none of `ACCUMULATES`.
         ValueError: Contracted axes of different lengths, or a format that Hopper does not have.
-        UnsupportedError: Hopper-like accumulation elsewhere than on a CPU.
+        UnsupportedError: Hopper-like accumulation neither on a CPU nor on a GPU.
     """
     if accumulate not in ACCUMULATES:
         raise unknown_name("accumulate", accumulate, list(ACCUMULATES))
     # Under autocast F.linear would leave float32.
     with torch.autocast(a.tensor.device.type, enabled=False):
+        if goes_to_gpu(a.tensor) and (a.scale_inv is not None or b.scale_inv is not None):
+            return scaled_matmul(a, b, bias, fast=accumulate == "hopper_fast", out_dtype=out_dtype)
         bias = None if bias is None else bias.to(torch.float32)
         if accumulate == "float32" or a.scale_inv is None or b.scale_inv is None:
-            return F.linear(a.values(), b.values(), bias)
+            return F.linear(a.values(), b.values(), bias).to(out_dtype)
         out = _hopper(a, b, fast=accumulate == "hopper_fast")
-        return out if bias is None else out + bias
+        return (out if bias is None else out + bias).to(out_dtype)
 
 
 def _hopper(a: GemmOperand, b: GemmOperand, *, fast: bool) -> Tensor:

@@ -10,14 +10,14 @@ in short loops without branches, which LLVM turns into vector instructions (numb
 `unclamp.numerics.cpu` cuts tensors into ranges for these, and says what holds of the results.
 """
 
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from unclamp.formats import Format
 from unclamp.numerics.compiled import compiled
+from unclamp.numerics.layout import Layout
 
 CHUNK = 1024
 """Elements worked on at a time; the six arrays of them fit the first-level cache."""
@@ -30,52 +30,6 @@ FLOAT32, _BFLOAT16, _FLOAT16 = range(3)
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: _BFLOAT16, torch.float16: _FLOAT16}
 _ABS = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
-
-
-class Layout(NamedTuple):
-    """A format's numbers as the kernel wants them; see the module's two cases."""
-
-    shift: np.int32
-    half: np.int32
-    mask: np.int32
-    rebias: np.int32
-    min_normal_bits: np.int32
-    magic: np.float32
-    magic_bits: np.int32
-    max: np.float32
-    limit: np.float32
-    vanishing: np.float32
-    nan_code: np.int32
-    nan_is_signed: np.int32
-    zero_is_signed: np.int32
-
-
-@cache
-def layout(fmt: Format) -> Layout:
-    """Return the kernel's numbers for a format."""
-    shift = 23 - fmt.mantissa_bits
-    magic = np.float32(fmt.min_subnormal * 2.0**23)
-    dtype = getattr(torch, f"float8_{fmt.name}")
-    nan, minus_nan = torch.tensor([np.nan, -np.nan]).to(dtype).view(torch.uint8).tolist()
-    return Layout(
-        shift=np.int32(shift),
-        half=np.int32((1 << (shift - 1)) - 1),
-        mask=np.int32(-(1 << shift)),
-        rebias=np.int32((127 - fmt.bias) << fmt.mantissa_bits),
-        min_normal_bits=_bits(fmt.min_normal),
-        magic=magic,
-        magic_bits=_bits(magic),
-        max=np.float32(fmt.max),
-        limit=np.float32(fmt.overflow_limit),
-        vanishing=np.float32(fmt.min_subnormal / 2),
-        nan_code=np.int32(nan & 0x7F if nan != minus_nan else nan),
-        nan_is_signed=np.int32(nan != minus_nan),
-        zero_is_signed=np.int32(fmt.has_negative_zero),
-    )
-
-
-def _bits(value: float | np.float32) -> np.int32:
-    return np.float32(value).view(np.int32)
 
 
 _compiled = partial(compiled, error_model="numpy")

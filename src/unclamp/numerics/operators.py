@@ -18,6 +18,7 @@ from unclamp.numerics.blocks import block_grid
 from unclamp.numerics.cast import Quantized, torch_dtype
 from unclamp.numerics.fused import borrow, is_plain
 from unclamp.numerics.gemm import GemmOperand, matmul
+from unclamp.numerics.gpu import goes_to_gpu
 from unclamp.numerics.inspection import DETAILS, empty_details, inspect
 from unclamp.numerics.quantize import quantize
 from unclamp.numerics.stats import Stat, merge_stats
@@ -48,6 +49,7 @@ class Codes(NamedTuple):
     stats: Tensor
     values: Tensor | None = None
     details: Tensor | None = None
+    turned: Tensor | None = None
 
 
 def quantize_operand(
@@ -58,20 +60,26 @@ def quantize_operand(
     *,
     slot: str | None = None,
     codes_too: bool = False,
+    turned: bool = False,
 ) -> Codes:
     """Cast a matrix as `unclamp.numerics.quantize` does.
 
     With a `slot` the values come too where they are cheap, in the workspace of that name: they
-    last until the slot is used again. With `codes_too` so do the codes.
+    last until the slot is used again. With `codes_too` so do the codes. With `turned` the codes
+    come in column-major memory too, on a GPU, where a GEMM wants them so.
     """
     if torch.compiler.is_compiling():
+        if turned and x.device.type == "cuda":
+            *made, other = torch.ops.unclamp.quantize_turned(x, scale, *plan, axis)
+            return Codes(*made, turned=other.t())
         return Codes(*torch.ops.unclamp.quantize(x, scale, *plan, axis))
+    turned = turned and goes_to_gpu(x)
     values = room = None
-    if slot is not None and is_plain(x):
+    if slot is not None and is_plain(x) and not goes_to_gpu(x):
         values = borrow(slot, x.numel())
         room = borrow(f"{slot} codes", x.numel(), torch.uint8) if codes_too else None
-    q = _quantized(x, scale, *plan, axis, values=values, room=room)
-    return Codes(q.codes, q.scale_inv, q.amax, q.stats, q.values)
+    q = _quantized(x, scale, *plan, axis, values=values, room=room, turned=turned)
+    return Codes(q.codes, q.scale_inv, q.amax, q.stats, q.values, turned=q.turned)
 
 
 def inspect_operand(
@@ -108,11 +116,13 @@ def _inspect(
     return inspect(x, codes, scale_inv, granularity=parsed, axis=axis, values=values)
 
 
-def gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None, accumulate: str) -> Tensor:
+def gemm(
+    a: GemmOperand, b: GemmOperand, bias: Tensor | None, accumulate: str, out_dtype: torch.dtype
+) -> Tensor:
     """Multiply as `unclamp.numerics.matmul` does."""
     if not torch.compiler.is_compiling():
-        return matmul(a, b, bias, accumulate=accumulate)
-    return torch.ops.unclamp.matmul(*a[:4], *b[:4], bias, accumulate)
+        return matmul(a, b, bias, accumulate=accumulate, out_dtype=out_dtype)
+    return torch.ops.unclamp.matmul(*a[:4], *b[:4], bias, accumulate, out_dtype)
 
 
 def commit(pending: Tensor, stats: Tensor) -> None:
@@ -151,6 +161,7 @@ def _quantized(
     *,
     values: Tensor | None = None,
     room: Tensor | None = None,
+    turned: bool = False,
 ) -> Quantized:
     return quantize(
         x,
@@ -163,6 +174,7 @@ def _quantized(
         guard=guard,
         values=values,
         room=room,
+        turned=turned,
     )
 
 
@@ -181,6 +193,22 @@ def _quantize(
     return q.codes, q.scale_inv, q.amax, q.stats
 
 
+def _quantize_turned(
+    x: Tensor,
+    scale: Tensor | None,
+    format: str,
+    granularity: str,
+    margin: int,
+    power_of_two: bool,
+    guard: bool,
+    axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    settings = (format, granularity, margin, power_of_two, guard, axis)
+    q = _quantized(x, scale, *settings, turned=True)
+    assert q.turned is not None
+    return q.codes, q.scale_inv, q.amax, q.stats, q.turned.t()
+
+
 def _matmul(
     a: Tensor,
     a_scale_inv: Tensor | None,
@@ -192,10 +220,11 @@ def _matmul(
     b_axis: int,
     bias: Tensor | None,
     accumulate: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     first = GemmOperand(a, a_scale_inv, a_granularity, a_axis)
     second = GemmOperand(b, b_scale_inv, b_granularity, b_axis)
-    return matmul(first, second, bias, accumulate=accumulate)
+    return matmul(first, second, bias, accumulate=accumulate, out_dtype=out_dtype)
 
 
 def _raise_amax(pending: Tensor, amax: Tensor) -> None:
@@ -228,9 +257,13 @@ def _register() -> None:
         "bool power_of_two, bool guard, int axis) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     LIBRARY.define(
+        "quantize_turned(Tensor x, Tensor? scale, str format, str granularity, int margin, "
+        "bool power_of_two, bool guard, int axis) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    LIBRARY.define(
         "matmul(Tensor a, Tensor? a_scale_inv, str a_granularity, int a_axis, "
         "Tensor b, Tensor? b_scale_inv, str b_granularity, int b_axis, "
-        "Tensor? bias, str accumulate) -> Tensor"
+        "Tensor? bias, str accumulate, ScalarType out_dtype) -> Tensor"
     )
     LIBRARY.define(
         "inspect(Tensor x, Tensor codes, Tensor scale_inv, Tensor stats, str granularity, "
@@ -242,6 +275,7 @@ def _register() -> None:
     LIBRARY.define("raise_amax(Tensor(a!) pending, Tensor amax) -> ()")
     kernels = {
         "quantize": (_quantize, _fake_quantize),
+        "quantize_turned": (_quantize_turned, _fake_quantize_turned),
         "matmul": (_matmul, _fake_matmul),
         "inspect": (_inspect, _fake_inspect),
         "add_details": (_add_details_kernel, _fake_nothing),
@@ -252,7 +286,7 @@ def _register() -> None:
     for name, (kernel, fake) in kernels.items():
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"unclamp::{name}", fake, lib=LIBRARY)
-    for name in ("quantize", "matmul", "inspect", "sum_tokens"):
+    for name in ("quantize", "quantize_turned", "matmul", "inspect", "sum_tokens"):
         torch.library.register_autograd(f"unclamp::{name}", _refuse_backward, lib=LIBRARY)
 
 
@@ -269,12 +303,30 @@ def _fake_quantize(
     parsed = parse_granularity(granularity)
     rows, columns = x.shape if axis in (1, -1) else x.shape[::-1]
     grid = () if isinstance(parsed, PerTensor) else block_grid(rows, columns, parsed.block)
+    codes = x.new_empty(x.shape, dtype=torch_dtype(get_format(format)))
+    if grid and axis in (0, -2) and x.device.type == "cuda":  # as a GEMM wants them there
+        codes = x.new_empty(x.shape[::-1], dtype=codes.dtype).t()
     return (
-        x.new_empty(x.shape, dtype=torch_dtype(get_format(format))),
+        codes,
         x.new_empty(grid, dtype=torch.float32),
         x.new_empty(grid, dtype=torch.float32),
         x.new_empty(len(Stat), dtype=torch.float64),
     )
+
+
+def _fake_quantize_turned(
+    x: Tensor,
+    scale: Tensor | None,
+    format: str,
+    granularity: str,
+    margin: int,
+    power_of_two: bool,
+    guard: bool,
+    axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    settings = (format, granularity, margin, power_of_two, guard, axis)
+    made = _fake_quantize(x, scale, *settings)
+    return *made, x.new_empty(x.shape[::-1], dtype=made[0].dtype)
 
 
 def _fake_matmul(
@@ -288,8 +340,9 @@ def _fake_matmul(
     b_axis: int,
     bias: Tensor | None,
     accumulate: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    return a.new_empty(a.shape[1 - a_axis % 2], b.shape[1 - b_axis % 2], dtype=torch.float32)
+    return a.new_empty(a.shape[1 - a_axis % 2], b.shape[1 - b_axis % 2], dtype=out_dtype)
 
 
 def _fake_inspect(x: Tensor, *_: Any) -> Tensor:

@@ -34,6 +34,8 @@ class Source:
 
     def take(self) -> tuple[list[int], Update] | None:
         """Return the ids of the sites and what was heard since the last call; None if nothing."""
+        if self._waiting is None:
+            self.ledger.replayed()  # in a CUDA graph no listener is called
         update, self._waiting = self._waiting, None
         return None if update is None else (self.ids[: len(update.stats)], update)
 

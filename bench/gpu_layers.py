@@ -1,0 +1,181 @@
+"""Linear layers and a Llama-3-8B block on a GPU, against bfloat16 and torchao in the same run."""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import unclamp
+from bench.gpu_timing import Report, times_ms
+from unclamp.nn import find_ledgers
+
+SHAPES = [(16384, 4096, 4096), (16384, 4096, 14336), (8192, 8192, 28672)]
+RECIPE = unclamp.Recipe(output="hopper_fast")
+"""Fast accumulation in the forward alone, as torchao's default has it."""
+
+
+def fp8(model: nn.Module) -> nn.Module:
+    """Return a converted copy."""
+    twin = copy.deepcopy(model)
+    unclamp.convert(twin, RECIPE)
+    return twin
+
+
+def torchao(model: nn.Module, recipe: str) -> nn.Module | None:
+    """Return a copy converted by torchao; None where it is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        return None
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports]  # noqa: PLC0415
+        Float8LinearConfig,
+        convert_to_float8_training,
+    )
+
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    return convert_to_float8_training(copy.deepcopy(model), config=config)
+
+
+def step_of(model: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """Return a forward and backward that leaves no gradients behind."""
+    x = x.clone().requires_grad_()
+
+    def run() -> None:
+        x.grad = None
+        for parameter in model.parameters():
+            parameter.grad = None
+        model(x).backward(grad)
+
+    return run
+
+
+def settled(run: Callable[[], None], model: nn.Module) -> Callable[[], None]:
+    """Return the run after a first one has given every site its scale."""
+    run()
+    for ledger in find_ledgers(model):
+        ledger.update()
+    return run
+
+
+def kept_mib(model: nn.Module, x: Tensor) -> float:
+    """Return what a forward keeps for backward, parameters, input and output left out.
+
+    A plain layer keeps its input, which its maker would else free: that counts.
+    """
+    own = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        if t.data_ptr() not in own:
+            kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(x.detach().requires_grad_())
+    return sum(kept.values()) / 2**20
+
+
+def candidates(base: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Callable[[], None]]:
+    """Return steps by name; compiled ones are compiled at their first call."""
+    models: dict[str, nn.Module | None] = {
+        "bf16 eager": base,
+        "bf16 compiled": torch.compile(copy.deepcopy(base), dynamic=False),
+    }
+    ours = fp8(base)
+    models["unclamp eager"] = ours
+    runs = {}
+    for recipe in ("tensorwise", "rowwise"):
+        peer = torchao(base, recipe)
+        name = f"torchao {recipe} compiled"
+        models[name] = None if peer is None else torch.compile(peer, dynamic=False)
+    for name, model in models.items():
+        if model is not None:
+            runs[name] = settled(step_of(model, x, grad), model)
+    compiled = fp8(base)
+    run = settled(step_of(torch.compile(compiled, dynamic=False), x, grad), compiled)
+    return runs | {"unclamp compiled": run}
+
+
+def linears(report: Report, flops: float) -> None:
+    """Time a linear layer's forward and backward at three shapes; `flops` a second in FP8."""
+    for index, (tokens, k, n) in enumerate(SHAPES):
+        tokens, k, n = (report.size(size) for size in (tokens, k, n))
+        options: dict[str, Any] = {"device": report.device, "dtype": torch.bfloat16}
+        base = nn.Linear(k, n, bias=False, **options)
+        x, grad = torch.randn(tokens, k, **options), torch.randn(tokens, n, **options)
+        runs = candidates(base, x, grad)
+        ms = dict(zip(runs, times_ms(list(runs.values()), report.device, rounds=15), strict=True))
+        # Three casts, the weight's twice; each GEMM reads two operands and writes one.
+        moved = tokens * k * 4 + n * k * 7 + tokens * n * 4 + 2 * (tokens * (n + k) + n * k)
+        floor = 6 * tokens * k * n / flops * 1e3
+        for name, value in ms.items():
+            report.figures[f"linear {index} {name} ms"] = {
+                "value": value, "floor": floor, "bytes": moved,
+            }  # fmt: skip
+            print(f"   {tokens} x {k} x {n} {name:28} {value:8.3f} ms (floor {floor:.3f})")
+        label = f"linear {tokens}x{k}x{n}"
+        eager = ms["bf16 eager"] / ms["unclamp eager"]
+        report.add(f"{label} eager / bf16 eager", eager, "x", at_least=1.25 if index else None)
+        peers = [v for name, v in ms.items() if name.startswith("torchao")]
+        if peers:
+            ratio = min(peers) / ms["unclamp compiled"]
+            report.add(f"{label} compiled / torchao", ratio, "x", at_least=1.0)
+        compiled = ms["bf16 compiled"] / ms["unclamp compiled"]
+        report.add(f"{label} compiled / bf16", compiled, "x")
+        share = kept_mib(fp8(base), x) / kept_mib(base, x)
+        report.add(f"{label} kept memory / bf16", share, "x", at_most=0.55)
+        del base, x, grad, runs
+        _free(report)
+
+
+class LlamaBlock(nn.Module):
+    """A block of Llama-3-8B: 32 heads of 128, 8 of keys and values, SwiGLU of 14336."""
+
+    def __init__(self, dim: int, hidden: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.head = dim // heads
+        kv = kv_heads * self.head
+        self.norms = nn.ModuleList(nn.RMSNorm(dim) for _ in range(2))
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(dim, out, bias=False) for out in (dim, kv, kv, dim)
+        )
+        self.gate, self.up = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](x)
+        q, k, v = (
+            layer(y).unflatten(-1, (-1, self.head)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        y = self.norms[1](x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def block(report: Report) -> None:
+    """Time a Llama-3-8B block, 1 x 8192 tokens, forward and backward."""
+    dim, hidden, tokens = report.size(4096, 64), report.size(14336, 96), report.size(8192)
+    base = LlamaBlock(dim, hidden, report.size(32, 4), report.size(8, 2))
+    base = base.to(report.device, torch.bfloat16)
+    x = torch.randn(1, tokens, dim, device=report.device, dtype=torch.bfloat16)
+    runs = candidates(base, x, torch.randn_like(x))
+    ms = dict(zip(runs, times_ms(list(runs.values()), report.device, rounds=15), strict=True))
+    for name, value in ms.items():
+        report.add(f"block {name}", tokens / value * 1e3, "tokens/s")
+    ours = ms["unclamp compiled"]
+    report.add("block compiled / bf16 compiled", ms["bf16 compiled"] / ours, "x", at_least=1.25)
+    peers = [value for name, value in ms.items() if name.startswith("torchao")]
+    if peers:
+        report.add("block compiled / torchao", min(peers) / ours, "x", at_least=1.0)
+    del base, x, runs
+    _free(report)
+
+
+def _free(report: Report) -> None:
+    torch.compiler.reset()
+    if report.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,245 @@
+"""`matmul` on a GPU: by torch's scaled matmul where the device has one, else dequantised.
+
+    out[m, n] = sum over k of a_hat[m, k] * b_hat[n, k]
+
+`plan_gemm` decides from plain data, so that the rules of a device can be tested without it. An
+FP8 tensor core wants both operands with the contracted axis last in memory (in torch's words: the
+first row-major, the second column-major), which is what the casts write, and sizes that are
+multiples of 16, to which operands are padded with zeros.
+"""
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclamp.errors import UnclampWarning
+from unclamp.formats import E5M2, E5M2FNUZ
+from unclamp.numerics.blocks import orient
+from unclamp.numerics.cast import format_of
+from unclamp.numerics.gpu import architecture
+
+ALIGNMENT = 16
+BLOCK = 128
+Route = Literal["tensor", "row", "block", "dequantised"]
+"""How a GEMM is done: scales of whole tensors; of rows; of blocks of 128; or by a GEMM in high
+precision of what the codes stand for."""
+
+
+class Given(NamedTuple):
+    """An operand in plain data: its format's name and granularity, None in high precision."""
+
+    format: str | None
+    granularity: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmPlan:
+    """How a GEMM `[m, k] @ [n, k].T` is done.
+
+    Attributes:
+        route: See `Route`.
+        why: Why it is dequantised; None otherwise.
+        pad_n: Rows of zeros that the second operand gets.
+        pad_k: Columns of zeros that both get.
+    """
+
+    route: Route
+    why: str | None = None
+    pad_n: int = 0
+    pad_k: int = 0
+
+
+def has_fp8_gemm(arch: str) -> bool:
+    """Whether a device multiplies FP8: NVIDIA's from Ada and Hopper, AMD's from MI300 on."""
+    if arch.startswith("sm_"):
+        return int(arch.removeprefix("sm_")) >= 89
+    return arch.startswith(("gfx94", "gfx95", "gfx12"))
+
+
+def plan_gemm(a: Given, b: Given, *, m: int, n: int, k: int, arch: str) -> GemmPlan:
+    """Return how `[m, k] @ [n, k].T` is done on a device of this architecture."""
+    why = _why_not(a, b, n=n, k=k, arch=arch)
+    if why is not None:
+        return GemmPlan(route="dequantised", why=why)
+    grains = {a.granularity, b.granularity}
+    route: Route = "tensor" if grains == {"tensor"} else "row" if "row" in grains else "block"
+    return GemmPlan(route=route, pad_n=-n % ALIGNMENT, pad_k=-k % ALIGNMENT)
+
+
+def _why_not(a: Given, b: Given, *, n: int, k: int, arch: str) -> str | None:
+    """Return why a device cannot multiply these codes; None where it can."""
+    if a.format is None or b.format is None:
+        return "an operand is in high precision"
+    if not has_fp8_gemm(arch):
+        return f"{arch} has no FP8 tensor cores"
+    wide = (E5M2.name, E5M2FNUZ.name)
+    if a.format in wide and b.format in wide:
+        return f"no device multiplies {a.format} by {b.format}"
+    grains = {a.granularity, b.granularity}
+    if grains <= {"tensor", "row"}:
+        if "row" in grains and b.format in wide:
+            return f"scales of rows want {b.format} as the first operand"
+        return None
+    if not grains <= {"1x128", "128x128"}:
+        return f"torch multiplies no scales of {a.granularity} by {b.granularity} here"
+    if arch != "sm_90":
+        return f"scales of {a.granularity} and {b.granularity} are multiplied on sm_90 alone"
+    if grains == {"128x128"}:
+        return "one operand of 128x128 wants the other to be 1x128"
+    if k % BLOCK or n % BLOCK:
+        return f"blocks of 128 want sizes that are multiples of it, got n {n} and k {k}"
+    return None
+
+
+def scaled_matmul(
+    a: Any, b: Any, bias: Tensor | None, *, fast: bool, out_dtype: torch.dtype
+) -> Tensor:
+    """Return `a @ b.T + bias` of two `GemmOperand`; see `unclamp.numerics.matmul`.
+
+    Args:
+        a: The first operand.
+        b: The second one.
+        bias: `[n]`, or None.
+        fast: Whether tensor cores keep sums where they add them (`use_fast_accum`).
+        out_dtype: Of the result; sums of rows' and blocks' products come as bfloat16.
+    """
+    left, right = (orient(x.tensor, x.axis) for x in (a, b))
+    (m, k), n = left.shape, right.shape[0]
+    if right.shape[1] != k:
+        raise ValueError(f"expected contracted axes of one length, got {k} and {right.shape[1]}")
+    given = [
+        Given(None if x.scale_inv is None else format_of(x.tensor.dtype).name, x.granularity)
+        for x in (a, b)
+    ]
+    arch = architecture(left.device)
+    plan = plan_gemm(*given, m=m, n=n, k=k, arch="sm_90" if arch == "cpu" else arch)
+    if 0 in (m, n, k):
+        out = left.new_zeros((m, n), dtype=out_dtype)
+        return out if bias is None else out + bias.to(out_dtype)
+    if plan.route == "dequantised":
+        return _dequantised(a, b, bias, out_dtype=out_dtype, why=plan.why)
+    left, right = _padded(left, 0, plan.pad_k), _padded(right, plan.pad_n, plan.pad_k)
+    scales = [
+        _scales(x, t, plan.route, grain=one.granularity)
+        for x, t, one in zip((a, b), (left, right), given, strict=True)
+    ]
+    fused = plan.route != "block" and out_dtype != torch.float32
+    fused_bias = _padded_bias(bias, plan.pad_n, out_dtype) if fused and bias is not None else None
+    out = _multiply(
+        left, right, scales, plan.route, [one.granularity for one in given],
+        bias=fused_bias, fast=fast, out_dtype=out_dtype,
+    )  # fmt: skip
+    out = out[:, :n] if plan.pad_n else out
+    return out if fused or bias is None else out + bias.to(out.dtype)
+
+
+def _multiply(
+    left: Tensor, right: Tensor, scales: list[Tensor], route: Route, grains: list[Any], *,
+    bias: Tensor | None, fast: bool, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Call torch's scaled matmul with what it wants for a route."""
+    b = right.t()
+    if route == "row":
+        scales = [scales[0], scales[1].t()]
+    if route == "row" and out_dtype == torch.float32:
+        # Row scales give bfloat16 alone: scale the sums instead.
+        one = scales[0].new_ones(())
+        sums = _scaled_mm(left, b, one, one, ["tensor"] * 2, None, fast, torch.float32)
+        return sums * scales[0] * scales[1]
+    if route == "row":
+        half = bias if bias is None else bias.to(torch.bfloat16)
+        grains = ["row", "row"]
+        return _scaled_mm(left, b, *scales, grains, half, fast, torch.bfloat16).to(out_dtype)
+    if route == "block":
+        return _scaled_mm(left, b, *scales, grains, None, False, torch.bfloat16).to(out_dtype)
+    return _scaled_mm(left, b, *scales, grains, bias, fast, out_dtype)
+
+
+def _scaled_mm(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, grains: list[Any],
+    bias: Tensor | None, fast: bool, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    scaled_mm = getattr(F, "scaled_mm", None)
+    if scaled_mm is None:  # before torch 2.10; scales of blocks are told by their shapes
+        return torch._scaled_mm(
+            a, b, scale_a=a_scale, scale_b=b_scale, bias=bias, out_dtype=out_dtype,
+            use_fast_accum=fast,
+        )  # fmt: skip
+    kinds = [_recipe(grain) for grain in grains]
+    return scaled_mm(
+        a, b, a_scale, kinds[0], b_scale, kinds[1],
+        bias=bias, output_dtype=out_dtype, use_fast_accum=fast,
+    )  # fmt: skip
+
+
+def _recipe(grain: str) -> Any:
+    kinds = F.ScalingType  # pyright: ignore[reportPrivateImportUsage]
+    return {
+        "tensor": kinds.TensorWise,
+        "row": kinds.RowWise,
+        "1x128": kinds.BlockWise1x128,
+        "128x128": kinds.BlockWise128x128,
+    }[grain]
+
+
+def _scales(x: Any, codes: Tensor, route: Route, *, grain: str | None) -> Tensor:
+    """Return an operand's scales as torch's scaled matmul wants them for a route."""
+    scale = x.scale_inv
+    if route == "tensor":
+        return scale
+    if route == "row":
+        rows = codes.shape[0]
+        if grain == "tensor":
+            column = scale.reshape(1, 1).expand(rows, 1)
+        else:  # rows that padding added are zero whatever their scale
+            column = F.pad(scale, (0, 0, 0, rows - scale.shape[0]), value=1.0)
+        return column.contiguous()
+    if grain == "1x128":
+        return scale.t().contiguous().t()  # rows of the matrix side by side
+    return F.pad(scale, (0, -scale.shape[1] % 4)).contiguous().t()
+
+
+def _padded(codes: Tensor, rows: int, columns: int) -> Tensor:
+    """Return codes row-major, with zeros appended."""
+    raw = codes.view(torch.uint8) if codes.is_contiguous() else _turned_bytes(codes)
+    raw = F.pad(raw, (0, columns, 0, rows)) if rows or columns else raw.contiguous()
+    return raw.view(codes.dtype)
+
+
+def _turned_bytes(codes: Tensor) -> Tensor:
+    """Return the bytes of codes that do not lie row by row."""
+    if codes.stride(0) == 1:
+        return codes.t().view(torch.uint8).t()
+    return codes.contiguous().view(torch.uint8)
+
+
+def _padded_bias(bias: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    bias = bias.to(dtype)
+    return F.pad(bias, (0, rows)) if rows else bias
+
+
+def _dequantised(
+    a: Any, b: Any, bias: Tensor | None, *, out_dtype: torch.dtype, why: str | None
+) -> Tensor:
+    """Multiply what the codes stand for: in bfloat16, or in float32 where the result is."""
+    if why is not None and None not in (a.scale_inv, b.scale_inv):
+        _say(why)
+    compute = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+    left, right = (x.values().to(compute) for x in (a, b))
+    out = F.linear(left, right, None if bias is None else bias.to(compute))
+    return out.to(out_dtype)
+
+
+@functools.cache
+def _say(why: str) -> None:
+    """Tell once in a process that FP8 codes are multiplied in high precision."""
+    warnings.warn(
+        f"a GEMM of FP8 operands runs dequantised, at the speed of bfloat16: {why}",
+        UnclampWarning,
+        stacklevel=2,
+    )

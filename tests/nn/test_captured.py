@@ -1,0 +1,93 @@
+"""Updates in a CUDA graph: the logic, on a CPU; `bench/gpu.py` replays a real one."""
+
+import torch
+from torch import nn
+
+from unclamp.nn import Ledger, convert, find_ledgers
+from unclamp.nn.ledger import Update
+from unclamp.numerics import Stat
+from unclamp.recipe import Recipe
+from unclamp.scaling import Delayed
+
+INPUT = 0
+
+
+def made() -> tuple[nn.Linear, Ledger, list[Update]]:
+    layer = nn.Linear(4, 3)
+    convert(layer, Recipe.uniform(Delayed(history_len=4)))
+    ledger = find_ledgers(layer)[0]
+    heard: list[Update] = []
+    ledger.subscribe(heard.append)
+    return layer, ledger, heard
+
+
+def replay(layer: nn.Linear, ledger: Ledger, amax: float) -> None:
+    """Do to the device what a replay of a captured step does, and call no listener."""
+    layer(torch.full((2, 4), amax)).sum().backward()
+    ledger.update(captured=True)
+
+
+def test_a_captured_update_fills_histories_and_scales():
+    layer, ledger, _ = made()
+    for amax in (1.0, 4.0, 2.0):
+        replay(layer, ledger, amax)
+    assert ledger.amax_history[INPUT].tolist() == [2.0, 4.0, 1.0, 0.0]
+    assert ledger.scale[INPUT] == 112
+    assert not ledger.has_pending
+
+
+def test_listeners_hear_of_a_replay_when_the_recorder_asks():
+    layer, ledger, heard = made()
+    replay(layer, ledger, 3.0)
+    assert heard == []
+    ledger.replayed()
+    replay(layer, ledger, 5.0)
+    ledger.replayed()
+    assert [float(update.stats[INPUT, Stat.AMAX]) for update in heard] == [3.0, 5.0]
+
+
+def test_replays_write_into_the_same_tensors():
+    layer, ledger, _ = made()
+    replay(layer, ledger, 3.0)
+    first = ledger.captured._seen
+    assert first is not None
+    replay(layer, ledger, 5.0)
+    second = ledger.captured._seen
+    assert second is not None
+    assert second[0] is first[0]
+
+
+def test_replays_are_counted_on_the_device_and_saved():
+    layer, ledger, _ = made()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    for _ in range(2):
+        replay(layer, ledger, 1.0)
+    assert ledger.updates == 1
+    assert layer.state_dict()["unclamp_updates"] == 3
+    other, twin, _ = made()
+    replay(other, twin, 1.0)
+    other.load_state_dict(layer.state_dict())
+    assert twin.count() == 3
+
+
+def test_an_optimizer_outside_of_the_graph_updates_though_nothing_seems_pending():
+    layer, ledger, heard = made()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    ledger.captured.is_in_graph = True  # as a commit that is captured leaves it
+    ledger.pending[INPUT, Stat.AMAX] = 7.0
+    ledger._mark(pending=False)  # a replay raises no version
+    optimizer.step()
+    assert len(heard) == 1
+    assert ledger.amax_history[INPUT, 0] == 7.0
+    optimizer.step()  # nothing pending: nothing enters a history
+    assert ledger.amax_history[INPUT].tolist() == [7.0, 0.0, 0.0, 0.0]
+
+
+def test_without_a_graph_nothing_is_replayed():
+    layer, ledger, heard = made()
+    layer(torch.ones(2, 4)).sum().backward()
+    ledger.replayed()
+    assert heard == []
+    assert ledger.count() == 0

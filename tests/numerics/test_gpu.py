@@ -1,0 +1,131 @@
+"""The way of a GPU, without one: kernels interpreted and compiled, and the rules of devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from unclamp import E4M3FN, E4M3FNUZ, E5M2
+from unclamp.numerics.gpu.gemm import GemmPlan, Given, has_fp8_gemm, plan_gemm
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def run(*arguments: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def interpreted(*arguments: str) -> None:
+    pytest.importorskip("triton")
+    file = str(HERE / "interpreted_gpu.py")
+    run("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", file, *arguments,
+        TRITON_INTERPRET="1")  # fmt: skip
+
+
+@pytest.mark.parametrize("group", ["test_tensor", "test_blocks", "test_layer"])
+def test_kernels_interpreted_equal_the_cpu(group):
+    interpreted("-m", "not slow", "-k", group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["test_tensor", "test_blocks"])
+def test_kernels_interpreted_equal_the_cpu_on_every_input(group):
+    interpreted("-m", "slow", "-k", group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda", "hip"])
+def test_kernels_compile_for_a_device_that_is_not_here(target):
+    pytest.importorskip("triton")
+    run(str(HERE / "compiled_gpu.py"), target, TRITON_INTERPRET="0")
+
+
+def plan(a: Given, b: Given, n: int = 256, k: int = 512, arch: str = "sm_90") -> GemmPlan:
+    return plan_gemm(a, b, m=100, n=n, k=k, arch=arch)
+
+
+def given(format: str | None, granularity: str | None = "tensor") -> Given:
+    return Given(format, granularity)
+
+
+E4, E5 = given("e4m3fn"), given("e5m2")
+
+
+@pytest.mark.parametrize("pair", [(E4, E4), (E5, E4), (E4, E5)])
+def test_mixed_formats_are_multiplied_as_they_are(pair):
+    assert plan(*pair) == GemmPlan(route="tensor")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "arch", "reason"),
+    [
+        (E5, E5, "sm_90", "no device multiplies e5m2 by e5m2"),
+        (E4, E4, "sm_80", "sm_80 has no FP8 tensor cores"),
+        (E4, given(None, None), "sm_90", "high precision"),
+        (given("e4m3fn", "row"), given("e5m2", "row"), "sm_90", "e5m2 as the first"),
+        (given("e4m3fn", "mx"), given("e4m3fn", "mx"), "sm_90", "no scales of mx"),
+        (given("e4m3fn", "1x128"), given("e4m3fn", "128x128"), "sm_100", "sm_90 alone"),
+        (given("e4m3fn", "128x128"), given("e4m3fn", "128x128"), "sm_90", "the other"),
+    ],
+)
+def test_what_a_device_lacks_is_dequantised_and_said(a, b, arch, reason):
+    got = plan(a, b, arch=arch)
+    assert got.route == "dequantised"
+    assert got.why is not None
+    assert reason in got.why
+
+
+def test_sizes_are_padded_to_sixteen():
+    assert plan(E4, E4, n=24, k=100) == GemmPlan(route="tensor", pad_n=8, pad_k=12)
+    assert plan(E4, given("e4m3fn", "row")).route == "row"
+
+
+def test_blocks_of_128_want_whole_blocks():
+    pair = (given("e4m3fn", "1x128"), given("e4m3fn", "128x128"))
+    assert plan(*pair).route == "block"
+    assert plan(*pair, k=500).why is not None
+
+
+def test_devices_with_fp8_tensor_cores():
+    devices = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950"]
+    assert [has_fp8_gemm(d) for d in devices] == [False, False, *[True] * 3, False, True, True]
+
+
+def test_rounding_is_left_to_devices_that_round_to_nearest_even():
+    pytest.importorskip("triton")
+    from unclamp.numerics.gpu.cast import rounds_natively
+
+    assert rounds_natively(E4M3FN, "sm_90")
+    assert rounds_natively(E5M2, "sm_89")
+    assert not rounds_natively(E4M3FN, "sm_80")
+    assert not rounds_natively(E4M3FNUZ, "sm_90")
+    assert not rounds_natively(E4M3FN, "gfx942")
+
+
+def test_importing_unclamp_does_not_import_triton_kernels():
+    code = (
+        "import sys, torch, unclamp; unclamp.quantize(torch.ones(4), unclamp.E4M3FN);"
+        "sys.exit(any(name.startswith('unclamp.numerics.gpu.cast') for name in sys.modules))"
+    )
+    run("-c", code)
+
+
+def test_turned_codes_are_a_copy_where_there_is_no_gpu():
+    from unclamp.numerics import quantize
+
+    q = quantize(torch.randn(6, 10), E4M3FN, turned=True)
+    assert q.turned is not None
+    assert q.turned.t().is_contiguous()
+    assert torch.equal(q.turned.contiguous().view(torch.uint8), q.codes.view(torch.uint8))
