@@ -1,6 +1,7 @@
 """Logs that lack, repeat or contradict: the report says so, and says no more than is known."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def run_of(view: View) -> RunView:
     return view.run
 
 
-def write_run(path: Path, loss: list[float | None], *, metadata: Any = None, **site: Any) -> Path:
+def write_run(
+    path: Path, loss: Sequence[float | None], *, metadata: Any = None, **site: Any
+) -> Path:
     """Write a run of so many steps with one site, whose columns of casts may be given."""
     count = len(loss)
     casts = {"amax": 1.0, "scale": 448.0, "elements": 10, "saturated": 0, "underflowed": 0,
@@ -100,8 +103,13 @@ def test_arms_whose_losses_are_zero_or_not_finite_have_no_false_ratio(tmp_path: 
         figures_of(write_run(tmp_path / "run", [2.0] * 40, saturated=1)), planted=[5, 9]
     )
 
-    def arm_against(own: list[float | None], other: list[float | None]) -> tuple[Any, list[str]]:
-        runs = {"dynamic": {0: replace(plain, loss=other)}, "a": {0: replace(plain, loss=own)}}
+    def arm_against(
+        own: Sequence[float | None], other: Sequence[float | None]
+    ) -> tuple[Any, list[str]]:
+        runs = {
+            "dynamic": {0: replace(plain, loss=list(other))},
+            "a": {0: replace(plain, loss=list(own))},
+        }
         view = scenario_view("text", "", runs, {})
         return view.arms[1], [*view.findings, *arm_row(view.arms[1], view)]
 

@@ -125,7 +125,7 @@ def replay_figure(losses: Mapping[str, Mapping[str, Sequence[float]]]) -> go.Fig
     for i, (name, curve) in enumerate(losses.items()):
         figure.add_scatter(
             x=curve["step"], y=curve["loss"], name=name, mode="lines+markers",
-            line={"color": COLOURS[i % len(COLOURS)], "width": 2 + 8 * (1 - (i + 1) / len(losses))},
+            line={"color": COLOURS[i % len(COLOURS)], "width": 2 + 5 * (1 - (i + 1) / len(losses))},
             marker={"size": 4},
         )  # fmt: skip
     return figure.update_layout(

@@ -79,7 +79,7 @@ def _explanation(file: Path) -> dict[str, Any]:
         "sentences": [words] if words else [],
         "reproduced": _as(bool, found.get("reproduced")),
         "verdict": _as(str, found.get("verdict")),
-        "clamping_share": _as(float, found.get("clamping_share")),
+        "clamping_share": _number(found.get("clamping_share")),
         "sites": sites,
         "override": _as(str, override.get("toml")),
         "losses": replay_losses(_objects(found.get("counterfactuals")), sites),
@@ -133,7 +133,7 @@ def _site_names(site: Mapping[str, Any]) -> set[str]:
 def _losses(given: object) -> dict[str, list[Any]]:
     """Return the losses of a replay by step, rising; steps that are no numbers go."""
     pairs = {
-        int(step): _as(float, loss)
+        int(step): _number(loss)
         for step, loss in (_as(dict, given) or {}).items()
         if str(step).isdecimal()
     }
@@ -145,7 +145,11 @@ def _objects(given: object) -> list[dict[str, Any]]:
 
 
 def _as(kind: type[_T], value: object) -> _T | None:
-    """Return a value of a JSON file if it is of the type that is expected; an int is a float."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    """Return a value of a JSON file if it is of the type that is expected."""
     return value if isinstance(value, kind) else None
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
