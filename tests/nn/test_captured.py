@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from unclamp.nn import Ledger, convert, find_ledgers
-from unclamp.nn.ledger import Update
+from unclamp.nn.update import Update
 from unclamp.numerics import Stat
 from unclamp.recipe import Recipe
 from unclamp.scaling import Delayed

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import unclamp
 from unclamp import Delayed, Dynamic, Guarded, PerBlock, PerRow, Recipe, Static
 from unclamp.nn import find_ledgers
-from unclamp.nn.ledger import Update
+from unclamp.nn.update import Update
 from unclamp.numerics import Stat
 from unclamp.numerics.inspection import EXPONENTS, INSPECTED, INSPECTED_SQUARE, MAGNITUDES
 

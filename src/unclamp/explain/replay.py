@@ -20,7 +20,7 @@ from unclamp.errors import ReplayError
 from unclamp.explain.facts import SiteKey, scalings_of, sites_of
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training, keeping_random_state, put_state
-from unclamp.nn.ledger import Update
+from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.scaling import (
     Delayed,

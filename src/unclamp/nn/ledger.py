@@ -31,7 +31,7 @@ captured, every optimizer step outside of the graph updates, pending or not: the
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,30 +40,11 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from unclamp.nn.captured import Captured
 from unclamp.nn.rows import RowSettings
 from unclamp.nn.site import INSPECTIONS, Inspection, LayerSites, Site
+from unclamp.nn.update import Listener, SwitchListener, Update
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.numerics.gpu import is_capturing
 from unclamp.recipe import Recipe
 from unclamp.scaling import Scaling, Static
-
-
-class Update(NamedTuple):
-    """What an update tells its listeners, in copies of their own; a row a site.
-
-    Attributes:
-        stats: Statistics since the last update, float64 `[sites, len(Stat)]`.
-        details: Closer looks since the last update, float64 `[sites, DETAILS]`; None where no
-            cast was inspected.
-        scale_age: Updates since the amax that the scale came from, int64 `[sites]`; -1 where
-            there is none. None together with `details`.
-    """
-
-    stats: Tensor
-    details: Tensor | None = None
-    scale_age: Tensor | None = None
-
-
-Listener = Callable[[Update], None]
-SwitchListener = Callable[[Mapping[int, tuple[Scaling, Scaling]]], None]
 
 
 class Ledger:

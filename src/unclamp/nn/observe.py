@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
-from unclamp.nn.ledger import Update
+from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.recipe import Recipe
 from unclamp.rule import Role

@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from unclamp.formats import Format
-from unclamp.nn.ledger import Update
 from unclamp.nn.site import Site
+from unclamp.nn.update import Update
 from unclamp.numerics.inspection import (
     ERROR_SQUARE,
     EXPONENTS,

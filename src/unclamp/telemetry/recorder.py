@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from unclamp.errors import RunLogError, UnclampWarning
 from unclamp.formats import Format
 from unclamp.nn.convert import find_ledgers
-from unclamp.nn.ledger import Ledger, SwitchListener, Update
+from unclamp.nn.ledger import Ledger
+from unclamp.nn.update import SwitchListener, Update
 from unclamp.runlog import Columns, RunLogWriter, Status
 from unclamp.scaling import Scaling
 from unclamp.telemetry.cadence import Every

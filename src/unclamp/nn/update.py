@@ -1,0 +1,28 @@
+"""What a ledger tells those who listen to it."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from unclamp.scaling import Scaling
+
+
+class Update(NamedTuple):
+    """What an update tells its listeners, in copies of their own; a row a site.
+
+    Attributes:
+        stats: Statistics since the last update, float64 `[sites, len(Stat)]`.
+        details: Closer looks since the last update, float64 `[sites, DETAILS]`; None where no
+            cast was inspected.
+        scale_age: Updates since the amax that the scale came from, int64 `[sites]`; -1 where
+            there is none. None together with `details`.
+    """
+
+    stats: Tensor
+    details: Tensor | None = None
+    scale_age: Tensor | None = None
+
+
+Listener = Callable[[Update], None]
+SwitchListener = Callable[[Mapping[int, tuple[Scaling, Scaling]]], None]
