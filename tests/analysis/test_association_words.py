@@ -1,6 +1,7 @@
 """What an association says: of observed runs, of sites that it clears, and where it cannot tell."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_lags_longer_than_the_run_allows_are_refused() -> None:
         with pytest.raises(AnalysisError, match="at most 9 in a run of 90 steps"):
             associate_series(run.clamping(), run.loss, spikes=[], names=run.names, max_lag=lag)
     tiny = plant(0, sites=3, steps=90, spikes=1)
-    tiny.loss, tiny.errors = tiny.loss[:4], tiny.errors[:, :4] + 0.1
+    tiny = replace(tiny, loss=tiny.loss[:4], errors=tiny.errors[:, :4] + 0.1)
     assert ask(tiny, [(3, 3)]).verdict == "cannot tell"
 
 

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from unclamp.analysis.evidence import MIN_HITS, Clamping, Weights, tail_weights, weigh
+from unclamp.analysis.evidence import Clamping, Weights, weigh
 from unclamp.analysis.history import read_history
+from unclamp.analysis.power import smallest_effects, to_change
 from unclamp.analysis.response import make_response
 from unclamp.analysis.sentences import Finding, describe
-from unclamp.analysis.shifts import Shifts, make_shifts
+from unclamp.analysis.shifts import make_shifts
 from unclamp.analysis.spikes import Spike, find_spikes
 from unclamp.errors import AnalysisError
 from unclamp.runlog import RunLog
@@ -224,7 +225,7 @@ def associate_series(
     weights = weigh(clamping, onsets, response, moves, max_lag=max_lag)
     level = GUARD * alpha
     is_relative = response is not None and response.is_relative
-    power = _power(weights, len(onsets), clamping, moves, level, is_relative)
+    power = smallest_effects(weights, len(onsets), clamping, moves, level, is_relative)
     evidence = _rank(weights, clamping, onsets, names, sqnr_db or {}, is_relative, max_lag, level)
     can_tell = refusal is None
     enough = can_tell and level * min(moves.distinct, len(moves.offsets)) >= 1
@@ -382,43 +383,5 @@ def _interval(
     if not np.isfinite(mean) or not sd > 0:
         return None, None, None
     ends = [mean, mean - TWO_SIDED_95 * sd, mean + TWO_SIDED_95 * sd]
-    change, low, high = (_change(x, is_relative) for x in ends)
+    change, low, high = (to_change(x, is_relative) for x in ends)
     return change, low, high
-
-
-def _change(excess: float, is_relative: bool) -> float:
-    """Return a mean excess as a change of the loss; Inf beyond the range of floats."""
-    with np.errstate(over="ignore"):
-        return float(np.expm1(excess)) if is_relative else excess
-
-
-def _power(
-    weights: Weights,
-    spikes: int,
-    clamping: Clamping,
-    shifts: Shifts,
-    level: float,
-    is_relative: bool,
-) -> tuple[int | None, float | None]:
-    """Return the smallest effects by which a typical site is named: spikes, and loss.
-
-    The typical site clamps as often, and has the spread, of the median of those that clamped.
-    """
-    asked = clamping.counts() >= MIN_HITS
-    rank = int(level * len(shifts.offsets)) - 1
-    if not asked.any() or rank < 0:
-        return None, None
-    bar = float(np.sort(weights.highest()[1:])[::-1][min(rank, len(shifts.offsets) - 2)])
-    needed = None
-    if spikes >= MIN_HITS:
-        chance = np.clip(np.median(weights.expected[asked]) / spikes, 1e-4, 1 - 1e-6)
-        enough = np.flatnonzero(tail_weights(np.array([chance]), spikes)[0] > bar)
-        needed = int(enough[0]) if len(enough) else None
-    sd = weights.excess_sd[asked]
-    sd = sd[sd > 0]
-    # -log of a normal tail is near z^2 / 2 + log(z) + 0.92: two steps of iteration do.
-    z = np.sqrt(2 * bar)
-    for _ in range(3):
-        z = np.sqrt(max(2 * (bar - np.log(max(z, 1.0)) - 0.92), 0.25))
-    change = _change(float(z * np.median(sd)), is_relative) if len(sd) else np.inf
-    return needed, change if np.isfinite(change) else None
