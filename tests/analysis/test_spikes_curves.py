@@ -184,7 +184,7 @@ def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch) -> No
     ("text", "words"),
     [("1,2\n3,4\n", "name the columns"), ("", "name the columns"),
      ("step,lr\n1,2\n", "'lr'"), ("step,a_loss,b_loss\n1,2,3\n", "several columns"),
-     ("step,loss\n1,abc\n", "'abc'"), ("step,loss\n1.5,2\n", "a whole step in column 'step', line 2"),
+     ("step,loss\n1,abc\n", "'abc'"), ("step,loss\n1.5,2\n", "a whole step"),
      ('{"step": 1}\n{"step": 2}\n', "none"), ('{"loss": 1}\n{bad\n{"loss": 2}\n', "line 2"),
      ("[1, 2]", "found none")],
 )  # fmt: skip
