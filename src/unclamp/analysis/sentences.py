@@ -156,11 +156,12 @@ def _evidence(site: SiteEvidence, finding: Finding) -> str:
         f"at which it {_clamped(finding)}, {site.followed:,} were followed by a spike within "
         f"{finding.max_lag}"
     )
-    loss = "how the loss moves just after clamping is unknown"
+    loss = "how the loss moves just after them is unknown"
     if site.loss_change is not None and site.low is not None and site.high is not None:
         interval = f"{_change(site.low, finding)} to {_change(site.high, finding)}"
         loss = (
-            f"the loss just after clamping, against its level and on average: "
+            f"the loss just after{' those steps' if finding.is_observed else ' clamping'}, against "
+            f"its level and on average: "
             f"{_change(site.loss_change, finding)} (95 %: {interval})"
         )
     said = [spikes, loss] if site.by == "spikes" else [loss, spikes]
