@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from test_cli import assert_one_clear_line, unclamp
 from unclamp.runlog import Header, RunLogWriter
@@ -61,9 +62,11 @@ def test_the_culprit_of_a_run_is_named_in_words_table_and_json(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("- Evidence at 1 site: 6 spikes in 400 steps")
     assert "* layers.0.down_proj input" in done.stdout
+    assert "* named (p at most 0.02)." in done.stdout
     assert "31.0 dB" in done.stdout.replace("\n", " ")
     assert max(map(len, done.stdout.splitlines())) <= 80
     document = json.loads(unclamp("associate", run, "--json").stdout)
+    assert document["level"] == pytest.approx(0.02)
     assert document["verdict"] == "named"
     first = document["sites"][0]
     assert (first["fqn"], first["hits"], first["by"]) == ("layers.0.down_proj", 6, "spikes")
@@ -73,10 +76,11 @@ def test_the_culprit_of_a_run_is_named_in_words_table_and_json(tmp_path: Path) -
 def test_an_unfinished_run_is_answered_with_a_note(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     header = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**header, "status": "running"}))
-    done = unclamp("associate", run, "--json")
-    assert json.loads(done.stdout)["spikes"] == 6
-    assert "running" in done.stderr
+    for status, words in (("running", "has not finished (running or killed)"), ("failed",) * 2):
+        (run / "run.json").write_text(json.dumps({**header, "status": status}))
+        done = unclamp("associate", run, "--json")
+        assert json.loads(done.stdout)["spikes"] == 6
+        assert f"The run {words}:" in done.stderr
 
 
 def test_what_cannot_be_asked_is_one_line(tmp_path: Path) -> None:
@@ -85,5 +89,7 @@ def test_what_cannot_be_asked_is_one_line(tmp_path: Path) -> None:
     mute = write_run(tmp_path / "mute", with_loss=False)
     assert_one_clear_line(unclamp("associate", mute), "expected losses")
     assert_one_clear_line(unclamp("associate", tmp_path / "none"), "does not exist")
+    clamped = write_run(tmp_path / "run")
+    assert_one_clear_line(unclamp("associate", clamped, "--max-lag", "100"), "at most 40")
     (tmp_path / "study.json").write_text("{}")
     assert_one_clear_line(unclamp("associate", tmp_path), "is a study", "mute")

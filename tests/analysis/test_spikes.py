@@ -253,6 +253,16 @@ def test_missed_spike_does_not_hide_those_after_it() -> None:
     assert [s.onset for s in find_spikes(loss)] == list(range(100, 600, 50))
 
 
+def test_mildly_raised_steps_do_not_hide_spikes() -> None:
+    generator = np.random.default_rng(0)
+    loss = np.exp(0.25 * generator.standard_normal(400))
+    loss[::20] *= 2.5
+    onsets = [57, 103, 149, 211, 266, 302, 347]
+    loss[onsets] *= 40
+    assert [s.onset for s in find_spikes(loss)] == onsets
+    assert smallest_height(loss) < 20
+
+
 def test_smallest_height_grows_with_the_noise_and_is_found() -> None:
     least = [smallest_height(decaying(2000, noise=noise)) for noise in (0.02, 0.1, 0.2)]
     assert 1.2 < least[0] < least[1] < least[2] < 2.5

@@ -59,7 +59,28 @@ def test_no_spikes_is_said_with_what_could_be_missed(tmp_path: Path) -> None:
     assert "x the level or more would show" in text
     few = tmp_path / "few.csv"
     few.write_text("loss\n3\n2\n1\n")
-    assert "too few steps" in run(few)
+    assert "too few steps for this method to judge any." in run(few)
+    few.write_text("loss\n1\nnan\n2\n")
+    text = run(few)
+    assert "1 spike in 3 steps" in text
+    assert "judge a finite value: only NaN and Inf count" in text
+    few.write_text("loss\n1\n")
+    assert "no spikes in 1 step (" in run(few)
+
+
+def test_a_chosen_column_goes_by_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", spiked=True)
+    path.write_text(path.read_text().replace("loss", "grad_norm"))
+    lines = run(path, "--column", "grad_norm").splitlines()
+    assert sum("2000" in line for line in lines) == 1
+    assert lines[-1].startswith("grad_norm: 1 spike")
+    assert json.loads(run(path, "--column", "grad_norm", "--json"))[0]["series"] == "grad_norm"
+
+
+def test_great_heights_are_short(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("loss\n" + "2\n2.01\n" * 50 + "2e9\n" + "2\n2.01\n" * 5)
+    assert "9.95e+08x" in run(path)
 
 
 @pytest.mark.parametrize("method", ["robust", "olmo", "olmo-core", "zclip", "megatron"])

@@ -59,6 +59,11 @@ def test_column_can_be_chosen(tmp_path: Path) -> None:
     assert curve.columns == {"loss": "reward"}
 
 
+def test_the_gradient_norm_chosen_for_the_loss_is_read_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", "step,loss,grad_norm\n0,1,9\n1,2,8\n")
+    assert read_curve(path, column="grad_norm").series == {"loss": [9, 8]}
+
+
 def test_json_lines_nested_and_cut_off(tmp_path: Path) -> None:
     text = (
         '{"step": 1, "train": {"loss": 3.0, "grad-norm": 1.5}}\n'
@@ -179,13 +184,27 @@ def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch) -> No
     ("text", "words"),
     [("1,2\n3,4\n", "name the columns"), ("", "name the columns"),
      ("step,lr\n1,2\n", "'lr'"), ("step,a_loss,b_loss\n1,2,3\n", "several columns"),
-     ("step,loss\n1,abc\n", "'abc'"), ("step,loss\n1.5,2\n", "whole steps"),
+     ("step,loss\n1,abc\n", "'abc'"), ("step,loss\n1.5,2\n", "a whole step"),
      ('{"step": 1}\n{"step": 2}\n', "none"), ('{"loss": 1}\n{bad\n{"loss": 2}\n', "line 2"),
      ("[1, 2]", "found none")],
 )  # fmt: skip
 def test_file_without_a_curve_says_why(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(AnalysisError, match=words):
         read_curve(write(tmp_path / "log", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [("step,loss\n1,2\n\n2,oops\n", "column 'loss', line 4 of"),
+     ("step,loss\n,1\n2,oops\n", "column 'loss', line 3 of"),
+     ("step;loss\n1;2,5\n", "line 2 of .*; decimals need a point"),
+     ("step,loss\nx,2\n", "column 'step', line 2 of"),
+     ('{"loss": 1}\n{"loss": "oops"}\n', "column 'loss', record 2 of")],
+)  # fmt: skip
+def test_a_cell_that_is_no_number_is_placed(tmp_path: Path, text: str, place: str) -> None:
+    with pytest.raises(AnalysisError, match=place) as caught:
+        read_curve(write(tmp_path / "log", text))
+    assert str(tmp_path / "log") in str(caught.value)
 
 
 def test_path_without_a_curve_says_what_it_is(tmp_path: Path) -> None:

@@ -9,18 +9,20 @@ Association is not cause: that is for a replay. What it says in words is in `sen
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unclamp.analysis.evidence import MIN_HITS, Clamping, Weights, tail_weights, weigh
+from unclamp.analysis.evidence import Clamping, Weights, weigh
 from unclamp.analysis.history import read_history
+from unclamp.analysis.power import smallest_effects, to_change
 from unclamp.analysis.response import make_response
 from unclamp.analysis.sentences import Finding, describe
-from unclamp.analysis.shifts import Shifts, make_shifts
+from unclamp.analysis.shifts import make_shifts
 from unclamp.analysis.spikes import Spike, find_spikes
+from unclamp.errors import AnalysisError
 from unclamp.runlog import RunLog
 
 MAX_LAG = 8
@@ -29,6 +31,10 @@ ALPHA = 0.05
 GUARD = 0.4
 """Share of alpha that is spent: shifts stay local and are sampled, so the bound is approximate."""
 TWO_SIDED_95 = 1.96
+CLEARED = 0.02
+"""A site whose interval ends at or below this rise of the loss is cleared; a share of it."""
+LARGEST_LAG_SHARE = 10
+"""Beyond one in so many steps a window of lags leaves too little of the run to compare with."""
 
 Verdict = Literal["named", "none", "cannot tell"]
 
@@ -53,6 +59,8 @@ class SiteEvidence:
         high: Upper end of it.
         clamp_error: Mean clamp error over the clamped steps.
         sqnr_db: Least signal-to-noise ratio seen, decibel; None where none was measured.
+        cleared: Whether the run shows it harmless: not named, `low` at most 0, `high` at most
+            `CLEARED` (a share of the median size of the loss), not before every spike.
     """
 
     site: int
@@ -70,6 +78,7 @@ class SiteEvidence:
     high: float | None
     clamp_error: float
     sqnr_db: float | None = None
+    cleared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +87,23 @@ class Association:
 
     Attributes:
         verdict: "named": some sites have evidence. "none": none has, and the run could have
-            shown it. "cannot tell": it could not have.
+            shown it, by a typical site before its spikes or by clearing every site. "cannot
+            tell": it could not have.
         sites: Sites that clamped, strongest evidence first.
         all_sites: Sites recorded.
         spikes: How many spikes were asked about.
         steps: Steps with a recorded loss.
         max_lag: Steps within which clamping counts as before a spike.
         alpha: Bound on the chance to name anybody without a link.
+        level: A site is named where its `p` is at most this; a share of alpha.
         distinct_shifts: How many shifts differ.
         spikes_needed: Of the spikes, how many must have clamping before them for a typical site
             to be named; None where all would not do.
         loss_needed: Mean change of the loss after clamping at which a typical site is named, as
             `loss_change`; None where no change would do.
         is_relative: Whether changes of the loss are fractions; else in the loss's own unit.
+        is_observed: Whether nothing was cast in the training: clamping is what FP8 would have
+            done, and cannot have moved the loss.
         sentences: All that in words.
     """
 
@@ -101,10 +114,12 @@ class Association:
     steps: int
     max_lag: int
     alpha: float
+    level: float
     distinct_shifts: int
     spikes_needed: int | None
     loss_needed: float | None
     is_relative: bool
+    is_observed: bool
     sentences: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +148,8 @@ def associate(
         seed: Of that draw; the same seed gives the same answer.
 
     Raises:
-        AnalysisError: The run has no losses or no casts, or its ranks other modules.
+        AnalysisError: The run has no losses, no casts or no sites, its ranks other modules, or
+            `max_lag` is above both 8 and a tenth of the steps.
         RunLogError: It cannot be read.
         ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
     """
@@ -149,6 +165,7 @@ def associate(
         sqnr_db=history.sqnr_db,
         refusal=history.refusal,
         notes=history.notes,
+        is_observed=bool(log.header.metadata.get("observed")),
         max_lag=max_lag,
         shifts=shifts,
         alpha=alpha,
@@ -165,6 +182,7 @@ def associate_series(
     sqnr_db: dict[int, float] | None = None,
     refusal: str | None = None,
     notes: Sequence[str] = (),
+    is_observed: bool = False,
     max_lag: int = MAX_LAG,
     shifts: int = SHIFTS,
     alpha: float = ALPHA,
@@ -180,6 +198,7 @@ def associate_series(
         sqnr_db: Least signal-to-noise ratio by id, where it was measured.
         refusal: Why these arrays cannot tell, a sentence: then nobody is named.
         notes: Further sentences for the answer.
+        is_observed: Whether the clamping is only what FP8 would have done.
         max_lag: As for `associate`, and so are the others.
         shifts: At most so many.
         alpha: Bound on the chance to name anybody without a link.
@@ -188,6 +207,7 @@ def associate_series(
     A NaN or Inf in `loss` counts as its highest value.
 
     Raises:
+        AnalysisError: `max_lag` is above both 8 and a tenth of the steps.
         ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
     """
     if max_lag < 1 or shifts < 1 or not 0 < alpha < 1:
@@ -195,6 +215,7 @@ def associate_series(
             f"max_lag and shifts must be at least 1 and alpha between 0 and 1, got "
             f"{max_lag}, {shifts} and {alpha}"
         )
+    max_lag = _fitting_lag(max_lag, len(loss))
     onsets = np.array(sorted(onset for onset, _ in spikes), dtype=np.int64)
     in_spike = np.zeros(len(loss), dtype=bool)
     for onset, end in spikes:
@@ -204,37 +225,78 @@ def associate_series(
     weights = weigh(clamping, onsets, response, moves, max_lag=max_lag)
     level = GUARD * alpha
     is_relative = response is not None and response.is_relative
-    power = _power(weights, len(onsets), clamping, moves, level, is_relative)
+    power = smallest_effects(weights, len(onsets), clamping, moves, level, is_relative)
     evidence = _rank(weights, clamping, onsets, names, sqnr_db or {}, is_relative, max_lag, level)
     can_tell = refusal is None
     enough = can_tell and level * min(moves.distinct, len(moves.offsets)) >= 1
     if not enough:
-        evidence = [_unnamed(e) for e in evidence]
-    named = any(e.by for e in evidence)
-    could = enough and any(p is not None for p in power)
-    silent = can_tell and not evidence
-    verdict: Verdict = "named" if named else "none" if could or silent else "cannot tell"
+        evidence = [replace(e, by=None) for e in evidence]
+    else:
+        most = CLEARED * _size(loss, is_relative)
+        evidence = [replace(e, cleared=_is_cleared(e, len(onsets), most)) for e in evidence]
     fields: dict[str, Any] = {
-        "verdict": verdict,
+        "verdict": _verdict(evidence, power if enough else None, len(onsets), can_tell),
         "sites": evidence,
         "all_sites": len(names),
         "spikes": len(onsets),
         "steps": len(loss),
         "max_lag": max_lag,
-        "alpha": alpha,
         "distinct_shifts": moves.distinct,
         "spikes_needed": power[0] if enough else None,
         "loss_needed": power[1] if enough else None,
         "is_relative": is_relative,
+        "is_observed": is_observed,
     }
     finding = Finding(
-        **{k: v for k, v in fields.items() if k != "alpha"},
+        **fields,
+        enough=enough,
         shifts_needed=int(np.ceil(1 / level)),
         period=moves.period,
         refusal=refusal,
         notes=list(notes),
     )
-    return Association(**fields, sentences=describe(finding))
+    return Association(**fields, alpha=alpha, level=level, sentences=describe(finding))
+
+
+def _fitting_lag(max_lag: int, steps: int) -> int:
+    """Return the lag to ask, cut to the run where even the default is longer than it."""
+    largest = max(MAX_LAG, steps // LARGEST_LAG_SHARE)
+    if max_lag > largest:
+        raise AnalysisError(
+            f"expected a max_lag of at most {largest} in a run of {steps:,} steps with a loss "
+            f"(a tenth of them, or {MAX_LAG}), got {max_lag}"
+        )
+    return max(1, min(max_lag, steps - 1))
+
+
+def _size(loss: NDArray[np.float64], is_relative: bool) -> float:
+    """Return what a change of the loss is a share of, in the unit of such changes."""
+    finite = loss[np.isfinite(loss)]
+    return 1.0 if is_relative or not len(finite) else float(np.median(np.abs(finite)))
+
+
+def _is_cleared(site: SiteEvidence, spikes: int, most: float) -> bool:
+    if site.by is not None or site.low is None or site.high is None:
+        return False
+    return site.low <= 0 and site.high <= most and not 0 < spikes == site.hits
+
+
+def _verdict(
+    sites: list[SiteEvidence],
+    power: tuple[int | None, float | None] | None,
+    spikes: int,
+    can_tell: bool,
+) -> Verdict:
+    """Return the verdict; `power` is None where nobody could be named whatever happened."""
+    if any(site.by for site in sites):
+        return "named"
+    if can_tell and not sites:
+        return "none"
+    if power is None:
+        return "cannot tell"
+    # Without enough spikes the loss alone answers, and it must answer for every site.
+    by_loss = power[1] is not None and (spikes == 0 or all(site.cleared for site in sites))
+    return "none" if power[0] is not None or by_loss else "cannot tell"
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -298,10 +360,6 @@ def _rank(
     return found
 
 
-def _unnamed(evidence: SiteEvidence) -> SiteEvidence:
-    return SiteEvidence(**{**asdict(evidence), "by": None})
-
-
 def _hits(steps: NDArray[np.int64], onsets: NDArray[np.int64], lags: range) -> int:
     """Return how many onsets have one of `steps` at one of the lags before them."""
     return int(np.isin(onsets[:, None] - np.array(lags), steps).any(axis=1).sum())
@@ -325,43 +383,5 @@ def _interval(
     if not np.isfinite(mean) or not sd > 0:
         return None, None, None
     ends = [mean, mean - TWO_SIDED_95 * sd, mean + TWO_SIDED_95 * sd]
-    change, low, high = (_change(x, is_relative) for x in ends)
+    change, low, high = (to_change(x, is_relative) for x in ends)
     return change, low, high
-
-
-def _change(excess: float, is_relative: bool) -> float:
-    """Return a mean excess as a change of the loss; Inf beyond the range of floats."""
-    with np.errstate(over="ignore"):
-        return float(np.expm1(excess)) if is_relative else excess
-
-
-def _power(
-    weights: Weights,
-    spikes: int,
-    clamping: Clamping,
-    shifts: Shifts,
-    level: float,
-    is_relative: bool,
-) -> tuple[int | None, float | None]:
-    """Return the smallest effects by which a typical site is named: spikes, and loss.
-
-    The typical site clamps as often, and has the spread, of the median of those that clamped.
-    """
-    asked = clamping.counts() >= MIN_HITS
-    rank = int(level * len(shifts.offsets)) - 1
-    if not asked.any() or rank < 0:
-        return None, None
-    bar = float(np.sort(weights.highest()[1:])[::-1][min(rank, len(shifts.offsets) - 2)])
-    needed = None
-    if spikes >= MIN_HITS:
-        chance = np.clip(np.median(weights.expected[asked]) / spikes, 1e-4, 1 - 1e-6)
-        enough = np.flatnonzero(tail_weights(np.array([chance]), spikes)[0] > bar)
-        needed = int(enough[0]) if len(enough) else None
-    sd = weights.excess_sd[asked]
-    sd = sd[sd > 0]
-    # -log of a normal tail is near z^2 / 2 + log(z) + 0.92: two steps of iteration do.
-    z = np.sqrt(2 * bar)
-    for _ in range(3):
-        z = np.sqrt(max(2 * (bar - np.log(max(z, 1.0)) - 0.92), 0.25))
-    change = _change(float(z * np.median(sd)), is_relative) if len(sd) else np.inf
-    return needed, change if np.isfinite(change) else None

@@ -26,10 +26,25 @@ class Recorded:
     Attributes:
         columns: By name, the step and the value of each record, in order; None is missing.
         source: What it was read from, in words.
+        places: Where in the file each record is, such as "line 7"; empty where there are no such.
     """
 
     columns: dict[str, tuple[Sequence[int], Sequence[Any]]]
     source: str
+    places: Sequence[str] = ()
+
+    def numbers(self, name: str, path: Path) -> tuple[Sequence[int], list[float | None]]:
+        """Return the steps and numbers of a column; None for a missing one.
+
+        Raises:
+            AnalysisError: A cell is no number; it names the place, the column and `path`.
+        """
+        at, cells = self.columns[name]
+        found = []
+        for i, cell in enumerate(cells):
+            place = self.places[i] if self.places else f"record {i + 1}"
+            found.append(_number_at(cell, f"column {name!r}, {place} of {path}"))
+        return at, found
 
 
 def to_number(value: Any) -> float | None:
@@ -53,6 +68,16 @@ def to_number(value: Any) -> float | None:
     return float(value)
 
 
+def _number_at(cell: Any, place: str) -> float | None:
+    try:
+        return to_number(cell)
+    except (AnalysisError, TypeError) as error:
+        hint = ""
+        if isinstance(cell, str) and re.fullmatch(r"[-+]?\d+,\d+", cell.strip()):
+            hint = "; decimals need a point"
+        raise AnalysisError(f"expected a number in {place}, got {cell!r}{hint}") from error
+
+
 def plain_name(column: str) -> str:
     """Return a column's name without case and punctuation: `train/Grad-Norm`, train_grad_norm."""
     return re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_")
@@ -70,7 +95,12 @@ def read_csv_file(path: Path) -> Recorded:
         header = file.readline()
         delimiter = max(_DELIMITERS, key=header.count)
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-        rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+        reader = csv.reader(file, delimiter=delimiter)
+        lines, rows = [], []
+        for row in reader:
+            if row:
+                lines.append(f"line {reader.line_num + 1}")
+                rows.append(row)
     if not names or all(_is_number(name) for name in names):
         raise AnalysisError(
             f"expected the first line of {path} to name the columns, such as 'step,loss', "
@@ -81,7 +111,7 @@ def read_csv_file(path: Path) -> Recorded:
                for row in rows]
         for i, name in enumerate(names)
     }  # fmt: skip
-    return _recorded(table, len(rows), f"CSV file {path.name}", path)
+    return _recorded(table, lines, f"CSV file {path.name}", path)
 
 
 def read_json_file(path: Path) -> Recorded:
@@ -107,13 +137,18 @@ def read_json_file(path: Path) -> Recorded:
         count = max((len(value) for value in lists.values()), default=0)
         if count:
             table = {k: v + [None] * (count - len(v)) for k, v in lists.items()}
-            return _recorded(table, count, source, path)
+            return _recorded(table, _records(count), source, path)
         document = [document]
     rows = [_flat(row) for row in document if isinstance(row, dict)]
     if not rows:
         raise AnalysisError(f"expected records with a loss in {path}, found none")
     names = dict.fromkeys(name for row in rows for name in row)
-    return _recorded({n: [row.get(n) for row in rows] for n in names}, len(rows), source, path)
+    table = {name: [row.get(name) for row in rows] for name in names}
+    return _recorded(table, _records(len(rows)), source, path)
+
+
+def _records(count: int) -> list[str]:
+    return [f"record {i + 1}" for i in range(count)]
 
 
 def _json_lines(text: str, path: Path) -> list[Any]:
@@ -140,16 +175,21 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _recorded(table: Mapping[str, Sequence[Any]], count: int, source: str, path: Path) -> Recorded:
+def _recorded(
+    table: Mapping[str, Sequence[Any]], places: Sequence[str], source: str, path: Path
+) -> Recorded:
     """Pair each column with the table's steps, or with row numbers if it has none."""
     name = _step_column(table)
-    steps = range(count) if name is None else [_whole(cell, path) for cell in table[name]]
+    steps: Sequence[int | None] = range(len(places))
+    if name is not None:
+        where = [f"column {name!r}, {place} of {path}" for place in places]
+        steps = [_whole(cell, place) for cell, place in zip(table[name], where, strict=True)]
     rows = [i for i, step in enumerate(steps) if step is not None]
     at = [step for step in steps if step is not None]
     columns: dict[str, tuple[Sequence[int], Sequence[Any]]] = {
         other: (at, [cells[i] for i in rows]) for other, cells in table.items() if other != name
     }
-    return Recorded(columns=columns, source=source)
+    return Recorded(columns=columns, source=source, places=[places[i] for i in rows])
 
 
 def _step_column(columns: Iterable[str]) -> str | None:
@@ -158,15 +198,15 @@ def _step_column(columns: Iterable[str]) -> str | None:
     return next((plain[name] for name in STEP_NAMES if name in plain), None)
 
 
-def _whole(cell: Any, path: Path) -> int | None:
+def _whole(cell: Any, place: str) -> int | None:
+    number = _number_at(cell, place)
     try:
-        number = to_number(cell)
         if number is None:
             return None
         if number != int(number):
             raise ValueError
     except (ValueError, OverflowError) as error:
-        raise AnalysisError(f"expected whole steps in {path}, got {cell!r}") from error
+        raise AnalysisError(f"expected a whole step in {place}, got {cell!r}") from error
     return int(number)
 
 

@@ -91,7 +91,9 @@ def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Cu
             f"{path} has no column that is called like a loss; name one with --column: "
             f"it has {_listed(recorded.columns)}"
         )
-    parts = {name: _in_order(*recorded.columns[found]) for name, found in chosen.items()}
+    if column is not None and chosen.get("grad_norm") == column:
+        del chosen["grad_norm"]  # once, as what was asked for
+    parts = {name: _in_order(*recorded.numbers(found, path)) for name, found in chosen.items()}
     return _curve(parts, chosen, recorded.source)
 
 

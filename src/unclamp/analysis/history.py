@@ -63,7 +63,8 @@ def read_history(log: RunLog) -> History:
     """Read what an association needs.
 
     Raises:
-        AnalysisError: There are no losses or no casts, or the ranks recorded different modules.
+        AnalysisError: There are no losses, no casts or no sites, or the ranks recorded different
+            modules.
         RunLogError: The run cannot be read.
     """
     steps, loss = _read_loss(log)
@@ -79,6 +80,11 @@ def read_history(log: RunLog) -> History:
             "each such rank as a run of its own"
         )
     rows = log.sql("SELECT DISTINCT site, fqn, role FROM sites ORDER BY site").to_pylist()
+    if not rows:
+        raise AnalysisError(
+            f"expected the sites of {log.path} beside its casts, but it has none: its folder "
+            "`sites` is missing or empty; copy the run again, with all of its folders"
+        )
     names = [(row["site"], row["fqn"], row["role"]) for row in rows]
     clamped = _read_clamped(log)
     known = np.isin(clamped.step, steps)

@@ -53,6 +53,10 @@ TAIL_DOUBT = 100
 """The power is half of that at this number of errors: outer ones of few errors vary much."""
 LARGEST_EXCESS = 2.0
 """More is not believed: one missed spike among the errors would hide those after it."""
+LARGEST_TAIL_RISE = math.log(8.0)
+"""Heavy tails raise the limit of a positive series to this at most: where many steps are mildly
+raised, their product with a wide spread would be a limit that no spike reaches. What the spread
+alone asks for stays."""
 _NORMAL_IQR = 1.349
 _END_SHARE = 0.5
 _LARGEST_EXPONENT = 700.0
@@ -225,8 +229,11 @@ class SpikeDetector:
             return expected, math.nan, math.inf
         spread, excess = _spread_and_excess(errors)
         power = TAIL_POWER * count / (count + TAIL_DOUBT)
-        noise = self.threshold * spread * (1 + SMALL_SAMPLE / count) * excess**power
-        return expected, spread, max(noise, ROUNDING * abs(expected))
+        noise = self.threshold * spread * (1 + SMALL_SAMPLE / count)
+        raised = noise * excess**power
+        if self._logarithmic:
+            raised = min(raised, LARGEST_TAIL_RISE * self.threshold / THRESHOLD)
+        return expected, spread, max(noise, raised, ROUNDING * abs(expected))
 
     def _least_rise(self, expected: float) -> float:
         return _MIN_RISE if self._logarithmic else ROUNDING * abs(expected)

@@ -5,6 +5,7 @@ It words numbers that `association` found and decides nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,17 @@ if TYPE_CHECKING:
 MOST_NAMED = 5
 """Further named sites are counted, not worded."""
 WORST = 3
+MOST_PERCENT = 1000
+"""From here on a change is worded as a multiple."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What there is to word; as in `Association`, and what made it so."""
+    """What there is to word; as in `Association`, and what made it so.
+
+    Attributes:
+        enough: Whether enough shifts differ, of a record that can tell, to name anybody.
+    """
 
     verdict: str
     sites: list[SiteEvidence]
@@ -32,6 +39,8 @@ class Finding:
     loss_needed: float | None
     period: int | None
     is_relative: bool
+    is_observed: bool
+    enough: bool
     refusal: str | None
     notes: list[str]
 
@@ -39,38 +48,72 @@ class Finding:
 def describe(finding: Finding) -> list[str]:
     """Return the answer, the effect sizes, the power, and the caution, a sentence each."""
     if not finding.sites:
-        return [_answer_without_sites(finding), *finding.notes]
+        return [*_observed(finding), _answer_without_sites(finding), *finding.notes]
     return [
+        *_observed(finding),
         _answer(finding),
         *finding.notes,
         *_named(finding),
-        *_harmless(finding),
+        *_cleared(finding),
+        *_uncleared(finding),
         *_power(finding),
         _caution(finding),
     ]
 
 
+def change_in_words(value: float, *, is_relative: bool) -> str:
+    """Return a change of the loss: "+12.3 %", from ten-fold on "12.3 times"; or in its own unit.
+
+    Three significant figures without an exponent, four decimals at most.
+    """
+    if not is_relative:
+        return f"{value:+.3g}"
+    if value >= MOST_PERCENT / 100:
+        times = 1 + value
+        return f"{times:.3g} times" if times < 1000 or times >= 1e6 else f"{times:,.0f} times"
+    percent = 100 * value
+    digits = 4 if percent == 0 else 2 - math.floor(math.log10(abs(percent)))
+    rounded = f"{percent:+.{min(max(digits, 0), 4)}f}"
+    return f"{rounded if float(rounded) else '0'} %"
+
+
+def _observed(finding: Finding) -> list[str]:
+    if not finding.is_observed:
+        return []
+    follows = "; what follows is where FP8 would have clamped near spikes" if finding.sites else ""
+    return [
+        "Nothing was cast in this training: FP8 was only observed, so its clamping cannot have "
+        f"moved this loss{follows}."
+    ]
+
+
+def _clamped(finding: Finding) -> str:
+    return "would have clamped" if finding.is_observed else "clamped"
+
+
 def _answer_without_sites(finding: Finding) -> str:
     if finding.refusal is not None:
         return f"Cannot tell: {finding.refusal}"
-    if finding.notes:
-        return (
-            f"Nothing was clamped at any of the {finding.all_sites} sites in the "
-            f"{finding.steps:,} steps with a loss."
-        )
-    return f"Nothing was clamped at any of the {finding.all_sites} sites."
+    nothing = "FP8 would have clamped nothing" if finding.is_observed else "Nothing was clamped"
+    said = f"{nothing} at any of the {finding.all_sites} sites"
+    return f"{said} in the {finding.steps:,} steps with a loss." if finding.notes else f"{said}."
 
 
 def _answer(finding: Finding) -> str:
     asked = f"{_count(finding.spikes, 'spike')} in {finding.steps:,} steps"
-    clamped = f"{len(finding.sites)} of {finding.all_sites} sites clamped"
+    clamped = f"{len(finding.sites)} of {finding.all_sites} sites {_clamped(finding)}"
     if finding.verdict == "cannot tell":
         return f"Cannot tell: {asked}; {clamped}. {_why_not(finding)}"
     if finding.verdict == "none":
         return f"No evidence that clamping goes with spikes or a raised loss: {asked}; {clamped}."
-    named = sum(site.by is not None for site in finding.sites)
+    named = _count(sum(site.by is not None for site in finding.sites), "site")
+    if finding.is_observed:
+        return (
+            f"More often before spikes, or a raised loss, than chance has it at {named}: {asked}; "
+            f"{clamped}. What raised the loss may also be what FP8 would have clamped."
+        )
     return (
-        f"Evidence at {_count(named, 'site')}: {asked}; {clamped}. This is association; "
+        f"Evidence at {named}: {asked}; {clamped}. This is association; "
         "a replay with those casts un-clamped would show cause."
     )
 
@@ -87,6 +130,12 @@ def _why_not(finding: Finding) -> str:
             f"differ, and it takes {finding.shifts_needed}; a longer run or spikes at irregular "
             "steps would do."
         )
+    if finding.spikes and finding.loss_needed is not None:
+        left = sum(not site.cleared for site in finding.sites)
+        return (
+            f"Clamping before {_every(finding.spikes)} would not be enough to name a typical site, "
+            f"and the loss after clamping does not clear {_count(left, 'site')}."
+        )
     return "It takes three spikes or a varying loss, and a site that clamped at three steps."
 
 
@@ -102,37 +151,64 @@ def _evidence(site: SiteEvidence, finding: Finding) -> str:
     """Return one named site: first what it is named by, then the rest."""
     ahead = "" if site.lag is None else f", mostly {_count(site.lag, 'step')} ahead"
     spikes = (
-        f"clamped before {site.hits} of {_count(finding.spikes, 'spike')}, "
+        f"{_clamped(finding)} before {site.hits} of {_count(finding.spikes, 'spike')}, "
         f"{site.expected_hits:.1f} expected by chance{ahead}; of the {site.clamped_steps:,} steps "
-        f"at which it clamped, {site.followed:,} were followed by a spike within {finding.max_lag}"
+        f"at which it {_clamped(finding)}, {site.followed:,} were followed by a spike within "
+        f"{finding.max_lag}"
     )
-    loss = "how the loss moves just after clamping is unknown"
+    loss = "how the loss moves just after them is unknown"
     if site.loss_change is not None and site.low is not None and site.high is not None:
         interval = f"{_change(site.low, finding)} to {_change(site.high, finding)}"
         loss = (
-            f"the loss just after clamping is {_change(site.loss_change, finding)} off its level "
-            f"on average (95 %: {interval})"
+            f"the loss just after{' those steps' if finding.is_observed else ' clamping'}, against "
+            f"its level and on average: "
+            f"{_change(site.loss_change, finding)} (95 %: {interval})"
         )
     said = [spikes, loss] if site.by == "spikes" else [loss, spikes]
     return f"{site.fqn} {site.role} (p = {site.p:.3f}): {'; '.join(said)}."
 
 
-def _harmless(finding: Finding) -> list[str]:
-    """Say how far clamping at the sites that are not named is shown to be harmless."""
-    if finding.verdict == "cannot tell":
+def _cleared(finding: Finding) -> list[str]:
+    """Say which clamping is shown to be harmless, by the worst that it may have done."""
+    rest = [site for site in finding.sites if site.cleared]
+    if not rest or finding.is_observed:
         return []
-    rest = [site for site in finding.sites if site.by is None and site.high is not None]
-    if not rest:
-        return []
-    often = max(rest, key=lambda site: site.clamped_steps)
-    assert often.high is not None
+    worst = max(rest, key=_highest)
     casts = sum(site.clamped_steps for site in rest)
+    other = " other" if finding.verdict == "named" else ""
     return [
         f"Harmless as far as this run can show: {casts:,} clamped casts at "
-        f"{_count(len(rest), 'other site')}. Where clamping is most frequent "
-        f"({often.fqn} {often.role}, {often.clamped_steps:,} steps) the loss just after it rose "
-        f"by at most {_change(max(often.high, 0.0), finding)} (95 %)."
+        f"{len(rest):,}{other} site{'' if len(rest) == 1 else 's'}. The loss just after them rose "
+        f"by at most {_change(max(_highest(worst), 0.0), finding)} (95 %), at {worst.fqn} "
+        f"{worst.role}."
     ]
+
+
+def _uncleared(finding: Finding) -> list[str]:
+    """Say how many sites this run neither names nor clears, and the one nearest to a name."""
+    if not finding.enough or finding.is_observed:
+        return []
+    rest = [site for site in finding.sites if site.by is None and not site.cleared]
+    if not rest:
+        return []
+    worst = rest[0]  # sites come strongest evidence first
+    change = "loss after it unknown"
+    if worst.loss_change is not None and worst.high is not None:
+        change = (
+            f"{_change(worst.loss_change, finding)}, at most {_change(worst.high, finding)} (95 %)"
+        )
+    before = ""
+    if finding.spikes:
+        before = f", before {worst.hits} of {_count(finding.spikes, 'spike')}"
+    are = "site is" if len(rest) == 1 else "sites are"
+    return [
+        f"{len(rest):,} {are} neither named nor cleared; strongest: {worst.fqn} {worst.role}, "
+        f"{change}{before}, p = {worst.p:.3f}."
+    ]
+
+
+def _highest(site: SiteEvidence) -> float:
+    return math.inf if site.high is None else site.high
 
 
 def _power(finding: Finding) -> list[str]:
@@ -145,20 +221,32 @@ def _power(finding: Finding) -> list[str]:
         )
     elif finding.spikes_needed is None:
         said.append(
-            f"Clamping before all of {_count(finding.spikes, 'spike')} would not be enough to "
-            "name a site that clamps as often as is typical here."
+            f"Clamping before {_every(finding.spikes)} would not be enough to name a typical "
+            "site, one that clamps as often as the median site here."
         )
     else:
         said.append(
-            f"A site that clamps as often as is typical here would be named if it clamped before "
-            f"{finding.spikes_needed} of the {_count(finding.spikes, 'spike')}."
+            f"A typical site, one that clamps as often as the median site here, would be named if "
+            f"it clamped before {finding.spikes_needed} of the {_count(finding.spikes, 'spike')}."
         )
-    if finding.loss_needed is not None:
-        said.append(
-            f"A rise of the loss by about {_change(finding.loss_needed, finding)} on average just "
-            "after clamping at such a site would have shown."
-        )
+    if finding.loss_needed is not None and not finding.is_observed:
+        said.append(_loss_power(finding, finding.loss_needed))
     return said
+
+
+def _loss_power(finding: Finding, needed: float) -> str:
+    said = (
+        f"At a typical site a rise of the loss by about {_change(needed, finding)} on average just "
+        "after clamping would have shown"
+    )
+    above = sum(
+        site.by is None and site.loss_change is not None and site.loss_change >= needed
+        for site in finding.sites
+    )
+    if not above:
+        return f"{said}."
+    rose = "site that is not named rose" if above == 1 else "sites that are not named rose"
+    return f"{said}. {above:,} {rose} by more: the p of each says how often chance does that."
 
 
 def _caution(finding: Finding) -> str:
@@ -172,6 +260,8 @@ def _caution(finding: Finding) -> str:
         least = "; by sqnr_db " + ", ".join(
             f"{s.fqn} {s.role} ({s.sqnr_db:.1f} dB)" for s in noisy[:WORST]
         )
+    if finding.is_observed:
+        return f"Worst by the mean clamp error that FP8 would have made: {listed}{least}."
     return (
         "Clamping can also do harm that the training loss does not show (arXiv 2605.26189): look "
         "at the columns saturated_error and sqnr_db of `casts`; worst by mean clamp error: "
@@ -180,7 +270,11 @@ def _caution(finding: Finding) -> str:
 
 
 def _change(value: float, finding: Finding) -> str:
-    return f"{100 * value:+.2g} %" if finding.is_relative else f"{value:+.3g}"
+    return change_in_words(value, is_relative=finding.is_relative)
+
+
+def _every(spikes: int) -> str:
+    return "the one spike" if spikes == 1 else f"all of {spikes:,} spikes"
 
 
 def _count(number: int, noun: str) -> str:

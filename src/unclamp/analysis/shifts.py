@@ -27,7 +27,7 @@ ACTIVITY_STEPS = 101
 """The clock follows clamping over so many steps: its trend, not single steps."""
 TICKS = 10
 """Ticks of a step of average activity; a quiet one has at least 1."""
-MIN_REGULAR = 4
+MIN_REGULAR = 3
 """Fewer spikes than this have no rhythm that could be told from chance."""
 CHANCE_OF_RHYTHM = 0.01
 MIN_PERIOD = 10
@@ -156,11 +156,14 @@ def find_period(onsets: NDArray[np.int64]) -> int | None:
     """Return the largest distance of which all gaps between `onsets` are multiples, give or take 1.
 
     None where so many spikes would share such a distance by chance more often than one time in
-    a hundred, and for fewer than four.
+    a hundred, and for fewer than three. Three at exactly equal gaps have a rhythm in any case:
+    chance makes such gaps more often, but taking them for a rhythm only costs power.
     """
     if len(onsets) < MIN_REGULAR:
         return None
     gaps = np.diff(onsets)
+    if len(gaps) + 1 == MIN_REGULAR and gaps[0] == gaps[1] >= MIN_PERIOD:
+        return int(gaps[0])
     for divisor in range(1, int(gaps[0]) // MIN_PERIOD + 1):
         period = gaps[0] / divisor
         for slack in (0, 1):

@@ -10,6 +10,11 @@ from rich.console import Console
 from unclamp.cli.app import JsonFlag, app
 
 SHOWN = 10
+ENDED = {
+    "running": "has not finished (running or killed)",
+    "interrupted": "was interrupted",
+    "failed": "failed",
+}
 
 
 @app.command()
@@ -24,13 +29,14 @@ def associate(
     from rich.table import Table  # noqa: PLC0415
 
     from unclamp.analysis.association import associate as ask  # noqa: PLC0415
+    from unclamp.analysis.sentences import change_in_words  # noqa: PLC0415
     from unclamp.runlog import RunLog  # noqa: PLC0415
 
     with RunLog.open(path) as log:
         found = ask(log, max_lag=max_lag)
         status = log.header.status
     if status != "finished":
-        typer.echo(f"The run is {status}: the answer is of what is there so far.", err=True)
+        typer.echo(f"The run {ENDED[status]}: the answer is of what is there so far.", err=True)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
         return
@@ -44,7 +50,9 @@ def associate(
         column.no_wrap = True
     table.columns[0].overflow = "fold"
     for site in found.sites[:SHOWN]:
-        change = _change(site.loss_change, is_relative=found.is_relative)
+        change = "-"
+        if site.loss_change is not None:
+            change = change_in_words(site.loss_change, is_relative=found.is_relative)
         hits = f"{site.hits} of {found.spikes} ({site.expected_hits:.1f})"
         mark = "* " if site.by else ""
         table.add_row(
@@ -56,10 +64,5 @@ def associate(
         )
     console.print()
     console.print(table)
-    console.print("\n* named. clamped: steps. In brackets: expected by chance. p: over all sites.")
-
-
-def _change(change: float | None, *, is_relative: bool) -> str:
-    if change is None:
-        return "-"
-    return f"{100 * change:+.2g} %" if is_relative else f"{change:+.3g}"
+    named = f"* named (p at most {found.level:g}). " if found.verdict == "named" else ""
+    console.print(f"\n{named}clamped: steps. In brackets: expected by chance. p: over all sites.")

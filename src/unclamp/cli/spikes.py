@@ -14,7 +14,13 @@ from unclamp.cli.app import JsonFlag, app
 from unclamp.errors import AnalysisError
 
 if TYPE_CHECKING:
-    from unclamp.analysis import Curve, Spike
+    from collections.abc import Sequence
+
+    from unclamp.analysis import Spike
+
+
+MOST_DECIMAL = 1000.0
+"""Heights from here on are worded with three significant figures."""
 
 
 class Method(StrEnum):
@@ -61,13 +67,15 @@ def spikes(
     names = [name for name in curve.series if series in (Series.BOTH, name)]
     if not names:
         raise AnalysisError(f"{path} has no {series}; it has {list(curve.series)}")
+    # What the user named goes by that name.
+    labels = {name: curve.columns[name] if column and name == "loss" else name for name in names}
     found = {
         name: find_spikes(
             curve.series[name],
             steps=curve.steps,
             method=method,
             threshold=threshold,
-            series=name,
+            series=labels[name],
         )
         for name in names
     }
@@ -79,7 +87,7 @@ def spikes(
     if ordered:
         _print_table(ordered)
     for name in names:
-        typer.echo(_in_words(curve, name, found[name], method, threshold))
+        typer.echo(_in_words(labels[name], curve.series[name], found[name], method, threshold))
 
 
 def _print_table(found: "list[Spike]") -> None:
@@ -95,29 +103,39 @@ def _print_table(found: "list[Spike]") -> None:
             spike.series,
             *(str(step) for step in (spike.onset, spike.peak, spike.end)),
             recovery,
-            f"{spike.height:.2f}x" if math.isfinite(spike.height) else "-",
+            _times(spike.height) if math.isfinite(spike.height) else "-",
             f"{spike.sigmas:.1f}" if math.isfinite(spike.sigmas) else "-",
             spike.kind,
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def _times(height: float) -> str:
+    return f"{height:.2f}x" if height < MOST_DECIMAL else f"{height:.3g}x"
+
+
 def _in_words(
-    curve: "Curve", name: str, found: "list[Spike]", method: Method, threshold: float | None
+    label: str,
+    series: "Sequence[float | None]",
+    found: "list[Spike]",
+    method: Method,
+    threshold: float | None,
 ) -> str:
     """Return the last line: how many spikes in how many steps, and what could have been missed."""
     from unclamp.analysis import DEFINITIONS, smallest_height, spike_score  # noqa: PLC0415
 
-    values = [value for value in curve.series[name] if value is not None]
+    values = [value for value in series if value is not None]
     count = f"{len(found) or 'no'} spike{'' if len(found) == 1 else 's'}"
     definition = DEFINITIONS[method]
     used = definition.threshold if threshold is None else threshold
-    words = f"{name}: {count} in {len(values)} steps (method {method}, threshold {used:g})."
+    steps = f"{len(values)} step{'' if len(values) == 1 else 's'}"
+    words = f"{label}: {count} in {steps} (method {method}, threshold {used:g})."
     least = smallest_height(values, method=method, threshold=threshold)
     if math.isfinite(least):
-        words += f" One step at {least:.2f}x the level or more would show; less may be missed."
+        words += f" One step at {_times(least)} the level or more would show; less may be missed."
     elif all(value > 0 for value in values if math.isfinite(value)):
-        words += " There are too few steps for this method to judge any."
+        judged = "a finite value: only NaN and Inf count" if found else "any"
+        words += f" There are too few steps for this method to judge {judged}."
     else:
         words += " Values at or below zero have no ratio; heights are in sigmas."
     score = spike_score(values)
