@@ -45,12 +45,12 @@ def ceilings(report: Report) -> tuple[float, float]:
     target = torch.empty_like(source)
     a, b = (torch.randn(size, size, device=report.device, dtype=torch.bfloat16) for _ in range(2))
     first, second = (unclamp.quantize(t, E4M3FN) for t in (a, b))
-    operands = [GemmOperand(q.codes, q.scale_inv) for q in (first, second)]
+    left, right = (GemmOperand(q.codes, q.scale_inv) for q in (first, second))
     copy, half, eight = times_ms(
         [
             lambda: target.copy_(source),
             lambda: a @ b.t(),
-            lambda: matmul(*operands, accumulate="hopper_fast", out_dtype=torch.bfloat16),
+            lambda: matmul(left, right, accumulate="hopper_fast", out_dtype=torch.bfloat16),
         ],
         report.device,
     )
@@ -140,8 +140,8 @@ def _small(device: torch.device, dim: int = 256) -> tuple[nn.Module, torch.optim
     model = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
     model = model.to(device, torch.bfloat16)
     unclamp.convert(model, unclamp.Recipe.uniform(unclamp.Guarded()))
-    options = {"capturable": True} if device.type == "cuda" else {}
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, **options)
+    is_cuda = device.type == "cuda"
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=is_cuda)
 
 
 def whole_step(report: Report) -> None:
@@ -287,7 +287,7 @@ def machine(device: torch.device) -> str:
 
 def main() -> int:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare casts with the CPU")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     out = Path(os.environ.get("OUT", Path(__file__).parent)) / "gpu_results.json"

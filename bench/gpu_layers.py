@@ -38,6 +38,13 @@ def torchao(model: nn.Module, recipe: str) -> nn.Module | None:
     return convert_to_float8_training(copy.deepcopy(model), config=config)
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """Return a model that is compiled at its first call, for one shape."""
+    made = torch.compile(model, dynamic=False)
+    assert isinstance(made, nn.Module)
+    return made
+
+
 def step_of(model: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
     """Return a forward and backward that leaves no gradients behind."""
     x = x.clone().requires_grad_()
@@ -81,7 +88,7 @@ def candidates(base: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Callable[[
     """Return steps by name; compiled ones are compiled at their first call."""
     models: dict[str, nn.Module | None] = {
         "bf16 eager": base,
-        "bf16 compiled": torch.compile(copy.deepcopy(base), dynamic=False),
+        "bf16 compiled": compiled(copy.deepcopy(base)),
     }
     ours = fp8(base)
     models["unclamp eager"] = ours
@@ -89,12 +96,12 @@ def candidates(base: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Callable[[
     for recipe in ("tensorwise", "rowwise"):
         peer = torchao(base, recipe)
         name = f"torchao {recipe} compiled"
-        models[name] = None if peer is None else torch.compile(peer, dynamic=False)
+        models[name] = None if peer is None else compiled(peer)
     for name, model in models.items():
         if model is not None:
             runs[name] = settled(step_of(model, x, grad), model)
-    compiled = fp8(base)
-    run = settled(step_of(torch.compile(compiled, dynamic=False), x, grad), compiled)
+    twin = fp8(base)
+    run = settled(step_of(compiled(twin), x, grad), twin)
     return runs | {"unclamp compiled": run}
 
 
@@ -122,8 +129,8 @@ def linears(report: Report, flops: float) -> None:
         if peers:
             ratio = min(peers) / ms["unclamp compiled"]
             report.add(f"{label} compiled / torchao", ratio, "x", at_least=1.0)
-        compiled = ms["bf16 compiled"] / ms["unclamp compiled"]
-        report.add(f"{label} compiled / bf16", compiled, "x")
+        ratio = ms["bf16 compiled"] / ms["unclamp compiled"]
+        report.add(f"{label} compiled / bf16", ratio, "x")
         share = kept_mib(fp8(base), x) / kept_mib(base, x)
         report.add(f"{label} kept memory / bf16", share, "x", at_most=0.55)
         del base, x, grad, runs

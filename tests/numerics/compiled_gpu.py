@@ -3,16 +3,22 @@
 `python tests/numerics/compiled_gpu.py cuda` (sm_90) or `hip` (gfx942); `test_gpu.py` runs both.
 """
 
+# Triton types its abstract driver as returning nothing.
+# pyright: reportIncompatibleMethodOverride=false
+
+import functools
 import re
 import sys
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource
 
-from unclamp import E4M3FN, E4M3FNUZ, E5M2
-from unclamp.numerics.gpu import blockwise, tensorwise
+from unclamp import E4M3FN, E4M3FNUZ, E5M2, MX, PerBlock, PerRow
+from unclamp.numerics.gpu import blockwise, cast, cast_blocks, tensorwise
 from unclamp.numerics.gpu.cast import FLAT, SQUARE, numbers, options
 from unclamp.numerics.gpu.cast_blocks import SIZE, tiling
 
@@ -73,7 +79,67 @@ def check_blocks(target: str) -> None:
     compiled(blockwise.add_up, target, {"SIZE": SIZE}, {"num_warps": 8})
 
 
+class Device(DriverBase):
+    """Stands for an H100, so that Triton's launcher goes all the way but the last step."""
+
+    def __init__(self) -> None:
+        pass
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS["cuda"]
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        return None
+
+
+class Launcher:
+    """Takes the place of a kernel: binds and compiles a launch, and does not launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return functools.partial(self.kernel.warmup, grid=grid)
+
+
+def check_launches() -> None:
+    """Bind every kind of launch as the launcher would on an H100: arguments, options, code."""
+    triton.runtime.driver.set_active(Device())
+    cast.architecture = lambda device: "sm_90"
+    for module, names in ((cast, ("cast_tiles", "settle")),
+                          (cast_blocks, ("block_tops", "cast_blocks", "add_up"))):  # fmt: skip
+        for name in names:
+            setattr(module, name, Launcher(getattr(module, name)))
+    x, scale = torch.randn(256, 512), torch.tensor(1.0)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for fmt in (E4M3FN, E5M2):
+            cast.quantize_tensor(x.to(dtype), fmt, scale, guard=True, turned=True)
+            cast.quantize_tensor(x.to(dtype), fmt, power_of_two=True, margin=1)
+    cast.quantize_tensor(x[:, :77], E4M3FNUZ, scale, counts=False)
+    for granularity in (PerRow(), PerBlock(1, 128), PerBlock(128, 128), MX()):
+        for axis in (0, 1):
+            cast_blocks.quantize_blocks(x, E4M3FN, granularity=granularity, axis=axis)
+    cast_blocks.quantize_blocks(torch.randn(3, 20000), E4M3FN, granularity=PerRow())
+
+
 if __name__ == "__main__":
     check_tensor(sys.argv[1])
     if sys.argv[1] == "cuda":
         check_blocks(sys.argv[1])
+        check_launches()

@@ -24,6 +24,7 @@ from unclamp import (
     PerRow,
     Recipe,
 )
+from unclamp.nn import find_ledgers
 from unclamp.numerics import Stat, quantize
 from unclamp.numerics.cast import Quantized, quantize_plain
 from unclamp.numerics.gpu import DEVICE_PATH
@@ -226,16 +227,17 @@ def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Return output, gradients, and the ledger's state after two steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = x.clone().requires_grad_()
+    out = x
     for _ in range(2):
         optimizer.zero_grad()
         x.grad = None
         out = model(x)
         out.float().square().mean().backward()
         optimizer.step()
-    linear = model[0]  # pyright: ignore[reportIndexIssue]
-    ledger = linear.sites.ledger
-    assert x.grad is not None
-    return [out.detach(), x.grad, linear.weight.grad, linear.bias.grad, ledger.amax_history]
+    (ledger,) = find_ledgers(model)
+    gradients = [p.grad for p in (x, *model.parameters()) if p.grad is not None]
+    assert len(gradients) == 3
+    return [out.detach(), *gradients, ledger.amax_history]
 
 
 def test_layer_makes_codes_of_a_large_weight_again_and_counts_them_once(monkeypatch):
@@ -246,7 +248,7 @@ def test_layer_makes_codes_of_a_large_weight_again_and_counts_them_once(monkeypa
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(48, 32))
         unclamp.convert(model, RECIPES["guarded"])
-        ledger = model[0].sites.ledger
+        (ledger,) = find_ledgers(model)
         seen: list[Tensor] = []
         ledger.subscribe(lambda update, seen=seen: seen.append(update.stats))
         kept = kept_by(model, torch.randn(20, 48))

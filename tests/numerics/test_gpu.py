@@ -129,3 +129,32 @@ def test_turned_codes_are_a_copy_where_there_is_no_gpu():
     assert q.turned is not None
     assert q.turned.t().is_contiguous()
     assert torch.equal(q.turned.contiguous().view(torch.uint8), q.codes.view(torch.uint8))
+
+
+def test_the_operator_quantize_turned_is_what_its_fake_says():
+    from unclamp.numerics.operators import CastPlan
+
+    x = torch.randn(6, 10)
+    made = torch.ops.unclamp.quantize_turned(x, None, *CastPlan("e4m3fn"), 1)
+    assert made[4].shape == (10, 6)
+    assert torch.equal(made[4].t().contiguous().view(torch.uint8), made[0].view(torch.uint8))
+    torch.library.opcheck(
+        torch.ops.unclamp.quantize_turned.default,
+        (x, None, *CastPlan("e4m3fn"), 1),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_the_bench_says_that_it_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--check"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "needs a GPU" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

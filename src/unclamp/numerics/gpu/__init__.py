@@ -18,6 +18,8 @@ run by Triton's interpreter (TRITON_INTERPRET=1). For tests; some thousand times
 
 def goes_to_gpu(x: Tensor) -> bool:
     """Whether a tensor's casts and GEMMs go the way of a GPU; stand-ins for tensors too."""
+    if torch.compiler.is_compiling():  # a graph does not look at the environment
+        return x.device.type == "cuda"
     return x.device.type == "cuda" or (x.device.type == "cpu" and is_interpreted())
 
 

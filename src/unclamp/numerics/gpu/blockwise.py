@@ -9,6 +9,9 @@ grid of GM by GN. In the results a block lies at `m * step_m + n * step_n`: the 
 along the first axis is turned. Codes are written as they lie, turned, or both.
 """
 
+# Kernels are Triton's language, of which pyright sees Python's.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -51,14 +54,22 @@ def finite_bits(bits):
 @triton.jit
 def block_maxima(size, GM: tl.constexpr, AM: tl.constexpr, GN: tl.constexpr, AN: tl.constexpr):
     """Return the maximum of each block of a tile, `[GM, GN]`."""
-    return tl.max(tl.max(tl.reshape(size, [GM, AM, GN, AN]), axis=3), axis=1)
+    if GM * GN == 1:  # four axes of 128x128 take Triton 3.6 minutes to compile
+        top = tl.zeros([1, 1], tl.int32) + tl.max(size)
+    else:
+        top = tl.max(tl.max(tl.reshape(size, [GM, AM, GN, AN]), axis=3), axis=1)
+    return top
 
 
 @triton.jit
 def over_blocks(values, GM: tl.constexpr, AM: tl.constexpr, GN: tl.constexpr, AN: tl.constexpr):
     """Return the value of its block at each element of a tile."""
-    each = tl.broadcast_to(tl.reshape(values, [GM, 1, GN, 1]), [GM, AM, GN, AN])
-    return tl.reshape(each, [GM * AM, GN * AN])
+    if GM * GN == 1:
+        each = tl.broadcast_to(values, [AM, AN])
+    else:
+        wide = tl.broadcast_to(tl.reshape(values, [GM, 1, GN, 1]), [GM, AM, GN, AN])
+        each = tl.reshape(wide, [GM * AM, GN * AN])
+    return each
 
 
 @triton.jit

@@ -7,6 +7,9 @@ Bytes of an element of two bytes: delayed and guarded scaling read 2 and write 1
 turned too 2; dynamic scaling reads 2 more. That is what the casts' time should be made of.
 """
 
+# Launches of Triton kernels, whose constants are plain values here.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import functools
 from typing import Any
 

@@ -4,6 +4,9 @@ Blocks of powers of two that fit into a tile (1x128, 128x128, MX, short rows) ar
 read; rows that do not, or that lie across memory, in two. Others (3x5) are left to plain torch.
 """
 
+# Launches of Triton kernels, whose constants are plain values here.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from typing import NamedTuple
 
 import torch

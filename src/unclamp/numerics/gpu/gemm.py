@@ -154,10 +154,14 @@ def _multiply(
     if route == "row":
         half = bias if bias is None else bias.to(torch.bfloat16)
         grains = ["row", "row"]
-        return _scaled_mm(left, b, *scales, grains, half, fast, torch.bfloat16).to(out_dtype)
+        return _scaled_mm(left, b, scales[0], scales[1], grains, half, fast, torch.bfloat16).to(
+            out_dtype
+        )
     if route == "block":
-        return _scaled_mm(left, b, *scales, grains, None, False, torch.bfloat16).to(out_dtype)
-    return _scaled_mm(left, b, *scales, grains, bias, fast, out_dtype)
+        return _scaled_mm(left, b, scales[0], scales[1], grains, None, False, torch.bfloat16).to(
+            out_dtype
+        )
+    return _scaled_mm(left, b, scales[0], scales[1], grains, bias, fast, out_dtype)
 
 
 def _scaled_mm(
@@ -166,7 +170,7 @@ def _scaled_mm(
 ) -> Tensor:  # fmt: skip
     scaled_mm = getattr(F, "scaled_mm", None)
     if scaled_mm is None:  # before torch 2.10; scales of blocks are told by their shapes
-        return torch._scaled_mm(
+        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             a, b, scale_a=a_scale, scale_b=b_scale, bias=bias, out_dtype=out_dtype,
             use_fast_accum=fast,
         )  # fmt: skip

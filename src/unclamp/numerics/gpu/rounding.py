@@ -9,6 +9,9 @@ neither beyond the overflow limit nor NaN, where all roundings agree; that saves
 arithmetic. Everything else, and every other device, rounds in integers.
 """
 
+# Kernels are Triton's language, of which pyright sees Python's.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 from typing import NamedTuple
 
 import triton
