@@ -204,7 +204,8 @@ def test_a_few_rejected_pairs_are_named(cpu: DeviceAnswer) -> None:
 def unclamp_doctor(*arguments: str) -> str:
     command = [sys.executable, "-m", "unclamp", "doctor", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stderr.splitlines() if "compiling the CPU kernels" not in line]
+    assert (done.returncode, said) == (0, [])
     return done.stdout
 
 

@@ -168,8 +168,11 @@ def test_ctrl_c_in_close_can_be_closed_again(tmp_path: Path):
     writer = RunLogWriter(tmp_path, header=HEADER, flush_interval_s=60)
 
     def slow() -> dict[str, list]:
+        while not writer._closing:
+            time.sleep(0.01)
+        time.sleep(0.1)
         os.kill(os.getpid(), 2)  # while close() waits for this thread
-        time.sleep(0.3)
+        time.sleep(1.0)
         return step(0)
 
     writer.add("steps", slow)
