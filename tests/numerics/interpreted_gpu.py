@@ -144,7 +144,8 @@ def check_blocks(x: Tensor, granularity, axis: int, factor: float | None, **sett
     scale = None if factor is None else own.scale_inv.reciprocal() * factor
     settings |= {"granularity": granularity, "axis": axis}
     got = quantize_blocks(x, E4M3FN, scale, **settings)
-    check(got, quantize_plain(x, E4M3FN, scale, **settings))
+    # Not against plain torch, whose conversion of a few float16 drops the sign of NaN.
+    check(got, quantize(x, E4M3FN, scale, **settings))
 
 
 GRANULARITIES = [PerRow(), PerBlock(1, 128), PerBlock(128, 128), MX()]
