@@ -184,3 +184,23 @@ def test_a_forked_child_casts_too():
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+CHECKED = """
+import torch
+from unclamp import E4M3FN, MX, PerBlock, PerRow, PerTensor, quantize
+from unclamp.numerics import inspect
+for shape in ((5, 8), (1, 1), (3, 1), (7, 2000)):
+    for granularity in (PerTensor(), PerRow(), PerBlock(1, 128), PerBlock(3, 5), MX()):
+        for axis in (0, 1):
+            x = torch.randn(shape)
+            q = quantize(x, E4M3FN, granularity=granularity, axis=axis)
+            inspect(x, q.codes, q.scale_inv, granularity=granularity, axis=axis)
+"""
+
+
+def test_the_kernels_stay_within_their_arrays(tmp_path):
+    environment = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-c", CHECKED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -176,8 +177,12 @@ def test_ctrl_c_in_close_can_be_closed_again(tmp_path: Path):
         return step(0)
 
     writer.add("steps", slow)
-    with pytest.raises(KeyboardInterrupt):
-        writer.close()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some libraries take it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            writer.close()
+    finally:
+        signal.signal(signal.SIGINT, before)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         writer.close("interrupted")

@@ -177,11 +177,16 @@ def _tasks(blocks: Blocks, *, whole: int) -> list[tuple[Range, Range]]:
 
 
 def warm_up() -> None:
-    """Compile the kernels, or load them from numba's cache; later calls do nothing."""
+    """Compile the kernels, or load them from numba's cache; later calls do nothing.
+
+    Every kernel in every signature, in this order: processes that compile at the same time, each
+    its own signature first, would store them in numba's cache under one another's names.
+    """
     x = torch.ones(1, 1, dtype=torch.float32)
     blocks = Blocks(1, 1, 1, 1)
     one = np.ones((1, 1), np.float32)
     for dtype in KINDS:
         block_amax(x.to(dtype), blocks)
         cast(x.to(dtype), one, one, blocks, E4M3FN, values=torch.empty(1, 1, dtype=torch.float32))
+        look(x.to(dtype), torch.zeros(1, 1, dtype=torch.uint8), x)
     decode(torch.zeros(1, dtype=torch.float8_e4m3fn), E4M3FN, 1.0)

@@ -191,9 +191,12 @@ def cast_range(
         group = row // across
         for first in range(columns[0], columns[1], CHUNK):
             count = min(CHUNK, columns[1] - first)
-            if along < x.shape[1] or group != filled:
-                _fill(scale, scales[group], first, CHUNK if along >= x.shape[1] else count, along)
-                _fill(inv, invs[group], first, CHUNK if along >= x.shape[1] else count, along)
+            if along < x.shape[1]:
+                _fill(scale, scales[group], first, count, along)
+                _fill(inv, invs[group], first, count, along)
+            elif group != filled:  # one block along: its scale serves every chunk
+                _fill(scale, scales[group], 0, CHUNK, CHUNK)
+                _fill(inv, invs[group], 0, CHUNK, CHUNK)
                 filled = group
             xs = x[row, first : first + count]
             if kind == FLOAT32:
