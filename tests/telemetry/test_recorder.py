@@ -248,3 +248,14 @@ def test_the_sinks_go_on_when_the_log_has_stopped(tmp_path: Path) -> None:
         recorder.step(loss=1.0)
         recorder.close()
     assert heard == [0, 1, 2]
+
+
+def test_a_recorder_of_casts_is_closed_twice_without_harm(tmp_path: Path) -> None:
+    model = tiny()
+    unclamp.convert(model, Recipe())
+    with Recorder(model, tmp_path / "run") as recorder:
+        train(model, recorder)
+        recorder.close("interrupted")
+    recorder.close()
+    with RunLog.open(tmp_path / "run") as log:
+        assert (log.header.status, log.steps().num_rows) == ("interrupted", 3)

@@ -227,8 +227,10 @@ class Ledger:
 
         Of several who ask, each named by `by`, the one who wants most decides.
         """
-        self._inspections[id(by)] = inspection
-        inspection = max(self._inspections.values(), key=INSPECTIONS.index)
+        self._inspections.pop(id(by), None)
+        if inspection != "never":
+            self._inspections[id(by)] = inspection
+        inspection = max(self._inspections.values(), key=INSPECTIONS.index, default="never")
         if inspection == self.inspection:
             return
         self.inspection = inspection

@@ -125,10 +125,6 @@ def _reductions(sites: list[Site], device: torch.device) -> tuple[Reduction, ...
     )
 
 
-def _takes_own(scaling: Scaling) -> bool:
-    return isinstance(scaling, Dynamic | HighPrecision)
-
-
 def _is_ageless(scaling: Scaling) -> bool:
     return isinstance(scaling, Static) or callable(getattr(scaling, "reduce", None))
 

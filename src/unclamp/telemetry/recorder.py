@@ -52,7 +52,8 @@ class Recorder:
         model: The model whose casts to record; convert it before.
         path: The run's folder, new or empty.
         metadata: Free JSON data for the header.
-        casts: The steps whose casts are written. Every cast is counted whatever this says.
+        casts: The steps whose casts are written, and those that `inspect` names. Optimizer steps
+            that nobody records are counted into the next one that is.
         inspect: The steps whose casts get a closer look as well (SQNR, exponents, range in use,
             headroom, age of the scale), at the price of a pass over each tensor; None for
             none. Of `or_clamped`'s additional steps, the casts that clamped. On a device other

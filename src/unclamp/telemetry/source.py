@@ -18,6 +18,7 @@ class Source:
         self._waiting: Update | None = None
         self._updates_at_step = ledger.updates
         self._between: Inspection = "never"
+        self._is_closed = False
         self._end = ledger.subscribe(self._hear)
 
     def number_new_sites(self, first: int) -> tuple[list[Site], list[int]]:
@@ -41,7 +42,10 @@ class Source:
         return None if update is None else (self.ids[: len(update.stats)], update)
 
     def close(self) -> None:
-        """Hear no more, and ask for nothing."""
+        """Hear no more, and ask for nothing; later calls do nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._end()
         self.ledger.inspect("never", by=self)
 
