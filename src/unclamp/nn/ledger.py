@@ -230,7 +230,7 @@ class Ledger:
         self._inspections.pop(id(by), None)
         if inspection != "never":
             self._inspections[id(by)] = inspection
-        inspection = max(self._inspections.values(), key=INSPECTIONS.index, default="never")
+        inspection = max(["never", *self._inspections.values()], key=INSPECTIONS.index)
         if inspection == self.inspection:
             return
         self.inspection = inspection
