@@ -26,7 +26,7 @@ import unclamp
 from bench.timing import compare
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 from unclamp.explain.watch import LEVEL_POINTS
-from unclamp.rule import Role
+from unclamp.names import Role
 from unclamp.study.config import StudyConfig, default_toml
 from unclamp.study.data import Batches, read_text
 from unclamp.study.loop import build, do_step, tokenize

@@ -11,11 +11,13 @@ of a large GEMM, both measured here.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ from torch import Tensor, nn
 import unclamp
 from bench.gpu_timing import Report, graphed, rotating, times_ms
 from unclamp import E4M3FN
+from unclamp.names import ROLES
 from unclamp.nn import Ledger, Site, find_ledgers
 from unclamp.numerics import GemmOperand, Stat, matmul
-from unclamp.rule import ROLES
 from unclamp.runlog import RunLog
 
 ELEMENTS = 1 << 26
@@ -242,53 +244,76 @@ def study(report: Report) -> None:
     report.add("study: ratio of the two", ratio, "x", at_most=1.5)
 
 
-def run(report: Report, *, only_check: bool, out: Path) -> int:
+def run(report: Report, *, only_check: bool, only: Sequence[str], out: Path) -> int:
     """Run the parts, print the table, write the JSON; return the exit code."""
     from bench import gpu_check, gpu_layers  # noqa: PLC0415  # loads Triton
 
-    is_same = False
-    with report.part("check"):
-        is_same = gpu_check.check(report)
+    is_same = bool(only)
+    if not only:
+        with report.part("check"):
+            is_same = gpu_check.check(report)
     if only_check:
         return 0 if is_same and not report.errors else 1
-    bandwidth, flops = float("nan"), float("nan")
-    with report.part("ceilings"):
-        bandwidth, flops = ceilings(report)
-    with report.part("casts"):
-        casts(report, bandwidth)
-    with report.part("ledger"):
-        ledger(report)
-    with report.part("whole step"):
-        whole_step(report)
-    with report.part("recorder"):
-        recorder(report)
-    with report.part("linear layers"):
-        gpu_layers.linears(report, flops)
-    with report.part("Llama-3-8B block"):
-        gpu_layers.block(report)
-    with report.part("study"):
-        study(report)
-    out.write_text(
-        json.dumps(
-            {"machine": machine(report.device), "figures": report.figures, "errors": report.errors},
-            indent=1,
-        )
-        + "\n"
-    )
+    ceiling = {"bandwidth": float("nan"), "flops": float("nan")}
+
+    def measured() -> None:
+        ceiling["bandwidth"], ceiling["flops"] = ceilings(report)
+
+    parts: dict[str, Callable[[], None]] = {
+        "ceilings": measured,
+        "casts": lambda: casts(report, ceiling["bandwidth"]),
+        "ledger": lambda: ledger(report),
+        "whole step": lambda: whole_step(report),
+        "recorder": lambda: recorder(report),
+        "linear layers": lambda: gpu_layers.linears(report, ceiling["flops"]),
+        "Llama-3-8B block": lambda: gpu_layers.block(report),
+        "study": lambda: study(report),
+    }
+    for name, part in parts.items():
+        if not only or any(name.startswith(word) for word in only):
+            with report.part(name):
+                part()
+            write(report, out)
     print(f"\n{machine(report.device)}", *report.lines, f"written: {out}", sep="\n")
     return 0 if is_same and not report.errors else 1
+
+
+def write(report: Report, out: Path) -> None:
+    """Write the figures that there are; after each part, so that a killed run keeps them."""
+    found = {"machine": machine(report.device), "figures": report.figures, "errors": report.errors}
+    out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def machine(device: torch.device) -> str:
     """Return what ran this."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a dry run on the CPU"
-    return f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, driver {_driver()}"
+    return f"{name}, {versions}, Triton {_version('triton')}, torchao {_version('torchao')}"
+
+
+def _driver() -> str:
+    """Return the version of the GPU's driver; "-" where nvidia-smi is not there."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "-"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
 
 
 def main() -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare casts with the CPU")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PART", help="a part's first words; repeats"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     out = Path(os.environ.get("OUT", Path(__file__).parent)) / "gpu_results.json"
     parser.add_argument("--out", type=Path, default=out, help="where the JSON goes")
@@ -298,7 +323,7 @@ def main() -> int:
         return 2
     device = torch.device("cpu" if options.dry_run else "cuda")
     report = Report(device=device, is_dry=options.dry_run)
-    return run(report, only_check=options.check, out=options.out)
+    return run(report, only_check=options.check, only=options.only, out=options.out)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
 """Whether casts on a device give the CPU's bits: codes, scales, amaxes and counts, exactly."""
 
+import functools
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.gpu_timing import Report
-from unclamp import E4M3FN, FORMATS, MX, PerBlock, PerRow
+from unclamp import E4M3FN, FORMATS, MX, Format, PerBlock, PerRow
 from unclamp.numerics import Stat
 from unclamp.numerics.cast import Quantized, quantize_plain
 from unclamp.numerics.gpu.cast import quantize_tensor
 from unclamp.numerics.gpu.cast_blocks import quantize_blocks
+from unclamp.scaling import Granularity
 
 SUMS = [Stat.SQUARE, Stat.SATURATED_SQUARE]
 COUNTS = [field for field in Stat if field not in SUMS]
@@ -48,59 +54,107 @@ def difference(got: Quantized, want: Quantized) -> str | None:
     return None
 
 
-def check(report: Report) -> bool:
-    """Compare, print what differs, and return whether nothing did."""
-    wrong, count = [], 0
-    scales = [None, 0.0, 1.0] if report.is_dry else [None, 0.0, 1.0, 37.7, 2.0**-20, 1e30]
+@dataclass(frozen=True)
+class Case:
+    """One cast: of a whole tensor, or of a matrix with a granularity."""
+
+    label: str
+    x: Tensor
+    fmt: Format
+    factor: float | None
+    settings: dict[str, Any]
+
+    def difference(self, device: torch.device) -> str | None:
+        """Cast on the device and on the CPU; return what differs, None where all is the same."""
+        plain = {k: v for k, v in self.settings.items() if k != "turned"}
+        scale = None if self.factor is None else torch.tensor(self.factor)
+        if "granularity" in plain and scale is not None:
+            free = {k: v for k, v in plain.items() if k != "guard"}
+            scale = quantize_plain(self.x, self.fmt, **free).scale_inv.reciprocal() * scale
+        want = quantize_plain(self.x, self.fmt, scale, **plain)
+        there = None if scale is None else scale.to(device)
+        quantize = quantize_blocks if "granularity" in plain else quantize_tensor
+        got = quantize(self.x.to(device), self.fmt, there, **self.settings)
+        if got is None:
+            return "no kernel takes it"
+        what = difference(got, want)
+        if what is None and "turned" in self.settings:
+            assert got.turned is not None
+            other = got.turned.cpu().contiguous().view(torch.uint8)
+            return None if torch.equal(other, want.codes.view(torch.uint8)) else "turned codes"
+        return what
+
+
+@functools.cache
+def cases(*, is_dry: bool) -> list[list[Case]]:
+    """Return all comparisons, in groups that share their kernels."""
+    return [list(group) for group in (*_tensors(is_dry), *_matrices(is_dry))]
+
+
+def _tensors(is_dry: bool) -> Iterator[Iterator[Case]]:
+    scales = [None, 0.0, 1.0] if is_dry else [None, 0.0, 1.0, 37.7, 2.0**-20, 1e30]
+
+    def group(name: str, x: Tensor, fmt: Format, guard: bool) -> Iterator[Case]:
+        for scale in scales:
+            settings = {"guard": guard, "margin": 1, "power_of_two": scale == 0.0}
+            yield Case(f"{name} {fmt.name} scale {scale} {settings}", x, fmt, scale, settings)
+
     for name, x in inputs():
-        x = x[:4096] if report.is_dry else x
         for fmt in FORMATS.values():
-            for scale in scales:
-                for guard in (False, True):
-                    settings: dict[str, Any] = {"guard": guard, "margin": 1}
-                    settings["power_of_two"] = scale == 0.0
-                    given = None if scale is None else torch.tensor(scale)
-                    there = None if given is None else given.to(report.device)
-                    got = quantize_tensor(x.to(report.device), fmt, there, **settings)
-                    what = difference(got, quantize_plain(x, fmt, given, **settings))
-                    count += 1
-                    if what is not None:
-                        wrong.append(f"{name} {fmt.name} scale {scale} {settings}: {what}")
-    for label, what in _matrices(report):
-        count += 1
-        if what is not None:
-            wrong.append(f"{label}: {what}")
-    for line in wrong[:20]:
-        print(f"   differs: {line}")
-    report.add("check: casts that differ from the CPU", len(wrong), f"of {count}", at_most=0)
-    return not wrong
+            for guard in (False, True):
+                yield group(name, x[:4096] if is_dry else x, fmt, guard)
 
 
-def _matrices(report: Report) -> Iterator[tuple[str, str | None]]:
+def _matrices(is_dry: bool) -> Iterator[Iterator[Case]]:
     generator = torch.Generator().manual_seed(1)
-    shapes = [(70, 150)] if report.is_dry else [(70, 150), (1000, 1500), (4096, 4096), (3, 20000)]
+    shapes = [(70, 150)] if is_dry else [(70, 150), (1000, 1500), (4096, 4096), (3, 20000)]
+
+    def turned(label: str, x: Tensor) -> Iterator[Case]:
+        yield Case(f"{label} turned", x, E4M3FN, None, {"turned": True})
+
+    def blocks(label: str, x: Tensor, grain: Granularity, axis: int) -> Iterator[Case]:
+        for factor, guard in ((None, False), (4.0, False), (4.0, True)):
+            settings = {"granularity": grain, "axis": axis, "guard": guard}
+            yield Case(f"{label} {settings}", x, E4M3FN, factor, settings)
+
     for shape in shapes:
         x = torch.randn(shape, generator=generator) * torch.logspace(-4, 3, shape[1])
         x.flatten()[:: x.numel() // 5] = torch.nan
         for dtype in (torch.bfloat16, torch.float32):
-            y = x.to(dtype)
-            there = y.to(report.device)
-            got = quantize_tensor(there, E4M3FN, turned=True)
-            want = quantize_plain(y, E4M3FN)
-            yield f"{shape} {dtype} turned", difference(got, want)
-            assert got.turned is not None
-            other = got.turned.cpu().contiguous().view(torch.uint8)
-            same = torch.equal(other, want.codes.view(torch.uint8))
-            yield f"{shape} {dtype} turned codes", None if same else "codes"
+            label, y = f"{shape} {dtype}", x.to(dtype)
+            yield turned(label, y)
             for grain in (PerRow(), PerBlock(1, 128), PerBlock(128, 128), MX()):
                 for axis in (0, 1):
-                    own: dict[str, Any] = {"granularity": grain, "axis": axis}
-                    want = quantize_plain(y, E4M3FN, **own)
-                    scale = want.scale_inv.reciprocal() * 4
-                    for given, guard in ((None, False), (scale, False), (scale, True)):
-                        own["guard"] = guard
-                        device_scale = None if given is None else given.to(report.device)
-                        made = quantize_blocks(there, E4M3FN, device_scale, **own)
-                        assert made is not None
-                        label = f"{shape} {dtype} {grain} axis {axis} guard {guard}"
-                        yield label, difference(made, quantize_plain(y, E4M3FN, given, **own))
+                    yield blocks(label, y, grain, axis)
+
+
+def compare(index: int, device: str, is_dry: bool) -> list[str]:
+    """Compare one group of cases; return a line for each that differs or raises."""
+    torch.set_num_threads(1)
+    wrong = []
+    for case in cases(is_dry=is_dry)[index]:
+        try:
+            what = case.difference(torch.device(device))
+        except Exception as error:
+            what = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        if what is not None:
+            wrong.append(f"{case.label}: {what}")
+    return wrong
+
+
+def check(report: Report) -> bool:
+    """Compare, print what differs, and return whether nothing did.
+
+    Compiling takes most of the time, so groups are shared among processes, one for each core.
+    """
+    groups = cases(is_dry=report.is_dry)
+    workers = 1 if report.is_dry else min(16, os.cpu_count() or 1)
+    work = functools.partial(compare, device=report.device.type, is_dry=report.is_dry)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        lines = list(pool.map(work, range(len(groups))))
+    wrong = [line for part in lines for line in part]
+    for line in wrong[:20]:
+        print(f"   differs: {line}")
+    count = sum(len(group) for group in groups)
+    report.add("check: casts that differ from the CPU", len(wrong), f"of {count}", at_most=0)
+    return not wrong

@@ -10,8 +10,8 @@ from torch import nn
 import unclamp
 from bench.linear import IN_FEATURES, OUT_FEATURES, step
 from bench.timing import compare, verdict
+from unclamp.names import ROLES
 from unclamp.nn import Ledger, Site
-from unclamp.rule import ROLES
 
 SITES, ROUNDS = 1680, 101
 

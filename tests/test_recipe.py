@@ -5,8 +5,9 @@ from hypothesis.strategies import SearchStrategy as Strategy
 
 from unclamp.errors import RecipeError
 from unclamp.formats import FORMATS
+from unclamp.names import GEMMS, ROLES
 from unclamp.recipe import Recipe
-from unclamp.rule import ACCUMULATES, GEMMS, ROLES, Rule, matches
+from unclamp.rule import ACCUMULATES, Rule, matches
 from unclamp.scaling import (
     MX,
     Delayed,

@@ -7,10 +7,11 @@ or that it runs in high precision, and whether the layer's input is smoothed. To
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any
 
 from unclamp.errors import RecipeError
 from unclamp.formats import Format, get_format, unknown_name
+from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.scaling import (
     ACCUMULATES,
     Delayed,
@@ -23,10 +24,6 @@ from unclamp.scaling import (
     scaling_to_dict,
 )
 
-Role = Literal["input", "weight", "grad_output"]
-ROLES: tuple[Role, ...] = get_args(Role)
-Gemm = Literal["output", "grad_input", "grad_weight"]
-GEMMS: tuple[Gemm, ...] = get_args(Gemm)
 DEFAULT_FORMATS: dict[Role, str] = {"input": "e4m3fn", "weight": "e4m3fn", "grad_output": "e5m2"}
 
 Mode = str | HighPrecision

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import unclamp
 from unclamp.explain import Snapshots, Training
-from unclamp.rule import Role
+from unclamp.names import Role
 
 WIDTH = 32
 TOKENS = 64

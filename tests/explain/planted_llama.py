@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import unclamp
 from unclamp.explain import Training
-from unclamp.rule import Role
+from unclamp.names import Role
 from unclamp.study.data import Batches, read_text
 from unclamp.study.outlier import (
     ANSWER_NORM,

@@ -22,9 +22,9 @@ from unclamp import (
     first_and_last,
     quantize,
 )
+from unclamp.names import GEMMS
 from unclamp.nn import find_ledgers
 from unclamp.numerics import Stat, channel_scale
-from unclamp.rule import GEMMS
 
 HIGH = HighPrecision()
 

@@ -10,10 +10,10 @@ from planted_run import write_planted
 from unclamp.explain import Explanation
 from unclamp.explain.explanation import SiteShare
 from unclamp.explain.mend import make_override
+from unclamp.names import Role
 from unclamp.report import build_view
 from unclamp.report.evidence import MOST_REPLAYS, read_explanations
 from unclamp.report.html import write_page
-from unclamp.rule import Role
 
 SITES: list[tuple[str, Role]] = [(f"layers.{i}.down", "input") for i in range(8)]
 

@@ -18,9 +18,9 @@ from torch import nn
 
 from unclamp.errors import RecipeError, ReplayError
 from unclamp.explain.training import Build, Step
+from unclamp.names import Role
 from unclamp.nn import Ledger, find_ledgers
 from unclamp.recipe import Recipe
-from unclamp.rule import Role
 from unclamp.scaling import Scaling, scaling_from_dict, scaling_to_dict
 from unclamp.version import __version__
 

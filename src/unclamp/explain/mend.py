@@ -8,8 +8,9 @@ from typing import Any, Literal
 from torch import nn
 
 from unclamp.explain.facts import SiteKey, sites_of
+from unclamp.names import ROLES, Role
 from unclamp.recipe import Recipe
-from unclamp.rule import ROLES, Role, Rule, rule_to_dict
+from unclamp.rule import Rule, rule_to_dict
 from unclamp.scaling import Dynamic, Guarded, Scaling
 
 ScalingName = Literal["dynamic", "guarded"]

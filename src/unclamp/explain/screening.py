@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from unclamp.explain.facts import SiteKey
 from unclamp.explain.replay import Replay, unclamped
+from unclamp.names import Role
 from unclamp.nn import Fp8Linear
 from unclamp.nn.site import AXES
 from unclamp.numerics.blocks import orient, spread
-from unclamp.rule import Role
 from unclamp.scaling import Delayed, Scaling, Static
 
 

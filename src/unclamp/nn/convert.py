@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning
+from unclamp.names import GEMMS, ROLES
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
 from unclamp.nn.site import LayerSites, Site, native_plan
 from unclamp.recipe import Recipe
-from unclamp.rule import GEMMS, ROLES, LayerPlan, matches
+from unclamp.rule import LayerPlan, matches
 from unclamp.scaling import HighPrecision, describe
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -41,10 +41,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.nn.site import Casts, LayerSites, Seen
 from unclamp.numerics import GemmOperand, Stat, channel_scale
 from unclamp.numerics.operators import gemm, sum_tokens
-from unclamp.rule import GEMMS, ROLES, Gemm, Role
 from unclamp.scaling import HighPrecision, describe
 
 Commit = Literal["in backward", "now"] | None

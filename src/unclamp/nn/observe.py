@@ -12,11 +12,11 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from unclamp.names import Role
 from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.recipe import Recipe
-from unclamp.rule import Role
 
 SHOWN_SITES = 8
 

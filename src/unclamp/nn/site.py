@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.numerics import (
     GemmOperand,
     block_grid,
@@ -31,7 +32,7 @@ from unclamp.numerics.operators import (
     quantize_operand,
     raise_amax,
 )
-from unclamp.rule import GEMMS, ROLES, Gemm, LayerPlan, Operand, Role
+from unclamp.rule import LayerPlan, Operand
 from unclamp.scaling import (
     MX,
     PER_TENSOR,

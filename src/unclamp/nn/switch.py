@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from unclamp.errors import ConvertError, RecipeError
+from unclamp.names import ROLES, Role
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
-from unclamp.rule import ROLES, LayerPlan, Operand, Role, check_plan, check_scaling, matches
+from unclamp.rule import LayerPlan, Operand, check_plan, check_scaling, matches
 from unclamp.scaling import Scaling, describe
 
 

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from unclamp.errors import RunLogError, StudyError
+from unclamp.names import Role
 from unclamp.recipe import Recipe
-from unclamp.rule import Role, Rule
+from unclamp.rule import Rule
 from unclamp.runlog import RunLog, find_runs, is_run
 from unclamp.scaling import Dynamic, Scaling
 from unclamp.study.config import StudyConfig, is_study, read_study, write_study

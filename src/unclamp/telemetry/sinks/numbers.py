@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unclamp.rule import ROLES, matches
+from unclamp.names import ROLES
+from unclamp.rule import matches
 from unclamp.runlog import Columns
 
 _NOT_NUMBERS = ("step", "rank", "time_s", "scalars")
