@@ -112,9 +112,7 @@ def test_a_seed_that_diverged_leaves_no_mean_and_is_counted(lost: float) -> None
         "unknown: of 3 seeds the loss is not finite, that of delayed with 2 and that of "
         "dynamic with 1"
     )
-    assert said([lost], [2.4]) == (
-        "unknown: with the only seed the loss of delayed is not finite"
-    )
+    assert said([lost], [2.4]) == ("unknown: with the only seed the loss of delayed is not finite")
 
 
 def test_equal_losses_are_equal_and_have_no_interval() -> None:
