@@ -340,14 +340,14 @@ def test_a_listener_gets_a_copy_of_what_was_pending_until_it_ends():
 
 
 def test_a_ledger_dies_with_its_model():
-    from unclamp.nn.ledger import _ledgers
+    from unclamp.nn.clock import ticking
 
     layer, ledger, _ = made()
-    assert ledger in _ledgers
+    assert ledger in ticking
     number = id(ledger)
     del layer, ledger, _
     gc.collect()
-    assert number not in {id(other) for other in _ledgers}
+    assert number not in {id(other) for other in ticking}
 
 
 # ---- activation checkpointing --------------------------------------------------------------
