@@ -200,7 +200,7 @@ def next_scales(history: History, settings: Settings, previous: Array, *, xp: Mo
     for each in settings.reductions:
         past = history.newest(each.rows, history_len_of(each.scaling))
         amax[each.rows] = each.scaling.amax(past, xp)
-    with np.errstate(divide="ignore", over="ignore") if xp is np else contextlib.nullcontext():
+    with np.errstate(all="ignore") if xp is np else contextlib.nullcontext():
         scales = scale_for(
             amax, settings.largest, power_of_two=settings.power_of_two, previous=previous, xp=xp
         )
