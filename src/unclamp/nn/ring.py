@@ -4,10 +4,10 @@ Each row is a ring of its own with a cursor, because a row that measured nothing
 it has. To find the largest amax of a window without reading all of it, largest amaxes are kept of
 every 16 entries or so, and again of every 16 of those, up to a level that can be read whole:
 
-    level 1     .  .  .  . [7  .] [9  5]        units of four entries; 5 is that of the newest,
-    level 0     .  .  2  7   3  1  9  4   5  .  which has two so far
-                      |--- window ---|
-    the window's largest: of whole units on level 1, then of what is left at its old end below
+    level 1    [         7] [         9] [   5]     the largest of four entries each
+    level 0      0  2  7  1   3  1  9  4   5  2     the newest is 2; its unit has two so far
+                          |---- window ----|
+    the window's largest: of its whole units on level 1, 9 and 5, and of what is left below, 1
 
 So the cost grows with the logarithm of a history's length. All of it runs on the device without a
 look at it, inside of a CUDA graph too. The outside sees histories newest first.
