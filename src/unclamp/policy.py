@@ -108,7 +108,7 @@ class Settings:
 
     Attributes:
         largest: Where the amax is to land, `fmt.max / 2**margin`, float32.
-        window: Newest amaxes whose maximum counts, int32.
+        window: Newest amaxes whose maximum counts, int64.
         power_of_two: Which scales are powers of two; a bool where all or none are.
         is_static: Which scales never change, and `static` what they are; None where none is.
         static: As above, float32.
@@ -140,7 +140,7 @@ class Settings:
         is_static = column((scale is not None for scale in fixed), np.bool_)
         return cls(
             largest=column(map(_largest, operands), np.float32),
-            window=column((window_of(s) or history_len_of(s) for s in scalings), np.int32),
+            window=column((window_of(s) or history_len_of(s) for s in scalings), np.int64),
             power_of_two=bool(powers.any()) if powers.all() or not powers.any() else powers,
             is_static=is_static if is_static.any() else None,
             static=column((scale or 0.0 for scale in fixed), np.float32),

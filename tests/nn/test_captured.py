@@ -1,13 +1,20 @@
 """Updates in a CUDA graph: the logic, on a CPU; `bench/gpu.py` replays a real one."""
 
+import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
-from unclamp.nn import Ledger, convert, find_ledgers
+from unclamp.names import ROLES
+from unclamp.nn import Ledger, Site, convert, find_ledgers
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat
 from unclamp.recipe import Recipe
-from unclamp.scaling import Delayed
+from unclamp.scaling import Delayed, PerRow, Static
 
 INPUT = 0
 
@@ -91,3 +98,34 @@ def test_without_a_graph_nothing_is_replayed():
     ledger.replayed()
     assert heard == []
     assert ledger.count() == 0
+
+
+@pytest.mark.parametrize("length", [16, 1024])
+def test_an_update_looks_at_no_number(length: int):
+    """Tensors without data stand in for a device's: a look at one would raise."""
+    delayed = Delayed(history_len=length)
+    by_row = Delayed(
+        history_len=length,
+        granularity=PerRow(),
+        power_of_two=True,
+        reduce=lambda history: history.amax(1),
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ledger = Ledger()
+        operands = Recipe(input=Static(scale=2.0), weight=by_row, grad_output=delayed).plan("")
+        ledger.add(
+            [
+                Site.of("", role, operands.operands[role], shape=(8, 4) if role == "weight" else ())
+                for role in ROLES
+            ]
+        )
+        ledger.inspect("always")
+        assert ledger.details is not None
+        for captured in (True, False):
+            ledger.details.add_(1)
+            ledger.pending.add_(1)
+            ledger.update(captured=captured)
+            assert not ledger.has_pending
+        assert isinstance(ledger.scale, FakeTensor)
+        with pytest.raises(DataDependentOutputException):
+            ledger.scale[0].item()

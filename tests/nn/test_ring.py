@@ -10,13 +10,13 @@ from torch import Tensor
 
 from unclamp import Delayed, Dynamic, Recipe
 from unclamp.nn import Ledger, Site
-from unclamp.nn.ring import ONE_CHUNK, Ring
+from unclamp.nn.ring import Ring
 from unclamp.numerics import Stat
 from unclamp.reference import float32
 from unclamp.scaling import Scaling
 
 CPU = torch.device("cpu")
-LENGTHS = [1, 2, 3, 16, ONE_CHUNK - 1, ONE_CHUNK, ONE_CHUNK + 1, 100, 129, 300, 1024]
+LENGTHS = [1, 2, 3, 16, 63, 64, 65, 100, 129, 300, 1024, 5000]
 
 
 def empty(length: int) -> deque[float]:

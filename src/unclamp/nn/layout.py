@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unclamp.names import Role, SiteName
+from unclamp.nn.ring import Ring
 from unclamp.numerics import block_grid
 from unclamp.numerics.operators import CastPlan
 from unclamp.policy import Settings, history_len_of
@@ -128,16 +130,18 @@ class Layout:
         lengths = itertools.zip_longest(
             (site.history_len for site in sites), remembered, fillvalue=0
         )
-        of_row = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-        settings = Settings.of([site.operand for site in sites], counts)
-        is_block = torch.tensor(counts)[of_row] > 1 if max(counts, default=1) > 1 else None
+        has_blocks = max(counts, default=1) > 1
+
+        def column(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(device)
+
         return cls(
             sites=sites,
             first_row=[0, *itertools.accumulate(counts[:-1])] if counts else [],
             remembered=[max(pair) for pair in lengths],
-            settings=settings.mapped(lambda column: torch.from_numpy(column).to(device)),
-            site_of_row=of_row.to(device),
-            is_block=None if is_block is None else is_block.to(device),
+            settings=Settings.of([site.operand for site in sites], counts).mapped(column),
+            site_of_row=column(np.repeat(np.arange(len(sites)), counts)),
+            is_block=column(np.repeat(np.array(counts) > 1, counts)) if has_blocks else None,
         )
 
     @property
@@ -167,7 +171,15 @@ class Layout:
         amax = site_amax.to(torch.float32)[self.site_of_row]
         return amax if self.is_block is None else torch.where(self.is_block, block_amax, amax)
 
-    def oldest(self, ages: Tensor) -> Tensor:
-        """Return the largest of the ages of each site's rows, `[sites]`; at least -1."""
-        oldest = torch.full((len(self.sites),), -1, dtype=ages.dtype, device=ages.device)
-        return oldest.scatter_reduce_(0, self.site_of_row, ages, "amax")
+    def scale_age(self, ring: Ring, scale: Tensor) -> Tensor:
+        """Return each site's updates since the amax that its scale comes from, int64 `[sites]`.
+
+        The newest of equals counts, and of a site's blocks the oldest. 0 where the scale is the
+        tensor's own; -1 where it comes from no single amax, or from none in the history.
+        """
+        amax = ring.amax(self.settings.window)
+        age = ring.age_of(amax, self.settings.window).to(torch.int64)
+        age = torch.where((amax > 0) & ~self.settings.is_ageless, age, -1)
+        age = torch.where(self.settings.takes_own | (scale == 0), 0, age)
+        oldest = torch.full((len(self.sites),), -1, dtype=age.dtype, device=age.device)
+        return oldest.scatter_reduce_(0, self.site_of_row, age, "amax")

@@ -239,20 +239,7 @@ class Ledger:
         details = self.details.clone()
         self.details.zero_()
         self._details_version = self.details._version
-        return details, self._scale_age()
-
-    def _scale_age(self) -> Tensor:
-        """Return each site's updates since the amax that its scale comes from, int64 `[sites]`.
-
-        The newest of equals counts, and of a site's blocks the oldest. 0 where the scale is the
-        tensor's own; -1 where it comes from no single amax, or from none in the history.
-        """
-        settings = self.layout.settings
-        amax = self.ring.amax(settings.window)
-        age = self.ring.age_of(amax, settings.window).to(torch.int64)
-        age = torch.where((amax > 0) & ~settings.is_ageless, age, -1)
-        age = torch.where(settings.takes_own | (self.scale == 0), 0, age)
-        return self.layout.oldest(age)
+        return details, self.layout.scale_age(self.ring, self.scale)
 
     def inspect(self, inspection: Inspection, *, by: object = None) -> None:
         """Have casts from now on get a closer look, or none; costs a pass over each tensor.

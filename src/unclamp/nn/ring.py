@@ -1,36 +1,82 @@
 """Amax histories as rings: an update writes one number a row, and reads few.
 
 Each row is a ring of its own with a cursor, because a row that measured nothing must keep what
-it has. To find the largest amax of a window without reading all of it, the ring is cut into
-chunks of about the square root of its length, and each chunk's largest amax is kept:
+it has. To find the largest amax of a window without reading all of it, largest amaxes are kept of
+every 16 entries or so, and again of every 16 of those, up to a level that can be read whole:
 
-    age in chunks      last .............. 1      0
-                    [a b c d] [e f g h] [i j k l] [m n . .]      n is the newest, at the cursor
-    window of 11:         d    e f g h   i j k l   m n           the maxima of three whole chunks,
-                                                                 and the end of the oldest one
+    level 1    [         7] [         9] [   5]     the largest of four entries each
+    level 0      0  2  7  1   3  1  9  4   5  2     the newest is 2; its unit has two so far
+                          |---- window ----|
+    the window's largest: of its whole units on level 1, 9 and 5, and of what is left below, 1
 
-So the cost grows with the square root of the history's length. All of it runs on the device
-without a look at it, inside of a CUDA graph too. The outside sees histories newest first.
+So the cost grows with the logarithm of a history's length. All of it runs on the device without a
+look at it, inside of a CUDA graph too. The outside sees histories newest first.
 
 Rows lie side by side in memory, entries of one age together: most rows measure at every update,
 their cursors move in step, and what an update touches is a few contiguous lines.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ONE_CHUNK = 64
-"""Histories up to this length are read whole."""
+ONE_LEVEL_BITS = 6
+"""Histories of up to 2**6 entries are read whole."""
+LEVEL_BITS = 4
+"""Of longer ones, at most 2**4 units of a level are read: few enough that no operation on a
+thousand rows is worth a second thread, whose start may wait for a busy core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Level:
+    """The largest amaxes of units of entries; of the unit that is being written, since it began.
+
+    Attributes:
+        peaks: The largest amax of each unit, `[units, rows]`.
+        bits: A unit has `2**bits` entries.
+        width: `2**width` units make one of the level above; of the top level, all of them.
+        slots: The numbers of so many units, `[2**width, 1]`.
+        places: Where so many units lie, counted from the first, `[2**width, rows]`.
+    """
+
+    peaks: Tensor
+    bits: int
+    width: int
+    slots: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where each row's cursor stands: in which chunk, and where in it."""
+class _Window:
+    """What is looked at of each row: from its newest position to its oldest, both inside.
 
-    chunk: Tensor
-    offset: Tensor
+    Positions count on from lap to lap: the newest one is a lap ahead of the cursor, so that the
+    oldest one is not negative.
+    """
+
+    newest: Tensor
+    oldest: Tensor
+
+
+@dataclass(frozen=True)
+class _View:
+    """The part of a level that a window's answer is in.
+
+    Attributes:
+        peaks: The largest amaxes of some units, `[some, rows]`.
+        ages: How many units before the newest one each is, `[some, rows]`.
+        is_inside: Whether all that a unit has so far lies in the window.
+        last: The newest unit, `[rows]`.
+        below: The unit, one before the first inside, in which the window's oldest entries are.
+    """
+
+    peaks: Tensor
+    ages: Tensor
+    is_inside: Tensor
+    last: Tensor
+    below: Tensor
 
 
 class Ring:
@@ -39,19 +85,27 @@ class Ring:
     @torch.inference_mode(False)  # its tensors have no version, and could not train
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
         self.rows, self.length = rows, length
-        # Powers of two, so that a remainder, which is slow, is a mask.
-        bits = max(length - 1, 0).bit_length()
-        self._bits = bits if length <= ONE_CHUNK else (bits + 1) // 2
-        self._size, self._chunks = 1 << self._bits, 1 << (bits - self._bits)
-        self._capacity = self._size * self._chunks
-        float32, int64 = ({"dtype": d, "device": device} for d in (torch.float32, torch.int64))
-        self._entries = torch.zeros(self._capacity, rows, **float32)
-        # The largest entry of each chunk; of the one that is being written, since it began.
-        self._peaks = torch.zeros(self._chunks, rows, **float32)
-        self._cursor = torch.full((rows,), self._capacity - 1, **int64)
-        self._chunk_numbers = torch.arange(self._chunks, **int64).unsqueeze(1)
-        self._offsets = torch.arange(self._size, **int64).unsqueeze(1)
-        self._within_chunk = self._offsets * rows + torch.arange(rows, **int64)
+        # A power of two, so that a remainder, which is slow, is a mask.
+        self._bits = max(length - 1, 0).bit_length()
+        self._capacity = 1 << self._bits
+        self._cursor = torch.full((rows,), self._capacity - 1, dtype=torch.int64, device=device)
+        self._levels = [self._level(bits, width, device) for bits, width in _levels_of(self._bits)]
+
+    def _level(self, bits: int, width: int, device: torch.device) -> _Level:
+        slots = torch.arange(1 << width, dtype=torch.int64, device=device).unsqueeze(1)
+        row = torch.arange(self.rows, dtype=torch.int64, device=device)
+        units = self._capacity >> bits
+        return _Level(
+            peaks=torch.zeros(units, self.rows, dtype=torch.float32, device=device),
+            bits=bits,
+            width=width,
+            slots=slots,
+            places=slots * self.rows + row,
+        )
+
+    @property
+    def _entries(self) -> Tensor:
+        return self._levels[-1].peaks
 
     def push(self, newest: Tensor, measured: Tensor) -> None:
         """Enter each row's newest amax where it `measured` one, a bool a row."""
@@ -60,44 +114,39 @@ class Ring:
         # A row that measured nothing writes what it has once more.
         value = torch.where(measured, newest, self._entries.gather(0, cursor))
         self._entries.scatter_(0, cursor, value)
-        if self._chunks == 1:
-            return
-        place = self._place()
-        chunk = place.chunk.unsqueeze(0)
-        peak = torch.maximum(self._peaks.gather(0, chunk), value)
-        self._peaks.scatter_(0, chunk, torch.where(place.offset == 0, value, peak))
+        for level in self._levels[:-1]:
+            unit, begins = cursor >> level.bits, (cursor & ((1 << level.bits) - 1)) == 0
+            peak = torch.maximum(level.peaks.gather(0, unit), value)
+            level.peaks.scatter_(0, unit, torch.where(begins, value, peak))
 
     def amax(self, window: Tensor) -> Tensor:
         """Return the largest of the newest `window[i]` amaxes of each row, `[rows]`."""
-        if self._chunks == 1:
-            age = (self._cursor - self._offsets) & (self._size - 1)
-            return torch.where(age < window, self._entries, 0).amax(0)
-        place = self._place()
-        inside = self._oldest_whole_chunk(place, window)
-        whole = torch.where(self._ages_of_chunks(place) <= inside, self._peaks, 0).amax(0)
-        entries, ages = self._chunk_of_age(place, inside + 1)
-        part = torch.where((ages >= 0) & (ages < window), entries, 0).amax(0)
-        return torch.maximum(whole, part)
+        span = self._window(window)
+        largest, above = None, None
+        for level in self._levels:
+            view = self._view(level, span, above)
+            found = torch.where(view.is_inside, view.peaks, 0).amax(0)
+            largest = found if largest is None else torch.maximum(largest, found)
+            above = view.below
+        assert largest is not None
+        return largest
 
     def age_of(self, amax: Tensor, window: Tensor) -> Tensor:
-        """Return how many updates ago each row's `amax` was the newest, int32 `[rows]`.
+        """Return how many updates ago each row's `amax` was the newest, int64 `[rows]`.
 
         The newest of equals in the row's window counts, 1 for the last update; 0 where there is
         none.
         """
-        place = self._place()
-        if self._chunks == 1:
-            entries = self._entries
-            ages = (self._cursor - self._offsets) & (self._size - 1)
-        else:
-            inside = self._oldest_whole_chunk(place, window)
-            chunks = self._ages_of_chunks(place)
-            holds = (self._peaks == amax) & (chunks <= inside)
-            newest = torch.where(holds, chunks, inside + 1).to(torch.int32).amin(0)
-            entries, ages = self._chunk_of_age(place, newest)
-        found = (ages >= 0) & (ages < window) & (entries == amax)
-        age = torch.where(found, ages, self._capacity).to(torch.int32).amin(0)
-        return torch.where(age < self._capacity, age + 1, 0)
+        span = self._window(window)
+        unit, is_held = None, torch.zeros_like(amax, dtype=torch.bool)
+        for level in self._levels:
+            view = self._view(level, span, unit)
+            holds = view.is_inside & (view.peaks == amax)
+            # Where no whole unit holds it, only the window's oldest entries can.
+            unit = torch.where(holds, view.last - view.ages, view.below).max(0).values
+            is_held = holds.any(0)
+        assert unit is not None
+        return torch.where(is_held, span.newest - unit + 1, 0)
 
     def newest(self, rows: Tensor, length: int) -> Tensor:
         """Return a copy of some rows' newest amaxes, newest first: `[len(rows), length]`."""
@@ -113,28 +162,39 @@ class Ring:
         oldest_first = newest[:, : self.length].to(self._entries).flip(1).t()
         missing = self._capacity - len(oldest_first)
         entries = torch.cat([oldest_first.new_zeros(missing, len(rows)), oldest_first])
-        self._entries[:, rows] = entries
-        self._peaks[:, rows] = entries.view(self._chunks, self._size, len(rows)).amax(1)
+        for level in self._levels:
+            units = entries.view(len(level.peaks), 1 << level.bits, len(rows))
+            level.peaks[:, rows] = units.amax(1)
         self._cursor[rows] = self._capacity - 1
 
-    def _place(self) -> _Place:
-        return _Place(self._cursor >> self._bits, self._cursor & (self._size - 1))
+    def _window(self, length: Tensor) -> _Window:
+        newest = self._cursor + self._capacity
+        return _Window(newest, newest - length + 1)
 
-    def _ages_of_chunks(self, place: _Place) -> Tensor:
-        """Return how many chunks before the newest one each chunk was begun, `[chunks, rows]`."""
-        return (place.chunk - self._chunk_numbers) & (self._chunks - 1)
+    def _view(self, level: _Level, window: _Window, above: Tensor | None) -> _View:
+        """Return what a window wants of a level: of the unit `above` it, or of all at the top.
 
-    def _oldest_whole_chunk(self, place: _Place, window: Tensor) -> Tensor:
-        """Return the age of the oldest chunk that lies in the window whole; -1 if none does."""
-        return (window - 1 - place.offset) >> self._bits
-
-    def _chunk_of_age(self, place: _Place, age: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the chunk of this age of each row, and its entries' ages: `[size, rows]`.
-
-        In the newest chunk, entries beyond the cursor are not of this round: their age is
-        negative. They are those of a chunk whose age is the number of chunks.
+        An entry of an earlier lap than its place suggests is never inside, for a window is no
+        longer than a lap.
         """
-        first = ((place.chunk - age) & (self._chunks - 1)) << self._bits
-        at = first * self.rows + self._within_chunk
-        entries = self._entries.view(-1).index_select(0, at.view(-1)).view_as(at)
-        return entries, (age << self._bits) + place.offset - self._offsets
+        last = window.newest >> level.bits
+        below = (window.oldest - 1) >> level.bits
+        if above is None:
+            peaks = level.peaks
+            ages = (last - level.slots) & (len(peaks) - 1)
+            is_inside = ages < last - below
+        else:
+            begin = above << level.width
+            places = (begin & (len(level.peaks) - 1)) * self.rows + level.places
+            peaks = level.peaks.view(-1).index_select(0, places.view(-1)).view_as(places)
+            ages = last - begin - level.slots
+            is_inside = (ages >= 0) & (ages < last - below)
+        return _View(peaks, ages, is_inside, last, below)
+
+
+def _levels_of(bits: int) -> Iterator[tuple[int, int]]:
+    """Yield the bits of a level's units, and of how many make one above; coarsest first."""
+    count = 1 if bits <= ONE_LEVEL_BITS else -(-bits // LEVEL_BITS)
+    for level in reversed(range(count)):
+        low, high = bits * level // count, bits * (level + 1) // count
+        yield low, high - low
