@@ -245,7 +245,7 @@ def test_layer_makes_codes_of_a_large_weight_again_and_counts_them_once(monkeypa
     monkeypatch.setenv(DEVICE_PATH, "interpreter")
     results = []
     for tokens_an_output in (10, 0):
-        monkeypatch.setattr("unclamp.nn.site.TOKENS_AN_OUTPUT", tokens_an_output)
+        monkeypatch.setattr("unclamp.nn.operands.TOKENS_AN_OUTPUT", tokens_an_output)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(48, 32))
         unclamp.convert(model, RECIPES["guarded"])

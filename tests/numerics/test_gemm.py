@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unclamp import E4M3FN, E5M2, FORMATS, Format
 from unclamp.numerics import (
+    CastPlan,
     GemmOperand,
     Quantized,
     dequantize,
@@ -20,7 +21,6 @@ from unclamp.numerics import (
     quantize,
 )
 from unclamp.numerics.blocks import orient
-from unclamp.numerics.operators import CastPlan
 from unclamp.scaling import MX, Granularity, PerBlock, PerRow, PerTensor
 
 GRANULARITIES = (PerTensor(), PerRow(), PerBlock(1, 128), PerBlock(128, 128), PerBlock(3, 5), MX())
@@ -32,7 +32,7 @@ each_hopper = pytest.mark.parametrize("accumulate", HOPPER)
 
 
 def operand(q: Quantized, axis: int) -> GemmOperand:
-    return GemmOperand(q.codes, q.scale_inv, str(q.granularity), axis)
+    return GemmOperand(q.codes, q.scale_inv, q.granularity, axis)
 
 
 def made(
@@ -230,7 +230,7 @@ def opcheck(name: str, *args: object, **settings) -> None:
 @each_granularity
 def test_the_operator_quantize_is_what_its_fake_says(granularity, axis, shape):
     x = torch.randn(shape)
-    plan = CastPlan("e5m2", str(granularity), 1, True, False)
+    plan = CastPlan(format=E5M2, granularity=granularity, margin=1, power_of_two=True)
     opcheck("quantize", x, None, *plan, axis)
     scale = quantize(x, E5M2, granularity=granularity, axis=axis).scale_inv.reciprocal() * 4
     guarded = plan._replace(guard=True)
@@ -239,7 +239,7 @@ def test_the_operator_quantize_is_what_its_fake_says(granularity, axis, shape):
 
 def test_the_last_axis_may_be_called_minus_one_in_an_operator_too():
     x = torch.randn(4, 6)
-    opcheck("quantize", x, None, *CastPlan("e4m3fn", "row"), -1)
+    opcheck("quantize", x, None, *CastPlan(format=E4M3FN, granularity=PerRow()).signature, -1)
     plain = GemmOperand(x, axis=-1)
     opcheck("matmul", *plain[:4], *plain[:4], None, "float32", torch.float32)
 
@@ -248,7 +248,7 @@ def test_the_last_axis_may_be_called_minus_one_in_an_operator_too():
 @each_granularity
 def test_the_operator_quantize_is_quantize(granularity, axis):
     x = torch.randn(33, 20)
-    plan = CastPlan("e4m3fn", str(granularity))
+    plan = CastPlan(format=E4M3FN, granularity=granularity)
     codes, scale_inv, amax, stats = torch.ops.unclamp.quantize(x, None, *plan, axis)
     q = quantize(x, E4M3FN, granularity=granularity, axis=axis)
     assert torch.equal(codes.view(torch.uint8), q.codes.view(torch.uint8))

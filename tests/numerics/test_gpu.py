@@ -132,15 +132,15 @@ def test_turned_codes_are_a_copy_where_there_is_no_gpu():
 
 
 def test_the_operator_quantize_turned_is_what_its_fake_says():
-    from unclamp.numerics.operators import CastPlan
+    from unclamp.numerics import CastPlan
 
     x = torch.randn(6, 10)
-    made = torch.ops.unclamp.quantize_turned(x, None, *CastPlan("e4m3fn"), 1)
+    made = torch.ops.unclamp.quantize_turned(x, None, *CastPlan(format=E4M3FN).signature, 1)
     assert made[4].shape == (10, 6)
     assert torch.equal(made[4].t().contiguous().view(torch.uint8), made[0].view(torch.uint8))
     torch.library.opcheck(
         torch.ops.unclamp.quantize_turned.default,
-        (x, None, *CastPlan("e4m3fn"), 1),
+        (x, None, *CastPlan(format=E4M3FN).signature, 1),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from unclamp.explain.facts import SiteKey
 from unclamp.explain.replay import Replay
 from unclamp.names import Role
-from unclamp.nn import Fp8Linear
-from unclamp.nn.site import AXES
+from unclamp.nn import Converted
+from unclamp.nn.operands import AXES
 from unclamp.numerics.blocks import orient, spread
 from unclamp.policy import unclamped
 from unclamp.scaling import Scaling
@@ -35,7 +35,7 @@ class Screening:
 
     def __init__(self, model: nn.Module) -> None:
         self.effects: dict[SiteKey, float] = {}
-        self._layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+        self._layers = [m for m in model.modules() if isinstance(m, Converted)]
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -59,7 +59,7 @@ class Screening:
 
     def _input_hook(self, weights: list[Tensor]) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            assert isinstance(layer, Fp8Linear)
+            assert isinstance(layer, Converted)
             if not torch.is_grad_enabled() or not inputs:
                 return None
             lost = clamped_off(layer, "weight", layer.weight)
@@ -78,7 +78,7 @@ class Screening:
 
         return hook
 
-    def _weight_hook(self, layer: Fp8Linear, weights: list[Tensor]) -> Any:
+    def _weight_hook(self, layer: Converted, weights: list[Tensor]) -> Any:
         def hook(gradient: Tensor) -> None:
             # Micro-batches share the weight and its clamp.
             if weights:
@@ -98,7 +98,7 @@ def free_gradients(replay: Replay) -> dict[SiteKey, Scaling]:
 
 
 @torch.no_grad()
-def clamped_off(layer: Fp8Linear, role: Role, x: Tensor) -> Tensor | None:
+def clamped_off(layer: Converted, role: Role, x: Tensor) -> Tensor | None:
     """Return x - clamp(x) as the site's scale stands; None where it cannot clamp, or did not."""
     operand = layer.sites.operand(role)
     scale = layer.sites.scales[role, AXES[role, "output"]]

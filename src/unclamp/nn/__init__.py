@@ -10,14 +10,16 @@ from unclamp.nn.convert import (
     first_and_last,
     revert,
 )
+from unclamp.nn.converted import Converted, weights_only
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
-from unclamp.nn.linear import Fp8Linear, weights_only
+from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.observe import Observation, ObservedSite, observe
 from unclamp.nn.switch import SwitchReport, switch
 
 __all__ = [
     "ConvertReport",
+    "Converted",
     "Fp8Linear",
     "Ledger",
     "Observation",

@@ -1,8 +1,8 @@
 """Put FP8 into a model and take it out again: the one place that changes a user's model.
 
-`convert` turns each `nn.Linear` into an `Fp8Linear` *in place*: the module object, its
-parameters, hooks and attributes stay, only its class changes, so an optimizer made before and
-references held elsewhere stay valid. `revert` changes the class back. Both plan first and touch
+`convert` puts an adaptor in front of each layer's class *in place* (`nn.kinds`): the module object,
+its parameters, hooks and attributes stay, so an optimizer made before and references held
+elsewhere stay valid. `revert` takes the adaptor away. Both plan first and touch
 the model only when nothing can fail any more, and both report what they left alone.
 """
 
@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning
-from unclamp.names import GEMMS, ROLES
+from unclamp.names import GEMMS, ROLES, SiteName, shown
+from unclamp.nn.converted import Converted
+from unclamp.nn.kinds import is_relative, kind_of, put_in_front, take_away
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
-from unclamp.nn.linear import Fp8Linear
+from unclamp.nn.operands import Operands, native_plan
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
-from unclamp.nn.site import LayerSites, native_plan
 from unclamp.recipe import Recipe
 from unclamp.rule import LayerPlan, matches
-from unclamp.scaling import HighPrecision, describe
+from unclamp.scaling import describe
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,8 +45,8 @@ class ConvertReport:
 
     def __str__(self) -> str:
         lines = [f"converted {len(self.converted)} layers, skipped {len(self.skipped)}"]
-        lines += [f"  {_shown(fqn)}: {_describe(plan)}" for fqn, plan in self.converted.items()]
-        lines += [f"  skipped {_shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
+        lines += [f"  {shown(fqn)}: {_describe(plan)}" for fqn, plan in self.converted.items()]
+        lines += [f"  skipped {shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
         lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
         return "\n".join(lines)
 
@@ -57,7 +58,7 @@ class RevertReport:
     reverted: tuple[str, ...]
 
     def __str__(self) -> str:
-        names = "".join(f"\n  {_shown(fqn)}" for fqn in self.reverted)
+        names = "".join(f"\n  {shown(fqn)}" for fqn in self.reverted)
         return f"reverted {len(self.reverted)} layers{names}"
 
 
@@ -130,24 +131,31 @@ def attach(
         )
     if isinstance(skip, str):
         raise ConvertError(f"expected a list of globs for skip, got the string {skip!r}")
-    converted: dict[str, nn.Linear] = {}
+    converted: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
+    read_elsewhere = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for fqn, module in model.named_modules():
         reason = _reason_to_skip(fqn, module, skip)
+        if reason is None and module in read_elsewhere:
+            reason = (
+                f"its weight is read by nn.MultiheadAttention, which never calls it "
+                f"({type(module).__name__})"
+            )
         if reason is None:
-            assert isinstance(module, nn.Linear)
             converted[fqn] = module
         elif reason:
             skipped[fqn] = reason
     _check_not_both(model, observes=observes)
-    others = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Fp8Linear)}
-    _check_devices({fqn: m.weight.device for fqn, m in {**others, **converted}.items()})
+    others = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
+    devices = {fqn: _device_of(m) for fqn, m in {**others, **converted}.items()}
+    _check_devices(devices)
     unmatched = _unmatched(model, recipe, skip, list(converted))
     _report_unmatched(model, unmatched, strict=strict)
-    plans = {fqn: native_plan(recipe.plan(fqn), m.weight.device) for fqn, m in converted.items()}
+    plans = {fqn: native_plan(recipe.plan(fqn), devices[fqn]) for fqn in converted}
     if profit is not None:
+        linear = {fqn: m for fqn, m in converted.items() if isinstance(m, nn.Linear)}
         left = unprofitable(
-            converted, plans, tokens=profit.tokens, install=_install_alone, timer=profit.timer
+            linear, plans, tokens=profit.tokens, install=_install_alone, timer=profit.timer
         )
         skipped |= left
         converted = {fqn: m for fqn, m in converted.items() if fqn not in left}
@@ -159,29 +167,42 @@ def attach(
         ledger.recipe = recipe
     _install(ledger, converted, plans)
     ledger.rebind()  # a warm-up is the whole model's
+    find_ledgers(model)  # layers that were there may have other names in this model
     return ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
 
 
 def _install(
-    ledger: Ledger, layers: Mapping[str, nn.Linear], plans: Mapping[str, LayerPlan]
+    ledger: Ledger, layers: Mapping[str, nn.Module], plans: Mapping[str, LayerPlan]
 ) -> None:
-    """Give layers their sites in a ledger, and their class."""
+    """Give layers their sites in a ledger, and an adaptor in front of their class."""
+    adaptors = {fqn: _adaptor_of(module) for fqn, module in layers.items()}
     sites = [
         Site.of(
             fqn,
             role,
             plans[fqn].operands[role],
-            shape=tuple(module.weight.shape) if role == "weight" else (),
+            shape=adaptors[fqn].matrix_shape(module) if role == "weight" else (),
         )
         for fqn, module in layers.items()
         for role in ROLES
     ]
     indices = iter(ledger.add(sites))
     for fqn, module in layers.items():
-        module.__class__ = Fp8Linear
-        assert isinstance(module, Fp8Linear)
-        module.sites = LayerSites(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
+        put_in_front(module, adaptors[fqn])
+        assert isinstance(module, Converted)
+        module.sites = Operands(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
         ledger.move_to(module.weight.device)
+
+
+def _adaptor_of(module: nn.Module) -> type[Converted]:
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.adaptor
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    assert isinstance(module.weight, Tensor)
+    return module.weight.device
 
 
 def _install_alone(layer: nn.Linear, plan: LayerPlan) -> None:
@@ -190,16 +211,17 @@ def _install_alone(layer: nn.Linear, plan: LayerPlan) -> None:
 
 
 def revert(model: nn.Module) -> RevertReport:
-    """Turn every converted layer back into the `nn.Linear` it was.
+    """Turn every converted layer back into what it was.
 
-    Parameters keep their identity and the scaling state is dropped. A model without converted
+    Parameters keep their identity and the scaling state is dropped. Of a class that something
+    else extended since (FSDP, a parametrization) only the adaptor goes. A model without converted
     layers is left as it is.
     """
     reverted = []
     for fqn, module in model.named_modules():
-        if type(module) is Fp8Linear:
+        if isinstance(module, Converted):
             del module.sites
-            module.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+            take_away(module)
             reverted.append(fqn)
     return RevertReport(reverted=tuple(reverted))
 
@@ -211,16 +233,28 @@ def first_and_last(model: nn.Module) -> list[str]:
     The report of `convert` says what that left alone. The names start with "^", so that as globs
     they match these layers and no other.
     """
-    linear = [f"^{fqn}" for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [f"^{fqn}" for fqn in _products(model)]
     return list(dict.fromkeys([*linear[:1], *linear[-1:]]))
 
 
 def find_ledgers(model: nn.Module) -> list[Ledger]:
     """Return the ledgers of a model's converted layers: none, or one unless parts of it were
-    converted apart.
+    converted apart. Their sites are named as the model's modules are now.
     """  # noqa: D205
-    layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
-    return list({id(m.sites.ledger): m.sites.ledger for m in layers}.values())
+    layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
+    ledgers = {m.sites.ledger: None for m in layers.values()}
+    for ledger in ledgers:
+        if not ledger.belongs_to(model):
+            continue
+        ledger.rename(
+            {
+                index: SiteName(fqn, role)
+                for fqn, m in layers.items()
+                if m.sites.ledger is ledger
+                for role, index in m.sites.indices.items()
+            }
+        )
+    return list(ledgers)
 
 
 def _check_not_both(model: nn.Module, *, observes: bool) -> None:
@@ -242,7 +276,7 @@ def _check_devices(devices: Mapping[str, torch.device]) -> None:
         if device.type != "meta":
             first.setdefault(device, fqn)
     if len(first) > 1:
-        found = ", ".join(f"{_shown(fqn)} on {device}" for device, fqn in first.items())
+        found = ", ".join(f"{shown(fqn)} on {device}" for device, fqn in first.items())
         raise ConvertError(
             f"expected the layers of one model on one device, got {found}; convert the parts that "
             "lie on one device each by itself"
@@ -251,29 +285,51 @@ def _check_devices(devices: Mapping[str, torch.device]) -> None:
 
 def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | None:
     """Why a module is left alone: None if it is converted, "" if there is nothing to say."""
-    if not isinstance(module, nn.Linear):
+    weight = getattr(module, "weight", None)
+    if isinstance(module, Converted):
+        return "already converted; unclamp.switch changes its scaling"
+    kind = kind_of(module)
+    if kind is None and not is_relative(module):
         has_matrix = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
         return f"not a linear layer ({type(module).__name__})" if has_matrix else ""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, Fp8Linear):
-        return "already converted; unclamp.switch changes its scaling"
     glob = next((glob for glob in skip if matches(fqn, glob)), None)
     if glob is not None:
         return f"matches skip {glob!r}"
-    if type(module) is not nn.Linear:
-        return f"a subclass of nn.Linear ({type(module).__name__}), which may compute differently"
+    if kind is None:
+        return (
+            f"a subclass of nn.Linear with a forward of its own ({type(module).__name__}), which "
+            "may compute differently"
+        )
     if weight is None or weight.dtype not in CONVERTIBLE_DTYPES:
         return f"its weight is {getattr(weight, 'dtype', None)}, not float32, bfloat16 or float16"
+    if not _is_memory(weight):
+        return f"its weight is a {type(weight).__name__}, which holds other data than it shows"
     if "forward" in vars(module):
         return "its forward is replaced on the instance, which would bypass the casts"
     return None
+
+
+def _is_memory(weight: Tensor) -> bool:
+    """Whether a weight is what it seems: a tensor, or a shard of one (DTensor)."""
+    return type(weight) in (Tensor, nn.Parameter) or type(weight).__module__.startswith(
+        "torch.distributed"
+    )
+
+
+def _products(model: nn.Module) -> list[str]:
+    """Return the names of the layers that are matrix products, converted or not."""
+    return [
+        fqn
+        for fqn, module in model.named_modules()
+        if isinstance(module, Converted) or is_relative(module) or kind_of(module) is not None
+    ]
 
 
 def _unmatched(
     model: nn.Module, recipe: Recipe, skip: Sequence[str], converted: list[str]
 ) -> dict[str, str]:
     """Return the rules and skip globs that decided nothing, and why."""
-    linear = [fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = _products(model)
     unmatched = {
         glob: "skip glob matches no linear layer"
         for glob in skip
@@ -296,8 +352,8 @@ def _unmatched(
 def _report_unmatched(model: nn.Module, unmatched: dict[str, str], *, strict: bool) -> None:
     if not unmatched:
         return
-    linear = [fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear)]
-    listed = ", ".join(map(_shown, linear[:20])) + (", ..." if len(linear) > 20 else "")
+    linear = _products(model)
+    listed = ", ".join(map(shown, linear[:20])) + (", ..." if len(linear) > 20 else "")
     rules = "; ".join(f"{glob!r}: {why}" for glob, why in unmatched.items())
     message = f"{rules}. The model's linear layers: {listed or 'none'}"
     if strict:
@@ -308,7 +364,7 @@ def _report_unmatched(model: nn.Module, unmatched: dict[str, str], *, strict: bo
 def _describe(plan: LayerPlan) -> str:
     parts = [
         f"{role} {describe(operand.scaling)}"
-        + ("" if isinstance(operand.scaling, HighPrecision) else f" {operand.format.name}")
+        + (f" {operand.format.name}" if operand.scaling.casts else "")
         for role, operand in plan.operands.items()
     ]
     for gemm in GEMMS:
@@ -316,7 +372,3 @@ def _describe(plan: LayerPlan) -> str:
         if mode != "float32":
             parts.append(f"{gemm} {mode if isinstance(mode, str) else 'GEMM in high precision'}")
     return ", ".join([*parts, "smoothed"] if plan.smooth else parts)
-
-
-def _shown(fqn: str) -> str:
-    return fqn or "(the model itself)"

@@ -5,6 +5,7 @@ have delayed or guarded scales has one a block. A site keeps its history whateve
 long as its blocks stay the same, so that switching to another and back loses nothing.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unclamp.formats import Format
 from unclamp.names import Role, SiteName
 from unclamp.nn.ring import Ring
-from unclamp.numerics import block_grid
-from unclamp.numerics.operators import CastPlan
+from unclamp.numerics import CastPlan, block_grid
 from unclamp.policy import Settings, history_len_of
 from unclamp.rule import Operand
 from unclamp.scaling import PER_TENSOR, Granularity, Scaling
@@ -91,13 +92,22 @@ class Site:
         scaling = self.operand.scaling
         if not scaling.casts:
             return None
-        return CastPlan(
-            format=self.operand.format.name,
-            granularity=str(scaling.granularity),
-            margin=scaling.margin,
-            power_of_two=scaling.power_of_two or scaling.granularity.power_of_two,
-            guard=scaling.guards,
+        return _plan(
+            self.operand.format,
+            scaling.granularity,
+            scaling.margin,
+            scaling.power_of_two,
+            scaling.guards,
         )
+
+
+@functools.cache  # one object for equal plans, by which a compiled graph knows them
+def _plan(
+    fmt: Format, granularity: Granularity, margin: int, power_of_two: bool, guard: bool
+) -> CastPlan:
+    return CastPlan(
+        format=fmt, granularity=granularity, margin=margin, power_of_two=power_of_two, guard=guard
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

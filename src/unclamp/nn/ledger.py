@@ -27,12 +27,14 @@ captured, every optimizer step outside of the graph updates, pending or not: the
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from unclamp.names import SiteName
 from unclamp.nn.alive import Alive
 from unclamp.nn.captured import Captured
 from unclamp.nn.clock import Clock, follow_optimizers
@@ -74,6 +76,7 @@ class Ledger:
         ring: Amax histories.
         updates: Updates so far that were steps; those of a graph's replays aside.
         layers: The layers that have views of the tensors.
+        gone: Sites whose modules are no longer in the model, when it was last looked at.
         share: With whom the newest amaxes are agreed on, in each update; None: with nobody.
     """
 
@@ -84,6 +87,7 @@ class Ledger:
         self.observes = False
         self.inspection: Inspection = "never"
         self.share: Share | None = None
+        self.gone: frozenset[int] = frozenset()
         self.details: Tensor | None = None
         self._inspections: dict[int, Inspection] = {}
         self._listeners: list[Listener] = []
@@ -162,6 +166,17 @@ class Ledger:
         """Have every layer take its plan and its views anew."""
         for layer in self.layers:
             layer.bind()
+
+    def rename(self, names: Mapping[int, SiteName]) -> None:
+        """Name sites as a model's modules are named now; those of modules that are gone stay.
+
+        A layer's name is its place in a model, and models are copied, wrapped, pruned and put into
+        others.
+        """
+        for index, name in names.items():
+            if self.sites[index].name != name:
+                self.sites[index] = replace(self.sites[index], name=name)
+        self.gone = frozenset(range(len(self.sites))) - names.keys()
 
     # ---- a step ----------------------------------------------------------------------------
 
@@ -387,6 +402,10 @@ class Ledger:
         follow_optimizers(self)
 
     # ---- optimizers ------------------------------------------------------------------------
+
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether this is the whole model of the ledger, and no part of it or copy of one."""
+        return self._clock.model in (None, model)
 
     def extend_to(self, model: nn.Module) -> None:
         """Follow the optimizers of a whole model, where the ledger's own is a part of it."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from unclamp.errors import ConvertError
-from unclamp.nn.linear import Fp8Linear
+from unclamp.nn.converted import Converted
 from unclamp.rule import LayerPlan
 
 ROUNDS = 7
@@ -99,7 +99,7 @@ def step_ms(layer: nn.Module, case: Case) -> float:
 
     with torch.enable_grad():
         steps()  # compile kernels, choose algorithms
-        if isinstance(layer, Fp8Linear):
+        if isinstance(layer, Converted):
             layer.sites.ledger.update()  # scales that are not measured yet cost a second read
         return statistics.median(_timed(steps, case.device) for _ in range(ROUNDS)) / REPEATS
 

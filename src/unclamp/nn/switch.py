@@ -7,8 +7,8 @@ from torch import nn
 
 from unclamp.errors import ConvertError, RecipeError
 from unclamp.names import ROLES, Role
+from unclamp.nn.converted import Converted
 from unclamp.nn.ledger import Ledger
-from unclamp.nn.linear import Fp8Linear
 from unclamp.rule import LayerPlan, Operand, check_plan, check_scaling, matches
 from unclamp.scaling import Scaling, describe
 
@@ -92,11 +92,11 @@ def switch(
     return SwitchReport(switched=_carry_out(found, wanted))
 
 
-def _converted(model: nn.Module) -> dict[str, Fp8Linear]:
-    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, Fp8Linear)}
+def _converted(model: nn.Module) -> dict[str, Converted]:
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
 
 
-def _plan_after(layer: Fp8Linear, wanted: Mapping[Role, Scaling]) -> LayerPlan:
+def _plan_after(layer: Converted, wanted: Mapping[Role, Scaling]) -> LayerPlan:
     operands: dict[Role, Operand] = {}
     for role in ROLES:
         old = layer.sites.operand(role)
@@ -105,7 +105,7 @@ def _plan_after(layer: Fp8Linear, wanted: Mapping[Role, Scaling]) -> LayerPlan:
 
 
 def _carry_out(
-    layers: Mapping[str, Fp8Linear], wanted: Mapping[Role, Scaling]
+    layers: Mapping[str, Converted], wanted: Mapping[Role, Scaling]
 ) -> dict[str, dict[Role, tuple[Scaling, Scaling]]]:
     switched: dict[str, dict[Role, tuple[Scaling, Scaling]]] = {}
     changes: dict[Ledger, dict[int, Scaling]] = {}

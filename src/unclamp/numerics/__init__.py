@@ -1,14 +1,16 @@
 """Stateless FP8 arithmetic on tensors: amax and scale, cast with its statistics, GEMM."""
 
 from unclamp.numerics.blocks import block_grid
-from unclamp.numerics.cast import Quantized, cast, dequantize, torch_dtype
-from unclamp.numerics.gemm import GemmOperand, matmul
+from unclamp.numerics.cast import cast, dequantize
+from unclamp.numerics.gemm import matmul
 from unclamp.numerics.inspection import empty_details, inspect
 from unclamp.numerics.quantize import quantize
+from unclamp.numerics.record import CastPlan, GemmOperand, Quantized, torch_dtype
 from unclamp.numerics.scale import channel_scale, scale_from_amax
 from unclamp.numerics.stats import Stat, empty_stats, merge_stats, merged_stats
 
 __all__ = [
+    "CastPlan",
     "GemmOperand",
     "Quantized",
     "Stat",

@@ -20,56 +20,17 @@ where the largest element would saturate, the block's own scale takes the given 
 outcome is a function of tensor and scale alone, so that a recomputed forward repeats it.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from unclamp.errors import UnsupportedError
-from unclamp.formats import Format, get_format
+from unclamp.formats import Format
 from unclamp.numerics.blocks import block_amax, orient, spread
-from unclamp.numerics.fused import fused, is_plain
-from unclamp.numerics.scale import scale_from_amax
+from unclamp.numerics.fused import fused
+from unclamp.numerics.record import CastPlan, Quantized, format_of, torch_dtype
+from unclamp.numerics.scale import choose_scale, scale_from_amax
 from unclamp.numerics.stats import Stat
-from unclamp.scaling import MX, PER_TENSOR, Granularity, PerTensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantized:
-    """A tensor in FP8: one byte an element, and a scale a block.
-
-    Attributes:
-        codes: float8 tensor in the shape of the input, contiguous.
-        scale_inv: float32; multiplies the codes back to the input's units. 0-d per tensor, else
-            one a block of the matrix oriented along `axis` (`unclamp.numerics.blocks`).
-        amax: Largest absolute finite element of each block, in the shape of `scale_inv`; -1
-            for a tensor without a finite element.
-        stats: float64 `[len(Stat)]`, what the cast saw and lost.
-        granularity: Which elements share a scale.
-        axis: The axis that the GEMM contracts.
-        values: `dequantize` of it, where the cast has made it on the way; else None.
-        turned: The codes once more in column-major memory, as a GEMM that contracts the other
-            axis wants them on a GPU; None where nobody asked, and off the GPU.
-    """
-
-    codes: Tensor
-    scale_inv: Tensor
-    amax: Tensor
-    stats: Tensor
-    granularity: Granularity = PER_TENSOR
-    axis: int = -1
-    values: Tensor | None = None
-    turned: Tensor | None = None
-
-
-def torch_dtype(fmt: Format) -> torch.dtype:
-    """Return torch's dtype of a format."""
-    return getattr(torch, f"float8_{fmt.name}")
-
-
-def format_of(dtype: torch.dtype) -> Format:
-    """Return the format of one of torch's float8 dtypes."""
-    return get_format(str(dtype).removeprefix("torch.float8_"))
+from unclamp.scaling import PER_TENSOR, Granularity
 
 
 def cast(x: Tensor, scale: Tensor | float, fmt: Format) -> Tensor:
@@ -105,8 +66,8 @@ def dequantize_codes(
     """Return `codes * scale_inv` in float32; the arguments are attributes of `Quantized`."""
     # Only a matrix, or a contiguous tensor, is oriented as a view that can be scaled in place.
     codes = codes if codes.ndim == 2 else codes.contiguous()
-    cpu = fused() if is_plain(codes) and codes.is_contiguous() else None
-    if isinstance(granularity, PerTensor):
+    cpu = fused() if is_memory(codes) and codes.is_contiguous() else None
+    if granularity.is_whole:
         if cpu is not None:
             return cpu.decode(codes, format_of(codes.dtype), float(scale_inv))
         return codes.to(torch.float32).mul_(scale_inv)
@@ -117,6 +78,11 @@ def dequantize_codes(
     oriented = orient(values, axis)
     oriented.mul_(spread(scale_inv, oriented.shape, granularity.block))
     return values
+
+
+def is_memory(x: Tensor) -> bool:
+    """Whether a tensor is memory of this process, and no stand-in for it."""
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def quantize_plain(
@@ -131,22 +97,27 @@ def quantize_plain(
     guard: bool = False,
 ) -> Quantized:
     """Cast a tensor in plain torch; see `unclamp.numerics.quantize`."""
+    plan = CastPlan(
+        format=fmt, granularity=granularity, margin=margin, power_of_two=power_of_two, guard=guard
+    )
+    return quantize_in_torch(x, plan, scale, axis)
+
+
+def quantize_in_torch(x: Tensor, plan: CastPlan, scale: Tensor | None, axis: int) -> Quantized:
+    """Do the same by a plan."""
+    fmt, granularity = plan.format, plan.granularity
     values = _as_float32(x).contiguous()
-    if not isinstance(granularity, PerTensor):
+    if not granularity.is_whole:
         values = orient(values, axis)
     block = granularity.block
     finite = values.isfinite()
     magnitude = torch.where(finite, values, 0).abs_()
     amax = _amax(magnitude, granularity)
-    own_scale = scale_from_amax(
-        amax,
-        fmt.max,
-        margin=0 if guard else margin,
-        power_of_two=power_of_two or isinstance(granularity, MX),
-    )
-    used, recast = choose_scale(scale, own_scale, amax, fmt.overflow_limit if guard else torch.inf)
+    own_scale = scale_from_amax(amax, plan.largest, power_of_two=plan.power_of_two)
+    limit = fmt.overflow_limit if plan.guard else torch.inf
+    used, recast = choose_scale(scale, own_scale, amax, limit)
     scale_inv = used.reciprocal()
-    if isinstance(granularity, PerTensor):
+    if granularity.is_whole:
         each, each_inv = used, scale_inv
     else:
         each, each_inv = (spread(t, values.shape, block) for t in (used, scale_inv))
@@ -157,12 +128,12 @@ def quantize_plain(
     stats[Stat.RECAST] = recast
     seen = stats[Stat.AMAX] >= 0
     return Quantized(
-        codes=_as_given(codes, x, granularity, axis),
-        scale_inv=scale_inv,
-        amax=torch.where(seen, amax, -1),
-        stats=stats,
-        granularity=granularity,
-        axis=axis,
+        _as_given(codes, x, granularity, axis),
+        scale_inv,
+        torch.where(seen, amax, -1),
+        stats,
+        plan,
+        axis,
     )
 
 
@@ -173,33 +144,14 @@ def _as_float32(x: Tensor) -> Tensor:
 
 
 def _amax(magnitude: Tensor, granularity: Granularity) -> Tensor:
-    if not isinstance(granularity, PerTensor):
+    if not granularity.is_whole:
         return block_amax(magnitude, granularity.block)
     return magnitude.amax() if magnitude.numel() else magnitude.new_zeros(())
 
 
-def choose_scale(
-    scale: Tensor | None, own_scale: Tensor, amax: Tensor, limit: float
-) -> tuple[Tensor, Tensor]:
-    """Return the scale to use, and 1 where a block's given scale would pass the limit."""
-    if scale is None:
-        return own_scale, own_scale.new_zeros(())
-    check_scale(scale, amax.shape)
-    scale = scale.detach().to(torch.float32)
-    passed = amax * scale > limit
-    recast = passed.any() if passed.ndim else passed
-    return torch.where((scale > 0) & ~passed, scale, own_scale), recast
-
-
-def check_scale(scale: Tensor, shape: torch.Size) -> None:
-    """Raise a ValueError unless there is a scale for each block."""
-    if scale.shape != shape:
-        raise ValueError(f"expected a scale for each block, {list(shape)}, got {list(scale.shape)}")
-
-
 def _as_given(codes: Tensor, x: Tensor, granularity: Granularity, axis: int) -> Tensor:
     """Return oriented codes in the tensor's own shape, contiguous."""
-    if not isinstance(granularity, PerTensor):
+    if not granularity.is_whole:
         codes = orient(codes, axis) if x.ndim == 2 else codes.reshape(x.shape)
     return codes.contiguous()
 

@@ -7,14 +7,16 @@ within 1e-6 of each other. A tensor is cut into tasks of fixed size whose sums a
 so that nothing depends on the number of threads.
 """
 
+import ctypes
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unclamp.formats import E4M3FN, Format
+from unclamp.numerics.blocks import orient
 from unclamp.numerics.compiled import run
 from unclamp.numerics.kernels import (
     AMAX,
@@ -35,6 +37,143 @@ from unclamp.numerics.kernels import (
     look_range,
 )
 from unclamp.numerics.layout import layout
+from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
+from unclamp.numerics.scale import check_scale, choose_scale, scale_from_amax
+from unclamp.numerics.stats import Stat
+from unclamp.numerics.whole import NUMBER, cast_at, merge_at, own_scale
+
+
+def quantize(
+    x: Tensor,
+    plan: CastPlan,
+    scale: Tensor | None,
+    axis: int,
+    *,
+    values: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Quantized:
+    """Cast a tensor of this process's memory, not an empty one; see `numerics.quantize`."""
+    if not plan.granularity.is_whole:
+        return _by_block(x, plan, scale, axis, values=values, out=out)
+    if scale is not None:
+        check_scale(scale, torch.Size())
+        scale = scale.detach().to(torch.float32)
+    data = x.detach().contiguous()
+    count = data.numel()
+    codes = torch.empty(x.shape, dtype=torch.uint8) if out is None else out.view(x.shape)
+    stats = torch.empty(len(Stat), dtype=torch.float64)
+    results = torch.empty(2)
+    if count <= TASK:
+        cast_at(
+            data.data_ptr(), count, KINDS[x.dtype], 0 if scale is None else scale.data_ptr(),
+            NUMBER[plan.format], plan.largest, plan.power_of_two, plan.guard, codes.data_ptr(),
+            0 if values is None else values.data_ptr(), stats.data_ptr(), results.data_ptr(),
+        )  # fmt: skip
+    else:
+        _in_tasks(data, plan, scale, codes=codes, values=values, stats=stats, results=results)
+    scale_inv, amax = results.unbind()
+    return Quantized(
+        codes.view(torch_dtype(plan.format)),
+        scale_inv,
+        amax,
+        stats,
+        plan,
+        axis,
+        None if values is None else values.view(x.shape),
+    )
+
+
+def _in_tasks(
+    data: Tensor, plan: CastPlan, scale: Tensor | None, *, codes: Tensor, values: Tensor | None,
+    stats: Tensor, results: Tensor,
+) -> None:  # fmt: skip
+    """Do what `whole` does, for a tensor that is cut into tasks for several threads."""
+    blocks = Blocks(1, data.numel(), 1, data.numel())
+    used = np.float32(0.0 if scale is None else float(scale))
+    guard, recast = plan.guard, False
+
+    def cast_with(used: Any) -> Cast:
+        one = np.full((1, 1), used, np.float32)
+        with np.errstate(divide="ignore", over="ignore"):  # as silent as torch
+            return cast(
+                data, one, np.float32(1) / one, blocks, plan.format, values=values, out=codes
+            )
+
+    if not used > 0:
+        used = own_scale(block_amax(data, blocks)[0, 0], plan.largest, plan.power_of_two)
+        guard = False
+    made = cast_with(used)
+    if guard and np.float32(made.amax) * used > layout(plan.format).limit:
+        recast = True
+        used = own_scale(np.float32(made.amax), plan.largest, plan.power_of_two)
+        made = cast_with(used)
+    with np.errstate(divide="ignore", over="ignore"):
+        results[0] = float(np.float32(1) / used)
+    results[1] = made.amax if made.nonfinite < data.numel() else -1.0
+    _fill_stats(stats, made, float(results[1]), float(results[0]), recast=recast)
+
+
+def _fill_stats(
+    stats: Tensor, made: "Cast", amax: float, scale_inv: float, *, recast: bool
+) -> None:
+    fields = {
+        Stat.AMAX: amax,
+        Stat.SCALE_INV: scale_inv,
+        Stat.ELEMENTS: made.codes.numel(),
+        Stat.SATURATED: made.saturated,
+        Stat.UNDERFLOWED: made.underflowed,
+        Stat.NONFINITE: made.nonfinite,
+        Stat.RECAST: recast,
+        Stat.SQUARE: made.square,
+        Stat.SATURATED_SQUARE: made.saturated_square,
+        Stat.CASTS: 1,
+    }
+    stats.copy_(torch.tensor([fields[field] for field in Stat], dtype=torch.float64))
+
+
+def _by_block(
+    x: Tensor, plan: CastPlan, scale: Tensor | None, axis: int, *,
+    values: Tensor | None, out: Tensor | None,
+) -> Quantized:  # fmt: skip
+    oriented = orient(x.detach(), axis)  # raises for an axis that is not there
+    transposed = x.ndim == 2 and axis in (0, -2)
+    data = x.detach().contiguous().view(oriented.shape[::-1] if transposed else oriented.shape)
+    across, along = (
+        size if block is None else block
+        for size, block in zip(oriented.shape, plan.granularity.block, strict=True)
+    )
+    rows, columns = data.shape
+    blocks = Blocks(rows, columns, *((along, across) if transposed else (across, along)))
+    amax = torch.from_numpy(block_amax(data, blocks))
+    amax = amax.t() if transposed else amax
+    own = scale_from_amax(amax, plan.largest, power_of_two=plan.power_of_two)
+    limit = plan.format.overflow_limit if plan.guard else torch.inf
+    used, recast = choose_scale(scale, own, amax, limit)
+    inv = used.reciprocal()
+    grids = [(t.t() if transposed else t).contiguous().numpy() for t in (used, inv)]
+    made = cast(data, *grids, blocks, plan.format, values=values, out=out)
+    is_seen = made.nonfinite < x.numel()
+    stats = torch.empty(len(Stat), dtype=torch.float64)
+    top = made.amax if is_seen else -1.0
+    _fill_stats(stats, made, top, float(inv.max()), recast=bool(recast))
+    return Quantized(
+        made.codes.view(torch_dtype(plan.format)).view(x.shape),
+        inv.contiguous(),
+        amax.contiguous() if is_seen else torch.full_like(inv, -1),
+        stats,
+        plan,
+        axis,
+        None if values is None else values.view(x.shape),
+    )
+
+
+def array_of(x: Tensor, dtype: Any) -> np.ndarray:
+    """Return a contiguous tensor's memory as a flat array; the tensor has to outlive it.
+
+    `Tensor.numpy` would make the storage non-resizable for good, and FSDP resizes.
+    """
+    size = x.numel() * x.element_size()
+    return np.frombuffer((ctypes.c_char * size).from_address(x.data_ptr()), dtype)
 
 
 class Blocks(NamedTuple):
@@ -85,24 +224,26 @@ def cast(
     fmt: Format,
     *,
     values: Tensor | None = None,
-    room: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Cast:
     """Cast a contiguous matrix with the scales of its blocks, float32, `blocks.grid`.
 
-    `values` is written, if given: contiguous float32 of as many elements. `room` is where the
+    `values` is written, if given: contiguous float32 of as many elements. `out` is where the
     codes go, uint8; fresh memory without it.
     """
     data, kind = _data(x, blocks)
     shape = (blocks.rows, blocks.columns)
-    codes = torch.empty(shape, dtype=torch.uint8) if room is None else room.view(shape)
-    hat = torch.empty(0, 0, dtype=torch.float32) if values is None else values.view(shape)
+    codes = torch.empty(shape, dtype=torch.uint8) if out is None else out.view(shape)
+    hat = np.empty((0, 0), np.float32)
+    if values is not None:
+        hat = array_of(values, np.float32).reshape(shape)
     tasks = _tasks(blocks, whole=1)
     counts = np.zeros((len(tasks), COUNTS), np.int64)
     sums = np.zeros((len(tasks), SUMS))
     is_float32 = kind == FLOAT32
     ints = data if is_float32 else np.empty((0, 0), np.int32)
     views = (data, ints, ints.view(np.float32), kind)
-    outs = (layout(fmt), codes.numpy(), hat.numpy())
+    outs = (layout(fmt), array_of(codes, np.uint8).reshape(shape), hat)
     calls = [
         (cast_range, *views, scales, invs, blocks.across, blocks.along, *outs, *task, *out)
         for task, *out in zip(tasks, counts, sums, strict=True)
@@ -125,7 +266,7 @@ def decode(codes: Tensor, fmt: Format, scale_inv: float) -> Tensor:
     values = torch.empty(codes.shape, dtype=torch.float32)
     with np.errstate(over="ignore"):
         table = decode_table(fmt) * np.float32(scale_inv)
-    data = (codes.view(torch.uint8).numpy().reshape(-1), table, values.numpy().reshape(-1))
+    data = (array_of(codes, np.uint8), table, array_of(values, np.float32))
     size = codes.numel()
     run([(decode_range, *data, i, min(i + TASK, size)) for i in range(0, size, TASK)])
     return values
@@ -138,7 +279,7 @@ def look(x: Tensor, codes: Tensor, values: Tensor) -> tuple[np.ndarray, np.ndarr
     """
     size = x.numel()
     bits, kind = _data(x, Blocks(1, size, 1, size))
-    flat = (codes.view(torch.uint8).numpy().reshape(-1), values.numpy().reshape(-1))
+    flat = (array_of(codes, np.uint8), array_of(values, np.float32))
     tasks = range(0, size, TASK)
     exponents = np.zeros((len(tasks), 277), np.int64)
     magnitudes = np.zeros((len(tasks), 128), np.int64)
@@ -156,8 +297,8 @@ def decode_table(fmt: Format) -> np.ndarray:
 
 def _data(x: Tensor, blocks: Blocks) -> tuple[np.ndarray, int]:
     """Return the tensor's bits as a numpy matrix, and the kind of float that they are."""
-    bits = torch.int32 if x.dtype == torch.float32 else torch.uint16
-    return x.view(bits).numpy().reshape(blocks.rows, blocks.columns), KINDS[x.dtype]
+    bits = np.int32 if x.dtype == torch.float32 else np.uint16
+    return array_of(x, bits).reshape(blocks.rows, blocks.columns), KINDS[x.dtype]
 
 
 Range = tuple[int, int]
@@ -176,6 +317,16 @@ def _tasks(blocks: Blocks, *, whole: int) -> list[tuple[Range, Range]]:
     return [((r, min(r + step, rows)), (0, columns)) for r in range(0, rows, step)]
 
 
+def merge(total: Tensor, stats: list[Tensor | None]) -> None:
+    """Merge statistics into consecutive rows, float64 `[len(stats), len(Stat)]`, in place."""
+    addresses = tuple(0 if vector is None else vector.data_ptr() for vector in stats)
+    merge_at(total.data_ptr(), len(addresses), addresses)
+    torch.autograd.graph.increment_version(total)
+
+
+PLAN = CastPlan(format=E4M3FN)
+
+
 def warm_up() -> None:
     """Compile the kernels, or load them from numba's cache; later calls do nothing.
 
@@ -189,4 +340,5 @@ def warm_up() -> None:
         block_amax(x.to(dtype), blocks)
         cast(x.to(dtype), one, one, blocks, E4M3FN, values=torch.empty(1, 1, dtype=torch.float32))
         look(x.to(dtype), torch.zeros(1, 1, dtype=torch.uint8), x)
+    merge(torch.zeros(1, len(Stat), dtype=torch.float64), [quantize(x, PLAN, None, -1).stats])
     decode(torch.zeros(1, dtype=torch.float8_e4m3fn), E4M3FN, 1.0)

@@ -1,4 +1,4 @@
-"""Whether the fused kernels (numba) can run: on this machine, and on a tensor."""
+"""The fused kernels (numba), where this machine can run them, and the memory that they work in."""
 
 import functools
 import threading
@@ -49,8 +49,3 @@ def borrow(slot: str, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     if buffer is None or buffer.numel() < size:
         _workspace.buffers[slot] = buffer = torch.empty(size, dtype=dtype)
     return buffer[:size]
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether a tensor is memory of this process, and no stand-in for it."""
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)

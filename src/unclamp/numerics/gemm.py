@@ -10,7 +10,6 @@ An operand in high precision is no operand of an FP8 tensor core: such a GEMM ad
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,42 +18,21 @@ from torch import Tensor
 from unclamp.errors import UnsupportedError
 from unclamp.formats import unknown_name
 from unclamp.numerics.blocks import orient, spread
-from unclamp.numerics.cast import dequantize_codes, format_of
+from unclamp.numerics.cast import dequantize_codes
 from unclamp.numerics.gpu import goes_to_gpu
 from unclamp.numerics.gpu.gemm import scaled_matmul
-from unclamp.scaling import ACCUMULATES, Block, parse_granularity
+from unclamp.numerics.record import GemmOperand, format_of
+from unclamp.scaling import ACCUMULATES
 
 
-class GemmOperand(NamedTuple):
-    """A matrix as it enters a GEMM: codes and their scales, or a tensor in high precision.
-
-    `tensor` is `[rows, contracted]` with `axis` 1 and `[contracted, rows]` with `axis` 0;
-    `scale_inv` is that of `Quantized`, None in high precision; `granularity` is given by name;
-    `ready` is the dequantised tensor, where the cast has made it on the way.
-    """
-
-    tensor: Tensor
-    scale_inv: Tensor | None = None
-    granularity: str = "tensor"
-    axis: int = 1
-    ready: Tensor | None = None
-
-    @property
-    def block(self) -> Block:
-        """Elements across and along the contracted axis that share a scale."""
-        return parse_granularity(self.granularity).block
-
-    def values(self) -> Tensor:
-        """Return what the GEMM multiplies, float32, `[rows, contracted]`."""
-        if self.ready is not None:
-            return orient(self.ready, self.axis)
-        if self.scale_inv is None:
-            return orient(self.tensor.to(torch.float32), self.axis)
-        granularity = parse_granularity(self.granularity)
-        values = dequantize_codes(
-            self.tensor, self.scale_inv, granularity=granularity, axis=self.axis
-        )
-        return orient(values, self.axis)
+def values_of(x: GemmOperand) -> Tensor:
+    """Return what a GEMM multiplies, float32, `[rows, contracted]`."""
+    if x.values is not None:
+        return orient(x.values, x.axis)
+    if x.scale_inv is None:
+        return orient(x.tensor.to(torch.float32), x.axis)
+    values = dequantize_codes(x.tensor, x.scale_inv, granularity=x.granularity, axis=x.axis)
+    return orient(values, x.axis)
 
 
 def matmul(
@@ -79,15 +57,16 @@ def matmul(
     """
     if accumulate not in ACCUMULATES:
         raise unknown_name("accumulate", accumulate, list(ACCUMULATES))
-    # Under autocast F.linear would leave float32.
-    with torch.autocast(a.tensor.device.type, enabled=False):
-        if goes_to_gpu(a.tensor) and (a.scale_inv is not None or b.scale_inv is not None):
-            return scaled_matmul(a, b, bias, fast=accumulate == "hopper_fast", out_dtype=out_dtype)
-        bias = None if bias is None else bias.to(torch.float32)
-        if accumulate == "float32" or a.scale_inv is None or b.scale_inv is None:
-            return F.linear(a.values(), b.values(), bias).to(out_dtype)
-        out = _hopper(a, b, fast=accumulate == "hopper_fast")
-        return (out if bias is None else out + bias).to(out_dtype)
+    if torch.is_autocast_enabled(a.tensor.device.type):  # F.linear would leave float32
+        with torch.autocast(a.tensor.device.type, enabled=False):
+            return matmul(a, b, bias, accumulate=accumulate, out_dtype=out_dtype)
+    if goes_to_gpu(a.tensor) and (a.scale_inv is not None or b.scale_inv is not None):
+        return scaled_matmul(a, b, bias, fast=accumulate == "hopper_fast", out_dtype=out_dtype)
+    bias = None if bias is None else bias.to(torch.float32)
+    if accumulate == "float32" or a.scale_inv is None or b.scale_inv is None:
+        return F.linear(values_of(a), values_of(b), bias).to(out_dtype)
+    out = _hopper(a, b, fast=accumulate == "hopper_fast")
+    return (out if bias is None else out + bias).to(out_dtype)
 
 
 def _hopper(a: GemmOperand, b: GemmOperand, *, fast: bool) -> Tensor:
@@ -120,7 +99,7 @@ def _hopper(a: GemmOperand, b: GemmOperand, *, fast: bool) -> Tensor:
 
 def _segment(a: GemmOperand, b: GemmOperand, contracted: int) -> int:
     """Return how far along the contracted axis one pair of scales serves."""
-    lengths = [x.block[1] for x in (a, b)]
+    lengths = [x.granularity.block[1] for x in (a, b)]
     return math.gcd(*(length for length in lengths if length is not None)) or max(contracted, 1)
 
 
@@ -128,10 +107,10 @@ def _scales(x: GemmOperand, rows: int) -> Tensor:
     """Return one scale a row and block along: `[rows or 1, blocks along]`."""
     assert x.scale_inv is not None
     scale = x.scale_inv.reshape(1, 1) if x.scale_inv.ndim == 0 else x.scale_inv
-    return spread(scale, (rows, scale.shape[1]), (x.block[0], None))
+    return spread(scale, (rows, scale.shape[1]), (x.granularity.block[0], None))
 
 
 def _scale_at(x: GemmOperand, scale: Tensor, first: int) -> Tensor:
-    along = x.block[1]
+    along = x.granularity.block[1]
     column = 0 if along is None else first // along
     return scale[:, column : column + 1]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from unclamp.formats import Format
-from unclamp.numerics.cast import dequantize_codes
-from unclamp.numerics.fused import fused, is_plain
+from unclamp.numerics.cast import dequantize_codes, is_memory
+from unclamp.numerics.fused import fused
 from unclamp.scaling import Granularity
 
 INSPECTED, INSPECTED_SQUARE, ERROR_SQUARE = range(3)
@@ -54,7 +54,7 @@ def inspect(
     x = x.detach()
     if values is None:
         values = dequantize_codes(codes, scale_inv, granularity=granularity, axis=axis)
-    if is_plain(x) and x.dtype != torch.float64 and x.numel() and fused():
+    if is_memory(x) and x.dtype != torch.float64 and x.numel() and fused():
         return _fused(x, codes, values)
     return inspect_plain(x, codes, values)
 

@@ -7,49 +7,30 @@ into the ledger's tensors; the compiler knows it from their signatures and keeps
 where they are called.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unclamp.errors import UnsupportedError
-from unclamp.formats import get_format
 from unclamp.numerics.blocks import block_grid
-from unclamp.numerics.cast import Quantized, torch_dtype
-from unclamp.numerics.fused import borrow, is_plain
-from unclamp.numerics.gemm import GemmOperand, matmul
+from unclamp.numerics.cast import is_memory
+from unclamp.numerics.fused import fused
+from unclamp.numerics.gemm import matmul
 from unclamp.numerics.gpu import goes_to_gpu
 from unclamp.numerics.inspection import DETAILS, empty_details, inspect
-from unclamp.numerics.quantize import quantize
+from unclamp.numerics.quantize import quantize_by
+from unclamp.numerics.record import (
+    CastPlan,
+    GemmOperand,
+    Quantized,
+    plan_of,
+    torch_dtype,
+)
 from unclamp.numerics.stats import Stat, merge_stats
-from unclamp.scaling import PerTensor, parse_granularity
+from unclamp.scaling import parse_granularity
 
 LIBRARY = torch.library.Library("unclamp", "DEF")
-
-
-class CastPlan(NamedTuple):
-    """How a role is cast, in types that an operator's signature can carry."""
-
-    format: str
-    granularity: str = "tensor"
-    margin: int = 0
-    power_of_two: bool = False
-    guard: bool = False
-
-
-class Codes(NamedTuple):
-    """What a cast gives: `Quantized` without the settings; `values` in eager mode alone.
-
-    `details` is there if the cast was inspected (`unclamp.numerics.inspection`).
-    """
-
-    codes: Tensor
-    scale_inv: Tensor
-    amax: Tensor
-    stats: Tensor
-    values: Tensor | None = None
-    details: Tensor | None = None
-    turned: Tensor | None = None
 
 
 def quantize_operand(
@@ -59,61 +40,40 @@ def quantize_operand(
     axis: int,
     *,
     slot: str | None = None,
-    codes_too: bool = False,
+    keeps_codes: bool = True,
     turned: bool = False,
-) -> Codes:
-    """Cast a matrix as `unclamp.numerics.quantize` does.
+) -> Quantized:
+    """Cast a matrix as `unclamp.numerics.quantize_by` does; a node of a graph in a compiled one.
 
-    With a `slot` the values come too where they are cheap, in the workspace of that name: they
-    last until the slot is used again. With `codes_too` so do the codes. With `turned` the codes
-    come in column-major memory too, on a GPU, where a GEMM wants them so.
+    With `turned` the codes come in column-major memory too, on a GPU, where a GEMM wants them so.
     """
-    if torch.compiler.is_compiling():
-        if turned and x.device.type == "cuda":
-            *made, other = torch.ops.unclamp.quantize_turned(x, scale, *plan, axis)
-            return Codes(*made, turned=other.t())
-        return Codes(*torch.ops.unclamp.quantize(x, scale, *plan, axis))
-    turned = turned and goes_to_gpu(x)
-    values = room = None
-    if slot is not None and is_plain(x) and not goes_to_gpu(x):
-        values = borrow(slot, x.numel())
-        room = borrow(f"{slot} codes", x.numel(), torch.uint8) if codes_too else None
-    q = _quantized(x, scale, *plan, axis, values=values, room=room, turned=turned)
-    return Codes(q.codes, q.scale_inv, q.amax, q.stats, q.values, turned=q.turned)
+    if not torch.compiler.is_compiling():
+        turned = turned and goes_to_gpu(x)
+        return quantize_by(x, plan, scale, axis, slot=slot, keeps_codes=keeps_codes, turned=turned)
+    if turned and x.device.type == "cuda":
+        *made, other = torch.ops.unclamp.quantize_turned(x, scale, *plan.signature, axis)
+        return Quantized(*made, plan, axis, turned=other.t())
+    return Quantized(*torch.ops.unclamp.quantize(x, scale, *plan.signature, axis), plan, axis)
 
 
-def inspect_operand(
-    x: Tensor, codes: Codes, plan: CastPlan, axis: int, *, only_clamped: bool
-) -> Tensor:
+def inspect_operand(x: Tensor, q: Quantized, *, only_clamped: bool) -> Tensor:
     """Return a cast's closer look, `unclamp.numerics.inspection.inspect`.
 
     With `only_clamped` the vector of a cast that clamped nothing is zero. On a device other than
-    the CPU that is found out by nobody, for it would stall the device: every cast is inspected.
+    the CPU nobody asks whether it clamped, since that would make the host wait: every cast is
+    inspected.
     """
     if torch.compiler.is_compiling():
         return torch.ops.unclamp.inspect(
-            x, codes.codes, codes.scale_inv, codes.stats, plan.granularity, axis, only_clamped
+            x, q.codes, q.scale_inv, q.stats, str(q.granularity), q.axis, only_clamped
         )
-    return _inspect(
-        x, *codes[:2], codes.stats, plan.granularity, axis, only_clamped, values=codes.values
-    )
+    if only_clamped and _has_clamped_nothing(q.stats):
+        return empty_details(1, q.stats.device)[0]
+    return inspect(x, q.codes, q.scale_inv, granularity=q.granularity, axis=q.axis, values=q.values)
 
 
-def _inspect(
-    x: Tensor,
-    codes: Tensor,
-    scale_inv: Tensor,
-    stats: Tensor,
-    granularity: str,
-    axis: int,
-    only_clamped: bool,
-    *,
-    values: Tensor | None = None,
-) -> Tensor:
-    if only_clamped and stats.device.type == "cpu" and not stats[Stat.SATURATED] > 0:
-        return empty_details(1, stats.device)[0]
-    parsed = parse_granularity(granularity)
-    return inspect(x, codes, scale_inv, granularity=parsed, axis=axis, values=values)
+def _has_clamped_nothing(stats: Tensor) -> bool:
+    return stats.device.type == "cpu" and not stats[Stat.SATURATED] > 0
 
 
 def gemm(
@@ -122,13 +82,29 @@ def gemm(
     """Multiply as `unclamp.numerics.matmul` does."""
     if not torch.compiler.is_compiling():
         return matmul(a, b, bias, accumulate=accumulate, out_dtype=out_dtype)
-    return torch.ops.unclamp.matmul(*a[:4], *b[:4], bias, accumulate, out_dtype)
+    return torch.ops.unclamp.matmul(*_plain(a), *_plain(b), bias, accumulate, out_dtype)
 
 
-def commit(pending: Tensor, stats: Tensor) -> None:
-    """Merge casts' statistics into the ledger's, `[n, len(Stat)]` each, in place."""
-    call = torch.ops.unclamp.commit if torch.compiler.is_compiling() else merge_stats
-    call(pending, stats)
+def _plain(x: GemmOperand) -> tuple[Tensor, Tensor | None, str, int]:
+    """Return an operand in types that an operator's signature can carry."""
+    return x.tensor, x.scale_inv, str(x.granularity), x.axis
+
+
+def commit(pending: Tensor, stats: list[Tensor | None], nothing: Tensor) -> None:
+    """Merge casts' statistics into the ledger's rows, in place; None of what was not cast.
+
+    Args:
+        pending: `[len(stats), len(Stat)]`.
+        stats: One vector a row.
+        nothing: What a row without a cast adds.
+    """
+    if torch.compiler.is_compiling():
+        rows = [nothing if vector is None else vector for vector in stats]
+        torch.ops.unclamp.commit(pending, torch.stack(rows))
+    elif is_memory(pending) and fused() is not None:
+        fused().merge(pending, stats)
+    else:
+        merge_stats(pending, torch.stack([nothing if v is None else v for v in stats]))
 
 
 def add_details(pending: Tensor, details: Tensor) -> None:
@@ -149,82 +125,43 @@ def sum_tokens(x: Tensor) -> Tensor:
     return call(x)
 
 
-def _quantized(
-    x: Tensor,
-    scale: Tensor | None,
-    format: str,
-    granularity: str,
-    margin: int,
-    power_of_two: bool,
-    guard: bool,
-    axis: int,
-    *,
-    values: Tensor | None = None,
-    room: Tensor | None = None,
-    turned: bool = False,
-) -> Quantized:
-    return quantize(
-        x,
-        get_format(format),
-        scale,
-        granularity=parse_granularity(granularity),
-        axis=axis,
-        margin=margin,
-        power_of_two=power_of_two,
-        guard=guard,
-        values=values,
-        room=room,
-        turned=turned,
-    )
-
-
 def _quantize(
-    x: Tensor,
-    scale: Tensor | None,
-    format: str,
-    granularity: str,
-    margin: int,
-    power_of_two: bool,
-    guard: bool,
-    axis: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = (format, granularity, margin, power_of_two, guard, axis)
-    q = _quantized(x, scale, *settings)
-    return q.codes, q.scale_inv, q.amax, q.stats
+    x: Tensor, scale: Tensor | None, format: str, granularity: str, margin: int,
+    power_of_two: bool, guard: bool, axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = plan_of((format, granularity, margin, power_of_two, guard))
+    q = quantize_by(x, plan, scale, axis)
+    # The results of a small cast share memory, which an operator's may not.
+    return q.codes, q.scale_inv.clone(), q.amax.clone(), q.stats
 
 
 def _quantize_turned(
-    x: Tensor,
-    scale: Tensor | None,
-    format: str,
-    granularity: str,
-    margin: int,
-    power_of_two: bool,
-    guard: bool,
-    axis: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    settings = (format, granularity, margin, power_of_two, guard, axis)
-    q = _quantized(x, scale, *settings, turned=True)
+    x: Tensor, scale: Tensor | None, format: str, granularity: str, margin: int,
+    power_of_two: bool, guard: bool, axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = plan_of((format, granularity, margin, power_of_two, guard))
+    q = quantize_by(x, plan, scale, axis, turned=True)
     assert q.turned is not None
     return q.codes, q.scale_inv, q.amax, q.stats, q.turned.t()
 
 
 def _matmul(
-    a: Tensor,
-    a_scale_inv: Tensor | None,
-    a_granularity: str,
-    a_axis: int,
-    b: Tensor,
-    b_scale_inv: Tensor | None,
-    b_granularity: str,
-    b_axis: int,
-    bias: Tensor | None,
-    accumulate: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    first = GemmOperand(a, a_scale_inv, a_granularity, a_axis)
-    second = GemmOperand(b, b_scale_inv, b_granularity, b_axis)
+    a: Tensor, a_scale_inv: Tensor | None, a_granularity: str, a_axis: int,
+    b: Tensor, b_scale_inv: Tensor | None, b_granularity: str, b_axis: int,
+    bias: Tensor | None, accumulate: str, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    first = GemmOperand(a, a_scale_inv, parse_granularity(a_granularity), a_axis)
+    second = GemmOperand(b, b_scale_inv, parse_granularity(b_granularity), b_axis)
     return matmul(first, second, bias, accumulate=accumulate, out_dtype=out_dtype)
+
+
+def _inspect(
+    x: Tensor, codes: Tensor, scale_inv: Tensor, stats: Tensor, granularity: str, axis: int,
+    only_clamped: bool,
+) -> Tensor:  # fmt: skip
+    if only_clamped and _has_clamped_nothing(stats):
+        return empty_details(1, stats.device)[0]
+    return inspect(x, codes, scale_inv, granularity=parse_granularity(granularity), axis=axis)
 
 
 def _raise_amax(pending: Tensor, amax: Tensor) -> None:
@@ -291,19 +228,14 @@ def _register() -> None:
 
 
 def _fake_quantize(
-    x: Tensor,
-    scale: Tensor | None,
-    format: str,
-    granularity: str,
-    margin: int,
-    power_of_two: bool,
-    guard: bool,
-    axis: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parsed = parse_granularity(granularity)
+    x: Tensor, scale: Tensor | None, format: str, granularity: str, margin: int,
+    power_of_two: bool, guard: bool, axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = plan_of((format, granularity, margin, power_of_two, guard))
     rows, columns = x.shape if axis in (1, -1) else x.shape[::-1]
-    grid = () if isinstance(parsed, PerTensor) else block_grid(rows, columns, parsed.block)
-    codes = x.new_empty(x.shape, dtype=torch_dtype(get_format(format)))
+    grain = plan.granularity
+    grid = () if grain.is_whole else block_grid(rows, columns, grain.block)
+    codes = x.new_empty(x.shape, dtype=torch_dtype(plan.format))
     if grid and axis in (0, -2) and x.device.type == "cuda":  # as a GEMM wants them there
         codes = x.new_empty(x.shape[::-1], dtype=codes.dtype).t()
     return (
@@ -315,33 +247,19 @@ def _fake_quantize(
 
 
 def _fake_quantize_turned(
-    x: Tensor,
-    scale: Tensor | None,
-    format: str,
-    granularity: str,
-    margin: int,
-    power_of_two: bool,
-    guard: bool,
-    axis: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, scale: Tensor | None, format: str, granularity: str, margin: int,
+    power_of_two: bool, guard: bool, axis: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     settings = (format, granularity, margin, power_of_two, guard, axis)
     made = _fake_quantize(x, scale, *settings)
     return *made, x.new_empty(x.shape[::-1], dtype=made[0].dtype)
 
 
 def _fake_matmul(
-    a: Tensor,
-    a_scale_inv: Tensor | None,
-    a_granularity: str,
-    a_axis: int,
-    b: Tensor,
-    b_scale_inv: Tensor | None,
-    b_granularity: str,
-    b_axis: int,
-    bias: Tensor | None,
-    accumulate: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
+    a: Tensor, a_scale_inv: Tensor | None, a_granularity: str, a_axis: int,
+    b: Tensor, b_scale_inv: Tensor | None, b_granularity: str, b_axis: int,
+    bias: Tensor | None, accumulate: str, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     return a.new_empty(a.shape[1 - a_axis % 2], b.shape[1 - b_axis % 2], dtype=out_dtype)
 
 

@@ -58,3 +58,22 @@ def channel_scale(x: Tensor) -> Tensor:
     finite = torch.where(x.isfinite(), x, 0)
     amax = finite.abs().amax(0) if x.shape[0] else finite.new_zeros(x.shape[1])
     return scale_from_amax(amax, 1.0, power_of_two=True)
+
+
+def choose_scale(
+    scale: Tensor | None, own_scale: Tensor, amax: Tensor, limit: float
+) -> tuple[Tensor, Tensor]:
+    """Return the scale to use, and 1 where a block's given scale would pass the limit."""
+    if scale is None:
+        return own_scale, own_scale.new_zeros(())
+    check_scale(scale, amax.shape)
+    scale = scale.detach().to(torch.float32)
+    passed = amax * scale > limit
+    recast = passed.any() if passed.ndim else passed
+    return torch.where((scale > 0) & ~passed, scale, own_scale), recast
+
+
+def check_scale(scale: Tensor, shape: torch.Size) -> None:
+    """Raise a ValueError unless there is a scale for each block."""
+    if scale.shape != shape:
+        raise ValueError(f"expected a scale for each block, {list(shape)}, got {list(scale.shape)}")

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from unclamp.formats import E4M3FN, E5M2, Format
-from unclamp.numerics.cast import Quantized, check_scale, torch_dtype
 from unclamp.numerics.gpu import architecture
 from unclamp.numerics.gpu.rounding import Numbers
 from unclamp.numerics.gpu.tensorwise import PARTS, cast_tiles, settle
 from unclamp.numerics.layout import float_bits, layout
+from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
+from unclamp.numerics.scale import check_scale
 from unclamp.numerics.stats import Stat
-from unclamp.scaling import PER_TENSOR
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -112,6 +112,20 @@ def quantize_tensor(
     turned: bool = False,
     counts: bool = True,
 ) -> Quantized:
+    """Do what `quantize` does; for benches and tests, which spell a plan out."""
+    plan = CastPlan(format=fmt, margin=margin, power_of_two=power_of_two, guard=guard)
+    return quantize(x, plan, scale, turned=turned, counts=counts)
+
+
+def quantize(
+    x: Tensor,
+    plan: CastPlan,
+    scale: Tensor | None = None,
+    axis: int = -1,
+    *,
+    turned: bool = False,
+    counts: bool = True,
+) -> Quantized:
     """Cast a tensor with one scale, as `unclamp.numerics.quantize` does; not an empty one.
 
     With `turned` a matrix has its codes in column-major memory too. Without `counts` all
@@ -120,12 +134,12 @@ def quantize_tensor(
     if scale is not None:
         check_scale(scale, torch.Size())
         scale = scale.detach().to(torch.float32)
-    arch = architecture(x.device)
+    fmt, arch = plan.format, architecture(x.device)
     settings = numbers(
         fmt,
         native=rounds_natively(fmt, arch),
-        margin=0 if guard else margin,
-        power_of_two=power_of_two,
+        margin=0 if plan.guard else plan.margin,
+        power_of_two=plan.power_of_two,
     )
     flat = INTERPRETED if arch == "cpu" else FLAT
     tile = TURNED if turned else flat
@@ -142,7 +156,7 @@ def quantize_tensor(
     stats = torch.empty(len(Stat), dtype=torch.float64, device=x.device)
     # Two tensors and not two views of one: an operator's results may not share memory.
     scale_inv, amax = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))
-    guard = guard and scale is not None
+    guard = plan.guard and scale is not None
     flag = torch.zeros(1, dtype=torch.int32, device=x.device) if guard else tops
     given = amax if scale is None else scale
     shape = (rows, columns, tiles_along, tiles, x.numel())
@@ -161,11 +175,12 @@ def quantize_tensor(
             programs, **constants, SIZE=SUMMED * tile.warps, **how,
         )  # fmt: skip
     return Quantized(
-        codes=codes.view(torch_dtype(fmt)),
-        scale_inv=scale_inv,
-        amax=amax,
-        stats=stats,
-        granularity=PER_TENSOR,
+        codes.view(torch_dtype(fmt)),
+        scale_inv,
+        amax,
+        stats,
+        plan,
+        axis,
         turned=other.view(torch_dtype(fmt)).t() if turned else None,
     )
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from unclamp.formats import Format
 from unclamp.numerics.blocks import block_grid, orient
-from unclamp.numerics.cast import Quantized, check_scale, torch_dtype
 from unclamp.numerics.gpu.blockwise import PARTS, add_up, block_tops, cast_blocks
 from unclamp.numerics.gpu.cast import BITS, KINDS, numbers
+from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
+from unclamp.numerics.scale import check_scale
 from unclamp.numerics.stats import Stat
-from unclamp.scaling import MX, Granularity
+from unclamp.scaling import Granularity
 
 TILE = (64, 128)
 """Rows and columns of a tile, where blocks do not ask for others."""
@@ -89,11 +90,27 @@ def quantize_blocks(
     guard: bool = False,
     turned: bool = False,
 ) -> Quantized | None:
+    """Do what `quantize` does; for benches and tests, which spell a plan out."""
+    plan = CastPlan(
+        format=fmt, granularity=granularity, margin=margin, power_of_two=power_of_two, guard=guard
+    )
+    return quantize(x, plan, scale, axis, turned=turned)
+
+
+def quantize(
+    x: Tensor,
+    plan: CastPlan,
+    scale: Tensor | None = None,
+    axis: int = -1,
+    *,
+    turned: bool = False,
+) -> Quantized | None:
     """Cast as `unclamp.numerics.quantize` does; None for blocks that no tile can have.
 
     A cast of a matrix along its first axis has its codes in column-major memory. With `turned`
     (square blocks) they are made both ways.
     """
+    fmt, granularity, guard = plan.format, plan.granularity, plan.guard
     oriented = orient(x.detach(), axis)  # raises for an axis that is not there
     across = x.ndim == 2 and axis in (0, -2)
     data = x.detach().contiguous().view(BITS[x.dtype])
@@ -108,8 +125,8 @@ def quantize_blocks(
         scale = scale.detach().to(torch.float32).contiguous()
     settings = numbers(
         fmt,
-        margin=0 if guard else margin,
-        power_of_two=power_of_two or isinstance(granularity, MX),
+        margin=0 if guard else plan.margin,
+        power_of_two=plan.power_of_two,
     )
     (grid_m, grid_n), (step_m, step_n) = (
         (grid[::-1], (1, grid[1])) if across else (grid, (grid[1], 1))
@@ -120,7 +137,8 @@ def quantize_blocks(
     straight, is_turned = not across, across or turned
     codes = torch.empty(x.shape, **empty) if straight else data
     other = torch.empty((columns, rows), **empty) if is_turned else codes
-    grids = torch.empty((2, *grid), dtype=torch.float32, device=x.device)
+    # Two tensors and not two views of one: an operator's results may not share memory.
+    grids = [torch.empty(grid, dtype=torch.float32, device=x.device) for _ in range(2)]
     parts = torch.empty((PARTS, tiles), dtype=torch.float64, device=x.device)
     stats = torch.empty(len(Stat), dtype=torch.float64, device=x.device)
     shape = (rows, columns, tiles_along, grid_m, grid_n, step_m, step_n)
@@ -133,19 +151,21 @@ def quantize_blocks(
         if not cut.fits:
             block_tops[(tiles,)](data, tops, *shape, **constants, **how)
         cast_blocks[(tiles,)](
-            data, grids if scale is None else scale, tops, codes, other, *grids, parts, *shape,
+            data, grids[0] if scale is None else scale, tops, codes, other, *grids, parts, *shape,
             **constants, F=settings, FITS=cut.fits, GIVEN=scale is not None, GUARD=guard,
             STRAIGHT=straight, TURNED=is_turned, **how,
         )  # fmt: skip
         add_up[(1,)](parts, stats, tiles, x.numel(), SIZE=SIZE, **ADDING)
     made = other.view(torch_dtype(fmt)).t() if is_turned else None
+    straight_codes = codes.view(torch_dtype(fmt)) if straight else made
+    assert straight_codes is not None
     return Quantized(
-        codes=codes.view(torch_dtype(fmt)) if straight else made,  # pyright: ignore
-        scale_inv=grids[0],
-        amax=torch.where(stats[Stat.AMAX] >= 0, grids[1], -1),
-        stats=stats,
-        granularity=granularity,
-        axis=axis,
+        straight_codes,
+        grids[0],
+        torch.where(stats[Stat.AMAX] >= 0, grids[1], -1),
+        stats,
+        plan,
+        axis,
         turned=made if turned else None,
     )
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from unclamp.errors import UnclampWarning
 from unclamp.formats import E5M2, E5M2FNUZ
 from unclamp.numerics.blocks import orient
-from unclamp.numerics.cast import format_of
+from unclamp.numerics.cast import dequantize_codes
 from unclamp.numerics.gpu import architecture
+from unclamp.numerics.record import GemmOperand, format_of
 
 ALIGNMENT = 16
 BLOCK = 128
@@ -97,9 +98,9 @@ def _why_not(a: Given, b: Given, *, n: int, k: int, arch: str) -> str | None:
 
 
 def scaled_matmul(
-    a: Any, b: Any, bias: Tensor | None, *, fast: bool, out_dtype: torch.dtype
+    a: GemmOperand, b: GemmOperand, bias: Tensor | None, *, fast: bool, out_dtype: torch.dtype
 ) -> Tensor:
-    """Return `a @ b.T + bias` of two `GemmOperand`; see `unclamp.numerics.matmul`.
+    """Return `a @ b.T + bias` of two operands; see `unclamp.numerics.matmul`.
 
     Args:
         a: The first operand.
@@ -113,7 +114,7 @@ def scaled_matmul(
     if right.shape[1] != k:
         raise ValueError(f"expected contracted axes of one length, got {k} and {right.shape[1]}")
     given = [
-        Given(None if x.scale_inv is None else format_of(x.tensor.dtype).name, x.granularity)
+        Given(None if x.scale_inv is None else format_of(x.tensor.dtype).name, str(x.granularity))
         for x in (a, b)
     ]
     arch = architecture(left.device)
@@ -168,14 +169,8 @@ def _scaled_mm(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, grains: list[Any],
     bias: Tensor | None, fast: bool, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    scaled_mm = getattr(F, "scaled_mm", None)
-    if scaled_mm is None:  # before torch 2.10; scales of blocks are told by their shapes
-        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-            a, b, scale_a=a_scale, scale_b=b_scale, bias=bias, out_dtype=out_dtype,
-            use_fast_accum=fast,
-        )  # fmt: skip
     kinds = [_recipe(grain) for grain in grains]
-    return scaled_mm(
+    return F.scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         a, b, a_scale, kinds[0], b_scale, kinds[1],
         bias=bias, output_dtype=out_dtype, use_fast_accum=fast,
     )  # fmt: skip
@@ -191,9 +186,10 @@ def _recipe(grain: str) -> Any:
     }[grain]
 
 
-def _scales(x: Any, codes: Tensor, route: Route, *, grain: str | None) -> Tensor:
+def _scales(x: GemmOperand, codes: Tensor, route: Route, *, grain: str | None) -> Tensor:
     """Return an operand's scales as torch's scaled matmul wants them for a route."""
     scale = x.scale_inv
+    assert scale is not None
     if route == "tensor":
         return scale
     if route == "row":
@@ -228,15 +224,22 @@ def _padded_bias(bias: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _dequantised(
-    a: Any, b: Any, bias: Tensor | None, *, out_dtype: torch.dtype, why: str | None
+    a: GemmOperand, b: GemmOperand, bias: Tensor | None, *, out_dtype: torch.dtype, why: str | None
 ) -> Tensor:
     """Multiply what the codes stand for: in bfloat16, or in float32 where the result is."""
     if why is not None and None not in (a.scale_inv, b.scale_inv):
         _say(why)
     compute = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
-    left, right = (x.values().to(compute) for x in (a, b))
+    left, right = (_values(x).to(compute) for x in (a, b))
     out = F.linear(left, right, None if bias is None else bias.to(compute))
     return out.to(out_dtype)
+
+
+def _values(x: GemmOperand) -> Tensor:
+    if x.scale_inv is None:
+        return orient(x.tensor, x.axis)
+    values = dequantize_codes(x.tensor, x.scale_inv, granularity=x.granularity, axis=x.axis)
+    return orient(values, x.axis)
 
 
 @functools.cache

@@ -1,0 +1,121 @@
+"""What every converted module has, whatever its layer: its operands, its saved state, its names.
+
+`Converted` is put in front of the class that a module has (`nn.kinds`); the rest of the class
+stays, whatever FSDP, a parametrization or a library made of it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from unclamp.names import ROLES
+from unclamp.nn.operands import Operands
+from unclamp.scaling import describe
+
+STATE_PREFIX = "unclamp_"
+"""Starts the name of every key of scaling state in a state_dict."""
+UPDATES = "updates"
+
+
+def weights_only(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state_dict without scaling state: what a model that is not converted can load.
+
+    Transformers' `save_pretrained(path, state_dict=weights_only(model.state_dict()))` writes a
+    checkpoint for others in the middle of training.
+    """
+    return {
+        key: value
+        for key, value in state_dict.items()
+        if not key.rpartition(".")[2].startswith(STATE_PREFIX)
+    }
+
+
+class Converted(nn.Module):
+    """A module whose matrix product goes through FP8. Made by `unclamp.convert`, not by hand.
+
+    Parameters, their names and the state_dict keys of the weights are those of the plain module.
+    The scaling state adds keys that start with `unclamp_`, plain floating-point tensors, so that
+    arithmetic over a state_dict's values works; a checkpoint without them loads, strictly too,
+    and the next tensor seeds the scale.
+    """
+
+    sites: Operands
+    weight: Tensor
+
+    @classmethod
+    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+        """Return the shape of a module's weight as the product has it: outputs by inputs."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Add to what the layer shows: scalings, formats, GEMMs that are special, smoothing."""
+        operands = {role: self.sites.operand(role) for role in ROLES}
+        roles = ", ".join(
+            f"{role}={describe(operand.scaling)}"
+            + (f":{operand.format.name}" if operand.scaling.casts else "")
+            for role, operand in operands.items()
+        )
+        modes = "".join(f", {g}={m}" for g, m in self.sites.modes.items() if m != "float32")
+        smooth = ", smooth" if self.sites.smooth else ""
+        smooth += ", only observed" if self.sites.ledger.observes else ""
+        shown = [super().extra_repr(), f"{roles}{modes}{smooth}"]
+        return ", ".join(text for text in shown if text)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.sites.ledger.move_to(self.weight.device)
+        return self
+
+    # ---- saved state -----------------------------------------------------------------------
+
+    def scaling_state(self) -> dict[str, Tensor]:
+        """Return the scaling state by its name in a state_dict; none where it only observes."""
+        sites = self.__dict__.get("sites")
+        if sites is None or sites.ledger.observes:  # the checkpoint is that of the plain model
+            return {}
+        state: dict[str, Tensor] = {}
+        for role, index in sites.indices.items():
+            state[f"{STATE_PREFIX}{role}_amax_history"] = sites.ledger.history_of(index)
+            state[f"{STATE_PREFIX}{role}_scale"] = sites.ledger.scale_of(index)
+        updates = torch.tensor(sites.ledger.count(), dtype=torch.float64)
+        return {**state, f"{STATE_PREFIX}{UPDATES}": updates}
+
+    def __getattr__(self, name: str) -> Any:
+        """Find scaling state by its key: torch's distributed checkpoints look each key up."""
+        if name.startswith(STATE_PREFIX):
+            state = self.scaling_state()
+            if name in state:
+                return state[name]
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in self.scaling_state().items():
+            destination[f"{prefix}{name}"] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = f"{prefix}{STATE_PREFIX}"
+        # A state_dict that does not speak of this layer, such as an adapter's, changes nothing.
+        if f"{prefix}weight" in state_dict or any(key.startswith(own) for key in state_dict):
+            ledger = self.sites.ledger
+            for role, index in self.sites.indices.items():
+                history = state_dict.get(f"{own}{role}_amax_history")
+                ledger.restore(index, history, state_dict.get(f"{own}{role}_scale"))
+            if f"{own}{UPDATES}" in state_dict:
+                ledger.restore_updates(round(float(state_dict[f"{own}{UPDATES}"])))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.sites.ledger.move_to(self.weight.device)  # assign=True may bring another device
+        unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(own)]

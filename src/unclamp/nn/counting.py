@@ -1,0 +1,100 @@
+"""What FP8 would lose, counted beside a product that is computed without it.
+
+Autograd's own graph computes; an identity behind it casts what flows by, counts, and drops the
+codes. So everything that the plain layer can do the counted one can: second derivatives, vmap,
+jvp, tracing. Where tensors are stand-ins for others (vmap, jvp, a trace) there is nothing to cast:
+such a forward is not counted, and one warning says so.
+"""
+
+import functools
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from unclamp.errors import UnclampWarning
+from unclamp.names import Gemm, Role
+from unclamp.nn.operands import Operands, Seen
+from unclamp.numerics import channel_scale
+
+
+def count(
+    operands: Operands,
+    output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    commit: Literal["in backward", "now"],
+) -> Tensor:
+    """Return a product's output, and have its casts counted: now, or when its backward runs."""
+    if any(_is_stand_in(t) for t in (output, x, weight)):
+        _say_not_counted()
+        return output
+    with torch.no_grad():
+        x_seen, w_seen = _cast_forward(operands, x, weight)
+    if commit == "now":
+        operands.commit({"input": x_seen, "weight": w_seen})
+        return output
+    needs: list[Gemm] = ["grad_input"] if x.requires_grad else []
+    needs += ["grad_weight"] if weight.requires_grad else []
+    return _Counted.apply(output, operands, needs, {"input": x_seen, "weight": w_seen})
+
+
+def _cast_forward(operands: Operands, x: Tensor, weight: Tensor) -> tuple[Seen, Seen]:
+    tokens = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
+    matrix = weight.detach()
+    if operands.smooth:
+        smooth = channel_scale(tokens)
+        tokens, matrix = tokens.to(torch.float32) * smooth, matrix.to(torch.float32) / smooth
+    elif torch.is_autocast_enabled(x.device.type):
+        tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
+    x_gemms: list[Gemm] = ["output", "grad_weight"] if weight.requires_grad else ["output"]
+    w_gemms: list[Gemm] = ["output", "grad_input"] if x.requires_grad else ["output"]
+    x_hat = operands.cast("input", tokens, x_gemms)
+    w_hat = operands.cast("weight", matrix, w_gemms)
+    return operands.seen("input", x_hat), operands.seen("weight", w_hat)
+
+
+class _Counted(torch.autograd.Function):
+    """The identity; its backward casts and counts the gradient, and passes it on as it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, operands: Operands, needs: list[Gemm], seen: dict[Role, Seen]
+    ) -> Tensor:
+        ctx.operands, ctx.needs, ctx.seen = operands, needs, seen
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (dy,) = grad_outputs
+        operands: Operands = ctx.operands
+        if not _is_stand_in(dy):
+            with torch.no_grad():
+                tokens = dy.detach().reshape(-1, dy.shape[-1])
+                hat = operands.cast("grad_output", tokens, ctx.needs)
+                operands.commit({**ctx.seen, "grad_output": operands.seen("grad_output", hat)})
+            ctx.seen = {}  # a graph that is kept makes one cast more, and not three
+        return dy, None, None, None
+
+
+def _is_stand_in(x: Tensor) -> bool:
+    """Whether a tensor stands for others: under vmap, grad or jvp of torch.func, or in a trace."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+@functools.cache
+def _say_not_counted() -> None:
+    """Tell once in a process that some forwards are computed and not counted."""
+    warnings.warn(
+        "a product under torch.func, forward-mode differentiation or tracing is computed as the "
+        "plain layer does, and its casts are not counted",
+        UnclampWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,110 @@
+"""Which modules are matrix products, and how their class changes: an adaptor in front, and back.
+
+A kind is told by behaviour, never by an exact class: a module is linear if its `forward` is that
+of `nn.Linear`, whatever class FSDP, torchtitan or a parametrization made of it.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from unclamp.nn.conv1d import Fp8Conv1D
+from unclamp.nn.converted import Converted
+from unclamp.nn.linear import Fp8Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of module that is a matrix product.
+
+    Attributes:
+        name: What it is called in sentences.
+        adaptor: What comes in front of its class.
+        forward: The `forward` that such a module has; None where its library is not loaded.
+    """
+
+    name: str
+    adaptor: type[Converted]
+    forward: Callable[[], Any]
+
+
+def _conv1d_forward() -> Any:
+    """Return the forward of transformers' Conv1D; a model that has one has loaded it."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return None if module is None else module.Conv1D.forward
+
+
+KINDS = (
+    Kind(name="linear", adaptor=Fp8Linear, forward=lambda: nn.Linear.forward),
+    Kind(name="Conv1D", adaptor=Fp8Conv1D, forward=_conv1d_forward),
+)
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """Return the kind of a module that is not converted; None if it is no matrix product."""
+    forward = type(module).forward
+    return next((kind for kind in KINDS if forward is kind.forward()), None)
+
+
+def is_relative(module: nn.Module) -> bool:
+    """Whether a module derives from a kind, and may compute differently."""
+    return isinstance(module, nn.Linear) and kind_of(module) is None
+
+
+def put_in_front(module: nn.Module, adaptor: type[Converted]) -> None:
+    """Change a module's class to one with the adaptor in front of it."""
+    module.__class__ = adapted(adaptor, type(module))
+
+
+def take_away(module: nn.Module) -> None:
+    """Change a converted module's class to what is left without the adaptor.
+
+    Whatever was put in front of it since (by FSDP, a parametrization) stays.
+    """
+    module.__class__ = _without(type(module))
+
+
+@functools.cache
+def adapted(adaptor: type[Converted], plain: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of converted modules of a plain class; `Fp8Linear` of `nn.Linear` itself."""
+    if plain in adaptor.__mro__:
+        return adaptor
+    name = f"Fp8{plain.__name__}"
+    body = {"__reduce_ex__": _reduce, "__module__": adaptor.__module__, "__plain__": plain}
+    return type(name, (adaptor, plain), body)
+
+
+def _reduce(self: Converted, protocol: Any) -> Any:
+    """Pickle a module by the classes that its own is made of."""
+    made = type(self)
+    if "__plain__" not in made.__dict__:  # another class was made of ours since
+        return object.__reduce_ex__(self, protocol)
+    return _restored, (made.__bases__[0], made.__bases__[1]), self.__getstate__()
+
+
+def _restored(adaptor: type[Converted], plain: type[nn.Module]) -> nn.Module:
+    made = adapted(adaptor, plain)
+    return made.__new__(made)
+
+
+@functools.cache
+def _without(made: type) -> type:
+    if made in (kind.adaptor for kind in KINDS):
+        return _first_plain(made)
+    if "__plain__" in made.__dict__:
+        return made.__dict__["__plain__"]
+    bases = tuple(
+        _without(base) if issubclass(base, Converted) else base for base in made.__bases__
+    )
+    if bases == made.__bases__:
+        return made
+    own = {k: v for k, v in made.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(made.__name__.replace("Fp8", "", 1), bases, own)
+
+
+def _first_plain(adaptor: type) -> type:
+    return next(base for base in adaptor.__mro__[1:] if not issubclass(base, Converted))

@@ -1,0 +1,261 @@
+"""One matrix product in FP8: three casts a step, three GEMMs.
+
+With tokens T, in features K, out features N, and a hat for a tensor that went through FP8:
+
+    output       [T, N] = input_hat [T, K] @ weight_hat [N, K].T + bias
+    grad_input   [T, K] = grad_output_hat [T, N] @ weight_hat [N, K]
+    grad_weight  [N, K] = grad_output_hat [T, N].T @ input_hat [T, K]
+    grad_bias    [N]    = sum of grad_output over T, in high precision
+
+The codes of input and weight that the forward made are what backward uses: three casts and not
+six, one byte an element kept for backward, and no chance of two scales for one tensor. On a GPU
+the codes of a weight that would be most of what is kept are made again in backward. A re-computed
+forward (activation checkpointing) finds the same scales, since they change only after an
+optimizer step.
+
+Statistics are kept with the graph node and committed to the ledger when its backward runs,
+once. So an evaluation forward changes nothing, and a forward that runs twice for one backward
+counts once. A product that takes part in training without needing a gradient itself (frozen, at
+the bottom of the model) has no backward: it commits in the forward.
+
+Where casts are only counted (warm-up, an observed model) autograd's own graph computes, and the
+counting hangs on it: second derivatives, vmap and jvp work as for the plain layer. A compiled
+graph has the function of its own all the same, with GEMMs in high precision: its bits are those
+of eager mode, and a compiler's own sum over tokens would not be.
+
+The emulation computes in float32 on the dequantised values. A GEMM in high precision is the one
+of `nn.Linear`.
+
+A *smoothed* product multiplies each channel of its input by a power of two that brings the
+channel's amax into (1/2, 1], and the weight's column by the inverse, before the casts:
+
+    input @ weight.T = (input * s) @ (weight / s).T        exact for powers of two
+
+On the down projection of a gated MLP that is Smooth-SwiGLU (arXiv 2409.12517): the channel's
+scale, folded into the up projection whose output it multiplies, and into the down projection.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unclamp.names import GEMMS, Gemm, Role
+from unclamp.nn.counting import count
+from unclamp.nn.operands import Hat, Operands, Seen
+from unclamp.numerics import CastPlan, GemmOperand, Stat, channel_scale
+from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
+
+Commit = Literal["in backward", "now"] | None
+"""When a forward's statistics reach the ledger; None: never, it is an evaluation."""
+
+
+def multiply(
+    operands: Operands, x: Tensor, weight: Tensor, bias: Tensor | None, *, training: bool
+) -> Tensor:
+    """Return `x @ weight.T + bias` with the operands cast as their plan says.
+
+    Shapes: `x` `[..., K]`, any leading shape, empty included; `weight` `[N, K]`; the result
+    `[..., N]` in the dtype of `x`, under autocast in autocast's.
+
+    Raises:
+        ValueError: The last dimension of `x` is not K.
+    """
+    if operands.is_plain:
+        return F.linear(x, weight, bias)
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{operands.fqn}: expected an input [..., {weight.shape[1]}], got {list(x.shape)}"
+        )
+    commit = when_to_commit(x, weight, bias, training=training)
+    if operands.counts_only and not torch.compiler.is_compiling():
+        output = _in_high_precision(x, weight, bias)
+        return output if commit is None else count(operands, output, x, weight, commit=commit)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    # Reshaped out here: an in-place operation on a view made inside the function would fail.
+    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    output = _Product.apply(tokens, weight, bias, operands, commit)
+    return output.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def when_to_commit(x: Tensor, weight: Tensor, bias: Tensor | None, *, training: bool) -> Commit:
+    """Return when what a forward's casts saw is to count."""
+    if not (training and torch.is_grad_enabled()):
+        return None
+    if any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return "in backward"
+    # Without a backward of its own, a forward that backward re-computes must not count again.
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return "now"
+    return None
+
+
+def _in_high_precision(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply as `nn.Linear` does; a weight of another dtype is brought to that of the input."""
+    if weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _Product(torch.autograd.Function):
+    """Forward and backward as three GEMMs; see the module's equations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operands: Operands,
+        commit: Commit,
+    ) -> Tensor:
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        smooth = channel_scale(x) if operands.smooth else None
+        remakes = needs_input and operands.remakes_weight(weight, x.shape[0])
+        x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
+        w_gemms: list[Gemm] = (
+            ["output", "grad_input"] if needs_input and not remakes else ["output"]
+        )
+        x_hat, w_hat = cast_forward(operands, x, weight, smooth, x_gemms, w_gemms)
+
+        # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
+        if operands.is_high("output"):
+            output = _plain_gemm(GemmOperand(x), GemmOperand(weight), bias)
+        else:
+            output = _gemm(operands, "output", x_hat.along(1), w_hat.along(1), bias, x.dtype)
+
+        # grad_weight will contract T, axis 0 of the input; grad_input N, axis 0 of the weight.
+        kept_x = _kept(operands, "grad_weight", x, x_hat) if needs_weight else None
+        kept_w = _kept(operands, "grad_input", weight, w_hat) if needs_input else None
+        ctx.remade = operands.plans["weight"] if remakes else None
+        if remakes:
+            scale = operands.scales["weight", 1]
+            kept_w = GemmOperand(weight, None if scale is None else scale.clone())
+        seen: dict[Role, Seen] = {
+            "input": operands.seen("input", x_hat),
+            "weight": operands.seen("weight", w_hat),
+        }
+        if commit == "now":
+            operands.commit(seen)
+        # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
+        ctx.save_for_backward(*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
+        ctx.operands, ctx.commit, ctx.seen = operands, commit, seen
+        ctx.grains = tuple(None if k is None else k.granularity for k in (kept_x, kept_w))
+        ctx.high = {name: operands.is_high(name) for name in GEMMS}
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        output = output.to(x.dtype)
+        # A view: where a compiled function returns an operator's very result, torch 2.11 takes
+        # the gradient for zeros.
+        return output.view_as(output) if torch.compiler.is_compiling() else output
+
+    # A second derivative would silently miss everything that goes through a cast: raise.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (dy,) = grad_outputs
+        operands: Operands = ctx.operands
+        saved = ctx.saved_tensors  # once: under checkpointing each read unpacks, and may only once
+        x_codes, x_inv, w_codes, w_inv, smooth = saved
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
+        dy_hat = operands.cast("grad_output", dy, [name for name, is_on in wanted.items() if is_on])
+        seen = operands.seen("grad_output", dy_hat)
+        wild = None if seen.stats is None else seen.stats[Stat.NONFINITE]
+
+        grad_input = grad_weight = grad_bias = None
+        if needs_input:
+            # grad_input [T, K] = dy_hat [T, N] @ w_hat [N, K], contracting N: axes 1 and 0.
+            if ctx.remade is not None:
+                w_hat = _remade(w_codes, w_inv, ctx.remade)
+            else:
+                w_hat = GemmOperand(w_codes, w_inv, ctx.grains[1], 0)
+            if ctx.high["grad_input"]:
+                grad_input = _plain_gemm(GemmOperand(dy), w_hat)
+            else:
+                dtype = x_dtype if smooth is None else torch.float32
+                grad_input = _gemm(operands, "grad_input", dy_hat.along(1), w_hat, None, dtype)
+                # Smoothing comes after the sum, and before it is rounded.
+                grad_input = grad_input if smooth is None else grad_input * smooth
+            grad_input = _poisoned(grad_input.to(x_dtype), dy, wild)
+        if needs_weight:
+            # grad_weight [N, K] = dy_hat [T, N].T @ x_hat [T, K], contracting T: axis 0 of both.
+            x_hat = GemmOperand(x_codes, x_inv, ctx.grains[0], 0)
+            if ctx.high["grad_weight"]:
+                grad_weight = _plain_gemm(GemmOperand(dy, axis=0), x_hat)
+            else:
+                dtype = weight_dtype if smooth is None else torch.float32
+                grad_weight = _gemm(operands, "grad_weight", dy_hat.along(0), x_hat, None, dtype)
+                grad_weight = grad_weight if smooth is None else grad_weight / smooth
+            grad_weight = _poisoned(grad_weight.to(weight_dtype), dy, wild)
+        if needs_bias:
+            grad_bias = sum_tokens(dy).to(bias_dtype)
+        if ctx.commit == "in backward":
+            operands.commit({**ctx.seen, "grad_output": seen})
+            ctx.seen = {}  # a graph that is kept makes one cast more, and not three
+        return grad_input, grad_weight, grad_bias, None, None
+
+
+NOTHING: tuple[None, None] = (None, None)
+"""Stands for an operand that backward does not need."""
+
+
+def cast_forward(
+    operands: Operands,
+    x: Tensor,
+    weight: Tensor,
+    smooth: Tensor | None,
+    x_gemms: list[Gemm],
+    w_gemms: list[Gemm],
+) -> tuple[Hat, Hat]:
+    """Return input and weight with their hats on; float32 holds smoothed products exactly."""
+    if smooth is not None:
+        x, weight = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
+    return operands.cast("input", x, x_gemms), operands.cast("weight", weight, w_gemms)
+
+
+def _kept(operands: Operands, name: Gemm, plain: Tensor, hat: Hat) -> GemmOperand:
+    """Return what backward's GEMM keeps of an operand that it contracts along axis 0."""
+    if operands.is_high(name):
+        return GemmOperand(plain, axis=0)
+    return hat.along(0)
+
+
+def _remade(weight: Tensor, scale: Tensor | None, plan: CastPlan) -> GemmOperand:
+    """Return the weight as the forward cast it, for `grad_input`; it is not counted again.
+
+    What a cast does is a function of tensor, scale and plan: the codes are the same.
+    """
+    return quantize_operand(weight, scale, plan, 1, turned=True).along(0)
+
+
+def _gemm(
+    operands: Operands,
+    name: Gemm,
+    a: GemmOperand,
+    b: GemmOperand,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return gemm(a, b, bias, operands.modes[name], dtype)
+
+
+def _plain_gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None = None) -> Tensor:
+    """Multiply in high precision as `nn.Linear` does, in the dtype of the first operand."""
+    left, right = (x.tensor if x.axis == 1 else x.tensor.t() for x in (a, b))
+    with torch.autocast(left.device.type, enabled=False):
+        bias = None if bias is None else bias.to(left.dtype)
+        return F.linear(left, right.to(left.dtype), bias)
+
+
+def _poisoned(grad: Tensor, dy: Tensor, wild: Tensor | None) -> Tensor:
+    """Return NaN for a gradient made of a float16 one with an Inf: loss scaling must see it.
+
+    The cast saturates Inf, and a gradient scaler would take an overflow for a good step.
+    """
+    if dy.dtype != torch.float16 or wild is None:
+        return grad
+    return torch.where(wild > 0, torch.nan, grad)
