@@ -222,7 +222,8 @@ class Operands:
                     raise_amax(pending, amax)
         rows = [seen.get(role, NOTHING_SEEN) for role in ROLES]
         commit(self.pending, [one.stats for one in rows], self.nothing[0])
-        if self.details is not None and any(one.details is not None for one in rows):
+        # In this order: a compiled graph that takes no closer look does not ask whether others do.
+        if any(one.details is not None for one in rows) and self.details is not None:
             # One call with the whole view: in a graph, a row of it would be a tensor of its own.
             looks = [self.nothing[1] if one.details is None else one.details for one in rows]
             add_details(self.details, torch.stack(looks))
