@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from unclamp.numerics import (
     quantize,
 )
 from unclamp.numerics.blocks import orient
+from unclamp.numerics.gemm import values_of
+from unclamp.numerics.operators import LIBRARY
 from unclamp.scaling import MX, Granularity, PerBlock, PerRow, PerTensor
 
 GRANULARITIES = (PerTensor(), PerRow(), PerBlock(1, 128), PerBlock(128, 128), PerBlock(3, 5), MX())
@@ -29,6 +32,11 @@ HOPPER = ("hopper", "hopper_fast")
 each_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
 each_granularity = pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 each_hopper = pytest.mark.parametrize("accumulate", HOPPER)
+
+
+def spelt(x: GemmOperand) -> tuple[Any, ...]:
+    """Return an operand as an operator takes it."""
+    return x.tensor, x.scale_inv, str(x.granularity), x.axis
 
 
 def operand(q: Quantized, axis: int) -> GemmOperand:
@@ -97,16 +105,16 @@ def test_any_two_formats_multiply(names):
 @each_granularity
 def test_the_values_of_an_operand_are_those_of_dequantize(granularity, axis):
     a, a_hat = made(40, 70, axis, granularity)
-    assert torch.equal(a.values(), a_hat)
-    assert a.values().shape == (40, 70)
+    assert torch.equal(values_of(a), a_hat)
+    assert values_of(a).shape == (40, 70)
     before = a.tensor.to(torch.float32)
-    a.values().add_(1)
+    values_of(a).add_(1)
     assert torch.equal(a.tensor.to(torch.float32), before)
 
 
 def test_codes_with_leading_axes_dequantise_whatever_their_strides():
     q = quantize(torch.randn(2, 3, 8) * 100, E4M3FN, granularity=PerRow())
-    strided = replace(q, codes=q.codes.transpose(0, 1).contiguous().transpose(0, 1))
+    strided = q._replace(codes=q.codes.transpose(0, 1).contiguous().transpose(0, 1))
     assert torch.equal(dequantize(strided), dequantize(q))
 
 
@@ -222,7 +230,7 @@ ON_FLOAT8 = ("test_autograd_registration", "test_faketensor")
 
 
 def opcheck(name: str, *args: object, **settings) -> None:
-    torch.library.opcheck(getattr(torch.ops.unclamp, name).default, args, **settings)
+    torch.library.opcheck(getattr(getattr(torch.ops, LIBRARY.ns), name).default, args, **settings)
 
 
 @pytest.mark.parametrize("shape", [(33, 20), (1, 7), (0, 20), (20, 0)])
@@ -231,17 +239,17 @@ def opcheck(name: str, *args: object, **settings) -> None:
 def test_the_operator_quantize_is_what_its_fake_says(granularity, axis, shape):
     x = torch.randn(shape)
     plan = CastPlan(format=E5M2, granularity=granularity, margin=1, power_of_two=True)
-    opcheck("quantize", x, None, *plan, axis)
+    opcheck("quantize", x, None, *plan.signature, axis)
     scale = quantize(x, E5M2, granularity=granularity, axis=axis).scale_inv.reciprocal() * 4
-    guarded = plan._replace(guard=True)
-    opcheck("quantize", x.to(torch.bfloat16).t().contiguous().t(), scale, *guarded, axis)
+    guarded = replace(plan, guard=True)
+    opcheck("quantize", x.to(torch.bfloat16).t().contiguous().t(), scale, *guarded.signature, axis)
 
 
 def test_the_last_axis_may_be_called_minus_one_in_an_operator_too():
     x = torch.randn(4, 6)
     opcheck("quantize", x, None, *CastPlan(format=E4M3FN, granularity=PerRow()).signature, -1)
     plain = GemmOperand(x, axis=-1)
-    opcheck("matmul", *plain[:4], *plain[:4], None, "float32", torch.float32)
+    opcheck("matmul", *spelt(plain), *spelt(plain), None, "float32", torch.float32)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -249,7 +257,7 @@ def test_the_last_axis_may_be_called_minus_one_in_an_operator_too():
 def test_the_operator_quantize_is_quantize(granularity, axis):
     x = torch.randn(33, 20)
     plan = CastPlan(format=E4M3FN, granularity=granularity)
-    codes, scale_inv, amax, stats = torch.ops.unclamp.quantize(x, None, *plan, axis)
+    codes, scale_inv, amax, stats = torch.ops.unclamp.quantize(x, None, *plan.signature, axis)
     q = quantize(x, E4M3FN, granularity=granularity, axis=axis)
     assert torch.equal(codes.view(torch.uint8), q.codes.view(torch.uint8))
     assert torch.equal(scale_inv, q.scale_inv)
@@ -264,12 +272,20 @@ def test_the_operator_matmul_is_what_its_fake_says(axes, accumulate):
     b, _ = made(6, 40, axes[1], PerBlock(3, 5))
     plain = GemmOperand(torch.randn(6, 40))
     opcheck(
-        "matmul", *a[:4], *b[:4], torch.randn(6), accumulate, torch.float32, test_utils=ON_FLOAT8
+        "matmul",
+        *spelt(a),
+        *spelt(b),
+        torch.randn(6),
+        accumulate,
+        torch.float32,
+        test_utils=ON_FLOAT8,
     )
-    opcheck("matmul", *a[:4], *plain[:4], None, accumulate, torch.float32, test_utils=ON_FLOAT8)
+    opcheck(
+        "matmul", *spelt(a), *spelt(plain), None, accumulate, torch.float32, test_utils=ON_FLOAT8
+    )
     turned = GemmOperand(torch.randn(40, 3), axis=0)
-    opcheck("matmul", *plain[:4], *turned[:4], None, accumulate, torch.float32)
-    got = torch.ops.unclamp.matmul(*a[:4], *b[:4], None, accumulate, torch.float32)
+    opcheck("matmul", *spelt(plain), *spelt(turned), None, accumulate, torch.float32)
+    got = torch.ops.unclamp.matmul(*spelt(a), *spelt(b), None, accumulate, torch.float32)
     assert torch.equal(got, matmul(a, b, accumulate=accumulate))
 
 

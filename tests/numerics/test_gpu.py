@@ -133,7 +133,9 @@ def test_turned_codes_are_a_copy_where_there_is_no_gpu():
 
 def test_the_operator_quantize_turned_is_what_its_fake_says():
     from unclamp.numerics import CastPlan
+    from unclamp.numerics.operators import LIBRARY
 
+    assert LIBRARY.ns == "unclamp"
     x = torch.randn(6, 10)
     made = torch.ops.unclamp.quantize_turned(x, None, *CastPlan(format=E4M3FN).signature, 1)
     assert made[4].shape == (10, 6)

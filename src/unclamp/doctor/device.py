@@ -13,7 +13,9 @@ from unclamp.doctor.casts import SOURCES, CastAnswer, one_line, probe_cast
 from unclamp.doctor.matmul import MatmulAnswer, api, probe_matmul
 from unclamp.errors import UnclampWarning
 from unclamp.formats import FORMATS
-from unclamp.numerics.fused import fused
+from unclamp.numerics.gpu import architecture
+from unclamp.numerics.gpu.gemm import has_fp8_gemm
+from unclamp.numerics.paths import path_of
 
 NO_ACCUMULATION = "not available"
 
@@ -49,21 +51,40 @@ def probe_device(device: str) -> DeviceAnswer:
         casts=tuple(probe_cast(f, source, device) for f in FORMATS.values() for source in SOURCES),
         matmul_api=api(),
         matmul=probe_matmul(device),
-        kernels={
-            "casts": casts(device),
-            "GEMMs": "emulated: dequantised values, multiplied in float32",
-            "Hopper-like accumulation": accumulation(),
-            "Triton kernels": "none yet",
-        },
+        kernels=kernels(device),
     )
 
 
-def casts(device: str) -> str:
-    """Return what computes a cast on this device."""
+def kernels(device: str) -> dict[str, str]:
+    """Return what unclamp runs for each job on a device, asked of those who decide it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnclampWarning)
-        is_fused = device == "cpu" and fused() is not None
-    return "one pass, compiled by numba" if is_fused else "plain torch operations"
+        return {
+            "casts": casts(device),
+            "GEMMs": gemms(device),
+            "Hopper-like accumulation": accumulation(),
+        }
+
+
+def casts(device: str) -> str:
+    """Return what computes a cast on this device: `numerics.paths` of a tensor there."""
+    try:
+        return path_of(torch.ones(16, 16, device=device)).value
+    except Exception as error:
+        return one_line(error)
+
+
+def gemms(device: str) -> str:
+    """Return what multiplies FP8 operands on this device."""
+    if not device.startswith("cuda"):
+        return "emulated: dequantised values, multiplied in float32"
+    try:
+        arch = architecture(torch.device(device))
+    except Exception as error:
+        return one_line(error)
+    if has_fp8_gemm(arch):
+        return "torch's scaled matmul, on FP8 tensor cores"
+    return f"dequantised, at the speed of bfloat16: {arch} has no FP8 tensor cores"
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore
 from torch.autograd import forward_ad
 
 from unclamp.errors import UnclampWarning
@@ -37,8 +38,11 @@ def count(
     if commit == "now":
         operands.commit({"input": x_seen, "weight": w_seen})
         return output
-    needs: list[Gemm] = ["grad_input"] if x.requires_grad else []
-    needs += ["grad_weight"] if weight.requires_grad else []
+    wanted: dict[Gemm, bool] = {
+        "grad_input": x.requires_grad,
+        "grad_weight": weight.requires_grad,
+    }
+    needs = [gemm for gemm, is_wanted in wanted.items() if is_wanted]
     return _Counted.apply(output, operands, needs, {"input": x_seen, "weight": w_seen})
 
 
@@ -84,7 +88,8 @@ def _is_stand_in(x: Tensor) -> bool:
     """Whether a tensor stands for others: under vmap, grad or jvp of torch.func, or in a trace."""
     if torch.compiler.is_compiling():
         return False
-    if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    # torch has no public question for the second one.
+    if torch.jit.is_tracing() or functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore
         return True
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 

@@ -55,8 +55,12 @@ Share = Callable[[Tensor], Tensor]
 class Bound(Protocol):
     """A layer's views of the ledger's tensors."""
 
-    fqn: str
     inspection: Inspection
+
+    @property
+    def fqn(self) -> str:
+        """Dotted name of the layer."""
+        ...
 
     def bind(self) -> None:
         """Take the plan and the views anew."""

@@ -215,7 +215,8 @@ class Operands:
         if not torch.compiler.is_compiling() and is_capturing():
             self.ledger.captured.is_in_graph = True
         for role, one in seen.items():
-            for axis, amax in ((1, one.amax_1), (0, one.amax_0)):
+            amaxes: dict[Axis, Tensor | None] = {1: one.amax_1, 0: one.amax_0}
+            for axis, amax in amaxes.items():
                 pending = self.block_amax.get((role, axis))
                 # A switch since the forward may have left other blocks, or none.
                 if amax is not None and pending is not None and pending.shape == amax.shape:

@@ -150,8 +150,8 @@ def _by_block(
     limit = plan.format.overflow_limit if plan.guard else torch.inf
     used, recast = choose_scale(scale, own, amax, limit)
     inv = used.reciprocal()
-    grids = [(t.t() if transposed else t).contiguous().numpy() for t in (used, inv)]
-    made = cast(data, *grids, blocks, plan.format, values=values, out=out)
+    scales, invs = ((t.t() if transposed else t).contiguous().numpy() for t in (used, inv))
+    made = cast(data, scales, invs, blocks, plan.format, values=values, out=out)
     is_seen = made.nonfinite < x.numel()
     stats = torch.empty(len(Stat), dtype=torch.float64)
     top = made.amax if is_seen else -1.0
@@ -173,7 +173,8 @@ def array_of(x: Tensor, dtype: Any) -> np.ndarray:
     `Tensor.numpy` would make the storage non-resizable for good, and FSDP resizes.
     """
     size = x.numel() * x.element_size()
-    return np.frombuffer((ctypes.c_char * size).from_address(x.data_ptr()), dtype)
+    memory: Any = (ctypes.c_char * size).from_address(x.data_ptr())
+    return np.frombuffer(memory, dtype)
 
 
 class Blocks(NamedTuple):

@@ -51,9 +51,11 @@ def quantize_operand(
         turned = turned and goes_to_gpu(x)
         return quantize_by(x, plan, scale, axis, slot=slot, keeps_codes=keeps_codes, turned=turned)
     if turned and x.device.type == "cuda":
-        *made, other = torch.ops.unclamp.quantize_turned(x, scale, *plan.signature, axis)
-        return Quantized(*made, plan, axis, turned=other.t())
-    return Quantized(*torch.ops.unclamp.quantize(x, scale, *plan.signature, axis), plan, axis)
+        made = torch.ops.unclamp.quantize_turned(x, scale, *plan.signature, axis)
+        codes, scale_inv, amax, stats, other = made
+        return Quantized(codes, scale_inv, amax, stats, plan, axis, turned=other.t())
+    codes, scale_inv, amax, stats = torch.ops.unclamp.quantize(x, scale, *plan.signature, axis)
+    return Quantized(codes, scale_inv, amax, stats, plan, axis)
 
 
 def inspect_operand(x: Tensor, q: Quantized, *, only_clamped: bool) -> Tensor:

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import carray
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -47,14 +47,16 @@ _NONFINITE, _RECAST, _CASTS = int(Stat.NONFINITE), int(Stat.RECAST), int(Stat.CA
 _SQUARE, _REMOVED = int(Stat.SQUARE), int(Stat.SATURATED_SQUARE)
 
 
-@intrinsic
-def _pointer(_context: Any, address: Any) -> Any:
+def _take_for_a_pointer(_context: Any, address: Any) -> Any:
     """Take a whole number for an address."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(address), generate
+
+
+_pointer: Any = intrinsic(_take_for_a_pointer)
 
 
 def _own_scale(top: Any, largest: Any, power_of_two: Any) -> Any:
