@@ -1,6 +1,7 @@
 """The shape of the project: layers, imports, exports, and what importing pulls in."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import unclamp
 
 SOURCE = Path(unclamp.__file__).parent
 LAYERS = [
-    {"errors", "version"},
-    {"formats", "names"},
+    {"errors", "files", "version", "worker"},
+    {"formats", "names", "totals"},
     {"scaling"},
     {"reference", "rule", "runlog"},
     {"recipe", "policy"},
@@ -54,6 +55,14 @@ def test_imports_point_down_or_stay_in_the_room(path: Path) -> None:
     own = room(path)
     for other in imported_rooms(path) - {own}:
         assert LEVEL[other] < LEVEL[own]
+
+
+def test_architecture_prints_the_layers_that_are_enforced() -> None:
+    text = (Path(__file__).parent.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    printed = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, flags=re.MULTILINE)
+    rows = {int(layer): set(re.findall(r"`(\w+)`", rooms)) for layer, rooms in printed}
+    assert rows == dict(enumerate(LAYERS))
+    assert len(printed) == len(LAYERS)  # no layer in two rows
 
 
 def test_telemetry_and_analysis_meet_only_in_the_run_log() -> None:
