@@ -25,7 +25,7 @@ def associate(
     ] = 8,
     as_json: JsonFlag = False,
 ) -> None:
-    """Say which sites clamp before loss spikes more often than chance has it."""
+    """Say which sites clamp before loss spikes more often than by chance."""
     from rich.table import Table  # noqa: PLC0415
 
     from unclamp.analysis.association import associate as ask  # noqa: PLC0415

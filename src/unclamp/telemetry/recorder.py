@@ -56,8 +56,8 @@ class Recorder:
             that nobody records are counted into the next one that is.
         inspect: The steps whose casts get a closer look as well (SQNR, exponents, range in use,
             headroom, age of the scale), at the price of a pass over each tensor; None for
-            none. Of `or_clamped`'s additional steps, the casts that clamped. On a device other
-            than the CPU `or_clamped` inspects every cast, since only the device knows.
+            none. In the steps between, `or_clamped` inspects only the casts that clamped. On a
+            device other than the CPU it inspects every cast, since only the device knows.
         sinks: Where else the numbers go: `TensorBoard(...)`, `WandB(...)`, `MLflow(...)`, a
             function of step and numbers, or an object with the methods of
             `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
