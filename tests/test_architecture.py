@@ -11,7 +11,7 @@ import unclamp
 
 SOURCE = Path(unclamp.__file__).parent
 LAYERS = [
-    {"errors", "version"},
+    {"errors", "files", "version", "worker"},
     {"formats", "names"},
     {"scaling"},
     {"reference", "rule", "runlog"},

@@ -154,7 +154,10 @@ def test_a_thread_that_vanishes_before_it_answers_a_flush_does_not_hang_it(
 
 def test_a_compactor_that_is_ended_stops_no_log(tmp_path: Path):
     writer = RunLogWriter(tmp_path, header=HEADER)
-    end_thread(writer._compactor._thread)
+    worker = writer._compactor._worker
+    worker._begin()  # its thread would begin with the first part
+    assert worker._thread is not None
+    end_thread(worker._thread)
     for number in range(3):
         writer.add("steps", step(number))
         writer.flush()

@@ -14,12 +14,11 @@ spike is explained on the spot, and the training goes on from before it, mended.
 """
 
 import math
-import queue
-import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -42,6 +41,7 @@ from unclamp.explain.training import (
     put_state,
 )
 from unclamp.explain.watch import LateLoss, SpikeWatch
+from unclamp.worker import Worker
 
 EVENT_SITES = 8
 """Sites that an event names; RUN/explain-<onset>.json has all."""
@@ -143,7 +143,8 @@ class Snapshots:
         self._open: int | None = None
         self._last = -1
         self._next = 0
-        self._writer = Writer(self._path)
+        self._writer = Worker(partial(_write_below, self._path), name="unclamp-snapshots")
+        self._is_closed = False
 
     # ---- in the loop -----------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ class Snapshots:
         if self._open != step:
             raise ReplayError(f"call snapshots.before({step}, batch) at the start of the step")
         self._open, self._next = None, step + 1
-        self._writer.tell_failure()
+        self._tell_failure()
         for number, value in self._late.put(step, loss):
             rewind = self._hear(number, value)
             if rewind is not None:
@@ -209,7 +210,7 @@ class Snapshots:
 
     def close(self) -> None:
         """Write what is due and wait for the disk. Later calls do nothing."""
-        if self._writer.is_closed:
+        if self._is_closed:
             return
         for number, value in self._late.rest():
             self._note(number, value)
@@ -219,6 +220,8 @@ class Snapshots:
         while self._due:
             self._write(self._due.popleft(), None)
         self._writer.close()
+        self._is_closed = True  # not before: after a Ctrl-C in here it may be called again
+        self._tell_failure()
 
     def __enter__(self) -> Self:
         return self
@@ -305,6 +308,12 @@ class Snapshots:
             )
         return found.to_dict()
 
+    def _tell_failure(self) -> None:
+        """Warn of a snapshot that could not be written, once."""
+        failure = self._writer.take_failure()
+        if failure is not None:
+            warnings.warn(f"a snapshot was not kept: {failure}", UnclampWarning, stacklevel=3)
+
     def _tell(self, kind: str, step: int, **data: Any) -> None:
         if self._recorder is not None:
             self._recorder.event(kind, step, **data)
@@ -315,44 +324,8 @@ def _mends(removed: float | None) -> bool:
     return removed is not None and removed >= CLAMPING
 
 
-class Writer:
-    """Writes snapshots in a thread, in order; a failure is told in the loop, as a warning."""
+def _write_below(run: Path, snapshot: Snapshot) -> None:
+    # Its own import: torch.distributed.checkpoint takes a second, and most runs need it late.
+    from unclamp.explain.store import write_snapshot  # noqa: PLC0415
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
-        self._queue: queue.Queue[Snapshot | None] = queue.Queue()
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
-        self.is_closed = False
-
-    def put(self, snapshot: Snapshot) -> None:
-        """Have a snapshot written; returns at once."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="unclamp-snapshots")
-            self._thread.start()
-        self._queue.put(snapshot)
-
-    def close(self) -> None:
-        """Wait until everything is written."""
-        self.is_closed = True
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
-        self.tell_failure()
-
-    def tell_failure(self) -> None:
-        """Warn of a snapshot that could not be written, once."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            warnings.warn(f"a snapshot was not kept: {failure}", UnclampWarning, stacklevel=3)
-
-    def _work(self) -> None:
-        # Its own import: torch.distributed.checkpoint takes a second, and most runs need it late.
-        from unclamp.explain.store import write_snapshot  # noqa: PLC0415
-
-        while (snapshot := self._queue.get()) is not None:
-            try:
-                write_snapshot(self._run, snapshot)
-            except Exception as error:
-                self._failure = error
+    write_snapshot(run, snapshot)

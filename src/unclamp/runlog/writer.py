@@ -30,7 +30,7 @@ from unclamp.runlog.folder import create_run, write_header, write_missing
 from unclamp.runlog.header import RUN_FILE, Header, Status
 from unclamp.runlog.parts import PartName, write_part
 from unclamp.runlog.schema import TABLES, Columns, schema_of, to_arrow
-from unclamp.runlog.waiting import wait_for
+from unclamp.worker import wait_for
 
 _Rows = tuple[str, Callable[[], pa.Table]]  # for which table, and what makes the rows
 _Message = _Rows | threading.Event | None  # rows, a flush to acknowledge, or the end
