@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from unclamp.errors import (
+    AnalysisError,
     ConvertError,
     RecipeError,
     ReplayError,
@@ -18,6 +19,7 @@ from unclamp.errors import (
     UnsupportedError,
 )
 from unclamp.formats import E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, Format
+from unclamp.names import SiteName
 from unclamp.recipe import Recipe
 from unclamp.scaling import (
     MX,
@@ -84,6 +86,7 @@ __all__ = [
     "E5M2FNUZ",
     "FORMATS",
     "MX",
+    "AnalysisError",
     "ConvertError",
     "ConvertReport",
     "Delayed",
@@ -106,6 +109,7 @@ __all__ = [
     "RevertReport",
     "RunLog",
     "RunLogError",
+    "SiteName",
     "Snapshots",
     "Static",
     "StudyError",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from unclamp.analysis.evidence import Clamping, Weights, weigh
 from unclamp.analysis.history import read_history
+from unclamp.analysis.observing import is_observed
 from unclamp.analysis.power import smallest_effects, to_change
 from unclamp.analysis.response import make_response
 from unclamp.analysis.sentences import Finding, describe
@@ -165,7 +166,7 @@ def associate(
         sqnr_db=history.sqnr_db,
         refusal=history.refusal,
         notes=history.notes,
-        is_observed=bool(log.header.metadata.get("observed")),
+        is_observed=is_observed(log.header),
         max_lag=max_lag,
         shifts=shifts,
         alpha=alpha,

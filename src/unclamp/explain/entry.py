@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from unclamp.analysis.curves import run_losses
 from unclamp.analysis.spikes import Spike, find_spikes
 from unclamp.errors import ReplayError
 from unclamp.explain.explanation import Explanation
@@ -47,7 +48,8 @@ def explain_spike(
         RunLogError: The folder holds no run.
     """
     run = Path(run)
-    steps, losses = _losses(run)
+    with RunLog.open(run) as log:
+        steps, losses = run_losses(log)
     chosen, path = _choose(run, find_spikes(losses, steps=steps), spike)
     snapshot = read_snapshot(path)
     builder, stepper = _functions(snapshot, build, step)
@@ -67,15 +69,6 @@ def explain_spike(
             limits=limits,
             on_progress=on_progress,
         )
-
-
-def _losses(run: Path) -> tuple[list[int], list[float]]:
-    """Return steps and losses; of a step that was done twice, as after a rewind, the last."""
-    with RunLog.open(run) as log:
-        table = log.sql("SELECT step, loss FROM steps WHERE loss IS NOT NULL ORDER BY time_s")
-    by_step = dict(zip(table["step"].to_pylist(), table["loss"].to_pylist(), strict=True))
-    ordered = sorted(by_step)
-    return ordered, [by_step[n] for n in ordered]
 
 
 def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, Path]:
