@@ -177,3 +177,22 @@ def test_a_fork_has_no_thread_and_waits_for_none() -> None:
     """)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split("\n") == ["parent", "parent again", ""]
+
+
+def test_an_owner_that_closes_at_exit_closes_alone() -> None:
+    done = python("""
+        import atexit
+        from unclamp.worker import Worker
+
+        def close():
+            print("owner", flush=True)
+            worker.close()
+
+        worker = Worker(
+            lambda item: None, name="test", on_due=lambda: print("due"), closes_at_exit=False
+        )
+        atexit.register(close)
+        worker.put(1)
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["owner", "due"]

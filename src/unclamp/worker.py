@@ -48,6 +48,8 @@ class Worker(Generic[T]):
         on_due: Called on the thread every `interval_s` at the latest, for `wait`, and at the end.
         interval_s: Seconds between calls of `on_due`; without it there are none but those asked
             for.
+        closes_at_exit: Whether the interpreter's exit closes it; False where an owner does that,
+            which has something to say first.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class Worker(Generic[T]):
         on_begin: Callable[[], None] = _nothing,
         on_due: Callable[[], None] = _nothing,
         interval_s: float | None = None,
+        closes_at_exit: bool = True,
     ) -> None:
         self._handle, self._name = handle, name
         self._on_begin, self._on_due, self._interval_s = on_begin, on_due, interval_s
+        self._closes_at_exit = closes_at_exit
         self._queue: queue.SimpleQueue[_Task[T] | threading.Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
@@ -121,8 +125,9 @@ class Worker(Generic[T]):
     def _begin(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            # Before the start: were there a Ctrl-C between the two, the exit would not wait.
-            atexit.register(self.close)
+            if self._closes_at_exit:
+                # Before the start: were there a Ctrl-C between the two, the exit would not wait.
+                atexit.register(self.close)
             self._thread.start()
 
     def _work(self) -> None:

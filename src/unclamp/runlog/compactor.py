@@ -69,6 +69,7 @@ class Compactor:
             name="unclamp-compactor",
             on_begin=_yield_to_training,
             on_due=self._merge_left,  # nobody waits and there is no interval: once, at the end
+            closes_at_exit=False,  # the writer does, and allows no time for merges then
         )
 
     def add(self, part: Part) -> None:
