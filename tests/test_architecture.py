@@ -28,7 +28,8 @@ LAYERS = [
     {"__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-TORCH_FREE = ["unclamp", "unclamp.runlog", "unclamp.analysis", "unclamp.report.html",
+TORCH_FREE = ["unclamp", "unclamp.files", "unclamp.worker", "unclamp.runlog", "unclamp.analysis",
+              "unclamp.analysis.explanation", "unclamp.report.html",
               "unclamp.report.text", "unclamp.report.doctor", "unclamp.study.config",
               "unclamp.cli"]  # fmt: skip
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -105,3 +106,8 @@ def test_files_are_short_and_say_what_they_answer(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 420
     assert ast.get_docstring(ast.parse(text))
+
+
+def test_an_explanation_needs_no_torch() -> None:
+    code = "import sys, unclamp; unclamp.Explanation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -35,7 +35,8 @@ from unclamp.scaling import (
 from unclamp.version import __version__
 
 if TYPE_CHECKING:
-    from unclamp.explain import Explanation, Snapshots, Training, explain_spike
+    from unclamp.analysis.explanation import Explanation
+    from unclamp.explain import Snapshots, Training, explain_spike
     from unclamp.nn import (
         ConvertReport,
         Fp8Linear,
@@ -71,7 +72,7 @@ _LAZY = {
     "quantize": "unclamp.numerics",
     "scale_from_amax": "unclamp.numerics",
     "RunLog": "unclamp.runlog",
-    "Explanation": "unclamp.explain",
+    "Explanation": "unclamp.analysis.explanation",
     "Snapshots": "unclamp.explain",
     "Training": "unclamp.explain",
     "explain_spike": "unclamp.explain",

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -68,6 +68,10 @@ def to_json(data: object, *, indent: int | None = 1) -> str:
     return json.dumps(strict(data), indent=indent, separators=separators, allow_nan=False)
 
 
+@overload
+def strict(data: Mapping[Any, object]) -> dict[str, Json]: ...
+@overload
+def strict(data: object) -> Json: ...
 def strict(data: object) -> Json:
     """Return data as strict JSON holds it: NaN and Inf as None, tuples as lists, keys as text.
 

@@ -9,7 +9,7 @@ non-finite ones are added. Reading files is for `curves`.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,9 +24,11 @@ from unclamp.analysis.definitions import (
 )
 from unclamp.analysis.robust import THRESHOLD, judge_robust
 from unclamp.errors import AnalysisError
+from unclamp.files import strict
 from unclamp.runlog import RunLog
 
 Values = Sequence[float | None] | np.ndarray
+SpikeKind = Literal["rise", "nonfinite"]
 DEFAULT = "robust"
 """The definition by which spikes are numbered and explained."""
 
@@ -60,16 +62,14 @@ class Spike:
     height: float
     sigmas: float
     level: float
-    kind: Literal["rise", "nonfinite"]
+    kind: SpikeKind
     series: str = "loss"
-    number: int | None = None
+    # Not compared: a spike is the same one whatever came before it.
+    number: int | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for strict JSON: what is NaN or Inf becomes None."""
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
-        }
+        return strict(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from unclamp.analysis.curves import run_losses
+from unclamp.analysis.explanation import Explanation
 from unclamp.analysis.spikes import Spike, find_spikes
 from unclamp.errors import ReplayError
-from unclamp.explain.explanation import Explanation
 from unclamp.explain.facts import check_belongs, load_function
 from unclamp.explain.investigate import investigate
 from unclamp.explain.limits import Limits
@@ -34,7 +34,8 @@ def explain_spike(
 
     Args:
         run: The run's folder, with snapshots below it.
-        spike: Its number, 1 for the first; the highest that has a snapshot without it.
+        spike: Its number as `unclamp spikes` shows it (`Spike.number`); the highest that has a
+            snapshot without it.
         build: Makes the training as the run did: a function or "module:function"; what the
             snapshot names without it.
         step: Does a step; likewise.
@@ -45,6 +46,7 @@ def explain_spike(
     Raises:
         ReplayError: No spike, no snapshot before it, no batches, or code, recipe or model that
             do not belong to the snapshot.
+        AnalysisError: The run recorded no loss.
         RunLogError: The folder holds no run.
     """
     run = Path(run)
@@ -83,15 +85,15 @@ def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, 
             "by themselves"
         )
     listed = "; ".join(
-        f"{i} at step {s.onset} ({s.height:.2f}x)" for i, s in enumerate(spikes[:SHOWN_SPIKES], 1)
+        f"{s.number} at step {s.onset} ({s.height:.2f}x)" for s in spikes[:SHOWN_SPIKES]
     )
     listed += "" if len(spikes) <= SHOWN_SPIKES else f"; ... {len(spikes)} in all"
-    if wanted is not None and not 1 <= wanted <= len(spikes):
+    candidates = spikes if wanted is None else [s for s in spikes if s.number == wanted]
+    if not candidates:
         raise ReplayError(
             f"expected the number of a spike of the run, got {wanted}; it has {listed}"
         )
     ranges = {path: (read_facts(path)["step"], read_facts(path)["last_step"]) for path in found}
-    candidates = spikes if wanted is None else [spikes[wanted - 1]]
     for spike in sorted(candidates, key=lambda s: -s.height):
         path = _snapshot_for(spike, ranges)
         if path is not None:

@@ -13,7 +13,6 @@ the spike is written by a thread, with the batches of all steps since. With on_s
 spike is explained on the spot, and the training goes on from before it, mended.
 """
 
-import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,8 +24,8 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from unclamp.analysis.explanation import CLAMPING, Explanation
 from unclamp.errors import ReplayError, UnclampError, UnclampWarning
-from unclamp.explain.explanation import CLAMPING
 from unclamp.explain.facts import code_facts, model_facts
 from unclamp.explain.limits import Limits
 from unclamp.explain.mend import switch_sites
@@ -41,6 +40,7 @@ from unclamp.explain.training import (
     put_state,
 )
 from unclamp.explain.watch import LateLoss, SpikeWatch
+from unclamp.files import strict
 from unclamp.worker import Worker
 
 EVENT_SITES = 8
@@ -61,12 +61,12 @@ class Rewind:
     Attributes:
         step: The step that comes next.
         batches: The batches from that step on, as they were.
-        explanation: Why, as plain data: what RUN/explain-<onset>.json says.
+        explanation: Why; what RUN/explain-<onset>.json says.
     """
 
     step: int
     batches: Mapping[int, Batch]
-    explanation: Mapping[str, Any]
+    explanation: Explanation
 
 
 class Snapshots:
@@ -237,7 +237,7 @@ class Snapshots:
         onset = self._watch.hear(step, value)
         if onset is not None and self._spike is None:
             self._spike = onset
-            self._tell("spike", onset, loss=value if math.isfinite(value) else str(value))
+            self._tell("spike", onset, loss=value)
 
     def _hear(self, step: int, value: float) -> Rewind | None:
         self._note(step, value)
@@ -270,26 +270,33 @@ class Snapshots:
             warnings.warn(f"the spike was not explained: {error}", UnclampWarning, stacklevel=4)
             self._tell("explain", onset, error=str(error))
             return None
-        if explanation["status"] == "interrupted":
+        if explanation.status == "interrupted":
             raise KeyboardInterrupt
-        told = {key: explanation[key] for key in ("verdict", "clamping_share", "replays")}
-        self._tell("explain", onset, **told, sites=explanation["sites"][:EVENT_SITES])
-        override = explanation["override"]
-        if override is None or not _mends(override["removed"]) or self._rewinds_left <= 0:
+        self._tell(
+            "explain",
+            onset,
+            verdict=explanation.verdict,
+            clamping_share=explanation.clamping_share,
+            replays=explanation.replays,
+            sites=[site.to_dict() for site in explanation.sites[:EVENT_SITES]],
+        )
+        override = explanation.override
+        if override is None or not _mends(override.removed) or self._rewinds_left <= 0:
             return None
         self._rewinds_left -= 1
         put_state(self._training, snapshot.state)
-        switch_sites(self._training.model, override["sites"], override["scaling"])
+        switch_sites(self._training.model, override.sites, override.scaling)
         self._again = self._ring.batches_from(start)
         self._ring = self._ring.emptied()
         self._watch.forget_from(start)
         self._due.clear()
         self._late = LateLoss()
         self._next = start
-        self._tell("rewind", onset, to=start, sites=override["sites"], scaling=override["scaling"])
+        switched = [site.to_dict() for site in override.sites]
+        self._tell("rewind", onset, to=start, sites=switched, scaling=override.scaling)
         return Rewind(step=start, batches=dict(self._again), explanation=explanation)
 
-    def _investigate(self, snapshot: Snapshot, onset: int) -> dict[str, Any]:
+    def _investigate(self, snapshot: Snapshot, onset: int) -> Explanation:
         # Its own import: most runs never need it.
         from unclamp.explain.investigate import investigate  # noqa: PLC0415
 
@@ -297,7 +304,7 @@ class Snapshots:
         assert self._step is not None
         with keeping_random_state():
             twin = self._build(**self._arguments)
-            found = investigate(
+            return investigate(
                 twin,
                 self._step,
                 snapshot,
@@ -306,7 +313,6 @@ class Snapshots:
                 run=self._path,
                 limits=Limits(replays=self._replays),
             )
-        return found.to_dict()
 
     def _tell_failure(self) -> None:
         """Warn of a snapshot that could not be written, once."""
@@ -316,7 +322,7 @@ class Snapshots:
 
     def _tell(self, kind: str, step: int, **data: Any) -> None:
         if self._recorder is not None:
-            self._recorder.event(kind, step, **data)
+            self._recorder.event(kind, step, **{key: strict(value) for key, value in data.items()})
 
 
 def _mends(removed: float | None) -> bool:

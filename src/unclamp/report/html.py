@@ -131,10 +131,16 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
         "caution": next((sentence for sentence in said if PAPER in sentence), CAUTION),
         "explanations": [
             {
-                **found,
-                "rows": [explanation_row(site) for site in found["sites"][:LISTED_SITES]],
-                "plot": Markup(embed(replay_figure(found["losses"]), f"replay-{i}"))
-                if found["losses"]
+                "name": found.name,
+                "sentences": found.sentences,
+                "reproduced": found.reproduced,
+                "verdict": found.verdict,
+                "clamping_share": found.clamping_share,
+                "sites": found.sites,
+                "override": found.override,
+                "rows": [explanation_row(site) for site in found.sites[:LISTED_SITES]],
+                "plot": Markup(embed(replay_figure(found.losses), f"replay-{i}"))
+                if found.losses
                 else "",
             }
             for i, found in enumerate(run.explanations)
