@@ -15,7 +15,7 @@ LAYERS = [
     {"formats", "names"},
     {"scaling"},
     {"reference", "rule", "runlog"},
-    {"recipe"},
+    {"recipe", "policy"},
     {"numerics"},
     {"nn"},
     {"telemetry"},

@@ -30,6 +30,7 @@ from unclamp.scaling import (
     PerBlock,
     PerRow,
     PerTensor,
+    Scaling,
     Static,
 )
 from unclamp.version import __version__
@@ -110,6 +111,7 @@ __all__ = [
     "RevertReport",
     "RunLog",
     "RunLogError",
+    "Scaling",
     "SiteName",
     "Snapshots",
     "Static",

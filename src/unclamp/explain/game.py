@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from unclamp.analysis.counterfactual import ACTUAL, Change, Question
-from unclamp.explain.replay import Replay, SiteCount, Trace, block_scaled, unclamped
+from unclamp.explain.replay import Replay, SiteCount, Trace, block_scaled
 from unclamp.files import write_json
 from unclamp.names import SiteName
+from unclamp.policy import unclamped
 from unclamp.scaling import Dynamic, Guarded, HighPrecision, Scaling
 
 CAP = 100.0
@@ -146,7 +147,7 @@ class Game:
             return unclamped(before)
         if kind == "blocks":
             return block_scaled(before)
-        if isinstance(before, HighPrecision):
+        if not before.casts:
             return None
         if kind == "high_precision":
             return HighPrecision()

@@ -24,15 +24,8 @@ from unclamp.names import SiteName
 from unclamp.nn import Ledger
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
-from unclamp.scaling import (
-    Delayed,
-    Dynamic,
-    Guarded,
-    HighPrecision,
-    PerBlock,
-    Scaling,
-    Static,
-)
+from unclamp.policy import overflows
+from unclamp.scaling import Dynamic, PerBlock, Scaling
 
 PLACEBO = 2.0**-12
 """Relative change of every weight in a placebo: too small to mean anything, and large enough to
@@ -199,9 +192,9 @@ class Replay:
     def _count(self, key: SiteName, rows: torch.Tensor) -> SiteCount:
         fmt, before = self.sites[key].operand.format, self._before[key]
         amax = rows[:, Stat.AMAX]
-        would = rows[:, Stat.RECAST].sum() if isinstance(before, Delayed) else torch.tensor(0.0)
-        if isinstance(before, Static):
-            would = (amax * before.scale > fmt.max).sum()
+        would = rows[:, Stat.RECAST].sum() if before.clamps else torch.tensor(0.0)
+        if before.fixed_scale is not None:
+            would = overflows(amax.to(torch.float32), before.fixed_scale, fmt).sum()
         square = rows[:, Stat.SQUARE]
         error = torch.where(square > 0, rows[:, Stat.SATURATED_SQUARE] / square, 0.0)
         return SiteCount(
@@ -232,24 +225,9 @@ class _Seen:
         self.steps.append(total)
 
 
-def unclamped(scaling: Scaling) -> Scaling | None:
-    """Return the scaling that differs only where this one would clamp; None if it cannot clamp."""
-    if isinstance(scaling, Delayed):
-        return Guarded(
-            history_len=scaling.history_len,
-            reduce=scaling.reduce,
-            margin=scaling.margin,
-            power_of_two=scaling.power_of_two,
-            granularity=scaling.granularity,
-        )
-    return Dynamic() if isinstance(scaling, Static) else None
-
-
 def block_scaled(scaling: Scaling) -> Scaling | None:
     """Return scales of blocks of 32, under which next to nothing underflows; None without casts."""
-    if isinstance(scaling, HighPrecision):
-        return None
-    return Dynamic(granularity=PerBlock(1, 32))
+    return Dynamic(granularity=PerBlock(1, 32)) if scaling.casts else None
 
 
 def _number(loss: object) -> float:

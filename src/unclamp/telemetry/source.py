@@ -1,8 +1,8 @@
 """What a recorder hears from one ledger: its updates since the last step, and its sites."""
 
+from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
-from unclamp.nn.site import Inspection, Site
-from unclamp.nn.update import Update
+from unclamp.nn.update import Inspection, Update
 from unclamp.telemetry.columns import merged_update
 
 MOST_UPDATES = 2
