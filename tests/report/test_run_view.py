@@ -222,15 +222,16 @@ def test_replays_are_shown_whatever_keys_they_lack(tmp_path: Path) -> None:
         json.dumps({"verdict": "unclear", "counterfactuals": [3, {"name": "actual"}]})
     )
     (path / "explain-13.json").write_text("[")
-    assert [found["name"] for found in read_explanations(path)] == [
+    assert [found.name for found in read_explanations(path)] == [
         f"explain-{i}" for i in (11, 12, 13)
     ]
     text = write_page(build_view(path), path / "report.html").read_text()
     assert "Un-clamped, the spike is gone." in text
-    assert "50.00 % to 70.00 %" in text
+    assert "50 % to 70 %" in text  # as the paragraph of an explanation writes shares
     assert 'id="replay-0"' in text
     assert "[[override]]" in text
-    assert "explain-13.json cannot be read" in text
+    assert "explain-11.json cannot be read whole" in text
+    assert "explain-13.json cannot be read: " in text
 
 
 def test_a_slow_query_prints_no_progress_into_the_json(planted_run: Path) -> None:

@@ -1,6 +1,5 @@
 """The report as one self-contained page: no network, no server."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from unclamp.files import to_json, write_atomically
 from unclamp.report.arms import ScenarioView
 from unclamp.report.charts import (
     COLOURS,
@@ -60,9 +60,8 @@ def write_page(view: View, path: Path) -> Path:
         script=_asset("sites.js"),
         plotly_js=Markup(get_plotlyjs()),
     )
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page, encoding="utf-8")
-    return part.replace(path)
+    write_atomically(path, page.encode())
+    return path
 
 
 def _asset(name: str) -> Markup:
@@ -72,7 +71,7 @@ def _asset(name: str) -> Markup:
 
 def _json(data: object) -> Markup:
     """Return data as JSON that no script element ends at."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    text = to_json(data, indent=None)
     return Markup(text.replace("<", "\\u003c"))
 
 
@@ -132,10 +131,16 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
         "caution": next((sentence for sentence in said if PAPER in sentence), CAUTION),
         "explanations": [
             {
-                **found,
-                "rows": [explanation_row(site) for site in found["sites"][:LISTED_SITES]],
-                "plot": Markup(embed(replay_figure(found["losses"]), f"replay-{i}"))
-                if found["losses"]
+                "name": found.name,
+                "sentences": found.sentences,
+                "reproduced": found.reproduced,
+                "verdict": found.verdict,
+                "clamping_share": found.clamping_share,
+                "sites": found.sites,
+                "override": found.override,
+                "rows": [explanation_row(site) for site in found.sites[:LISTED_SITES]],
+                "plot": Markup(embed(replay_figure(found.losses), f"replay-{i}"))
+                if found.losses
                 else "",
             }
             for i, found in enumerate(run.explanations)

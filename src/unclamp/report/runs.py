@@ -12,6 +12,7 @@ from typing import Any
 from unclamp.report.arms import final_loss
 from unclamp.report.evidence import (
     MIXED_ASSOCIATION,
+    ExplanationView,
     named_sites,
     read_association,
     read_explanations,
@@ -64,7 +65,7 @@ class RunView:
     heat: dict[str, list[float]]
     panels: dict[int, Any]
     association: dict[str, Any] | None
-    explanations: list[dict[str, Any]]
+    explanations: list[ExplanationView]
 
 
 def read_run_view(log: RunLog, figures: RunFigures, *, globs: Sequence[str] = ()) -> RunView:

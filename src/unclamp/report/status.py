@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
+from unclamp.analysis.observing import is_observed
 from unclamp.runlog import RunLog, Status
 
 QUIET_S = 60.0
@@ -42,7 +43,7 @@ def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
         f"Not all of it is in the log: rank {rank} could not write {what}."
         for rank, what in log.missing.items()
     ]
-    return notes + ([OBSERVED] if header.metadata.get("observed") else [])
+    return notes + ([OBSERVED] if is_observed(header) else [])
 
 
 def study_notes(status: str, runs: Mapping[str, str]) -> list[str]:

@@ -56,8 +56,8 @@ def _run(run: RunView, width: int) -> RenderableType:
         parts.append(Text("\ndid spikes follow clamping?", style="bold"))
         parts += [_bullet(sentence) for sentence in run.association.get("sentences", [])]
     for found in run.explanations:
-        parts.append(Text(f"\nreplay {found['name']}", style="bold"))
-        parts += [_bullet(sentence) for sentence in found["sentences"]]
+        parts.append(Text(f"\nreplay {found.name}", style="bold"))
+        parts += [_bullet(sentence) for sentence in found.sentences]
     clamped = [site for site in run.sites if site["saturated"]][:TERMINAL_SITES]
     if clamped:
         parts.append(Text("\nworst sites, by total clamp error", style="bold"))

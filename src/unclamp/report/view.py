@@ -1,6 +1,5 @@
 """What a report says, as plain data: read from run logs, rendered by others. Torch-free."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unclamp.errors import RunLogError, UnclampError
+from unclamp.files import strict
 from unclamp.report.arms import ScenarioView, scenario_view
 from unclamp.report.figures import RunFigures, read_run, site_name
 from unclamp.report.runs import RunView, read_run_view
@@ -47,16 +47,7 @@ class View:
         if data["run"] is not None:
             for drawn in ("heat", "panels", "window_steps", "window_size"):
                 del data["run"][drawn]
-        return _finite(data)
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON cannot hold by None."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return strict(data)
 
 
 def build_view(path: Path, *, sites: Sequence[str] = ()) -> View:
