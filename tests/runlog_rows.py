@@ -1,5 +1,6 @@
 """Rows that the tests of the run log write, and what they must sum to."""
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from unclamp.runlog import SUMMARY_STEPS, VIEWS, RunLog, compactor
@@ -93,6 +95,18 @@ def assert_summaries_are_those_of_casts(log: RunLog) -> None:
             value, exact = row.pop(name), wanted.pop(name)
             assert value == (exact if exact is None else pytest.approx(exact, rel=1e-9))
         assert row == wanted
+
+
+def as_schema_1(run: Path) -> None:
+    """Make a run one of schema 1, whose sites have no rank and whose cadence is metadata."""
+    header = json.loads((run / "run.json").read_text())
+    for field in ("cadence", "observed"):
+        del header[field]
+    (run / "run.json").write_text(json.dumps(header | {"schema_version": 1}))
+    for part in (run / "sites").glob("*.parquet"):
+        with pq.ParquetFile(part) as file:
+            rows = file.read()
+        pq.write_table(rows.drop_columns("rank"), part)
 
 
 def merge_early(

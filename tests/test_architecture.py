@@ -12,7 +12,7 @@ import unclamp
 SOURCE = Path(unclamp.__file__).parent
 LAYERS = [
     {"errors", "version"},
-    {"formats", "names"},
+    {"formats", "names", "totals"},
     {"scaling"},
     {"reference", "rule", "runlog"},
     {"recipe"},

@@ -171,8 +171,9 @@ def test_a_killed_run_says_when_it_last_wrote(tmp_path: Path) -> None:
 
 
 def test_missing_rows_and_an_observed_run_are_said(tmp_path: Path) -> None:
-    path = write_planted(tmp_path / "run", steps=20, status="failed", observed=True)
+    path = write_planted(tmp_path / "run", steps=20, status="failed")
     header = json.loads((path / "run.json").read_text())
+    header["observed"] = True
     header["missing"] = "everything since noon, because of a full disk"
     (path / "run.json").write_text(json.dumps(header))
     notes = build_view(path).notes

@@ -97,6 +97,10 @@ def test_two_processes_of_torchrun_record_one_run(tmp_path: Path, how: str):
             {"step": step, "rank": rank} for step in range(3) for rank in range(2)
         ]
         assert log.casts().num_rows == 2 * 3 * 6
-        assert log.sites().num_rows == 6
+        assert log.sites()["rank"].to_pylist() == [0, 1] * 6
+        assert len(log.named_sites()) == 6
+        query = "SELECT count(*) AS rows FROM casts JOIN sites USING ({})"
+        for columns in ("site", "rank, site"):
+            assert log.sql(query.format(columns))["rows"].to_pylist() == [2 * 3 * 6]
         assert log.summaries()["rank"].to_pylist() == [0] * 6 + [1] * 6
         assert repr(log).endswith("run': finished, 3 steps, 6 sites, ranks 0-1)")

@@ -148,8 +148,8 @@ def associate(
         seed: Of that draw; the same seed gives the same answer.
 
     Raises:
-        AnalysisError: The run has no losses, no casts or no sites, its ranks other modules, or
-            `max_lag` is above both 8 and a tenth of the steps.
+        AnalysisError: The run has no losses, no casts or no sites, or `max_lag` is
+            above both 8 and a tenth of the steps.
         RunLogError: It cannot be read.
         ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
     """
@@ -165,7 +165,7 @@ def associate(
         sqnr_db=history.sqnr_db,
         refusal=history.refusal,
         notes=history.notes,
-        is_observed=bool(log.header.metadata.get("observed")),
+        is_observed=log.header.observed,
         max_lag=max_lag,
         shifts=shifts,
         alpha=alpha,

@@ -31,6 +31,7 @@ from unclamp.scaling import (
     Scaling,
     Static,
 )
+from unclamp.totals import clamp_error, overshoot
 
 PLACEBO = 2.0**-12
 """Relative change of every weight in a placebo: too small to mean anything, and large enough to
@@ -208,12 +209,13 @@ class Replay:
         if isinstance(before, Static):
             would = (amax * before.scale > fmt.max).sum()
         square = rows[:, Stat.SQUARE]
-        error = torch.where(square > 0, rows[:, Stat.SATURATED_SQUARE] / square, 0.0)
+        error = clamp_error(rows[:, Stat.SATURATED_SQUARE], square)
+        peak = overshoot(amax / rows[:, Stat.SCALE_INV], fmt.max)
         return SiteCount(
             saturated=int(rows[:, Stat.SATURATED].sum()),
             would_clamp=int(would),
             clamp_error=float(error.sum()),
-            overshoot=float((amax / (fmt.max * rows[:, Stat.SCALE_INV])).nan_to_num(0, 0, 0).max()),
+            overshoot=float(peak.nan_to_num(0, 0, 0).max()),
         )
 
 

@@ -1,0 +1,117 @@
+"""A run's casts cut into windows of steps: few enough for a page, whatever the run's length.
+
+Short runs are read from `casts`, in windows as fine as a step; long ones from summaries, so that
+a page of 100,000 steps reads no row of `casts`. Each window adds up counts and keeps extremes, of
+all ranks. What is drawn of it is for readers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from unclamp.runlog.schema import SUMMARY_STEPS
+from unclamp.runlog.sites import PLACES_SQL, SiteInfo
+from unclamp.runlog.summary import summary_sql
+from unclamp.totals import SCALED_AMAX_SQL
+
+MOST_WINDOWS = 300
+LONG_STEPS, LONG_ROWS = 2_000, 2_000_000
+"""Runs of more steps, or of more rows of `casts`, are read from their summaries."""
+
+_SUMMARIES = f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
+"""What the view `summaries` adds up a row per window. Windows here are wider and added up once
+more, so the first sum would be made for nothing; it takes longer than all else on a page."""
+_COUNTS = ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
+_FROM_CASTS = f"""
+    count(*) AS steps, count(*) FILTER (saturated > 0) AS clamped,
+    max(amax) AS amax_max, max({SCALED_AMAX_SQL}) AS scaled_amax_max,
+    min(scale) AS scale_min, max(scale) AS scale_max,
+    sum(saturated_error) AS saturated_error_sum, max(saturated_error) AS saturated_error_max,
+    max_by(step, (saturated_error, ~step)) FILTER (saturated_error > 0) AS worst_step,
+    min(sqnr_db) AS sqnr_db_min, sum(sqnr_db) FILTER (isfinite(sqnr_db)) AS sqnr_db_sum,
+    count(*) FILTER (isfinite(sqnr_db)) AS sqnr_steps"""
+_FROM_SUMMARIES = """
+    sum(steps)::BIGINT AS steps, sum(clamped)::BIGINT AS clamped,
+    max(amax_max) AS amax_max, max(scaled_amax_max) AS scaled_amax_max,
+    min(scale_min) AS scale_min, max(scale_max) AS scale_max,
+    sum(saturated_error_sum) AS saturated_error_sum,
+    max(saturated_error_max) AS saturated_error_max,
+    max_by(worst_step, (saturated_error_max, ~worst_step)) FILTER (saturated_error_max > 0)
+        AS worst_step,
+    min(sqnr_db_min) AS sqnr_db_min, sum(sqnr_db_mean * sqnr_steps) AS sqnr_db_sum,
+    sum(sqnr_steps)::BIGINT AS sqnr_steps"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How the steps of a run are cut into windows.
+
+    Attributes:
+        first: First step of the first window; 0 in a run without casts.
+        size: Steps a window.
+        count: Windows; 0 in a run without casts.
+        from_summaries: Whether they are read from summaries and not from `casts`.
+    """
+
+    first: int
+    size: int
+    count: int
+    from_summaries: bool
+
+    @property
+    def steps(self) -> list[int]:
+        """The first step of each window."""
+        return [self.first + i * self.size for i in range(self.count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """The casts of a run, added up a window and site.
+
+    Attributes:
+        cut: How the steps are cut.
+        sites: By place: a site a name, over all ranks.
+        rows: A row for each window in which a site cast anything: `place` of the site, `cell`,
+            the window's number, and the columns of the view `summaries`, over all ranks; with
+            `sqnr_db_sum` in the place of a mean. A step that was recorded again counts twice.
+    """
+
+    cut: Cut
+    sites: tuple[SiteInfo, ...]
+    rows: pa.Table
+
+
+def read_windows(
+    sql: Callable[[str], pa.Table], *, sites: list[SiteInfo], most: int = MOST_WINDOWS
+) -> Windows:
+    """Return a run's windows, through the `sql` of its log."""
+    cut = _cut(sql, most)
+    step, table = ("first_step", _SUMMARIES) if cut.from_summaries else ("step", "casts")
+    sums = _FROM_SUMMARIES if cut.from_summaries else _FROM_CASTS
+    counts = ", ".join(f"sum({name})::BIGINT AS {name}" for name in _COUNTS)
+    last = max(0, cut.count - 1)
+    rows = sql(
+        f"WITH places AS MATERIALIZED (SELECT rank, site, place FROM ({PLACES_SQL})) "
+        f"SELECT place, least(greatest(({step} - {cut.first}) // {cut.size}, 0), {last}) AS cell, "
+        f"{counts}, {sums} FROM {table} JOIN places USING (rank, site) GROUP BY ALL"
+    )
+    return Windows(cut=cut, sites=tuple(sites), rows=rows)
+
+
+def _cut(sql: Callable[[str], pa.Table], most: int) -> Cut:
+    span = _span(sql, "steps") or _span(sql, "casts")
+    first, last = span or (0, -1)
+    (casts,) = sql("SELECT count(*) AS casts FROM casts")["casts"].to_pylist()
+    is_long = last - first >= LONG_STEPS or casts > LONG_ROWS
+    unit = SUMMARY_STEPS if is_long else 1
+    first -= first % unit
+    units = -(-(last + 1 - first) // unit)
+    size = max(1, -(-units // most)) * unit
+    return Cut(first=first, size=size, count=-(-units * unit // size), from_summaries=is_long)
+
+
+def _span(sql: Callable[[str], pa.Table], table: str) -> tuple[int, int] | None:
+    (span,) = sql(f"SELECT min(step) AS first, max(step) AS last FROM {table}").to_pylist()
+    first, last = span.values()
+    return None if first is None else (first, last)
