@@ -103,7 +103,7 @@ def test_a_part_of_another_name_holds_for_all_ranks(tmp_path: Path) -> None:
 def test_stages_of_a_pipeline_have_a_page_and_an_association() -> None:
     view = build_view(LOGS / "stages")
     assert view.run is not None
-    by_name = {(s["fqn"], s["role"]): s["saturated"] for s in view.run.sites}
+    by_name = {(site.fqn, site.role): site.saturated for site in view.run.sites}
     assert by_name == saturated_by_name(LOGS / "stages")
     with RunLog.open(LOGS / "stages") as log:
         assert {site.fqn for site in associate(log).sites} == {"first", "third"}

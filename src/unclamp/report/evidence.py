@@ -31,13 +31,6 @@ CAUTION = (
 )
 
 
-MIXED_ASSOCIATION: dict[str, Any] = {
-    "verdict": "cannot tell",
-    "sentences": ["Cannot tell: the ranks recorded different modules under the same site ids."],
-    "sites": [],
-}
-
-
 def read_association(log: RunLog) -> dict[str, Any]:
     """Return `Association.to_dict()` of a run.
 

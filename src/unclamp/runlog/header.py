@@ -76,5 +76,6 @@ class Header:
             raise RunLogError(f"its header lacks {missing}; was {RUN_FILE} edited by hand?")
         if data["status"] not in get_args(Status):
             raise RunLogError(f"status must be one of {get_args(Status)}, got {data['status']!r}")
-        given = {f.name: data[f.name] for f in fields(cls)}
-        return cls(**given | {"cadence": Cadence.from_dict(data["cadence"])})
+        given: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
+        given["cadence"] = Cadence.from_dict(given["cadence"])
+        return cls(**given)

@@ -5,15 +5,18 @@ a page of 100,000 steps reads no row of `casts`. Each window adds up counts and 
 all ranks. What is drawn of it is for readers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import duckdb
+import numpy as np
 import pyarrow as pa
 
 from unclamp.runlog.schema import SUMMARY_STEPS
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo
 from unclamp.runlog.summary import summary_sql
-from unclamp.totals import SCALED_AMAX_SQL
+from unclamp.totals import SCALED_AMAX_SQL, SiteTotals, overshoot
 
 MOST_WINDOWS = 300
 LONG_STEPS, LONG_ROWS = 2_000, 2_000_000
@@ -22,7 +25,10 @@ LONG_STEPS, LONG_ROWS = 2_000, 2_000_000
 _SUMMARIES = f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
 """What the view `summaries` adds up a row per window. Windows here are wider and added up once
 more, so the first sum would be made for nothing; it takes longer than all else on a page."""
-_COUNTS = ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
+_SUMS = ", ".join(
+    f"sum({name})::BIGINT AS {name}"
+    for name in ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
+)
 _FROM_CASTS = f"""
     count(*) AS steps, count(*) FILTER (saturated > 0) AS clamped,
     max(amax) AS amax_max, max({SCALED_AMAX_SQL}) AS scaled_amax_max,
@@ -41,6 +47,7 @@ _FROM_SUMMARIES = """
         AS worst_step,
     min(sqnr_db_min) AS sqnr_db_min, sum(sqnr_db_mean * sqnr_steps) AS sqnr_db_sum,
     sum(sqnr_steps)::BIGINT AS sqnr_steps"""
+_FROM_WINDOWS = _FROM_SUMMARIES.replace("sum(sqnr_db_mean * sqnr_steps)", "sum(sqnr_db_sum)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +73,57 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Window:
+    """What one site's casts did in one window, on all ranks.
+
+    Attributes:
+        cell: Number of the window.
+        totals: What they lost.
+        amax: The largest one, in the tensor's unit.
+        scale_min: Smallest scale.
+        scale_max: Largest scale.
+    """
+
+    cell: int
+    totals: SiteTotals
+    amax: float
+    scale_min: float
+    scale_max: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Windows:
     """The casts of a run, added up a window and site.
 
     Attributes:
         cut: How the steps are cut.
         sites: By place: a site a name, over all ranks.
-        rows: A row for each window in which a site cast anything: `place` of the site, `cell`,
-            the window's number, and the columns of the view `summaries`, over all ranks; with
-            `sqnr_db_sum` in the place of a mean. A step that was recorded again counts twice.
+        totals: By place: all windows of a site added up, with sums of fractions to nine figures.
+        rows: A row for each window in which a site cast anything, ordered by `place`, that of the
+            site, and `cell`, the window's number. Its other columns are those of the view
+            `summaries`, over all ranks; a step that was recorded again counts twice, and
+            `sqnr_db_sum` takes the place of the mean.
     """
 
     cut: Cut
     sites: tuple[SiteInfo, ...]
+    totals: tuple[SiteTotals, ...]
     rows: pa.Table
+
+    def of(self, place: int) -> list[Window]:
+        """Return the windows of the site at this place, rising; those without a cast are absent."""
+        begin, end = np.searchsorted(self.rows["place"].to_numpy(), [place, place + 1]).tolist()
+        rows = self.rows.slice(begin, end - begin).to_pylist()
+        return [
+            Window(
+                cell=row["cell"],
+                totals=_totals(row, self.sites[place]),
+                amax=row["amax_max"],
+                scale_min=row["scale_min"],
+                scale_max=row["scale_max"],
+            )
+            for row in rows
+        ]
 
 
 def read_windows(
@@ -89,14 +133,57 @@ def read_windows(
     cut = _cut(sql, most)
     step, table = ("first_step", _SUMMARIES) if cut.from_summaries else ("step", "casts")
     sums = _FROM_SUMMARIES if cut.from_summaries else _FROM_CASTS
-    counts = ", ".join(f"sum({name})::BIGINT AS {name}" for name in _COUNTS)
     last = max(0, cut.count - 1)
     rows = sql(
         f"WITH places AS MATERIALIZED (SELECT rank, site, place FROM ({PLACES_SQL})) "
         f"SELECT place, least(greatest(({step} - {cut.first}) // {cut.size}, 0), {last}) AS cell, "
-        f"{counts}, {sums} FROM {table} JOIN places USING (rank, site) GROUP BY ALL"
+        f"{_SUMS}, {sums} FROM {table} JOIN places USING (rank, site) GROUP BY ALL"
     )
-    return Windows(cut=cut, sites=tuple(sites), rows=rows)
+    rows = rows.sort_by([("place", "ascending"), ("cell", "ascending")]).combine_chunks()
+    totals = {row["place"]: _totals(row, sites[row["place"]]) for row in _by_place(rows)}
+    return Windows(
+        cut=cut,
+        sites=tuple(sites),
+        totals=tuple(totals.get(place, SiteTotals()) for place in range(len(sites))),
+        rows=rows,
+    )
+
+
+def _by_place(windows: pa.Table) -> list[dict[str, Any]]:
+    """Add up the windows of each site, in a connection of its own that leaves nothing behind."""
+    with duckdb.connect() as connection:
+        connection.register("windows", windows)
+        query = f"SELECT place, {_SUMS}, {_FROM_WINDOWS} FROM windows GROUP BY place"
+        return connection.sql(query).to_arrow_table().to_pylist()
+
+
+def _totals(row: Mapping[str, Any], site: SiteInfo) -> SiteTotals:
+    """Return what a row of sums says of a site."""
+    return SiteTotals(
+        rows=row["steps"],
+        casts=row["microsteps"],
+        elements=row["elements"],
+        saturated=row["saturated"],
+        underflowed=row["underflowed"],
+        nonfinite=row["nonfinite"],
+        recasts=row["recast"],
+        clamped_rows=row["clamped"],
+        overshoot=overshoot(row["scaled_amax_max"], site.format_max),
+        clamp_error_sum=_settled(row["saturated_error_sum"]),
+        clamp_error_max=row["saturated_error_max"],
+        worst_step=row["worst_step"],
+        sqnr_db_min=row["sqnr_db_min"],
+        sqnr_db_sum=_settled(row["sqnr_db_sum"] or 0.0),
+        sqnr_rows=row["sqnr_steps"],
+    )
+
+
+def _settled(total: float) -> float:
+    """Return a sum of fractions to nine figures.
+
+    DuckDB's threads add in any order, and one log gives one report.
+    """
+    return float(f"{total:.9g}")
 
 
 def _cut(sql: Callable[[str], pa.Table], most: int) -> Cut:
