@@ -98,7 +98,7 @@ class ScenarioView:
 def scenario_view(
     name: str,
     description: str,
-    figures: dict[str, dict[int, RunRecord]],
+    records: dict[str, dict[int, RunRecord]],
     switched: dict[str, list[str]],
 ) -> ScenarioView:
     """Return a scenario's view.
@@ -106,26 +106,26 @@ def scenario_view(
     Args:
         name: Of the scenario.
         description: What is in it.
-        figures: Of every run that there is, by arm and seed; an arm without runs is left out.
+        records: Of every run that there is, by arm and seed; an arm without runs is left out.
         switched: Sites that an arm made dynamic, by arm.
     """
-    figures = {arm: runs for arm, runs in figures.items() if runs}
-    baseline = figures.get(BASELINE, {})
-    arms = [_arm_view(arm, runs, baseline) for arm, runs in figures.items()]
-    planted = sorted({s for runs in figures.values() for run in runs.values() for s in run.planted})
+    records = {arm: runs for arm, runs in records.items() if runs}
+    baseline = records.get(BASELINE, {})
+    arms = [_arm_view(arm, runs, baseline) for arm, runs in records.items()]
+    planted = sorted({s for runs in records.values() for run in runs.values() for s in run.planted})
     return ScenarioView(
         name=name,
         description=description,
         findings=_findings(arms, len(planted), switched),
         planted=planted,
         arms=arms,
-        curves={arm: _curve(list(runs.values())) for arm, runs in figures.items()},
+        curves={arm: _curve(list(runs.values())) for arm, runs in records.items()},
         spikes={
             arm: sorted({step for run in runs.values() for step in run.loss_spikes})
-            for arm, runs in figures.items()
+            for arm, runs in records.items()
         },
-        heat={arm: _heat(list(runs.values())) for arm, runs in figures.items()},
-        worst={arm: _worst(list(runs.values())) for arm, runs in figures.items()},
+        heat={arm: _heat(list(runs.values())) for arm, runs in records.items()},
+        worst={arm: _worst(list(runs.values())) for arm, runs in records.items()},
         switched=switched,
     )
 

@@ -5,7 +5,7 @@ a page of 100,000 steps reads no row of `casts`. Each window adds up counts and 
 all ranks. What is drawn of it is for readers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,21 @@ _FROM_SUMMARIES = """
         AS worst_step,
     min(sqnr_db_min) AS sqnr_db_min, sum(sqnr_db_mean * sqnr_steps) AS sqnr_db_sum,
     sum(sqnr_steps)::BIGINT AS sqnr_steps"""
+_FIELDS = {
+    "rows": "steps",
+    "casts": "microsteps",
+    "elements": "elements",
+    "saturated": "saturated",
+    "underflowed": "underflowed",
+    "nonfinite": "nonfinite",
+    "recasts": "recast",
+    "clamped_rows": "clamped",
+    "clamp_error_max": "saturated_error_max",
+    "worst_step": "worst_step",
+    "sqnr_db_min": "sqnr_db_min",
+    "sqnr_rows": "sqnr_steps",
+}
+"""Fields of `SiteTotals` that are columns as they stand."""
 _FROM_WINDOWS = _FROM_SUMMARIES.replace("sum(sqnr_db_mean * sqnr_steps)", "sum(sqnr_db_sum)")
 
 
@@ -113,16 +128,12 @@ class Windows:
     def of(self, place: int) -> list[Window]:
         """Return the windows of the site at this place, rising; those without a cast are absent."""
         begin, end = np.searchsorted(self.rows["place"].to_numpy(), [place, place + 1]).tolist()
-        rows = self.rows.slice(begin, end - begin).to_pylist()
+        rows = self.rows.slice(begin, end - begin)
+        ranges = _columns(rows, ("cell", "amax_max", "scale_min", "scale_max"))
+        totals = _totals(rows, [self.sites[place]] * len(rows))
         return [
-            Window(
-                cell=row["cell"],
-                totals=_totals(row, self.sites[place]),
-                amax=row["amax_max"],
-                scale_min=row["scale_min"],
-                scale_max=row["scale_max"],
-            )
-            for row in rows
+            Window(cell=cell, totals=lost, amax=amax, scale_min=least, scale_max=most)
+            for lost, (cell, amax, least, most) in zip(totals, ranges, strict=True)
         ]
 
 
@@ -140,7 +151,9 @@ def read_windows(
         f"{_SUMS}, {sums} FROM {table} JOIN places USING (rank, site) GROUP BY ALL"
     )
     rows = rows.sort_by([("place", "ascending"), ("cell", "ascending")]).combine_chunks()
-    totals = {row["place"]: _totals(row, sites[row["place"]]) for row in _by_place(rows)}
+    added = _by_place(rows)
+    places = added["place"].to_pylist()
+    totals = dict(zip(places, _totals(added, [sites[at] for at in places]), strict=True))
     return Windows(
         cut=cut,
         sites=tuple(sites),
@@ -149,33 +162,38 @@ def read_windows(
     )
 
 
-def _by_place(windows: pa.Table) -> list[dict[str, Any]]:
+def _by_place(windows: pa.Table) -> pa.Table:
     """Add up the windows of each site, in a connection of its own that leaves nothing behind."""
     with duckdb.connect() as connection:
         connection.register("windows", windows)
         query = f"SELECT place, {_SUMS}, {_FROM_WINDOWS} FROM windows GROUP BY place"
-        return connection.sql(query).to_arrow_table().to_pylist()
+        return connection.sql(query).to_arrow_table()
 
 
-def _totals(row: Mapping[str, Any], site: SiteInfo) -> SiteTotals:
-    """Return what a row of sums says of a site."""
-    return SiteTotals(
-        rows=row["steps"],
-        casts=row["microsteps"],
-        elements=row["elements"],
-        saturated=row["saturated"],
-        underflowed=row["underflowed"],
-        nonfinite=row["nonfinite"],
-        recasts=row["recast"],
-        clamped_rows=row["clamped"],
-        overshoot=overshoot(row["scaled_amax_max"], site.format_max),
-        clamp_error_sum=_settled(row["saturated_error_sum"]),
-        clamp_error_max=row["saturated_error_max"],
-        worst_step=row["worst_step"],
-        sqnr_db_min=row["sqnr_db_min"],
-        sqnr_db_sum=_settled(row["sqnr_db_sum"] or 0.0),
-        sqnr_rows=row["sqnr_steps"],
-    )
+def _totals(rows: pa.Table, sites: Sequence[SiteInfo]) -> list[SiteTotals]:
+    """Return what each row of sums says of its site."""
+    records = (dict(zip(_FIELDS, row, strict=True)) for row in _columns(rows, _FIELDS.values()))
+    peaks = rows["scaled_amax_max"].to_pylist()
+    return [
+        SiteTotals(
+            **record,
+            overshoot=overshoot(peak, site.format_max),
+            clamp_error_sum=_settled(error),
+            sqnr_db_sum=_settled(sqnr or 0.0),
+        )
+        for record, peak, site, (error, sqnr) in zip(
+            records,
+            peaks,
+            sites,
+            _columns(rows, ("saturated_error_sum", "sqnr_db_sum")),
+            strict=True,
+        )
+    ]
+
+
+def _columns(rows: pa.Table, names: Iterable[str]) -> Iterable[tuple[Any, ...]]:
+    """Return the values of these columns, row by row."""
+    return zip(*(rows[name].to_pylist() for name in names), strict=True)
 
 
 def _settled(total: float) -> float:
