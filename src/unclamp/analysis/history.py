@@ -231,8 +231,10 @@ def _to_clamping(
 
 def _read_sqnr(log: RunLog, sites: list[SiteInfo]) -> dict[int, float]:
     rows = log.sql(
-        f"{_PLACES} SELECT place, min(sqnr_db) AS sqnr_db FROM casts JOIN places "
-        "USING (rank, site) WHERE sqnr_db IS NOT NULL AND isfinite(sqnr_db) GROUP BY place"
+        f"{_PLACES} SELECT place, min(least) AS sqnr_db FROM ("
+        "SELECT rank, site, min(sqnr_db) AS least FROM casts "
+        "WHERE sqnr_db IS NOT NULL AND isfinite(sqnr_db) GROUP BY rank, site"
+        ") JOIN places USING (rank, site) GROUP BY place"
     ).to_pydict()
     pairs = zip(rows["place"], rows["sqnr_db"], strict=True)
     return {sites[place].site: sqnr_db for place, sqnr_db in pairs}

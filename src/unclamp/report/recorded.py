@@ -179,11 +179,4 @@ def _series(log: RunLog) -> tuple[list[int], dict[str, list[float | None]]]:
 
 def _shares(sites: list[SiteRecord], windows: Windows) -> dict[SiteName, np.ndarray]:
     clamped = [site for site in by_clamp_error(sites) if site.totals.saturated][:HEAT_SITES]
-    return {site.name: _share_a_window(site, windows) for site in clamped}
-
-
-def _share_a_window(site: SiteRecord, windows: Windows) -> np.ndarray:
-    share = np.zeros(windows.cut.count)
-    for window in windows.of(site.place):
-        share[window.cell] = window.totals.saturated_share
-    return share
+    return {site.name: windows.saturated_share(site.place) for site in clamped}

@@ -12,11 +12,12 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from unclamp.runlog.schema import SUMMARY_STEPS
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo
 from unclamp.runlog.summary import summary_sql
-from unclamp.totals import SCALED_AMAX_SQL, SiteTotals, overshoot
+from unclamp.totals import SCALED_AMAX_SQL, SiteTotals, overshoot, share
 
 MOST_WINDOWS = 300
 LONG_STEPS, LONG_ROWS = 2_000, 2_000_000
@@ -127,14 +128,25 @@ class Windows:
 
     def of(self, place: int) -> list[Window]:
         """Return the windows of the site at this place, rising; those without a cast are absent."""
-        begin, end = np.searchsorted(self.rows["place"].to_numpy(), [place, place + 1]).tolist()
-        rows = self.rows.slice(begin, end - begin)
+        rows = self._rows_of(place)
         ranges = _columns(rows, ("cell", "amax_max", "scale_min", "scale_max"))
         totals = _totals(rows, [self.sites[place]] * len(rows))
         return [
             Window(cell=cell, totals=lost, amax=amax, scale_min=least, scale_max=most)
             for lost, (cell, amax, least, most) in zip(totals, ranges, strict=True)
         ]
+
+    def saturated_share(self, place: int) -> NDArray[np.float64]:
+        """Return the share of the site's elements that were clamped, for each window."""
+        rows = self._rows_of(place)
+        shares = np.zeros(self.cut.count)
+        lost = share(rows["saturated"].to_numpy(), rows["elements"].to_numpy())
+        shares[rows["cell"].to_numpy()] = lost
+        return shares
+
+    def _rows_of(self, place: int) -> pa.Table:
+        begin, end = np.searchsorted(self.rows["place"].to_numpy(), [place, place + 1]).tolist()
+        return self.rows.slice(begin, end - begin)
 
 
 def read_windows(
