@@ -110,4 +110,9 @@ def graphed(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+        _ = run  # its inputs live as long as the graph that reads them
+
+    return replay

@@ -112,7 +112,7 @@ def studies(out: Path, seeds: int) -> dict[str, dict[str, dict[str, float]]]:
     return {
         scenario.name: {
             arm.name: {
-                "gap": arm.final_gap[0] if arm.final_gap else 0.0,
+                "gap": arm.final_gap.mean if arm.final_gap else 0.0,
                 "planted": arm.planted_ratio[0] if arm.planted_ratio else float("nan"),
                 "re-cast": arm.recasts / max(arm.casts, 1),
                 "underflow": arm.underflow_share,

@@ -15,7 +15,7 @@ LAYERS = [
     {"formats", "names", "totals"},
     {"scaling"},
     {"reference", "rule", "runlog"},
-    {"recipe"},
+    {"recipe", "policy"},
     {"numerics"},
     {"nn"},
     {"telemetry"},

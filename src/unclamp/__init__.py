@@ -28,6 +28,7 @@ from unclamp.scaling import (
     PerBlock,
     PerRow,
     PerTensor,
+    Scaling,
     Static,
 )
 from unclamp.version import __version__
@@ -106,6 +107,7 @@ __all__ = [
     "RevertReport",
     "RunLog",
     "RunLogError",
+    "Scaling",
     "Snapshots",
     "Static",
     "StudyError",

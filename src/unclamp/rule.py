@@ -14,12 +14,8 @@ from unclamp.formats import Format, get_format, unknown_name
 from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.scaling import (
     ACCUMULATES,
-    Delayed,
-    Guarded,
     HighPrecision,
-    PerTensor,
     Scaling,
-    Static,
     scaling_from_dict,
     scaling_to_dict,
 )
@@ -183,7 +179,7 @@ OPERANDS: dict[Gemm, tuple[Role, Role]] = {
 def check_plan(plan: LayerPlan) -> None:
     """Raise a RecipeError for a layer's plan that makes no sense, saying why."""
     weight = plan.operands["weight"].scaling
-    if plan.smooth and isinstance(weight, Delayed | Static):
+    if plan.smooth and weight.clamps:
         raise RecipeError(
             f"a smoothed layer with {weight.kind} scaling of its weight: smoothing moves each "
             "channel's outlier into the weight's column, so the weight's amax jumps with the "
@@ -191,7 +187,7 @@ def check_plan(plan: LayerPlan) -> None:
         )
     for gemm, mode in plan.gemms.items():
         operands = [plan.operands[role] for role in OPERANDS[gemm]]
-        in_fp8 = not any(isinstance(each.scaling, HighPrecision) for each in operands)
+        in_fp8 = all(each.scaling.casts for each in operands)
         formats = tuple(each.format.name for each in operands)
         if in_fp8 and mode in ("hopper", "hopper_fast") and formats not in HOPPER_PAIRS:
             pairs = ", ".join(" x ".join(pair) for pair in HOPPER_PAIRS)
@@ -211,8 +207,7 @@ def check_scaling(role: str, scaling: object) -> None:
         raise RecipeError(
             f"expected a scaling such as Delayed() or Dynamic() for {role}, got {scaling!r}"
         )
-    remembers = isinstance(scaling, Delayed | Guarded)
-    if remembers and role != "weight" and not isinstance(scaling.granularity, PerTensor):
+    if scaling.remembers and role != "weight" and not scaling.granularity.is_whole:
         raise RecipeError(
             f"{scaling.kind} scaling of {role} per {scaling.granularity}: rows and blocks of "
             f"{role} are other tokens at every step, so their past amaxes say nothing; use "

@@ -14,10 +14,11 @@ import unclamp
 from explain.planted import SPIKE, AnyCase, Case, record
 from unclamp.errors import ReplayError
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
-from unclamp.explain.replay import Replay, same_losses, unclamped
+from unclamp.explain.replay import Replay, same_losses
 from unclamp.explain.screening import Screening, free_gradients
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import FACTS_FILE, find_snapshots, read_snapshot
+from unclamp.policy import unclamped
 from unclamp.scaling import Delayed, Dynamic, Guarded, HighPrecision, Static
 
 

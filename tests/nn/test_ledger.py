@@ -340,14 +340,14 @@ def test_a_listener_gets_a_copy_of_what_was_pending_until_it_ends():
 
 
 def test_a_ledger_dies_with_its_model():
-    from unclamp.nn.ledger import _ledgers
+    from unclamp.nn.clock import ticking
 
     layer, ledger, _ = made()
-    assert ledger in _ledgers
+    assert ledger in ticking
     number = id(ledger)
     del layer, ledger, _
     gc.collect()
-    assert number not in {id(other) for other in _ledgers}
+    assert number not in {id(other) for other in ticking}
 
 
 # ---- activation checkpointing --------------------------------------------------------------
@@ -407,3 +407,48 @@ def test_checkpointing_a_frozen_bottom_layer_counts_it_once():
     model(torch.randn(5, 4)).sum().backward()
     casts = find_ledgers(model)[0].pending[:, Stat.CASTS].tolist()
     assert casts == [1, 1, 0, 1, 1, 1, 1, 1, 1]
+
+
+# ---- who meets whom ------------------------------------------------------------------------
+
+
+def test_ledgers_and_layers_are_kept_in_the_order_in_which_they_were_made():
+    from unclamp.nn.clock import ticking
+
+    models = [made()[0] for _ in range(20)]
+    ledgers = [find_ledgers(model)[0] for model in models]
+    del models[3:6], ledgers[3:6]
+    gc.collect()
+    ours = {id(ledger) for ledger in ledgers}
+    assert [ledger for ledger in ticking if id(ledger) in ours] == ledgers
+    stack = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
+    convert(stack, Recipe())
+    (ledger,) = find_ledgers(stack)
+    assert [layer.fqn for layer in ledger.layers] == [str(i) for i in range(20)]
+
+
+def test_an_optimizer_updates_ledgers_in_the_order_in_which_they_were_made():
+    layers = [made()[0] for _ in range(8)]
+    order: list[int] = []
+    for number, layer in enumerate(layers):
+        find_ledgers(layer)[0].subscribe(lambda _, number=number: order.append(number))
+        backward(layer, 1.0)
+    torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.0).step()
+    assert order == list(range(8))
+
+
+def test_what_is_shared_enters_histories_in_place_of_what_was_seen():
+    """Two shards that agree on their amaxes have the histories of one process on all of it."""
+    whole, shards = made(history_len=3)[1], [made(history_len=3)[1] for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(9):
+        amax = torch.randint(-1, 9, (2, 3), generator=generator).to(torch.float64)
+        together = amax.amax(0)
+        whole.pending[:, Stat.AMAX] = together
+        whole.update()
+        for shard, own in zip(shards, amax, strict=True):
+            shard.pending[:, Stat.AMAX] = own
+            shard.share = lambda newest, other=amax: newest.maximum(other.amax(0).float())
+            shard.update()
+            assert torch.equal(shard.amax_history, whole.amax_history)
+            assert torch.equal(shard.scale, whole.scale)

@@ -19,15 +19,16 @@ from triton.compiler import ASTSource
 
 from unclamp import E4M3FN, E4M3FNUZ, E5M2, MX, PerBlock, PerRow
 from unclamp.numerics.gpu import blockwise, cast, cast_blocks, tensorwise
-from unclamp.numerics.gpu.cast import FLAT, SQUARE, numbers, options
+from unclamp.numerics.gpu.cast import FLAT, SUMMED, TURNED, numbers, options
 from unclamp.numerics.gpu.cast_blocks import SIZE, tiling
 
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 POINTERS = {
-    "x": "*i16", "scale": "*fp32", "flag": "*i32", "out": "*u8", "turned": "*u8", "tops": "*i32",
-    "parts": "*fp64", "stats": "*fp64", "scale_inv": "*fp32", "amax": "*fp32",
+    "x": "*i16", "scale": "*fp32", "flag": "*i32", "out": "*u8", "turned": "*u8",
+    "words": "*i32", "tops": "*i32", "parts": "*fp64", "stats": "*fp64",
+    "scale_inv": "*fp32", "amax": "*fp32",
 }  # fmt: skip
-ALIGNED = ("x", "out", "turned", "rows", "columns")
+ALIGNED = ("x", "out", "turned", "words", "rows", "columns", "elements")
 
 
 def compiled(kernel: Any, target: str, constants: dict[str, Any], how: dict[str, Any]) -> Any:
@@ -43,23 +44,29 @@ def check_tensor(target: str) -> None:
     arch = "sm_90" if target == "cuda" else "gfx942"
     formats = (E4M3FN, E5M2) if target == "cuda" else (E4M3FNUZ,)
     for fmt in formats:
-        for block, turned in ((FLAT, False), (SQUARE, True)):
-            constants: dict[str, Any] = {"KIND": 1, "BM": block[0], "BN": block[1]}
-            constants |= {"F": numbers(fmt, native=target == "cuda")}
-            constants |= {"GIVEN": True, "GUARD": True, "TURNED": turned}
-            how = options(block, arch)
+        for tile in (FLAT, TURNED):
+            turned = tile is TURNED
+            constants: dict[str, Any] = {"KIND": 1, "SLICES": tile.slices, "BM": tile.rows}
+            constants |= {"BN": tile.columns, "F": numbers(fmt, native=target == "cuda")}
+            constants |= {"GIVEN": True, "GUARD": True, "TURNED": turned, "PACKED": turned}
+            how = options(tile, arch)
             first = compiled(tensorwise.cast_tiles, target, constants | {"COUNT": True}, how)
-            compiled(tensorwise.settle, target, constants | {"PROGRAMS": 4096}, how)
+            compiled(tensorwise.settle, target, constants | {"SIZE": SUMMED * tile.warps}, how)
             if target == "cuda":
-                check_ptx(first.asm["ptx"])
+                check_ptx(first.asm["ptx"], slices=tile.slices)
 
 
-def check_ptx(ptx: str) -> None:
-    """16 bytes a load and a store, the device's own rounding, no fused multiply-add."""
+def check_ptx(ptx: str, *, slices: int) -> None:
+    """16 bytes a load and a store, exact division, and the device's own rounding.
+
+    Its halves leave the assembly as a word only: `rounding.device_codes` says why.
+    """
     assert "ld.global.v4.b32" in ptx
     assert "st.global.v4.b32" in ptx
-    assert len(re.findall(r"cvt\.rn\.satfinite\.e[45]m[32]x2\.f32", ptx)) == 8  # 16 elements
-    assert "fma.rn.f32" not in ptx
+    each = 16 // 2  # elements of a thread and slice, two a conversion
+    rounded = re.findall(r"cvt\.rn\.satfinite\.e[45]m[32]x2\.f32\s+(\S+),", ptx)
+    assert len(rounded) == each * slices
+    assert set(rounded) == {"low", "high"}
     assert "div.full" not in ptx
 
 

@@ -122,7 +122,7 @@ def test_arms_whose_losses_are_zero_or_not_finite_have_no_false_ratio(tmp_path: 
     assert not any("nan" in line for line in said)
     plain = replace(plain, planted=[])
     arm, said = arm_against([2.0] * 39 + [NAN], [2.0] * 40)
-    assert any("not comparable: one of them is not finite" in line for line in said)
+    assert any("the only seed the loss of a is not finite" in line for line in said)
     assert arm.planted_ratio is None
 
 

@@ -3,6 +3,7 @@
 from unclamp.analysis.association import Association, SiteEvidence, associate
 from unclamp.analysis.curves import Curve, read_curve, run_curve
 from unclamp.analysis.definitions import spike_score
+from unclamp.analysis.paired import PairedDifference, paired_difference
 from unclamp.analysis.robust import SpikeDetector
 from unclamp.analysis.spikes import (
     DEFINITIONS,
@@ -18,11 +19,13 @@ __all__ = [
     "Association",
     "Curve",
     "Definition",
+    "PairedDifference",
     "SiteEvidence",
     "Spike",
     "SpikeDetector",
     "associate",
     "find_spikes",
+    "paired_difference",
     "read_curve",
     "run_curve",
     "run_spikes",

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unclamp.explain.facts import SiteKey
-from unclamp.explain.replay import Replay, SiteCount, Trace, block_scaled, unclamped
+from unclamp.explain.replay import Replay, SiteCount, Trace, block_scaled
+from unclamp.policy import unclamped
 from unclamp.scaling import Dynamic, Guarded, HighPrecision, Scaling
 
 Kind = Literal["unclamped", "dynamic", "guarded", "blocks", "high_precision"]
@@ -151,7 +152,7 @@ class Game:
             return unclamped(before)
         if kind == "blocks":
             return block_scaled(before)
-        if isinstance(before, HighPrecision):
+        if not before.casts:
             return None
         if kind == "high_precision":
             return HighPrecision()

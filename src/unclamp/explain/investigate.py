@@ -30,10 +30,11 @@ from unclamp.explain.limits import Limits
 from unclamp.explain.mend import ScalingName as Scaling
 from unclamp.explain.mend import make_override
 from unclamp.explain.players import Player, group_sites, joined
-from unclamp.explain.replay import Replay, Trace, same_losses, unclamped
+from unclamp.explain.replay import Replay, Trace, same_losses
 from unclamp.explain.smallest import smallest_set
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training
+from unclamp.policy import unclamped
 
 MAX_STEPS = 8
 """Steps of a spike that count: later ones are consequences of consequences."""

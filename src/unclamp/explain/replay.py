@@ -22,15 +22,8 @@ from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training, keeping_random_state, put_state
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
-from unclamp.scaling import (
-    Delayed,
-    Dynamic,
-    Guarded,
-    HighPrecision,
-    PerBlock,
-    Scaling,
-    Static,
-)
+from unclamp.policy import overflows
+from unclamp.scaling import Dynamic, PerBlock, Scaling
 from unclamp.totals import clamp_error, overshoot
 
 PLACEBO = 2.0**-12
@@ -205,9 +198,9 @@ class Replay:
         ledger, index = self.sites[key]
         fmt, before = ledger.sites[index].operand.format, self._before[key]
         amax = rows[:, Stat.AMAX]
-        would = rows[:, Stat.RECAST].sum() if isinstance(before, Delayed) else torch.tensor(0.0)
-        if isinstance(before, Static):
-            would = (amax * before.scale > fmt.max).sum()
+        would = rows[:, Stat.RECAST].sum() if before.clamps else torch.tensor(0.0)
+        if before.fixed_scale is not None:
+            would = overflows(amax.to(torch.float32), before.fixed_scale, fmt).sum()
         square = rows[:, Stat.SQUARE]
         error = clamp_error(rows[:, Stat.SATURATED_SQUARE], square)
         peak = overshoot(amax / rows[:, Stat.SCALE_INV], fmt.max)
@@ -230,24 +223,9 @@ class _Seen:
         return lambda update: self.updates[ledger].append(update.stats)
 
 
-def unclamped(scaling: Scaling) -> Scaling | None:
-    """Return the scaling that differs only where this one would clamp; None if it cannot clamp."""
-    if isinstance(scaling, Delayed):
-        return Guarded(
-            history_len=scaling.history_len,
-            reduce=scaling.reduce,
-            margin=scaling.margin,
-            power_of_two=scaling.power_of_two,
-            granularity=scaling.granularity,
-        )
-    return Dynamic() if isinstance(scaling, Static) else None
-
-
 def block_scaled(scaling: Scaling) -> Scaling | None:
     """Return scales of blocks of 32, under which next to nothing underflows; None without casts."""
-    if isinstance(scaling, HighPrecision):
-        return None
-    return Dynamic(granularity=PerBlock(1, 32))
+    return Dynamic(granularity=PerBlock(1, 32)) if scaling.casts else None
 
 
 def _number(loss: object) -> float:

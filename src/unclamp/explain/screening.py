@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from unclamp.explain.facts import SiteKey
-from unclamp.explain.replay import Replay, unclamped
+from unclamp.explain.replay import Replay
 from unclamp.names import Role
 from unclamp.nn import Fp8Linear
 from unclamp.nn.site import AXES
 from unclamp.numerics.blocks import orient, spread
-from unclamp.scaling import Delayed, Scaling, Static
+from unclamp.policy import unclamped
+from unclamp.scaling import Scaling
 
 
 class Screening:
@@ -101,7 +102,7 @@ def clamped_off(layer: Fp8Linear, role: Role, x: Tensor) -> Tensor | None:
     """Return x - clamp(x) as the site's scale stands; None where it cannot clamp, or did not."""
     operand = layer.sites.operand(role)
     scale = layer.sites.scales[role, AXES[role, "output"]]
-    if not isinstance(operand.scaling, Delayed | Static) or scale is None or layer.sites.smooth:
+    if not operand.scaling.clamps or scale is None or layer.sites.smooth:
         return None
     if scale.ndim == 2:
         flat = orient(x.detach(), 1)

@@ -10,10 +10,10 @@ from unclamp.nn.convert import (
     first_and_last,
     revert,
 )
+from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear, weights_only
 from unclamp.nn.observe import Observation, ObservedSite, observe
-from unclamp.nn.site import Site
 from unclamp.nn.switch import SwitchReport, switch
 
 __all__ = [

@@ -16,10 +16,11 @@ from torch import nn
 
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning
 from unclamp.names import GEMMS, ROLES
+from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
-from unclamp.nn.site import LayerSites, Site, native_plan
+from unclamp.nn.site import LayerSites, native_plan
 from unclamp.recipe import Recipe
 from unclamp.rule import LayerPlan, matches
 from unclamp.scaling import HighPrecision, describe

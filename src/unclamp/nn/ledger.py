@@ -1,23 +1,20 @@
-"""Who owns amax histories and scales, and when they change.
+"""Who owns amax histories and scales, and how an update changes them.
 
 One ledger serves a whole model. Its tensors have a row a scale, and a row a site (one operand of
 one layer), so an update is a handful of kernels whatever the model's size:
 
-    amax_history  [scales, longest history]  float32, newest first, 0 where nothing was measured
-    scale         [scales]                   float32, 0 until a first non-zero amax is known
-    block_amax    [scales]                   float32, amax of each block since the last update
-    pending       [sites, len(Stat)]         float64, statistics since the last update
+    ring        [scales, longest history]  float32, 0 where nothing was measured (`nn.ring`)
+    scale       [scales]                   float32, 0 until a first non-zero amax is known
+    block_amax  [scales]                   float32, amax of each block since the last update
+    pending     [sites, len(Stat)]         float64, statistics since the last update
 
-A site has one scale with a history, that of its tensor's amax; only a weight whose rows or blocks
-have delayed or guarded scales has one a block. A site keeps its history whatever its scaling, as
-long as its blocks stay the same, so that switching to another and back loses nothing.
+Which row is whose says `nn.layout`, what a history comes to `unclamp.policy`, and when there is
+an update `nn.clock`.
 
 Casts *commit* their statistics to `pending`. An update folds the pending amaxes into the
-history and makes the next scales. It runs right after `optimizer.step()`, through torch's
-optimizer hook, for every optimizer that holds a parameter of the model: there is no call for a
-user to forget. An update with nothing pending (the version of `pending` tells) does nothing, so
-two optimizers on one model still make one update a step, and under gradient accumulation the
-maximum over the microsteps enters the history once.
+histories and makes the next scales. An update with nothing pending (the tensor's version tells)
+does nothing, and under gradient accumulation the maximum over the microsteps enters the history
+once.
 
 A cast commits when its *backward* runs (`unclamp.nn.linear`). That alone gives the counts their
 meaning: an evaluation forward commits nothing, and under activation checkpointing, where the
@@ -28,23 +25,40 @@ itself on the device, and leaves its statistics where `replayed` finds them; onc
 captured, every optimizer step outside of the graph updates, pending or not: the host cannot know.
 """
 
-import itertools
-import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
 
+from unclamp.nn.alive import Alive
 from unclamp.nn.captured import Captured
-from unclamp.nn.rows import RowSettings
-from unclamp.nn.site import INSPECTIONS, Inspection, LayerSites, Site
-from unclamp.nn.update import Listener, SwitchListener, Update
+from unclamp.nn.clock import Clock, follow_optimizers
+from unclamp.nn.layout import Layout, Site
+from unclamp.nn.ring import Ring
+from unclamp.nn.update import INSPECTIONS, Inspection, Listener, SwitchListener, Update
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.numerics.gpu import is_capturing
+from unclamp.policy import next_scales
 from unclamp.recipe import Recipe
-from unclamp.scaling import Scaling, Static
+from unclamp.scaling import Scaling
+
+Share = Callable[[Tensor], Tensor]
+"""Makes of this process's newest amaxes, float32 `[scales]`, those that all processes agree on.
+-1 stands for "measured nothing" and is less than every amax, so a maximum over ranks will do."""
+
+
+class Bound(Protocol):
+    """A layer's views of the ledger's tensors."""
+
+    fqn: str
+    inspection: Inspection
+
+    def bind(self) -> None:
+        """Take the plan and the views anew."""
+        ...
 
 
 class Ledger:
@@ -54,26 +68,47 @@ class Ledger:
     view of a row stays valid until the layout changes (sites added, longer histories, another
     device), and then every layer takes its views anew; none of the tensors is a parameter or a
     buffer, so optimizers, gradient clipping, weight decay and dtype conversions never see them.
+
+    Attributes:
+        layout: Sites and their rows.
+        ring: Amax histories.
+        updates: Updates so far that were steps; those of a graph's replays aside.
+        layers: The layers that have views of the tensors.
+        share: With whom the newest amaxes are agreed on, in each update; None: with nobody.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        self.sites: list[Site] = []
-        self.first_row: list[int] = []
         self.recipe: Recipe | None = None
         self.updates = 0
-        self.layers: weakref.WeakSet[LayerSites] = weakref.WeakSet()
+        self.layers: Alive[Bound] = Alive()
         self.observes = False
         self.inspection: Inspection = "never"
-        self._inspections: dict[int, Inspection] = {}
+        self.share: Share | None = None
         self.details: Tensor | None = None
-        self._counted_in = -1
-        self._remembered: list[int] = []
+        self._inspections: dict[int, Inspection] = {}
         self._listeners: list[Listener] = []
         self._switch_listeners: list[SwitchListener] = []
-        self._allocate(torch.device("cpu"))
-        self._bind(model)
+        self._clock = Clock(model)
+        self._allocate(Layout.of([], device=torch.device("cpu")))
+        follow_optimizers(self)
 
     # ---- layout ----------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites, in the order in which they were added."""
+        return self.layout.sites
+
+    @property
+    def first_row(self) -> list[int]:
+        """The first row of each site."""
+        return self.layout.first_row
+
+    @property
+    def amax_history(self) -> Tensor:
+        """A copy of all histories, `[scales, longest history]`, newest first."""
+        every = torch.arange(self.layout.rows, device=self.scale.device)
+        return self.ring.newest(every, self.layout.longest)
 
     def add(self, sites: list[Site]) -> list[int]:
         """Add sites with nothing measured yet; return their indices."""
@@ -89,57 +124,39 @@ class Ledger:
         if device != self.scale.device and device.type != "meta":
             self._lay_out(self.sites, device=device)
 
+    @torch.no_grad()
     def _lay_out(self, sites: list[Site], *, device: torch.device | None = None) -> None:
         """Give these sites rows; those that are here keep what they know if it still fits."""
-        old, old_first, old_sites = self.__dict__.copy(), self.first_row, self.sites
-        was_pending, self.updates = self.has_pending, self.count()
-        remembered = [site.history_len for site in sites]
-        for index, before in enumerate(self._remembered):
-            remembered[index] = max(before, remembered[index])
-        self.sites, self._remembered = sites, remembered
-        self._allocate(device or self.scale.device)
-        width = min(old["amax_history"].shape[1], self.amax_history.shape[1])
-        for index, site in enumerate(old_sites):
-            self.pending[index] = old["pending"][index]
-            if site.scales != sites[index].scales:
-                continue
-            here = self._rows_of(index)
-            there = slice(old_first[index], old_first[index] + site.scales)
-            self.amax_history[here, :width] = old["amax_history"][there, :width]
-            self.scale[here] = old["scale"][there]
-            self.block_amax[here] = old["block_amax"][there]
+        old, ring, scale, block_amax = self.layout, self.ring, self.scale, self.block_amax
+        pending, was_pending, self.updates = self.pending, self.has_pending, self.count()
+        self._allocate(Layout.of(sites, device=device or scale.device, remembered=old.remembered))
+        fits = [i for i, site in enumerate(old.sites) if site.scales == sites[i].scales]
+        here, there = self.layout.numbers_of(fits), old.numbers_of(fits)
+        self.pending[: len(pending)] = pending.to(self.pending.device)
+        self.ring.write(here, ring.newest(there, old.longest))
+        self.scale[here] = scale[there].to(self.scale.device)
+        self.block_amax[here] = block_amax[there].to(self.scale.device)
         self._mark(pending=was_pending)
         self.rebind()
 
     @torch.inference_mode(False)  # its tensors have no version, and could not train
-    def _allocate(self, device: torch.device) -> None:
-        counts = [site.scales for site in self.sites]
-        self.first_row = [0, *itertools.accumulate(counts[:-1])] if counts else []
-        rows, longest = sum(counts), max(self._remembered, default=1)
-        float32 = {"dtype": torch.float32, "device": device}
-        self.amax_history = torch.zeros(rows, longest, **float32)
-        self.scale = torch.zeros(rows, **float32)
-        self.block_amax = torch.full((rows,), -1.0, **float32)
-        self.pending = empty_stats(len(self.sites), device)
+    def _allocate(self, layout: Layout) -> None:
+        device, rows = layout.site_of_row.device, layout.rows
+        self.layout = layout
+        self.ring = Ring(rows, layout.longest, device)
+        self.scale = layout.settings.static.clone()  # 0 where it is not static
+        self.block_amax = torch.full((rows,), -1.0, dtype=torch.float32, device=device)
+        self._nothing_pending = empty_stats(len(layout.sites), device)
+        self.pending = self._nothing_pending.clone()
         if self.details is not None:
             self._allocate_details()
-        self._settings = RowSettings.of(self.sites, longest, device)
         self.captured = Captured(device)  # a graph of other tensors is of no use any more
-        self.scale.copy_(torch.where(self._settings.is_static, self._settings.static, self.scale))
         self._mark(pending=False)
 
     @torch.inference_mode(False)
     def _allocate_details(self) -> None:
         self.details = empty_details(len(self.sites), self.scale.device)
         self._details_version = self.details._version
-
-    def _rows_of(self, index: int) -> slice:
-        first = self.first_row[index]
-        return slice(first, first + self.sites[index].scales)
-
-    def _indices_of(self, index: int) -> list[int]:
-        rows = self._rows_of(index)
-        return list(range(rows.start, rows.stop))
 
     def rebind(self) -> None:
         """Have every layer take its plan and its views anew."""
@@ -155,6 +172,11 @@ class Ledger:
 
     def _mark(self, *, pending: bool) -> None:
         self._clean_version = self.pending._version - int(pending)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether an optimizer's step is to update: something is pending, or may be in a graph."""
+        return self.has_pending or self.captured.is_in_graph
 
     @property
     def is_warming(self) -> bool:
@@ -180,22 +202,20 @@ class Ledger:
         for listener in [] if captured else self._listeners:
             look = None if details is None else details.clone()
             listener(Update(self.pending.clone(), look, age))
-        amax = self._settings.newest(self.pending[:, Stat.AMAX], self.block_amax)
-        measured = amax >= 0
-        shifted = torch.cat([amax.unsqueeze(1), self.amax_history[:, :-1]], dim=1)
-        self.amax_history.copy_(torch.where(measured.unsqueeze(1), shifted, self.amax_history))
-        scale = self._settings.scale(self.amax_history, previous=self.scale)
+        newest = self.layout.newest(self.pending[:, Stat.AMAX], self.block_amax)
+        # The seat of `shared`: what enters a history is what those who hold the product agree on.
+        # One vector for all sites; whoever sits here has to see to it that every rank comes by.
+        if self.share is not None:
+            newest = self.share(newest)
+        measured = newest >= 0
+        self.ring.push(newest, measured)
+        scale = next_scales(self.ring, self.layout.settings, self.scale, xp=torch)
         self.scale.copy_(torch.where(measured, scale, self.scale))
         self.block_amax.fill_(-1)
-        self.pending.copy_(self._settings.empty)
+        self.pending.copy_(self._nothing_pending)
         self._mark(pending=False)
-        if captured:
-            return
-        # Optimizers that step within backward make an update a parameter, and one step in all.
-        task = torch._C._current_graph_task_id()
-        if task == -1 or task != self._counted_in:
+        if not captured and self._clock.is_a_step():
             self._count(self.updates + 1)
-        self._counted_in = task
 
     def replayed(self) -> None:
         """Tell listeners what the last replay of a captured update saw; once after each replay.
@@ -219,8 +239,20 @@ class Ledger:
         details = self.details.clone()
         self.details.zero_()
         self._details_version = self.details._version
-        sites = len(self.sites)
-        return details, self._settings.scale_age(self.amax_history, self.scale, sites=sites)
+        return details, self._scale_age()
+
+    def _scale_age(self) -> Tensor:
+        """Return each site's updates since the amax that its scale comes from, int64 `[sites]`.
+
+        The newest of equals counts, and of a site's blocks the oldest. 0 where the scale is the
+        tensor's own; -1 where it comes from no single amax, or from none in the history.
+        """
+        settings = self.layout.settings
+        amax = self.ring.amax(settings.window)
+        age = self.ring.age_of(amax, settings.window).to(torch.int64)
+        age = torch.where((amax > 0) & ~settings.is_ageless, age, -1)
+        age = torch.where(settings.takes_own | (self.scale == 0), 0, age)
+        return self.layout.oldest(age)
 
     def inspect(self, inspection: Inspection, *, by: object = None) -> None:
         """Have casts from now on get a closer look, or none; costs a pass over each tensor.
@@ -269,21 +301,19 @@ class Ledger:
         for index, scaling in scalings.items():
             sites[index] = sites[index].switched(scaling)
         fits = all(
-            site.scales == old.scales and site.history_len <= self.amax_history.shape[1]
+            site.scales == old.scales and site.history_len <= self.ring.length
             for site, old in zip(sites, self.sites, strict=True)
         )
         if fits:
-            self.sites = sites
-            self._remembered = [
-                max(n, site.history_len) for n, site in zip(self._remembered, sites, strict=True)
-            ]
-            self._settings = RowSettings.of(sites, self.amax_history.shape[1], self.scale.device)
+            self.layout = Layout.of(
+                sites, device=self.scale.device, remembered=self.layout.remembered
+            )
         else:
             self._lay_out(sites)
         for index, old in before.items():
-            if isinstance(old, Static):
-                self.scale[self._rows_of(index)] = 0
-        self._rescale([row for index in before for row in self._indices_of(index)])
+            if old.fixed_scale is not None:
+                self.scale[self.layout.rows_of(index)] = 0
+        self._rescale(before)
         changed = {self.sites[index].fqn for index in scalings}
         for layer in self.layers:
             if layer.fqn in changed:
@@ -292,9 +322,10 @@ class Ledger:
         for listener in self._switch_listeners:
             listener(switched)
 
-    def _rescale(self, rows: list[int]) -> None:
-        """Take the scales of rows from their histories; where those say nothing they stay."""
-        scale = self._settings.scale(self.amax_history, previous=self.scale)
+    def _rescale(self, indices: Iterable[int]) -> None:
+        """Take the scales of sites from their histories; where those say nothing they stay."""
+        rows = self.layout.numbers_of(list(indices))
+        scale = next_scales(self.ring, self.layout.settings, self.scale, xp=torch)
         self.scale[rows] = scale[rows]
 
     # ---- saved state -----------------------------------------------------------------------
@@ -304,12 +335,13 @@ class Ledger:
 
         A site with a scale a block has `[scales, history_len]`.
         """
-        history = self.amax_history[self._rows_of(index), : self._remembered[index]].clone()
+        rows = self.layout.numbers_of([index])
+        history = self.ring.newest(rows, self.layout.remembered[index])
         return history[0] if self.sites[index].scales == 1 else history
 
     def scale_of(self, index: int) -> Tensor:
         """Return a copy of a site's scale: 0-d, or `[scales]` where it has one a block."""
-        scale = self.scale[self._rows_of(index)].clone()
+        scale = self.scale[self.layout.rows_of(index)].clone()
         return scale[0] if self.sites[index].scales == 1 else scale
 
     @torch.no_grad()
@@ -322,20 +354,19 @@ class Ledger:
         under another granularity) is forgotten. Pending statistics belong to the state that is
         replaced and go with it.
         """
-        rows, count = self._rows_of(index), self.sites[index].scales
+        rows, count = self.layout.rows_of(index), self.sites[index].scales
         was_pending = self.has_pending
-        self.pending[index] = self._settings.empty[index]
+        self.pending[index] = self._nothing_pending[index]
         self.block_amax[rows] = -1
-        self.amax_history[rows] = 0
         self.scale[rows] = 0
         if scale is not None and scale.numel() == count:
             self.scale[rows] = scale.reshape(count).to(self.scale)
-        if history is not None and history.numel() // max(history.shape[-1], 1) == count:
-            kept = min(history.shape[-1], self._remembered[index])
-            newest = history.reshape(count, -1)[:, :kept]
-            self.amax_history[rows, :kept] = newest.to(self.amax_history)
+        if history is None or history.numel() // max(history.shape[-1], 1) != count:
+            history = torch.zeros(count, 0)
+        newest = history.reshape(count, -1)[:, : self.layout.remembered[index]]
+        self.ring.write(self.layout.numbers_of([index]), newest)
         self._mark(pending=was_pending)
-        self._rescale(self._indices_of(index))
+        self._rescale([index])
 
     def restore_updates(self, updates: int) -> None:
         """Set how many updates there were, which decides where a warm-up stands."""
@@ -343,19 +374,20 @@ class Ledger:
         self._count(updates)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ledger":
-        root = self._root() if self._root is not None else None
-        twin = Ledger(memo.get(id(root)))
+        twin = Ledger(memo.get(id(self._clock.model)))
         memo[id(self)] = twin
         twin.recipe, twin.updates, twin.observes = self.recipe, self.count(), self.observes
-        twin._remembered = list(self._remembered)
-        twin._lay_out(list(self.sites), device=self.scale.device)
-        for name in ("amax_history", "scale", "block_amax", "pending"):
+        twin._allocate(
+            Layout.of(list(self.sites), device=self.scale.device, remembered=self.layout.remembered)
+        )
+        twin.ring = copy.deepcopy(self.ring)
+        for name in ("scale", "block_amax", "pending"):
             getattr(twin, name).copy_(getattr(self, name))
         twin._mark(pending=self.has_pending)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_root": None, "_listeners": [], "_switch_listeners": []}
+        state = {**self.__dict__, "_listeners": [], "_switch_listeners": [], "share": None}
         # Closer looks are asked for by those who listen.
         state |= {"inspection": "never", "_inspections": {}, "details": None}
         del state["layers"]
@@ -363,21 +395,15 @@ class Ledger:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.layers = weakref.WeakSet()
+        self.layers = Alive()
         self._mark(pending=state["_clean_version"])
-        self._bind(None)
+        follow_optimizers(self)
 
     # ---- optimizers ------------------------------------------------------------------------
 
-    def _bind(self, model: nn.Module | None) -> None:
-        self._root = None if model is None else weakref.ref(model)
-        _follow_optimizers(self)
-
     def extend_to(self, model: nn.Module) -> None:
         """Follow the optimizers of a whole model, where the ledger's own is a part of it."""
-        root = self._root() if self._root is not None else None
-        if root is None or any(module is root for module in model.modules()):
-            self._root = weakref.ref(model)
+        self._clock.extend_to(model)
 
     def follows(self, optimizer: Optimizer) -> bool:
         """Whether a step of this optimizer is a step of this ledger's model.
@@ -385,27 +411,4 @@ class Ledger:
         A ledger whose model is unknown (unpickled, or a layer copied out of its model) follows
         every optimizer.
         """
-        model = self._root() if self._root is not None else None
-        if model is None:
-            return True
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return any(id(p) in held for p in model.parameters())
-
-
-_ledgers: "weakref.WeakSet[Ledger]" = weakref.WeakSet()
-_hooks: list[Any] = []
-
-
-def _follow_optimizers(ledger: Ledger) -> None:
-    """Have every optimizer's step update this ledger for as long as it lives."""
-    if not _hooks:
-        # Traced into a compiled step, the update would be no side effect of it.
-        hook: Any = torch.compiler.disable(_after_optimizer_step)
-        _hooks.append(register_optimizer_step_post_hook(hook))
-    _ledgers.add(ledger)
-
-
-def _after_optimizer_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    for ledger in list(_ledgers):
-        if (ledger.has_pending or ledger.captured.is_in_graph) and ledger.follows(optimizer):
-            ledger.update()
+        return self._clock.follows(optimizer)

@@ -7,16 +7,17 @@ former, take the latter as inputs, and serve any layer with the same plan.
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unclamp.names import GEMMS, ROLES, Gemm, Role
+from unclamp.nn.layout import Axis, Site
+from unclamp.nn.update import Inspection
 from unclamp.numerics import (
     GemmOperand,
-    block_grid,
     empty_details,
     empty_stats,
     merged_stats,
@@ -33,27 +34,12 @@ from unclamp.numerics.operators import (
     raise_amax,
 )
 from unclamp.rule import LayerPlan, Operand
-from unclamp.scaling import (
-    MX,
-    PER_TENSOR,
-    Delayed,
-    Dynamic,
-    Granularity,
-    Guarded,
-    HighPrecision,
-    PerTensor,
-    Scaling,
-    is_square,
-)
+from unclamp.scaling import HighPrecision, is_square
 
 if TYPE_CHECKING:
     from unclamp.nn.ledger import Ledger
 
 HIGH = HighPrecision.kind
-DEFAULT_HISTORY_LEN = Delayed().history_len
-"""Updates remembered for sites whose scaling asks for none."""
-
-Axis = Literal[0, 1]
 AXES: dict[tuple[Role, Gemm], Axis] = {
     ("input", "output"): 1,
     ("weight", "output"): 1,
@@ -65,85 +51,6 @@ AXES: dict[tuple[Role, Gemm], Axis] = {
 """The axis of each operand, as the layer holds it, that each GEMM contracts."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """One operand of one layer, and what the recipe gives it.
-
-    `shape` is that of a weight, whose blocks can have histories; empty for other roles. Such
-    histories are of the blocks of `remembers`: those of its scaling, or of the one before it.
-    """
-
-    fqn: str
-    role: Role
-    operand: Operand
-    shape: tuple[int, ...] = ()
-    remembers: Granularity = PER_TENSOR
-
-    @classmethod
-    def of(cls, fqn: str, role: Role, operand: Operand, *, shape: tuple[int, ...] = ()) -> "Site":
-        """Return the site whose histories are those that its scaling wants."""
-        scaling = operand.scaling
-        has_history = isinstance(scaling, Delayed | Guarded)
-        remembers = scaling.granularity if has_history else PER_TENSOR
-        return cls(fqn=fqn, role=role, operand=operand, shape=shape, remembers=remembers)
-
-    def switched(self, scaling: Scaling) -> "Site":
-        """Return the site under another scaling; it goes on remembering what can go on."""
-        operand = replace(self.operand, scaling=scaling)
-        same = scaling.granularity == self.remembers or isinstance(scaling, HighPrecision)
-        if same and not isinstance(scaling, Delayed | Guarded):
-            return replace(self, operand=operand)
-        return Site.of(self.fqn, self.role, operand, shape=self.shape)
-
-    @property
-    def history_len(self) -> int:
-        """Updates that its scaling looks back on."""
-        scaling = self.operand.scaling
-        has_history = isinstance(scaling, Delayed | Guarded)
-        return scaling.history_len if has_history else DEFAULT_HISTORY_LEN
-
-    @property
-    def margin(self) -> int:
-        """Powers of two of headroom."""
-        return getattr(self.operand.scaling, "margin", 0)
-
-    @property
-    def power_of_two(self) -> bool:
-        """Whether its scales are powers of two."""
-        scaling = self.operand.scaling
-        return getattr(scaling, "power_of_two", False) or isinstance(scaling.granularity, MX)
-
-    @property
-    def grids(self) -> dict[Axis, tuple[int, int]]:
-        """Shape of the scales with a history, for a cast along each axis; empty per tensor."""
-        if isinstance(self.remembers, PerTensor):
-            return {}
-        block, (rows, columns) = self.remembers.block, self.shape
-        grids: dict[Axis, tuple[int, int]] = {1: block_grid(rows, columns, block)}
-        if not is_square(self.remembers):
-            grids[0] = block_grid(columns, rows, block)
-        return grids
-
-    @property
-    def scales(self) -> int:
-        """Scales with a history of their own: one, or one a block of each cast."""
-        return sum(rows * columns for rows, columns in self.grids.values()) or 1
-
-    @property
-    def cast_plan(self) -> CastPlan | None:
-        """How it is cast; None in high precision."""
-        scaling = self.operand.scaling
-        if isinstance(scaling, HighPrecision):
-            return None
-        return CastPlan(
-            format=self.operand.format.name,
-            granularity=str(scaling.granularity),
-            margin=self.margin,
-            power_of_two=self.power_of_two,
-            guard=isinstance(scaling, Guarded),
-        )
-
-
 def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
     """Return a plan in the formats that a device multiplies (`numerics.gpu.formats`)."""
     arch = architecture(device)
@@ -153,10 +60,6 @@ def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
     }
     return plan if operands == plan.operands else replace(plan, operands=operands)
 
-
-Inspection = Literal["never", "clamped", "always"]
-"""Which casts get a closer look: none, those that clamped, or all."""
-INSPECTIONS: tuple[Inspection, ...] = get_args(Inspection)
 
 TOKENS_AN_OUTPUT = 10
 """Tokens for each output feature from which on the codes of a weight are kept on a GPU."""
@@ -228,7 +131,7 @@ class LayerSites:
             self._bind_role(role, site, ledger.first_row[self.indices[role]])
 
     def _bind_role(self, role: Role, site: Site, row: int) -> None:
-        takes_own = isinstance(site.operand.scaling, Dynamic | HighPrecision)
+        takes_own = site.operand.scaling.takes_own or site.cast_plan is None
         for axis in (1, 0):
             grid = site.grids.get(axis)
             scale = self.ledger.scale[row]

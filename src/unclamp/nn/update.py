@@ -1,11 +1,15 @@
-"""What a ledger tells those who listen to it."""
+"""What a ledger tells those who listen to it, and what they ask it to look at."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from unclamp.scaling import Scaling
+
+Inspection = Literal["never", "clamped", "always"]
+"""Which casts get a closer look: none, those that clamped, or all."""
+INSPECTIONS: tuple[Inspection, ...] = get_args(Inspection)
 
 
 class Update(NamedTuple):

@@ -6,12 +6,15 @@ release the interpreter's lock.
 
 import functools
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from numba import njit
+from numba.core.event import Event, Listener, install_listener
 
 
 def compiled(function: Callable, **options: Any) -> Callable:
@@ -20,6 +23,37 @@ def compiled(function: Callable, **options: Any) -> Callable:
         return njit(function, nogil=True, cache=True, **options)
     except RuntimeError:  # no folder to write the cache to
         return njit(function, nogil=True, **options)
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Tell a user on stderr, once a process, when one of our kernels is compiled in here.
+
+    numba says when it compiles, and says nothing when it loads a kernel from its cache. No clock
+    can tell the two apart: on a busy machine loading takes as long as compiling on an idle one.
+    """
+    with install_listener("numba:compile", _Announcer()):
+        yield
+
+
+class _Announcer(Listener):
+    """Hears numba begin to compile; a user's own functions, in other threads, do not count."""
+
+    def on_start(self, event: Event) -> None:
+        data: Any = event.data  # numba does not say its type
+        kernel = data["dispatcher"]
+        if kernel.py_func.__module__.startswith("unclamp."):
+            _announce(is_kept=kernel.stats.cache_path is not None)
+
+    def on_end(self, event: Event) -> None:
+        pass
+
+
+@functools.cache
+def _announce(*, is_kept: bool) -> None:
+    fate = "once; they are kept on disk" if is_kept else "for this process: no folder to keep them"
+    with suppress(OSError, ValueError):  # a stderr that is closed must not stop the compiler
+        print(f"unclamp: compiling the CPU kernels, {fate}", file=sys.stderr)
 
 
 def run(calls: list[tuple[Any, ...]]) -> None:

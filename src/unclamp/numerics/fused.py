@@ -1,7 +1,6 @@
 """Whether the fused kernels (numba) can run: on this machine, and on a tensor."""
 
 import functools
-import sys
 import threading
 import warnings
 from typing import Any
@@ -11,23 +10,15 @@ from torch import Tensor
 
 from unclamp.errors import UnclampWarning
 
-PATIENCE_S = 1.5
-"""Seconds after which a user is told what the first cast waits for."""
-
 
 @functools.cache
 def fused() -> Any:
     """Return the fused kernels, or None with one warning where numba cannot compile them."""
-    said = threading.Timer(
-        PATIENCE_S, print, ["unclamp: compiling the CPU kernels, once; they are kept on disk"],
-        {"file": sys.stderr},
-    )  # fmt: skip
-    said.daemon = True
-    said.start()
     try:
-        from unclamp.numerics import cpu  # noqa: PLC0415  # numba is slow to import
+        from unclamp.numerics import compiled, cpu  # noqa: PLC0415  # numba is slow to import
 
-        cpu.warm_up()
+        with compiled.announced():
+            cpu.warm_up()
     except Exception as error:
         warnings.warn(
             f"casts on the CPU run in plain torch, many times slower: numba failed ({error!r})",
@@ -35,8 +26,6 @@ def fused() -> Any:
             stacklevel=4,
         )
         return None
-    finally:
-        said.cancel()
     return cpu
 
 

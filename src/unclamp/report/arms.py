@@ -9,6 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from unclamp.analysis.paired import (
+    PairedDifference,
+    comparisons_in_words,
+    difference_in_words,
+    paired_difference,
+)
 from unclamp.names import SiteName
 from unclamp.report.recorded import HEAT_SITES, RunRecord, SiteRecord, SiteRow, by_clamp_error
 from unclamp.report.thinning import kept_places
@@ -29,8 +35,9 @@ class ArmView:
         final_loss: Mean over seeds of the mean loss over the last tenth of the steps that
             recorded one, planted ones left out; NaN where any of it is not finite.
         final_loss_spread: Standard deviation of that over seeds; None with one seed.
-        final_gap: Final loss minus that of the dynamic arm on the same seed: mean, and standard
-            deviation over seeds, NaN with one; None for that arm itself.
+        final_gap: Final loss minus that of the dynamic arm on the same seeds, which is the only
+            way to compare them: the spread over seeds above is mostly common to all arms. None
+            for that arm itself, and without a seed that both have finished.
         planted_ratio: Loss over that of the dynamic arm at the same planted step and seed,
             mean, smallest and largest, NaN where any is not finite; None without planted steps
             or without that arm.
@@ -46,7 +53,7 @@ class ArmView:
     unfinished: int
     final_loss: float | None
     final_loss_spread: float | None
-    final_gap: tuple[float, float] | None
+    final_gap: PairedDifference | None
     planted_ratio: tuple[float, float, float] | None
     planted_spikes: int
     other_spikes: int
@@ -196,12 +203,13 @@ def _spread(values: list[float]) -> float:
 
 def _final_gap(
     runs: dict[int, RunRecord], baseline: dict[int, RunRecord]
-) -> tuple[float, float] | None:
-    pairs = [(final_loss(run), final_loss(baseline[s])) for s, run in runs.items() if s in baseline]
-    gaps = [own - other for own, other in pairs if own is not None and other is not None]
-    if not gaps:
+) -> PairedDifference | None:
+    """Compare an arm with the baseline over the seeds that both have finished."""
+    both = [(final_loss(run), final_loss(baseline[s])) for s, run in runs.items() if s in baseline]
+    pairs = [(own, other) for own, other in both if own is not None and other is not None]
+    if not pairs:
         return None
-    return _mean(gaps), _spread(gaps)
+    return paired_difference([own for own, _ in pairs], [other for _, other in pairs])
 
 
 def _planted_ratio(
@@ -284,12 +292,17 @@ def _site_row(site: SiteRecord) -> SiteRow:
 
 def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]]) -> list[str]:
     """Say in words what the figures show, and no more."""
-    said = []
+    said, harm = [], []
     for arm in arms:
         if arm.planted_ratio is not None and arm.name != BASELINE:
             said.append(_at_planted(arm.name, planted, *arm.planted_ratio))
         elif arm.saturated and arm.final_gap is not None:
-            said.append(_harm(arm, *arm.final_gap))
+            harm.append(_harm(arm, arm.final_gap))
+    said += harm
+    if harm:
+        # All that were made, not only those of arms that clamped: the page's JSON has them all.
+        gaps = [arm.final_gap for arm in arms if arm.final_gap is not None]
+        said += comparisons_in_words(gaps, BASELINE)
     said += [
         f"{arm.name}: {100 * arm.recasts / arm.casts:.2g} % of the casts were repeated with the "
         f"true scale{arm.extent}."
@@ -314,15 +327,9 @@ def _at_planted(arm: str, planted: int, mean: float, low: float, high: float) ->
     )
 
 
-def _harm(arm: ArmView, gap: float, spread: float) -> str:
-    clamped = (
+def _harm(arm: ArmView, gap: PairedDifference) -> str:
+    return (
         f"{arm.name} clamped {arm.saturated:,.0f} elements in {arm.clamped_casts:,.0f} casts a "
-        f"run{arm.extent}; against {BASELINE} on the same seed its final loss is "
+        f"run{arm.extent}; the difference of its final loss from that of {BASELINE} on the same "
+        f"seeds is {difference_in_words(gap, own=arm.name, other=BASELINE)}."
     )
-    if math.isnan(gap):
-        return f"{clamped}not comparable: one of them is not finite."
-    clamped += f"{gap:+.4f}"
-    if math.isnan(spread):
-        return f"{clamped} (one seed: no spread to judge it by)."
-    verdict = "within that spread" if abs(gap) <= spread else "beyond that spread"
-    return f"{clamped} ± {spread:.4f} over seeds: {verdict}."

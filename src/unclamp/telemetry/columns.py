@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from unclamp.formats import Format
-from unclamp.nn.site import Site
+from unclamp.nn.layout import Site
 from unclamp.nn.update import Update
 from unclamp.numerics.inspection import (
     ERROR_SQUARE,
@@ -46,7 +46,7 @@ def site_columns(sites: Sequence[Site], ids: Sequence[int]) -> dict[str, Any]:
         "role": [site.role for site in sites],
         "format": [site.operand.format.name for site in sites],
         "scaling": [scaling.kind for scaling in scalings],
-        "history_len": [getattr(s, "history_len", None) for s in scalings],
+        "history_len": [s.history_len for s in scalings],
         "granularity": [str(s.granularity) for s in scalings],
         "format_max": [site.operand.format.max for site in sites],
     }

@@ -12,7 +12,7 @@ from torch import nn
 from unclamp.errors import RecipeError
 from unclamp.nn.ledger import Ledger
 from unclamp.runlog import Cadence, Every, Header
-from unclamp.scaling import Delayed, Guarded, Scaling, scaling_to_dict
+from unclamp.scaling import Scaling, scaling_to_dict
 from unclamp.telemetry.rank import Place
 from unclamp.version import __version__
 
@@ -42,10 +42,9 @@ def make_header(
 
 def scaling_data(scaling: Scaling) -> dict[str, Any]:
     """Return a scaling as plain data; a reduce function by its name."""
-    reduce = getattr(scaling, "reduce", None)
-    if not callable(reduce) or not isinstance(scaling, Delayed | Guarded):
+    if not callable(scaling.reduce):
         return scaling_to_dict(scaling)
-    name = getattr(reduce, "__name__", repr(reduce))
+    name = getattr(scaling.reduce, "__name__", repr(scaling.reduce))
     return {**scaling_to_dict(replace(scaling, reduce="max")), "reduce": name}
 
 

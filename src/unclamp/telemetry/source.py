@@ -3,9 +3,9 @@
 import itertools
 from collections.abc import Iterator
 
+from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
-from unclamp.nn.site import Inspection, Site
-from unclamp.nn.update import Update
+from unclamp.nn.update import Inspection, Update
 from unclamp.telemetry.columns import merged_update
 
 MOST_UPDATES = 2

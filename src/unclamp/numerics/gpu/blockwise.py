@@ -53,21 +53,42 @@ def finite_bits(bits):
 
 @triton.jit
 def block_maxima(size, GM: tl.constexpr, AM: tl.constexpr, GN: tl.constexpr, AN: tl.constexpr):
-    """Return the maximum of each block of a tile, `[GM, GN]`."""
-    if GM * GN == 1:  # four axes of 128x128 take Triton 3.6 minutes to compile
-        top = tl.zeros([1, 1], tl.int32) + tl.max(size)
+    """Return the maximum of each block of a tile, `[GM, GN]`.
+
+    One axis at a time and never four at once: Triton 3.6 may take minutes to find registers for
+    a reshaping to four axes.
+    """
+    if GN == 1:
+        along = tl.max(size, axis=1)[:, None]
+    elif AN == 1:
+        along = size
     else:
-        top = tl.max(tl.max(tl.reshape(size, [GM, AM, GN, AN]), axis=3), axis=1)
+        along = tl.max(tl.reshape(size, [GM * AM, GN, AN]), axis=2)
+    if GM == 1:
+        top = tl.max(along, axis=0)[None, :]
+    elif AM == 1:
+        top = along
+    else:
+        top = tl.max(tl.reshape(along, [GM, AM, GN]), axis=1)
     return top
 
 
 @triton.jit
 def over_blocks(values, GM: tl.constexpr, AM: tl.constexpr, GN: tl.constexpr, AN: tl.constexpr):
-    """Return the value of its block at each element of a tile."""
-    if GM * GN == 1:
-        each = tl.broadcast_to(values, [AM, AN])
+    """Return the value of its block at each element of a tile; see `block_maxima`."""
+    if GM == 1:
+        down = tl.broadcast_to(values, [AM, GN])
+    elif AM == 1:
+        down = values
     else:
-        wide = tl.broadcast_to(tl.reshape(values, [GM, 1, GN, 1]), [GM, AM, GN, AN])
+        tall = tl.broadcast_to(tl.reshape(values, [GM, 1, GN]), [GM, AM, GN])
+        down = tl.reshape(tall, [GM * AM, GN])
+    if GN == 1:
+        each = tl.broadcast_to(down, [GM * AM, AN])
+    elif AN == 1:
+        each = down
+    else:
+        wide = tl.broadcast_to(tl.reshape(down, [GM * AM, GN, 1]), [GM * AM, GN, AN])
         each = tl.reshape(wide, [GM * AM, GN * AN])
     return each
 

@@ -11,7 +11,7 @@ turned too 2; dynamic scaling reads 2 more. That is what the casts' time should 
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +27,31 @@ from unclamp.scaling import PER_TENSOR
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-FLAT = (1, 2048)
-"""A tile of a tensor whose codes are written as they lie."""
-SQUARE = (64, 64)
-"""A tile that is written turned as well: 64 codes side by side either way."""
-INTERPRETED = (1, 32768)
+
+
+class Tile(NamedTuple):
+    """Slices of a tile, rows and columns of a slice, and how a kernel that works on it compiles.
+
+    `registers` of a thread, or 0 for as many as it wants: fewer let more programs share a
+    multiprocessor, and hide one another's waiting.
+    """
+
+    slices: int
+    rows: int
+    columns: int
+    warps: int
+    registers: int
+
+
+FLAT = Tile(1, 128, 16, 4, 64)
+"""A tile of a tensor whose codes are written as they lie: 16 elements side by side a thread."""
+TURNED = Tile(4, 32, 64, 4, 0)
+"""A tile that is written turned as well: 64 codes side by side one way, 128 the other."""
+INTERPRETED = Tile(1, 2048, 16, 8, 0)
 """A tile under Triton's interpreter, which takes its time for each program."""
-WARPS = {FLAT: 4, SQUARE: 8, INTERPRETED: 8}
-REGISTERS = {FLAT: 96, SQUARE: 80}
-"""Of a thread, which has 16 elements: as few as make the usual branch spill (almost) nothing, so
-that five, and three, programs share a multiprocessor."""
 MOST_PROGRAMS = 4096
+SUMMED = 64
+"""Programs whose findings a warp of the second kernel adds up at a time."""
 SETTLERS = 4
 """Programs a multiprocessor that cast again."""
 
@@ -80,13 +94,11 @@ def rounds_natively(fmt: Format, arch: str) -> bool:
     return int(arch.removeprefix("sm_")) >= 89
 
 
-def options(block: tuple[int, int], arch: str) -> dict[str, Any]:
-    """Return how a kernel is to be compiled.
-
-    A fused multiply-add would round once where the CPU rounds twice.
-    """
-    chosen: dict[str, Any] = {"num_warps": WARPS[block], "enable_fp_fusion": False}
-    return chosen | ({"maxnreg": REGISTERS[block]} if arch.startswith("sm_") else {})
+def options(tile: Tile, arch: str) -> dict[str, Any]:
+    """Return how a kernel is to be compiled."""
+    chosen: dict[str, Any] = {"num_warps": tile.warps}
+    is_limited = tile.registers and arch.startswith("sm_")
+    return chosen | ({"maxnreg": tile.registers} if is_limited else {})
 
 
 def quantize_tensor(
@@ -115,11 +127,12 @@ def quantize_tensor(
         margin=0 if guard else margin,
         power_of_two=power_of_two,
     )
-    rows, columns = x.shape if turned else (1, x.numel())
     flat = INTERPRETED if arch == "cpu" else FLAT
-    block = SQUARE if turned else flat
-    tiles_along = -(-columns // block[1])
-    tiles = -(-rows // block[0]) * tiles_along
+    tile = TURNED if turned else flat
+    rows, columns = x.shape if turned else (-(-x.numel() // tile.columns), tile.columns)
+    tiles_along = -(-columns // tile.columns)
+    tiles = -(-rows // (tile.slices * tile.rows)) * tiles_along
+    is_packed = turned and rows % tile.slices == 0
     programs = min(tiles, MOST_PROGRAMS)
     data = x.detach().contiguous().view(BITS[x.dtype])
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
@@ -127,35 +140,34 @@ def quantize_tensor(
     tops = torch.empty(programs, dtype=torch.int32, device=x.device)
     parts = torch.empty((PARTS, programs), dtype=torch.float64, device=x.device)
     stats = torch.empty(len(Stat), dtype=torch.float64, device=x.device)
-    results = torch.empty(2, dtype=torch.float32, device=x.device)
+    # Two tensors and not two views of one: an operator's results may not share memory.
+    scale_inv, amax = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))
     guard = guard and scale is not None
     flag = torch.zeros(1, dtype=torch.int32, device=x.device) if guard else tops
-    given = results if scale is None else scale
-    shape = (rows, columns, tiles_along, tiles)
-    constants = {"KIND": KINDS[x.dtype], "F": settings, "BM": block[0], "BN": block[1]}
-    constants |= {"GIVEN": scale is not None, "GUARD": guard, "TURNED": turned}
-    how = options(block, arch)
+    given = amax if scale is None else scale
+    shape = (rows, columns, tiles_along, tiles, x.numel())
+    constants = {"KIND": KINDS[x.dtype], "F": settings, "SLICES": tile.slices}
+    constants |= {"BM": tile.rows, "BN": tile.columns, "TURNED": turned, "PACKED": is_packed}
+    constants |= {"GIVEN": scale is not None, "GUARD": guard}
+    how = options(tile, arch)
+    words = other.view(torch.int32) if is_packed else other
     with torch.cuda.device_of(x):
         cast_tiles[(programs,)](
-            data, given, flag, codes, other, tops, parts, stats, *shape,
+            data, given, flag, codes, other, words, tops, parts, stats, *shape,
             **constants, COUNT=counts, **how,
         )  # fmt: skip
         settle[(min(tiles, _settlers(x.device)),)](
-            data, given, codes, other, tops, parts, stats, results[:1], results[1:], *shape,
-            programs, x.numel(), **constants, PROGRAMS=max(_power_of_two(programs), 16), **how,
+            data, given, flag, codes, other, words, tops, parts, stats, scale_inv, amax, *shape,
+            programs, **constants, SIZE=SUMMED * tile.warps, **how,
         )  # fmt: skip
     return Quantized(
         codes=codes.view(torch_dtype(fmt)),
-        scale_inv=results[0],
-        amax=results[1],
+        scale_inv=scale_inv,
+        amax=amax,
         stats=stats,
         granularity=PER_TENSOR,
         turned=other.view(torch_dtype(fmt)).t() if turned else None,
     )
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 @functools.cache

@@ -4,13 +4,14 @@ Arithmetic is the same as in `unclamp.numerics.kernels` (CPU), so that codes, sc
 are the same bits. Elements travel as the bits of float32 values: comparing the bits of
 magnitudes is comparing magnitudes, and NaN is what lies above the bits of Inf.
 
-A format's numbers come as a constant, `Numbers`. Its `native` lets the device round what is
-neither beyond the overflow limit nor NaN, where all roundings agree; that saves a third of the
-arithmetic. Everything else, and every other device, rounds in integers.
+A format's numbers come as a constant, `Numbers`. Its `native` lets the device round what is not
+NaN, where all roundings agree; that saves a third of the arithmetic. Everything else, and every
+other device, rounds in integers.
 """
 
 # Kernels are Triton's language, of which pyright sees Python's.
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false
 
 from typing import NamedTuple
 
@@ -100,14 +101,40 @@ def round_bits(kept, F: tl.constexpr):
     return tl.where(b < F.min_normal, subnormal, normal)
 
 
+E4M3 = tl.constexpr("e4m3x2")
+E5M2 = tl.constexpr("e5m2x2")
+
+
+@triton.jit
+def device_codes(scaled, NAME: tl.constexpr):
+    """Return codes as the device rounds: to nearest even, saturating; NaN without its sign.
+
+    Four at a time, and only their word leaves the assembly. Two conversions whose halves are used
+    both in a word and alone are compiled wrongly by the ptxas of Triton 3.6 (12.8): it merges the
+    second conversion into the first one's register, and loses the first one's value.
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 low, high; cvt.rn.satfinite."
+        + NAME
+        + ".f32 low, $2, $1; cvt.rn.satfinite."
+        + NAME
+        + ".f32 high, $4, $3; mov.b32 $0, {low, high}; }",
+        "=r,r,r,r,r",
+        [scaled],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
+
+
 @triton.jit
 def quick_codes(bits, scaled, F: tl.constexpr):
-    """Return codes where nothing is beyond the limit or NaN, and the format has a -0."""
+    """Return codes where nothing is NaN, and the format has a -0."""
     if F.native:
         if F.exponent_bits == 4:
-            codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+            codes = device_codes(scaled, E4M3)
         else:
-            codes = scaled.to(tl.float8e5).to(tl.uint8, bitcast=True)
+            codes = device_codes(scaled, E5M2)
     else:
         code = round_bits(tl.minimum(tl.abs(scaled), F.max), F)
         codes = (code | ((bits >> 24) & 0x80)).to(tl.uint8)

@@ -11,12 +11,20 @@ Both are launched always, so that a CUDA graph can hold them. Dynamic scaling is
 
 Where the second kernel casts, its scale is the tensor's own, and nothing can saturate; of the
 first one's counts only underflow changes, and it is added up in whole numbers, in any order.
-Squares are summed in float32 within a tile of values brought to about 1, and tiles in float64,
-in order: the same tensor gives the same bits at every call.
+The same tensor gives the same bits at every call: sums are taken in a fixed order.
 
-A guarded cast that will be repeated need not write codes: the first program that meets an
-overflow raises a flag, and tiles that see it only measure. Whether one sees it or not, the
-second kernel overwrites the codes.
+What counting costs is arithmetic, not memory. So a row of a tile lies in few threads, sums are
+kept by row from tile to tile, and whole programs are reduced once, at their end. Only the
+largest element of a tile is needed at once: it says whether the tile is ordinary (nothing wild,
+nothing beyond the limit, squares that fit float32), and what is not takes the careful way.
+
+A tile is `SLICES` slices of BM rows by BN columns. A tensor written as it lies has one, and rows
+of 16 elements. One that is written turned has four, of every fourth row: the codes of four rows
+at one column are a word of the turned tensor, and words are turned four times as fast as bytes.
+
+A guarded cast that will be repeated need not write codes: a program that meets an overflow
+raises a flag and from then on only measures, and so do programs that start later and find it up.
+Whether one finds it or not, the second kernel overwrites the codes.
 """
 
 # Kernels are Triton's language, of which pyright sees Python's.
@@ -48,22 +56,18 @@ RECAST = tl.constexpr(int(Stat.RECAST))
 SQUARE = tl.constexpr(int(Stat.SQUARE))
 SATURATED_SQUARE = tl.constexpr(int(Stat.SATURATED_SQUARE))
 CASTS = tl.constexpr(int(Stat.CASTS))
-SMALL = tl.constexpr(0x2B800000)
-LARGE = tl.constexpr(0x58800000)
-"""Bits of 2**-40 and 2**50: in between, squares of a tile's values fit float32 as they are."""
+SMALL = tl.constexpr(2.0**-40)
+LARGE = tl.constexpr(2.0**50)
+"""In between, squares of a tile's scaled values fit float32 as they are."""
 PARTS = 5
 """Sums of a program, float64 `[PARTS, programs]`: the three counts, then the two squares."""
 
 
 @triton.jit
 def tile_offsets(tile, rows, columns, tiles_along, BM: tl.constexpr, BN: tl.constexpr):
-    """Return the rows and columns of a tile, and which of its elements exist."""
-    if BM == 1:  # one row: no division
-        m = tl.arange(0, BM)
-        n = tile.to(tl.int64) * BN + tl.arange(0, BN)
-    else:
-        m = (tile // tiles_along) * BM + tl.arange(0, BM)
-        n = (tile % tiles_along).to(tl.int64) * BN + tl.arange(0, BN)
+    """Return the rows and columns of a tile of a matrix, and which of its elements exist."""
+    m = (tile // tiles_along) * BM + tl.arange(0, BM)
+    n = (tile % tiles_along).to(tl.int64) * BN + tl.arange(0, BN)
     mask = (m[:, None] < rows) & (n[None, :] < columns)
     return m, n, mask
 
@@ -81,162 +85,329 @@ def store_codes(codes, out, turned, m, n, mask, rows, columns,
 
 
 @triton.jit
-def quick_tile(bits, scale, F: tl.constexpr):
-    """Return codes, and how many elements vanish, of a tile without overflow or NaN."""
-    scaled = as_float(bits) * scale
-    vanishes = (tl.abs(scaled) <= F.vanishing) & (as_float(bits) != 0)
-    return quick_codes(bits, scaled, F), tl.sum(vanishes.to(tl.int32))
-
-
-@triton.jit
-def careful_tile(bits, scale, F: tl.constexpr):
-    """Return the same of any tile."""
-    scaled = as_float(bits) * scale
-    vanishes = (tl.abs(scaled) <= F.vanishing) & (as_float(bits) != 0)
-    return careful_codes(bits, scaled, F), tl.sum(vanishes.to(tl.int32))
-
-
-@triton.jit
-def squares(value, top):
-    """Return the sum of squares of values with this amax (bits), float64."""
-    if (top > SMALL) & (top < LARGE):
-        total = tl.sum(value * value).to(tl.float64)
+def slice_offsets(tile, r, rows, columns, elements, tiles_along,
+                  SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Return rows and columns of a slice, where its elements lie, and which of them exist."""
+    if SLICES == 1:  # rows of BN elements side by side: no division
+        m = tile.to(tl.int64) * BM + tl.arange(0, BM)
+        n = tl.arange(0, BN).to(tl.int64)
+        at = m[:, None] * BN + n[None, :]
+        mask = at < elements
     else:
-        brought = value * unit_of(top)
-        total = tl.sum(brought * brought).to(tl.float64) * unit_square(top)
-    return total
+        m = (tile // tiles_along) * (SLICES * BM) + SLICES * tl.arange(0, BM) + r
+        n = (tile % tiles_along).to(tl.int64) * BN + tl.arange(0, BN)
+        at = m[:, None].to(tl.int64) * columns + n[None, :]
+        mask = (m[:, None] < rows) & (n[None, :] < columns)
+    return m, n, at, mask
+
+
+@triton.jit
+def store_words(words, turned, tile, rows, columns, tiles_along,
+                SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Write the codes of four rows at a column, as one word each, where they lie turned."""
+    m = (tile // tiles_along) * BM + tl.arange(0, BM)
+    n = (tile % tiles_along).to(tl.int64) * BN + tl.arange(0, BN)
+    mask = (n[:, None] < columns) & (m[None, :] < rows // SLICES)
+    tl.store(turned + n[:, None] * (rows // SLICES) + m[None, :], tl.trans(words), mask=mask)
+
+
+@triton.jit
+def quick_tile(
+    slices, scale, out, turned, words, tile, rows, columns, elements, tiles_along,
+    F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TURNED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Write the codes of a tile without NaN; return by row how many elements vanish."""
+    vanished = tl.zeros([BM], tl.int32)
+    packed = tl.zeros([BM, BN], tl.int32)
+    for r in tl.static_range(SLICES):
+        bits = slices[r]
+        scaled = as_float(bits) * scale
+        vanishes = (tl.abs(scaled) <= F.vanishing) & (as_float(bits) != 0)
+        vanished += tl.sum(vanishes.to(tl.int32), axis=1)
+        codes = quick_codes(bits, scaled, F)
+        m, n, at, mask = slice_offsets(
+            tile, r, rows, columns, elements, tiles_along, SLICES, BM, BN
+        )
+        tl.store(out + at, codes, mask=mask)
+        if PACKED:
+            packed |= codes.to(tl.int32) << (8 * r)
+        elif TURNED:
+            store_codes(codes, out, turned, m, n, mask, rows, columns, False, True)
+    if PACKED:
+        store_words(packed, words, tile, rows, columns, tiles_along, SLICES, BM, BN)
+    return vanished
+
+
+@triton.jit
+def careful_tile(
+    x, scale, out, turned, tile, rows, columns, elements, tiles_along, KIND: tl.constexpr,
+    F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
+    """Do the same of any tile, slice by slice, loaded again: few registers matter more here."""
+    vanished = tl.zeros([BM], tl.int32)
+    part = tile * 0
+    while part < SLICES:
+        m, n, at, mask = slice_offsets(
+            tile, part, rows, columns, elements, tiles_along, SLICES, BM, BN
+        )
+        bits = load_bits(x, at, mask, KIND)
+        scaled = as_float(bits) * scale
+        vanishes = (tl.abs(scaled) <= F.vanishing) & (as_float(bits) != 0)
+        vanished += tl.sum(vanishes.to(tl.int32), axis=1)
+        codes = careful_codes(bits, scaled, F)
+        tl.store(out + at, codes, mask=mask)
+        if TURNED:
+            store_codes(codes, out, turned, m, n, mask, rows, columns, False, True)
+        part += 1
+    return vanished
+
+
+@triton.jit
+def write_tile(
+    x, slices, top, scale, out, turned, words, tile, rows, columns, elements, tiles_along,
+    KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Write the codes of a tile, the quick way unless it has a NaN; return what vanishes."""
+    if (top <= INF) & F.zero_is_signed:
+        vanished = quick_tile(
+            slices, scale, out, turned, words, tile, rows, columns, elements, tiles_along,
+            F, SLICES, BM, BN, TURNED, PACKED,
+        )  # fmt: skip
+    else:
+        vanished = careful_tile(
+            x, scale, out, turned, tile, rows, columns, elements, tiles_along,
+            KIND, F, SLICES, BM, BN, TURNED,
+        )  # fmt: skip
+    return vanished
+
+
+@triton.jit
+def load_slice(x, tile, r, rows, columns, elements, tiles_along, KIND: tl.constexpr,
+               SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Return the bits of a slice; zeros where there is nothing."""
+    _, _, at, mask = slice_offsets(tile, r, rows, columns, elements, tiles_along, SLICES, BM, BN)
+    return load_bits(x, at, mask, KIND)
+
+
+@triton.jit
+def load_slices(x, tile, rows, columns, elements, tiles_along, KIND: tl.constexpr,
+                SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Return the bits of a tile's slices, a tuple."""
+    first = load_slice(x, tile, 0, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN)
+    if SLICES == 1:
+        return (first,)
+    else:  # Triton wants one way out of each branch
+        second = load_slice(x, tile, 1, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN)
+        third = load_slice(x, tile, 2, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN)
+        fourth = load_slice(x, tile, 3, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN)
+        return (first, second, third, fourth)
+
+
+@triton.jit
+def careful_sums(bits, given, inv, F: tl.constexpr):
+    """Return of a slice, as scalars: NaN and Inf, saturated, squares, squares removed."""
+    size = bits & ABS
+    is_finite = size < INF
+    size = tl.where(is_finite, size, 0)
+    top = tl.max(size)
+    value = as_float(size)
+    brought = value * unit_of(top)
+    square = tl.sum(brought * brought).to(tl.float64) * unit_square(top)
+    lost = tl.abs(value * given) > F.limit
+    excess = tl.where(lost, (value - F.max * inv) * unit_of(top), 0.0)
+    removed = tl.sum(excess * excess).to(tl.float64) * unit_square(top)
+    nonfinite = tl.sum(tl.where(is_finite, 0, 1))
+    return nonfinite, tl.sum(lost.to(tl.int32)), square, removed
 
 
 @triton.jit
 def cast_tiles(
-    x, scale, flag, out, turned, tops, parts, stats, rows, columns, tiles_along, tiles,
-    KIND: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    GIVEN: tl.constexpr, GUARD: tl.constexpr, TURNED: tl.constexpr, COUNT: tl.constexpr,
+    x, scale, flag, out, turned, words, tops, parts, stats,
+    rows, columns, tiles_along, tiles, elements,
+    KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, GIVEN: tl.constexpr, GUARD: tl.constexpr, TURNED: tl.constexpr,
+    PACKED: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Cast tiles with the given scale and measure them; see the module.
 
-    A tile takes one of two branches, and stores its codes there: what a branch passes on costs
-    registers. Without `COUNT` only the amax is measured, to see what counting costs.
+    Without `COUNT` only the amax is measured, to see what counting costs.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     if program == 0:
         tl.store(stats + UNDERFLOWED, (program * 0).to(tl.float64))
-    largest = program * 0
+    largest = tl.zeros([BM], tl.int32)
+    underflowed = tl.zeros([BM], tl.int32)
+    scaled_square = tl.zeros([BM], tl.float32)
     saturated = program * 0
-    underflowed = program * 0
     nonfinite = program * 0
     square = (program * 0).to(tl.float64)
     removed = square
     given = (program * 0).to(tl.float32)
     if GIVEN:
         given = tl.load(scale)
-    makes_codes = given > 0
-    inv = tl.div_rn(given * 0 + 1.0, tl.where(makes_codes, given, 1.0))
+    has_scale = given > 0
+    factor = tl.where(has_scale, given, 1.0)
+    inv = tl.div_rn(given * 0 + 1.0, factor)
+    is_raised = program * 0
+    if GUARD:
+        # By way of a maximum: each thread loads for itself, and all must go the same way.
+        is_raised = tl.max(tl.load(flag + tl.zeros([BM], tl.int32), volatile=True))
     tile = program
     while tile < tiles:  # not `for`: the interpreter's range fails with numpy 2.4
-        m, n, mask = tile_offsets(tile, rows, columns, tiles_along, BM, BN)
-        bits = load_bits(x, m[:, None].to(tl.int64) * columns + n[None, :], mask, KIND)
-        top = tl.max(bits & ABS)
-        is_wild = top >= INF
-        is_over = as_float(top) * given > F.limit  # of Inf and of NaN bits too, or is_wild
-        if GUARD:
-            # Stale zeros cost time only.
-            makes_codes = (given > 0) & (tl.load(flag, volatile=True) == 0)
-        if is_wild | is_over | (not F.zero_is_signed):
-            size = bits & ABS
-            is_finite = size < INF
-            size = tl.where(is_finite, size, 0)
-            top = tl.max(size)
+        slices = load_slices(x, tile, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN)
+        sizes = slices[0] & ABS
+        for r in tl.static_range(1, SLICES):
+            sizes = tl.maximum(sizes, slices[r] & ABS)
+        by_row = tl.max(sizes, axis=1)
+        top = tl.max(by_row)
+        scaled_top = as_float(top) * factor
+        makes_codes = has_scale & (is_raised == 0)
+        # Codes that are not wanted, or that will be written again, need no count of the clamped.
+        bound = tl.where(makes_codes, F.limit, LARGE)
+        # Of NaN's bits every comparison is false.
+        if (scaled_top <= bound) & ((scaled_top > SMALL) | (top == 0)):
+            largest = tl.maximum(largest, by_row)
             if COUNT:
-                nonfinite += tl.sum(tl.where(is_finite, 0, 1))
-                square += squares(as_float(size), top)
-            if GUARD:  # noqa: SIM102  # one is a constant
-                if as_float(top) * given > F.limit:
-                    tl.store(flag, 1)
-            if makes_codes:
-                codes, vanished = careful_tile(bits, given, F)
-                store_codes(codes, out, turned, m, n, mask, rows, columns, True, TURNED)
-                if COUNT:
-                    underflowed += vanished
-                    lost = tl.abs(as_float(size) * given) > F.limit
-                    saturated += tl.sum(lost.to(tl.int32))
-                    excess = tl.where(lost, (as_float(size) - F.max * inv) * unit_of(top), 0.0)
-                    removed += tl.sum(excess * excess).to(tl.float64) * unit_square(top)
+                for r in tl.static_range(SLICES):
+                    scaled = as_float(slices[r]) * factor
+                    scaled_square += tl.sum(scaled * scaled, axis=1)
         else:
-            if COUNT:
-                square += squares(as_float(bits), top)
-            if makes_codes:
-                codes, vanished = quick_tile(bits, given, F)
-                store_codes(codes, out, turned, m, n, mask, rows, columns, True, TURNED)
+            part = program * 0
+            while part < SLICES:
+                bits = load_slice(
+                    x, tile, part, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN
+                )
+                size = bits & ABS
+                size = tl.where(size < INF, size, 0)
+                largest = tl.maximum(largest, tl.max(size, axis=1))
                 if COUNT:
-                    underflowed += vanished
-        largest = tl.maximum(largest, top)
+                    wild, lost, one, excess = careful_sums(bits, given, inv, F)
+                    nonfinite += wild
+                    saturated += lost
+                    square += one
+                    removed += excess
+                part += 1
+            if GUARD:
+                passes = tl.max(tl.where(as_float(largest) * given > F.limit, 1, 0))
+                if passes > is_raised:
+                    tl.store(flag, 1)
+                is_raised = tl.maximum(is_raised, passes)
+        if makes_codes:
+            vanished = write_tile(
+                x, slices, top, given, out, turned, words, tile, rows, columns, elements,
+                tiles_along, KIND, F, SLICES, BM, BN, TURNED, PACKED,
+            )  # fmt: skip
+            if COUNT:
+                underflowed += vanished
         tile += programs
-    tl.store(tops + program, largest)
+    wide = inv.to(tl.float64)
+    if not has_scale:
+        wide = wide * 0 + 1
+    square += tl.sum(scaled_square.to(tl.float64)) * wide * wide
+    tl.store(tops + program, tl.max(largest))
     tl.store(parts + program, saturated.to(tl.float64))
-    tl.store(parts + programs + program, underflowed.to(tl.float64))
+    tl.store(parts + programs + program, tl.sum(underflowed).to(tl.float64))
     tl.store(parts + 2 * programs + program, nonfinite.to(tl.float64))
     tl.store(parts + 3 * programs + program, square)
     tl.store(parts + 4 * programs + program, removed)
 
 
 @triton.jit
+def largest_of(tops, programs, SIZE: tl.constexpr):
+    """Return the largest of what programs found, `SIZE` of them at a time."""
+    each = tl.arange(0, SIZE)
+    most = tl.zeros([SIZE], tl.int32)
+    start = programs * 0
+    while start < programs:
+        most = tl.maximum(most, tl.load(tops + start + each, mask=start + each < programs, other=0))
+        start += SIZE
+    return tl.max(most)
+
+
+@triton.jit
+def add_up(parts, stats, scale_inv, amax, top, inv, programs, elements, passes, casts_again,
+           SIZE: tl.constexpr):  # fmt: skip
+    """Write the statistics of a cast, in a fixed order; see `PARTS`."""
+    each = tl.arange(0, SIZE)
+    saturated = tl.zeros([SIZE], tl.float64)
+    underflowed = tl.zeros([SIZE], tl.float64)
+    nonfinite = tl.zeros([SIZE], tl.float64)
+    square = tl.zeros([SIZE], tl.float64)
+    removed = tl.zeros([SIZE], tl.float64)
+    start = programs * 0
+    while start < programs:
+        here = parts + start + each
+        mask = start + each < programs
+        saturated += tl.load(here, mask=mask, other=0.0)
+        underflowed += tl.load(here + programs, mask=mask, other=0.0)
+        nonfinite += tl.load(here + 2 * programs, mask=mask, other=0.0)
+        square += tl.load(here + 3 * programs, mask=mask, other=0.0)
+        removed += tl.load(here + 4 * programs, mask=mask, other=0.0)
+        start += SIZE
+    wild = tl.sum(nonfinite)
+    nothing = wild * 0
+    largest = as_float(tl.where(wild < elements, top, -0x40800000))  # bits of -1
+    tl.store(scale_inv, inv)
+    tl.store(amax, largest)
+    tl.store(stats + AMAX, largest.to(tl.float64))
+    tl.store(stats + SCALE_INV, inv.to(tl.float64))
+    tl.store(stats + ELEMENTS, nothing + elements)
+    tl.store(stats + SATURATED, tl.where(casts_again, nothing, tl.sum(saturated)))
+    tl.store(stats + NONFINITE, wild)
+    tl.store(stats + RECAST, tl.where(passes, nothing + 1, nothing))
+    tl.store(stats + SQUARE, tl.sum(square))
+    tl.store(stats + SATURATED_SQUARE, tl.where(casts_again, nothing, tl.sum(removed)))
+    tl.store(stats + CASTS, nothing + 1)
+    if not casts_again:
+        tl.store(stats + UNDERFLOWED, tl.sum(underflowed))
+
+
+@triton.jit
 def settle(
-    x, scale, out, turned, tops, parts, stats, scale_inv, amax,
-    rows, columns, tiles_along, tiles, programs, elements,
-    KIND: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    GIVEN: tl.constexpr, GUARD: tl.constexpr, TURNED: tl.constexpr, PROGRAMS: tl.constexpr,
+    x, scale, flag, out, turned, words, tops, parts, stats, scale_inv, amax,
+    rows, columns, tiles_along, tiles, elements, programs,
+    KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, GIVEN: tl.constexpr, GUARD: tl.constexpr, TURNED: tl.constexpr,
+    PACKED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Add up the statistics; cast with the tensor's own scale where that is due.
 
-    `cast_tiles` has set `stats[UNDERFLOWED]` to 0. `PROGRAMS`: a power of two, at least `programs`.
+    `cast_tiles` has set `stats[UNDERFLOWED]` to 0, and `flag` where a guarded scale would saturate.
+    Only the first program, and those that cast again, look at what the programs found.
     """
     program = tl.program_id(0)
-    each = tl.arange(0, PROGRAMS)
-    top = tl.max(tl.load(tops + each, mask=each < programs, other=0))
-    own = own_scale(top, F)
-    given = own * 0
+    given = (program * 0).to(tl.float32)
+    passes = program < 0
     if GIVEN:
         given = tl.load(scale)
-    passes = (as_float(top) * given > F.limit) & GUARD
+    if GUARD:
+        passes = tl.load(flag) > 0
     casts_again = passes | (given <= 0)
-    used = tl.where(casts_again, own, given)
-    inv = tl.div_rn(used * 0 + 1.0, used)
-    if program == 0:
-        saturated = tl.sum(tl.load(parts + each, mask=each < programs, other=0.0))
-        underflowed = tl.sum(tl.load(parts + programs + each, mask=each < programs, other=0.0))
-        nonfinite = tl.sum(tl.load(parts + 2 * programs + each, mask=each < programs, other=0.0))
-        square = tl.sum(tl.load(parts + 3 * programs + each, mask=each < programs, other=0.0))
-        removed = tl.sum(tl.load(parts + 4 * programs + each, mask=each < programs, other=0.0))
-        nothing = square * 0
-        largest = as_float(tl.where(nonfinite < elements, top, -0x40800000))  # bits of -1
-        tl.store(scale_inv, inv)
-        tl.store(amax, largest)
-        tl.store(stats + AMAX, largest.to(tl.float64))
-        tl.store(stats + SCALE_INV, inv.to(tl.float64))
-        tl.store(stats + ELEMENTS, nothing + elements)
-        tl.store(stats + SATURATED, tl.where(casts_again, nothing, saturated))
-        tl.store(stats + NONFINITE, nonfinite)
-        tl.store(stats + RECAST, tl.where(passes, nothing + 1, nothing))
-        tl.store(stats + SQUARE, square)
-        tl.store(stats + SATURATED_SQUARE, tl.where(casts_again, nothing, removed))
-        tl.store(stats + CASTS, nothing + 1)
-        if not casts_again:
-            tl.store(stats + UNDERFLOWED, underflowed)
+    used = given
+    if casts_again | (program == 0):
+        top = largest_of(tops, programs, SIZE)
+        used = tl.where(casts_again, own_scale(top, F), given)
+        if program == 0:
+            inv = tl.div_rn(used * 0 + 1.0, used)
+            add_up(parts, stats, scale_inv, amax, top, inv, programs, elements, passes,
+                   casts_again, SIZE)  # fmt: skip
     if casts_again:
-        vanished = program * 0
+        vanished = tl.zeros([BM], tl.int32)
         tile = program
         while tile < tiles:
-            m, n, mask = tile_offsets(tile, rows, columns, tiles_along, BM, BN)
-            bits = load_bits(x, m[:, None].to(tl.int64) * columns + n[None, :], mask, KIND)
-            if (tl.max(bits & ABS) >= INF) | (not F.zero_is_signed):
-                codes, count = careful_tile(bits, used, F)
-                vanished += count
-                store_codes(codes, out, turned, m, n, mask, rows, columns, True, TURNED)
-            else:
-                codes, count = quick_tile(bits, used, F)
-                vanished += count
-                store_codes(codes, out, turned, m, n, mask, rows, columns, True, TURNED)
+            slices = load_slices(
+                x, tile, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN
+            )
+            sizes = slices[0] & ABS
+            for r in tl.static_range(1, SLICES):
+                sizes = tl.maximum(sizes, slices[r] & ABS)
+            vanished += write_tile(
+                x, slices, tl.max(sizes), used, out, turned, words, tile, rows, columns, elements,
+                tiles_along, KIND, F, SLICES, BM, BN, TURNED, PACKED,
+            )  # fmt: skip
             tile += tl.num_programs(0)
         # Whole numbers in float64: exact in any order.
-        tl.atomic_add(stats + UNDERFLOWED, vanished.to(tl.float64), sem="relaxed")
+        tl.atomic_add(stats + UNDERFLOWED, tl.sum(vanished).to(tl.float64), sem="relaxed")

@@ -1,0 +1,173 @@
+"""Which row of a ledger is whose: sites, the scales of each, and what their scalings come to.
+
+A site has one scale with a history, that of its tensor's amax; only a weight whose rows or blocks
+have delayed or guarded scales has one a block. A site keeps its history whatever its scaling, as
+long as its blocks stay the same, so that switching to another and back loses nothing.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unclamp.names import Role, SiteName
+from unclamp.numerics import block_grid
+from unclamp.numerics.operators import CastPlan
+from unclamp.policy import Settings, history_len_of
+from unclamp.rule import Operand
+from unclamp.scaling import PER_TENSOR, Granularity, Scaling
+
+Axis = Literal[0, 1]
+"""The axis of an operand, as the layer holds it, that a GEMM contracts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One operand of one layer, and what the recipe gives it.
+
+    `shape` is that of a weight, whose blocks can have histories; empty for other roles. Such
+    histories are of the blocks of `remembers`: those of its scaling, or of the one before it.
+    """
+
+    name: SiteName
+    operand: Operand
+    shape: tuple[int, ...] = ()
+    remembers: Granularity = PER_TENSOR
+
+    @classmethod
+    def of(cls, fqn: str, role: Role, operand: Operand, *, shape: tuple[int, ...] = ()) -> "Site":
+        """Return the site whose histories are those that its scaling wants."""
+        scaling = operand.scaling
+        remembers = scaling.granularity if scaling.remembers else PER_TENSOR
+        return cls(name=SiteName(fqn, role), operand=operand, shape=shape, remembers=remembers)
+
+    def switched(self, scaling: Scaling) -> "Site":
+        """Return the site under another scaling; it goes on remembering what can go on."""
+        operand = replace(self.operand, scaling=scaling)
+        same = scaling.granularity == self.remembers or not scaling.casts
+        if same and not scaling.remembers:
+            return replace(self, operand=operand)
+        return Site.of(self.fqn, self.role, operand, shape=self.shape)
+
+    @property
+    def fqn(self) -> str:
+        """Dotted name of its layer."""
+        return self.name.fqn
+
+    @property
+    def role(self) -> Role:
+        """Which operand of the layer it is."""
+        return self.name.role
+
+    @property
+    def history_len(self) -> int:
+        """Updates that its scaling looks back on."""
+        return history_len_of(self.operand.scaling)
+
+    @property
+    def grids(self) -> dict[Axis, tuple[int, int]]:
+        """Shape of the scales with a history, for a cast along each axis; empty per tensor."""
+        if self.remembers.is_whole:
+            return {}
+        block, (rows, columns) = self.remembers.block, self.shape
+        grids: dict[Axis, tuple[int, int]] = {1: block_grid(rows, columns, block)}
+        if not self.remembers.is_square:
+            grids[0] = block_grid(columns, rows, block)
+        return grids
+
+    @property
+    def scales(self) -> int:
+        """Scales with a history of their own: one, or one a block of each cast."""
+        return sum(rows * columns for rows, columns in self.grids.values()) or 1
+
+    @property
+    def cast_plan(self) -> CastPlan | None:
+        """How it is cast; None in high precision."""
+        scaling = self.operand.scaling
+        if not scaling.casts:
+            return None
+        return CastPlan(
+            format=self.operand.format.name,
+            granularity=str(scaling.granularity),
+            margin=scaling.margin,
+            power_of_two=scaling.power_of_two or scaling.granularity.power_of_two,
+            guard=scaling.guards,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sites in the order they were added, and the rows of each.
+
+    Attributes:
+        sites: One after the other; a site's number is its place here.
+        first_row: The first row of each site.
+        remembered: Updates that each site remembers: what it looks back on now, or once did.
+        settings: What each row's scaling and format come to, on the ledger's device.
+        site_of_row: The site of each row, int64.
+        is_block: Which rows have an amax of their own; None where none does.
+    """
+
+    sites: list[Site]
+    first_row: list[int]
+    remembered: list[int]
+    settings: Settings
+    site_of_row: Tensor
+    is_block: Tensor | None
+
+    @classmethod
+    @torch.inference_mode(False)  # its tensors have no version, and could not train
+    def of(
+        cls, sites: list[Site], *, device: torch.device, remembered: Sequence[int] = ()
+    ) -> "Layout":
+        """Give these sites rows; the first ones remember at least as many updates as told."""
+        counts = [site.scales for site in sites]
+        lengths = itertools.zip_longest(
+            (site.history_len for site in sites), remembered, fillvalue=0
+        )
+        of_row = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+        settings = Settings.of([site.operand for site in sites], counts)
+        is_block = torch.tensor(counts)[of_row] > 1 if max(counts, default=1) > 1 else None
+        return cls(
+            sites=sites,
+            first_row=[0, *itertools.accumulate(counts[:-1])] if counts else [],
+            remembered=[max(pair) for pair in lengths],
+            settings=settings.mapped(lambda column: torch.from_numpy(column).to(device)),
+            site_of_row=of_row.to(device),
+            is_block=None if is_block is None else is_block.to(device),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of all sites."""
+        return len(self.site_of_row)
+
+    @property
+    def longest(self) -> int:
+        """Updates that some site remembers."""
+        return max(self.remembered, default=1)
+
+    def rows_of(self, index: int) -> slice:
+        """Return the rows of a site."""
+        first = self.first_row[index]
+        return slice(first, first + self.sites[index].scales)
+
+    def numbers_of(self, indices: Sequence[int]) -> Tensor:
+        """Return the numbers of the rows of some sites, int64."""
+        rows = [range(*self.rows_of(index).indices(self.rows)) for index in indices]
+        return torch.tensor(list(itertools.chain(*rows)), dtype=torch.int64).to(
+            self.site_of_row.device
+        )
+
+    def newest(self, site_amax: Tensor, block_amax: Tensor) -> Tensor:
+        """Return each row's amax since the last update, float32; -1 where nothing was seen."""
+        amax = site_amax.to(torch.float32)[self.site_of_row]
+        return amax if self.is_block is None else torch.where(self.is_block, block_amax, amax)
+
+    def oldest(self, ages: Tensor) -> Tensor:
+        """Return the largest of the ages of each site's rows, `[sites]`; at least -1."""
+        oldest = torch.full((len(self.sites),), -1, dtype=ages.dtype, device=ages.device)
+        return oldest.scatter_reduce_(0, self.site_of_row, ages, "amax")
