@@ -12,7 +12,7 @@ import unclamp
 SOURCE = Path(unclamp.__file__).parent
 LAYERS = [
     {"errors", "files", "version", "worker"},
-    {"formats", "names"},
+    {"formats", "names", "totals"},
     {"scaling"},
     {"reference", "rule", "runlog"},
     {"recipe", "policy"},

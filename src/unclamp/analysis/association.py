@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from unclamp.analysis.evidence import Clamping, Weights, weigh
 from unclamp.analysis.history import read_history
-from unclamp.analysis.observing import is_observed
 from unclamp.analysis.power import smallest_effects, to_change
 from unclamp.analysis.response import make_response
 from unclamp.analysis.sentences import Finding, describe
@@ -149,8 +148,8 @@ def associate(
         seed: Of that draw; the same seed gives the same answer.
 
     Raises:
-        AnalysisError: The run has no losses, no casts or no sites, its ranks other modules, or
-            `max_lag` is above both 8 and a tenth of the steps.
+        AnalysisError: The run has no losses, no casts or no sites, or `max_lag` is
+            above both 8 and a tenth of the steps.
         RunLogError: It cannot be read.
         ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
     """
@@ -166,7 +165,7 @@ def associate(
         sqnr_db=history.sqnr_db,
         refusal=history.refusal,
         notes=history.notes,
-        is_observed=is_observed(log.header),
+        is_observed=log.header.observed,
         max_lag=max_lag,
         shifts=shifts,
         alpha=alpha,

@@ -26,6 +26,7 @@ from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.policy import overflows
 from unclamp.scaling import Dynamic, PerBlock, Scaling
+from unclamp.totals import clamp_error, overshoot
 
 PLACEBO = 2.0**-12
 """Relative change of every weight in a placebo: too small to mean anything, and large enough to
@@ -196,12 +197,13 @@ class Replay:
         if before.fixed_scale is not None:
             would = overflows(amax.to(torch.float32), before.fixed_scale, fmt).sum()
         square = rows[:, Stat.SQUARE]
-        error = torch.where(square > 0, rows[:, Stat.SATURATED_SQUARE] / square, 0.0)
+        error = clamp_error(rows[:, Stat.SATURATED_SQUARE], square)
+        peak = overshoot(amax / rows[:, Stat.SCALE_INV], fmt.max)
         return SiteCount(
             saturated=int(rows[:, Stat.SATURATED].sum()),
             would_clamp=int(would),
             clamp_error=float(error.sum()),
-            overshoot=float((amax / (fmt.max * rows[:, Stat.SCALE_INV])).nan_to_num(0, 0, 0).max()),
+            overshoot=float(peak.nan_to_num(0, 0, 0).max()),
         )
 
 

@@ -16,6 +16,7 @@ from unclamp.analysis import associate
 from unclamp.analysis.counterfactual import SiteShare
 from unclamp.analysis.explanation import Explanation, Verdict, named_counterfactuals
 from unclamp.errors import AnalysisError
+from unclamp.names import SiteName
 from unclamp.runlog import RunLog
 
 MOST_REPLAYS = 12
@@ -26,13 +27,6 @@ CAUTION = (
     "and no association, does not clear a site. Look at the columns clamp error and SQNR of the "
     "table of sites for that."
 )
-
-
-MIXED_ASSOCIATION: dict[str, Any] = {
-    "verdict": "cannot tell",
-    "sentences": ["Cannot tell: the ranks recorded different modules under the same site ids."],
-    "sites": [],
-}
 
 
 def read_association(log: RunLog) -> dict[str, Any]:
@@ -46,10 +40,10 @@ def read_association(log: RunLog) -> dict[str, Any]:
         return {"verdict": "cannot tell", "sentences": [str(error)], "sites": []}
 
 
-def named_sites(association: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Return fqn and role of the sites that an association names."""
+def named_sites(association: Mapping[str, Any] | None) -> list[SiteName]:
+    """Return the sites that an association names."""
     rows = (association or {}).get("sites") or []
-    return [(row["fqn"], row["role"]) for row in rows if row.get("by")]
+    return [SiteName(row["fqn"], row["role"]) for row in rows if row.get("by")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,18 @@
 """The report as one self-contained page: no network, no server."""
 
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from unclamp.files import to_json, write_atomically
-from unclamp.report.arms import ScenarioView
+from unclamp.report.arms import Heat, ScenarioView
 from unclamp.report.charts import (
     COLOURS,
     arms_figure,
@@ -78,7 +80,7 @@ def _json(data: object) -> Markup:
 def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, Any]:
     """Return what the template shows of a scenario; `place` keeps its plots' ids apart."""
     colours = {arm.name: COLOURS[i % len(COLOURS)] for i, arm in enumerate(scenario.arms)}
-    clamped = [arm for arm, heat in scenario.heat.items() if heat["share"].any()]
+    clamped = [arm for arm, heat in scenario.heat.items() if heat.share.any()]
     return {
         "name": scenario.name,
         "description": scenario.description,
@@ -88,7 +90,7 @@ def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, An
         "colours": list(colours.values()),
         "loss": Markup(embed(arms_figure(scenario, colours), f"loss-{place}")),
         "heats": [
-            (arm, Markup(embed(heat_figure(**scenario.heat[arm]), f"heat-{place}-{i}")))
+            (arm, Markup(embed(_heat(scenario.heat[arm]), f"heat-{place}-{i}")))
             for i, arm in enumerate(clamped)
         ],
         "calm": [arm.name + arm.extent for arm in scenario.arms if not arm.saturated],
@@ -101,12 +103,16 @@ def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, An
     }
 
 
+def _heat(heat: Heat) -> go.Figure:
+    return heat_figure(heat.sites, heat.steps, heat.share)
+
+
 def _run(run: RunView, path: str) -> dict[str, Any]:
     share = np.array(list(run.heat.values())).reshape(len(run.heat), len(run.window_steps))
     table = {
         "columns": TABLE_COLUMNS,
-        "sites": run.sites,
-        "panels": run.panels,
+        "sites": [asdict(site) for site in run.sites],
+        "panels": {site: asdict(panel) for site, panel in run.panels.items()},
         "steps": run.window_steps,
         "window": run.window_size,
         "path": path,

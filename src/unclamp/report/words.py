@@ -8,7 +8,7 @@ from unclamp.analysis.counterfactual import SiteShare
 from unclamp.analysis.explanation import interval, spike_share
 from unclamp.names import shown
 from unclamp.report.arms import ArmView, ScenarioView
-from unclamp.report.figures import ROOT
+from unclamp.report.recorded import SiteRow
 
 ARM_COLUMNS = (
     "arm",
@@ -96,18 +96,18 @@ def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
     return [cells[column] for column in arm_columns(scenario)]
 
 
-def site_row(site: dict[str, Any]) -> list[str]:
+def site_row(site: SiteRow) -> list[str]:
     """Return a site as cells under `SITE_COLUMNS`."""
     return [
-        site["fqn"] or ROOT,
-        site["role"],
-        f"{site['scaling']} {site['format']}",
-        f"{site['saturated']:,}",
-        f"{site['clamped_casts']:,}",
-        f"{site['overshoot']:.2f}x",
-        percent(site["clamp_error"]),
-        percent(site["underflow_share"]),
-        "-" if site["worst_step"] is None else f"{site['worst_step']:,}",
+        shown(site.fqn),
+        site.role,
+        f"{site.scaling} {site.format}",
+        f"{site.saturated:,}",
+        f"{site.clamped_casts:,}",
+        "-" if site.overshoot is None else f"{site.overshoot:.2f}x",
+        percent(site.clamp_error or 0.0),
+        percent(site.underflow_share or 0.0),
+        "-" if site.worst_step is None else f"{site.worst_step:,}",
     ]
 
 
@@ -138,7 +138,7 @@ def explanation_row(row: SiteShare) -> list[str]:
 
 def _fqn(row: Mapping[str, Any]) -> str:
     fqn = row.get("fqn")
-    return "-" if fqn is None else str(fqn) or ROOT
+    return "-" if fqn is None else shown(str(fqn))
 
 
 SERIES = {"loss": "loss", "grad_norm": "gradient norm"}

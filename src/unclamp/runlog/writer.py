@@ -92,8 +92,10 @@ class RunLogWriter:
         Args:
             table: a name in `TABLES`.
             columns: name to values, all of one length; `rank` and nullable columns may be left
-                out. Or a function without arguments that returns them: it is called on the
-                background thread, and an error in it stops the log and not the caller.
+                out. Ids of sites are to be unique in the run: the n-th site of a rank is
+                n * world size + rank. Or a function without arguments that returns them: it is
+                called on the background thread, and an error in it stops the log and not the
+                caller.
 
         Raises:
             RunLogError: the table or a column is unknown, lengths differ, a value does not fit
