@@ -29,7 +29,8 @@ LAYERS = [
     {"__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-TORCH_FREE = ["unclamp", "unclamp.runlog", "unclamp.analysis", "unclamp.report.html",
+TORCH_FREE = ["unclamp", "unclamp.files", "unclamp.worker", "unclamp.runlog", "unclamp.analysis",
+              "unclamp.analysis.explanation", "unclamp.report.html",
               "unclamp.report.text", "unclamp.report.doctor", "unclamp.study.config",
               "unclamp.cli"]  # fmt: skip
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -84,6 +85,26 @@ def test_all_is_complete_and_loads() -> None:
     assert sorted(unclamp.__all__, key=str.lower) == sorted(set(unclamp.__all__), key=str.lower)
 
 
+def test_every_error_and_warning_is_public() -> None:
+    tree = ast.parse((SOURCE / "errors.py").read_text())
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert len(classes) > 5
+    assert classes <= set(unclamp.__all__)
+
+
+def test_all_names_whatever_the_package_offers() -> None:
+    """What is imported or loaded at first use is public, and nothing is in one list alone."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("unclamp")
+        for alias in node.names
+    }
+    assert imported == set(unclamp.__all__)
+    assert set(unclamp._LAZY) < imported
+
+
 def test_unknown_attribute_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         unclamp.nonsense  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
@@ -94,3 +115,8 @@ def test_files_are_short_and_say_what_they_answer(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 420
     assert ast.get_docstring(ast.parse(text))
+
+
+def test_an_explanation_needs_no_torch() -> None:
+    code = "import sys, unclamp; unclamp.Explanation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
