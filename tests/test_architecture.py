@@ -10,6 +10,8 @@ import pytest
 
 import unclamp
 
+ROOT = Path(__file__).parent.parent
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 SOURCE = Path(unclamp.__file__).parent
 LAYERS = [
     {"errors", "files", "version", "worker"},
@@ -59,11 +61,25 @@ def test_imports_point_down_or_stay_in_the_room(path: Path) -> None:
 
 
 def test_architecture_prints_the_layers_that_are_enforced() -> None:
-    text = (Path(__file__).parent.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    printed = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, flags=re.MULTILINE)
+    printed = re.findall(r"^\| (\d+) \| ([^|]+) \|", ARCHITECTURE, flags=re.MULTILINE)
     rows = {int(layer): set(re.findall(r"`(\w+)`", rooms)) for layer, rooms in printed}
     assert rows == dict(enumerate(LAYERS))
     assert len(printed) == len(LAYERS)  # no layer in two rows
+
+
+def test_the_tests_of_invariants_exist() -> None:
+    named = re.findall(r"`(tests/[\w/.]+)`", ARCHITECTURE)
+    assert len(named) > 40
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("package", ["nn", "numerics"])
+def test_architecture_names_every_file_of_the_core(package: str) -> None:
+    section = ARCHITECTURE.split(f"### Inside `{package}`")[1].split("##")[0]
+    cells = re.findall(r"^\| (`[^|]+) \|", section, flags=re.MULTILINE)
+    named = [name for cell in cells for name in re.findall(r"`(\w+)/?`", cell)]
+    there = {path.stem for path in (SOURCE / package).iterdir() if path.stem[0] != "_"}
+    assert sorted(named) == sorted(there)
 
 
 def test_telemetry_and_analysis_meet_only_in_the_run_log() -> None:
