@@ -26,13 +26,12 @@ import unclamp
 from bench.timing import compare
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 from unclamp.explain.watch import LEVEL_POINTS
-from unclamp.names import Role
+from unclamp.names import SiteName
 from unclamp.study.config import StudyConfig, default_toml
 from unclamp.study.data import Batches, read_text
 from unclamp.study.loop import build, do_step, tokenize
 
 ENOUGH = 0.9
-Site = tuple[str, Role]
 AnyCase = Case | LlamaCase
 HARMLESS = ((0.0,), (0.0,))
 """Paths whose outlier meets a column of zeros."""
@@ -44,7 +43,7 @@ class Result:
 
     kind: str
     case: AnyCase
-    truth: list[Site]
+    truth: list[SiteName]
     shares: dict[str, float]
     found: Explanation
     seconds: float
@@ -187,7 +186,7 @@ def _record(case: AnyCase, run: Path) -> tuple[list[float], float]:
     return losses, sorted(seconds)[len(seconds) // 2]
 
 
-def _truth(case: AnyCase, losses: Sequence[float]) -> tuple[list[Site], dict[str, float]]:
+def _truth(case: AnyCase, losses: Sequence[float]) -> tuple[list[SiteName], dict[str, float]]:
     """Return the smallest set of planted sites, and their Shapley values, by training anew."""
     at = _spike(case)
     sites = case.culprits
@@ -213,7 +212,7 @@ def _truth(case: AnyCase, losses: Sequence[float]) -> tuple[list[Site], dict[str
             key = tuple(s for s in sites if s in before)
             after = tuple(s for s in sites if s in before or s == site)
             gains.append(removed[after] - removed[key])
-        shares[" ".join(site)] = sum(gains) / len(gains)
+        shares[str(site)] = sum(gains) / len(gains)
     return list(best), shares
 
 
@@ -291,12 +290,12 @@ def snapshot_cost() -> None:
 
 def _line(result: Result) -> str:
     found = result.found
-    named = ", ".join(" ".join(site) for site in found.named) or "-"
+    named = ", ".join(str(site) for site in found.named) or "-"
     mark = "ok  " if result.is_right else "MISS"
     return (
         f"{mark} {result.kind}, seed {result.case.seed}: {found.verdict}, "
         f"{100 * (found.clamping_share or 0):.0f} %, height {found.height:.2f}, named {named}, "
-        f"truth {[' '.join(s) for s in result.truth]}, share error {result.share_error:.3f}, "
+        f"truth {[str(site) for site in result.truth]}, share error {result.share_error:.3f}, "
         f"{found.replays} replays, {result.seconds:.1f} s, reproduced {found.reproduced}"
     )
 

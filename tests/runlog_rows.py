@@ -1,12 +1,16 @@
 """Rows that the tests of the run log write, and what they must sum to."""
 
+import json
 import math
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from unclamp.runlog import SUMMARY_STEPS, VIEWS, RunLog, compactor
@@ -93,6 +97,22 @@ def assert_summaries_are_those_of_casts(log: RunLog) -> None:
             value, exact = row.pop(name), wanted.pop(name)
             assert value == (exact if exact is None else pytest.approx(exact, rel=1e-9))
         assert row == wanted
+
+
+def as_schema_1(run: Path, *, world_size: int = 1) -> None:
+    """Make a run one of schema 1: no rank in sites, a rank's own ids, cadence in metadata."""
+    shutil.rmtree(run / "summaries", ignore_errors=True)  # of the ids of now
+    header = json.loads((run / "run.json").read_text())
+    for field in ("cadence", "observed"):
+        del header[field]
+    (run / "run.json").write_text(json.dumps(header | {"schema_version": 1}))
+    for part in [*run.glob("sites/*.parquet"), *run.glob("casts/*.parquet")]:
+        with pq.ParquetFile(part) as file:
+            rows = file.read()
+        at, column = rows.schema.get_field_index("site"), rows.schema.field("site")
+        ids = [site // world_size for site in rows["site"].to_pylist()]
+        rows = rows.set_column(at, column, pa.array(ids, column.type))
+        pq.write_table(rows.drop_columns("rank") if part.parent.name == "sites" else rows, part)
 
 
 def merge_early(

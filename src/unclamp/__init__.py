@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from unclamp.errors import (
+    AnalysisError,
     ConvertError,
     RecipeError,
     ReplayError,
@@ -18,6 +19,7 @@ from unclamp.errors import (
     UnsupportedError,
 )
 from unclamp.formats import E4M3FN, E4M3FNUZ, E5M2, E5M2FNUZ, FORMATS, Format
+from unclamp.names import SiteName
 from unclamp.recipe import Recipe
 from unclamp.scaling import (
     MX,
@@ -34,7 +36,8 @@ from unclamp.scaling import (
 from unclamp.version import __version__
 
 if TYPE_CHECKING:
-    from unclamp.explain import Explanation, Snapshots, Training, explain_spike
+    from unclamp.analysis.explanation import Explanation
+    from unclamp.explain import Snapshots, Training, explain_spike
     from unclamp.nn import (
         ConvertReport,
         Fp8Linear,
@@ -70,7 +73,7 @@ _LAZY = {
     "quantize": "unclamp.numerics",
     "scale_from_amax": "unclamp.numerics",
     "RunLog": "unclamp.runlog",
-    "Explanation": "unclamp.explain",
+    "Explanation": "unclamp.analysis.explanation",
     "Snapshots": "unclamp.explain",
     "Training": "unclamp.explain",
     "explain_spike": "unclamp.explain",
@@ -85,6 +88,7 @@ __all__ = [
     "E5M2FNUZ",
     "FORMATS",
     "MX",
+    "AnalysisError",
     "ConvertError",
     "ConvertReport",
     "Delayed",
@@ -108,6 +112,7 @@ __all__ = [
     "RunLog",
     "RunLogError",
     "Scaling",
+    "SiteName",
     "Snapshots",
     "Static",
     "StudyError",

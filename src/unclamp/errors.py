@@ -42,7 +42,7 @@ class StudyError(UnclampError, ValueError):
 
 
 class AnalysisError(UnclampError, ValueError):
-    """A file holds no curve, or not the one asked for; or a definition is unknown."""
+    """A file holds no curve or explanation that can be read; or a definition is unknown."""
 
 
 class UnclampWarning(UserWarning):

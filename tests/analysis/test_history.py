@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from planted import plant
-from runlog_rows import cast_row, columns, merge_early
+from runlog_rows import as_schema_1, cast_row, columns, merge_early
 from test_cli import unclamp
 from unclamp.analysis import associate, run_curve
 from unclamp.analysis.association import associate_series
 from unclamp.analysis.history import read_history
-from unclamp.errors import AnalysisError
 from unclamp.runlog import Header, RunLog, RunLogWriter
 
 STEPS = 400
@@ -120,19 +119,43 @@ def test_ranks_take_part_with_their_last_recordings(tmp_path: Path) -> None:
     other = [(s, loss[s], 0.3 * (s in (20, 30))) for s in range(STEPS)]
     write(run, [*other, (STEPS - 1, 2.0, 0.2)], rank=1)
     with RunLog.open(run) as log:
-        assert not log.has_mixed_sites
         clamping = read_history(log).clamping
     assert clamping.steps.tolist() == [20, 30, STEPS - 1]
     assert clamping.errors.tolist() == [0.3, 0.3, 0.2]
 
 
-def test_ranks_with_different_modules_are_refused(tmp_path: Path) -> None:
-    run = write(tmp_path / "run", [(s, 2.0, 0.1) for s in range(30)])
-    write(run, [(s, 2.0, 0.1) for s in range(30)], rank=1, fqn="layers.9.proj")
+def test_ranks_with_different_modules_are_told_apart(tmp_path: Path) -> None:
+    loss = losses()
+    run = write(tmp_path / "run", [(s, loss[s], 0.1 * (s == 20)) for s in range(STEPS)])
+    other = [(s, loss[s], 0.3 * (s in (20, 30))) for s in range(STEPS)]
+    write(run, [*other, (STEPS - 1, 2.0, 0.2)], rank=1, fqn="layers.9.proj")
     with RunLog.open(run) as log:
-        assert log.has_mixed_sites
-        with pytest.raises(AnalysisError, match="ranks recorded different modules"):
-            associate(log)
+        history = read_history(log)
+    clamping = history.clamping
+    assert [(fqn, role) for _, fqn, role in history.names] == [
+        ("layers.0.proj", "input"),
+        ("layers.9.proj", "input"),
+    ]
+    assert clamping.starts.tolist() == [0, 1, 4]
+    assert clamping.steps.tolist() == [20, 20, 30, STEPS - 1]
+    assert clamping.errors.tolist() == [0.1, 0.3, 0.3, 0.2]
+
+
+def test_a_site_has_its_name_on_whatever_rank_and_under_whatever_id(tmp_path: Path) -> None:
+    header = Header(unclamp_version="0", world_size=2, run_id="1")
+    for rank, fqns in enumerate((["a", "b"], ["b", "a"])):
+        with RunLogWriter(tmp_path, header=header, rank=rank) as writer:
+            writer.add("sites", sites(*fqns) | {"site": [rank, 2 + rank]})
+            writer.add("steps", {"step": range(4), "loss": [2.0] * 4, "time_s": [0.0] * 4})
+            row = cast_row(2, 2 + rank, rank=rank, saturated=1, saturated_error=0.25 * (1 + rank),
+                           sqnr_db=10.0 + rank)  # fmt: skip
+            writer.add("casts", columns([row]))
+    with RunLog.open(tmp_path) as log:
+        history = read_history(log)
+    assert history.names == [(0, "a", "input"), (1, "b", "input")]
+    assert history.clamping.starts.tolist() == [0, 1, 2]
+    assert history.clamping.errors.tolist() == [0.5, 0.25]  # a on rank 1, b on rank 0
+    assert history.sqnr_db == {0: 11.0, 1: 10.0}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +174,7 @@ def test_casts_of_every_nth_step_cannot_tell(
     loss = losses()
     records = [(s, loss[s], 0.0) for s in range(STEPS)]
     run = write(tmp_path / "run", records, metadata={"cadence": cadence})
+    as_schema_1(run)
     with RunLog.open(run) as log:
         found = associate(log)
     assert (found.verdict == "cannot tell") == is_refused

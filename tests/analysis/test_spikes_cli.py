@@ -47,8 +47,9 @@ def test_json_is_a_list_of_spikes(tmp_path: Path) -> None:
 def test_table_and_words(tmp_path: Path) -> None:
     lines = run(write(tmp_path / "log.csv", spiked=True)).splitlines()
     cells = lines[1].split()
-    assert (cells[0], cells[1], cells[3], cells[4]) == ("loss", "2000", "2020", "2030")
-    assert cells[5].startswith("1.")
+    assert (cells[0], cells[1]) == ("1", "loss")  # the number that `unclamp explain` takes
+    assert (cells[2], cells[4], cells[5]) == ("2000", "2020", "2030")
+    assert cells[6].startswith("1.")
     assert "1 spike in 300 steps" in lines[-1]
     assert all(len(line.rstrip()) <= 80 for line in lines[:-1])
 
@@ -95,3 +96,34 @@ def test_series_and_column_that_are_not_there(tmp_path: Path) -> None:
     for option in (["--series", "grad_norm"], ["--column", "nonsense"], ["--threshold", "-1"]):
         with pytest.raises(UnclampError):
             run(path, *option)
+
+
+def test_only_spikes_of_the_loss_by_the_default_definition_have_the_number_of_explain(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "log.csv"
+    noise = np.random.default_rng(0).standard_normal((300, 2))
+    columns = 2 * (1 + 0.01 * noise)
+    columns[[100, 200], 0] *= 2
+    columns[[50, 150], 1] *= 3
+    rows = "".join(f"{i},{a:.5f},{b:.5f}\n" for i, (a, b) in enumerate(columns.tolist()))
+    path.write_text("step,loss,grad_norm\n" + rows)
+
+    def numbers(*options: str) -> list[tuple[str, int, int | None]]:
+        found = json.loads(run(path, "--json", *options))
+        return [(spike["series"], spike["onset"], spike["number"]) for spike in found]
+
+    assert numbers() == [
+        ("grad_norm", 50, None),
+        ("loss", 100, 1),
+        ("grad_norm", 150, None),
+        ("loss", 200, 2),
+    ]
+    assert numbers("--series", "loss", "--method", "zclip", "--threshold", "20") == [
+        ("loss", 100, None),
+        ("loss", 200, None),
+    ]
+    assert {number for _, _, number in numbers("--threshold", "6")} == {None}
+    assert [number for _, _, number in numbers("--threshold", "5", "--series", "loss")] == [1, 2]
+    lines = run(path).splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["grad_norm", "1", "grad_norm", "2"]

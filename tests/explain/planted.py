@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import unclamp
 from unclamp.explain import Snapshots, Training
-from unclamp.names import Role
+from unclamp.names import SiteName
 
 WIDTH = 32
 TOKENS = 64
@@ -52,10 +52,10 @@ class Case:
     deterministic: bool = True
 
     @property
-    def culprits(self) -> list[tuple[str, Role]]:
+    def culprits(self) -> list[SiteName]:
         """The planted sites."""
         return [
-            (f"paths.{i}.{k + 1}", "input")
+            SiteName(f"paths.{i}.{k + 1}", "input")
             for i, gains in enumerate(self.paths)
             for k in range(len(gains))
         ]
@@ -175,7 +175,7 @@ class AnyCase(Protocol):
     @property
     def recipe(self) -> unclamp.Recipe: ...
     @property
-    def culprits(self) -> list[tuple[str, Role]]: ...
+    def culprits(self) -> list[SiteName]: ...
     @property
     def scaling(self) -> unclamp.Delayed | unclamp.Static: ...
     def build(self, recipe: unclamp.Recipe | None = None) -> Training: ...
@@ -205,7 +205,7 @@ def record(case: AnyCase, run: Path, **settings: object) -> list[float]:
     return losses
 
 
-def losses_with(case: AnyCase, unclamped: list[tuple[str, Role]]) -> list[float]:
+def losses_with(case: AnyCase, unclamped: list[SiteName]) -> list[float]:
     """Train a case from its start with sites un-clamped by the recipe: the truth, by no replay."""
     recipe = case.recipe
     scaling = case.scaling
@@ -214,8 +214,8 @@ def losses_with(case: AnyCase, unclamped: list[tuple[str, Role]]) -> list[float]
         if isinstance(scaling, unclamp.Static)
         else unclamp.Guarded(history_len=scaling.history_len, margin=scaling.margin)
     )
-    for fqn in dict.fromkeys(fqn for fqn, _ in unclamped):
-        roles = {role: free for name, role in unclamped if name == fqn}
+    for fqn in dict.fromkeys(site.fqn for site in unclamped):
+        roles = {site.role: free for site in unclamped if site.fqn == fqn}
         recipe = recipe.override(f"^{fqn}", **roles)  # pyright: ignore
     training = case.build(recipe)
     return [case.step(training, one).item() for one in case.batches()]

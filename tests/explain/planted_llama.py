@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import unclamp
 from unclamp.explain import Training
-from unclamp.names import Role
+from unclamp.names import SiteName
 from unclamp.study.data import Batches, read_text
 from unclamp.study.outlier import (
     ANSWER_NORM,
@@ -64,10 +64,12 @@ class LlamaCase:
     scaling: unclamp.Delayed = field(default_factory=unclamp.Delayed)
 
     @property
-    def culprits(self) -> list[tuple[str, Role]]:
+    def culprits(self) -> list[SiteName]:
         """The planted sites."""
         layers = {layer for layer, _, write in LAYOUTS[self.layout][0] if write is not None}
-        return [(f"model.layers.{layer}.mlp.down_proj", "input") for layer in sorted(layers)]
+        return [
+            SiteName(f"model.layers.{layer}.mlp.down_proj", "input") for layer in sorted(layers)
+        ]
 
     @property
     def recipe(self) -> unclamp.Recipe:

@@ -20,6 +20,7 @@ from explain.test_replay import explain
 from unclamp.errors import ReplayError, UnclampWarning
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 from unclamp.explain.text import print_explanation
+from unclamp.names import SiteName
 from unclamp.recipe import Recipe
 from unclamp.runlog import RunLog
 
@@ -138,6 +139,27 @@ def test_a_larger_budget_goes_on_and_gives_what_it_would_have_given_at_once(
     assert larger.named == at_once.named == case.culprits
 
 
+def test_answers_that_the_version_before_kept_are_used(tmp_path: Path) -> None:
+    """It kept them by the name of their question."""
+    case, run = Case(), tmp_path / "run"
+    record(case, run)
+    first = explain(case, run)
+    (cache,) = (run / "explain-cache").glob("*.json")
+    kept = json.loads(cache.read_text())["answers"]
+    before = {one["question"]["name"]: one for one in kept}
+    assert "unclamped: paths.0.1 input" in before
+    cache.write_text(json.dumps({"answers": before}))
+    replays: list[int] = []
+    again = explain_spike(
+        run,
+        build=partial(case.build),
+        step=case.step,
+        on_progress=lambda found: replays.append(found.replays),
+    )
+    assert replays[0] == len(before)
+    assert again.sites == first.sites
+
+
 @pytest.mark.slow
 def test_sampling_stays_within_the_budget_and_near_the_truth(tmp_path: Path) -> None:
     case = Case(paths=((1.0, 1.0), (1.0, 1.0), (1.0,)), decoys=2)
@@ -226,7 +248,7 @@ def test_a_training_goes_back_and_goes_on_mended(tmp_path: Path) -> None:
     assert sorted(kinds) == ["explain", "rewind", "snapshot", "spike", "switch"]
     (rewind,) = (json.loads(e["data"]) for e in events if e["kind"] == "rewind")
     assert rewind["to"] == 30
-    assert [(s["fqn"], s["role"]) for s in rewind["sites"]] == case.culprits
+    assert [SiteName.from_dict(site) for site in rewind["sites"]] == case.culprits
 
 
 def test_a_spike_of_another_cause_changes_nothing(tmp_path: Path) -> None:
@@ -282,13 +304,15 @@ BUILD, STEP = "explain.planted:default_build", "explain.planted:step"
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "unclamp", "explain", *map(str, arguments)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
-    }
     return subprocess.run(
-        line, capture_output=True, text=True, timeout=120, check=False, env=environment
+        line, capture_output=True, text=True, timeout=120, check=False, env=environment()
     )
+
+
+def environment() -> dict[str, str]:
+    """Return one in which another process finds the planted cases."""
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def test_the_command_explains(tmp_path: Path) -> None:
@@ -323,7 +347,10 @@ def test_an_interrupted_command_leaves_the_answer_so_far_and_goes_on(tmp_path: P
     module = "explain.planted:many_build"
     line = [sys.executable, "-m", "unclamp", "explain", str(tmp_path / "run"), "--json"]
     process = subprocess.Popen(
-        [*line, "--build", module, "--step", STEP], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*line, "--build", module, "--step", STEP],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
     )
     path = tmp_path / "run" / f"explain-{SPIKE}.json"
     deadline = time.monotonic() + 60

@@ -13,6 +13,7 @@ from explain.planted_llama import SPIKE as LLAMA_SPIKE
 from explain.planted_llama import LlamaCase
 from explain.test_replay import explain
 from unclamp.explain import Limits, explain_spike
+from unclamp.names import SiteName
 from unclamp.scaling import Delayed
 from unclamp.study.config import StudyConfig, default_toml
 from unclamp.study.loop import RunPlan, build_model, train
@@ -84,7 +85,7 @@ def test_a_run_of_the_study_is_explained_by_its_folder_alone(tmp_path: Path) -> 
     found = explain_spike(tmp_path / "run", limits=Limits(replays=50))
     assert found.reproduced
     assert found.verdict == "clamping"
-    assert found.named == [(down_projection(build_model(study.model)), "input")]
+    assert found.named == [SiteName(down_projection(build_model(study.model)), "input")]
     gradients = [s for s in found.sites if s.role == "grad_output" and s.overshoot > 50]
     assert gradients  # they clamp by more, and caused nothing
     assert all(abs(site.share) < 0.02 for site in gradients)

@@ -18,6 +18,7 @@ from unclamp.explain.replay import Replay, same_losses
 from unclamp.explain.screening import Screening, free_gradients
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import FACTS_FILE, find_snapshots, read_snapshot
+from unclamp.names import SiteName
 from unclamp.policy import unclamped
 from unclamp.scaling import Delayed, Dynamic, Guarded, HighPrecision, Static
 
@@ -65,7 +66,7 @@ def test_a_replay_leaves_random_generators_and_threads_alone(tmp_path: Path) -> 
 def test_a_clamp_downstream_of_a_clamp_is_found(tmp_path: Path) -> None:
     """It never clamps while the one before it does: the guarded twin counts that it would."""
     again, _ = replay(Case(paths=((1.0, 1.0),)), tmp_path / "run")
-    hidden = ("paths.0.2", "input")
+    hidden = SiteName("paths.0.2", "input")
     plain = again.run({}, last=SPIKE).sites
     assert hidden not in plain or plain[hidden].overshoot < 2
     free = {key: unclamped(again.original(key)) for key in again.sites}
@@ -115,7 +116,7 @@ def test_screening_is_the_first_order_effect(tmp_path: Path) -> None:
     first, second = (screening.effects[site] for site in case.culprits)
     assert first < 0
     assert 2 < first / second < 8  # the outputs are 1 and 0.5, the loss is quadratic
-    decoy = screening.effects[("paths.2.1", "input")]
+    decoy = screening.effects[SiteName("paths.2.1", "input")]
     assert decoy == 0
     rise = snapshot.losses[SPIKE] - snapshot.losses[SPIKE - 1]
     # A quadratic falls at first twice as fast as on average.

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from unclamp.explain.players import Player, group_sites
 from unclamp.explain.shapley import exact_shares, sampled_pair, shares_of_pairs
 from unclamp.explain.smallest import smallest_set
+from unclamp.names import SiteName
 
 Table = dict[frozenset[int], float]
 
@@ -120,15 +121,16 @@ def test_one_pair_has_no_interval() -> None:
     ],
 )  # fmt: skip
 def test_sites_are_grouped_by_what_they_share(by: str, names: list[str]) -> None:
-    sites = [("model.layers.0.mlp.up", "input"), ("model.layers.0.mlp.up", "weight"),
-             ("model.layers.1.mlp.up", "input"), ("head", "input")]  # fmt: skip
+    first, second = "model.layers.0.mlp.up", "model.layers.1.mlp.up"
+    sites = [SiteName(first, "input"), SiteName(first, "weight"), SiteName(second, "input"),
+             SiteName("head", "input")]  # fmt: skip
     players = group_sites(sites, by)  # pyright: ignore[reportArgumentType]
     assert [player.name for player in players] == names
     assert frozenset().union(*(p.sites for p in players)) == set(sites)
 
 
 def test_the_smallest_set_leaves_out_who_is_not_needed() -> None:
-    a, b, c = (Player(fqn=n, role="input", sites=frozenset({(n, "input")})) for n in "abc")
+    a, b, c = (Player(fqn=n, role="input", sites=frozenset({SiteName(n, "input")})) for n in "abc")
     gains = {"": 0.0, "a": 0.5, "b": 0.45, "c": 0.92, "ab": 0.95, "ac": 0.95, "bc": 0.95, "abc": 1}
 
     def gain(players: object) -> float:

@@ -1,6 +1,10 @@
 """States taken before steps: whole, bit for bit, within a budget, and on disk around spikes."""
 
+import os
 import random
+import subprocess
+import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -248,3 +252,25 @@ def test_functions_of_a_module_are_named_and_others_are_not(tmp_path: Path) -> N
     record(Case(), tmp_path / "run", build=partial(Case().build))
     (path,) = find_snapshots(tmp_path / "run")
     assert read_facts(path)["build"] is None
+
+
+def test_a_program_that_forgets_to_close_ends_and_has_the_snapshot(tmp_path: Path) -> None:
+    code = f"""
+        from explain.planted import Case, Snapshots
+
+        case = Case()
+        training = case.build()
+        snapshots = Snapshots(training, {str(tmp_path)!r}, every=5, after=1)
+        for n, batch in snapshots.follow(case.batches()):
+            snapshots.after(n, case.step(training, batch))
+    """
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": paths},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    (path,) = find_snapshots(tmp_path)
+    assert read_snapshot(path).last_step == SPIKE + 1

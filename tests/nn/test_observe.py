@@ -133,7 +133,7 @@ def test_an_observed_run_is_recorded_and_says_that_it_is_one(tmp_path):
             optimizer.step()
             recorder.step(loss=0.0)
     with unclamp.RunLog.open(tmp_path / "run") as log:
-        assert log.header.metadata["observed"] is True
+        assert log.header.observed
         assert log.casts().num_rows == 3 * 6
         assert sum(log.casts()["saturated"].to_pylist()) > 0
 

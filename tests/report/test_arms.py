@@ -13,8 +13,8 @@ from scipy.stats import ttest_rel
 from planted_run import write_planted
 from unclamp.report import build_view
 from unclamp.report.arms import ScenarioView, scenario_view
-from unclamp.report.figures import RunFigures, read_run
 from unclamp.report.html import write_page
+from unclamp.report.recorded import RunRecord, read_run
 from unclamp.runlog import RunLog
 
 DYNAMIC = [2.41, 2.52, 2.38]
@@ -23,16 +23,19 @@ GAPS = [-0.0093, -0.0047, -0.0001]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFigures:
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
     """A run of 20 steps that clamps; a study's arms are made of it."""
     path = write_planted(tmp_path_factory.mktemp("arms") / "run", steps=20)
     with RunLog.open(path) as log:
-        figures = read_run(log)
-    clamping = [site | {"saturated": 7, "clamped_casts": 2} for site in figures.sites]
-    return replace(figures, sites=clamping)
+        record, _ = read_run(log)
+    clamping = [
+        replace(site, totals=replace(site.totals, saturated=7, clamped_rows=2))
+        for site in record.sites
+    ]
+    return replace(record, sites=clamping)
 
 
-def study(run: RunFigures, finals: Mapping[str, Sequence[float]]) -> ScenarioView:
+def study(run: RunRecord, finals: Mapping[str, Sequence[float]]) -> ScenarioView:
     """Return a scenario whose arms have these final losses, a seed each."""
     runs = {
         arm: {i: replace(run, loss=[loss] * len(run.steps)) for i, loss in enumerate(losses)}
@@ -46,7 +49,7 @@ def said(view: ScenarioView, arm: str) -> str:
     return line
 
 
-def test_three_seeds_at_one_standard_deviation_are_not_called_a_difference(run: RunFigures) -> None:
+def test_three_seeds_at_one_standard_deviation_are_not_called_a_difference(run: RunRecord) -> None:
     own = [loss + gap for loss, gap in zip(DYNAMIC, GAPS, strict=True)]
     view = study(run, {"dynamic": DYNAMIC, "delayed": own})
     assert "-0.0047 (95 %" in said(view, "delayed")
@@ -62,26 +65,26 @@ def test_three_seeds_at_one_standard_deviation_are_not_called_a_difference(run: 
     assert view.arms[0].final_gap is None
 
 
-def test_a_difference_that_three_seeds_can_show_is_called_one(run: RunFigures) -> None:
+def test_a_difference_that_three_seeds_can_show_is_called_one(run: RunRecord) -> None:
     own = [loss + gap + 0.1 for loss, gap in zip(DYNAMIC, GAPS, strict=True)]
     view = study(run, {"dynamic": DYNAMIC, "delayed": own})
     assert "delayed differs from dynamic, as far as 3 seeds can show." in said(view, "delayed")
 
 
-def test_several_arms_say_how_many_comparisons_were_made(run: RunFigures) -> None:
+def test_several_arms_say_how_many_comparisons_were_made(run: RunRecord) -> None:
     arms = {"dynamic": DYNAMIC, "a": [2.4, 2.5, 2.4], "b": [2.3, 2.6, 2.4], "c": [2.5, 2.5, 2.3]}
     findings = study(run, arms).findings
     assert sum("3 arms were compared with dynamic" in line for line in findings) == 1
 
 
-def test_only_seeds_of_both_arms_are_paired(run: RunFigures) -> None:
+def test_only_seeds_of_both_arms_are_paired(run: RunRecord) -> None:
     view = study(run, {"dynamic": DYNAMIC, "delayed": [2.40]})
     assert "+" not in said(view, "delayed")
     assert "-0.01 (one seed: no interval" in said(view, "delayed")
     assert study(run, {"dynamic": [], "delayed": [2.4, 2.5]}).arms[0].final_gap is None
 
 
-def test_a_diverged_seed_is_said_and_leaves_strict_json(run: RunFigures, tmp_path: Path) -> None:
+def test_a_diverged_seed_is_said_and_leaves_strict_json(run: RunRecord, tmp_path: Path) -> None:
     view = study(run, {"dynamic": DYNAMIC, "delayed": [2.4, math.nan, 2.3]})
     assert "of 3 seeds the loss is not finite, that of delayed with 1." in said(view, "delayed")
     assert "nan" not in " ".join(view.findings)
@@ -92,7 +95,7 @@ def test_a_diverged_seed_is_said_and_leaves_strict_json(run: RunFigures, tmp_pat
     assert (gap["pairs"], gap["own_nonfinite"], gap["other_nonfinite"]) == (3, 1, 0)
 
 
-def test_the_page_and_the_json_hold_the_interval(run: RunFigures, tmp_path: Path) -> None:
+def test_the_page_and_the_json_hold_the_interval(run: RunRecord, tmp_path: Path) -> None:
     own = list(np.array(DYNAMIC) + GAPS)
     view = study(run, {"dynamic": DYNAMIC, "delayed": own})
     whole = replace(

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from runlog_rows import as_schema_1
 from unclamp.report import build_view
 from unclamp.report.arms import _worst, scenario_view
 from unclamp.report.charts import embed, run_figure
-from unclamp.report.figures import RunFigures, read_run
 from unclamp.report.html import write_page
+from unclamp.report.recorded import RunRecord, read_run
 from unclamp.report.runs import RunView
-from unclamp.report.status import MIXED
 from unclamp.report.view import View
 from unclamp.report.words import arm_row, association_row, site_row
 from unclamp.runlog import Header, RunLog, RunLogWriter
@@ -47,14 +47,14 @@ def write_run(
     return path
 
 
-def figures_of(path: Path) -> RunFigures:
+def record_of(path: Path) -> RunRecord:
     with RunLog.open(path) as log:
-        return read_run(log)
+        return read_run(log)[0]
 
 
 def test_no_name_reaches_the_page_as_markup(planted_run: Path, tmp_path: Path) -> None:
     view = build_view(planted_run)
-    scenario = scenario_view(EVIL, EVIL, {EVIL: {0: figures_of(planted_run)}}, {})
+    scenario = scenario_view(EVIL, EVIL, {EVIL: {0: record_of(planted_run)}}, {})
     study = replace(view, run=None, scenarios=[scenario], runs={EVIL: {EVIL: [EVIL]}})
     text = write_page(study, tmp_path / "page.html").read_text()
     assert "<script>alert(1)" not in text
@@ -78,9 +78,9 @@ def test_a_loss_of_some_steps_has_a_final_loss_and_a_line(tmp_path: Path) -> Non
     assert view.scenarios[0].arms[0].final_loss == (90 + 95) / 2
     assert run_of(view).sentences[0].startswith("The final loss is 92.5000")
     curve = run_of(view).curves["loss"]
-    assert curve["step"] == list(range(0, 100, 5))
-    assert None not in curve["value"]
-    assert view.scenarios[0].curves["run"]["step"] == [float(i) for i in range(0, 100, 5)]
+    assert curve.step == list(range(0, 100, 5))
+    assert None not in curve.value
+    assert view.scenarios[0].curves["run"].step == [float(i) for i in range(0, 100, 5)]
 
 
 def test_a_loss_that_is_not_finite_is_said_and_is_not_a_missing_one(tmp_path: Path) -> None:
@@ -99,9 +99,7 @@ def test_a_loss_that_is_not_finite_is_said_and_is_not_a_missing_one(tmp_path: Pa
 
 
 def test_arms_whose_losses_are_zero_or_not_finite_have_no_false_ratio(tmp_path: Path) -> None:
-    plain = replace(
-        figures_of(write_run(tmp_path / "run", [2.0] * 40, saturated=1)), planted=[5, 9]
-    )
+    plain = replace(record_of(write_run(tmp_path / "run", [2.0] * 40, saturated=1)), planted=[5, 9])
 
     def arm_against(
         own: Sequence[float | None], other: Sequence[float | None]
@@ -129,12 +127,14 @@ def test_arms_whose_losses_are_zero_or_not_finite_have_no_false_ratio(tmp_path: 
 
 
 def test_the_worst_step_is_that_of_the_seed_with_the_largest_error(tmp_path: Path) -> None:
-    run = figures_of(write_run(tmp_path / "run", [2.0] * 3, saturated=1, saturated_error=0.1))
-    other = replace(run, sites=[{**run.sites[0], "worst_step": 2, "clamp_error_max": 0.9}])
+    run = record_of(write_run(tmp_path / "run", [2.0] * 3, saturated=1, saturated_error=0.1))
+    (site,) = run.sites
+    totals = replace(site.totals, worst_step=2, clamp_error_max=0.9)
+    other = replace(run, sites=[replace(site, totals=totals)])
     for runs in ([run, other], [other, run]):
         (row,) = _worst(runs)
-        assert row["worst_step"] == 2
-        assert row["saturated"] == 6
+        assert row.worst_step == 2
+        assert row.saturated == 6
 
 
 def test_clamps_too_small_for_an_error_have_no_worst_step(tmp_path: Path) -> None:
@@ -167,33 +167,37 @@ def test_a_change_of_a_loss_below_zero_is_no_percentage() -> None:
 
 
 def write_stages(path: Path) -> Path:
-    """Write two ranks that call different modules site 0, as the stages of a pipeline do."""
+    """Write two ranks that hold different modules, as the stages of a pipeline do."""
     header = Header(unclamp_version="test", world_size=2, run_id="one")
     for rank, fqn in enumerate(("first.down", "second.up")):
         with RunLogWriter(path, header=header, rank=rank) as writer:
-            writer.add("sites", {"site": [0], "fqn": [fqn], "role": ["input"], "format": ["e4m3fn"],
-                                 "scaling": ["delayed"], "format_max": [448.0]})  # fmt: skip
+            writer.add("sites", {"site": [rank], "fqn": [fqn], "role": ["input"],
+                "format": ["e4m3fn"], "scaling": ["delayed"], "format_max": [448.0]})  # fmt: skip
             writer.add("steps", {"step": [0], "loss": [2.0], "time_s": [0.0]})
-            writer.add("casts", {"step": [0], "site": [0], "amax": [896.0], "scale": [1.0],
-                "elements": [10], "saturated": [3], "underflowed": [0], "nonfinite": [0],
+            writer.add("casts", {"step": [0], "site": [rank], "amax": [896.0], "scale": [1.0],
+                "elements": [10], "saturated": [3 + rank], "underflowed": [0], "nonfinite": [0],
                 "recast": [0], "saturated_error": [0.5], "microsteps": [1]})  # fmt: skip
     return path
 
 
-def test_modules_that_share_an_id_are_counted_and_not_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_old", [False, True])
+def test_the_stages_of_a_pipeline_are_named_each_with_its_own_counts(
+    tmp_path: Path, is_old: bool
+) -> None:
     path = write_stages(tmp_path / "run")
+    if is_old:
+        as_schema_1(path, world_size=2)
     view = build_view(path)
     run = run_of(view)
-    assert MIXED in view.notes
-    assert (run.sites, run.heat, run.panels, view.scenarios[0].worst["run"]) == ([], {}, {}, [])
-    assert "6 elements were clamped, in 2 of 2 recorded casts" in " ".join(run.sentences)
-    assert run.association is not None
-    assert "Cannot tell" in run.association["sentences"][0]
+    counts = {"first.down": 3, "second.up": 4}
+    assert view.notes == []
+    assert {site.fqn: site.saturated for site in run.sites} == counts
+    assert {panel.fqn for panel in run.panels.values()} == set(counts)
+    assert {row.fqn: row.saturated for row in view.scenarios[0].worst["run"]} == counts
+    assert set(run.heat) == {"first.down input", "second.up input"}
+    assert "7 elements were clamped, in 2 of 2 recorded casts" in " ".join(run.sentences)
     text = write_page(view, tmp_path / "page.html").read_text()
-    assert "first.down" not in text
-    assert "second.up" not in text
-    study = replace(view, run=None)
-    assert "Nothing was clamped in" not in write_page(study, tmp_path / "page.html").read_text()
+    assert all(fqn in text for fqn in counts)
 
 
 @pytest.mark.parametrize("saturated", [0, 2])
@@ -201,6 +205,7 @@ def test_of_sparse_rows_no_more_is_said_than_was_recorded(saturated: int, tmp_pa
     cadence = {"casts": {"steps": 10, "or_clamped": False}, "inspect": None}
     path = write_run(tmp_path / "run", [2.0] * 100, metadata={"cadence": cadence}, every=10,
                      saturated=saturated, saturated_error=saturated / 4)  # fmt: skip
+    as_schema_1(path)
     view = build_view(path)
     said = run_of(view).sentences
     (counted,) = [s for s in said if "clamped" in s and "Most" not in s]
@@ -216,4 +221,5 @@ def test_of_sparse_rows_no_more_is_said_than_was_recorded(saturated: int, tmp_pa
 )
 def test_dense_rows_or_an_unknown_cadence_say_nothing_of_it(cadence: Any, tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", [2.0] * 30, metadata={"cadence": cadence})
+    as_schema_1(path)
     assert "Nothing was clamped at any of 1 sites." in run_of(build_view(path)).sentences

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_long_names_are_cut_in_the_middle_and_their_numbers_are_not(tmp_path: Pa
     view = build_view(write_planted(tmp_path / "run"))
     assert view.run is not None
     name = "model." + "very_long_block_name." * 6 + "down_proj"
-    view.run.sites[0].update(fqn=name, saturated=123_456_789_012)
+    view.run.sites[0] = replace(view.run.sites[0], fqn=name, saturated=123_456_789_012)
     buffer = io.StringIO()
     print_view(view, Console(file=buffer, width=80))
     text = buffer.getvalue()

@@ -17,6 +17,7 @@ import pytest
 from runlog_rows import parts_of, step
 from unclamp.errors import UnclampWarning
 from unclamp.runlog import Header, RunLog, RunLogWriter
+from unclamp.worker import Worker
 
 HEADER = Header(unclamp_version="0.1.0", world_size=2)
 
@@ -132,9 +133,11 @@ def test_a_thread_that_is_ended_stops_the_log(tmp_path: Path):
     writer = RunLogWriter(tmp_path, header=HEADER, flush_interval_s=60)
 
     def fault() -> None:
-        end_thread(writer._thread)
-        writer._queue.put(threading.Event())  # wakes it, and is never answered
-        writer._thread.join()
+        thread = writer._worker._thread
+        assert thread is not None
+        end_thread(thread)
+        writer._worker._queue.put(threading.Event())  # wakes it, and is never answered
+        thread.join()
 
     assert_stops_once(writer, fault, "SystemExit")
 
@@ -142,8 +145,9 @@ def test_a_thread_that_is_ended_stops_the_log(tmp_path: Path):
 def test_a_thread_that_vanishes_before_it_answers_a_flush_does_not_hang_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(RunLogWriter, "_work", lambda self: self._queue.get())
+    monkeypatch.setattr(Worker, "_work", lambda self: self._queue.get() and self._queue.get())
     writer = RunLogWriter(tmp_path, header=HEADER)
+    writer.add("steps", step(0))  # begins the thread
     with pytest.warns(UnclampWarning, match="its thread has ended") as caught:
         writer.flush()
     writer.add("steps", step(0))
@@ -154,7 +158,10 @@ def test_a_thread_that_vanishes_before_it_answers_a_flush_does_not_hang_it(
 
 def test_a_compactor_that_is_ended_stops_no_log(tmp_path: Path):
     writer = RunLogWriter(tmp_path, header=HEADER)
-    end_thread(writer._compactor._thread)
+    worker = writer._compactor._worker
+    worker._begin()  # its thread would begin with the first part
+    assert worker._thread is not None
+    end_thread(worker._thread)
     for number in range(3):
         writer.add("steps", step(number))
         writer.flush()

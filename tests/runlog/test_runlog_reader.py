@@ -134,8 +134,9 @@ def test_two_ranks_read_as_one_run(tmp_path: Path):
         other.flush()
     with RunLog.open(tmp_path) as log:
         assert log.casts()["rank"].to_pylist() == [0, 1]
-        assert log.sites().num_rows == 1
-        assert log.sql("FROM casts JOIN sites USING (site)").num_rows == 2
+        assert log.sites()["rank"].to_pylist() == [0, 1]
+        assert [info.site for info in log.named_sites()] == [7]
+        assert log.sql("FROM casts JOIN sites USING (rank, site)").num_rows == 2
 
 
 def test_another_rank_may_write_before_rank_0_creates_the_run(tmp_path: Path):
@@ -270,7 +271,7 @@ def test_a_foreign_run_json_is_refused(tmp_path: Path, text: str):
 
 
 def test_another_schema_version_is_refused_with_who_wrote_it(tmp_path: Path):
-    data = HEADER.to_dict() | {"schema_version": 2, "unclamp_version": "9.9.9"}
+    data = HEADER.to_dict() | {"schema_version": 3, "unclamp_version": "9.9.9"}
     (tmp_path / "run.json").write_text(json.dumps(data))
     message = refusal(tmp_path)
     assert "unclamp 9.9.9" in message
@@ -295,15 +296,3 @@ def test_a_part_that_links_to_nothing_is_named(tmp_path: Path):
         part.unlink()
         assert log.steps().num_rows == 2
         assert log.summaries().num_rows == 0  # its views were made although the start failed
-
-
-def test_a_site_is_mixed_where_its_id_names_several_modules(tmp_path: Path):
-    with RunLogWriter(tmp_path / "run", header=HEADER) as writer:
-        writer.add("sites", site(0))
-        writer.add("sites", {**site(0), "scaling": ["delayed"]})
-        writer.flush()
-        with RunLog.open(tmp_path / "run") as log:
-            assert not log.has_mixed_sites
-            writer.add("sites", {**site(0), "role": ["weight"]})
-            writer.flush()
-            assert log.has_mixed_sites

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unclamp.errors import RunLogError
-from unclamp.runlog import TABLES, Header, Status
+from unclamp.runlog import TABLES, Cadence, Every, Header, Status
 from unclamp.runlog.schema import to_arrow
 
 STEP = {"step": [1, 2], "time_s": [0.5, 1.0]}
@@ -23,6 +23,9 @@ statuses: st.SearchStrategy[Status] = st.sampled_from(
     ["running", "finished", "interrupted", "failed"]
 )
 
+everies = st.builds(Every, st.integers(1, 1000), or_clamped=st.booleans())
+cadences = st.builds(Cadence, casts=everies, inspect=st.none() | everies)
+
 
 @given(
     header=st.builds(
@@ -35,7 +38,9 @@ statuses: st.SearchStrategy[Status] = st.sampled_from(
         git_commit=st.none() | st.text(),
         metadata=json_objects,
         kind=st.just("unclamp-run"),
-        schema_version=st.just(1),
+        cadence=st.none() | cadences,
+        observed=st.booleans(),
+        schema_version=st.just(2),
     )
 )
 def test_header_survives_json(header: Header):
@@ -46,7 +51,7 @@ def test_header_survives_json(header: Header):
     ("change", "message"),
     [
         ({"kind": "other"}, "not a run"),
-        ({"schema_version": 2, "unclamp_version": "9.9"}, r"unclamp 9\.9 with schema version 2"),
+        ({"schema_version": 3, "unclamp_version": "9.9"}, r"unclamp 9\.9 with schema version 3"),
         ({"status": "tired"}, "status must be one of"),
     ],
 )
@@ -60,6 +65,19 @@ def test_header_with_a_key_missing_is_refused():
     del data["world_size"]
     with pytest.raises(RunLogError, match="lacks \\['world_size'\\]"):
         Header.from_dict(data)
+
+
+def test_a_users_metadata_of_the_same_name_stay_the_users():
+    given = {"cadence": {"casts": {"steps": 20}}, "observed": True}
+    header = Header(unclamp_version="0.1", metadata=given)
+    read = Header.from_dict(json.loads(json.dumps(header.to_dict())))
+    assert (read.metadata, read.cadence, read.observed) == (given, None, False)
+
+
+@pytest.mark.parametrize("cadence", [3, "x", {"casts": None}, {"casts": {"steps": "x"}}])
+def test_a_cadence_that_is_none_is_not_known(cadence: object):
+    data = Header(unclamp_version="0.1").to_dict() | {"cadence": cadence}
+    assert Header.from_dict(data).cadence is None
 
 
 def test_header_ignores_unknown_keys():

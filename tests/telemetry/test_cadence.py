@@ -1,6 +1,7 @@
 """Cadences: which steps' casts are written, and which get a closer look."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -150,7 +151,8 @@ def test_a_whole_number_is_a_cadence_and_the_header_has_it(tmp_path):
     rows, _ = record(tmp_path / "run", casts=6, inspect=10)
     assert steps_of(rows) == [0, 6, 10, 12, 18]  # what was looked at is written too
     with RunLog.open(tmp_path / "run") as log:
-        assert log.header.metadata["cadence"] == {
+        assert log.header.cadence is not None
+        assert asdict(log.header.cadence) == {
             "casts": {"steps": 6, "or_clamped": False},
             "inspect": {"steps": 10, "or_clamped": False},
         }

@@ -4,9 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import duckdb
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
+import unclamp
 from unclamp import RunLog
 from unclamp.telemetry.rank import Place, find_place
 
@@ -82,6 +86,33 @@ def test_an_initialised_group_decides_and_agrees_on_one_id(tmp_path: Path):
         dist.destroy_process_group()
 
 
+def test_a_site_id_is_one_of_its_run_so_that_files_join_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The query of the README, on the files of two ranks that hold different modules."""
+    layers = {0: ["down", "shared"], 1: ["up", "gate", "shared"]}
+    for rank, names in layers.items():
+        for name, value in (LAUNCHED | {"RANK": str(rank), "WORLD_SIZE": "2"}).items():
+            monkeypatch.setenv(name, value)
+        model = nn.ModuleDict({name: nn.Linear(16, 16) for name in names})
+        unclamp.convert(model, unclamp.Recipe())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with unclamp.Recorder(model, tmp_path / "run") as recorder:
+            for size in (1.0, 1.0, 100.0):
+                for layer in model.values():
+                    layer(torch.full((4, 16), size)).sum().backward()
+                optimizer.step()
+                recorder.step(loss=0.0)
+    rows = duckdb.execute(
+        f"SELECT fqn, role, sum(saturated) FROM '{tmp_path}/run/casts/*.parquet' "
+        f"JOIN '{tmp_path}/run/sites/*.parquet' USING (site) GROUP BY ALL"
+    ).fetchall()
+    found = {fqn: saturated for fqn, role, saturated in rows if role == "input"}
+    # The last step's input of 4 x 16 elements overshoots; "shared" has one on each rank.
+    assert found == {"down": 64, "up": 64, "gate": 64, "shared": 128}
+    assert sum(saturated for _, _, saturated in rows) == sum(found.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["joined", "apart"])
 def test_two_processes_of_torchrun_record_one_run(tmp_path: Path, how: str):
@@ -97,6 +128,10 @@ def test_two_processes_of_torchrun_record_one_run(tmp_path: Path, how: str):
             {"step": step, "rank": rank} for step in range(3) for rank in range(2)
         ]
         assert log.casts().num_rows == 2 * 3 * 6
-        assert log.sites().num_rows == 6
+        assert log.sites()["rank"].to_pylist() == [0, 1] * 6
+        assert len(log.named_sites()) == 6
+        query = "SELECT count(*) AS rows FROM casts JOIN sites USING ({})"
+        for columns in ("site", "rank, site"):
+            assert log.sql(query.format(columns))["rows"].to_pylist() == [2 * 3 * 6]
         assert log.summaries()["rank"].to_pylist() == [0] * 6 + [1] * 6
         assert repr(log).endswith("run': finished, 3 steps, 6 sites, ranks 0-1)")

@@ -23,6 +23,7 @@ from unclamp.analysis.sentences import Finding, describe
 from unclamp.analysis.shifts import make_shifts
 from unclamp.analysis.spikes import Spike, find_spikes
 from unclamp.errors import AnalysisError
+from unclamp.files import strict
 from unclamp.runlog import RunLog
 
 MAX_LAG = 8
@@ -124,8 +125,7 @@ class Association:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data, ready for strict JSON: None for what is not finite."""
-        data = asdict(self)
-        return {**_finite(data), "sites": [_finite(site) for site in data["sites"]]}
+        return strict(asdict(self))
 
 
 def associate(
@@ -148,8 +148,8 @@ def associate(
         seed: Of that draw; the same seed gives the same answer.
 
     Raises:
-        AnalysisError: The run has no losses, no casts or no sites, its ranks other modules, or
-            `max_lag` is above both 8 and a tenth of the steps.
+        AnalysisError: The run has no losses, no casts or no sites, or `max_lag` is
+            above both 8 and a tenth of the steps.
         RunLogError: It cannot be read.
         ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
     """
@@ -165,7 +165,7 @@ def associate(
         sqnr_db=history.sqnr_db,
         refusal=history.refusal,
         notes=history.notes,
-        is_observed=bool(log.header.metadata.get("observed")),
+        is_observed=log.header.observed,
         max_lag=max_lag,
         shifts=shifts,
         alpha=alpha,
@@ -297,13 +297,6 @@ def _verdict(
     # Without enough spikes the loss alone answers, and it must answer for every site.
     by_loss = power[1] is not None and (spikes == 0 or all(site.cleared for site in sites))
     return "none" if power[0] is not None or by_loss else "cannot tell"
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, float) and not np.isfinite(value) else value
-        for name, value in values.items()
-    }
 
 
 def _indexed(spike: Spike, steps: NDArray[np.int64]) -> tuple[int, int]:

@@ -100,6 +100,10 @@ def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Cu
 def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
     """Return the curve of a run log: the mean over ranks at each step.
 
+    It is the way to the model that there is in the end. Where a run went back and ended before it
+    had caught up, the steps beyond are left out: their weights were thrown away, and the loss of
+    the last step would otherwise be followed by that of another model.
+
     Args:
         log: The run.
         column: A name among the recorded scalars to take for the loss.
@@ -136,6 +140,20 @@ def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
         )
     columns = {name: column if name == "loss" and column else name for name in parts}
     return _curve(parts, columns, "run log")
+
+
+def run_losses(log: RunLog) -> tuple[list[int], list[float]]:
+    """Return the steps and losses of a run's curve; steps without a loss are left out.
+
+    This is the series whose spikes `unclamp spikes` numbers and `unclamp explain` replays.
+
+    Raises:
+        AnalysisError: As `run_curve`.
+    """
+    curve = run_curve(log)
+    losses = curve.series.get(SERIES[0], [])
+    known = [(n, v) for n, v in zip(curve.steps.tolist(), losses, strict=False) if v is not None]
+    return [n for n, _ in known], [value for _, value in known]
 
 
 def _read_folder(path: Path) -> Recorded:

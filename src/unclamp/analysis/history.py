@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from unclamp.analysis.curves import run_curve
+from unclamp.analysis.curves import run_losses
 from unclamp.analysis.evidence import Clamping
 from unclamp.errors import AnalysisError
-from unclamp.runlog import RunLog
+from unclamp.runlog import PLACES_SQL, RunLog, SiteInfo
 
 EFFECT_LAG = {"grad_output": 1}
 """A gradient is cast after the loss of its step is known; other operands act at once."""
@@ -23,6 +23,7 @@ MOST_LEFT_OUT = 0.5
 """With a larger share of the clamped steps without a loss, nothing can be told."""
 MOST_GAPS = 0.1
 """With a larger share of steps that do not follow the one before, a lag is no count of steps."""
+_PLACES = f"WITH places AS MATERIALIZED (SELECT rank, site, place FROM ({PLACES_SQL}))"
 _NEAR = 100
 """Steps apart within which casts that were recorded again are read at one go."""
 
@@ -35,8 +36,8 @@ class History:
         steps: Those with a loss, rising.
         loss: One for each of them, the mean over ranks; NaN and Inf stay.
         clamping: At those steps, one row a site.
-        names: Id, fqn and role of each site.
-        sqnr_db: Least signal-to-noise ratio by site, where it was measured; decibel.
+        names: Id, fqn and role of each site, ranks taken together; of several ids the lowest.
+        sqnr_db: Least signal-to-noise ratio by that id, where it was measured; decibel.
         refusal: Why nothing can be told from this record, a sentence; None where something can.
         notes: What else to know of the record, a sentence each.
     """
@@ -52,9 +53,9 @@ class History:
 
 @dataclass(frozen=True, kw_only=True)
 class _Clamped:
-    """Where anything was clamped: ordered by site, then step, each pair once."""
+    """Where anything was clamped: ordered by place of the site, then step, each pair once."""
 
-    site: NDArray[np.int64]
+    place: NDArray[np.int64]
     step: NDArray[np.int64]
     error: NDArray[np.float64]
 
@@ -63,8 +64,7 @@ def read_history(log: RunLog) -> History:
     """Read what an association needs.
 
     Raises:
-        AnalysisError: There are no losses, no casts or no sites, or the ranks recorded different
-            modules.
+        AnalysisError: There are no losses, no casts or no sites.
         RunLogError: The run cannot be read.
     """
     steps, loss = _read_loss(log)
@@ -73,19 +73,12 @@ def read_history(log: RunLog) -> History:
             f"expected casts in {log.path}, but it has none: it trained without FP8 casts, or "
             "was stopped before the first were written"
         )
-    if log.has_mixed_sites:
-        raise AnalysisError(
-            f"expected one module behind each site of {log.path}, but its ranks recorded "
-            "different modules under the same site: association cannot tell them apart; record "
-            "each such rank as a run of its own"
-        )
-    rows = log.sql("SELECT DISTINCT site, fqn, role FROM sites ORDER BY site").to_pylist()
-    if not rows:
+    sites = log.named_sites()
+    if not sites:
         raise AnalysisError(
             f"expected the sites of {log.path} beside its casts, but it has none: its folder "
             "`sites` is missing or empty; copy the run again, with all of its folders"
         )
-    names = [(row["site"], row["fqn"], row["role"]) for row in rows]
     clamped = _read_clamped(log)
     known = np.isin(clamped.step, steps)
     refusals, notes = _judge_steps(steps, clamped.step, known)
@@ -94,9 +87,9 @@ def read_history(log: RunLog) -> History:
     return History(
         steps=steps,
         loss=loss,
-        clamping=_to_clamping(clamped, known, steps, names),
-        names=names,
-        sqnr_db=_read_sqnr(log),
+        clamping=_to_clamping(clamped, known, steps, sites),
+        names=[(site.site, site.fqn, site.role) for site in sites],
+        sqnr_db=_read_sqnr(log, sites),
         refusal=refusals[0] if refusals else None,
         notes=notes + refusals[1:],
     )
@@ -108,10 +101,8 @@ def _read_loss(log: RunLog) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
             f"expected losses in {log.path}, but it has none: give them to "
             "`recorder.step(loss=...)`"
         )
-    curve = run_curve(log)
-    known = [value is not None for value in curve.series["loss"]]
-    loss = np.array([value for value in curve.series["loss"] if value is not None])
-    return curve.steps[known].astype(np.int64), loss.astype(np.float64)
+    steps, losses = run_losses(log)
+    return np.array(steps, dtype=np.int64), np.array(losses, dtype=np.float64)
 
 
 def _judge_steps(
@@ -143,13 +134,10 @@ def _judge_steps(
 
 def _judge_cadence(log: RunLog) -> str | None:
     """Return why casts were written too rarely to tell, None where they were not."""
-    cadence = log.header.metadata.get("cadence")
-    casts = cadence.get("casts") if isinstance(cadence, dict) else None
-    if not isinstance(casts, dict) or casts.get("or_clamped"):
+    cadence = log.header.cadence
+    if cadence is None or cadence.casts.or_clamped or not cadence.is_sparse:
         return None
-    every = casts.get("steps")
-    if not isinstance(every, int) or every <= 1:
-        return None
+    every = cadence.casts.steps
     return (
         f"Only every {every}-th step's casts were written, so that clamping in between is not "
         f"known; to ask this, record with casts=Every({every}, or_clamped=True)."
@@ -171,34 +159,48 @@ def _read_clamped(log: RunLog) -> _Clamped:
     )
     again = " OR ".join(f"step BETWEEN {first} AND {last}" for first, last in ranges) or "false"
     once = log.sql(
-        "SELECT site, step, max(saturated_error) AS error FROM casts WHERE saturated > 0 "
-        f"AND saturated_error > 0 AND NOT ({again}) GROUP BY site, step"
+        f"{_PLACES} SELECT place, step, max(saturated_error) AS error "
+        "FROM casts JOIN places USING (rank, site) WHERE saturated > 0 "
+        f"AND saturated_error > 0 AND NOT ({again}) GROUP BY place, step"
     )
-    parts = [tuple(once[name].to_numpy() for name in ("site", "step", "error"))]
+    parts = [tuple(once[name].to_numpy() for name in ("place", "step", "error"))]
     if ranges:
         parts.append(_read_last(log, again))
-    site, step, error = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    order = np.lexsort((step, site))
-    site, step, error = site[order], step[order], error[order].astype(np.float64)
-    is_new = (np.diff(site) != 0) | (np.diff(step) != 0)
-    starts = np.append(0, np.flatnonzero(is_new) + 1)[: len(site)]
-    error = np.maximum.reduceat(error, starts) if len(site) else error
-    return _Clamped(site=site[starts].astype(np.int64), step=step[starts], error=error)
+    place, step, error = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.lexsort((step, place))
+    place, step, error = place[order], step[order], error[order].astype(np.float64)
+    is_new = (np.diff(place) != 0) | (np.diff(step) != 0)
+    starts = np.append(0, np.flatnonzero(is_new) + 1)[: len(place)]
+    error = np.maximum.reduceat(error, starts) if len(place) else error
+    return _Clamped(place=place[starts].astype(np.int64), step=step[starts], error=error)
 
 
 def _read_last(log: RunLog, where: str) -> tuple[NDArray, NDArray, NDArray]:
     """Return the clamped of the last recordings of each step, rank and site."""
     rows = log.sql(
-        "SELECT site, step, rank, if(saturated > 0, saturated_error, 0) AS error "
+        "SELECT site, rank, step, if(saturated > 0, saturated_error, 0) AS error "
         f"FROM casts WHERE {where}"
     )
-    site, step, rank, error = (rows[name].to_numpy() for name in ("site", "step", "rank", "error"))
+    names = ("site", "rank", "step", "error")
+    site, rank, step, error = (rows[name].to_numpy() for name in names)
     order = np.lexsort((rank, step, site))  # stable: the last of equal ones was written last
     keys = np.stack([site, step, rank])[:, order]
     is_last = np.append(np.any(np.diff(keys, axis=1) != 0, axis=0), True)[: len(order)]
     kept = order[is_last]
     kept = kept[error[kept] > 0]
-    return site[kept], step[kept], error[kept]
+    place = _places_of(log, site[kept], rank[kept])
+    kept, place = kept[place >= 0], place[place >= 0]
+    return place, step[kept], error[kept]
+
+
+def _places_of(log: RunLog, site: NDArray, rank: NDArray) -> NDArray[np.int64]:
+    """Return the place of each pair's name; -1 where `sites` has none for it."""
+    rows = log.sql(f"{_PLACES} FROM places ORDER BY rank, site")
+    known = rows["rank"].to_numpy().astype(np.int64) << 32 | rows["site"].to_numpy()
+    asked = rank.astype(np.int64) << 32 | site
+    at = np.searchsorted(known, asked)
+    found = np.append(known, -1)[at] == asked
+    return np.where(found, np.append(rows["place"].to_numpy(), -1)[at], -1)
 
 
 def _ranges(steps: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -214,23 +216,23 @@ def _to_clamping(
     clamped: _Clamped,
     known: NDArray[np.bool_],
     steps: NDArray[np.int64],
-    names: list[tuple[int, str, str]],
+    sites: list[SiteInfo],
 ) -> Clamping:
-    ids = np.array([site for site, _, _ in names], dtype=np.int64)
-    known = known & np.isin(clamped.site, ids)
-    row = np.searchsorted(ids, clamped.site[known])
     return Clamping(
-        starts=np.searchsorted(row, np.arange(len(ids) + 1)),
+        starts=np.searchsorted(clamped.place[known], np.arange(len(sites) + 1)),
         steps=np.searchsorted(steps, clamped.step[known]),
         errors=clamped.error[known],
-        first_lags=np.array([EFFECT_LAG.get(role, 0) for _, _, role in names], dtype=np.int64),
+        first_lags=np.array([EFFECT_LAG.get(site.role, 0) for site in sites], dtype=np.int64),
         length=len(steps),
     )
 
 
-def _read_sqnr(log: RunLog) -> dict[int, float]:
+def _read_sqnr(log: RunLog, sites: list[SiteInfo]) -> dict[int, float]:
     rows = log.sql(
-        "SELECT site, min(sqnr_db) AS sqnr FROM casts WHERE sqnr_db IS NOT NULL "
-        "AND isfinite(sqnr_db) GROUP BY site"
-    ).to_pylist()
-    return {row["site"]: row["sqnr"] for row in rows}
+        f"{_PLACES} SELECT place, min(least) AS sqnr_db FROM ("
+        "SELECT rank, site, min(sqnr_db) AS least FROM casts "
+        "WHERE sqnr_db IS NOT NULL AND isfinite(sqnr_db) GROUP BY rank, site"
+        ") JOIN places USING (rank, site) GROUP BY place"
+    ).to_pydict()
+    pairs = zip(rows["place"], rows["sqnr_db"], strict=True)
+    return {sites[place].site: sqnr_db for place, sqnr_db in pairs}

@@ -109,8 +109,9 @@ def _answer(finding: Finding) -> str:
     named = _count(sum(site.by is not None for site in finding.sites), "site")
     if finding.is_observed:
         return (
-            f"More often before spikes, or a raised loss, than chance has it at {named}: {asked}; "
-            f"{clamped}. What raised the loss may also be what FP8 would have clamped."
+            f"At {named} FP8 would have clamped before spikes, or before a raised loss, more often "
+            f"than by chance: {asked}; {clamped}. What raised the loss may also be what FP8 would "
+            "have clamped."
         )
     return (
         f"Evidence at {named}: {asked}; {clamped}. This is association; "

@@ -9,7 +9,7 @@ non-finite ones are added. Reading files is for `curves`.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,9 +24,13 @@ from unclamp.analysis.definitions import (
 )
 from unclamp.analysis.robust import THRESHOLD, judge_robust
 from unclamp.errors import AnalysisError
+from unclamp.files import strict
 from unclamp.runlog import RunLog
 
 Values = Sequence[float | None] | np.ndarray
+SpikeKind = Literal["rise", "nonfinite"]
+DEFAULT = "robust"
+"""The definition by which spikes are numbered and explained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,9 @@ class Spike:
         level: The value that was expected at the onset; NaN if too little came before it.
         kind: "rise", or "nonfinite" if any value is NaN or Inf.
         series: "loss", "grad_norm", or what the caller named it.
+        number: Its place among the spikes of the loss, 1 for the first: the K that
+            `unclamp explain RUN --spike K` takes. None for another series, and for spikes by
+            another definition or threshold than the default, which explain does not count.
     """
 
     onset: int
@@ -55,15 +62,14 @@ class Spike:
     height: float
     sigmas: float
     level: float
-    kind: Literal["rise", "nonfinite"]
+    kind: SpikeKind
     series: str = "loss"
+    # Not compared: a spike is the same one whatever came before it.
+    number: int | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for strict JSON: what is NaN or Inf becomes None."""
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
-        }
+        return strict(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +135,7 @@ def find_spikes(
     values: Values,
     *,
     steps: Sequence[int] | np.ndarray | None = None,
-    method: str = "robust",
+    method: str = DEFAULT,
     threshold: float | None = None,
     series: str = "loss",
 ) -> list[Spike]:
@@ -167,11 +173,12 @@ def find_spikes(
         found.append(
             _spike(numbers, at, slice(begin, stop), level, spread, series, has_ratio=has_ratio)
         )
-    return found
+    is_counted = series == SERIES[0] and method == DEFAULT and threshold in (None, THRESHOLD)
+    return [replace(s, number=i) for i, s in enumerate(found, 1)] if is_counted else found
 
 
 def run_spikes(
-    log: RunLog, *, method: str = "robust", threshold: float | None = None
+    log: RunLog, *, method: str = DEFAULT, threshold: float | None = None
 ) -> list[Spike]:
     """Return the spikes of a run's loss and gradient norm, by onset.
 
@@ -193,7 +200,7 @@ def run_spikes(
 
 
 def smallest_height(
-    values: Values, *, method: str = "robust", threshold: float | None = None
+    values: Values, *, method: str = DEFAULT, threshold: float | None = None
 ) -> float:
     """Return the height that a one-step spike needs to be found, a ratio.
 

@@ -1,6 +1,5 @@
 """`unclamp associate`: does clamping at a site go with loss spikes more than chance?"""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import typer
 from rich.console import Console
 
 from unclamp.cli.app import JsonFlag, app
+from unclamp.files import to_json
 
 SHOWN = 10
 ENDED = {
@@ -25,7 +25,7 @@ def associate(
     ] = 8,
     as_json: JsonFlag = False,
 ) -> None:
-    """Say which sites clamp before loss spikes more often than chance has it."""
+    """Say which sites clamp before loss spikes more often than by chance."""
     from rich.table import Table  # noqa: PLC0415
 
     from unclamp.analysis.association import associate as ask  # noqa: PLC0415
@@ -38,7 +38,7 @@ def associate(
     if status != "finished":
         typer.echo(f"The run {ENDED[status]}: the answer is of what is there so far.", err=True)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+        typer.echo(to_json(found.to_dict()))
         return
     console = Console(highlight=False, markup=False)
     for sentence in found.sentences:

@@ -1,6 +1,5 @@
 """`unclamp explain`: which clamped tensors caused a loss spike, by replays from a snapshot."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 
 from unclamp.cli.app import INTERRUPTED, JsonFlag, app
+from unclamp.files import to_json
 
 NARROW = 80
 
@@ -18,7 +18,7 @@ NARROW = 80
 def explain(
     run: Annotated[Path, typer.Argument(help="Folder of a run that has snapshots.")],
     spike: Annotated[
-        int | None, typer.Option(help="Number of the spike, 1 for the first; the highest without.")
+        int | None, typer.Option(help="# of the spike in `unclamp spikes`; the highest without.")
     ] = None,
     budget: Annotated[
         int, typer.Option(help="Most replays; a larger one goes on where a smaller one ended.")
@@ -39,14 +39,12 @@ def explain(
 ) -> None:
     """Replay a loss spike with clamping undone, and say what caused it."""
     from unclamp.explain.entry import explain_spike  # noqa: PLC0415
-    from unclamp.explain.explanation import Explanation  # noqa: PLC0415
-    from unclamp.explain.game import strict  # noqa: PLC0415
     from unclamp.explain.limits import Limits  # noqa: PLC0415
     from unclamp.explain.text import print_explanation, with_progress  # noqa: PLC0415
 
     limits = Limits(replays=budget, leading=leading, group=group, anyway=anyway)  # pyright: ignore
     sys.path.insert(0, os.getcwd())  # as `python -m` does: MODULE lies where the training runs
-    found: Explanation = with_progress(
+    found = with_progress(
         lambda show: explain_spike(
             run, spike, build=build, step=step, limits=limits, on_progress=show
         ),
@@ -54,7 +52,7 @@ def explain(
         console=Console(stderr=True),
     )
     if as_json:
-        typer.echo(json.dumps(strict(found.to_dict()), indent=1, allow_nan=False))
+        typer.echo(to_json(found.to_dict()))
     else:
         print_explanation(found, Console(width=None if sys.stdout.isatty() else NARROW))
     if found.status == "interrupted":

@@ -1,6 +1,5 @@
 """`unclamp formats` and `unclamp doctor`: what FP8 is, and what this machine does with it."""
 
-import json
 from itertools import groupby
 from typing import Any
 
@@ -8,6 +7,7 @@ import typer
 from rich.console import Console
 
 from unclamp.cli.app import JsonFlag, app
+from unclamp.files import to_json
 from unclamp.formats import FORMATS
 
 
@@ -29,7 +29,7 @@ def formats(as_json: JsonFlag = False) -> None:
         for fmt in FORMATS.values()
     ]
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        typer.echo(to_json(rows))
         return
     shown = [key for key in rows[0] if key != "standard"]  # too long for a terminal's table
     table = Table(*(key.replace("_", " ") for key in shown), box=None, pad_edge=False)
@@ -56,6 +56,6 @@ def doctor(as_json: JsonFlag = False) -> None:
 
     found = diagnose().to_dict()
     if as_json:
-        typer.echo(json.dumps(found, indent=1, allow_nan=False))
+        typer.echo(to_json(found))
         return
     Console().print(diagnosis_view(found))

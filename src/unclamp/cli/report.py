@@ -1,6 +1,5 @@
 """`unclamp report`: the page, the tables and the JSON of a run or a study."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from unclamp.cli.app import JsonFlag, app
 from unclamp.errors import UnclampError
+from unclamp.files import to_json
 
 if TYPE_CHECKING:
     from unclamp.report.view import View
@@ -40,7 +40,7 @@ def show_report(path: Path, *, as_json: bool, sites: Sequence[str] = ()) -> None
     except OSError as error:
         raise UnclampError(f"cannot write {str(path / 'report.html')!r}: {error}") from error
     if as_json:
-        typer.echo(json.dumps({**view.to_dict(), "page": str(page)}, indent=1, allow_nan=False))
+        typer.echo(to_json({**view.to_dict(), "page": str(page)}))
         return
     print_view(view, Console())
     typer.echo(f"\nThe page: {page}")

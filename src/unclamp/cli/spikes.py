@@ -1,6 +1,5 @@
 """`unclamp spikes`: where the loss or the gradient norm of a run jumped up."""
 
-import json
 import math
 import sys
 from enum import StrEnum
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from unclamp.cli.app import JsonFlag, app
 from unclamp.errors import AnalysisError
+from unclamp.files import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,10 @@ def spikes(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the upward spikes of a run's loss and gradient norm."""
+    """List the upward spikes of a run's loss and gradient norm.
+
+    The number of a spike of the loss is the K of `unclamp explain RUN --spike K`.
+    """
     from unclamp.analysis import find_spikes, read_curve  # noqa: PLC0415
 
     curve = read_curve(path, column=column)
@@ -81,7 +84,7 @@ def spikes(
     }
     ordered = sorted((s for each in found.values() for s in each), key=lambda spike: spike.onset)
     if as_json:
-        typer.echo(json.dumps([s.to_dict() for s in ordered], indent=1, allow_nan=False))
+        typer.echo(to_json([spike.to_dict() for spike in ordered]))
         return
     typer.echo(f"{curve.source}: {', '.join(curve.columns[name] for name in names)}", err=True)
     if ordered:
@@ -93,13 +96,16 @@ def spikes(
 def _print_table(found: "list[Spike]") -> None:
     from rich.table import Table  # noqa: PLC0415
 
-    table = Table("series", box=None)
+    table = Table(box=None)
+    table.add_column("#", justify="right")
+    table.add_column("series")
     for name in ("onset", "peak", "end", "recovery", "height", "sigmas"):
         table.add_column(name, justify="right")
     table.add_column("kind")
     for spike in found:
         recovery = "never" if spike.recovery is None else str(spike.recovery)
         table.add_row(
+            "" if spike.number is None else str(spike.number),
             spike.series,
             *(str(step) for step in (spike.onset, spike.peak, spike.end)),
             recovery,

@@ -1,7 +1,18 @@
-"""Was it the clamping? Snapshots of a training, and replays of a spike with sites un-clamped."""
+"""Was it the clamping? Snapshots of a training, and replays of a spike with sites un-clamped.
 
+While a run trains: `snapshots` is what a loop calls, `watch` hears its losses, `ring` holds states
+in memory, `snapshot` is one of them as plain data, `store` puts it on disk, `training` takes and
+puts back a state, `facts` says what must be alike for a replay.
+
+Afterwards: `entry` chooses spike, snapshot and code; `investigate` asks the questions in order;
+`replay` does the steps again, `game` keeps the answers, `screening`, `attribution`, `shapley` and
+`smallest` share the spike out among `players`, within `limits`; `findings` writes the answer so
+far; `mend` makes the recommended override. The answer itself is `unclamp.analysis.explanation`.
+"""
+
+from unclamp.analysis.counterfactual import SiteShare
+from unclamp.analysis.explanation import Explanation
 from unclamp.explain.entry import explain_spike
-from unclamp.explain.explanation import Explanation, SiteShare
 from unclamp.explain.limits import Limits
 from unclamp.explain.snapshots import Rewind, Snapshots
 from unclamp.explain.training import Training

@@ -5,7 +5,7 @@ either, is idle and out of the game; those that do not lead are the *rest*, one 
 exact part grows with the number of causes up to the budget, and not with the number of sites.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -25,6 +25,8 @@ MORE_ROUNDS = 3
 RESERVE = 8
 """Replays kept back for the smallest set."""
 
+Ends = tuple[float, float, float]
+"""A Shapley value, and the ends of its interval."""
 Ways = tuple[float, float]
 """The share that is gone with only this player un-clamped, and left with only it clamped."""
 
@@ -52,7 +54,7 @@ class Attribution:
         self._game, self._findings, self._limits = game, findings, limits
         self._whole = clamping_share
         self._least = max(LEAST_SHARE, NOISE_FACTOR * noise)
-        self._ways: dict[str, Ways] = {}
+        self._ways: dict[Player, Ways] = {}
 
     def share_out(self, players: list[Player]) -> list[Player]:
         """Find the players' shares, and return those that may be causes.
@@ -104,12 +106,12 @@ class Attribution:
         findings.publish()
         by_effect = sorted(players, key=lambda p: (-abs(findings.effect(p) or 0.0), p.name))
         by_error = sorted(players, key=lambda p: (-findings.clamp_error(p), p.name))
-        turns = {}
+        turns: dict[Player, int] = {}
         for n, player in enumerate(by_effect):
-            turns[player.name] = n + n // 2
+            turns[player] = n + n // 2
         for n, player in enumerate(by_error):
-            turns[player.name] = min(turns[player.name], 3 * n + 2)
-        return sorted(players, key=lambda p: (turns[p.name], p.name))
+            turns[player] = min(turns[player], 3 * n + 2)
+        return sorted(players, key=lambda p: (turns[p], p.name))
 
     # ---- both ways -------------------------------------------------------------------------
 
@@ -125,9 +127,9 @@ class Attribution:
         for player in leading:
             only = self._removed([player])
             last = self._whole - self._removed([p for p in everyone if p is not player])
-            self._ways[player.name] = (only, last)
+            self._ways[player] = (only, last)
             self._tell(leading)
-        active = [p for p in leading if max(map(abs, self._ways[p.name])) > self._least]
+        active = [p for p in leading if max(map(abs, self._ways[p])) > self._least]
         idle = [p for p in everyone if p not in active]
         if not active:
             return leading, rest, []
@@ -135,11 +137,9 @@ class Attribution:
         is_idle = abs(self._removed(idle)) <= self._least
         return (active, [], idle) if is_all and is_idle else (leading, rest, [])
 
-    def _tell(
-        self, players: list[Player], shapley: dict[str, tuple[float, float, float]] | None = None
-    ) -> None:
+    def _tell(self, players: list[Player], shapley: Mapping[Player, Ends] | None = None) -> None:
         known = shapley or {}
-        rows = [self._findings.row(p, self._ways.get(p.name), known.get(p.name)) for p in players]
+        rows = [self._findings.row(p, self._ways.get(p), known.get(p)) for p in players]
         ordered = sorted((r for r in rows if r), key=lambda r: (-r.share, r.fqn, r.role))
         self._findings.publish(sites=tuple(ordered))
 
@@ -160,7 +160,7 @@ class Attribution:
             ends = list(zip(shares.values, shares.low, shares.high, strict=True))
             left = shares.values[-1] if rest else self._whole - sum(shares.values)
             self._findings.publish(rest_share=left)
-            self._tell([*active, *idle], {p.name: ends[i] for i, p in enumerate(active)})
+            self._tell([*active, *idle], {p: ends[i] for i, p in enumerate(active)})
 
         game, budget = self._game, self._game.budget
         game.budget = max(game.spent, budget - RESERVE)

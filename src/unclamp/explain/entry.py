@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from unclamp.analysis.curves import run_losses
+from unclamp.analysis.explanation import Explanation
 from unclamp.analysis.spikes import Spike, find_spikes
 from unclamp.errors import ReplayError
-from unclamp.explain.explanation import Explanation
 from unclamp.explain.facts import check_belongs, load_function
 from unclamp.explain.investigate import investigate
 from unclamp.explain.limits import Limits
@@ -33,7 +34,8 @@ def explain_spike(
 
     Args:
         run: The run's folder, with snapshots below it.
-        spike: Its number, 1 for the first; the highest that has a snapshot without it.
+        spike: Its number as `unclamp spikes` shows it (`Spike.number`); the highest that has a
+            snapshot without it.
         build: Makes the training as the run did: a function or "module:function"; what the
             snapshot names without it.
         step: Does a step; likewise.
@@ -44,10 +46,12 @@ def explain_spike(
     Raises:
         ReplayError: No spike, no snapshot before it, no batches, or code, recipe or model that
             do not belong to the snapshot.
+        AnalysisError: The run recorded no loss.
         RunLogError: The folder holds no run.
     """
     run = Path(run)
-    steps, losses = _losses(run)
+    with RunLog.open(run) as log:
+        steps, losses = run_losses(log)
     chosen, path = _choose(run, find_spikes(losses, steps=steps), spike)
     snapshot = read_snapshot(path)
     builder, stepper = _functions(snapshot, build, step)
@@ -69,15 +73,6 @@ def explain_spike(
         )
 
 
-def _losses(run: Path) -> tuple[list[int], list[float]]:
-    """Return steps and losses; of a step that was done twice, as after a rewind, the last."""
-    with RunLog.open(run) as log:
-        table = log.sql("SELECT step, loss FROM steps WHERE loss IS NOT NULL ORDER BY time_s")
-    by_step = dict(zip(table["step"].to_pylist(), table["loss"].to_pylist(), strict=True))
-    ordered = sorted(by_step)
-    return ordered, [by_step[n] for n in ordered]
-
-
 def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, Path]:
     """Return a spike and the snapshot to start from."""
     if not spikes:
@@ -90,15 +85,15 @@ def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, 
             "by themselves"
         )
     listed = "; ".join(
-        f"{i} at step {s.onset} ({s.height:.2f}x)" for i, s in enumerate(spikes[:SHOWN_SPIKES], 1)
+        f"{s.number} at step {s.onset} ({s.height:.2f}x)" for s in spikes[:SHOWN_SPIKES]
     )
     listed += "" if len(spikes) <= SHOWN_SPIKES else f"; ... {len(spikes)} in all"
-    if wanted is not None and not 1 <= wanted <= len(spikes):
+    candidates = spikes if wanted is None else [s for s in spikes if s.number == wanted]
+    if not candidates:
         raise ReplayError(
             f"expected the number of a spike of the run, got {wanted}; it has {listed}"
         )
     ranges = {path: (read_facts(path)["step"], read_facts(path)["last_step"]) for path in found}
-    candidates = spikes if wanted is None else [spikes[wanted - 1]]
     for spike in sorted(candidates, key=lambda s: -s.height):
         path = _snapshot_for(spike, ranges)
         if path is not None:

@@ -11,21 +11,19 @@ import platform
 import textwrap
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from unclamp.errors import RecipeError, ReplayError
 from unclamp.explain.training import Build, Step
-from unclamp.names import Role
+from unclamp.names import SiteName
 from unclamp.nn import Ledger, find_ledgers
 from unclamp.recipe import Recipe
+from unclamp.rule import Operand
 from unclamp.scaling import Scaling, scaling_from_dict, scaling_to_dict
 from unclamp.version import __version__
-
-SiteKey = tuple[str, Role]
-"""A site by its layer's name and its role."""
 
 MACHINE = ("torch", "device", "threads", "cpu", "deterministic", "matmul_precision")
 """Facts that may change bits without anything being wrong."""
@@ -67,10 +65,22 @@ def machine_facts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def sites_of(model: nn.Module) -> dict[SiteKey, tuple[Ledger, int]]:
+class Place(NamedTuple):
+    """Where a site has its state: a row of a ledger."""
+
+    ledger: Ledger
+    row: int
+
+    @property
+    def operand(self) -> Operand:
+        """What the site's recipe says: format, and the scaling that is in force."""
+        return self.ledger.sites[self.row].operand
+
+
+def sites_of(model: nn.Module) -> dict[SiteName, Place]:
     """Return where each site of a model's converted layers has its state."""
     return {
-        (site.fqn, site.role): (ledger, index)
+        SiteName(site.fqn, site.role): Place(ledger, index)
         for ledger in find_ledgers(model)
         for index, site in enumerate(ledger.sites)
     }
@@ -79,20 +89,20 @@ def sites_of(model: nn.Module) -> dict[SiteKey, tuple[Ledger, int]]:
 def site_facts(model: nn.Module) -> list[dict[str, Any]]:
     """Return each site's format and the scaling in force; no scaling where it is a function."""
     facts = []
-    for (fqn, role), (ledger, index) in sites_of(model).items():
-        operand = ledger.sites[index].operand
+    for site, place in sites_of(model).items():
         try:
-            scaling = scaling_to_dict(operand.scaling)
+            scaling = scaling_to_dict(place.operand.scaling)
         except RecipeError:
             scaling = None
-        facts.append({"fqn": fqn, "role": role, "format": operand.format.name, "scaling": scaling})
+        format_name = place.operand.format.name
+        facts.append({**site.to_dict(), "format": format_name, "scaling": scaling})
     return facts
 
 
-def scalings_of(facts: Mapping[str, Any]) -> dict[SiteKey, Scaling]:
+def scalings_of(facts: Mapping[str, Any]) -> dict[SiteName, Scaling]:
     """Return the scalings that were in force; sites scaled by a function are left out."""
     return {
-        (site["fqn"], site["role"]): scaling_from_dict(site["scaling"])
+        SiteName.from_dict(site): scaling_from_dict(site["scaling"])
         for site in facts["sites"]
         if site["scaling"] is not None
     }
@@ -129,13 +139,13 @@ def check_belongs(
         ReplayError: Another layer, format or recipe, or a build or step function whose code has
             changed since; the latter two not where `anyway`.
     """
-    here = {(s["fqn"], s["role"]): s["format"] for s in site_facts(model)}
-    there = {(s["fqn"], s["role"]): s["format"] for s in facts["sites"]}
+    here = {site: place.operand.format.name for site, place in sites_of(model).items()}
+    there = {SiteName.from_dict(site): site["format"] for site in facts["sites"]}
     if here != there:
         different = sorted(set(here.items()) ^ set(there.items()))[0][0]
         raise ReplayError(
             "the snapshot is of another model or recipe: it differs in the FP8 operand "
-            f"{different[0]!r} {different[1]} (snapshot {there.get(different)}, here "
+            f"{different} (snapshot {there.get(different)}, here "
             f"{here.get(different)}); build the model as the run did"
         )
     if anyway:

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unclamp.explain.explanation import Explanation, SiteShare
-from unclamp.explain.facts import SiteKey
-from unclamp.explain.game import Game, write_json
-from unclamp.explain.players import ANY, Player
+from unclamp.analysis.counterfactual import ACTUAL, Counterfactual, SiteShare
+from unclamp.analysis.explanation import Explanation
+from unclamp.explain.game import Game
+from unclamp.explain.players import Player
+from unclamp.files import write_json
+from unclamp.names import SiteName
 
 
 class Findings:
@@ -31,7 +33,7 @@ class Findings:
         on_progress: Callable[[Explanation], None],
     ) -> None:
         self.found = found
-        self.effects: Mapping[SiteKey, float] = {}
+        self.effects: Mapping[SiteName, float] = {}
         self.extra_replays = 0
         self._path, self._steps, self._on_progress = path, steps, on_progress
 
@@ -45,14 +47,15 @@ class Findings:
             replay_s=game.seconds,
             step_s=game.seconds / max(1, game.spent * self._steps),
             counterfactuals=tuple(
-                {
-                    "name": name,
-                    "losses": {str(n): loss for n, loss in trace.losses.items()},
-                    "removed": game.share_gone(trace) if game.rise > 0 else None,
-                }
-                for name, trace in game.answers.items()
+                Counterfactual(
+                    question=question,
+                    losses=dict(trace.losses),
+                    removed=game.share_gone(trace) if game.rise > 0 else None,
+                )
+                for question, trace in game.answers.items()
             ),
         )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._path, self.found.to_dict())
         self._on_progress(self.found)
 
@@ -67,7 +70,7 @@ class Findings:
 
     def clamp_error(self, player: Player) -> float:
         """Return the clamp error of a player's sites in the plain replay."""
-        counts = self.game.answers["actual"].sites
+        counts = self.game.answers[ACTUAL].sites
         return sum(counts[site].clamp_error for site in player.sites if site in counts)
 
     def row(
@@ -83,9 +86,8 @@ class Findings:
             share, low, high = sum(ways) / 2, min(ways), max(ways)
         else:
             return None
-        counts, noise = self.game.answers["actual"].sites, self.found.noise or 0.0
+        counts, noise = self.game.answers[ACTUAL].sites, self.found.noise or 0.0
         only, last = (None, None) if ways is None else ways
-        is_group = len(player.sites) > 1 or player.role == ANY
         return SiteShare(
             fqn=player.fqn,
             role=player.role,
@@ -98,5 +100,5 @@ class Findings:
             effect=self.effect(player),
             clamp_error=self.clamp_error(player),
             overshoot=max((counts[s].overshoot for s in player.sites if s in counts), default=0.0),
-            sites=tuple(sorted(player.sites)) if is_group else (),
+            sites=tuple(sorted(player.sites)) if player.is_group else (),
         )

@@ -7,18 +7,18 @@ nothing. The budget bounds the answers that are replays.
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from unclamp.explain.facts import SiteKey
+from unclamp.analysis.counterfactual import ACTUAL, Change, Question
 from unclamp.explain.replay import Replay, SiteCount, Trace, block_scaled
+from unclamp.files import write_json
+from unclamp.names import SiteName
 from unclamp.policy import unclamped
 from unclamp.scaling import Dynamic, Guarded, HighPrecision, Scaling
 
-Kind = Literal["unclamped", "dynamic", "guarded", "blocks", "high_precision"]
 CAP = 100.0
 """A loss counts at most so many times the level: Inf and NaN become this."""
 
@@ -50,7 +50,7 @@ class Game:
         window: The spike.
         budget: Most answers that are replays; those of earlier processes count.
         cache: The file that keeps answers.
-        on_replay: Called after each replay, with its name and the answer.
+        on_replay: Called after each replay.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Game:
         *,
         budget: int,
         cache: Path,
-        on_replay: Callable[[str], None] = lambda name: None,
+        on_replay: Callable[[], None] = lambda: None,
     ) -> None:
         self.replay, self.window, self.budget = replay, window, budget
-        self.answers: dict[str, Trace] = {}
+        self.answers: dict[Question, Trace] = {}
         self._cache, self._on_replay = cache, on_replay
         self._actual = self._floor = math.nan
 
@@ -81,15 +81,11 @@ class Game:
         """Take the plain replay; keep earlier answers if they started from the same one."""
         self.answers = {}
         earlier = _read(self._cache)
-        if earlier.get("actual") is not None:
-            found = earlier["actual"]
-            if {n: v.hex() for n, v in found.losses.items()} == {
-                n: v.hex() for n, v in actual.losses.items()
-            }:
-                self.answers = earlier
-        self.answers["actual"] = actual
+        if ACTUAL in earlier and _exact(earlier[ACTUAL]) == _exact(actual):
+            self.answers = earlier
+        self.answers[ACTUAL] = actual
         self._actual, self._floor = self.window.loss(actual.losses), self.window.level
-        self._keep("actual")
+        self._keep()
 
     @property
     def rise(self) -> float:
@@ -104,35 +100,34 @@ class Game:
         """
         self._floor = min(self.window.level, self.window.loss(without_clamping.losses))
 
-    def ask(self, kind: Kind, sites: Iterable[SiteKey]) -> Trace:
+    def ask(self, kind: Change, sites: Iterable[SiteName]) -> Trace:
         """Return the replay with these sites scaled otherwise.
 
         Raises:
             BudgetSpent: It would be one too many.
         """
-        changes: dict[SiteKey, Scaling] = {}
+        changes: dict[SiteName, Scaling] = {}
         for key in sorted(sites):
             scaling = self._changed(kind, key)
             if scaling is not None and scaling != self.replay.original(key):
                 changes[key] = scaling
         if not changes:
-            return self.answers["actual"]
-        name = f"{kind}: " + ", ".join(f"{fqn} {role}" for fqn, role in changes)
-        return self._answer(
-            name, lambda: self.replay.run(changes, last=self.window.last), is_named=True
-        )
+            return self.answers[ACTUAL]
+        question = Question(kind=kind, sites=tuple(changes))
+        return self._answer(question, lambda: self.replay.run(changes, last=self.window.last))
 
     def placebo(self, seed: int) -> Trace:
         """Return the replay in which every weight is changed by a 4096th."""
+        question = Question(kind="placebo", seed=seed)
         return self._answer(
-            f"placebo {seed}", lambda: self.replay.run({}, last=self.window.last, perturb=seed)
+            question, lambda: self.replay.run({}, last=self.window.last, perturb=seed)
         )
 
-    def removed(self, kind: Kind, sites: Iterable[SiteKey]) -> float:
+    def removed(self, kind: Change, sites: Iterable[SiteName]) -> float:
         """Return the share of the spike that is gone with these sites scaled otherwise."""
         return self.share_gone(self.ask(kind, sites))
 
-    def known(self, kind: Kind, sites: Iterable[SiteKey]) -> float | None:
+    def known(self, kind: Change, sites: Iterable[SiteName]) -> float | None:
         """Return what `removed` does if no replay is needed for it, else None."""
         budget, self.budget = self.budget, 0
         try:
@@ -146,7 +141,7 @@ class Game:
         """Return the share of the spike that is gone in a replay."""
         return (self._actual - self.window.loss(trace.losses)) / self.rise
 
-    def _changed(self, kind: Kind, key: SiteKey) -> Scaling | None:
+    def _changed(self, kind: Change, key: SiteName) -> Scaling | None:
         before = self.replay.original(key)
         if kind == "unclamped":
             return unclamped(before)
@@ -158,66 +153,62 @@ class Game:
             return HighPrecision()
         return Dynamic() if kind == "dynamic" else Guarded()
 
-    def _answer(self, name: str, run: Callable[[], Trace], *, is_named: bool = False) -> Trace:
-        if name not in self.answers:
+    def _answer(self, question: Question, run: Callable[[], Trace]) -> Trace:
+        if question not in self.answers:
             if self.spent >= self.budget:
                 raise BudgetSpent
-            self.answers[name] = run()
-            self._keep(name)
-        return self.answers[name]
+            self.answers[question] = run()
+            self._keep()
+        return self.answers[question]
 
-    def _keep(self, name: str) -> None:
-        data = {key: _to_data(trace) for key, trace in self.answers.items()}
-        write_json(self._cache, {"answers": data})
-        self._on_replay(name)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write strict JSON, whole or not at all; NaN and Inf become text.
-
-    Raises:
-        OSError: The disk does not take it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(strict(data), indent=1, allow_nan=False), encoding="utf-8")
-    part.replace(path)
+    def _keep(self) -> None:
+        self._cache.parent.mkdir(parents=True, exist_ok=True)
+        answers = [_to_data(question, trace) for question, trace in self.answers.items()]
+        write_json(self._cache, {"answers": answers})
+        self._on_replay()
 
 
-def strict(data: Any) -> Any:
-    """Return data with what JSON has no number for as text."""
-    if isinstance(data, Mapping):
-        return {str(key): strict(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [strict(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return str(data)
-    return data
+def _exact(trace: Trace) -> dict[int, str]:
+    """Return losses as text that is equal only for equal bits; NaN equals NaN."""
+    return {step: float(loss).hex() for step, loss in trace.losses.items()}
 
 
-def _to_data(trace: Trace) -> dict[str, Any]:
+def _to_data(question: Question, trace: Trace) -> dict[str, Any]:
     return {
-        "losses": {str(n): float(loss).hex() for n, loss in trace.losses.items()},
-        "sites": [[*key, asdict(count)] for key, count in trace.sites.items()],
+        "question": question.to_dict(),
+        "losses": {str(step): text for step, text in _exact(trace).items()},
+        "sites": [[site.fqn, site.role, asdict(count)] for site, count in trace.sites.items()],
         "underflowed": trace.underflowed,
         "elements": trace.elements,
         "seconds": trace.seconds,
     }
 
 
-def _read(path: Path) -> dict[str, Trace]:
+def _read(path: Path) -> dict[Question, Trace]:
     """Return the answers of a file; none where there is no such file or it is no longer ours."""
     try:
-        data = json.loads(path.read_bytes())["answers"]
-        return {
-            name: Trace(
-                losses={int(n): float.fromhex(v) for n, v in one["losses"].items()},
-                sites={(fqn, role): SiteCount(**count) for fqn, role, count in one["sites"]},
-                underflowed=one["underflowed"],
-                elements=one["elements"],
-                seconds=one["seconds"],
-            )
-            for name, one in data.items()
-        }
+        kept = json.loads(path.read_bytes())["answers"]
+        return {Question.from_dict(question): _to_trace(data) for question, data in _pairs(kept)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _pairs(kept: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield questions and answers; an earlier version kept answers by the question's name."""
+    if isinstance(kept, Mapping):
+        yield from (({"name": name}, data) for name, data in kept.items())
+    else:
+        yield from ((data["question"], data) for data in kept)
+
+
+def _to_trace(data: Mapping[str, Any]) -> Trace:
+    return Trace(
+        losses={int(step): float.fromhex(text) for step, text in data["losses"].items()},
+        sites={
+            SiteName.from_dict({"fqn": fqn, "role": role}): SiteCount(**count)
+            for fqn, role, count in data["sites"]
+        },
+        underflowed=data["underflowed"],
+        elements=data["elements"],
+        seconds=data["seconds"],
+    )

@@ -19,21 +19,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from unclamp.analysis.counterfactual import ACTUAL, Change, ScalingName
+from unclamp.analysis.explanation import CLAMPING, NOT_CLAMPING, Explanation, Verdict
 from unclamp.analysis.spikes import Spike
 from unclamp.errors import ReplayError, UnclampError
 from unclamp.explain.attribution import ENOUGH, NOISE_FACTOR, Attribution
-from unclamp.explain.explanation import CLAMPING, NOT_CLAMPING, Explanation, Verdict
-from unclamp.explain.facts import MACHINE, SiteKey, differing, recipe_of
+from unclamp.explain.facts import MACHINE, differing, recipe_of
 from unclamp.explain.findings import Findings
 from unclamp.explain.game import BudgetSpent, Game, Window
 from unclamp.explain.limits import Limits
-from unclamp.explain.mend import ScalingName as Scaling
 from unclamp.explain.mend import make_override
 from unclamp.explain.players import Player, group_sites, joined
 from unclamp.explain.replay import Replay, Trace, same_losses
 from unclamp.explain.smallest import smallest_set
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training
+from unclamp.names import SiteName
 from unclamp.policy import unclamped
 
 MAX_STEPS = 8
@@ -101,6 +102,7 @@ class _Investigation:
             last=last,
             height=spike.height,
             level=level,
+            kind=spike.kind,
             snapshot_step=snapshot.step,
             budget=limits.replays,
             others={},
@@ -117,7 +119,7 @@ class _Investigation:
             window,
             budget=limits.replays,
             cache=run / "explain-cache" / f"{_digest(snapshot, window)}.json",
-            on_replay=lambda name: self._findings.publish(),
+            on_replay=self._findings.publish,
         )
         self._can_clamp = [k for k in self._replay.sites if unclamped(self._replay.original(k))]
 
@@ -200,8 +202,8 @@ class _Investigation:
         verdict: Verdict = "clamping" if gone >= CLAMPING else "partly clamping"
         if gone < max(NOT_CLAMPING, NOISE_FACTOR * noise):
             verdict = "not clamping"
-        underflowed = {"actual": _underflow(game.answers["actual"])}
-        traces = (game.answers["actual"], free)
+        underflowed = {"actual": _underflow(game.answers[ACTUAL])}
+        traces = (game.answers[ACTUAL], free)
         self._clamped = {key for trace in traces for key in trace.sites}
         self._findings.publish(
             clamping_share=gone,
@@ -220,7 +222,8 @@ class _Investigation:
     def _other_questions(self) -> None:
         """Ask for underflow, and whether it is FP8 at all."""
         findings = self._findings
-        for kind in ("blocks", "high_precision"):
+        kinds: tuple[Change, ...] = ("blocks", "high_precision")
+        for kind in kinds:
             try:
                 trace = self._game.ask(kind, self._replay.sites)
             except (UnclampError, ValueError) as error:
@@ -237,16 +240,18 @@ class _Investigation:
         """Find the smallest set that removes enough, and replay it as it would be recommended."""
         findings, game = self._findings, self._game
         target = ENOUGH * (1.0 if clamping_share >= ENOUGH else clamping_share)
-        shares = {row.name: row.share for row in findings.found.sites}
+        shares = {frozenset(row.members): row.share for row in findings.found.sites}
         chosen = smallest_set(
-            sorted(causes, key=lambda p: (-shares.get(p.name, -math.inf), p.name)),
+            sorted(causes, key=lambda p: (-shares.get(p.sites, -math.inf), p.name)),
             target,
             gain=lambda players: game.removed("unclamped", joined(players)),
             known=lambda players: game.known("unclamped", joined(players)),
         )
-        names = {player.name for player in chosen}
+        named = {player.sites for player in chosen}
         findings.publish(
-            sites=tuple(replace(r, named=r.name in names) for r in findings.found.sites)
+            sites=tuple(
+                replace(row, named=frozenset(row.members) in named) for row in findings.found.sites
+            )
         )
         scaling, removed = self._verified(joined(chosen), target)
         if removed is not None and removed < target:
@@ -260,10 +265,12 @@ class _Investigation:
         override = make_override(joined(chosen), scaling, recipe=recipe, removed=removed)
         findings.publish(override=override)
 
-    def _verified(self, sites: frozenset[SiteKey], target: float) -> tuple[Scaling, float | None]:
+    def _verified(
+        self, sites: frozenset[SiteName], target: float
+    ) -> tuple[ScalingName, float | None]:
         """Return the scaling to recommend, and what it removes in a replay."""
-        tried: dict[Scaling, float] = {}
-        scalings: tuple[Scaling, ...] = ("dynamic", "guarded")
+        tried: dict[ScalingName, float] = {}
+        scalings: tuple[ScalingName, ...] = ("dynamic", "guarded")
         for scaling in scalings:
             try:
                 tried[scaling] = self._game.removed(scaling, sites)

@@ -2,53 +2,24 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from unclamp.explain.facts import SiteKey, sites_of
-from unclamp.names import ROLES, Role
+from unclamp.analysis.counterfactual import Override, ScalingName
+from unclamp.explain.facts import sites_of
+from unclamp.names import ROLES, Role, SiteName
+from unclamp.nn import Ledger
 from unclamp.recipe import Recipe
 from unclamp.rule import Rule, rule_to_dict
 from unclamp.scaling import Dynamic, Guarded, Scaling
 
-ScalingName = Literal["dynamic", "guarded"]
 SCALINGS: Mapping[ScalingName, Scaling] = {"dynamic": Dynamic(), "guarded": Guarded()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Override:
-    """A recommended change of the recipe.
-
-    Attributes:
-        sites: The sites to change.
-        scaling: What to make them: "dynamic", or "guarded" where dynamic did not do.
-        removed: Share of the spike that is gone with it, by a replay; None if not replayed.
-        toml: Overrides for a recipe file, to go before those it has.
-        python: The same as code; None where rules of the recipe would come before it.
-    """
-
-    sites: tuple[SiteKey, ...]
-    scaling: ScalingName
-    removed: float | None
-    toml: str
-    python: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        sites = [{"fqn": fqn, "role": role} for fqn, role in self.sites]
-        return {
-            "sites": sites,
-            "scaling": self.scaling,
-            "removed": self.removed,
-            "toml": self.toml,
-            "python": self.python,
-        }
-
-
 def make_override(
-    sites: Iterable[SiteKey], scaling: ScalingName, *, recipe: Recipe | None, removed: float | None
+    sites: Iterable[SiteName], scaling: ScalingName, *, recipe: Recipe | None, removed: float | None
 ) -> Override:
     """Return the overrides that make sites dynamic or guarded.
 
@@ -59,9 +30,9 @@ def make_override(
     rules = []
     lines = ["recipe = recipe"]
     is_first = True
-    for fqn in dict.fromkeys(fqn for fqn, _ in ordered):
+    for fqn in dict.fromkeys(site.fqn for site in ordered):
         changed: dict[Role, Scaling] = {
-            role: SCALINGS[scaling] for role in ROLES if (fqn, role) in ordered
+            role: SCALINGS[scaling] for role in ROLES if SiteName(fqn, role) in ordered
         }
         before = None if recipe is None else recipe.rule_for(fqn)
         base = Rule(match=f"^{fqn}") if before is None else replace(before, match=f"^{fqn}")
@@ -90,16 +61,14 @@ def _inline(value: Any) -> str:
     return json.dumps(value)
 
 
-def switch_sites(
-    model: nn.Module, sites: Iterable[Mapping[str, Any]], scaling: ScalingName
-) -> None:
+def switch_sites(model: nn.Module, sites: Iterable[SiteName], scaling: ScalingName) -> None:
     """Switch sites of a model that trains; a recorder writes the event."""
     where = sites_of(model)
-    changes: dict[int, tuple[Any, dict[int, Scaling]]] = {}
+    changes: dict[Ledger, dict[int, Scaling]] = {}
     for site in sites:
-        ledger, index = where[site["fqn"], site["role"]]
-        changes.setdefault(id(ledger), (ledger, {}))[1][index] = SCALINGS[scaling]
-    for ledger, scalings in changes.values():
+        place = where[site]
+        changes.setdefault(place.ledger, {})[place.row] = SCALINGS[scaling]
+    for ledger, scalings in changes.items():
         ledger.switch(scalings)
 
 

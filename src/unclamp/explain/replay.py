@@ -17,13 +17,16 @@ from dataclasses import dataclass
 import torch
 
 from unclamp.errors import ReplayError
-from unclamp.explain.facts import SiteKey, scalings_of, sites_of
+from unclamp.explain.facts import scalings_of, sites_of
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training, keeping_random_state, put_state
+from unclamp.names import SiteName
+from unclamp.nn import Ledger
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.policy import overflows
 from unclamp.scaling import Dynamic, PerBlock, Scaling
+from unclamp.totals import clamp_error, overshoot
 
 PLACEBO = 2.0**-12
 """Relative change of every weight in a placebo: too small to mean anything, and large enough to
@@ -60,7 +63,7 @@ class Trace:
     """
 
     losses: Mapping[int, float]
-    sites: Mapping[SiteKey, SiteCount]
+    sites: Mapping[SiteName, SiteCount]
     underflowed: int
     elements: int
     seconds: float
@@ -82,21 +85,21 @@ class Replay:
         self.training, self.snapshot = training, snapshot
         self._step = step
         self.sites = sites_of(training.model)
+        self._ledgers = list(dict.fromkeys(place.ledger for place in self.sites.values()))
         self._before = {key: self.scaling_of(key) for key in self.sites}
         self._before |= scalings_of(snapshot.facts)
 
-    def scaling_of(self, key: SiteKey) -> Scaling:
+    def scaling_of(self, key: SiteName) -> Scaling:
         """Return the scaling of a site as it stands."""
-        ledger, index = self.sites[key]
-        return ledger.sites[index].operand.scaling
+        return self.sites[key].operand.scaling
 
-    def original(self, key: SiteKey) -> Scaling:
+    def original(self, key: SiteName) -> Scaling:
         """Return the scaling of a site in the run."""
         return self._before[key]
 
     def run(
         self,
-        changes: Mapping[SiteKey, Scaling],
+        changes: Mapping[SiteName, Scaling],
         *,
         last: int,
         perturb: int | None = None,
@@ -135,11 +138,12 @@ class Replay:
             with watching():
                 for n in steps:
                     losses[n] = _number(self._step(self.training, snapshot.batches[n].fresh()))
-                    self._end_step(seen)
+                    for one in seen.values():
+                        one.end_step()
         return self._trace(losses, seen, time.perf_counter() - began)
 
-    def _switch(self, wanted: Mapping[SiteKey, Scaling]) -> None:
-        for ledger in {id(ledger): ledger for ledger, _ in self.sites.values()}.values():
+    def _switch(self, wanted: Mapping[SiteName, Scaling]) -> None:
+        for ledger in self._ledgers:
             changes = {
                 index: wanted[key]
                 for key, (owner, index) in self.sites.items()
@@ -159,29 +163,22 @@ class Replay:
     # ---- counting --------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _counts(self) -> Iterator["_Seen"]:
-        ledgers = list({id(ledger): ledger for ledger, _ in self.sites.values()}.values())
-        seen = _Seen({id(ledger): [] for ledger in ledgers})
-        ends = [ledger.subscribe(seen.listener(id(ledger))) for ledger in ledgers]
+    def _counts(self) -> Iterator["dict[Ledger, _Seen]"]:
+        seen = {ledger: _Seen(ledger) for ledger in self._ledgers}
+        ends = [ledger.subscribe(one.hear) for ledger, one in seen.items()]
         try:
             yield seen
         finally:
             for end in ends:
                 end()
 
-    def _end_step(self, seen: "_Seen") -> None:
-        for ledger in {id(ledger): ledger for ledger, _ in self.sites.values()}.values():
-            total = empty_stats(len(ledger.sites), ledger.pending.device)
-            for stats in seen.updates[id(ledger)]:
-                merge_stats(total, stats)
-            seen.updates[id(ledger)].clear()
-            seen.steps.setdefault(id(ledger), []).append(total)
-
-    def _trace(self, losses: dict[int, float], seen: "_Seen", seconds: float) -> Trace:
-        tables = {key: torch.stack(steps).cpu() for key, steps in seen.steps.items()}
-        sites: dict[SiteKey, SiteCount] = {}
+    def _trace(
+        self, losses: dict[int, float], seen: "dict[Ledger, _Seen]", seconds: float
+    ) -> Trace:
+        tables = {ledger: torch.stack(one.steps).cpu() for ledger, one in seen.items()}
+        sites: dict[SiteName, SiteCount] = {}
         for key, (ledger, index) in self.sites.items():
-            count = self._count(key, tables[id(ledger)][:, index])
+            count = self._count(key, tables[ledger][:, index])
             if count.saturated or count.would_clamp:
                 sites[key] = count
         rows = list(tables.values())
@@ -193,32 +190,41 @@ class Replay:
             seconds=seconds,
         )
 
-    def _count(self, key: SiteKey, rows: torch.Tensor) -> SiteCount:
-        ledger, index = self.sites[key]
-        fmt, before = ledger.sites[index].operand.format, self._before[key]
+    def _count(self, key: SiteName, rows: torch.Tensor) -> SiteCount:
+        fmt, before = self.sites[key].operand.format, self._before[key]
         amax = rows[:, Stat.AMAX]
         would = rows[:, Stat.RECAST].sum() if before.clamps else torch.tensor(0.0)
         if before.fixed_scale is not None:
             would = overflows(amax.to(torch.float32), before.fixed_scale, fmt).sum()
         square = rows[:, Stat.SQUARE]
-        error = torch.where(square > 0, rows[:, Stat.SATURATED_SQUARE] / square, 0.0)
+        error = clamp_error(rows[:, Stat.SATURATED_SQUARE], square)
+        peak = overshoot(amax / rows[:, Stat.SCALE_INV], fmt.max)
         return SiteCount(
             saturated=int(rows[:, Stat.SATURATED].sum()),
             would_clamp=int(would),
             clamp_error=float(error.sum()),
-            overshoot=float((amax / (fmt.max * rows[:, Stat.SCALE_INV])).nan_to_num(0, 0, 0).max()),
+            overshoot=float(peak.nan_to_num(0, 0, 0).max()),
         )
 
 
 class _Seen:
-    """Statistics of the updates of a step, and of the steps so far, by ledger."""
+    """What a ledger's updates said: merged into one table a step, `[sites, statistics]`."""
 
-    def __init__(self, updates: dict[int, list[torch.Tensor]]) -> None:
-        self.updates = updates
-        self.steps: dict[int, list[torch.Tensor]] = {}
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._updates: list[torch.Tensor] = []
+        self.steps: list[torch.Tensor] = []
 
-    def listener(self, ledger: int) -> Callable[[Update], None]:
-        return lambda update: self.updates[ledger].append(update.stats)
+    def hear(self, update: Update) -> None:
+        self._updates.append(update.stats)
+
+    def end_step(self) -> None:
+        # A step may have no update, or several with several optimizers.
+        total = empty_stats(len(self._ledger.sites), self._ledger.pending.device)
+        for stats in self._updates:
+            merge_stats(total, stats)
+        self._updates.clear()
+        self.steps.append(total)
 
 
 def block_scaled(scaling: Scaling) -> Scaling | None:

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclamp.explain.facts import SiteKey
 from unclamp.explain.replay import Replay
-from unclamp.names import Role
+from unclamp.names import Role, SiteName
 from unclamp.nn import Converted
 from unclamp.nn.operands import AXES
 from unclamp.numerics.blocks import orient, spread
@@ -34,7 +33,7 @@ class Screening:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.effects: dict[SiteKey, float] = {}
+        self.effects: dict[SiteName, float] = {}
         self._layers = [m for m in model.modules() if isinstance(m, Converted)]
 
     @contextlib.contextmanager
@@ -53,7 +52,7 @@ class Screening:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, site: SiteKey, gradient: Tensor, lost: Tensor) -> None:
+    def _add(self, site: SiteName, gradient: Tensor, lost: Tensor) -> None:
         effect = float((gradient.detach().float() * lost).sum())
         self.effects[site] = self.effects.get(site, 0.0) + effect
 
@@ -72,7 +71,7 @@ class Screening:
             own = inputs[0].view_as(inputs[0])
             if not own.requires_grad:
                 own = own.detach().requires_grad_()
-            site: SiteKey = (layer.sites.fqn, "input")
+            site = SiteName(layer.sites.fqn, "input")
             own.register_hook(lambda gradient, lost=lost: self._add(site, gradient, lost))
             return (own, *inputs[1:])
 
@@ -82,18 +81,18 @@ class Screening:
         def hook(gradient: Tensor) -> None:
             # Micro-batches share the weight and its clamp.
             if weights:
-                self._add((layer.sites.fqn, "weight"), gradient, weights[-1])
+                self._add(SiteName(layer.sites.fqn, "weight"), gradient, weights[-1])
                 weights.clear()
 
         return hook
 
 
-def free_gradients(replay: Replay) -> dict[SiteKey, Scaling]:
+def free_gradients(replay: Replay) -> dict[SiteName, Scaling]:
     """Return the change with which to watch: no gradient is clamped.
 
     Where a loss jumps its gradients do, and a clamped one would understate every effect.
     """
-    free = {k: unclamped(replay.original(k)) for k in replay.sites if k[1] == "grad_output"}
+    free = {k: unclamped(replay.original(k)) for k in replay.sites if k.role == "grad_output"}
     return {key: scaling for key, scaling in free.items() if scaling is not None}
 
 

@@ -13,21 +13,19 @@ the spike is written by a thread, with the batches of all steps since. With on_s
 spike is explained on the spot, and the training goes on from before it, mended.
 """
 
-import math
-import queue
-import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from unclamp.analysis.explanation import CLAMPING, Explanation
 from unclamp.errors import ReplayError, UnclampError, UnclampWarning
-from unclamp.explain.explanation import CLAMPING
 from unclamp.explain.facts import code_facts, model_facts
 from unclamp.explain.limits import Limits
 from unclamp.explain.mend import switch_sites
@@ -42,6 +40,8 @@ from unclamp.explain.training import (
     put_state,
 )
 from unclamp.explain.watch import LateLoss, SpikeWatch
+from unclamp.files import strict
+from unclamp.worker import Worker
 
 EVENT_SITES = 8
 """Sites that an event names; RUN/explain-<onset>.json has all."""
@@ -61,12 +61,12 @@ class Rewind:
     Attributes:
         step: The step that comes next.
         batches: The batches from that step on, as they were.
-        explanation: Why, as plain data: what RUN/explain-<onset>.json says.
+        explanation: Why; what RUN/explain-<onset>.json says.
     """
 
     step: int
     batches: Mapping[int, Batch]
-    explanation: Mapping[str, Any]
+    explanation: Explanation
 
 
 class Snapshots:
@@ -143,7 +143,8 @@ class Snapshots:
         self._open: int | None = None
         self._last = -1
         self._next = 0
-        self._writer = Writer(self._path)
+        self._writer = Worker(partial(_write_below, self._path), name="unclamp-snapshots")
+        self._is_closed = False
 
     # ---- in the loop -----------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ class Snapshots:
         if self._open != step:
             raise ReplayError(f"call snapshots.before({step}, batch) at the start of the step")
         self._open, self._next = None, step + 1
-        self._writer.tell_failure()
+        self._tell_failure()
         for number, value in self._late.put(step, loss):
             rewind = self._hear(number, value)
             if rewind is not None:
@@ -209,7 +210,7 @@ class Snapshots:
 
     def close(self) -> None:
         """Write what is due and wait for the disk. Later calls do nothing."""
-        if self._writer.is_closed:
+        if self._is_closed:
             return
         for number, value in self._late.rest():
             self._note(number, value)
@@ -219,6 +220,8 @@ class Snapshots:
         while self._due:
             self._write(self._due.popleft(), None)
         self._writer.close()
+        self._is_closed = True  # not before: after a Ctrl-C in here it may be called again
+        self._tell_failure()
 
     def __enter__(self) -> Self:
         return self
@@ -234,7 +237,7 @@ class Snapshots:
         onset = self._watch.hear(step, value)
         if onset is not None and self._spike is None:
             self._spike = onset
-            self._tell("spike", onset, loss=value if math.isfinite(value) else str(value))
+            self._tell("spike", onset, loss=value)
 
     def _hear(self, step: int, value: float) -> Rewind | None:
         self._note(step, value)
@@ -267,26 +270,33 @@ class Snapshots:
             warnings.warn(f"the spike was not explained: {error}", UnclampWarning, stacklevel=4)
             self._tell("explain", onset, error=str(error))
             return None
-        if explanation["status"] == "interrupted":
+        if explanation.status == "interrupted":
             raise KeyboardInterrupt
-        told = {key: explanation[key] for key in ("verdict", "clamping_share", "replays")}
-        self._tell("explain", onset, **told, sites=explanation["sites"][:EVENT_SITES])
-        override = explanation["override"]
-        if override is None or not _mends(override["removed"]) or self._rewinds_left <= 0:
+        self._tell(
+            "explain",
+            onset,
+            verdict=explanation.verdict,
+            clamping_share=explanation.clamping_share,
+            replays=explanation.replays,
+            sites=[site.to_dict() for site in explanation.sites[:EVENT_SITES]],
+        )
+        override = explanation.override
+        if override is None or not _mends(override.removed) or self._rewinds_left <= 0:
             return None
         self._rewinds_left -= 1
         put_state(self._training, snapshot.state)
-        switch_sites(self._training.model, override["sites"], override["scaling"])
+        switch_sites(self._training.model, override.sites, override.scaling)
         self._again = self._ring.batches_from(start)
         self._ring = self._ring.emptied()
         self._watch.forget_from(start)
         self._due.clear()
         self._late = LateLoss()
         self._next = start
-        self._tell("rewind", onset, to=start, sites=override["sites"], scaling=override["scaling"])
+        switched = [site.to_dict() for site in override.sites]
+        self._tell("rewind", onset, to=start, sites=switched, scaling=override.scaling)
         return Rewind(step=start, batches=dict(self._again), explanation=explanation)
 
-    def _investigate(self, snapshot: Snapshot, onset: int) -> dict[str, Any]:
+    def _investigate(self, snapshot: Snapshot, onset: int) -> Explanation:
         # Its own import: most runs never need it.
         from unclamp.explain.investigate import investigate  # noqa: PLC0415
 
@@ -294,7 +304,7 @@ class Snapshots:
         assert self._step is not None
         with keeping_random_state():
             twin = self._build(**self._arguments)
-            found = investigate(
+            return investigate(
                 twin,
                 self._step,
                 snapshot,
@@ -303,11 +313,16 @@ class Snapshots:
                 run=self._path,
                 limits=Limits(replays=self._replays),
             )
-        return found.to_dict()
+
+    def _tell_failure(self) -> None:
+        """Warn of a snapshot that could not be written, once."""
+        failure = self._writer.take_failure()
+        if failure is not None:
+            warnings.warn(f"a snapshot was not kept: {failure}", UnclampWarning, stacklevel=3)
 
     def _tell(self, kind: str, step: int, **data: Any) -> None:
         if self._recorder is not None:
-            self._recorder.event(kind, step, **data)
+            self._recorder.event(kind, step, **{key: strict(value) for key, value in data.items()})
 
 
 def _mends(removed: float | None) -> bool:
@@ -315,44 +330,8 @@ def _mends(removed: float | None) -> bool:
     return removed is not None and removed >= CLAMPING
 
 
-class Writer:
-    """Writes snapshots in a thread, in order; a failure is told in the loop, as a warning."""
+def _write_below(run: Path, snapshot: Snapshot) -> None:
+    # Its own import: torch.distributed.checkpoint takes a second, and most runs need it late.
+    from unclamp.explain.store import write_snapshot  # noqa: PLC0415
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
-        self._queue: queue.Queue[Snapshot | None] = queue.Queue()
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
-        self.is_closed = False
-
-    def put(self, snapshot: Snapshot) -> None:
-        """Have a snapshot written; returns at once."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="unclamp-snapshots")
-            self._thread.start()
-        self._queue.put(snapshot)
-
-    def close(self) -> None:
-        """Wait until everything is written."""
-        self.is_closed = True
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
-        self.tell_failure()
-
-    def tell_failure(self) -> None:
-        """Warn of a snapshot that could not be written, once."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            warnings.warn(f"a snapshot was not kept: {failure}", UnclampWarning, stacklevel=3)
-
-    def _work(self) -> None:
-        # Its own import: torch.distributed.checkpoint takes a second, and most runs need it late.
-        from unclamp.explain.store import write_snapshot  # noqa: PLC0415
-
-        while (snapshot := self._queue.get()) is not None:
-            try:
-                write_snapshot(self._run, snapshot)
-            except Exception as error:
-                self._failure = error
+    write_snapshot(run, snapshot)

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from unclamp.errors import ReplayError
 from unclamp.explain.snapshot import Snapshot, decode, encode
 from unclamp.explain.training import Batch
+from unclamp.files import write_atomically
 
 FOLDER = "snapshots"
 FACTS_FILE = "snapshot.json"
@@ -64,9 +65,9 @@ def write_snapshot(run: Path, snapshot: Snapshot) -> Path:
     try:
         save(tensors, checkpoint_id=part / TENSORS_FOLDER, no_dist=True)
         torch.save(skeleton, part / SKELETON_FILE)
-        (part / FACTS_FILE).write_text(json.dumps(facts, allow_nan=False), encoding="utf-8")
-        for name in (SKELETON_FILE, FACTS_FILE):
-            _sync(part / name)
+        _sync(part / SKELETON_FILE)
+        # NaN is refused here and not made null: the arguments go back into the build function.
+        write_atomically(part / FACTS_FILE, json.dumps(facts, allow_nan=False).encode())
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
     except BaseException:

@@ -1,6 +1,5 @@
 """An explanation on a terminal: the paragraph, the sites, the override; and progress meanwhile."""
 
-import math
 from collections.abc import Callable
 
 from rich.console import Console
@@ -8,7 +7,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from unclamp.explain.explanation import Explanation, SiteShare, percent
+from unclamp.analysis.counterfactual import SiteShare
+from unclamp.analysis.explanation import Explanation, interval, spike_share
 
 SHOWN_ROWS = 12
 
@@ -43,12 +43,8 @@ def _table(found: Explanation) -> Table:
 
 
 def _cells(row: SiteShare) -> list[str]:
-    ways = ["-" if share is None else _rounded(share) for share in (row.only, row.last)]
-    return [row.name, _rounded(row.share), f"{_rounded(row.low)} to {_rounded(row.high)}", *ways]
-
-
-def _rounded(share: float) -> str:
-    return f"{100 * share:.0f} %".replace("-0 %", "0 %") if math.isfinite(share) else "?"
+    shares = spike_share(row.share), interval(row), spike_share(row.only), spike_share(row.last)
+    return [row.name, *shares]
 
 
 def with_progress(
@@ -80,6 +76,6 @@ def _so_far(found: Explanation) -> str:
     if found.clamping_share is None:
         return "does it come back?"
     if not found.sites:
-        return f"clamping: {percent(found.clamping_share)}"
+        return f"clamping: {spike_share(found.clamping_share)}"
     first = found.sites[0]
-    return f"{first.name}: {percent(first.share)}"
+    return f"{first.name}: {spike_share(first.share)}"

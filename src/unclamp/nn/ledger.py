@@ -8,15 +8,15 @@ one layer), so an update is a handful of kernels whatever the model's size:
     block_amax  [scales]                   float32, amax of each block since the last update
     pending     [sites, len(Stat)]         float64, statistics since the last update
 
-Which row is whose says `nn.layout`, what a history comes to `unclamp.policy`, and when there is
-an update `nn.clock`.
+`nn.layout` says which row belongs to which site, `unclamp.policy` which scale follows from a
+history, and `nn.clock` when there is an update.
 
 Casts *commit* their statistics to `pending`. An update folds the pending amaxes into the
-histories and makes the next scales. An update with nothing pending (the tensor's version tells)
-does nothing, and under gradient accumulation the maximum over the microsteps enters the history
-once.
+histories and makes the next scales. If nothing is pending, which the version of the tensor
+`pending` shows, it does nothing. Under gradient accumulation the maximum over the microsteps
+enters the history once.
 
-A cast commits when its *backward* runs (`unclamp.nn.linear`). That alone gives the counts their
+A cast commits when its *backward* runs (`unclamp.nn.product`). That alone gives the counts their
 meaning: an evaluation forward commits nothing, and under activation checkpointing, where the
 forward runs twice, the backward runs once.
 

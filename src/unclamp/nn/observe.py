@@ -12,11 +12,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from unclamp.names import Role
+from unclamp.names import Role, SiteName
 from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.recipe import Recipe
+from unclamp.totals import clamp_error, overshoot, share
 
 SHOWN_SITES = 8
 
@@ -91,8 +92,8 @@ class Observation:
                 clamped_steps=clamped,
                 underflowed=int(total[Stat.UNDERFLOWED]),
                 nonfinite=int(total[Stat.NONFINITE]),
-                overshoot=peak / site.operand.format.max,
-                clamp_error=total[Stat.SATURATED_SQUARE] / (total[Stat.SQUARE] or 1.0),
+                overshoot=overshoot(peak, site.operand.format.max),
+                clamp_error=clamp_error(total[Stat.SATURATED_SQUARE], total[Stat.SQUARE]),
             )
             for site, total, clamped, peak in rows
             if total[Stat.CASTS]
@@ -120,11 +121,11 @@ class Observation:
         lines = [
             f"observed {len(self.report.converted)} layers for {self._steps} steps: FP8 would have "
             f"clamped {sum(s.saturated for s in sites):,} of {elements:,} elements, at "
-            f"{len(clamped)} of {len(sites)} sites, and lost {lost / max(elements, 1):.3%} to "
+            f"{len(clamped)} of {len(sites)} sites, and lost {share(lost, elements):.3%} to "
             "underflow"
         ]
         lines += [
-            f"  {site.fqn or '(the model itself)'} {site.role}: {site.saturated:,} in "
+            f"  {SiteName(site.fqn, site.role)}: {site.saturated:,} in "
             f"{site.clamped_steps} steps, overshoot {site.overshoot:.2f}x, clamp error "
             f"{site.clamp_error:.2g}"
             for site in clamped[:SHOWN_SITES]

@@ -60,7 +60,7 @@ def quantize(
     empty tensor gives empty codes and amax -1.
 
     Raises:
-        UnsupportedError: `x` is not a floating-point tensor, or another argument no such thing.
+        UnsupportedError: `x` is not a floating-point tensor, or another argument has a wrong type.
         ValueError: Blocks along an axis that the tensor does not have, or a scale that is not
             one a block.
     """

@@ -1,8 +1,8 @@
 """The statistics of a cast: one float64 vector, made in the pass that casts.
 
 A vector and not an object, so that a step's casts add up on the device without a host
-synchronisation. The first fields merge by maximum, the others by addition; counts stay exact
-up to 2**53 elements.
+synchronisation. AMAX and SCALE_INV merge by maximum, the other fields by addition; counts stay
+exact up to 2**53 elements.
 """
 
 from enum import IntEnum
@@ -36,7 +36,7 @@ class Stat(IntEnum):
 
 
 MERGED_BY_MAX = 2
-"""The first fields merge by maximum."""
+"""So many fields, the first of the vector (AMAX, SCALE_INV), merge by maximum."""
 
 
 def empty_stats(rows: int, device: torch.device | str = "cpu") -> Tensor:

@@ -5,8 +5,7 @@ What one run shows is in `runs`; which runs a study has is for `view`.
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,8 +15,10 @@ from unclamp.analysis.paired import (
     difference_in_words,
     paired_difference,
 )
-from unclamp.report.figures import HEAT_SITES, RunFigures, site_name
+from unclamp.names import SiteName
+from unclamp.report.recorded import HEAT_SITES, RunRecord, SiteRecord, SiteRow, by_clamp_error
 from unclamp.report.thinning import kept_places
+from unclamp.totals import SiteTotals
 
 FINAL_SHARE = 0.1
 """The final loss is the mean over this last share of the steps that are not planted."""
@@ -67,6 +68,25 @@ class ArmView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Band:
+    """A loss over the seeds: at each step its mean, and the smallest and the largest one."""
+
+    step: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heat:
+    """The saturated share, sites by windows: `share[i, j]` of `sites[i]` from `steps[j]` on."""
+
+    sites: list[str]
+    steps: list[int]
+    share: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScenarioView:
     """One scenario: its arms side by side, and what the plots show."""
 
@@ -75,17 +95,17 @@ class ScenarioView:
     findings: list[str]
     planted: list[int]
     arms: list[ArmView]
-    curves: dict[str, dict[str, list[float]]]
+    curves: dict[str, Band]
     spikes: dict[str, list[int]]
-    heat: dict[str, dict[str, Any]]
-    worst: dict[str, list[dict[str, Any]]]
+    heat: dict[str, Heat]
+    worst: dict[str, list[SiteRow]]
     switched: dict[str, list[str]]
 
 
 def scenario_view(
     name: str,
     description: str,
-    figures: dict[str, dict[int, RunFigures]],
+    records: dict[str, dict[int, RunRecord]],
     switched: dict[str, list[str]],
 ) -> ScenarioView:
     """Return a scenario's view.
@@ -93,43 +113,38 @@ def scenario_view(
     Args:
         name: Of the scenario.
         description: What is in it.
-        figures: Of every run that there is, by arm and seed; an arm without runs is left out.
+        records: Of every run that there is, by arm and seed; an arm without runs is left out.
         switched: Sites that an arm made dynamic, by arm.
     """
-    figures = {arm: runs for arm, runs in figures.items() if runs}
-    baseline = figures.get(BASELINE, {})
-    arms = [_arm_view(arm, runs, baseline) for arm, runs in figures.items()]
-    planted = sorted({s for runs in figures.values() for run in runs.values() for s in run.planted})
+    records = {arm: runs for arm, runs in records.items() if runs}
+    baseline = records.get(BASELINE, {})
+    arms = [_arm_view(arm, runs, baseline) for arm, runs in records.items()]
+    planted = sorted({s for runs in records.values() for run in runs.values() for s in run.planted})
     return ScenarioView(
         name=name,
         description=description,
         findings=_findings(arms, len(planted), switched),
         planted=planted,
         arms=arms,
-        curves={arm: _curve(list(runs.values())) for arm, runs in figures.items()},
+        curves={arm: _curve(list(runs.values())) for arm, runs in records.items()},
         spikes={
             arm: sorted({step for run in runs.values() for step in run.loss_spikes})
-            for arm, runs in figures.items()
+            for arm, runs in records.items()
         },
-        heat={arm: _heat(list(runs.values())) for arm, runs in figures.items()},
-        worst={arm: _worst(list(runs.values())) for arm, runs in figures.items()},
+        heat={arm: _heat(list(runs.values())) for arm, runs in records.items()},
+        worst={arm: _worst(list(runs.values())) for arm, runs in records.items()},
         switched=switched,
     )
 
 
-def _arm_view(name: str, runs: dict[int, RunFigures], baseline: dict[int, RunFigures]) -> ArmView:
+def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunRecord]) -> ArmView:
     """Sum an arm up; its counts are of finished runs, or of all where none is finished."""
     counted = _finished(runs) or runs
     finals = [f for f in map(final_loss, counted.values()) if f is not None]
-    sites = [site for run in counted.values() for site in run.sites]
+    total = sum((s.totals for run in counted.values() for s in run.sites), SiteTotals())
     speeds = [run.tokens_per_s for run in counted.values() if run.tokens_per_s is not None]
-    elements = sum(site["elements"] for site in sites)
     at_planted = [s for run in counted.values() for s in run.loss_spikes if s in run.planted]
     spikes = sum(len(run.loss_spikes) for run in counted.values())
-
-    def a_run(name: str) -> float:
-        return sum(site[name] for site in sites) / len(counted)
-
     return ArmView(
         name=name,
         seeds=len(runs),
@@ -141,21 +156,21 @@ def _arm_view(name: str, runs: dict[int, RunFigures], baseline: dict[int, RunFig
         planted_spikes=len(at_planted),
         other_spikes=spikes - len(at_planted),
         extent=next((run.extent for run in counted.values() if run.extent), ""),
-        saturated=a_run("saturated"),
-        casts=a_run("casts"),
-        clamped_casts=a_run("clamped_casts"),
-        recasts=a_run("recasts"),
-        underflow_share=sum(site["underflowed"] for site in sites) / max(elements, 1),
-        overshoot=max((site["overshoot"] for site in sites), default=0.0),
+        saturated=total.saturated / len(counted),
+        casts=total.casts / len(counted),
+        clamped_casts=total.clamped_rows / len(counted),
+        recasts=total.recasts / len(counted),
+        underflow_share=total.underflow_share,
+        overshoot=total.overshoot,
         tokens_per_s=float(np.mean(speeds)) if speeds else None,
     )
 
 
-def _finished(runs: dict[int, RunFigures]) -> dict[int, RunFigures]:
+def _finished(runs: dict[int, RunRecord]) -> dict[int, RunRecord]:
     return {seed: run for seed, run in runs.items() if run.status == "finished"}
 
 
-def final_loss(run: RunFigures) -> float | None:
+def final_loss(run: RunRecord) -> float | None:
     """Return the mean over the last tenth of the steps that recorded a loss, planted ones left out.
 
     Those are compared apart. None of a run that is not finished, whose last steps are not the
@@ -169,7 +184,7 @@ def final_loss(run: RunFigures) -> float | None:
     return _mean(ordinary[-last:]) if ordinary else None
 
 
-def _by_step(run: RunFigures) -> dict[int, float]:
+def _by_step(run: RunRecord) -> dict[int, float]:
     """Return the losses that were recorded, NaN and Inf among them."""
     return {s: x for s, x in zip(run.steps, run.loss, strict=True) if x is not None}
 
@@ -187,7 +202,7 @@ def _spread(values: list[float]) -> float:
 
 
 def _final_gap(
-    runs: dict[int, RunFigures], baseline: dict[int, RunFigures]
+    runs: dict[int, RunRecord], baseline: dict[int, RunRecord]
 ) -> PairedDifference | None:
     """Compare an arm with the baseline over the seeds that both have finished."""
     both = [(final_loss(run), final_loss(baseline[s])) for s, run in runs.items() if s in baseline]
@@ -198,7 +213,7 @@ def _final_gap(
 
 
 def _planted_ratio(
-    runs: dict[int, RunFigures], baseline: dict[int, RunFigures]
+    runs: dict[int, RunRecord], baseline: dict[int, RunRecord]
 ) -> tuple[float, float, float] | None:
     ratios = []
     for seed, run in runs.items():
@@ -212,7 +227,7 @@ def _planted_ratio(
     return (_mean(ratios), min(ratios), max(ratios)) if ratios else None
 
 
-def _curve(runs: list[RunFigures]) -> dict[str, list[float]]:
+def _curve(runs: list[RunRecord]) -> Band:
     """Return loss over steps: mean, smallest and largest over the seeds that got there.
 
     Thinned for a page, so that every peak of the largest and trough of the smallest stays. NaN at
@@ -225,76 +240,54 @@ def _curve(runs: list[RunFigures]) -> dict[str, list[float]]:
     steps = sorted(by_step)
     low, high = ([float(ends(by_step[step])) for step in steps] for ends in (np.min, np.max))
     kept = kept_places(low, high)
-    return {
-        "step": [float(steps[i]) for i in kept],
-        "mean": [_mean(by_step[steps[i]]) for i in kept],
-        "low": [low[i] for i in kept],
-        "high": [high[i] for i in kept],
-    }
+    return Band(
+        step=[float(steps[i]) for i in kept],
+        mean=[_mean(by_step[steps[i]]) for i in kept],
+        low=[low[i] for i in kept],
+        high=[high[i] for i in kept],
+    )
 
 
-def _heat(runs: list[RunFigures]) -> dict[str, Any]:
+def _heat(runs: list[RunRecord]) -> Heat:
     """Return the saturated share, sites by windows, mean over the runs cut alike; worst sites."""
-    windows = max((run.windows for run in runs), key=lambda w: w.count * w.size)
-    same = [run.shares for run in runs if run.windows == windows]
-    nothing = np.zeros(windows.count)
+    cut = max((run.cut for run in runs), key=lambda cut: cut.count * cut.size)
+    same = [run.shares for run in runs if run.cut == cut]
+    nothing = np.zeros(cut.count)
     order = dict.fromkeys(site for shares in same for site in shares)
     share = {site: np.mean([s.get(site, nothing) for s in same], axis=0) for site in order}
     worst = sorted(share, key=lambda site: -float(share[site].sum()))[:HEAT_SITES]
     rows = [site for site in order if site in set(worst)]
-    return {
-        "sites": [site_name(fqn, role) for fqn, role in rows],
-        "steps": windows.steps,
-        "share": np.array([share[site] for site in rows]).reshape(len(rows), windows.count),
-    }
-
-
-def _worst(runs: list[RunFigures]) -> list[dict[str, Any]]:
-    """Return the sites with the largest clamp error over all seeds, worst first."""
-    total: dict[tuple[str, str], dict[str, Any]] = {}
-    for site in (site for run in runs if not run.mixed for site in run.sites):
-        key = (site["fqn"], site["role"])
-        total[key] = _merged(total[key], site) if key in total else site
-    clamped = [site for site in total.values() if site["saturated"]]
-    ranked = sorted(clamped, key=lambda s: (-s["clamp_error"], s["fqn"], s["role"]))
-    return [_site_row(site) for site in ranked[:WORST_SITES]]
-
-
-def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    added = (
-        "elements",
-        "saturated",
-        "underflowed",
-        "nonfinite",
-        "clamped_casts",
-        "clamp_error",
-        "recasts",
-        "casts",
+    return Heat(
+        sites=[str(site) for site in rows],
+        steps=cut.steps,
+        share=np.array([share[site] for site in rows]).reshape(len(rows), cut.count),
     )
-    worst = max((one, other), key=lambda site: site["clamp_error_max"])
-    return {
-        **one,
-        **{name: one[name] + other[name] for name in added},
-        "overshoot": max(one["overshoot"], other["overshoot"]),
-        "clamp_error_max": worst["clamp_error_max"],
-        "worst_step": worst["worst_step"],
-    }
 
 
-def _site_row(site: dict[str, Any]) -> dict[str, Any]:
-    casts = max(site["clamped_casts"], 1)
-    return {
-        "fqn": site["fqn"],
-        "role": site["role"],
-        "format": site["format"],
-        "scaling": site["scaling"],
-        "saturated": site["saturated"],
-        "clamped_casts": site["clamped_casts"],
-        "overshoot": site["overshoot"],
-        "clamp_error": site["clamp_error"] / casts,
-        "underflow_share": site["underflowed"] / max(site["elements"], 1),
-        "worst_step": site["worst_step"],
-    }
+def _worst(runs: list[RunRecord]) -> list[SiteRow]:
+    """Return the sites with the largest clamp error over all seeds, worst first."""
+    merged: dict[SiteName, SiteRecord] = {}
+    for site in (site for run in runs for site in run.sites):
+        known = merged.get(site.name)
+        both = site if known is None else replace(known, totals=known.totals + site.totals)
+        merged[site.name] = both
+    clamped = [site for site in merged.values() if site.totals.saturated]
+    return [_site_row(site) for site in by_clamp_error(clamped)[:WORST_SITES]]
+
+
+def _site_row(site: SiteRecord) -> SiteRow:
+    return SiteRow(
+        fqn=site.info.fqn,
+        role=site.info.role,
+        format=site.info.format,
+        scaling=site.info.scaling,
+        saturated=site.totals.saturated,
+        clamped_casts=site.totals.clamped_rows,
+        overshoot=site.totals.overshoot,
+        clamp_error=site.totals.clamp_error,
+        underflow_share=site.totals.underflow_share,
+        worst_step=site.totals.worst_step,
+    )
 
 
 def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]]) -> list[str]:

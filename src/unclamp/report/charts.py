@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from unclamp.report.arms import ScenarioView
-from unclamp.report.runs import RunView
+from unclamp.report.runs import Event, RunView
 from unclamp.report.words import spike_text
 
 COLOURS = ("#4b5563", "#2563eb", "#dc2626", "#059669", "#9333ea", "#d97706", "#0891b2", "#be185d")
@@ -29,7 +29,7 @@ def run_figure(run: RunView) -> go.Figure:
     for name, curve in run.curves.items():
         title, axis, colour = _SERIES[name]
         figure.add_scatter(
-            x=curve["step"], y=curve["value"], name=title, yaxis=axis, mode="lines",
+            x=curve.step, y=curve.value, name=title, yaxis=axis, mode="lines",
             line={"color": colour, "width": 1.5}, showlegend=False,
             hovertemplate="step %{x}<br>%{y:.4g}<extra>" + title + "</extra>",
         )  # fmt: skip
@@ -84,21 +84,21 @@ def _peak(spike: Mapping[str, Any]) -> float | None:
     return spike["level"] * spike["height"]
 
 
-def _add_events(figure: go.Figure, events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _add_events(figure: go.Figure, events: Sequence[Event]) -> list[dict[str, Any]]:
     """Mark events in the lane above the curves and return their lines."""
     lines: list[dict[str, Any]] = []
-    for i, kind in enumerate(dict.fromkeys(event["kind"] for event in events)):
+    for i, kind in enumerate(dict.fromkeys(event.kind for event in events)):
         colour = EVENT_COLOURS.get(kind, COLOURS[(i + 4) % len(COLOURS)])
-        found = [event for event in events if event["kind"] == kind]
+        found = [event for event in events if event.kind == kind]
         figure.add_scatter(
-            x=[event["step"] for event in found], y=[i % 2] * len(found), yaxis="y3",
+            x=[event.step for event in found], y=[i % 2] * len(found), yaxis="y3",
             mode="markers", name=kind, hoverinfo="text",
-            hovertext=[f"{kind} at step {e['step']:,}<br>{_wrapped(e['text'])}" for e in found],
+            hovertext=[f"{kind} at step {e.step:,}<br>{_wrapped(e.text)}" for e in found],
             marker={"symbol": "diamond", "size": 8, "color": colour},
         )  # fmt: skip
         style = {"line": {"color": colour, "width": 1, "dash": "dot"}, "layer": "below"}
         lines += [
-            {"type": "line", "yref": "paper", "y0": 0, "y1": 0.93, "x0": e["step"], "x1": e["step"],
+            {"type": "line", "yref": "paper", "y0": 0, "y1": 0.93, "x0": e.step, "x1": e.step,
              **style}
             for e in (found if len(found) <= MOST_LINES else [])
         ]  # fmt: skip
@@ -137,20 +137,20 @@ def arms_figure(scenario: ScenarioView, colours: Mapping[str, str]) -> go.Figure
     """Draw the loss of each arm: mean, and a band from the lowest to the highest seed."""
     figure = go.Figure()
     for arm, curve in scenario.curves.items():
-        colour, steps = colours[arm], curve["step"]
+        colour, steps = colours[arm], curve.step
         band = {"mode": "lines", "legendgroup": arm, "showlegend": False, "hoverinfo": "skip"}
         edge = {"width": 0, "color": colour}
-        figure.add_scatter(x=steps, y=curve["high"], line=edge, **band)
+        figure.add_scatter(x=steps, y=curve.high, line=edge, **band)
         figure.add_scatter(
-            x=steps, y=curve["low"], line=edge, fill="tonexty", opacity=0.15, **band,
+            x=steps, y=curve.low, line=edge, fill="tonexty", opacity=0.15, **band,
             fillcolor=f"rgba{(*_rgb(colour), 0.12)}",
         )  # fmt: skip
         figure.add_scatter(
-            x=steps, y=curve["mean"], name=arm, legendgroup=arm, mode="lines",
+            x=steps, y=curve.mean, name=arm, legendgroup=arm, mode="lines",
             line={"color": colour, "width": 2},
         )  # fmt: skip
         found = set(scenario.spikes[arm])
-        spikes = [(s, m) for s, m in zip(steps, curve["high"], strict=True) if s in found]
+        spikes = [(s, m) for s, m in zip(steps, curve.high, strict=True) if s in found]
         if spikes:
             figure.add_scatter(
                 x=[s for s, _ in spikes], y=[m for _, m in spikes], mode="markers",

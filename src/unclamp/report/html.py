@@ -1,16 +1,18 @@
 """The report as one self-contained page: no network, no server."""
 
-import json
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from unclamp.report.arms import ScenarioView
+from unclamp.files import to_json, write_atomically
+from unclamp.report.arms import Heat, ScenarioView
 from unclamp.report.charts import (
     COLOURS,
     arms_figure,
@@ -60,9 +62,8 @@ def write_page(view: View, path: Path) -> Path:
         script=_asset("sites.js"),
         plotly_js=Markup(get_plotlyjs()),
     )
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page, encoding="utf-8")
-    return part.replace(path)
+    write_atomically(path, page.encode())
+    return path
 
 
 def _asset(name: str) -> Markup:
@@ -72,14 +73,14 @@ def _asset(name: str) -> Markup:
 
 def _json(data: object) -> Markup:
     """Return data as JSON that no script element ends at."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    text = to_json(data, indent=None)
     return Markup(text.replace("<", "\\u003c"))
 
 
 def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, Any]:
     """Return what the template shows of a scenario; `place` keeps its plots' ids apart."""
     colours = {arm.name: COLOURS[i % len(COLOURS)] for i, arm in enumerate(scenario.arms)}
-    clamped = [arm for arm, heat in scenario.heat.items() if heat["share"].any()]
+    clamped = [arm for arm, heat in scenario.heat.items() if heat.share.any()]
     return {
         "name": scenario.name,
         "description": scenario.description,
@@ -89,7 +90,7 @@ def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, An
         "colours": list(colours.values()),
         "loss": Markup(embed(arms_figure(scenario, colours), f"loss-{place}")),
         "heats": [
-            (arm, Markup(embed(heat_figure(**scenario.heat[arm]), f"heat-{place}-{i}")))
+            (arm, Markup(embed(_heat(scenario.heat[arm]), f"heat-{place}-{i}")))
             for i, arm in enumerate(clamped)
         ],
         "calm": [arm.name + arm.extent for arm in scenario.arms if not arm.saturated],
@@ -102,12 +103,16 @@ def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, An
     }
 
 
+def _heat(heat: Heat) -> go.Figure:
+    return heat_figure(heat.sites, heat.steps, heat.share)
+
+
 def _run(run: RunView, path: str) -> dict[str, Any]:
     share = np.array(list(run.heat.values())).reshape(len(run.heat), len(run.window_steps))
     table = {
         "columns": TABLE_COLUMNS,
-        "sites": run.sites,
-        "panels": run.panels,
+        "sites": [asdict(site) for site in run.sites],
+        "panels": {site: asdict(panel) for site, panel in run.panels.items()},
         "steps": run.window_steps,
         "window": run.window_size,
         "path": path,
@@ -132,10 +137,16 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
         "caution": next((sentence for sentence in said if PAPER in sentence), CAUTION),
         "explanations": [
             {
-                **found,
-                "rows": [explanation_row(site) for site in found["sites"][:LISTED_SITES]],
-                "plot": Markup(embed(replay_figure(found["losses"]), f"replay-{i}"))
-                if found["losses"]
+                "name": found.name,
+                "sentences": found.sentences,
+                "reproduced": found.reproduced,
+                "verdict": found.verdict,
+                "clamping_share": found.clamping_share,
+                "sites": found.sites,
+                "override": found.override,
+                "rows": [explanation_row(site) for site in found.sites[:LISTED_SITES]],
+                "plot": Markup(embed(replay_figure(found.losses), f"replay-{i}"))
+                if found.losses
                 else "",
             }
             for i, found in enumerate(run.explanations)

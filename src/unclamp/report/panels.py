@@ -1,19 +1,19 @@
 """A site's own panel as compact data: its range over time, what it lost, its exponents. Torch-free.
 
 A page cannot hold all windows of thousands of sites; `choose_sites` takes those that a reader will
-want. What a site adds up to over the whole run is in `figures`.
+want. What a site adds up to over the whole run is in `recorded`.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 from unclamp.errors import UnclampError
 from unclamp.formats import FORMATS
-from unclamp.report.figures import ROOT, RunFigures, by_clamp_error, site_name
-from unclamp.report.windows import CELLS
+from unclamp.names import SiteName, shown
+from unclamp.report.recorded import RunRecord, SiteRecord, by_clamp_error
 from unclamp.rule import matches
-from unclamp.runlog import RunLog
+from unclamp.runlog import PLACES_SQL, RunLog, Windows
 
 WORST_PANELS = 60
 ALL_CELLS = 30_000
@@ -21,123 +21,175 @@ ALL_CELLS = 30_000
 HISTOGRAM_STEPS = 1_000
 """Of a long run, the exponents of so many last steps are added up."""
 
-_CELLS = f"""
-SELECT site, cell, amax, scale_min, scale_max, elements, saturated, underflowed, recast, sqnr_min,
-    sqnr_sum / nullif(sqnr_steps, 0) AS sqnr_mean
-FROM {CELLS} WHERE site IN """
-_EXPONENTS = """
-WITH looked AS (
-    SELECT site, step, scale, exponents FROM casts
-    WHERE step >= $from AND exponents IS NOT NULL AND site IN ({sites})),
+_EXPONENTS = f"""
+WITH places AS MATERIALIZED (
+    SELECT rank, site, place FROM ({PLACES_SQL}) WHERE list_contains($places, place)),
+looked AS (
+    SELECT place, step, scale, exponents FROM casts JOIN places USING (rank, site)
+    WHERE step >= $from AND exponents IS NOT NULL),
 newest AS (
-    SELECT site, max(step) AS newest, min(step) AS oldest, count(DISTINCT step) AS looks,
+    SELECT place, max(step) AS newest, min(step) AS oldest, count(DISTINCT step) AS looks,
         arg_max(scale, step) AS scale
-    FROM looked GROUP BY site),
+    FROM looked GROUP BY place),
 counted AS (
-    SELECT site, step, unnest(map_entries(exponents)) AS entry FROM looked)
-SELECT site, entry.key::INTEGER AS exponent, sum(entry.value)::BIGINT AS total,
-    coalesce(sum(entry.value) FILTER (step = newest), 0)::BIGINT AS latest,
-    any_value(newest) AS newest, any_value(oldest) AS oldest, any_value(looks) AS looks,
-    any_value(scale) AS scale
-FROM counted JOIN newest USING (site) GROUP BY site, exponent ORDER BY site, exponent
+    SELECT place, step, unnest(map_entries(exponents)) AS entry FROM looked),
+added AS (
+    SELECT place, entry.key::INTEGER AS exponent, sum(entry.value)::BIGINT AS total,
+        coalesce(sum(entry.value) FILTER (step = newest), 0)::BIGINT AS latest
+    FROM counted JOIN newest USING (place) GROUP BY place, exponent)
+SELECT place, newest, oldest, looks, scale, list(exponent ORDER BY exponent) AS exponent,
+    list(latest ORDER BY exponent) AS latest, list(total ORDER BY exponent) AS total
+FROM added JOIN newest USING (place) GROUP BY ALL
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """The exponents of a site's inspected casts.
+
+    Attributes:
+        step: Last step that was inspected.
+        since: First one that is added up.
+        looks: Steps added up.
+        top: Largest value that the scale of the last step represents; None for a scale of 0.
+        bottom: Its smallest subnormal; None for a format that we do not know.
+        exponent: floor(log2 |x|), rising.
+        latest: Elements in the last step, for each of them.
+        total: Elements in all of them.
+    """
+
+    step: int
+    since: int
+    looks: int
+    top: float | None
+    bottom: float | None
+    exponent: list[int]
+    latest: list[int]
+    total: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A site over time; its series have a value a window, None in a window without casts.
+
+    Attributes:
+        fqn: Dotted name of its product.
+        role: Which operand.
+        format_max: Largest value of the format.
+        subnormal: Its smallest one; None for a format that we do not know.
+        amax: Largest amax.
+        top: Largest value that the scale represents, as tight as it was in the window.
+        bottom: Its smallest subnormal, likewise.
+        clamp: Share of the elements that were clamped.
+        under: Share that underflowed.
+        sqnr: Mean signal-to-noise ratio, decibel.
+        sqnr_min: The least one.
+        recast: Casts repeated.
+        histogram: None where no cast was inspected.
+    """
+
+    fqn: str
+    role: str
+    format_max: float
+    subnormal: float | None
+    amax: list[float | None] = field(default_factory=list)
+    top: list[float | None] = field(default_factory=list)
+    bottom: list[float | None] = field(default_factory=list)
+    clamp: list[float | None] = field(default_factory=list)
+    under: list[float | None] = field(default_factory=list)
+    sqnr: list[float | None] = field(default_factory=list)
+    sqnr_min: list[float | None] = field(default_factory=list)
+    recast: list[float | None] = field(default_factory=list)
+    histogram: Histogram | None = None
+
+
 def choose_sites(
-    figures: RunFigures, *, globs: Sequence[str] = (), named: Iterable[tuple[str, str]] = ()
-) -> list[dict[str, Any]]:
+    record: RunRecord, *, globs: Sequence[str] = (), named: Iterable[SiteName] = ()
+) -> list[SiteRecord]:
     """Return the sites whose panels a page holds, worst first.
 
     All of a small run; of a large one the 60 with the largest clamp error (then underflow), those
-    that are `named` by fqn and role, and those that a glob matches: a module's name or a tail of
-    it, as in a recipe, or "name role".
+    that are `named`, and those that a glob matches: a module's name or a tail of it, as in a
+    recipe, or "name role".
 
     Raises:
         UnclampError: A glob matches no site.
     """
-    ranked = by_clamp_error(figures.sites)
-    ranked.sort(key=lambda site: (not site["saturated"], -site["clamp_error"], -_underflow(site)))
-    wanted = {(site["fqn"], site["role"]) for site in ranked[:WORST_PANELS]} | set(named)
+    ranked = by_clamp_error(record.sites)
+    ranked.sort(key=_by_loss)
+    wanted = {site.name for site in ranked[:WORST_PANELS]} | set(named)
     for glob in globs:
-        found = {(s["fqn"], s["role"]) for s in ranked if _matches(s, glob)}
+        found = {site.name for site in ranked if _matches(site.name, glob)}
         if not found:
-            some = ", ".join(dict.fromkeys(site["fqn"] or ROOT for site in ranked[:3])) or "none"
+            names = dict.fromkeys(shown(site.info.fqn) for site in ranked[:3])
+            some = ", ".join(names) or "none"
             raise UnclampError(f"--site {glob!r} matches no site of the run; it has: {some}, ...")
         wanted |= found
-    if len(ranked) * figures.windows.count <= ALL_CELLS:
+    if len(ranked) * record.cut.count <= ALL_CELLS:
         return ranked
-    return [site for site in ranked if (site["fqn"], site["role"]) in wanted]
+    return [site for site in ranked if site.name in wanted]
 
 
-def read_panels(log: RunLog, figures: RunFigures, sites: list[dict[str, Any]]) -> dict[int, Any]:
-    """Return the panels of `sites` by site id; `read_run` has cut this log into windows.
-
-    A panel's series have a value a window, None in a window without casts: `amax`; `top`, the
-    largest value that the scale represents, and `bottom`, its smallest subnormal, each as tight as
-    it was in the window; `clamp` and `under`, shares of the elements; `sqnr` and `sqnr_min` in
-    decibel; `recast`, a count. `histogram` is None where no cast was inspected.
+def read_panels(log: RunLog, windows: Windows, sites: Sequence[SiteRecord]) -> dict[int, Panel]:
+    """Return the panels of `sites` by site id, from the windows of the same log.
 
     Raises:
         RunLogError: As `RunLog.sql`.
     """
     if not sites:
         return {}
-    panels = {site["site"]: _empty_panel(site, figures.windows.count) for site in sites}
-    ids = ", ".join(str(site) for site in panels)
-    for cell in log.sql(f"{_CELLS} ({ids})").to_pylist():
-        _fill(panels[cell["site"]], cell)
-    is_long = figures.windows.from_summaries
-    first = max(figures.steps, default=0) - HISTOGRAM_STEPS if is_long else -(2**62)
-    for row in log.sql(_EXPONENTS.format(sites=ids), **{"from": first}).to_pylist():
-        _add_exponent(panels[row["site"]], row)
-    return panels
+    histograms = _read_histograms(log, windows, sites)
+    return {s.info.site: _panel(s, windows, histograms.get(s.place)) for s in sites}
 
 
-def _empty_panel(site: dict[str, Any], count: int) -> dict[str, Any]:
-    fmt = FORMATS.get(site["format"])
-    series = ("amax", "top", "bottom", "clamp", "under", "sqnr", "sqnr_min", "recast")
-    return {
-        "fqn": site["fqn"],
-        "role": site["role"],
-        "format_max": site["format_max"],
-        "subnormal": None if fmt is None else fmt.min_subnormal,
-        **{name: [None] * count for name in series},
-        "histogram": None,
-    }
+def _panel(site: SiteRecord, windows: Windows, histogram: Histogram | None) -> Panel:
+    info, small = site.info, _subnormal(site)
+    cells = {window.cell: window for window in windows.of(site.place)}
+    panel = Panel(
+        fqn=info.fqn,
+        role=info.role,
+        format_max=info.format_max,
+        subnormal=small,
+        histogram=histogram,
+    )
+    for cell in range(windows.cut.count):
+        window = cells.get(cell)
+        lost = None if window is None else window.totals
+        panel.amax.append(rounded(window and window.amax))
+        panel.top.append(rounded(window and _over(info.format_max, window.scale_max)))
+        panel.bottom.append(rounded(window and _over(small, window.scale_min)))
+        panel.clamp.append(rounded(lost and lost.saturated_share))
+        panel.under.append(rounded(lost and lost.underflow_share))
+        panel.sqnr.append(rounded(lost and lost.sqnr_db_mean))
+        panel.sqnr_min.append(rounded(lost and lost.sqnr_db_min))
+        panel.recast.append(rounded(lost and lost.recasts))
+    return panel
 
 
-def _fill(panel: dict[str, Any], cell: dict[str, Any]) -> None:
-    place, elements = cell["cell"], max(cell["elements"], 1)
-    small = panel["subnormal"]
-    values = {
-        "amax": cell["amax"],
-        "top": _over(panel["format_max"], cell["scale_max"]),
-        "bottom": None if small is None else _over(small, cell["scale_min"]),
-        "clamp": cell["saturated"] / elements,
-        "under": cell["underflowed"] / elements,
-        "sqnr": cell["sqnr_mean"],
-        "sqnr_min": cell["sqnr_min"],
-        "recast": cell["recast"],
-    }
-    for name, value in values.items():
-        panel[name][place] = rounded(value)
-
-
-def _add_exponent(panel: dict[str, Any], row: dict[str, Any]) -> None:
-    if panel["histogram"] is None:
-        small = panel["subnormal"]
-        panel["histogram"] = {
-            "step": row["newest"],
-            "since": row["oldest"],
-            "looks": row["looks"],
-            "top": rounded(_over(panel["format_max"], row["scale"])),
-            "bottom": None if small is None else rounded(_over(small, row["scale"])),
-            "exponent": [],
-            "latest": [],
-            "total": [],
-        }
-    for name in ("exponent", "latest", "total"):
-        panel["histogram"][name].append(row[name])
+def _read_histograms(
+    log: RunLog, windows: Windows, sites: Sequence[SiteRecord]
+) -> dict[int, Histogram]:
+    """Return the histograms of the sites that were inspected, by place."""
+    by_place = {site.place: site for site in sites}
+    first = -(2**62)
+    if windows.cut.from_summaries:
+        first = log.sql("SELECT coalesce(max(step), 0) FROM steps").column(0)[0].as_py()
+        first -= HISTOGRAM_STEPS
+    params = {"from": first, "places": list(by_place)}
+    found = {}
+    for row in log.sql(_EXPONENTS, **params).to_pylist():
+        site, scale = by_place[row["place"]], row["scale"]
+        found[site.place] = Histogram(
+            step=row["newest"],
+            since=row["oldest"],
+            looks=row["looks"],
+            top=rounded(_over(site.info.format_max, scale)),
+            bottom=rounded(_over(_subnormal(site), scale)),
+            exponent=row["exponent"],
+            latest=row["latest"],
+            total=row["total"],
+        )
+    return found
 
 
 def rounded(value: float | None) -> float | None:
@@ -147,13 +199,19 @@ def rounded(value: float | None) -> float | None:
     return value if isinstance(value, int) else float(f"{value:.5g}")
 
 
-def _over(value: float, scale: float) -> float | None:
-    return value / scale if scale > 0 else None
+def _subnormal(site: SiteRecord) -> float | None:
+    fmt = FORMATS.get(site.info.format)
+    return None if fmt is None else fmt.min_subnormal
 
 
-def _underflow(site: dict[str, Any]) -> float:
-    return site["underflowed"] / max(site["elements"], 1)
+def _over(value: float | None, scale: float) -> float | None:
+    return None if value is None or not scale > 0 else value / scale
 
 
-def _matches(site: dict[str, Any], glob: str) -> bool:
-    return matches(site["fqn"], glob) or fnmatchcase(site_name(site["fqn"], site["role"]), glob)
+def _by_loss(site: SiteRecord) -> tuple[bool, float, float]:
+    totals = site.totals
+    return (not totals.saturated, -totals.clamp_error_sum, -totals.underflow_share)
+
+
+def _matches(name: SiteName, glob: str) -> bool:
+    return matches(name.fqn, glob) or fnmatchcase(str(name), glob)

@@ -5,21 +5,24 @@ Several runs side by side, the arms of a study, are for `arms`.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from unclamp.names import SiteName, shown
 from unclamp.report.arms import final_loss
 from unclamp.report.evidence import (
-    MIXED_ASSOCIATION,
+    ExplanationView,
     named_sites,
     read_association,
     read_explanations,
 )
-from unclamp.report.figures import RunFigures, by_clamp_error, site_name
-from unclamp.report.panels import choose_sites, read_panels, rounded
+from unclamp.report.panels import Panel, choose_sites, read_panels, rounded
+from unclamp.report.recorded import RunRecord, SiteRecord, SiteRow, by_clamp_error
 from unclamp.report.thinning import kept_places
-from unclamp.runlog import RunLog
+from unclamp.runlog import RunLog, Windows
+from unclamp.totals import SiteTotals
 
 EVENTS_A_KIND = 200
 SITES_IN_TEXT = 3
@@ -33,76 +36,130 @@ ORDER BY step, kind
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A series to draw: `value` at each `step`, None where it is not finite."""
+
+    step: list[int]
+    value: list[float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """An event to show: its data as one line."""
+
+    step: int
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSiteRow(SiteRow):
+    """A site's row on the page of its run.
+
+    Attributes:
+        site: Its id, the lowest of several ranks; the key of its panel.
+        granularity: Which elements share a scale.
+        switched: Steps at which it got another scaling.
+        rows: Recorded casts.
+        clamp_error_max: Largest clamp error, a fraction.
+        sqnr_db_min: Least signal-to-noise ratio, decibel.
+        sqnr_db_mean: Mean of the finite ones, decibel.
+        recasts: Casts that guarded scaling repeated.
+        nonfinite: Inf and NaN elements.
+    """
+
+    site: int
+    granularity: str | None
+    switched: list[int]
+    rows: int
+    clamp_error_max: float | None
+    sqnr_db_min: float | None
+    sqnr_db_mean: float | None
+    recasts: int
+    nonfinite: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunView:
     """One run.
 
     Attributes:
         name: Of its folder.
         sentences: What the figures say.
-        curves: By series, `step` and `value`, thinned so that every peak stays.
+        curves: By series, thinned so that every peak stays.
         spikes: As `Spike.to_dict`, by onset.
-        events: `step`, `kind` and `text`; of a kind with very many, evenly some.
+        events: Of a kind with very many, evenly some.
         events_left_out: How many events are not in `events`, by kind.
         window_steps: First step of each window of the heat map and the panels.
         window_size: Steps a window.
         sites: All sites, largest total clamp error first: what a row of the table says.
-        heat: Saturated share a window, by `site_name`; the worst sites.
-        panels: By site id; `panels` of `unclamp.report.panels`.
+        heat: Saturated share a window, by the site's name as text; the worst sites.
+        panels: By site id.
         association: As `Association.to_dict`, None where nobody looked.
         explanations: Replays of this run's spikes.
     """
 
     name: str
     sentences: list[str]
-    curves: dict[str, dict[str, list[Any]]]
+    curves: dict[str, Curve]
     spikes: list[dict[str, Any]]
-    events: list[dict[str, Any]]
+    events: list[Event]
     events_left_out: dict[str, int]
     window_steps: list[int]
     window_size: int
-    sites: list[dict[str, Any]]
+    sites: list[RunSiteRow]
     heat: dict[str, list[float]]
-    panels: dict[int, Any]
+    panels: dict[int, Panel]
     association: dict[str, Any] | None
-    explanations: list[dict[str, Any]]
+    explanations: list[ExplanationView]
 
 
-def read_run_view(log: RunLog, figures: RunFigures, *, globs: Sequence[str] = ()) -> RunView:
-    """Return the view of a run whose figures have been read from the same log.
+def read_run_view(
+    log: RunLog, record: RunRecord, windows: Windows, *, globs: Sequence[str] = ()
+) -> RunView:
+    """Return the view of a run.
 
     Args:
         log: The run.
-        figures: What `read_run` returned for it.
+        record: What `read_run` returned for it.
+        windows: Likewise.
         globs: Sites whose panels are wanted in any case.
 
     Raises:
         RunLogError: As `RunLog.sql`.
         UnclampError: A glob matches no site.
     """
-    association = MIXED_ASSOCIATION if figures.mixed else read_association(log)
-    named = named_sites(association)
-    chosen = [] if figures.mixed else choose_sites(figures, globs=globs, named=named)
-    shown = [] if figures.mixed else by_clamp_error(figures.sites)
+    association = read_association(log)
+    chosen = choose_sites(record, globs=globs, named=named_sites(association))
     switched = _switched(log)
-    events = log.sql(_EVENTS).to_pylist()
+    events, left_out = _read_events(log)
     return RunView(
         name=log.path.resolve().name,
-        sentences=run_sentences(figures, switched),
-        curves=_curves(figures),
-        spikes=[spike.to_dict() for spike in figures.spikes],
-        events=[
-            {"step": e["step"], "kind": e["kind"], "text": event_text(e["kind"], e["data"])}
-            for e in events
-        ],
-        events_left_out=_left_out(events),
-        window_steps=figures.windows.steps,
-        window_size=figures.windows.size,
-        sites=[_site(site, switched) for site in shown],
-        heat={site_name(f, r): shares.tolist() for (f, r), shares in figures.shares.items()},
-        panels=read_panels(log, figures, chosen),
+        sentences=run_sentences(record, switched),
+        curves=_curves(record),
+        spikes=[spike.to_dict() for spike in record.spikes],
+        events=events,
+        events_left_out=left_out,
+        window_steps=record.cut.steps,
+        window_size=record.cut.size,
+        sites=[_site(site, switched.get(site.name, [])) for site in by_clamp_error(record.sites)],
+        heat={str(name): shares.tolist() for name, shares in record.shares.items()},
+        panels=read_panels(log, windows, chosen),
         association=association,
         explanations=read_explanations(log.path),
     )
+
+
+def _read_events(log: RunLog) -> tuple[list[Event], dict[str, int]]:
+    """Return the events to show, and how many of each kind are not among them."""
+    rows = log.sql(_EVENTS)
+    step, kind, data, of_kind = (column.to_pylist() for column in rows.columns)
+    events = [
+        Event(step=s, kind=k, text=event_text(k, d))
+        for s, k, d in zip(step, kind, data, strict=True)
+    ]
+    kept, total = Counter(kind), dict(zip(kind, of_kind, strict=True))
+    return events, {k: total[k] - kept[k] for k in kept if total[k] > kept[k]}
 
 
 def event_text(kind: str, data: str) -> str:
@@ -120,35 +177,35 @@ def event_text(kind: str, data: str) -> str:
     return ", ".join(said)[:200]
 
 
-def run_sentences(figures: RunFigures, switched: Mapping[tuple[str, str], list[int]]) -> list[str]:
-    """Say in words what a run's figures show, and no more."""
+def run_sentences(record: RunRecord, switched: Mapping[SiteName, list[int]]) -> list[str]:
+    """Say in words what a run recorded, and no more."""
     return [
-        *_final_sentence(figures),
-        *_spike_sentences(figures),
-        *_clamp_sentences(figures),
+        *_final_sentence(record),
+        *_spike_sentences(record),
+        *_clamp_sentences(record),
         *_switch_sentences(switched),
     ]
 
 
-def _final_sentence(figures: RunFigures) -> list[str]:
-    final = final_loss(figures)
+def _final_sentence(record: RunRecord) -> list[str]:
+    final = final_loss(record)
     if final is None:
         return []
-    but = ", planted ones left out" if figures.planted else ""
+    but = ", planted ones left out" if record.planted else ""
     if not math.isfinite(final):
         return [f"The final loss is not finite: it is not in the last tenth of the steps{but}."]
     return [f"The final loss is {final:.4f}: mean over the last tenth of the steps{but}."]
 
 
-def _spike_sentences(figures: RunFigures) -> list[str]:
+def _spike_sentences(record: RunRecord) -> list[str]:
     said = []
     for series, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
-        given = figures.loss if series == "loss" else figures.grad_norm
+        given = record.loss if series == "loss" else record.grad_norm
         values = [value for value in given if value is not None]
         if not values:
             said += [f"The {name} was not recorded."] if series == "loss" else []
             continue
-        spikes = [spike for spike in figures.spikes if spike.series == series]
+        spikes = [spike for spike in record.spikes if spike.series == series]
         if not spikes:
             said.append(f"No spike of the {name} in {len(values):,} steps.")
             continue
@@ -162,62 +219,59 @@ def _spike_sentences(figures: RunFigures) -> list[str]:
     return said
 
 
-def _clamp_sentences(figures: RunFigures) -> list[str]:
-    sites, extent = figures.sites, figures.extent
+def _clamp_sentences(record: RunRecord) -> list[str]:
+    sites, extent = record.sites, record.extent
     if not sites:
         return ["No cast was recorded."]
-    clamped = by_clamp_error([site for site in sites if site["saturated"]])
+    total = sum((site.totals for site in sites), SiteTotals())
+    clamped = by_clamp_error([site for site in sites if site.totals.saturated])
     said = [f"Nothing was clamped at any of {len(sites):,} sites{extent}."]
     if clamped:
-        total, casts = (sum(s[name] for s in clamped) for name in ("saturated", "clamped_casts"))
-        rows = sum(site["rows"] for site in sites)
         said = [
-            f"{total:,} elements were clamped, in {casts:,} of {rows:,} recorded casts, at "
-            f"{len(clamped):,} of {len(sites):,} sites{extent}.",
-            *([] if figures.mixed else _worst_sentence(clamped[0])),
+            f"{total.saturated:,} elements were clamped, in {total.clamped_rows:,} of "
+            f"{total.rows:,} recorded casts, at {len(clamped):,} of {len(sites):,} sites{extent}.",
+            *_worst_sentence(clamped[0]),
         ]
-    casts, recasts = (sum(site[name] for site in sites) for name in ("casts", "recasts"))
-    if recasts:
-        share = f"{100 * recasts / casts:.2g} %"
+    if total.recasts:
+        share = f"{100 * total.recasts / total.casts:.2g} %"
         said.append(f"{share} of the casts were repeated with the true scale{extent}.")
-    broken = [site for site in sites if site["nonfinite"]]
-    if broken:
-        total = sum(site["nonfinite"] for site in broken)
-        said.append(f"{total:,} elements were Inf or NaN, at {len(broken):,} sites{extent}.")
+    if total.nonfinite:
+        broken = sum(site.totals.nonfinite > 0 for site in sites)
+        said.append(f"{total.nonfinite:,} elements were Inf or NaN, at {broken:,} sites{extent}.")
     return said
 
 
-def _worst_sentence(site: dict[str, Any]) -> list[str]:
+def _worst_sentence(site: SiteRecord) -> list[str]:
     """Say where clamping removed most; nothing where it removed too little to be counted."""
-    if site["worst_step"] is None:
+    totals = site.totals
+    if totals.worst_step is None:
         return []
     return [
-        f"Most clamp error: {site_name(site['fqn'], site['role'])}, worst at step "
-        f"{site['worst_step']:,}, where clamping removed "
-        f"{100 * site['clamp_error_max']:.3g} % of the tensor's squares."
+        f"Most clamp error: {site.name}, worst at step {totals.worst_step:,}, where clamping "
+        f"removed {100 * totals.clamp_error_max:.3g} % of the tensor's squares."
     ]
 
 
-def _switch_sentences(switched: Mapping[tuple[str, str], list[int]]) -> list[str]:
+def _switch_sentences(switched: Mapping[SiteName, list[int]]) -> list[str]:
     steps = sorted({step for each in switched.values() for step in each})
     if not steps:
         return []
-    shown = ", ".join(f"{step:,}" for step in steps[:5]) + (", ..." if len(steps) > 5 else "")
+    first = ", ".join(f"{step:,}" for step in steps[:5]) + (", ..." if len(steps) > 5 else "")
     who = "1 site" if len(switched) == 1 else f"{len(switched):,} sites"
-    return [f"{who} switched scaling, at step {shown}."]
+    return [f"{who} switched scaling, at step {first}."]
 
 
-def _switched(log: RunLog) -> dict[tuple[str, str], list[int]]:
-    rows = log.sql("SELECT DISTINCT fqn, role, step FROM switches ORDER BY step").to_pylist()
-    switched: dict[tuple[str, str], list[int]] = {}
-    for row in rows:
-        switched.setdefault((row["fqn"], row["role"]), []).append(row["step"])
+def _switched(log: RunLog) -> dict[SiteName, list[int]]:
+    rows = log.sql("SELECT DISTINCT fqn, role, step FROM switches ORDER BY step")
+    switched: dict[SiteName, list[int]] = {}
+    for fqn, role, step in zip(*(column.to_pylist() for column in rows.columns), strict=True):
+        switched.setdefault(SiteName(fqn, role), []).append(step)
     return switched
 
 
 def _switch_text(sites: list[dict[str, Any]]) -> str:
     named = [
-        f"{site_name(str(site.get('fqn')), str(site.get('role')))} {_kind(site.get('before'))} → "
+        f"{shown(str(site.get('fqn')))} {site.get('role')} {_kind(site.get('before'))} → "
         f"{_kind(site.get('after'))}"
         for site in sites[:SITES_IN_TEXT]
     ]
@@ -232,50 +286,44 @@ def _kind(scaling: object) -> str:
     return json.dumps(scaling)
 
 
-def _left_out(events: list[dict[str, Any]]) -> dict[str, int]:
-    kept: dict[str, int] = {}
-    total: dict[str, int] = {}
-    for event in events:
-        kept[event["kind"]] = kept.get(event["kind"], 0) + 1
-        total[event["kind"]] = event["of_kind"]
-    return {kind: total[kind] - kept[kind] for kind in kept if total[kind] > kept[kind]}
-
-
-def _curves(figures: RunFigures) -> dict[str, dict[str, list[Any]]]:
+def _curves(record: RunRecord) -> dict[str, Curve]:
     """Return what was recorded; a value that is not finite is None and a gap in the line.
 
     Steps without one are left out: a loss of every tenth step is a line and no dots.
     """
     curves = {}
-    for name, given in (("loss", figures.loss), ("grad_norm", figures.grad_norm)):
-        pairs = [(s, v) for s, v in zip(figures.steps, given, strict=False) if v is not None]
+    for name, given in (("loss", record.loss), ("grad_norm", record.grad_norm)):
+        pairs = [(s, v) for s, v in zip(record.steps, given, strict=False) if v is not None]
         if pairs:
             steps, values = zip(*pairs, strict=True)
             kept = kept_places(values)
-            curves[name] = {
-                "step": [steps[i] for i in kept],
-                "value": [rounded(values[i]) for i in kept],
-            }
+            curves[name] = Curve(
+                step=[steps[i] for i in kept], value=[rounded(values[i]) for i in kept]
+            )
     return curves
 
 
-def _site(site: dict[str, Any], switched: Mapping[tuple[str, str], list[int]]) -> dict[str, Any]:
+def _site(site: SiteRecord, switched: list[int]) -> RunSiteRow:
     """Return a site's row; means and shares that nothing was counted for are None."""
-    clamped = site["clamped_casts"]
-    return {
-        **{name: site[name] for name in ("site", "fqn", "role", "scaling", "format")},
-        "granularity": site["granularity"],
-        "switched": switched.get((site["fqn"], site["role"]), []),
-        "saturated": site["saturated"],
-        "clamped_casts": clamped,
-        "rows": site["rows"],
-        "clamp_error": rounded(site["clamp_error"] / clamped) if clamped else None,
-        "clamp_error_max": rounded(site["clamp_error_max"]),
-        "overshoot": rounded(site["overshoot"]),
-        "underflow_share": rounded(site["underflowed"] / max(site["elements"], 1)),
-        "sqnr_db_min": rounded(site["sqnr_db_min"]),
-        "sqnr_db_mean": rounded(site["sqnr_db_mean"]),
-        "recasts": site["recasts"],
-        "nonfinite": site["nonfinite"],
-        "worst_step": site["worst_step"],
-    }
+    info, totals = site.info, site.totals
+    return RunSiteRow(
+        site=info.site,
+        fqn=info.fqn,
+        role=info.role,
+        scaling=info.scaling,
+        format=info.format,
+        granularity=info.granularity,
+        switched=switched,
+        saturated=totals.saturated,
+        clamped_casts=totals.clamped_rows,
+        rows=totals.rows,
+        clamp_error=rounded(totals.clamp_error) if totals.clamped_rows else None,
+        clamp_error_max=rounded(totals.clamp_error_max),
+        overshoot=rounded(totals.overshoot),
+        underflow_share=rounded(totals.underflow_share),
+        sqnr_db_min=rounded(totals.sqnr_db_min),
+        sqnr_db_mean=rounded(totals.sqnr_db_mean),
+        recasts=totals.recasts,
+        nonfinite=totals.nonfinite,
+        worst_step=totals.worst_step,
+    )

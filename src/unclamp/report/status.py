@@ -10,10 +10,6 @@ from unclamp.runlog import RunLog, Status
 QUIET_S = 60.0
 """A run that wrote nothing for so long may have been killed; a flush interval is 2 s."""
 ABSENT = "not begun"
-MIXED = (
-    "The ranks recorded different modules under the same site ids, as the stages of a pipeline do, "
-    "and rows of casts say no more than the id: tables and plots by site are left out."
-)
 OBSERVED = (
     "This run was only observed: nothing was cast in the training. The counts are what FP8 would "
     "have lost, and the loss is that of the training without it."
@@ -42,7 +38,7 @@ def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
         f"Not all of it is in the log: rank {rank} could not write {what}."
         for rank, what in log.missing.items()
     ]
-    return notes + ([OBSERVED] if header.metadata.get("observed") else [])
+    return notes + ([OBSERVED] if header.observed else [])
 
 
 def study_notes(status: str, runs: Mapping[str, str]) -> list[str]:

@@ -1,15 +1,15 @@
 """The report as tables for a terminal of 80 columns or more; no number is ever cut."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from unclamp.names import shown
 from unclamp.report.arms import ScenarioView
 from unclamp.report.evidence import CAUTION, PAPER
-from unclamp.report.figures import ROOT
+from unclamp.report.recorded import SiteRow
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
@@ -47,18 +47,18 @@ def _run(run: RunView, width: int) -> RenderableType:
     parts: list[RenderableType] = [Text.assemble("\nrun ", (run.name, "bold"))]
     parts += [_bullet(sentence) for sentence in run.sentences]
     if run.spikes:
-        shown = run.spikes[:TERMINAL_SPIKES]
+        listed = run.spikes[:TERMINAL_SPIKES]
         parts.append(Text("\nspikes", style="bold"))
-        parts += [_bullet(f"{SERIES[s['series']]}: {spike_text(s)}") for s in shown]
-        if len(shown) < len(run.spikes):
-            parts.append(Text(f"  and {len(run.spikes) - len(shown)} more: unclamp spikes RUN"))
+        parts += [_bullet(f"{SERIES[s['series']]}: {spike_text(s)}") for s in listed]
+        if len(listed) < len(run.spikes):
+            parts.append(Text(f"  and {len(run.spikes) - len(listed)} more: unclamp spikes RUN"))
     if run.association is not None:
         parts.append(Text("\ndid spikes follow clamping?", style="bold"))
         parts += [_bullet(sentence) for sentence in run.association.get("sentences", [])]
     for found in run.explanations:
-        parts.append(Text(f"\nreplay {found['name']}", style="bold"))
-        parts += [_bullet(sentence) for sentence in found["sentences"]]
-    clamped = [site for site in run.sites if site["saturated"]][:TERMINAL_SITES]
+        parts.append(Text(f"\nreplay {found.name}", style="bold"))
+        parts += [_bullet(sentence) for sentence in found.sentences]
+    clamped = [site for site in run.sites if site.saturated][:TERMINAL_SITES]
     if clamped:
         parts.append(Text("\nworst sites, by total clamp error", style="bold"))
         parts.append(_sites(clamped, width))
@@ -113,7 +113,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-def _sites(sites: Sequence[dict[str, Any]], width: int) -> RenderableType:
+def _sites(sites: Sequence[SiteRow], width: int) -> RenderableType:
     """Return each site as its name on one line and its figures on the next, in columns."""
     rows = [_numbers(site) for site in sites]
     heads = [name.split("\n") for name in _SITE_NUMBERS]
@@ -128,14 +128,14 @@ def _sites(sites: Sequence[dict[str, Any]], width: int) -> RenderableType:
     lower = line([head[-1] for head in heads])
     lines = [Text(f"{upper}\n{lower}", style="dim", no_wrap=True)]
     for site, row in zip(sites, rows, strict=True):
-        about = f" {site['role']}, {site['scaling']} {site['format']}"
-        name = shortened(site["fqn"] or ROOT, max(20, width - len(about)))
+        about = f" {site.role}, {site.scaling} {site.format}"
+        name = shortened(shown(site.fqn), max(20, width - len(about)))
         lines.append(Text.assemble((name, "bold"), about))
         lines.append(Text(line(row), no_wrap=True))
     return Group(*lines)
 
 
-def _numbers(site: dict[str, Any]) -> list[str]:
+def _numbers(site: SiteRow) -> list[str]:
     row = dict(zip(("site", "role", "scaling", *_SITE_NUMBERS), site_row(site), strict=True))
     return [row[name] for name in _SITE_NUMBERS]
 

@@ -1,6 +1,5 @@
 """What a report says, as plain data: read from run logs, rendered by others. Torch-free."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from unclamp.errors import RunLogError, UnclampError
+from unclamp.files import strict
+from unclamp.names import SiteName
 from unclamp.report.arms import ScenarioView, scenario_view
-from unclamp.report.figures import RunFigures, read_run, site_name
+from unclamp.report.recorded import RunRecord, read_run
 from unclamp.report.runs import RunView, read_run_view
-from unclamp.report.status import ABSENT, MIXED, run_notes, study_notes
+from unclamp.report.status import ABSENT, run_notes, study_notes
 from unclamp.runlog import Header, RunLog, is_run
 from unclamp.study.config import SCENARIOS, StudyConfig, is_study, read_study
 
@@ -47,16 +48,7 @@ class View:
         if data["run"] is not None:
             for drawn in ("heat", "panels", "window_steps", "window_size"):
                 del data["run"][drawn]
-        return _finite(data)
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON cannot hold by None."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return strict(data)
 
 
 def build_view(path: Path, *, sites: Sequence[str] = ()) -> View:
@@ -84,9 +76,9 @@ def build_view(path: Path, *, sites: Sequence[str] = ()) -> View:
 def _run_view(path: Path, sites: Sequence[str]) -> View:
     with RunLog.open(path) as log:
         header = log.header
-        figures = read_run(log)
-        run = read_run_view(log, figures, globs=sites)
-        notes = run_notes(log) + ([MIXED] if figures.mixed else [])
+        record, windows = read_run(log)
+        run = read_run_view(log, record, windows, globs=sites)
+        notes = run_notes(log)
     name = str(header.metadata.get("scenario", "run"))
     arm = str(header.metadata.get("arm", run.name))
     given = header.metadata.get("seed")  # free: a user's own
@@ -96,22 +88,22 @@ def _run_view(path: Path, sites: Sequence[str]) -> View:
         title=f"Run {run.name}",
         path=str(path),
         status=header.status,
-        facts=_run_facts(header, figures),
+        facts=_run_facts(header, record),
         notes=notes,
-        scenarios=[scenario_view(name, description, {arm: {seed: figures}}, {})],
+        scenarios=[scenario_view(name, description, {arm: {seed: record}}, {})],
         run=run,
         runs={},
     )
 
 
-def _run_facts(header: Header, figures: RunFigures) -> dict[str, str]:
+def _run_facts(header: Header, record: RunRecord) -> dict[str, str]:
     facts = {"status": header.status, "written by": f"unclamp {header.unclamp_version}"}
-    facts |= {"created": header.created, "steps": f"{len(figures.steps):,}"}
-    facts["sites"] = f"{len(figures.sites):,}"
+    facts |= {"created": header.created, "steps": f"{len(record.steps):,}"}
+    facts["sites"] = f"{len(record.sites):,}"
     if header.world_size > 1:
         facts["ranks"] = str(header.world_size)
-    if figures.tokens_per_s is not None:
-        facts["tokens/s"] = f"{figures.tokens_per_s:,.0f}"
+    if record.tokens_per_s is not None:
+        facts["tokens/s"] = f"{record.tokens_per_s:,.0f}"
     if header.git_commit:
         facts["commit"] = header.git_commit[:12]
     shown = {k: v for k, v in header.metadata.items() if isinstance(v, str | int | float)}
@@ -124,24 +116,23 @@ def _study_view(path: Path) -> View:
     paths = _run_paths(path)
     scenarios = []
     states: dict[str, str] = {}
-    mixed: list[str] = []
     runs: dict[str, dict[str, list[str]]] = {}
     for name in config.scenarios:
-        figures: dict[str, dict[int, RunFigures]] = defaultdict(dict)
+        records: dict[str, dict[int, RunRecord]] = defaultdict(dict)
         for (scenario, arm, seed), run in paths.items():
             if scenario != name:
                 continue
-            found, states[f"{scenario}/{arm}/seed-{seed}"] = _figures(run)
+            found, states[f"{scenario}/{arm}/seed-{seed}"] = _read(run)
             if found is not None:
-                figures[arm][seed] = found
-                mixed += [f"{scenario}/{arm}/seed-{seed}: {MIXED}"] if found.mixed else []
+                records[arm][seed] = found
                 runs.setdefault(name, {}).setdefault(arm, []).append(str(run.relative_to(path)))
         switched = study.get("switched", {}).get(name, {})
         named = {
-            arm: [site_name(s["fqn"], s["role"]) for s in sites] for arm, sites in switched.items()
+            arm: [str(SiteName.from_dict(site)) for site in sites]
+            for arm, sites in switched.items()
         }
-        if figures:
-            scenarios.append(scenario_view(name, SCENARIOS.get(name, ""), figures, named))
+        if records:
+            scenarios.append(scenario_view(name, SCENARIOS.get(name, ""), records, named))
     model, data = config.model, config.data
     small = f"Llama, {model.layers} layers of {model.hidden_size}, bytes as tokens"
     facts = {
@@ -157,7 +148,7 @@ def _study_view(path: Path) -> View:
         path=str(path),
         status=study["status"],
         facts=facts,
-        notes=study_notes(study["status"], states) + mixed,
+        notes=study_notes(study["status"], states),
         scenarios=scenarios,
         run=None,
         runs=runs,
@@ -175,13 +166,13 @@ def _run_paths(path: Path) -> dict[tuple[str, str, int], Path]:
     }
 
 
-def _figures(run: Path) -> tuple[RunFigures | None, str]:
-    """Return a run's figures, None if it recorded no step or cannot be read; and its state."""
+def _read(run: Path) -> tuple[RunRecord | None, str]:
+    """Return a run's record, None if it recorded no step or cannot be read; and its state."""
     if not is_run(run):
         return None, ABSENT
     try:
         with RunLog.open(run) as log:
-            figures = read_run(log)
+            record, _ = read_run(log)
     except RunLogError as error:
         return None, str(error)
-    return (figures if figures.steps else None), figures.status
+    return (record if record.steps else None), record.status

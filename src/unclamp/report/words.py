@@ -4,8 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from unclamp.analysis.counterfactual import SiteShare
+from unclamp.analysis.explanation import interval, spike_share
+from unclamp.names import shown
 from unclamp.report.arms import ArmView, ScenarioView
-from unclamp.report.figures import ROOT
+from unclamp.report.recorded import SiteRow
 
 ARM_COLUMNS = (
     "arm",
@@ -93,18 +96,18 @@ def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
     return [cells[column] for column in arm_columns(scenario)]
 
 
-def site_row(site: dict[str, Any]) -> list[str]:
+def site_row(site: SiteRow) -> list[str]:
     """Return a site as cells under `SITE_COLUMNS`."""
     return [
-        site["fqn"] or ROOT,
-        site["role"],
-        f"{site['scaling']} {site['format']}",
-        f"{site['saturated']:,}",
-        f"{site['clamped_casts']:,}",
-        f"{site['overshoot']:.2f}x",
-        percent(site["clamp_error"]),
-        percent(site["underflow_share"]),
-        "-" if site["worst_step"] is None else f"{site['worst_step']:,}",
+        shown(site.fqn),
+        site.role,
+        f"{site.scaling} {site.format}",
+        f"{site.saturated:,}",
+        f"{site.clamped_casts:,}",
+        "-" if site.overshoot is None else f"{site.overshoot:.2f}x",
+        percent(site.clamp_error or 0.0),
+        percent(site.underflow_share or 0.0),
+        "-" if site.worst_step is None else f"{site.worst_step:,}",
     ]
 
 
@@ -127,29 +130,15 @@ def association_row(row: Mapping[str, Any], *, is_relative: bool = True) -> list
     ]
 
 
-def explanation_row(row: Mapping[str, Any]) -> list[str]:
+def explanation_row(row: SiteShare) -> list[str]:
     """Return a site's share of a replayed spike as cells under `EXPLANATION_COLUMNS`."""
-    low, high = _percent(row.get("low")), _percent(row.get("high"))
-    return [
-        _fqn(row),
-        str(row.get("role") or "-"),
-        _percent(row.get("share")),
-        "-" if "-" in (low, high) else f"{low} to {high}",
-        _percent(row.get("only")),
-        _percent(row.get("last")),
-    ]
+    shares = spike_share(row.share), interval(row), spike_share(row.only), spike_share(row.last)
+    return [shown(row.fqn), row.role, *shares]
 
 
 def _fqn(row: Mapping[str, Any]) -> str:
     fqn = row.get("fqn")
-    return "-" if fqn is None else str(fqn) or ROOT
-
-
-def _percent(share: object) -> str:
-    """Return a share of a spike; what is below a hundredth of a percent is noise."""
-    if not isinstance(share, int | float):
-        return "-"
-    return f"{100 * share:.2f} %".replace("-0.00 %", "0.00 %")
+    return "-" if fqn is None else shown(str(fqn))
 
 
 SERIES = {"loss": "loss", "grad_norm": "gradient norm"}

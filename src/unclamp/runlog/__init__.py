@@ -5,22 +5,31 @@ says what happened. `RunLogWriter` writes it while training, `RunLog` reads it, 
 Neither needs torch. What the numbers mean for training is for `unclamp.analysis`.
 """
 
+from unclamp.runlog.cadence import Cadence, Every
 from unclamp.runlog.finder import find_runs, is_run
 from unclamp.runlog.header import SCHEMA_VERSION, Header, Status
 from unclamp.runlog.reader import RunLog
 from unclamp.runlog.schema import SUMMARY_STEPS, TABLES, VIEWS, Columns
+from unclamp.runlog.sites import PLACES_SQL, SiteInfo
+from unclamp.runlog.windows import Cut, Windows
 from unclamp.runlog.writer import RunLogWriter
 
 __all__ = [
+    "PLACES_SQL",
     "SCHEMA_VERSION",
     "SUMMARY_STEPS",
     "TABLES",
     "VIEWS",
+    "Cadence",
     "Columns",
+    "Cut",
+    "Every",
     "Header",
     "RunLog",
     "RunLogWriter",
+    "SiteInfo",
     "Status",
+    "Windows",
     "find_runs",
     "is_run",
 ]

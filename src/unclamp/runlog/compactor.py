@@ -13,7 +13,6 @@ row; it is tried again later, and `problem` says why it last failed.
 from __future__ import annotations
 
 import os
-import queue
 import sys
 import threading
 import time
@@ -28,7 +27,7 @@ import pyarrow as pa
 from unclamp.runlog.parts import PartName, read_parts, sync_folder, write_part
 from unclamp.runlog.schema import TABLES, VIEWS
 from unclamp.runlog.summary import summary_sql
-from unclamp.runlog.waiting import wait_for
+from unclamp.worker import Worker
 
 FAN_IN = 16
 FULL_ROWS = 1_000_000
@@ -61,43 +60,38 @@ class Compactor:
         self.problem: BaseException | None = None
         self._path = path
         self._levels: dict[str, _Levels] = {table: [] for table in TABLES}
-        self._queue: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
-        self._ended = threading.Event()
         self._stop_at = float("inf")
         self._retry_at = 0.0
         self._wait_s = RETRY_S[0]
         self._connection: duckdb.DuckDBPyConnection | None = None
-        self._thread = threading.Thread(target=self._work, name="unclamp-compactor", daemon=True)
-        self._thread.start()
+        self._worker = Worker(
+            self._take,
+            name="unclamp-compactor",
+            on_begin=_yield_to_training,
+            on_due=self._merge_left,  # nobody waits and there is no interval: once, at the end
+            closes_at_exit=False,  # the writer does, and allows no time for merges then
+        )
 
     def add(self, part: Part) -> None:
         """Take note of a part that has been written, and merge when it is time; do not wait."""
-        self._queue.put(part)
+        self._worker.put(part)
 
     def close(self, *, at_once: bool) -> None:
         """Merge what is left into few parts, or only end soon if `at_once`; wait for it."""
         self._stop_at = time.monotonic() + (0.0 if at_once else CLOSE_S)
         self._retry_at = 0.0
-        self._queue.put(None)
-        wait_for(self._ended, self._thread)
+        self._worker.close()
+        # What ended the thread has left parts small, and rows where they are.
+        self.problem = self._worker.take_failure() or self.problem
 
-    def _work(self) -> None:
-        """Be the thread: what ends it leaves parts small, and rows where they are."""
-        try:
-            self._serve()
-        except BaseException as error:
-            self.problem = error
-        finally:
-            self._ended.set()
+    def _take(self, part: Part) -> None:
+        levels = self._levels[part.table]
+        if not levels:
+            levels.append([])
+        levels[0].append(part)
+        self._try(self._merge_due, levels)
 
-    def _serve(self) -> None:
-        _yield_to_training()
-        while (part := self._queue.get()) is not None:
-            levels = self._levels[part.table]
-            if not levels:
-                levels.append([])
-            levels[0].append(part)
-            self._try(self._merge_due, levels)
+    def _merge_left(self) -> None:
         for levels in self._levels.values():
             self._try(self._merge_all, levels)
         if self._connection is not None:

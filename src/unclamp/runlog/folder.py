@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from unclamp.errors import RunLogError
+from unclamp.files import write_atomically
 from unclamp.runlog.header import RUN_FILE, Header
-from unclamp.runlog.parts import write_atomically
 from unclamp.runlog.schema import TABLES
 
 _CLAIM_S = 2.0

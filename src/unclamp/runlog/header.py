@@ -8,12 +8,14 @@ from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
 from unclamp.errors import RunLogError
+from unclamp.runlog import schema_1
+from unclamp.runlog.cadence import Cadence
 
 KIND = "unclamp-run"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RUN_FILE = "run.json"
-_LATER_FIELDS = ("run_id", "missing")
-"""What the headers of version 1 did not have from the start."""
+_LATER_FIELDS = {"run_id": None, "missing": None, "cadence": None, "observed": False}
+"""What the headers of version 1 did not have, or not from the start."""
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -25,9 +27,11 @@ class Header:
     `status` is "running" until the run is closed, and stays so when the process is killed;
     "interrupted" is an end from outside, "failed" an exception or a log that could not be written
     to the end. `missing` says what of rank 0 could not be written, None where nothing is known to
-    be. `run_id` is the same for all ranks of a launch, None where nobody said. `created` is
-    ISO-8601 in UTC. `recipe`, `environment` and `metadata` hold plain JSON data: what JSON cannot
-    express is refused when the header is written.
+    be. `cadence` says how often casts were recorded, None where nobody said; `observed` that they
+    were only counted, in a training without FP8. `run_id` is the same for all ranks of a launch,
+    None where nobody said. `created` is ISO-8601 in UTC. `recipe`, `environment` and `metadata`,
+    which is the user's, hold plain JSON data: what JSON cannot express is refused when the header
+    is written.
     """
 
     unclamp_version: str
@@ -38,6 +42,8 @@ class Header:
     environment: dict[str, Any] = field(default_factory=dict)
     git_commit: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    cadence: Cadence | None = None
+    observed: bool = False
     run_id: str | None = None
     missing: str | None = None
     kind: str = KIND
@@ -56,16 +62,20 @@ class Header:
         """
         if data.get("kind") != KIND:
             raise RunLogError(f"expected kind {KIND!r}, got {data.get('kind')!r}: not a run")
-        if data.get("schema_version") != SCHEMA_VERSION:
+        if data.get("schema_version") not in (schema_1.VERSION, SCHEMA_VERSION):
             raise RunLogError(
                 f"it was written by unclamp {data.get('unclamp_version')} with schema version "
-                f"{data.get('schema_version')}, and this unclamp reads version {SCHEMA_VERSION}; "
-                f"install that unclamp to read it"
+                f"{data.get('schema_version')}, and this unclamp reads versions "
+                f"{schema_1.VERSION} to {SCHEMA_VERSION}; install that unclamp to read it"
             )
-        data = {**dict.fromkeys(_LATER_FIELDS), **data}
+        if data["schema_version"] == schema_1.VERSION:
+            data = schema_1.lift_header(data)
+        data = {**_LATER_FIELDS, **data}
         missing = [f.name for f in fields(cls) if f.name not in data]
         if missing:
             raise RunLogError(f"its header lacks {missing}; was {RUN_FILE} edited by hand?")
         if data["status"] not in get_args(Status):
             raise RunLogError(f"status must be one of {get_args(Status)}, got {data['status']!r}")
-        return cls(**{f.name: data[f.name] for f in fields(cls)})
+        given: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
+        given["cadence"] = Cadence.from_dict(given["cadence"])
+        return cls(**given)

@@ -19,6 +19,8 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unclamp.files import write_atomically
+
 ROW_GROUP_ROWS = 65_536
 """Rows that are read at least when one is wanted: of 1,680 sorted sites, 1 in 15 to 30."""
 
@@ -122,21 +124,6 @@ def read_parts(paths: Iterable[Path]) -> pa.Table:
         with pq.ParquetFile(path) as file:  # unlike read_table, no columns from `lr=0.1/run`
             tables.append(file.read(use_threads=False))
     return pa.concat_tables(tables)
-
-
-def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """Make `path` appear with all of `data`, safe from a crash, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,38 +17,43 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from unclamp.errors import RunLogError
+from unclamp.names import SiteName
+from unclamp.runlog import schema_1
 from unclamp.runlog.finder import read_header
 from unclamp.runlog.folder import read_missing
 from unclamp.runlog.header import RUN_FILE, Header
 from unclamp.runlog.parts import PartName, parts_that_count
 from unclamp.runlog.schema import TABLES, VIEWS, describe_columns
+from unclamp.runlog.sites import NAMED_SITES_SQL, SiteInfo
 from unclamp.runlog.summary import merged_sql, summary_sql
+from unclamp.runlog.windows import MOST_WINDOWS, Windows, read_windows
 
 _Parts = dict[str, list[Path]]
 
-_MADE_VIEWS = {
-    "sites": "SELECT DISTINCT * FROM sites_by_rank",
-    "summaries": merged_sql(
-        f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
-    ),
-    "switches": """
-        SELECT step, rank, site->>'fqn' AS fqn, site->>'role' AS role,
-            (site->'before')::VARCHAR AS before, (site->'after')::VARCHAR AS after
-        FROM (
-            SELECT step, rank, unnest(json_extract(data, '$.sites[*]')) AS site
-            FROM events WHERE kind = 'switch' AND json_valid(data)
-        )
-        WHERE fqn IS NOT NULL AND role IS NOT NULL AND before IS NOT NULL AND after IS NOT NULL""",
-}
+_SUMMARIES = merged_sql(
+    f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
+)
+_SWITCHES = """
+    SELECT step, rank, site->>'fqn' AS fqn, site->>'role' AS role,
+        (site->'before')::VARCHAR AS before, (site->'after')::VARCHAR AS after
+    FROM (
+        SELECT step, rank, unnest(json_extract(data, '$.sites[*]')) AS site
+        FROM events WHERE kind = 'switch' AND json_valid(data)
+    )
+    WHERE fqn IS NOT NULL AND role IS NOT NULL AND before IS NOT NULL AND after IS NOT NULL"""
+_OF_SITES = ("casts", "stored_summaries", "casts_without_summary")
+"""Relations whose rows refer to a site by its id."""
 
 
 class RunLog:
     """One run, open for reading; `open` makes it, `close` or `with` releases it.
 
     The views `steps`, `sites`, `casts` and `events` hold the rows of all ranks. A table nothing
-    was written to yet is empty, with all its columns. A site that several ranks recorded alike
-    is one row. The view `summaries` has a row per 100 steps, rank and site, and says at any
-    moment what the casts on disk say; `switches` has a row per site that changed its scaling.
+    was written to yet is empty, with all its columns. Ids of sites are unique in a run that a
+    recorder wrote: `casts JOIN sites USING (site)` is right however many ranks there are, and
+    rows of a site's ranks share its fqn and role. The view `summaries` has a row per 100 steps,
+    rank and site, and says at any moment what the casts on disk say; `switches` has a row per
+    site that changed its scaling.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,21 +98,6 @@ class RunLog:
         missing = self.header.missing
         return noted if missing is None else {0: missing} | noted
 
-    @property
-    def has_mixed_sites(self) -> bool:
-        """Whether one site id stands for different modules or roles, on ranks or after a resume.
-
-        Each rank numbers its sites from 0, so that ranks with different modules (pipeline
-        parallel) use one id for several. What joins `casts` and `sites` by id is then wrong.
-
-        Raises:
-            RunLogError: as for `sql`.
-        """
-        mixed = self.sql(
-            "SELECT 1 FROM sites GROUP BY site HAVING count(DISTINCT (fqn, role)) > 1 LIMIT 1"
-        )
-        return mixed.num_rows > 0
-
     @staticmethod
     def columns() -> pa.Table:
         """Return the columns of every table and view: table, column, type and meaning."""
@@ -151,14 +141,42 @@ class RunLog:
         return self._table("steps", "step", "rank")
 
     def sites(self) -> pa.Table:
-        """Return the table `sites`, ordered by site."""
-        return self._table("sites", "site")
+        """Return the table `sites`, ordered by site and rank: a row for each rank of a site."""
+        return self._table("sites", "site", "rank")
 
-    def casts(self, site: int | None = None) -> pa.Table:
-        """Return the table `casts`, of one `site` or all, ordered by step, rank and site."""
-        if site is None:
-            return self._table("casts", "step", "rank", "site")
-        return self._table("casts", "step", "rank", where=f"WHERE site = {int(site)}")
+    def named_sites(self) -> list[SiteInfo]:
+        """Return the sites by name, ranks taken together, in the order of their lowest ids.
+
+        Of what ranks or repeated rows say differently, the lowest rank's first row counts.
+
+        Raises:
+            RunLogError: as for `sql`.
+        """
+        return [SiteInfo(**row) for row in self.sql(NAMED_SITES_SQL).to_pylist()]
+
+    def windows(self, *, most: int = MOST_WINDOWS) -> Windows:
+        """Return the casts cut into at most `most` windows of steps and added up.
+
+        Windows of a run of 2,000 steps or more, or of very many casts, are made of summaries, and
+        as wide as one or several of these.
+
+        Raises:
+            RunLogError: as for `sql`.
+        """
+        return read_windows(self.sql, sites=self.named_sites(), most=most)
+
+    def casts(self, site: int | SiteName | None = None) -> pa.Table:
+        """Return the table `casts`, ordered by step, rank and site.
+
+        Args:
+            site: Only those of this id, or of this name on all ranks.
+        """
+        if isinstance(site, SiteName):
+            ids = "SELECT rank, site FROM sites WHERE fqn = $fqn AND role = $role"
+            where = f"SEMI JOIN ({ids}) USING (rank, site)"
+            return self._table("casts", "step", "rank", "site", where=where, **site.to_dict())
+        where = "" if site is None else f"WHERE site = {int(site)}"
+        return self._table("casts", "step", "rank", "site", where=where)
 
     def events(self) -> pa.Table:
         """Return the table `events`, ordered by step, then rank, then time of recording."""
@@ -187,7 +205,7 @@ class RunLog:
         try:
             (steps,) = self.sql(
                 "SELECT count(DISTINCT step) AS steps, min(rank) AS first, max(rank) AS last, "
-                "(SELECT count(*) FROM sites) AS sites FROM steps"
+                "(SELECT count(DISTINCT (fqn, role)) FROM sites) AS sites FROM steps"
             ).to_pylist()
             ranks = "none" if steps["first"] is None else f"{steps['first']}-{steps['last']}"
             status, missing = self.header.status, ", rows missing" if self.missing else ""
@@ -198,8 +216,9 @@ class RunLog:
             f"{steps['sites']} sites, ranks {ranks})"
         )
 
-    def _table(self, name: str, *order: str, where: str = "") -> pa.Table:
-        rows = self.sql(f"SELECT * FROM {name} {where}").cast({**TABLES, **VIEWS}[name])
+    def _table(self, name: str, *order: str, where: str = "", **params: str) -> pa.Table:
+        rows = self.sql(f"SELECT * FROM {name} {where}", **params)
+        rows = rows.cast({**TABLES, **VIEWS}[name])
         return rows.sort_by([(column, "ascending") for column in order])  # stable
 
     def _list_parts(self) -> _Parts:
@@ -220,16 +239,43 @@ class RunLog:
             "stored_summaries": VIEWS["summaries"],
             "casts_without_summary": TABLES["casts"],
         }
+        if self._parts == parts and self._has_views:
+            return
+        header = self.header
+        views = _views(header)
         for name, files in parts.items():
             if self._parts.get(name) == files:
                 continue
-            rows = ds.dataset([str(file) for file in files], schemas[name], format="parquet")
-            self._connection.register("sites_by_rank" if name == "sites" else name, rows)
+            relation = f"written_{name}" if name in views else name
+            if name == "sites" and header.schema_version == schema_1.VERSION:
+                rows = schema_1.read_sites(files, world_size=header.world_size)
+            else:
+                paths = [str(file) for file in files]
+                rows = ds.dataset(paths, schemas[name], format="parquet")
+            self._connection.register(relation, rows)
             self._parts[name] = files
         if not self._has_views:
-            for view, query in _MADE_VIEWS.items():
+            for view, query in views.items():
                 self._connection.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {query}")
             self._has_views = True
+
+
+def _views(header: Header) -> dict[str, str]:
+    """Return the queries of the views, in an order in which they can be made.
+
+    A view with the name of a relation stands in front of it: that is `written_<name>` then.
+    """
+    views = {}
+    if header.schema_version == schema_1.VERSION and header.world_size > 1:
+        views = {
+            name: schema_1.renumbered_sql(f"written_{name}", world_size=header.world_size)
+            for name in _OF_SITES
+        }
+    return views | {
+        "sites": "SELECT DISTINCT * FROM written_sites",
+        "summaries": _SUMMARIES,
+        "switches": _SWITCHES,
+    }
 
 
 def _is_merged(path: Path) -> bool:

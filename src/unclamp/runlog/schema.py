@@ -27,7 +27,9 @@ def _column(name: str, dtype: pa.DataType, meaning: str, *, nullable: bool = Fal
 
 _STEP = _column("step", pa.int64(), "optimizer step, from the recorder's count")
 _RANK = _column("rank", pa.int32(), "rank of the process that recorded the row")
-_SITE = _column("site", pa.int32(), "id of the site: one (module, role)")
+_SITE = _column(
+    "site", pa.int32(), "id of the site: one operand (role) of one product (fqn) on one rank"
+)
 
 _INSPECTED = [
     _column(
@@ -86,7 +88,8 @@ TABLES: Mapping[str, pa.Schema] = {
     "sites": pa.schema(
         [
             _SITE,
-            _column("fqn", pa.string(), "dotted name of the module"),
+            _RANK,
+            _column("fqn", pa.string(), "dotted name of the module; the same on every rank"),
             _column("role", pa.string(), "input, weight or grad_output"),
             _column("format", pa.string(), "name of the FP8 format"),
             _column("scaling", pa.string(), "kind of scaling, such as delayed"),

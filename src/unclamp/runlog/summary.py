@@ -8,6 +8,7 @@ that went back to an earlier step adds to the windows it had: summaries are merg
 """
 
 from unclamp.runlog.schema import SUMMARY_STEPS
+from unclamp.totals import SCALED_AMAX_SQL
 
 _COUNTS = ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
 _INT64 = (-(2**63), 2**63 - 1)
@@ -25,7 +26,7 @@ def summary_sql(casts: str) -> str:
             count(*) FILTER (saturated > 0) AS clamped,
             max(amax) AS amax_max,
             avg(amax::DOUBLE) AS amax_mean,
-            max(amax::DOUBLE * scale) AS scaled_amax_max,
+            max({SCALED_AMAX_SQL}) AS scaled_amax_max,
             min(scale) AS scale_min,
             max(scale) AS scale_max,
             sum(saturated_error) AS saturated_error_sum,

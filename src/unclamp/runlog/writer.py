@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import queue
-import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,10 +27,9 @@ from unclamp.runlog.folder import create_run, write_header, write_missing
 from unclamp.runlog.header import RUN_FILE, Header, Status
 from unclamp.runlog.parts import PartName, write_part
 from unclamp.runlog.schema import TABLES, Columns, schema_of, to_arrow
-from unclamp.runlog.waiting import wait_for
+from unclamp.worker import Worker
 
 _Rows = tuple[str, Callable[[], pa.Table]]  # for which table, and what makes the rows
-_Message = _Rows | threading.Event | None  # rows, a flush to acknowledge, or the end
 
 
 class RunLogWriter:
@@ -68,19 +64,21 @@ class RunLogWriter:
         self.path = Path(path)
         self.rank = rank
         self._header = replace(header, status="running")
-        self._flush_interval_s = flush_interval_s
-        self._queue: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._missing = ""
         self._warned = False
-        self._ended = threading.Event()
         self._closing = self._closed = False
         self._process = os.getpid()  # a fork inherits the writer and its exit hook, not the thread
         create_run(self.path, rank=rank, header=self._header)
         self._compactor = Compactor(self.path)
         self._parts = _Parts(self.path, rank, self._compactor)
-        self._thread = threading.Thread(target=self._work, name="unclamp-runlog", daemon=True)
-        self._thread.start()
+        self._worker = Worker(
+            self._take,
+            name="unclamp-runlog",
+            on_due=self._write_due,
+            interval_s=flush_interval_s,
+            closes_at_exit=False,  # `close` does, and says in the header how the run ended
+        )
         atexit.register(self.close, "interrupted")
 
     @property
@@ -94,8 +92,10 @@ class RunLogWriter:
         Args:
             table: a name in `TABLES`.
             columns: name to values, all of one length; `rank` and nullable columns may be left
-                out. Or a function without arguments that returns them: it is called on the
-                background thread, and an error in it stops the log and not the caller.
+                out. Ids of sites are to be unique in the run: the n-th site of a rank is
+                n * world size + rank. Or a function without arguments that returns them: it is
+                called on the background thread, and an error in it stops the log and not the
+                caller.
 
         Raises:
             RunLogError: the table or a column is unknown, lengths differ, a value does not fit
@@ -112,17 +112,15 @@ class RunLogWriter:
         schema_of(table)
         if isinstance(columns, Mapping):
             rows = to_arrow(table, columns, rank=self.rank)
-            self._queue.put((table, lambda: rows))
+            self._worker.put((table, lambda: rows))
         else:
-            self._queue.put((table, lambda: to_arrow(table, columns(), rank=self.rank)))
+            self._worker.put((table, lambda: to_arrow(table, columns(), rank=self.rank)))
 
     def flush(self) -> None:
         """Block until everything queued so far is on disk, or the log has failed."""
         if self._closing or os.getpid() != self._process:
             return
-        done = threading.Event()
-        self._queue.put(done)
-        wait_for(done, self._thread)
+        self._worker.wait()
         self._mind_the_thread()
         self._warn_of_failure()
 
@@ -141,8 +139,10 @@ class RunLogWriter:
             return
         self._mind_the_thread()
         self._closing = True
-        self._queue.put(None)
-        wait_for(self._ended, self._thread)
+        self._worker.close()
+        ended_by = self._worker.take_failure()
+        if ended_by is not None:
+            self._fail(ended_by, self._parts.missing())
         self._compactor.close(at_once=status == "interrupted")
         if self.rank == 0:
             self._close_header(status)
@@ -170,8 +170,9 @@ class RunLogWriter:
 
     def _mind_the_thread(self) -> None:
         """Notice that the thread is gone, though nothing it does should end it."""
-        if not self._closing and self._failure is None and not self._thread.is_alive():
-            self._fail(RuntimeError("its thread has ended"), self._parts.missing())
+        if self._failure is None and self._worker.has_died:
+            error = self._worker.take_failure() or RuntimeError("its thread has ended")
+            self._fail(error, self._parts.missing())
 
     def _warn_of_failure(self) -> None:
         if self._failure is None or self._warned:
@@ -208,43 +209,19 @@ class RunLogWriter:
             else:
                 write_missing(self.path, rank=self.rank, missing=str(self._header.missing))
 
-    def _work(self) -> None:
-        """Be the thread: whatever ends it, the log says so."""
-        try:
-            self._serve()
-        except BaseException as error:
-            self._fail(error, self._parts.missing())
-        finally:
-            self._ended.set()
+    def _take(self, rows: _Rows) -> None:
+        """Be the thread, with rows: buffer them, unless the log has failed."""
+        table, make = rows
+        self._record(lambda: self._parts.add(table, make()))
 
-    def _serve(self) -> None:
-        """Buffer rows and write parts; after a failure, only answer flushes."""
-        message = threading.Event()
-        flush_at = time.monotonic() + self._flush_interval_s
-        while message is not None:
-            message = self._receive(flush_at)
-            rows = message if isinstance(message, tuple) else None
-            is_due = rows is None or time.monotonic() >= flush_at
-            if self._failure is None:
-                self._record(rows, is_due=is_due)
-            if is_due:
-                flush_at = time.monotonic() + self._flush_interval_s
-            if isinstance(message, threading.Event):
-                message.set()
+    def _write_due(self) -> None:
+        self._record(self._parts.write)
 
-    def _receive(self, deadline: float) -> _Message:
+    def _record(self, act: Callable[[], None]) -> None:
+        if self._failure is not None:
+            return
         try:
-            return self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            return threading.Event()  # time to flush, and nobody waits for it
-
-    def _record(self, rows: _Rows | None, *, is_due: bool) -> None:
-        try:
-            if rows is not None:
-                table, make = rows
-                self._parts.add(table, make())
-            if is_due:
-                self._parts.write()
+            act()
         except BaseException as error:
             with suppress(Exception):
                 self._parts.write()  # a bad batch need not cost the good ones

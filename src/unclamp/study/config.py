@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unclamp.errors import RecipeError, StudyError
+from unclamp.files import write_json
 from unclamp.formats import unknown_name
 from unclamp.recipe import Recipe
 from unclamp.scaling import scaling_from_dict
@@ -200,9 +201,7 @@ def write_study(out: Path, config: StudyConfig, **facts: Any) -> None:
         "config": config.to_dict(),
         **facts,
     }
-    part = out / f".{STUDY_FILE}.part"
-    part.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    part.replace(out / STUDY_FILE)
+    write_json(out / STUDY_FILE, data)
 
 
 def read_study(path: Path) -> dict[str, Any]:

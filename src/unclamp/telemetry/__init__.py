@@ -1,6 +1,6 @@
 """From a training run into a run log, and to the dashboards that are watched meanwhile."""
 
-from unclamp.telemetry.cadence import Every
+from unclamp.runlog import Every
 from unclamp.telemetry.recorder import Recorder
 from unclamp.telemetry.sinks import MLflow, Sink, Sinks, TensorBoard, WandB
 

@@ -22,6 +22,7 @@ from unclamp.numerics.inspection import (
 )
 from unclamp.numerics.stats import Stat, merge_stats
 from unclamp.runlog import Columns
+from unclamp.totals import clamp_error, headroom_bits, scaled_amax
 
 Number = float | int | Tensor
 
@@ -93,7 +94,7 @@ def _part(ids: list[int], update: Update, formats: Mapping[int, Format]) -> dict
         "amax": np.maximum(table[:, Stat.AMAX], 0).astype(np.float32),
         "scale": (1 / table[:, Stat.SCALE_INV]).astype(np.float32),
         **{field.name.lower(): table[:, field].astype(np.int64) for field in COUNTS},
-        "saturated_error": _ratio(table[:, Stat.SATURATED_SQUARE], table[:, Stat.SQUARE]),
+        "saturated_error": clamp_error(table[:, Stat.SATURATED_SQUARE], table[:, Stat.SQUARE]),
         "microsteps": table[:, Stat.CASTS].astype(np.int32),
     }
     looks: list[dict[str, Any]] = [{}] * len(rows)
@@ -122,9 +123,9 @@ def _look(
     }
     if details[INSPECTED_SQUARE] > 0:
         look["sqnr_db"] = _decibel(details[INSPECTED_SQUARE], details[ERROR_SQUARE])
-    peak = float(columns["amax"][row]) * float(columns["scale"][row])
-    if peak > 0:
-        look["headroom_bits"] = math.log2(fmt.max / peak)
+    scaled = scaled_amax(float(columns["amax"][row]), float(columns["scale"][row]))
+    if scaled > 0:
+        look["headroom_bits"] = headroom_bits(scaled, fmt.max)
     if age >= 0:
         look["scale_age"] = age
     return look
@@ -132,7 +133,3 @@ def _look(
 
 def _decibel(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if noise > 0 else math.inf
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)

@@ -3,7 +3,7 @@
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from torch import nn
 
 from unclamp.errors import RecipeError
 from unclamp.nn.ledger import Ledger
-from unclamp.runlog import Header
+from unclamp.runlog import Cadence, Every, Header
 from unclamp.scaling import Scaling, scaling_to_dict
-from unclamp.telemetry.cadence import Every
 from unclamp.telemetry.rank import Place
 from unclamp.version import __version__
 
@@ -27,15 +26,7 @@ def make_header(
     casts: Every,
     inspect: Every | None,
 ) -> Header:
-    """Return the header of a run.
-
-    To the user's metadata come `cadence`, the steps whose casts are written and inspected, and
-    `observed` where casts are only counted.
-    """
-    cadence = {"casts": asdict(casts), "inspect": None if inspect is None else asdict(inspect)}
-    known: dict[str, Any] = {"cadence": cadence}
-    if any(ledger.observes for ledger in ledgers):
-        known["observed"] = True
+    """Return the header of a run; `casts` and `inspect` are its cadence."""
     return Header(
         unclamp_version=__version__,
         world_size=place.world_size,
@@ -43,7 +34,9 @@ def make_header(
         recipe=_recipe_data(ledgers),
         environment=_environment(model),
         git_commit=_git_commit(),
-        metadata={**(metadata or {}), **known},
+        metadata=dict(metadata or {}),
+        cadence=Cadence(casts=casts, inspect=inspect),
+        observed=any(ledger.observes for ledger in ledgers),
     )
 
 

@@ -7,6 +7,7 @@ neither waits for a disk nor for a device.
 
 import atexit
 import functools
+import itertools
 import json
 import os
 import time
@@ -23,9 +24,8 @@ from unclamp.formats import Format
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.update import SwitchListener, Update
-from unclamp.runlog import Columns, RunLogWriter, Status
+from unclamp.runlog import Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
-from unclamp.telemetry.cadence import Every
 from unclamp.telemetry.columns import Number, cast_columns, site_columns, step_columns
 from unclamp.telemetry.header import make_header, scaling_data
 from unclamp.telemetry.rank import find_place
@@ -56,8 +56,8 @@ class Recorder:
             that nobody records are counted into the next one that is.
         inspect: The steps whose casts get a closer look as well (SQNR, exponents, range in use,
             headroom, age of the scale), at the price of a pass over each tensor; None for
-            none. Of `or_clamped`'s additional steps, the casts that clamped. On a device other
-            than the CPU `or_clamped` inspects every cast, since only the device knows.
+            none. In the steps between, `or_clamped` inspects only the casts that clamped. On a
+            device other than the CPU it inspects every cast, since only the device knows.
         sinks: Where else the numbers go: `TensorBoard(...)`, `WandB(...)`, `MLflow(...)`, a
             function of step and numbers, or an object with the methods of
             `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
@@ -98,6 +98,8 @@ class Recorder:
         )
         self._sources = [Source(ledger) for ledger in ledgers]
         self._formats: dict[int, Format] = {}
+        # No other rank counts in the same numbers: an id is one of its run.
+        self._free_ids = itertools.count(place.rank, place.world_size)
         self._silent_steps = 0
         self._is_first = True
         self._is_told_of_order = False
@@ -209,7 +211,7 @@ class Recorder:
         """Record sites that were added since the last step; return their rows."""
         pieces: list[Columns] = []
         for source in self._sources:
-            sites, ids = source.number_new_sites(len(self._formats))
+            sites, ids = source.number_new_sites(self._free_ids)
             if sites:
                 self._formats |= {i: s.operand.format for i, s in zip(ids, sites, strict=True)}
                 pieces.append(site_columns(sites, ids))

@@ -1,5 +1,8 @@
 """What a recorder hears from one ledger: its updates since the last step, and its sites."""
 
+import itertools
+from collections.abc import Iterator
+
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.update import Inspection, Update
@@ -21,10 +24,10 @@ class Source:
         self._is_closed = False
         self._end = ledger.subscribe(self._hear)
 
-    def number_new_sites(self, first: int) -> tuple[list[Site], list[int]]:
-        """Give sites that have no id yet ids from `first` on; return both."""
+    def number_new_sites(self, free: Iterator[int]) -> tuple[list[Site], list[int]]:
+        """Give sites that have no id yet the next `free` ones; return both."""
         new = self.ledger.sites[len(self.ids) :]
-        ids = list(range(first, first + len(new)))
+        ids = list(itertools.islice(free, len(new)))
         self.ids += ids
         return new, ids
 

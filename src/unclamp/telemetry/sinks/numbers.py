@@ -5,28 +5,17 @@ and Inf that were recorded stay what they are.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from unclamp.names import ROLES
 from unclamp.rule import matches
-from unclamp.runlog import Columns
+from unclamp.runlog import Columns, SiteInfo
+from unclamp.totals import overshoot, scaled_amax, share
 
 _NOT_NUMBERS = ("step", "rank", "time_s", "scalars")
 """Columns of `steps` that are not one number of the step under its own name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteInfo:
-    """What the table `sites` says of one site; `format_max` in the scaled tensor's unit."""
-
-    site: int
-    fqn: str
-    role: str
-    format: str
-    scaling: str
-    format_max: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +28,15 @@ class Histogram:
 
 def site_infos(*columns: Columns) -> dict[int, SiteInfo]:
     """Return the sites of one or more pieces of the table `sites`, by the site's id."""
-    names = ("site", "fqn", "role", "format", "scaling", "format_max")
-    rows = [
-        dict(zip(names, row, strict=True))
-        for piece in columns
-        if piece
-        for row in zip(*(piece[name] for name in names), strict=True)
-    ]
-    return {row["site"]: SiteInfo(**row) for row in rows}
+    names = [field.name for field in fields(SiteInfo)]
+    infos = {}
+    for piece in columns:
+        rows = len(piece.get("site", ()))
+        known = [piece.get(name, [None] * rows) for name in names]
+        for row in zip(*known, strict=True):
+            info = SiteInfo(**dict(zip(names, row, strict=True)))
+            infos[info.site] = info
+    return infos
 
 
 def choose(sites: Mapping[int, SiteInfo], globs: Collection[str]) -> set[int]:
@@ -102,8 +92,8 @@ def per_site(
             numbers[f"{name}/clamp_error"] = float(rows.clamp_error[row])
             numbers[f"{name}/overshoot"] = float(rows.overshoot[row])
             if rows.elements[row]:
-                share = rows.underflowed[row] / rows.elements[row]
-                numbers[f"{name}/underflow_share"] = float(share)
+                lost = share(rows.underflowed[row], rows.elements[row])
+                numbers[f"{name}/underflow_share"] = float(lost)
     return numbers
 
 
@@ -139,7 +129,8 @@ class _Rows:
         self.clamp_error = _floats(casts["saturated_error"])
         largest = np.array([sites[site].format_max for site in self.site])
         with np.errstate(invalid="ignore"):  # amax 0 at scale Inf says nothing: NaN
-            self.overshoot = _floats(casts["amax"]) * _floats(casts["scale"]) / largest
+            scaled = scaled_amax(_floats(casts["amax"]), _floats(casts["scale"]))
+            self.overshoot = overshoot(scaled, largest)
         inspected = casts.get("sqnr_db")
         unknown = np.full(len(self.site), np.nan)
         self.sqnr_db = unknown if inspected is None else _floats(inspected)
@@ -158,7 +149,7 @@ def _model_numbers(prefix: str, rows: _Rows, where: np.ndarray) -> dict[str, flo
         "clamped_casts": np.count_nonzero(rows.saturated[where]),
         "recast": rows.recast[where].sum(),
         "nonfinite": rows.nonfinite[where].sum(),
-        "underflow_share": rows.underflowed[where].sum() / elements if elements else None,
+        "underflow_share": share(rows.underflowed[where].sum(), elements) if elements else None,
         "clamp_error_max": _extreme(np.max, rows.clamp_error[where]),
         "overshoot_max": _extreme(np.max, rows.overshoot[where]),
         "sqnr_db_min": _extreme(np.min, rows.sqnr_db[where]),

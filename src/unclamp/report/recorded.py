@@ -1,0 +1,182 @@
+"""What one run recorded, read from its log: curves, spikes, totals of sites. Torch-free."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from unclamp.analysis import Spike, find_spikes, run_curve
+from unclamp.errors import AnalysisError
+from unclamp.names import SiteName
+from unclamp.runlog import Cut, RunLog, SiteInfo, Windows
+from unclamp.totals import SiteTotals
+
+HEAT_SITES = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRecord:
+    """A site of a run and what its casts lost, on all ranks.
+
+    Attributes:
+        place: Of the site in the run's windows.
+        info: What the log says of it.
+        totals: Over the whole run.
+    """
+
+    place: int
+    info: SiteInfo
+    totals: SiteTotals
+
+    @property
+    def name(self) -> SiteName:
+        """The site's name, the same in every run."""
+        return self.info.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What one run recorded.
+
+    Attributes:
+        steps: Step numbers of `loss` and `grad_norm`, rising; a step counts once.
+        loss: Mean over ranks; None where none was recorded, which NaN is not.
+        grad_norm: The same of the gradient norm; empty if it was never recorded.
+        planted: Steps whose batch was planted.
+        spikes: Of the loss and the gradient norm, by onset.
+        cut: How the steps are cut into windows, for what is told of sites over time.
+        recorded: Steps that have rows of casts, where not every step was to have them; else None.
+        sites: Those that cast anything, in the order of their ids.
+        shares: Saturated share a window, of the sites with the largest total clamp error, worst
+            first.
+    """
+
+    status: str
+    steps: list[int]
+    loss: list[float | None]
+    grad_norm: list[float | None]
+    planted: list[int]
+    spikes: list[Spike]
+    tokens_per_s: float | None
+    cut: Cut
+    recorded: int | None
+    sites: list[SiteRecord]
+    shares: dict[SiteName, np.ndarray]
+
+    @property
+    def extent(self) -> str:
+        """Which steps the counts are of, to be said with them; "" where it is all."""
+        if self.recorded is None:
+            return ""
+        return f" in the {self.recorded:,} recorded of {len(self.steps):,} steps"
+
+    @property
+    def loss_spikes(self) -> list[int]:
+        """Steps at which a spike of the loss begins."""
+        return [spike.onset for spike in self.spikes if spike.series == "loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRow:
+    """A site as a row of a table and of the report's JSON; figures that nobody knows are None.
+
+    Attributes:
+        fqn: Dotted name of its product.
+        role: Which operand.
+        format: Name of the FP8 format.
+        scaling: Kind of scaling at the beginning.
+        saturated: Finite elements clamped.
+        clamped_casts: Recorded casts in which anything was clamped.
+        overshoot: Largest amax over the largest representable value.
+        clamp_error: Mean clamp error of the recorded casts that clamped, a fraction.
+        underflow_share: Non-zero elements that became zero, a fraction of all.
+        worst_step: First step with the largest clamp error.
+    """
+
+    fqn: str
+    role: str
+    format: str
+    scaling: str
+    saturated: int
+    clamped_casts: int
+    overshoot: float | None
+    clamp_error: float | None
+    underflow_share: float | None
+    worst_step: int | None
+
+
+def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
+    """Return what a run recorded, finished or not, and its windows.
+
+    Raises:
+        RunLogError: As `RunLog.sql`.
+    """
+    with ThreadPoolExecutor(1) as pool:  # DuckDB cuts while Python looks for spikes
+        cutting = pool.submit(log.windows)
+        with RunLog.open(log.path) as another:  # a connection is for one thread
+            steps, series = _series(another)
+        spikes = [
+            spike
+            for name, values in series.items()
+            for spike in find_spikes(values, steps=steps, series=name)
+        ]
+        windows = cutting.result()
+    sites = [
+        SiteRecord(place=place, info=info, totals=totals)
+        for place, (info, totals) in enumerate(zip(windows.sites, windows.totals, strict=True))
+        if totals.rows
+    ]
+    planted = _column(log, "SELECT DISTINCT step FROM events WHERE kind = 'planted'")
+    recorded = set(steps)
+    record = RunRecord(
+        status=log.header.status,
+        steps=steps,
+        loss=series.get("loss", [None] * len(steps)),
+        grad_norm=series.get("grad_norm", []),
+        planted=sorted(step for step in planted if step in recorded),
+        spikes=sorted(spikes, key=lambda spike: (spike.onset, spike.series != "loss")),
+        tokens_per_s=_column(log, _TOKENS_PER_S)[0],
+        cut=windows.cut,
+        recorded=_recorded_steps(log),
+        sites=sites,
+        shares=_shares(sites, windows),
+    )
+    return record, windows
+
+
+_TOKENS_PER_S = """
+SELECT median(map_extract(scalars, 'tokens')[1] / step_ms * 1e3) AS speed FROM steps
+WHERE step_ms > 0 AND step > (SELECT min(step) FROM steps)
+"""
+
+
+def by_clamp_error(sites: list[SiteRecord]) -> list[SiteRecord]:
+    """Return the sites with the largest total clamp error first; then by name."""
+    return sorted(sites, key=lambda site: (-site.totals.clamp_error_sum, site.name))
+
+
+def _column(log: RunLog, query: str) -> list:
+    """Return the only column that a query gives."""
+    return log.sql(query).column(0).to_pylist()
+
+
+def _recorded_steps(log: RunLog) -> int | None:
+    """Count the steps with rows of casts; None where the cadence is each step, or not said."""
+    cadence = log.header.cadence
+    if cadence is None or not cadence.is_sparse:
+        return None
+    return _column(log, "SELECT count(DISTINCT step) FROM casts")[0]
+
+
+def _series(log: RunLog) -> tuple[list[int], dict[str, list[float | None]]]:
+    """Return steps and series of a run; without any that recorded neither."""
+    try:
+        curve = run_curve(log)
+    except AnalysisError:  # neither loss nor gradient norm
+        return _column(log, "SELECT DISTINCT step FROM steps ORDER BY step"), {}
+    return curve.steps.tolist(), curve.series
+
+
+def _shares(sites: list[SiteRecord], windows: Windows) -> dict[SiteName, np.ndarray]:
+    clamped = [site for site in by_clamp_error(sites) if site.totals.saturated][:HEAT_SITES]
+    return {site.name: windows.saturated_share(site.place) for site in clamped}

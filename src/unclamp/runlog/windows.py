@@ -1,0 +1,234 @@
+"""A run's casts cut into windows of steps: few enough for a page, whatever the run's length.
+
+Short runs are read from `casts`, in windows as fine as a step; long ones from summaries, so that
+a page of 100,000 steps reads no row of `casts`. Each window adds up counts and keeps extremes, of
+all ranks. What is drawn of it is for readers.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from unclamp.runlog.schema import SUMMARY_STEPS
+from unclamp.runlog.sites import PLACES_SQL, SiteInfo
+from unclamp.runlog.summary import summary_sql
+from unclamp.totals import SCALED_AMAX_SQL, SiteTotals, overshoot, share
+
+MOST_WINDOWS = 300
+LONG_STEPS, LONG_ROWS = 2_000, 2_000_000
+"""Runs of more steps, or of more rows of `casts`, are read from their summaries."""
+
+_SUMMARIES = f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
+"""What the view `summaries` adds up a row per window. Windows here are wider and added up once
+more, so the first sum would be made for nothing; it takes longer than all else on a page."""
+_SUMS = ", ".join(
+    f"sum({name})::BIGINT AS {name}"
+    for name in ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
+)
+_FROM_CASTS = f"""
+    count(*) AS steps, count(*) FILTER (saturated > 0) AS clamped,
+    max(amax) AS amax_max, max({SCALED_AMAX_SQL}) AS scaled_amax_max,
+    min(scale) AS scale_min, max(scale) AS scale_max,
+    sum(saturated_error) AS saturated_error_sum, max(saturated_error) AS saturated_error_max,
+    max_by(step, (saturated_error, ~step)) FILTER (saturated_error > 0) AS worst_step,
+    min(sqnr_db) AS sqnr_db_min, sum(sqnr_db) FILTER (isfinite(sqnr_db)) AS sqnr_db_sum,
+    count(*) FILTER (isfinite(sqnr_db)) AS sqnr_steps"""
+_FROM_SUMMARIES = """
+    sum(steps)::BIGINT AS steps, sum(clamped)::BIGINT AS clamped,
+    max(amax_max) AS amax_max, max(scaled_amax_max) AS scaled_amax_max,
+    min(scale_min) AS scale_min, max(scale_max) AS scale_max,
+    sum(saturated_error_sum) AS saturated_error_sum,
+    max(saturated_error_max) AS saturated_error_max,
+    max_by(worst_step, (saturated_error_max, ~worst_step)) FILTER (saturated_error_max > 0)
+        AS worst_step,
+    min(sqnr_db_min) AS sqnr_db_min, sum(sqnr_db_mean * sqnr_steps) AS sqnr_db_sum,
+    sum(sqnr_steps)::BIGINT AS sqnr_steps"""
+_FIELDS = {
+    "rows": "steps",
+    "casts": "microsteps",
+    "elements": "elements",
+    "saturated": "saturated",
+    "underflowed": "underflowed",
+    "nonfinite": "nonfinite",
+    "recasts": "recast",
+    "clamped_rows": "clamped",
+    "clamp_error_max": "saturated_error_max",
+    "worst_step": "worst_step",
+    "sqnr_db_min": "sqnr_db_min",
+    "sqnr_rows": "sqnr_steps",
+}
+"""Fields of `SiteTotals` that are columns as they stand."""
+_FROM_WINDOWS = _FROM_SUMMARIES.replace("sum(sqnr_db_mean * sqnr_steps)", "sum(sqnr_db_sum)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How the steps of a run are cut into windows.
+
+    Attributes:
+        first: First step of the first window; 0 in a run without casts.
+        size: Steps a window.
+        count: Windows; 0 in a run without casts.
+        from_summaries: Whether they are read from summaries and not from `casts`.
+    """
+
+    first: int
+    size: int
+    count: int
+    from_summaries: bool
+
+    @property
+    def steps(self) -> list[int]:
+        """The first step of each window."""
+        return [self.first + i * self.size for i in range(self.count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What one site's casts did in one window, on all ranks.
+
+    Attributes:
+        cell: Number of the window.
+        totals: What they lost.
+        amax: The largest one, in the tensor's unit.
+        scale_min: Smallest scale.
+        scale_max: Largest scale.
+    """
+
+    cell: int
+    totals: SiteTotals
+    amax: float
+    scale_min: float
+    scale_max: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """The casts of a run, added up a window and site.
+
+    Attributes:
+        cut: How the steps are cut.
+        sites: By place: a site a name, over all ranks.
+        totals: By place: all windows of a site added up, with sums of fractions to nine figures.
+        rows: A row for each window in which a site cast anything, ordered by `place`, that of the
+            site, and `cell`, the window's number. Its other columns are those of the view
+            `summaries`, over all ranks; a step that was recorded again counts twice, and
+            `sqnr_db_sum` takes the place of the mean.
+    """
+
+    cut: Cut
+    sites: tuple[SiteInfo, ...]
+    totals: tuple[SiteTotals, ...]
+    rows: pa.Table
+
+    def of(self, place: int) -> list[Window]:
+        """Return the windows of the site at this place, rising; those without a cast are absent."""
+        rows = self._rows_of(place)
+        ranges = _columns(rows, ("cell", "amax_max", "scale_min", "scale_max"))
+        totals = _totals(rows, [self.sites[place]] * len(rows))
+        return [
+            Window(cell=cell, totals=lost, amax=amax, scale_min=least, scale_max=most)
+            for lost, (cell, amax, least, most) in zip(totals, ranges, strict=True)
+        ]
+
+    def saturated_share(self, place: int) -> NDArray[np.float64]:
+        """Return the share of the site's elements that were clamped, for each window."""
+        rows = self._rows_of(place)
+        shares = np.zeros(self.cut.count)
+        lost = share(rows["saturated"].to_numpy(), rows["elements"].to_numpy())
+        shares[rows["cell"].to_numpy()] = lost
+        return shares
+
+    def _rows_of(self, place: int) -> pa.Table:
+        begin, end = np.searchsorted(self.rows["place"].to_numpy(), [place, place + 1]).tolist()
+        return self.rows.slice(begin, end - begin)
+
+
+def read_windows(
+    sql: Callable[[str], pa.Table], *, sites: list[SiteInfo], most: int = MOST_WINDOWS
+) -> Windows:
+    """Return a run's windows, through the `sql` of its log."""
+    cut = _cut(sql, most)
+    step, table = ("first_step", _SUMMARIES) if cut.from_summaries else ("step", "casts")
+    sums = _FROM_SUMMARIES if cut.from_summaries else _FROM_CASTS
+    last = max(0, cut.count - 1)
+    rows = sql(
+        f"WITH places AS MATERIALIZED (SELECT rank, site, place FROM ({PLACES_SQL})) "
+        f"SELECT place, least(greatest(({step} - {cut.first}) // {cut.size}, 0), {last}) AS cell, "
+        f"{_SUMS}, {sums} FROM {table} JOIN places USING (rank, site) GROUP BY ALL"
+    )
+    rows = rows.sort_by([("place", "ascending"), ("cell", "ascending")]).combine_chunks()
+    added = _by_place(rows)
+    places = added["place"].to_pylist()
+    totals = dict(zip(places, _totals(added, [sites[at] for at in places]), strict=True))
+    return Windows(
+        cut=cut,
+        sites=tuple(sites),
+        totals=tuple(totals.get(place, SiteTotals()) for place in range(len(sites))),
+        rows=rows,
+    )
+
+
+def _by_place(windows: pa.Table) -> pa.Table:
+    """Add up the windows of each site, in a connection of its own that leaves nothing behind."""
+    with duckdb.connect() as connection:
+        connection.register("windows", windows)
+        query = f"SELECT place, {_SUMS}, {_FROM_WINDOWS} FROM windows GROUP BY place"
+        return connection.sql(query).to_arrow_table()
+
+
+def _totals(rows: pa.Table, sites: Sequence[SiteInfo]) -> list[SiteTotals]:
+    """Return what each row of sums says of its site."""
+    records = (dict(zip(_FIELDS, row, strict=True)) for row in _columns(rows, _FIELDS.values()))
+    peaks = rows["scaled_amax_max"].to_pylist()
+    return [
+        SiteTotals(
+            **record,
+            overshoot=overshoot(peak, site.format_max),
+            clamp_error_sum=_settled(error),
+            sqnr_db_sum=_settled(sqnr or 0.0),
+        )
+        for record, peak, site, (error, sqnr) in zip(
+            records,
+            peaks,
+            sites,
+            _columns(rows, ("saturated_error_sum", "sqnr_db_sum")),
+            strict=True,
+        )
+    ]
+
+
+def _columns(rows: pa.Table, names: Iterable[str]) -> Iterable[tuple[Any, ...]]:
+    """Return the values of these columns, row by row."""
+    return zip(*(rows[name].to_pylist() for name in names), strict=True)
+
+
+def _settled(total: float) -> float:
+    """Return a sum of fractions to nine figures.
+
+    DuckDB's threads add in any order, and one log gives one report.
+    """
+    return float(f"{total:.9g}")
+
+
+def _cut(sql: Callable[[str], pa.Table], most: int) -> Cut:
+    span = _span(sql, "steps") or _span(sql, "casts")
+    first, last = span or (0, -1)
+    (casts,) = sql("SELECT count(*) AS casts FROM casts")["casts"].to_pylist()
+    is_long = last - first >= LONG_STEPS or casts > LONG_ROWS
+    unit = SUMMARY_STEPS if is_long else 1
+    first -= first % unit
+    units = -(-(last + 1 - first) // unit)
+    size = max(1, -(-units // most)) * unit
+    return Cut(first=first, size=size, count=-(-units * unit // size), from_summaries=is_long)
+
+
+def _span(sql: Callable[[str], pa.Table], table: str) -> tuple[int, int] | None:
+    (span,) = sql(f"SELECT min(step) AS first, max(step) AS last FROM {table}").to_pylist()
+    first, last = span.values()
+    return None if first is None else (first, last)

@@ -1,0 +1,149 @@
+"""What a site's casts lost in total, and the formulas that say how bad it was.
+
+Each formula stands here and nowhere else, in Python and, where a query needs it, in DuckDB's SQL
+beside it. Counts come from a ledger, from the rows of a run log or from its summaries; which, is
+for the reader. Torch-free: the functions compute with numbers, numpy arrays and tensors alike.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+Value = TypeVar("Value")
+"""A float, a numpy array, or a tensor of any library: elementwise throughout."""
+
+SCALED_AMAX_SQL = "amax::DOUBLE * scale"
+"""`scaled_amax` of a row of `casts`; the columns are float32, and their product may not fit it."""
+
+
+def scaled_amax(amax: Value, scale: Value) -> Value:
+    """Return what the largest element became before the cast, in the format's unit.
+
+    Numerics: An amax of 0 at a scale of Inf says nothing: NaN.
+    """
+    return amax * scale  # type: ignore[operator]
+
+
+def overshoot(scaled: Value, format_max: Value | float) -> Value:
+    """Return the largest scaled element over the format's largest value; above 1 it was clamped.
+
+    Args:
+        scaled: amax * scale, or amax / scale_inv.
+        format_max: Largest finite value of the format.
+    """
+    return scaled / format_max  # type: ignore[operator]
+
+
+def share(part: Value, whole: Value) -> Value:
+    """Return `part` over `whole`, a fraction, and 0 where there is nothing to be a part of.
+
+    Args:
+        part: At most `whole`, and so 0 where that is.
+        whole: At least 0.
+
+    Numerics: NaN where either is NaN, or both are Inf.
+    """
+    # Adding 1 to a whole of 0 divides 0 by 1, with no branch that arrays would need.
+    return part / (whole + (whole <= 0))  # type: ignore[operator]
+
+
+def clamp_error(removed: Value, square: Value) -> Value:
+    """Return the share of a tensor's squares that clamping removed.
+
+    Args:
+        removed: Sum of squares of what was cut off the clamped elements.
+        square: Sum of squares of the finite elements.
+    """
+    return share(removed, square)
+
+
+def headroom_bits(scaled: float, format_max: float) -> float:
+    """Return log2 of the format's largest value over the largest scaled element, which is not 0.
+
+    It is below 0 where anything was clamped.
+    """
+    return math.log2(format_max / scaled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteTotals:
+    """What the casts of one site added up to; `a + b` is what both did.
+
+    A row is what a run log keeps of a step on a rank: the casts of its microsteps, merged.
+
+    Attributes:
+        rows: Rows added up.
+        casts: Casts made.
+        elements: Elements cast.
+        saturated: Finite elements clamped.
+        underflowed: Non-zero elements that became zero.
+        nonfinite: Inf and NaN elements.
+        recasts: Casts repeated with the true scale.
+        clamped_rows: Rows in which anything was clamped.
+        overshoot: Largest amax over the largest representable value.
+        clamp_error_sum: Clamp errors of all rows, added up: what sites are ranked by.
+        clamp_error_max: The largest of them.
+        worst_step: First step that had it; None where nothing was clamped.
+        sqnr_db_min: Least signal-to-noise ratio, decibel; None where no cast was inspected, Inf
+            where all inspected ones were exact.
+        sqnr_db_sum: The finite ones, added up.
+        sqnr_rows: How many were finite.
+    """
+
+    rows: int = 0
+    casts: int = 0
+    elements: int = 0
+    saturated: int = 0
+    underflowed: int = 0
+    nonfinite: int = 0
+    recasts: int = 0
+    clamped_rows: int = 0
+    overshoot: float = 0.0
+    clamp_error_sum: float = 0.0
+    clamp_error_max: float = 0.0
+    worst_step: int | None = None
+    sqnr_db_min: float | None = None
+    sqnr_db_sum: float = 0.0
+    sqnr_rows: int = 0
+
+    @property
+    def clamp_error(self) -> float:
+        """Mean clamp error of the rows in which anything was clamped; 0 without any."""
+        return share(self.clamp_error_sum, self.clamped_rows)
+
+    @property
+    def underflow_share(self) -> float:
+        """Underflowed elements, a fraction of all."""
+        return share(self.underflowed, self.elements)
+
+    @property
+    def saturated_share(self) -> float:
+        """Clamped elements, a fraction of all."""
+        return share(self.saturated, self.elements)
+
+    @property
+    def sqnr_db_mean(self) -> float | None:
+        """Mean of the finite signal-to-noise ratios, decibel; None without one."""
+        return self.sqnr_db_sum / self.sqnr_rows if self.sqnr_rows else None
+
+    def __add__(self, other: "SiteTotals") -> "SiteTotals":
+        """Return what both did; of equal largest clamp errors that of `self` has the worst step."""
+        worst = max((self, other), key=lambda totals: totals.clamp_error_max)
+        sqnr = [t.sqnr_db_min for t in (self, other) if t.sqnr_db_min is not None]
+        return SiteTotals(
+            rows=self.rows + other.rows,
+            casts=self.casts + other.casts,
+            elements=self.elements + other.elements,
+            saturated=self.saturated + other.saturated,
+            underflowed=self.underflowed + other.underflowed,
+            nonfinite=self.nonfinite + other.nonfinite,
+            recasts=self.recasts + other.recasts,
+            clamped_rows=self.clamped_rows + other.clamped_rows,
+            overshoot=max(self.overshoot, other.overshoot),
+            clamp_error_sum=self.clamp_error_sum + other.clamp_error_sum,
+            clamp_error_max=worst.clamp_error_max,
+            worst_step=worst.worst_step,
+            sqnr_db_min=min(sqnr, default=None),
+            sqnr_db_sum=self.sqnr_db_sum + other.sqnr_db_sum,
+            sqnr_rows=self.sqnr_rows + other.sqnr_rows,
+        )
