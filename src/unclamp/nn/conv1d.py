@@ -26,6 +26,9 @@ class Fp8Conv1D(Converted):
         columns, rows = module.weight.shape  # pyright: ignore[reportGeneralTypeIssues,reportCallIssue]
         return int(rows), int(columns)
 
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)  # transformers' own leaves `extra_repr` out
+
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight + bias` with the operands cast as the recipe says.
 

@@ -408,8 +408,9 @@ class Ledger:
     # ---- optimizers ------------------------------------------------------------------------
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether this is the whole model of the ledger, and no part of it or copy of one."""
-        return self._clock.model in (None, model)
+        """Whether a model has the ledger's own in it, or is that, and is no part of it."""
+        own = self._clock.model
+        return own is None or any(module is own for module in model.modules())
 
     def extend_to(self, model: nn.Module) -> None:
         """Follow the optimizers of a whole model, where the ledger's own is a part of it."""

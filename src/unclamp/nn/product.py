@@ -65,14 +65,15 @@ def multiply(
     """
     if operands.is_plain:
         return F.linear(x, weight, bias)
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{operands.fqn}: expected an input [..., {weight.shape[1]}], got {list(x.shape)}"
-        )
     commit = when_to_commit(x, weight, bias, training=training)
     if operands.counts_only and not torch.compiler.is_compiling():
         output = _in_high_precision(x, weight, bias)
         return output if commit is None else count(operands, output, x, weight, commit=commit)
+    # Not before: in a trace sizes are no numbers, and the plain layer has an error of its own.
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{operands.fqn}: expected an input [..., {weight.shape[1]}], got {list(x.shape)}"
+        )
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     # Reshaped out here: an in-place operation on a view made inside the function would fail.

@@ -1,0 +1,133 @@
+"""Where casts are only counted, everything works that works for the plain model."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unclamp import Dynamic, HighPrecision, Recipe, convert, observe
+from unclamp.nn import find_ledgers
+from unclamp.numerics import Stat
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:a product under torch.func"),
+    # Of torch's own rules for forward-mode differentiation.
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def observed() -> nn.Sequential:
+    model = plain()
+    observe(model)
+    return model
+
+
+def warming() -> nn.Sequential:
+    model = plain()
+    convert(model, Recipe(warmup_steps=5))
+    return model
+
+
+def uncast() -> nn.Sequential:
+    model = plain()
+    convert(model, Recipe.uniform(HighPrecision()))
+    return model
+
+
+each = pytest.mark.parametrize("make", [observed, warming, uncast])
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
+
+
+@each
+def test_second_derivatives_are_those_of_the_plain_model(make: Callable[[], nn.Module]) -> None:
+    def penalty(model: nn.Module) -> list[Tensor]:
+        x = X.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    got, want = penalty(make()), penalty(plain())
+    assert len(got) == len(want) > 0
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@each
+def test_per_sample_gradients_are_those_of_the_plain_model(make: Callable[[], nn.Module]) -> None:
+    def per_sample(model: nn.Module) -> dict[str, Tensor]:
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(parameters: Any, x: Tensor) -> Tensor:
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, X)
+
+    got, want = per_sample(make()), per_sample(plain())
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
+
+
+@each
+def test_directional_derivatives_are_those_of_the_plain_model(
+    make: Callable[[], nn.Module],
+) -> None:
+    direction = torch.ones_like(X)
+    got, want = (torch.func.jvp(m, (X,), (direction,)) for m in (make(), plain()))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@each
+def test_a_trace_computes_what_the_plain_model_does(make: Callable[[], nn.Module]) -> None:
+    traced = torch.jit.trace(make(), (X,), check_trace=False)
+    assert torch.equal(traced(X), plain()(X))  # pyright: ignore[reportCallIssue]
+
+
+def test_a_second_derivative_counts_each_cast_once() -> None:
+    model = observed()
+    (ledger,) = find_ledgers(model)
+    x = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    assert ledger.pending[:, Stat.CASTS].tolist() == [1.0] * 6
+    gradient.square().sum().backward()
+    counts = ledger.pending.reshape(2, 3, -1)[:, :, Stat.CASTS]
+    assert counts[:, :2].tolist() == [[1.0, 1.0]] * 2  # inputs and weights of one forward
+
+
+def test_what_is_not_counted_is_said() -> None:
+    from unclamp.nn import counting
+
+    counting._say_not_counted.cache_clear()
+    model = observed()
+    with pytest.warns(UserWarning, match="not counted"):
+        torch.func.jvp(model, (X,), (torch.ones_like(X),))
+    assert find_ledgers(model)[0].pending[:, Stat.CASTS].sum() == 0
+
+
+def test_counts_of_a_warm_up_are_those_of_the_casts_that_follow() -> None:
+    counts = []
+    for steps in (9, 0):
+        model = plain()
+        recipe = Recipe(
+            input=Dynamic(), weight=Dynamic(), grad_output=Dynamic(), warmup_steps=steps
+        )
+        convert(model, recipe)
+        model(X.clone().requires_grad_()).sum().backward()
+        counts.append(find_ledgers(model)[0].pending[:2].clone())
+    assert torch.equal(*counts)  # of the first input and weight, which no other cast has touched
+
+
+def test_an_input_of_another_dtype_is_taken_in_a_warm_up_as_after_it() -> None:
+    model = warming()
+    later = copy.deepcopy(model)
+    find_ledgers(later)[0].restore_updates(5)
+    for one in (model, later):
+        assert one(X.to(torch.bfloat16)).dtype == torch.bfloat16

@@ -1,0 +1,116 @@
+"""Which modules are matrix products, whatever their class, and how their class changes and back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from unclamp import Fp8Linear, Recipe, convert, revert
+from unclamp.nn import Converted, find_ledgers
+
+
+class Mixed:
+    """As torchtitan's `Module`: a base that `nn.Linear` does not know."""
+
+    extra = "kept"
+
+
+class Titan(nn.Linear, Mixed):
+    pass
+
+
+class Doubling(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+class Wrapped(Tensor):
+    """A weight that holds other data than it shows, as torchao's int8 weights do."""
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(5, 4, requires_grad=True)
+    output = model(x)
+    output.square().sum().backward()
+    return [output.detach(), x.grad, *(p.grad for p in model.parameters())]  # pyright: ignore
+
+
+def test_a_class_with_the_forward_of_linear_is_converted_and_trains_as_linear_does() -> None:
+    torch.manual_seed(0)
+    plain, titan = nn.Linear(4, 3), Titan(4, 3)
+    titan.load_state_dict(plain.state_dict())
+    for layer in (plain, titan):
+        assert list(convert(layer, Recipe()).converted) == [""]
+    assert isinstance(titan, Fp8Linear)
+    assert isinstance(titan, Titan)
+    assert titan.extra == "kept"
+    assert type(titan).__name__ == "Fp8Titan"
+    assert all(torch.equal(a, b) for a, b in zip(trained(plain), trained(titan), strict=True))
+    assert revert(titan).reverted == ("",)
+    assert type(titan) is Titan
+
+
+def test_revert_takes_away_the_adaptor_and_nothing_that_came_in_front_of_it_since() -> None:
+    layer = Titan(4, 3)
+    convert(layer, Recipe())
+    # What `fully_shard` does: a class of its own in front of the one it finds.
+    layer.__class__ = type("FSDPFp8Titan", (Mixed2, type(layer)), {"sharded": True})  # pyright: ignore
+    revert(layer)
+    made = type(layer)
+    assert made.__name__ == "FSDPTitan"
+    assert made.__mro__[1:3] == (Mixed2, Titan)
+    assert made.sharded is True  # pyright: ignore[reportAttributeAccessIssue]
+    assert not isinstance(layer, Converted)
+    assert layer(torch.randn(2, 4)).shape == (2, 3)
+
+
+class Mixed2:
+    pass
+
+
+def test_a_layer_that_was_parametrized_since_is_reverted_and_stays_parametrized() -> None:
+    layer = nn.Linear(4, 3)
+    convert(layer, Recipe())
+    parametrize.register_parametrization(layer, "weight", Doubling())
+    before = layer.weight.detach().clone()
+    assert revert(layer).reverted == ("",)
+    assert parametrize.is_parametrized(layer, "weight")
+    assert torch.equal(layer.weight, before)
+    x = torch.randn(2, 4)
+    assert torch.equal(layer(x), nn.functional.linear(x, before, layer.bias))
+
+
+def test_a_parametrized_layer_is_converted_and_its_weight_is_the_parametrized_one() -> None:
+    layer = nn.Linear(4, 3)
+    parametrize.register_parametrization(layer, "weight", Doubling())
+    twin = nn.Linear(4, 3)
+    twin.load_state_dict({"weight": layer.weight.detach(), "bias": layer.bias.detach()})
+    for one in (layer, twin):
+        assert list(convert(one, Recipe()).converted) == [""]
+    x = torch.randn(2, 4)
+    assert torch.equal(layer(x), twin(x))
+
+
+@pytest.mark.parametrize("made", [nn.Linear, Titan])
+def test_converted_layers_are_copied_and_pickled(made: type[nn.Linear]) -> None:
+    layer = made(4, 3)
+    convert(layer, Recipe())
+    trained(layer)
+    find_ledgers(layer)[0].update()
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin) is type(layer)
+        ours, theirs = layer.state_dict(), twin.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_weight_that_is_a_tensor_subclass_is_left_alone_and_says_why() -> None:
+    layer = nn.Linear(4, 3)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Wrapped))
+    report = convert(layer, Recipe())
+    assert report.converted == {}
+    assert "Wrapped" in report.skipped[""]
