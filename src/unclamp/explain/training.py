@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from unclamp.errors import ReplayError
 from unclamp.nn import find_ledgers
-from unclamp.numerics.operators import commit
+from unclamp.numerics import merge_stats
 
 State = dict[str, Any]
 
@@ -150,7 +150,7 @@ def put_state(training: Training, state: State) -> None:
         parameter.grad = None
     for ledger, pending in zip(find_ledgers(model), state["pending"], strict=False):
         if pending is not None and pending["stats"].shape == ledger.pending.shape:
-            commit(ledger.pending, pending["stats"].to(ledger.pending.device))
+            merge_stats(ledger.pending, pending["stats"].to(ledger.pending.device))
             if pending["block_amax"].shape == ledger.block_amax.shape:
                 ledger.block_amax.copy_(pending["block_amax"])
     put_random_state(state["random"])

@@ -403,9 +403,13 @@ class Ledger:
 
     # ---- optimizers ------------------------------------------------------------------------
 
-    def belongs_to(self, model: nn.Module) -> bool:
-        """Whether this is the whole model of the ledger, and no part of it or copy of one."""
-        return self._clock.model in (None, model)
+    def root_in(self, model: nn.Module) -> nn.Module | None:
+        """Return the ledger's own model as it lies in another, which may be itself.
+
+        `model` where the own one is unknown; None where `model` is a part of it, or another.
+        """
+        own = self._clock.model
+        return model if own is None else next((m for m in model.modules() if m is own), None)
 
     def extend_to(self, model: nn.Module) -> None:
         """Follow the optimizers of a whole model, where the ledger's own is a part of it."""
