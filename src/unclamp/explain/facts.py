@@ -78,11 +78,15 @@ class Place(NamedTuple):
 
 
 def sites_of(model: nn.Module) -> dict[SiteName, Place]:
-    """Return where each site of a model's converted layers has its state."""
+    """Return where each site of a model's converted layers has its state.
+
+    Sites of modules that were taken out of the model are none of it.
+    """
     return {
         SiteName(site.fqn, site.role): Place(ledger, index)
         for ledger in find_ledgers(model)
         for index, site in enumerate(ledger.sites)
+        if index not in ledger.gone
     }
 
 

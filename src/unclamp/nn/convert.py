@@ -239,22 +239,32 @@ def first_and_last(model: nn.Module) -> list[str]:
 
 def find_ledgers(model: nn.Module) -> list[Ledger]:
     """Return the ledgers of a model's converted layers: none, or one unless parts of it were
-    converted apart. Their sites are named as the model's modules are now.
+    converted apart. Their sites are named as the modules are now: within the model of their ledger,
+    so that a wrapper changes no name, and within `model` where two would have the same name.
     """  # noqa: D205
-    layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
-    ledgers = {m.sites.ledger: None for m in layers.values()}
-    for ledger in ledgers:
-        if not ledger.belongs_to(model):
-            continue
-        ledger.rename(
-            {
-                index: SiteName(fqn, role)
-                for fqn, m in layers.items()
-                if m.sites.ledger is ledger
-                for role, index in m.sites.indices.items()
-            }
-        )
-    return list(ledgers)
+    ledgers = list(dict.fromkeys(m.sites.ledger for _, m in _converted_layers(model)))
+    roots = {ledger: ledger.root_in(model) for ledger in ledgers}
+    names = {ledger: _names(ledger, root) for ledger, root in roots.items() if root is not None}
+    every = [name for each in names.values() for name in each.values()]
+    if len(set(every)) < len(every):  # copies of one block, or parts that were converted apart
+        names = {ledger: _names(ledger, model) for ledger in names}
+    for ledger, each in names.items():
+        ledger.rename(each)
+    return ledgers
+
+
+def _converted_layers(model: nn.Module) -> list[tuple[str, Converted]]:
+    return [(fqn, m) for fqn, m in model.named_modules() if isinstance(m, Converted)]
+
+
+def _names(ledger: Ledger, root: nn.Module) -> dict[int, SiteName]:
+    """Return the names of a ledger's sites within a model, by index."""
+    return {
+        index: SiteName(fqn, role)
+        for fqn, layer in _converted_layers(root)
+        if layer.sites.ledger is ledger
+        for role, index in layer.sites.indices.items()
+    }
 
 
 def _check_not_both(model: nn.Module, *, observes: bool) -> None:

@@ -407,10 +407,13 @@ class Ledger:
 
     # ---- optimizers ------------------------------------------------------------------------
 
-    def belongs_to(self, model: nn.Module) -> bool:
-        """Whether a model has the ledger's own in it, or is that, and is no part of it."""
+    def root_in(self, model: nn.Module) -> nn.Module | None:
+        """Return the ledger's own model as it lies in another, which may be itself.
+
+        `model` where the own one is unknown; None where `model` is a part of it, or another.
+        """
         own = self._clock.model
-        return own is None or any(module is own for module in model.modules())
+        return model if own is None else next((m for m in model.modules() if m is own), None)
 
     def extend_to(self, model: nn.Module) -> None:
         """Follow the optimizers of a whole model, where the ledger's own is a part of it."""

@@ -27,6 +27,8 @@ from unclamp.totals import clamp_error, headroom_bits, scaled_amax
 Number = float | int | Tensor
 
 INSPECTED_COLUMNS = ("sqnr_db", "range_used", "headroom_bits", "scale_age", "exponents")
+UNNUMBERED = -1
+"""Stands for the id of a site that the log does not hold, since its module left the model."""
 COUNTS = (Stat.ELEMENTS, Stat.SATURATED, Stat.UNDERFLOWED, Stat.NONFINITE, Stat.RECAST)
 
 
@@ -67,11 +69,11 @@ def merged_update(so_far: Update | None, update: Update) -> Update:
 def cast_columns(
     step: int, updates: list[tuple[list[int], Update]], formats: Mapping[int, Format]
 ) -> dict[str, Any]:
-    """Return the rows of one step: a row a site that cast anything.
+    """Return the rows of one step: a row a site that has an id and cast anything.
 
     Args:
         step: Its number.
-        updates: Of each ledger, with the ids of its sites.
+        updates: Of each ledger, with the ids of its sites, or `UNNUMBERED`.
         formats: The format of each site.
     """
     parts = [_part(ids, update, formats) for ids, update in updates]
@@ -86,9 +88,9 @@ def cast_columns(
 def _part(ids: list[int], update: Update, formats: Mapping[int, Format]) -> dict[str, Any]:
     """Return the rows of one ledger."""
     table = update.stats.cpu().numpy()
-    rows = np.flatnonzero(table[:, Stat.CASTS] > 0)
-    table = table[rows]
-    sites = np.asarray(ids, np.int32)[rows]
+    numbers = np.asarray(ids, np.int32)
+    rows = np.flatnonzero((table[:, Stat.CASTS] > 0) & (numbers != UNNUMBERED))
+    table, sites = table[rows], numbers[rows]
     columns = {
         "site": sites,
         "amax": np.maximum(table[:, Stat.AMAX], 0).astype(np.float32),

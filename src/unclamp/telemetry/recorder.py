@@ -244,6 +244,8 @@ class Recorder:
 
     def _switch_listener(self, ledger: Ledger) -> SwitchListener:
         def record(switched: Mapping[int, tuple[Scaling, Scaling]]) -> None:
+            if (model := self._model()) is not None:
+                find_ledgers(model)  # who switched a part of it may have named sites within that
             sites = [
                 {
                     "fqn": ledger.sites[index].fqn,

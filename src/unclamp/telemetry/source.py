@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.update import Inspection, Update
-from unclamp.telemetry.columns import merged_update
+from unclamp.telemetry.columns import UNNUMBERED, merged_update
 
 MOST_UPDATES = 2
 """Optimizer steps after which closer looks end, if nobody records a step meanwhile."""
@@ -18,6 +18,7 @@ class Source:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.ids: list[int] = []
+        self._looked_at: tuple[int, frozenset[int]] = (0, frozenset())
         self._waiting: Update | None = None
         self._updates_at_step = ledger.updates
         self._between: Inspection = "never"
@@ -25,11 +26,21 @@ class Source:
         self._end = ledger.subscribe(self._hear)
 
     def number_new_sites(self, free: Iterator[int]) -> tuple[list[Site], list[int]]:
-        """Give sites that have no id yet the next `free` ones; return both."""
-        new = self.ledger.sites[len(self.ids) :]
+        """Give sites that have no id yet the next `free` ones; return both.
+
+        Sites whose modules are no longer in the model get none until they are back in it. An id
+        that a site has stays its own.
+        """
+        sites, gone = self.ledger.sites, self.ledger.gone
+        if self._looked_at == (len(sites), gone):
+            return [], []
+        self._looked_at = (len(sites), gone)
+        self.ids += [UNNUMBERED] * (len(sites) - len(self.ids))
+        new = [i for i, own in enumerate(self.ids) if own == UNNUMBERED and i not in gone]
         ids = list(itertools.islice(free, len(new)))
-        self.ids += ids
-        return new, ids
+        for index, number in zip(new, ids, strict=True):
+            self.ids[index] = number
+        return [sites[index] for index in new], ids
 
     def inspect(self, inspection: Inspection, *, between: Inspection) -> None:
         """Have the casts of the coming step inspected; `between` if it is not recorded."""
@@ -38,7 +49,10 @@ class Source:
         self.ledger.inspect(inspection, by=self)
 
     def take(self) -> tuple[list[int], Update] | None:
-        """Return the ids of the sites and what was heard since the last call; None if nothing."""
+        """Return the ids of the sites and what was heard since the last call; None if nothing.
+
+        The id of a site that is not in the model is `UNNUMBERED`.
+        """
         if self._waiting is None:
             self.ledger.replayed()  # in a CUDA graph no listener is called
         update, self._waiting = self._waiting, None
