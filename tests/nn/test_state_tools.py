@@ -1,9 +1,11 @@
 """Scaling state in the hands of others: distributed checkpoints, averages of weights."""
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -27,7 +29,7 @@ def trained(steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 

@@ -28,7 +28,7 @@ captured, every optimizer step outside of the graph updates, pending or not: the
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from unclamp.nn.captured import Captured
 from unclamp.nn.clock import Clock, follow_optimizers
 from unclamp.nn.layout import Layout, Site
 from unclamp.nn.ring import Ring
-from unclamp.nn.update import INSPECTIONS, Inspection, Listener, SwitchListener, Update
+from unclamp.nn.update import INSPECTIONS, Bound, Inspection, Listener, SwitchListener, Update
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.numerics.gpu import is_capturing
 from unclamp.policy import next_scales
@@ -50,21 +50,6 @@ from unclamp.scaling import Scaling
 Share = Callable[[Tensor], Tensor]
 """Makes of this process's newest amaxes, float32 `[scales]`, those that all processes agree on.
 -1 stands for "measured nothing" and is less than every amax, so a maximum over ranks will do."""
-
-
-class Bound(Protocol):
-    """A layer's views of the ledger's tensors."""
-
-    inspection: Inspection
-
-    @property
-    def fqn(self) -> str:
-        """Dotted name of the layer."""
-        ...
-
-    def bind(self) -> None:
-        """Take the plan and the views anew."""
-        ...
 
 
 class Ledger:

@@ -1,7 +1,7 @@
 """What a ledger tells those who listen to it, and what they ask it to look at."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 from torch import Tensor
 
@@ -30,3 +30,18 @@ class Update(NamedTuple):
 
 Listener = Callable[[Update], None]
 SwitchListener = Callable[[Mapping[int, tuple[Scaling, Scaling]]], None]
+
+
+class Bound(Protocol):
+    """A layer's views of the ledger's tensors."""
+
+    inspection: Inspection
+
+    @property
+    def fqn(self) -> str:
+        """Dotted name of the layer."""
+        ...
+
+    def bind(self) -> None:
+        """Take the plan and the views anew."""
+        ...
