@@ -69,10 +69,10 @@ def dequantize_codes(
     cpu = fused() if is_memory(codes) and codes.is_contiguous() else None
     if granularity.is_whole:
         if cpu is not None:
-            return cpu.decode(codes, format_of(codes.dtype), float(scale_inv))
+            return cpu.decode(codes, format_of(codes.dtype), scale_inv)
         return codes.to(torch.float32).mul_(scale_inv)
     if cpu is not None:
-        values = cpu.decode(codes, format_of(codes.dtype), 1.0)
+        values = cpu.decode(codes, format_of(codes.dtype), None)
     else:
         values = codes.to(torch.float32)
     oriented = orient(values, axis)

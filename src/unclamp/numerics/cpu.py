@@ -40,7 +40,7 @@ from unclamp.numerics.layout import layout
 from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
 from unclamp.numerics.scale import check_scale, choose_scale, scale_from_amax
 from unclamp.numerics.stats import Stat
-from unclamp.numerics.whole import NUMBER, cast_at, merge_at, own_scale
+from unclamp.numerics.whole import NUMBER, cast_at, decode_at, merge_at, own_scale
 
 
 def quantize(
@@ -60,20 +60,21 @@ def quantize(
         scale = scale.detach().to(torch.float32)
     data = x.detach().contiguous()
     count = data.numel()
-    codes = torch.empty(x.shape, dtype=torch.uint8) if out is None else out.view(x.shape)
+    dtype = torch_dtype(plan.format)
+    codes = torch.empty(x.shape, dtype=dtype) if out is None else out.view(x.shape).view(dtype)
     stats = torch.empty(len(Stat), dtype=torch.float64)
     results = torch.empty(2)
     if count <= TASK:
         cast_at(
             data.data_ptr(), count, KINDS[x.dtype], 0 if scale is None else scale.data_ptr(),
-            NUMBER[plan.format], plan.largest, plan.power_of_two, plan.guard, codes.data_ptr(),
+            NUMBER[plan.format.name], plan.largest, plan.power_of_two, plan.guard, codes.data_ptr(),
             0 if values is None else values.data_ptr(), stats.data_ptr(), results.data_ptr(),
         )  # fmt: skip
     else:
         _in_tasks(data, plan, scale, codes=codes, values=values, stats=stats, results=results)
     scale_inv, amax = results.unbind()
     return Quantized(
-        codes.view(torch_dtype(plan.format)),
+        codes,
         scale_inv,
         amax,
         stats,
@@ -96,7 +97,13 @@ def _in_tasks(
         one = np.full((1, 1), used, np.float32)
         with np.errstate(divide="ignore", over="ignore"):  # as silent as torch
             return cast(
-                data, one, np.float32(1) / one, blocks, plan.format, values=values, out=codes
+                data,
+                one,
+                np.float32(1) / one,
+                blocks,
+                plan.format,
+                values=values,
+                out=codes.view(torch.uint8),
             )
 
     if not used > 0:
@@ -262,13 +269,19 @@ def cast(
     )
 
 
-def decode(codes: Tensor, fmt: Format, scale_inv: float) -> Tensor:
-    """Return `codes * scale_inv` in float32 for contiguous codes with one scale."""
+def decode(codes: Tensor, fmt: Format, scale_inv: Tensor | None) -> Tensor:
+    """Return `codes * scale_inv` in float32 for contiguous codes with one scale, 1 without it."""
     values = torch.empty(codes.shape, dtype=torch.float32)
-    with np.errstate(over="ignore"):
-        table = decode_table(fmt) * np.float32(scale_inv)
+    size, table = codes.numel(), decode_table(fmt)
+    if size <= TASK and scale_inv is not None:
+        decode_at(
+            codes.data_ptr(), size, table.ctypes.data, scale_inv.data_ptr(), values.data_ptr()
+        )
+        return values
+    if scale_inv is not None:
+        with np.errstate(over="ignore"):
+            table = table * np.float32(float(scale_inv))
     data = (array_of(codes, np.uint8), table, array_of(values, np.float32))
-    size = codes.numel()
     run([(decode_range, *data, i, min(i + TASK, size)) for i in range(0, size, TASK)])
     return values
 
@@ -342,4 +355,5 @@ def warm_up() -> None:
         cast(x.to(dtype), one, one, blocks, E4M3FN, values=torch.empty(1, 1, dtype=torch.float32))
         look(x.to(dtype), torch.zeros(1, 1, dtype=torch.uint8), x)
     merge(torch.zeros(1, len(Stat), dtype=torch.float64), [quantize(x, PLAN, None, -1).stats])
-    decode(torch.zeros(1, dtype=torch.float8_e4m3fn), E4M3FN, 1.0)
+    decode(torch.zeros(1, dtype=torch.float8_e4m3fn), E4M3FN, None)
+    decode(torch.zeros(1, dtype=torch.float8_e4m3fn), E4M3FN, torch.ones(()))

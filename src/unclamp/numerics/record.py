@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unclamp.formats import Format, get_format
+from unclamp.formats import FORMATS, Format, get_format
 from unclamp.scaling import PER_TENSOR, Granularity, parse_granularity
 
 Signature = tuple[str, str, int, bool, bool]
@@ -131,9 +131,12 @@ class GemmOperand(NamedTuple):
 _FORMATS: dict[torch.dtype, Format] = {}
 
 
+_DTYPES = {name: getattr(torch, f"float8_{name}") for name in FORMATS}
+
+
 def torch_dtype(fmt: Format) -> torch.dtype:
     """Return torch's dtype of a format."""
-    return getattr(torch, f"float8_{fmt.name}")
+    return _DTYPES[fmt.name]
 
 
 def format_of(dtype: torch.dtype) -> Format:

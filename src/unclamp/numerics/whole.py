@@ -36,9 +36,9 @@ from unclamp.numerics.stats import Stat
 from unclamp.reference import SCALE_MAX, SCALE_MIN
 from unclamp.scaling import MAX_SCALE_EXPONENT
 
-NUMBER = {fmt: number for number, fmt in enumerate(FORMATS.values())}
-"""A format's place in the kernels' table."""
-_TABLE = tuple(map(layout, NUMBER))
+NUMBER = {name: number for number, name in enumerate(FORMATS)}
+"""A format's place in the kernels' table, by its name: a format's own hash takes longer."""
+_TABLE = tuple(map(layout, FORMATS.values()))
 _LOW, _HIGH = np.float32(SCALE_MIN), np.float32(SCALE_MAX)
 _FIELDS = len(Stat)
 _AMAX, _SCALE_INV, _ELEMENTS = int(Stat.AMAX), int(Stat.SCALE_INV), int(Stat.ELEMENTS)
@@ -156,6 +156,19 @@ def _cast_at(
 
 
 cast_at = compiled(_cast_at, error_model="numpy")
+
+
+def _decode_at(codes_at: Any, count: Any, table_at: Any, scale_inv_at: Any, values_at: Any) -> None:
+    """Put what codes stand for at an address; the table has a value a code."""
+    codes = carray(_pointer(codes_at), count, dtype=np.uint8)
+    table = carray(_pointer(table_at), 256, dtype=np.float32)
+    values = carray(_pointer(values_at), count, dtype=np.float32)
+    scaled = table * carray(_pointer(scale_inv_at), 1, dtype=np.float32)[0]
+    for i in range(count):
+        values[i] = scaled[codes[i]]
+
+
+decode_at = compiled(_decode_at, error_model="numpy")
 
 
 def _merge_at(total_at: Any, rows: Any, stats_at: Any) -> None:

@@ -29,9 +29,13 @@ def has_kernels(x: Tensor) -> bool:
     return is_real and goes_to_gpu(x) and _has_triton()
 
 
+_MAY_BE_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton itself asks once, when it is imported; looking at the environment in every cast costs."""
+
+
 def is_interpreted() -> bool:
     """Whether tensors of the CPU go the way of a GPU's."""
-    return os.environ.get(DEVICE_PATH) == "interpreter"
+    return _MAY_BE_INTERPRETED and os.environ.get(DEVICE_PATH) == "interpreter"
 
 
 def is_capturing() -> bool:
