@@ -15,14 +15,19 @@ SPIKE, CLAMP_STEPS = 150, (148, 149)
 
 
 def write_planted(
-    path: Path, *, steps: int = 200, status: Any = "finished", **metadata: Any
+    path: Path,
+    *,
+    steps: int = 200,
+    status: Any = "finished",
+    observed: bool = False,
+    **metadata: Any,
 ) -> Path:
     """Write a run with a loss spike at 150 to 152, a clamping site, a switch and events.
 
     Site 0 clamps 5 elements at steps 148 and 149, with clamp error 0.5 and 0.25, and is
     inspected at every fiftieth step; the others never clamp.
     """
-    header = Header(unclamp_version="test", metadata=metadata)
+    header = Header(unclamp_version="test", observed=observed, metadata=metadata)
     generator = np.random.default_rng(0)
     loss = 2.0 + 0.01 * generator.standard_normal(steps)
     norm = 1.0 + 0.01 * generator.standard_normal(steps)

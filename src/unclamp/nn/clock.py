@@ -44,6 +44,14 @@ class Clock:
         if own is None or any(module is own for module in model.modules()):
             self._root = weakref.ref(model)
 
+    def root_in(self, model: nn.Module) -> nn.Module | None:
+        """Return the clock's own model as it lies in another, which may be itself.
+
+        `model` where the own one is unknown; None where `model` is a part of it, or another.
+        """
+        own = self.model
+        return model if own is None else next((m for m in model.modules() if m is own), None)
+
     def follows(self, optimizer: Optimizer) -> bool:
         """Whether a step of this optimizer is one of the model; of an unknown model every is."""
         model = self.model

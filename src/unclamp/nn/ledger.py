@@ -393,12 +393,8 @@ class Ledger:
     # ---- optimizers ------------------------------------------------------------------------
 
     def root_in(self, model: nn.Module) -> nn.Module | None:
-        """Return the ledger's own model as it lies in another, which may be itself.
-
-        `model` where the own one is unknown; None where `model` is a part of it, or another.
-        """
-        own = self._clock.model
-        return model if own is None else next((m for m in model.modules() if m is own), None)
+        """Return the ledger's own model where it lies in this one; this one if it is unknown."""
+        return self._clock.root_in(model)
 
     def extend_to(self, model: nn.Module) -> None:
         """Follow the optimizers of a whole model, where the ledger's own is a part of it."""
