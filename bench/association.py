@@ -11,8 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from statistics import NormalDist
 
 import numpy as np
-from tests.planted import FAMILIES, plant, plant_culprit, plant_effect
 
+from truths.arrays import FAMILIES, plant, plant_culprit, plant_effect
 from unclamp.analysis.association import Association, associate_series
 from unclamp.analysis.evidence import Clamping
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.explain import planted, planted_llama
-from tests.explain.planted import Case
-from tests.explain.planted_llama import LlamaCase
 
 import unclamp
 from bench.timing import compare
+from truths.llamas import SPIKE as LLAMA_SPIKE
+from truths.llamas import LlamaCase
+from truths.trainings import SPIKE, Case, losses_with
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 from unclamp.explain.watch import LEVEL_POINTS
 from unclamp.names import SiteName
@@ -156,7 +156,7 @@ def run_case(kind: str, case: AnyCase, folder: Path, *, limits: Limits | None = 
 
 
 def _spike(case: AnyCase) -> int:
-    return planted.SPIKE if isinstance(case, Case) else planted_llama.SPIKE
+    return SPIKE if isinstance(case, Case) else LLAMA_SPIKE
 
 
 def _record(case: AnyCase, run: Path) -> tuple[list[float], float]:
@@ -194,7 +194,7 @@ def _truth(case: AnyCase, losses: Sequence[float]) -> tuple[list[SiteName], dict
         return [], {}
     level = statistics.median(losses[at - LEVEL_POINTS : at])
     with_free = {
-        members: planted.losses_with(case, list(members))[at]
+        members: losses_with(case, list(members))[at]
         for size in range(len(sites) + 1)
         for members in itertools.combinations(sites, size)
     }

@@ -6,8 +6,8 @@
 import time
 
 import numpy as np
-from tests.healthy_curves import FAMILIES, HELD_OUT, healthy, planted
 
+from truths.curves import FAMILIES, HELD_OUT, healthy, planted
 from unclamp.analysis import DEFINITIONS, find_spikes
 
 CURVES = 40

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from planted import FAMILIES, Planted, plant, plant_culprit, plant_effect
+from truths.arrays import FAMILIES, Planted, plant, plant_culprit, plant_effect
 from unclamp.analysis.association import Association, associate_series
 
 HELD_OUT = 500_000

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planted import Planted, plant, plant_culprit
-from planted_run import write_planted
 from test_cli_associate import write_run
+from truths.arrays import Planted, plant, plant_culprit
+from truths.runs import write_planted
 from unclamp.analysis import Association, associate
 from unclamp.analysis.association import CLEARED, associate_series
 from unclamp.analysis.sentences import change_in_words

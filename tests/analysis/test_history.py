@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planted import plant
-from runlog_rows import as_schema_1, cast_row, columns, merge_early
 from test_cli import unclamp
+from truths.arrays import plant
+from truths.rows import as_schema_1, cast_row, columns, merge_early
 from unclamp.analysis import associate, run_curve
 from unclamp.analysis.association import associate_series
 from unclamp.analysis.history import read_history

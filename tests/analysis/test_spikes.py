@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from healthy_curves import FAMILIES, HELD_OUT, healthy, planted
+from truths.curves import FAMILIES, HELD_OUT, healthy, planted
 from unclamp.analysis import (
     DEFINITIONS,
     SpikeDetector,

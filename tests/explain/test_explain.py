@@ -15,8 +15,7 @@ import pytest
 from rich.console import Console
 
 import unclamp
-from explain.planted import SPIKE, STEPS, Case, record
-from explain.test_replay import explain
+from truths.trainings import SPIKE, STEPS, Case, explain, record
 from unclamp.errors import ReplayError, UnclampWarning
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 from unclamp.explain.text import print_explanation
@@ -299,7 +298,7 @@ def test_explaining_in_place_needs_functions() -> None:
 
 # ---- the command -----------------------------------------------------------------------------
 
-BUILD, STEP = "explain.planted:default_build", "explain.planted:step"
+BUILD, STEP = "truths.trainings:default_build", "truths.trainings:step"
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -344,7 +343,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 def test_an_interrupted_command_leaves_the_answer_so_far_and_goes_on(tmp_path: Path) -> None:
     case = Case(paths=((1.0, 1.0), (1.0, 1.0), (1.0,)), decoys=4)
     record(case, tmp_path / "run")
-    module = "explain.planted:many_build"
+    module = "truths.trainings:many_build"
     line = [sys.executable, "-m", "unclamp", "explain", str(tmp_path / "run"), "--json"]
     process = subprocess.Popen(
         [*line, "--build", module, "--step", STEP],

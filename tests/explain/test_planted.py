@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from explain.planted import SPIKE, Case, losses_with, record
-from explain.planted_llama import SPIKE as LLAMA_SPIKE
-from explain.planted_llama import LlamaCase
-from explain.test_replay import explain
+from truths.llamas import SPIKE as LLAMA_SPIKE
+from truths.llamas import LlamaCase
+from truths.trainings import SPIKE, Case, explain, losses_with, record
 from unclamp.explain import Limits, explain_spike
 from unclamp.names import SiteName
 from unclamp.scaling import Delayed

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import unclamp
-from explain.planted import SPIKE, AnyCase, Case, record
+from truths.trainings import SPIKE, Case, explain, record
 from unclamp.errors import ReplayError
-from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
+from unclamp.explain import Snapshots, explain_spike
 from unclamp.explain.replay import Replay, same_losses
 from unclamp.explain.screening import Screening, free_gradients
 from unclamp.explain.snapshot import Snapshot
@@ -27,10 +27,6 @@ def replay(case: Case, run: Path) -> tuple[Replay, Snapshot]:
     record(case, run)
     snapshot = read_snapshot(find_snapshots(run)[0])
     return Replay(case.build(), case.step, snapshot), snapshot
-
-
-def explain(case: AnyCase, run: Path, **limits: Any) -> Explanation:
-    return explain_spike(run, build=partial(case.build), step=case.step, limits=Limits(**limits))
 
 
 @pytest.mark.parametrize("case", [Case(dropout=0.2), Case(paths=((1.0, 1.0),))])
@@ -196,9 +192,9 @@ def test_functions_that_no_other_process_can_find_have_to_be_given(tmp_path: Pat
     with pytest.raises(ReplayError, match="name it with --build MODULE:FUNCTION"):
         explain_spike(tmp_path / "run")
     with pytest.raises(ReplayError, match=r"cannot find the build function 'no\.where:f'"):
-        explain_spike(tmp_path / "run", build="no.where:f", step="explain.planted:step")
+        explain_spike(tmp_path / "run", build="no.where:f", step="truths.trainings:step")
     with pytest.raises(ReplayError, match="expected MODULE:FUNCTION for the build"):
-        explain_spike(tmp_path / "run", build="nowhere", step="explain.planted:step")
+        explain_spike(tmp_path / "run", build="nowhere", step="truths.trainings:step")
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

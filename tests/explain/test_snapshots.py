@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import unclamp
-from explain.planted import SPIKE, STEPS, Case, record
+from truths.trainings import SPIKE, STEPS, Case, record
 from unclamp.errors import ReplayError, UnclampWarning
 from unclamp.explain import Snapshots, Training
 from unclamp.explain.ring import Ring
@@ -256,7 +256,7 @@ def test_functions_of_a_module_are_named_and_others_are_not(tmp_path: Path) -> N
 
 def test_a_program_that_forgets_to_close_ends_and_has_the_snapshot(tmp_path: Path) -> None:
     code = f"""
-        from explain.planted import Case, Snapshots
+        from truths.trainings import Case, Snapshots
 
         case = Case()
         training = case.build()

@@ -14,12 +14,14 @@ from unclamp import (
     Fp8Linear,
     HighPrecision,
     Recipe,
+    RecipeError,
     UnclampWarning,
     convert,
     revert,
 )
 from unclamp.nn import find_ledgers
 from unclamp.nn.convert import _check_devices
+from unclamp.numerics import Stat
 
 
 class Block(nn.Module):
@@ -152,6 +154,9 @@ def test_a_subclass_of_linear_is_left_alone_and_says_why() -> None:
 
 def test_attention_leaves_its_output_projection_alone() -> None:
     report = convert(nn.MultiheadAttention(4, 2), Recipe())
+    assert report.converted == {}
+    assert report.skipped[""] == "not a linear layer (MultiheadAttention)"
+    assert "never calls it" in report.skipped["out_proj"]
     assert "NonDynamicallyQuantizableLinear" in report.skipped["out_proj"]
 
 
@@ -367,3 +372,22 @@ def test_reports_read_as_text() -> None:
     assert "layers.0.up: input delayed e4m3fn, weight high_precision, grad_output" in text
     assert "skipped lm_head: matches skip 'lm_head'" in text
     assert str(revert(model)).startswith("reverted 4 layers\n  layers.0.up")
+
+
+def test_a_scaling_is_no_recipe_and_the_error_says_what_is():
+    with pytest.raises(RecipeError, match=r"Recipe\.uniform"):
+        convert(nn.Linear(8, 8), Dynamic())  # pyright: ignore[reportArgumentType]
+
+
+def test_tied_weights_are_cast_by_each_layer_that_uses_them():
+    embed, head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+    head.weight = embed.weight
+    model = nn.Sequential(embed, nn.Linear(8, 8), head)
+    report = convert(model, Recipe.uniform(Dynamic()))
+    assert report.skipped == {"0": "not a linear layer (Embedding)"}
+    assert list(report.converted) == ["1", "2"]
+    assert model[2].weight is model[0].weight
+    model(torch.arange(16)).sum().backward()
+    (ledger,) = find_ledgers(model)
+    assert ledger.pending[:, Stat.CASTS].tolist() == [1] * 6
+    assert embed.weight.grad is not None

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclamp import Delayed, Dynamic, Recipe, convert
 from unclamp.formats import E4M3FN, E5M2
-from unclamp.nn import Fp8Linear, convert, find_ledgers
+from unclamp.nn import Fp8Linear, find_ledgers
 from unclamp.numerics import Stat, dequantize, quantize
-from unclamp.recipe import Recipe
-from unclamp.scaling import Delayed, Dynamic, HighPrecision
+from unclamp.scaling import HighPrecision
 
 HIGH = Recipe.uniform(HighPrecision())
 DYNAMIC = Recipe.uniform(Dynamic())
@@ -284,3 +284,24 @@ def test_the_layer_shows_special_gemms_and_smoothing():
 def test_the_layer_shows_what_it_does():
     _, layer = pair(Recipe(input=Dynamic(), weight=HighPrecision(), grad_output=Delayed()))
     assert "input=dynamic:e4m3fn, weight=high_precision, grad_output=delayed:e5m2" in repr(layer)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_row_of_the_gradient_leaves_other_rows_alone(bad: float) -> None:
+    results = []
+    for value in (0.0, bad):
+        torch.manual_seed(0)
+        model = nn.Linear(7, 5)
+        convert(model, Recipe.uniform(Dynamic()))
+        x, dy = torch.randn(6, 7, requires_grad=True), torch.randn(6, 5)
+        dy[2], dy[2, 1] = 0, value
+        model(x).backward(dy)
+        results.append((x.grad, model.weight.grad))
+    (clean, _), (grad_input, grad_weight) = results
+    assert clean is not None
+    assert grad_input is not None
+    assert grad_weight is not None
+    keep = [0, 1, 3, 4, 5]
+    assert torch.equal(grad_input[keep], clean[keep])
+    finite = grad_weight.isfinite().all(1).tolist()
+    assert finite == [True, math.isinf(bad), True, True, True]

@@ -214,3 +214,30 @@ def test_smoothing_without_casts_is_nn_linear():
     assert isinstance(layer, Fp8Linear)
     for a, b in zip(gradients(layer, x, dy), gradients(plain, x, dy), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_second_convert_gives_the_whole_model_one_warm_up():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    convert(model, Recipe())
+    convert(model, Recipe(warmup_steps=2))  # nothing left to convert: nothing changes
+    assert not find_ledgers(model)[0].is_warming
+    model.append(nn.Linear(8, 8))
+    convert(model, Recipe(warmup_steps=2))
+    assert [layer.sites.counts_only for layer in model] == [True] * 3  # pyright: ignore
+
+
+def test_first_and_last_match_themselves_and_nothing_below():
+    inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), inner, nn.Linear(8, 8))
+    report = convert(model, Recipe(), skip=first_and_last(model))
+    assert list(report.converted) == ["1.0", "1.1"]
+
+
+def test_a_frozen_high_precision_weight_needs_no_cast_of_the_gradient():
+    recipe = Recipe(weight=HighPrecision(), grad_output=HighPrecision())
+    model = nn.Linear(8, 8)
+    convert(model, recipe)
+    model.requires_grad_(False)
+    x = torch.randn(4, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert find_ledgers(model)[0].pending[:, Stat.CASTS].tolist() == [1, 0, 0]

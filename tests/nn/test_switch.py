@@ -214,3 +214,13 @@ def test_a_switch_without_or_with_a_senseless_scaling_changes_nothing():
         switch(model, "0", weight=Dynamic(), input=Delayed(granularity=PerRow()))
     (ledger,) = find_ledgers(model)
     assert all(site.operand.scaling == Delayed(history_len=4) for site in ledger.sites)
+
+
+def test_a_switch_to_rows_between_forward_and_backward_measures_no_wrong_row():
+    model = nn.Sequential(nn.Linear(8, 8))
+    convert(model, Recipe.uniform(Dynamic()))
+    y = model(torch.randn(4, 8, requires_grad=True))
+    switch(model, weight=Delayed(granularity=PerRow()))
+    y.sum().backward()
+    SGD(model.parameters(), lr=0.0).step()
+    assert (find_ledgers(model)[0].history_of(1) == 0).all()

@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from oracles import by_reference, count_lost, identical
-from unclamp import E4M3FN, E5M2, FORMATS, Format, UnsupportedError, cast, dequantize, quantize
+from unclamp import (
+    E4M3FN,
+    E5M2,
+    FORMATS,
+    Format,
+    PerRow,
+    UnsupportedError,
+    cast,
+    dequantize,
+    quantize,
+)
 from unclamp.numerics import Stat, empty_stats, merge_stats, torch_dtype
+from unclamp.numerics.cast import quantize_plain
 from unclamp.reference import scale_from_amax
 
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -276,3 +287,20 @@ def test_arguments_of_another_type_are_named(arguments, words):
     if len(arguments) == 2:
         with pytest.raises(UnsupportedError, match=words):
             cast(arguments[0], 1.0, arguments[1])
+
+
+def test_no_number_is_copied_to_the_device_by_a_cast():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        seen: list[str] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, scale = torch.randn(8, 8), torch.tensor(3.0)
+    for asked in ({}, {"power_of_two": True}, {"granularity": PerRow()}, {"guard": True}):
+        with Names() as names:
+            quantize_plain(x, E4M3FN, None if "granularity" in asked else scale, **asked)  # pyright: ignore[reportArgumentType]
+        assert not [name for name in names.seen if "lift_fresh" in name or "item" in name]

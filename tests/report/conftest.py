@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from planted_run import write_planted
+from truths.runs import write_planted
 
 
 @pytest.fixture(scope="session")

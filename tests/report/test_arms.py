@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from planted_run import write_planted
+from truths.runs import write_planted
 from unclamp.report import build_view
 from unclamp.report.arms import ScenarioView, scenario_view
 from unclamp.report.html import write_page

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runlog_rows import as_schema_1
+from truths.rows import as_schema_1
 from unclamp.report import build_view
 from unclamp.report.arms import _worst, scenario_view
 from unclamp.report.charts import embed, run_figure

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import unclamp
-from planted_run import SPIKE, write_large
+from truths.runs import SPIKE, write_large
 from unclamp import Recipe, Recorder
 from unclamp.report import build_view
 from unclamp.report.charts import RECOVERY, run_figure

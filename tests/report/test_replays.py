@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from planted_run import write_planted
+from truths.runs import write_planted
 from unclamp.analysis.counterfactual import Counterfactual, Question, QuestionKind, SiteShare
 from unclamp.analysis.explanation import Explanation
 from unclamp.explain.mend import make_override

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from planted_run import CLAMP_STEPS, SPIKE, write_large, write_planted
+from truths.runs import CLAMP_STEPS, SPIKE, write_large, write_planted
 from unclamp.errors import UnclampError
 from unclamp.report import build_view
 from unclamp.report.evidence import CAUTION, read_explanations

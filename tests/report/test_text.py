@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from planted_run import write_large, write_planted
+from truths.runs import write_large, write_planted
 from unclamp.cli import app
 from unclamp.formats import FORMATS
 from unclamp.report import build_view

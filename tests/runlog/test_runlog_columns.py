@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from runlog_rows import cast_row, columns, step
+from truths.rows import cast_row, columns, step
 from unclamp.runlog import SUMMARY_STEPS, TABLES, VIEWS, Header, RunLog, RunLogWriter
 
 PAGE = Path(__file__).parents[2] / "docs" / "runlog.md"

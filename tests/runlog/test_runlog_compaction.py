@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from runlog_rows import (
+from truths.rows import (
     assert_summaries_are_those_of_casts,
     casts_of_step,
     merge_early,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from runlog_rows import assert_summaries_are_those_of_casts
+from truths.rows import assert_summaries_are_those_of_casts
 from unclamp.runlog import RunLog
 
 START = """
@@ -95,7 +95,7 @@ def whole_lines(text: str) -> list[str]:
 
 
 COMPACTING = """
-from runlog_rows import casts_of_step
+from truths.rows import casts_of_step
 from unclamp.runlog import compactor
 compactor.FAN_IN, compactor.FULL_ROWS = 3, 2000
 for step in itertools.count():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from runlog_rows import parts_of, step
+from truths.rows import parts_of, step
 from unclamp.errors import UnclampWarning
 from unclamp.runlog import Header, RunLog, RunLogWriter
 from unclamp.worker import Worker

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runlog_rows import step
+from truths.rows import step
 from unclamp.errors import RunLogError
 from unclamp.runlog import Header, RunLog, RunLogWriter, folder
 

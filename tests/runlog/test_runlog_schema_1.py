@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from runlog_rows import assert_summaries_are_those_of_casts
+from truths.rows import assert_summaries_are_those_of_casts
 from unclamp.analysis import associate
 from unclamp.names import SiteName
 from unclamp.report import build_view

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runlog_rows import (
+from truths.rows import (
     COUNTS,
     assert_summaries_are_those_of_casts,
     cast_row,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runlog_rows import cast_row, columns
+from truths.rows import cast_row, columns
 from unclamp.runlog import Cut, Header, RunLog, RunLogWriter
 
 NAMES = {(0, 0): "a", (0, 2): "b", (1, 1): "b", (1, 3): "c"}

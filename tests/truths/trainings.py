@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 import unclamp
-from unclamp.explain import Snapshots, Training
+from unclamp.explain import Explanation, Limits, Snapshots, Training, explain_spike
 from unclamp.names import SiteName
 
 WIDTH = 32
@@ -219,6 +219,11 @@ def losses_with(case: AnyCase, unclamped: list[SiteName]) -> list[float]:
         recipe = recipe.override(f"^{fqn}", **roles)  # pyright: ignore
     training = case.build(recipe)
     return [case.step(training, one).item() for one in case.batches()]
+
+
+def explain(case: AnyCase, run: Path, **limits: Any) -> Explanation:
+    """Explain the spike of a recorded case, within limits as those of `Limits`."""
+    return explain_spike(run, build=partial(case.build), step=case.step, limits=Limits(**limits))
 
 
 def default_build() -> Training:

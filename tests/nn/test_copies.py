@@ -1,0 +1,147 @@
+"""Copies, pickles and averages of a model have scaling state of their own and go on with it."""
+
+import copy
+import io
+import pickle
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel
+
+from unclamp import (
+    Delayed,
+    Fp8Linear,
+    Guarded,
+    PerRow,
+    Recipe,
+    convert,
+)
+from unclamp.nn import find_ledgers
+
+
+def fresh(recipe: Recipe | None = None, *, history_len: int = 4) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False))
+    convert(model, recipe or Recipe.uniform(Delayed(history_len=history_len)))
+    return model
+
+
+def train(model: nn.Module, steps: int, seed: int = 1) -> list[Tensor]:
+    torch.manual_seed(seed)
+    optimizer = SGD(model.parameters(), lr=0.05)
+    outputs = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        y = model(torch.randn(5, 6) * 3)
+        y.square().sum().backward()
+        optimizer.step()
+        outputs.append(y.detach())
+    return outputs
+
+
+def drive(model: nn.Module, *amaxes: float) -> None:
+    """Take a step for each amax of the first layer's input, without a change of the weights."""
+    optimizer = SGD(model.parameters(), lr=0.0)
+    for amax in amaxes:
+        model(torch.full((2, 6), amax)).sum().backward()
+        optimizer.step()
+
+
+def goes_on_alike(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(train(a, 3, seed=5), train(b, 3, seed=5), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_a_deep_copy_has_its_own_ledger_following_its_own_optimizer():
+    model = fresh()
+    drive(model, 2.0)
+    twin = copy.deepcopy(model)
+    (ledger,), (other,) = find_ledgers(model), find_ledgers(twin)
+    assert other is not ledger
+    assert torch.equal(other.scale, ledger.scale)
+    drive(model, 8.0)
+    assert (ledger.updates, other.updates) == (2, 1)
+    assert ledger.scale[0] == 56
+    assert other.scale[0] == 224
+    drive(twin, 16.0)
+    assert (ledger.updates, other.updates) == (2, 2)
+    assert ledger.scale[0] == 56
+    assert other.scale[0] == 28
+
+
+def test_a_deep_copy_takes_along_what_is_pending_and_commits_to_its_own_ledger() -> None:
+    model = fresh()
+    (ledger,) = find_ledgers(model)
+    model(torch.randn(5, 6)).sum().backward()
+    twin = copy.deepcopy(model)
+    (twin_ledger,) = find_ledgers(twin)
+    assert twin_ledger is not ledger
+    for name in ("amax_history", "scale", "pending"):
+        assert torch.equal(getattr(twin_ledger, name), getattr(ledger, name))
+    SGD(twin.parameters(), lr=0.1).step()
+    assert (ledger.updates, twin_ledger.updates) == (0, 1)
+    SGD(model.parameters(), lr=0.1).step()
+    assert (ledger.updates, twin_ledger.updates) == (1, 1)
+    twin(torch.randn(5, 6)).sum().backward()
+    assert not ledger.has_pending
+
+
+def test_a_copied_layer_keeps_its_state_and_goes_on() -> None:
+    model = fresh()
+    train(model, 2)
+    layer = model[0]
+    twin = copy.deepcopy(layer)
+    assert isinstance(layer, Fp8Linear)
+    assert isinstance(twin, Fp8Linear)
+    old, new = layer.sites.ledger, twin.sites.ledger
+    assert torch.equal(new.scale[:3], old.scale[:3])
+    twin(torch.randn(2, 6)).sum().backward()
+    SGD(twin.parameters(), lr=0.1).step()
+    assert new.updates == old.updates + 1
+
+
+def test_a_pickled_model_keeps_its_state_and_goes_on() -> None:
+    model = fresh()
+    train(model, 2)
+    twin = pickle.loads(pickle.dumps(model))
+    assert all(torch.equal(a, b) for a, b in zip(train(model, 3), train(twin, 3), strict=True))
+
+
+def test_torch_saves_the_whole_model() -> None:
+    model = fresh()
+    train(model, 2)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    twin = torch.load(buffer, weights_only=False)
+    assert list(twin.state_dict()) == list(model.state_dict())
+    assert isinstance(twin[0], Fp8Linear)
+
+
+def test_an_average_of_the_weights_has_its_own_state_and_disturbs_none():
+    model = fresh(Recipe.uniform(Guarded(history_len=4)))
+    steady = copy.deepcopy(model)
+    train(model, 2)
+    train(steady, 2)
+    average = AveragedModel(model, multi_avg_fn=None)
+    own = find_ledgers(average)[0]
+    assert own is not find_ledgers(model)[0]
+    before = own.scale.clone()
+    for seed in (1, 2):
+        train(model, 2, seed)
+        train(steady, 2, seed)
+        average.update_parameters(model)
+        average(torch.randn(5, 6))
+    assert torch.equal(own.scale, before)
+    assert goes_on_alike(model, steady)
+
+
+def test_a_copy_of_a_layer_with_row_histories_reads_its_own_ledger():
+    model = fresh(Recipe(weight=Guarded(granularity=PerRow())))
+    train(model, 3)
+    twin = copy.deepcopy(model)
+    (mine,), (theirs,) = find_ledgers(model), find_ledgers(twin)
+    theirs.scale.fill_(1e-3)
+    assert bool((mine.scale != 1e-3).all())
+    x = torch.randn(5, 6)
+    assert not torch.equal(twin(x), model(x))
