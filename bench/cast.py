@@ -18,7 +18,7 @@ def measure() -> dict[str, dict[str, float]]:
     halves = {"bf16": x.bfloat16(), "fp16": x.half()}
     ready, values, scale = torch.empty_like(x), torch.empty(x.numel()), torch.tensor(70.0)
     room = torch.empty(x.numel(), dtype=torch.uint8)
-    into: dict[str, Any] = {"values": values, "room": room}
+    into: dict[str, Any] = {"values": values, "out": room}
     runs = {
         "copy_, fp32": lambda: ready.copy_(x),
         "cast, given scale, ready buffers": lambda: quantize(x, E4M3FN, scale, **into),
