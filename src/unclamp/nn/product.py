@@ -120,7 +120,11 @@ class _Product(torch.autograd.Function):
         w_gemms: list[Gemm] = (
             ["output", "grad_input"] if needs_input and not remakes else ["output"]
         )
-        x_hat, w_hat = cast_forward(operands, x, weight, smooth, x_gemms, w_gemms)
+        x_cast, w_cast = x, weight
+        if smooth is not None:  # float32 holds the products with a power of two exactly
+            x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
+        x_hat = operands.cast("input", x_cast, x_gemms)
+        w_hat = operands.cast("weight", w_cast, w_gemms)
 
         # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
         if operands.is_high("output"):
@@ -202,20 +206,6 @@ class _Product(torch.autograd.Function):
 
 NOTHING: tuple[None, None] = (None, None)
 """Stands for an operand that backward does not need."""
-
-
-def cast_forward(
-    operands: Operands,
-    x: Tensor,
-    weight: Tensor,
-    smooth: Tensor | None,
-    x_gemms: list[Gemm],
-    w_gemms: list[Gemm],
-) -> tuple[Hat, Hat]:
-    """Return input and weight with their hats on; float32 holds smoothed products exactly."""
-    if smooth is not None:
-        x, weight = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
-    return operands.cast("input", x, x_gemms), operands.cast("weight", weight, w_gemms)
 
 
 def _kept(operands: Operands, name: Gemm, plain: Tensor, hat: Hat) -> GemmOperand:
