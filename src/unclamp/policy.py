@@ -172,15 +172,17 @@ def _largest(operand: Operand) -> float:
 
 
 def _reductions(scalings: Sequence[Scaling], counts: Sequence[int]) -> tuple[Reduction, ...]:
-    groups: dict[Scaling, list[int]] = {}
+    groups: list[tuple[Scaling, list[int]]] = []  # a user's function need not be hashable
     row = 0
     for scaling, count in zip(scalings, counts, strict=True):
         if _has_function(scaling):
-            groups.setdefault(scaling, []).extend(range(row, row + count))
+            rows = next((found for other, found in groups if other == scaling), None)
+            if rows is None:
+                groups.append((scaling, rows := []))
+            rows.extend(range(row, row + count))
         row += count
     return tuple(
-        Reduction(scaling=scaling, rows=np.array(rows, np.int64))
-        for scaling, rows in groups.items()
+        Reduction(scaling=scaling, rows=np.array(rows, np.int64)) for scaling, rows in groups
     )
 
 
@@ -199,7 +201,7 @@ def next_scales(history: History, settings: Settings, previous: Array, *, xp: Mo
     amax = history.amax(settings.window)
     for each in settings.reductions:
         past = history.newest(each.rows, history_len_of(each.scaling))
-        amax[each.rows] = each.scaling.amax(past, xp)
+        amax[each.rows] = xp.asarray(each.scaling.amax(past, xp), dtype=amax.dtype)
     with np.errstate(all="ignore") if xp is np else contextlib.nullcontext():
         scales = scale_for(
             amax, settings.largest, power_of_two=settings.power_of_two, previous=previous, xp=xp

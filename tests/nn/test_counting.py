@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:a product under torch.func"),
     # Of torch's own rules for forward-mode differentiation.
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
 
@@ -89,6 +90,30 @@ def test_directional_derivatives_are_those_of_the_plain_model(
 def test_a_trace_computes_what_the_plain_model_does(make: Callable[[], nn.Module]) -> None:
     traced = torch.jit.trace(make(), (X,), check_trace=False)
     assert torch.equal(traced(X), plain()(X))  # pyright: ignore[reportCallIssue]
+
+
+@each
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_result_may_be_written_into(make: Callable[[], nn.Module], compiled: bool) -> None:
+    def losses(model: nn.Module) -> list[Tensor]:
+        model = nn.Sequential(model, nn.ReLU(inplace=True))
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        x = X.clone().requires_grad_()
+        output = run(x)
+        output.sum().backward()
+        assert x.grad is not None
+        return [output.detach(), x.grad]
+
+    got, want = losses(make()), losses(plain())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_converted_result_may_be_written_into_when_compiled_too() -> None:
+    model = nn.Sequential(plain(), nn.ReLU(inplace=True))
+    convert(model, Recipe())
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    assert torch.equal(compiled(X), model(X))
 
 
 def test_a_second_derivative_counts_each_cast_once() -> None:

@@ -1,7 +1,9 @@
 """Which modules are matrix products, whatever their class, and how their class changes and back."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -84,15 +86,37 @@ def test_a_layer_that_was_parametrized_since_is_reverted_and_stays_parametrized(
     assert torch.equal(layer(x), nn.functional.linear(x, before, layer.bias))
 
 
-def test_a_parametrized_layer_is_converted_and_its_weight_is_the_parametrized_one() -> None:
+def test_a_layer_that_is_parametrized_already_is_left_alone_and_says_why() -> None:
     layer = nn.Linear(4, 3)
     parametrize.register_parametrization(layer, "weight", Doubling())
-    twin = nn.Linear(4, 3)
-    twin.load_state_dict({"weight": layer.weight.detach(), "bias": layer.bias.detach()})
-    for one in (layer, twin):
-        assert list(convert(one, Recipe()).converted) == [""]
-    x = torch.randn(2, 4)
-    assert torch.equal(layer(x), twin(x))
+    assert "convert it first" in convert(layer, Recipe()).skipped[""]
+    parametrize.remove_parametrizations(layer, "weight")
+    assert list(convert(layer, Recipe()).converted) == [""]
+
+
+def test_where_a_class_cannot_be_made_nothing_is_converted() -> None:
+    class Tagged(nn.Linear):
+        def __init_subclass__(cls, *, tag: str) -> None:
+            pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Tagged(4, 4))
+    with pytest.raises(TypeError, match="tag"):
+        convert(model, Recipe())
+    assert type(model[0]) is nn.Linear
+    assert find_ledgers(model) == []
+
+
+def test_classes_of_models_that_are_gone_are_gone() -> None:
+    def made_and_dropped() -> weakref.ref[type]:
+        plain = type("Passing", (nn.Linear,), {})
+        layer = plain(4, 3)
+        convert(layer, Recipe())
+        revert(layer)
+        return weakref.ref(plain)
+
+    classes = [made_and_dropped() for _ in range(3)]
+    gc.collect()
+    assert [reference() for reference in classes] == [None] * 3
 
 
 @pytest.mark.parametrize("made", [nn.Linear, Titan])

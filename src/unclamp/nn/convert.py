@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning
 from unclamp.names import GEMMS, ROLES, SiteName, shown
 from unclamp.nn.converted import Converted
-from unclamp.nn.kinds import is_relative, kind_of, put_in_front, take_away
+from unclamp.nn.kinds import adapted, is_relative, kind_of, take_away
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands, native_plan
@@ -186,9 +187,11 @@ def _install(
         for fqn, module in layers.items()
         for role in ROLES
     ]
+    # Every class before any module changes: making one runs code of the class it is made of.
+    classes = {fqn: adapted(adaptors[fqn], type(module)) for fqn, module in layers.items()}
     indices = iter(ledger.add(sites))
     for fqn, module in layers.items():
-        put_in_front(module, adaptors[fqn])
+        module.__class__ = classes[fqn]
         assert isinstance(module, Converted)
         module.sites = Operands(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
         ledger.move_to(module.weight.device)
@@ -314,6 +317,8 @@ def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | N
         return f"its weight is {getattr(weight, 'dtype', None)}, not float32, bfloat16 or float16"
     if not _is_memory(weight):
         return f"its weight is a {type(weight).__name__}, which holds other data than it shows"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized, which takes its class for its own: convert it first"
     if "forward" in vars(module):
         return "its forward is replaced on the instance, which would bypass the casts"
     return None

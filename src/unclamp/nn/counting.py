@@ -1,14 +1,14 @@
 """What FP8 would lose, counted beside a product that is computed without it.
 
-Autograd's own graph computes; an identity behind it casts what flows by, counts, and drops the
-codes. So everything that the plain layer can do the counted one can: second derivatives, vmap,
-jvp, tracing. Where tensors are stand-ins for others (vmap, jvp, a trace) there is nothing to cast:
-such a forward is not counted, and one warning says so.
+Autograd's own graph computes; a hook on its result casts the gradient that comes back, counts, and
+drops the codes. So everything that the plain layer can do the counted one can: second
+derivatives, vmap, jvp, tracing. Where tensors are stand-ins for others (vmap, jvp, a trace) there
+is nothing to cast: such a forward is not counted, and one warning says so.
 """
 
 import functools
 import warnings
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,8 +42,20 @@ def count(
         "grad_input": x.requires_grad,
         "grad_weight": weight.requires_grad,
     }
-    needs = [gemm for gemm, is_wanted in wanted.items() if is_wanted]
-    return _Counted.apply(output, operands, needs, {"input": x_seen, "weight": w_seen})
+    needs: list[Gemm] = [gemm for gemm, is_wanted in wanted.items() if is_wanted]
+    held: dict[Role, Seen] = {"input": x_seen, "weight": w_seen}
+
+    def hook(dy: Tensor) -> None:
+        if _is_stand_in(dy):
+            return
+        with torch.no_grad():
+            tokens = dy.detach().reshape(-1, dy.shape[-1])
+            hat = operands.cast("grad_output", tokens, needs)
+            operands.commit({**held, "grad_output": operands.seen("grad_output", hat)})
+        held.clear()  # a graph that is kept makes one cast more, and not three
+
+    output.register_hook(hook)
+    return output
 
 
 def _cast_forward(operands: Operands, x: Tensor, weight: Tensor) -> tuple[Seen, Seen]:
@@ -59,29 +71,6 @@ def _cast_forward(operands: Operands, x: Tensor, weight: Tensor) -> tuple[Seen, 
     x_hat = operands.cast("input", tokens, x_gemms)
     w_hat = operands.cast("weight", matrix, w_gemms)
     return operands.seen("input", x_hat), operands.seen("weight", w_hat)
-
-
-class _Counted(torch.autograd.Function):
-    """The identity; its backward casts and counts the gradient, and passes it on as it is."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, operands: Operands, needs: list[Gemm], seen: dict[Role, Seen]
-    ) -> Tensor:
-        ctx.operands, ctx.needs, ctx.seen = operands, needs, seen
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (dy,) = grad_outputs
-        operands: Operands = ctx.operands
-        if not _is_stand_in(dy):
-            with torch.no_grad():
-                tokens = dy.detach().reshape(-1, dy.shape[-1])
-                hat = operands.cast("grad_output", tokens, ctx.needs)
-                operands.commit({**ctx.seen, "grad_output": operands.seen("grad_output", hat)})
-            ctx.seen = {}  # a graph that is kept makes one cast more, and not three
-        return dy, None, None, None
 
 
 def _is_stand_in(x: Tensor) -> bool:

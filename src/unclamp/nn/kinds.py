@@ -4,7 +4,6 @@ A kind is told by behaviour, never by an exact class: a module is linear if its 
 of `nn.Linear`, whatever class FSDP, torchtitan or a parametrization made of it.
 """
 
-import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,11 +54,6 @@ def is_relative(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and kind_of(module) is None
 
 
-def put_in_front(module: nn.Module, adaptor: type[Converted]) -> None:
-    """Change a module's class to one with the adaptor in front of it."""
-    module.__class__ = adapted(adaptor, type(module))
-
-
 def take_away(module: nn.Module) -> None:
     """Change a converted module's class to what is left without the adaptor.
 
@@ -68,11 +62,13 @@ def take_away(module: nn.Module) -> None:
     module.__class__ = _without(type(module))
 
 
-@functools.cache
 def adapted(adaptor: type[Converted], plain: type[nn.Module]) -> type[nn.Module]:
     """Return the class of converted modules of a plain class; `Fp8Linear` of `nn.Linear` itself."""
     if plain in adaptor.__mro__:
         return adaptor
+    for made in plain.__subclasses__():  # which keeps no class alive, as a cache would
+        if made.__dict__.get("__plain__") is plain and made.__bases__[0] is adaptor:
+            return made
     name = f"Fp8{plain.__name__}"
     body = {"__reduce_ex__": _reduce, "__module__": adaptor.__module__, "__plain__": plain}
     return type(name, (adaptor, plain), body)
@@ -91,7 +87,6 @@ def _restored(adaptor: type[Converted], plain: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-@functools.cache
 def _without(made: type) -> type:
     if made in (kind.adaptor for kind in KINDS):
         return _first_plain(made)

@@ -351,7 +351,8 @@ class Ledger:
         self.block_amax[rows] = -1
         self.scale[rows] = 0
         if scale is not None and scale.numel() == count:
-            self.scale[rows] = scale.reshape(count).to(self.scale)
+            saved = scale.reshape(count).to(self.scale)
+            self.scale[rows] = torch.where(saved > 0, saved, 0)  # NaN means nothing measured
         if history is None or history.numel() // max(history.shape[-1], 1) != count:
             history = torch.zeros(count, 0)
         newest = history.reshape(count, -1)[:, : self.layout.remembered[index]]

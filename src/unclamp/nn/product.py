@@ -48,6 +48,9 @@ from unclamp.nn.operands import Hat, Operands, Seen
 from unclamp.numerics import CastPlan, GemmOperand, Stat, channel_scale
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
+WANTS_A_VIEW = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+"""Where a compiled function returns an operator's very result, torch 2.11 takes the gradient for
+zeros. A view helps, at the price that nobody may write into it; 2.13 needs none."""
 Commit = Literal["in backward", "now"] | None
 """When a forward's statistics reach the ledger; None: never, it is an evaluation."""
 
@@ -152,9 +155,7 @@ class _Product(torch.autograd.Function):
         ctx.high = {name: operands.is_high(name) for name in GEMMS}
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         output = output.to(x.dtype)
-        # A view: where a compiled function returns an operator's very result, torch 2.11 takes
-        # the gradient for zeros.
-        return output.view_as(output) if torch.compiler.is_compiling() else output
+        return output.view_as(output) if WANTS_A_VIEW and torch.compiler.is_compiling() else output
 
     # A second derivative would silently miss everything that goes through a cast: raise.
     @staticmethod

@@ -42,6 +42,9 @@ from unclamp.numerics.scale import check_scale, choose_scale, scale_from_amax
 from unclamp.numerics.stats import Stat
 from unclamp.numerics.whole import NUMBER, cast_at, decode_at, merge_at, own_scale
 
+CPU = torch.device("cpu")
+"""Said each time: a user may have made another device the default, and addresses go out."""
+
 
 def quantize(
     x: Tensor,
@@ -57,13 +60,17 @@ def quantize(
         return _by_block(x, plan, scale, axis, values=values, out=out)
     if scale is not None:
         check_scale(scale, torch.Size())
-        scale = scale.detach().to(torch.float32)
-    data = x.detach().contiguous()
+        scale = scale.detach().to(CPU, torch.float32)
+    data = x.detach().resolve_neg().contiguous()
     count = data.numel()
     dtype = torch_dtype(plan.format)
-    codes = torch.empty(x.shape, dtype=dtype) if out is None else out.view(x.shape).view(dtype)
-    stats = torch.empty(len(Stat), dtype=torch.float64)
-    results = torch.empty(2)
+    codes = (
+        torch.empty(x.shape, dtype=dtype, device=CPU)
+        if out is None
+        else out.view(x.shape).view(dtype)
+    )
+    stats = torch.empty(len(Stat), dtype=torch.float64, device=CPU)
+    results = torch.empty(2, dtype=torch.float32, device=CPU)
     if count <= TASK:
         cast_at(
             data.data_ptr(), count, KINDS[x.dtype], 0 if scale is None else scale.data_ptr(),
@@ -135,7 +142,8 @@ def _fill_stats(
         Stat.SATURATED_SQUARE: made.saturated_square,
         Stat.CASTS: 1,
     }
-    stats.copy_(torch.tensor([fields[field] for field in Stat], dtype=torch.float64))
+    numbers = [fields[field] for field in Stat]
+    stats.copy_(torch.tensor(numbers, dtype=torch.float64, device=CPU))
 
 
 def _by_block(
@@ -144,7 +152,12 @@ def _by_block(
 ) -> Quantized:  # fmt: skip
     oriented = orient(x.detach(), axis)  # raises for an axis that is not there
     transposed = x.ndim == 2 and axis in (0, -2)
-    data = x.detach().contiguous().view(oriented.shape[::-1] if transposed else oriented.shape)
+    data = (
+        x.detach()
+        .resolve_neg()
+        .contiguous()
+        .view(oriented.shape[::-1] if transposed else oriented.shape)
+    )
     across, along = (
         size if block is None else block
         for size, block in zip(oriented.shape, plan.granularity.block, strict=True)
@@ -160,7 +173,7 @@ def _by_block(
     scales, invs = ((t.t() if transposed else t).contiguous().numpy() for t in (used, inv))
     made = cast(data, scales, invs, blocks, plan.format, values=values, out=out)
     is_seen = made.nonfinite < x.numel()
-    stats = torch.empty(len(Stat), dtype=torch.float64)
+    stats = torch.empty(len(Stat), dtype=torch.float64, device=CPU)
     top = made.amax if is_seen else -1.0
     _fill_stats(stats, made, top, float(inv.max()), recast=bool(recast))
     return Quantized(
@@ -241,7 +254,7 @@ def cast(
     """
     data, kind = _data(x, blocks)
     shape = (blocks.rows, blocks.columns)
-    codes = torch.empty(shape, dtype=torch.uint8) if out is None else out.view(shape)
+    codes = torch.empty(shape, dtype=torch.uint8, device=CPU) if out is None else out.view(shape)
     hat = np.empty((0, 0), np.float32)
     if values is not None:
         hat = array_of(values, np.float32).reshape(shape)
@@ -271,7 +284,7 @@ def cast(
 
 def decode(codes: Tensor, fmt: Format, scale_inv: Tensor | None) -> Tensor:
     """Return `codes * scale_inv` in float32 for contiguous codes with one scale, 1 without it."""
-    values = torch.empty(codes.shape, dtype=torch.float32)
+    values = torch.empty(codes.shape, dtype=torch.float32, device=CPU)
     size, table = codes.numel(), decode_table(fmt)
     if size <= TASK and scale_inv is not None:
         decode_at(
@@ -347,13 +360,15 @@ def warm_up() -> None:
     Every kernel in every signature, in this order: processes that compile at the same time, each
     its own signature first, would store them in numba's cache under one another's names.
     """
-    x = torch.ones(1, 1, dtype=torch.float32)
+    x = torch.ones(1, 1, dtype=torch.float32, device=CPU)
     blocks = Blocks(1, 1, 1, 1)
     one = np.ones((1, 1), np.float32)
     for dtype in KINDS:
         block_amax(x.to(dtype), blocks)
-        cast(x.to(dtype), one, one, blocks, E4M3FN, values=torch.empty(1, 1, dtype=torch.float32))
-        look(x.to(dtype), torch.zeros(1, 1, dtype=torch.uint8), x)
-    merge(torch.zeros(1, len(Stat), dtype=torch.float64), [quantize(x, PLAN, None, -1).stats])
-    decode(torch.zeros(1, dtype=torch.float8_e4m3fn), E4M3FN, None)
-    decode(torch.zeros(1, dtype=torch.float8_e4m3fn), E4M3FN, torch.ones(()))
+        cast(x.to(dtype), one, one, blocks, E4M3FN, values=x.clone())
+        look(x.to(dtype), x.to(torch.uint8), x)
+    stats = quantize(x, PLAN, None, -1).stats
+    merge(torch.zeros(3, len(Stat), dtype=torch.float64, device=CPU), [stats, None, None])
+    codes = x.to(torch.float8_e4m3fn)
+    decode(codes, E4M3FN, None)
+    decode(codes, E4M3FN, x[0, 0])

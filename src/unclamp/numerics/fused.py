@@ -47,5 +47,5 @@ def borrow(slot: str, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     buffer = _workspace.buffers.get(slot)
     if buffer is None or buffer.numel() < size:
-        _workspace.buffers[slot] = buffer = torch.empty(size, dtype=dtype)
+        _workspace.buffers[slot] = buffer = torch.empty(size, dtype=dtype, device="cpu")
     return buffer[:size]

@@ -85,7 +85,9 @@ def _counts(bins: Tensor, wanted: Tensor, place: slice) -> Tensor:
 
 def _fused(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     cpu = fused()
-    exponents, magnitudes, sums = cpu.look(x.contiguous(), codes.contiguous(), values.contiguous())
+    exponents, magnitudes, sums = cpu.look(
+        x.resolve_neg().contiguous(), codes.contiguous(), values.contiguous()
+    )
     details = np.empty(DETAILS)
     details[INSPECTED] = 1
     details[INSPECTED_SQUARE], details[ERROR_SQUARE] = sums

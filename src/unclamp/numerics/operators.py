@@ -103,7 +103,7 @@ def commit(pending: Tensor, stats: list[Tensor | None], nothing: Tensor) -> None
     if torch.compiler.is_compiling():
         rows = [nothing if vector is None else vector for vector in stats]
         torch.ops.unclamp.commit(pending, torch.stack(rows))
-    elif is_memory(pending) and fused() is not None:
+    elif all(v is None or is_memory(v) for v in (pending, *stats)) and fused() is not None:
         fused().merge(pending, stats)
     else:
         merge_stats(pending, torch.stack([nothing if v is None else v for v in stats]))
@@ -133,8 +133,7 @@ def _quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan = plan_of((format, granularity, margin, power_of_two, guard))
     q = quantize_by(x, plan, scale, axis)
-    # The results of a small cast share memory, which an operator's may not.
-    return q.codes, q.scale_inv.clone(), q.amax.clone(), q.stats
+    return q.codes, _own(q.scale_inv), _own(q.amax), q.stats
 
 
 def _quantize_turned(
@@ -144,7 +143,14 @@ def _quantize_turned(
     plan = plan_of((format, granularity, margin, power_of_two, guard))
     q = quantize_by(x, plan, scale, axis, turned=True)
     assert q.turned is not None
-    return q.codes, q.scale_inv, q.amax, q.stats, q.turned.t()
+    return q.codes, _own(q.scale_inv), _own(q.amax), q.stats, q.turned.t()
+
+
+def _own(x: Tensor) -> Tensor:
+    """Return a result in memory of its own: those of a cast on a CPU share theirs, which an
+    operator's may not.
+    """  # noqa: D205
+    return x.clone() if x.device.type == "cpu" else x
 
 
 def _matmul(

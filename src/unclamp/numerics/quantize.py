@@ -61,14 +61,28 @@ def quantize(
 
     Raises:
         UnsupportedError: `x` is not a floating-point tensor, or another argument has a wrong type.
-        ValueError: Blocks along an axis that the tensor does not have, or a scale that is not
-            one a block.
+        ValueError: Blocks along an axis that the tensor does not have, a scale that is not one a
+            block, or memory to be filled that is not as told above.
     """
     check_types(x, fmt, scale)
+    check_memory("values", values, x, torch.float32)
+    check_memory("out", out, x, torch.uint8)
     plan = CastPlan(
         format=fmt, granularity=granularity, margin=margin, power_of_two=power_of_two, guard=guard
     )
     return quantize_by(x, plan, scale, axis, values=values, out=out, turned=turned)
+
+
+def check_memory(name: str, given: Tensor | None, x: Tensor, dtype: torch.dtype) -> None:
+    """Raise a ValueError unless memory that compiled code is to fill is as large as it thinks."""
+    if given is None:
+        return
+    fits = given.dtype == dtype and given.is_contiguous() and given.device == x.device
+    if not fits or given.numel() != x.numel():
+        raise ValueError(
+            f"expected {name} as contiguous {str(dtype)[6:]} of {x.numel()} elements on "
+            f"{x.device}, got {str(given.dtype)[6:]} {list(given.shape)} on {given.device}"
+        )
 
 
 def quantize_by(

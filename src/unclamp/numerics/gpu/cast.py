@@ -148,7 +148,7 @@ def quantize(
     tiles = -(-rows // (tile.slices * tile.rows)) * tiles_along
     is_packed = turned and rows % tile.slices == 0
     programs = min(tiles, MOST_PROGRAMS)
-    data = x.detach().contiguous().view(BITS[x.dtype])
+    data = x.detach().resolve_neg().contiguous().view(BITS[x.dtype])
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     other = torch.empty((columns, rows), dtype=torch.uint8, device=x.device) if turned else codes
     tops = torch.empty(programs, dtype=torch.int32, device=x.device)

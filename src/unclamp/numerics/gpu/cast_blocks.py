@@ -113,7 +113,7 @@ def quantize(
     fmt, granularity, guard = plan.format, plan.granularity, plan.guard
     oriented = orient(x.detach(), axis)  # raises for an axis that is not there
     across = x.ndim == 2 and axis in (0, -2)
-    data = x.detach().contiguous().view(BITS[x.dtype])
+    data = x.detach().resolve_neg().contiguous().view(BITS[x.dtype])
     rows, columns = x.shape if across else oriented.shape
     block = granularity.block[::-1] if across else granularity.block
     cut = tiling(rows, columns, block)

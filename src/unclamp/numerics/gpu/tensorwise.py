@@ -11,7 +11,8 @@ Both are launched always, so that a CUDA graph can hold them. Dynamic scaling is
 
 Where the second kernel casts, its scale is the tensor's own, and nothing can saturate; of the
 first one's counts only underflow changes, and it is added up in whole numbers, in any order.
-The same tensor gives the same bits at every call: sums are taken in a fixed order.
+The same tensor gives the same bits at every call: sums are taken in a fixed order. (Only the sum of
+squares of a guarded cast that is repeated may differ in its last bits, by who saw the flag.)
 
 What counting costs is arithmetic, not memory. So a row of a tile lies in few threads, sums are
 kept by row from tile to tile, and whole programs are reduced once, at their end. Only the
@@ -385,7 +386,7 @@ def settle(
         given = tl.load(scale)
     if GUARD:
         passes = tl.load(flag) > 0
-    casts_again = passes | (given <= 0)
+    casts_again = passes | ((given > 0) == 0)  # NaN too
     used = given
     if casts_again | (program == 0):
         top = largest_of(tops, programs, SIZE)
