@@ -56,8 +56,8 @@ CASES = {
 
 
 def api() -> str:
-    """Return the name of the function that is probed: the public one where it exists."""
-    return "torch.nn.functional.scaled_mm" if hasattr(F, "scaled_mm") else "torch._scaled_mm"
+    """Return the name of the function that is probed."""
+    return "torch.nn.functional.scaled_mm"
 
 
 def probe_matmul(device: str) -> tuple[MatmulAnswer, ...]:
@@ -111,13 +111,8 @@ def _multiply(
     b = b.to(torch_dtype(FORMATS[problem.b]))
     b = b.contiguous().to(device) if problem.row_major else b.t().contiguous().to(device).t()
     scale_a, scale_b = scale_a.to(device), scale_b.to(device)
-    if hasattr(F, "scaled_mm"):
-        recipe = F.ScalingType.RowWise if problem.row_scales else F.ScalingType.TensorWise
-        product = F.scaled_mm(a, b, scale_a, recipe, scale_b, recipe, use_fast_accum=use_fast_accum)
-    else:
-        product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-            a, b, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=use_fast_accum
-        )
+    recipe = F.ScalingType.RowWise if problem.row_scales else F.ScalingType.TensorWise
+    product = F.scaled_mm(a, b, scale_a, recipe, scale_b, recipe, use_fast_accum=use_fast_accum)
     return product.cpu().float()
 
 
