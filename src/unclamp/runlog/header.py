@@ -14,7 +14,9 @@ from unclamp.runlog.cadence import Cadence
 KIND = "unclamp-run"
 SCHEMA_VERSION = 2
 RUN_FILE = "run.json"
-_LATER_FIELDS = {"run_id": None, "missing": None, "cadence": None, "observed": False}
+_LATER_FIELDS = {
+    "run_id": None, "missing": None, "cadence": None, "observed": False, "notes": [],
+}  # fmt: skip
 """What the headers of version 1 did not have, or not from the start."""
 
 Status = Literal["running", "finished", "interrupted", "failed"]
@@ -29,9 +31,10 @@ class Header:
     to the end. `missing` says what of rank 0 could not be written, None where nothing is known to
     be. `cadence` says how often casts were recorded, None where nobody said; `observed` that they
     were only counted, in a training without FP8. `run_id` is the same for all ranks of a launch,
-    None where nobody said. `created` is ISO-8601 in UTC. `recipe`, `environment` and `metadata`,
-    which is the user's, hold plain JSON data: what JSON cannot express is refused when the header
-    is written.
+    None where nobody said. `notes` are sentences that a reader must see beside the figures, such
+    as an override that matched no layer. `created` is ISO-8601 in UTC. `recipe`, `environment`
+    and `metadata`, which is the user's, hold plain JSON data: what JSON cannot express is refused
+    when the header is written.
     """
 
     unclamp_version: str
@@ -44,6 +47,7 @@ class Header:
     metadata: dict[str, Any] = field(default_factory=dict)
     cadence: Cadence | None = None
     observed: bool = False
+    notes: list[str] = field(default_factory=list)
     run_id: str | None = None
     missing: str | None = None
     kind: str = KIND
