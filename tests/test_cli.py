@@ -125,6 +125,8 @@ def test_glob_that_matches_nothing_warns_or_fails(strict: bool, tmp_path: Path) 
     assert "nope.*" in done.stderr
     assert "model.layers.0.mlp.down_proj" in done.stderr.replace("\n", "")
     if strict:
+        heading, done.stderr = done.stderr.split("\n", 1)  # a study says first what it is
+        assert heading.startswith("unclamp study: 1 run of 2 steps")
         assert_one_clear_line(done, "matches no linear layer")
     else:
         assert done.returncode == 0
