@@ -18,17 +18,15 @@ help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 # What the study needs, and nothing more. --no-compile: of the packages' many files only those that
-# are imported are compiled, at their first import, which saves half a minute and 200 MB. torch/test
-# are programs that test PyTorch itself; nothing imports them.
+# are imported are compiled, at their first import, which saves half a minute and 200 MB.
 $(STUDY_STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV), once, with PyTorch and what the study needs:"
-	@echo "430 MB to download, 1.4 GB on disk, one to three minutes."
-	@echo "(Where PyTorch comes with CUDA it is 3 GB more. To get the build for CPUs alone:"
-	@echo " PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make study)"
+	@echo "430 MB to download, 1.5 GB on disk, one to three minutes."
+	@echo "(Where PyTorch comes with CUDA it is 3 GB more; its index of builds for CPUs, given in"
+	@echo " PIP_EXTRA_INDEX_URL, avoids that.)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "1 of 2: PyTorch, 200 MB"
 	$(PIP_INSTALL) torch
-	@rm -rf $(VENV)/lib/python*/site-packages/torch/test
 	@echo "2 of 2: unclamp with transformers, pyarrow, numba and the rest, 230 MB"
 	$(PIP_INSTALL) --editable '.[hf]'
 	@touch $@
