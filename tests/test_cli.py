@@ -27,7 +27,7 @@ def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -
 
 
 def write_run(path: Path) -> Path:
-    with Recorder(nn.Linear(2, 2), path) as recorder:
+    with Recorder(nn.Linear(2, 2), path, plain=True) as recorder:
         for step in range(3):
             recorder.step(loss=torch.tensor(1.0 / (step + 1)))
     return path

@@ -97,7 +97,9 @@ def train(
     batches = Batches(
         tokens, batch_size=config.data.batch_size, seq_len=config.data.seq_len, seed=plan.seed
     )
-    recorder = Recorder(model, plan.path, metadata=plan.identity, inspect=INSPECT)
+    recorder = Recorder(
+        model, plan.path, metadata=plan.identity, inspect=INSPECT, plain=plan.recipe is None
+    )
     with recorder:
         for step in plan.planted_steps:
             recorder.event("planted", step, what="rare tokens that drive two SwiGLU channels")
