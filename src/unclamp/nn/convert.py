@@ -161,7 +161,7 @@ def attach(
     unmatched = find_unmatched(_products(model), recipe, skip, [*others, *converted])
     if strict and unmatched:
         raise ConvertError(unmatched_text(unmatched, _products(model)))
-    kept = _kept(others, recipe, skip)
+    kept = _kept(others, recipe, skip, warms_anew=bool(converted))
     plans = {fqn: native_plan(recipe.plan(fqn), devices[fqn]) for fqn in converted}
     if profit is not None:
         linear = {fqn: m for fqn, m in converted.items() if isinstance(m, nn.Linear)}
@@ -382,7 +382,7 @@ def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]
 
 
 def _kept(
-    layers: Mapping[str, nn.Module], recipe: Recipe, skip: Sequence[str]
+    layers: Mapping[str, nn.Module], recipe: Recipe, skip: Sequence[str], *, warms_anew: bool
 ) -> dict[str, LayerPlan]:
     """Return what converted layers have that another recipe would not have given them."""
     kept = {}
@@ -393,8 +393,8 @@ def _kept(
             continue
         plan = layer.sites.plan()
         wanted = native_plan(recipe.plan(fqn), _device_of(layer))
-        warms_alike = before is None or before.warmup_steps == recipe.warmup_steps
-        if plan != wanted or not warms_alike:
+        steps = recipe.warmup_steps if before is None or warms_anew else before.warmup_steps
+        if plan != wanted or steps != recipe.warmup_steps:
             kept[fqn] = plan
     return kept
 
