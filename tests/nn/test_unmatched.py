@@ -28,7 +28,7 @@ def test_a_model_with_nothing_to_convert_says_each_reason_once_with_a_few_names(
     with pytest.warns(UnclampWarning) as caught:
         convert(model, Recipe(), skip=["*"])
     assert warned(list(caught)) == [
-        "no layer is in FP8. Left alone: 0, 1, 2 and 2 more: matches skip '*'; "
+        "no layer is in FP8: 0, 1, 2 and 2 more: matches skip '*'; "
         "5: not a linear layer (Embedding)"
     ]
 

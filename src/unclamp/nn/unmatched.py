@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from unclamp.names import shown
+from unclamp.nn.ledger import Ledger
 from unclamp.recipe import Recipe
 from unclamp.rule import matches
 from unclamp.scaling import describe
@@ -100,16 +101,26 @@ def _count(names: Sequence[str]) -> str:
 
 
 def nothing_converted(skipped: Mapping[str, str]) -> str:
-    """Say that no layer is in FP8, and why: the reasons, each with the layers it holds for."""
+    """Say that no layer is in FP8, and why."""
+    return f"no layer is in FP8: {reasons(skipped)}"
+
+
+def reasons(skipped: Mapping[str, str]) -> str:
+    """Return why layers were left alone: each reason with the layers it holds for."""
     if not skipped:
-        return "no layer is in FP8: the model has no linear layer"
+        return "the model has no linear layer"
     by_reason: dict[str, list[str]] = {}
     for fqn, why in skipped.items():
         by_reason.setdefault(why, []).append(fqn)
     said = [f"{few(names)}: {why}" for why, names in by_reason.items()]
     more = len(said) - MOST_REASONS
     said = said[:MOST_REASONS] + ([f"and {more} more reasons"] if more > 0 else [])
-    return f"no layer is in FP8. Left alone: {'; '.join(said)}"
+    return "; ".join(said)
+
+
+def any_in_fp8(ledgers: Iterable[Ledger]) -> bool:
+    """Whether any layer of these ledgers casts anything, if only to count."""
+    return any(not layer.is_plain for ledger in ledgers for layer in ledger.layers)
 
 
 def few(names: Iterable[str]) -> str:

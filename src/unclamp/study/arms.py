@@ -29,6 +29,7 @@ from unclamp.scaling import Dynamic, Scaling
 from unclamp.study.config import StudyConfig, is_study, read_study, write_study
 from unclamp.study.data import read_text, text_digest
 from unclamp.study.loop import RunPlan, train
+from unclamp.study.models import check_study
 
 POLL_S = 0.2
 
@@ -68,16 +69,20 @@ def run_study(
         on_progress: Called for each step of each run.
 
     Raises:
-        StudyError: The folder holds something else, the text cannot be used, or a model cannot
-            be made.
+        StudyError: The folder holds something else, the text cannot be used, a model cannot be
+            made, a scenario plants nothing, or an arm with a recipe has no layer in FP8.
         Interrupted: Ctrl-C; every recorded step is readable.
     """
     text = read_text(config.data.text, seq_len=config.data.seq_len)
+    config.check_plants()
+    first = [name for name, arm in config.arms.items() if arm.from_arm is None]
+    plans = _plans(config, out, first, {})
+    if not all(_is_finished(plan) for plan in plans):
+        check_study(config)
     facts: dict[str, Any] = {"text": text_digest(text), "switched": {}}
     _claim(out, config, facts)
     jobs = jobs or os.cpu_count() or 1
     bases = {arm.from_arm for arm in config.arms.values() if arm.from_arm is not None}
-    first = [name for name, arm in config.arms.items() if arm.from_arm is None]
     first.sort(key=lambda name: name not in bases)
     derived = [name for name, arm in config.arms.items() if arm.from_arm is not None]
     _train_all(_plans(config, out, first, {}), jobs, on_start, on_progress)

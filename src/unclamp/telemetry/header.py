@@ -11,7 +11,7 @@ from torch import nn
 
 from unclamp.errors import RecipeError, RunLogError
 from unclamp.nn.ledger import Ledger
-from unclamp.nn.unmatched import kept_note, notes_on
+from unclamp.nn.unmatched import any_in_fp8, kept_note, notes_on
 from unclamp.rule import Rule
 from unclamp.runlog import Cadence, Every, Header
 from unclamp.scaling import Scaling, scaling_to_dict
@@ -39,7 +39,7 @@ def make_header(
     Raises:
         RunLogError: The model should be `plain`, and has layers in FP8.
     """
-    if plain and _casts_anything(ledgers):
+    if plain and any_in_fp8(ledgers):
         raise RunLogError(
             "plain=True says that no layer of the model is in FP8, but it has converted layers: "
             "leave it out, or call unclamp.revert(model) before"
@@ -66,17 +66,13 @@ def scaling_data(scaling: Scaling) -> dict[str, Any]:
     return {**scaling_to_dict(replace(scaling, reduce="max")), "reduce": name}
 
 
-def _casts_anything(ledgers: list[Ledger]) -> bool:
-    return any(not layer.is_plain for ledger in ledgers for layer in ledger.layers)
-
-
 def _notes(ledgers: list[Ledger]) -> list[str]:
     """Return what a reader must know of the conversion.
 
     Of parts that were converted apart, a rule may match in one alone.
     """
     notes = []
-    if not _casts_anything(ledgers):
+    if not any_in_fp8(ledgers):
         notes.append(NO_FP8)
     for ledger in ledgers:
         if ledger.recipe is None:
