@@ -250,7 +250,7 @@ def test_no_folder_or_no_run_is_refused_with_what_is_there(tmp_path: Path):
     assert "it holds nothing" in refusal(tmp_path)
     (tmp_path / "notes.txt").write_text("")
     assert "is a file" in refusal(tmp_path / "notes.txt")
-    assert "it holds ['notes.txt']" in refusal(tmp_path)
+    assert "it holds notes.txt" in refusal(tmp_path)
     run = write_run(tmp_path / "runs" / "a")
     assert str(run) in refusal(tmp_path)
 

@@ -17,12 +17,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from unclamp.errors import ConvertError, StudyError
+from unclamp.errors import ConvertError, StudyError, UnclampWarning
 from unclamp.runlog import RunLog
 from unclamp.study.arms import run_study
 from unclamp.study.config import ModelConfig, StudyConfig, default_toml
 from unclamp.study.loop import RunPlan, train
 from unclamp.study.models import build_model, check_study, tokenize
+
+pytestmark = pytest.mark.filterwarnings("ignore:arm 'smooth'")  # which says so of GPT-2
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2}
 TEXT = b"the cat sat on the mat " * 200
@@ -240,6 +242,15 @@ def test_gpt2_is_in_fp8_and_its_runs_say_which_globs_matched_nothing(tmp_path: P
     assert found["delayed"][0] > 0
     assert found["delayed"][1] == [skip]
     assert found["smooth"][1] == [skip, smooth]
+
+
+def test_globs_without_a_match_are_told_of_before_anything_trains(tmp_path: Path) -> None:
+    model = {"hf_model": str(gpt2(tmp_path / "model")), "skip": []}
+    with pytest.warns(UnclampWarning) as caught:
+        check_study(config(model=model))
+    assert [str(w.message) for w in caught] == [
+        "arm 'smooth': The override 'mlp.down_proj' matched no layer: this run is plain delayed."
+    ]
 
 
 def test_a_finished_study_is_not_checked_again(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ file, so that every `RunLog` of the run leaves out the same.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from unclamp.runlog.parts import PartName, read_parts
 
 _Identity = tuple[str, int, int]
 _found: set[_Identity] = set()
+_lock = threading.Lock()
 
 UNREADABLE = (OSError, pa.ArrowException)
 
@@ -66,25 +68,28 @@ def is_damaged(path: Path) -> bool:
     return bool(_found) and _identity(path) in _found
 
 
-def find_damaged(paths: Iterable[Path]) -> list[Path]:
-    """Read each part alone, and remember those that cannot be read; return these.
+def find_damaged(paths: Iterable[Path]) -> dict[Path, bool]:
+    """Read each part alone, and remember those that cannot be read.
 
-    A part that has gone meanwhile is none.
+    Returns:
+        These, and of each whether it is news: two threads may find the same. A part that has gone
+        meanwhile is none.
     """
-    damaged = []
+    damaged = {}
     for path in paths:
         try:
             read_parts([path])
         except UNREADABLE:
             if (identity := _identity(path)) is not None:
-                _found.add(identity)
-                damaged.append(path)
+                with _lock:
+                    damaged[path] = identity not in _found
+                    _found.add(identity)
     return damaged
 
 
-def without_footer(paths: Iterable[Path]) -> list[Path]:
+def find_without_footer(paths: Iterable[Path]) -> None:
     """As `find_damaged`, of the parts whose end cannot be read: a look, whatever their size."""
-    return find_damaged(path for path in paths if _metadata(path) is None)
+    find_damaged(path for path in paths if _metadata(path) is None)
 
 
 def describe_damage(path: Path, parts: list[Path]) -> DamagedPart:

@@ -24,8 +24,8 @@ from unclamp.runlog.damage import (
     DamagedPart,
     describe_damage,
     find_damaged,
+    find_without_footer,
     is_damaged,
-    without_footer,
 )
 from unclamp.runlog.finder import read_header
 from unclamp.runlog.folder import read_missing
@@ -123,7 +123,7 @@ class RunLog:
             RunLogError: the run is gone.
         """
         every = self._list_parts(whole=False)
-        without_footer(path for files in every.values() for path in files)
+        find_without_footer(path for files in every.values() for path in files)
         return [
             describe_damage(path, every[table])
             for table in TABLES
@@ -259,7 +259,7 @@ class RunLog:
     def _leaves_out_damaged(self, parts: _Parts) -> bool:
         """Look for damaged parts among these, tell of them, and say whether there are any."""
         damaged = find_damaged(dict.fromkeys(p for files in parts.values() for p in files))
-        for path in damaged:
+        for path in (path for path, is_news in damaged.items() if is_news):
             every = self._list_parts(whole=False)
             said = describe_damage(path, every.get(path.parent.name) or [path])
             warnings.warn(f"{self.path}: {said}", UnclampWarning, stacklevel=4)

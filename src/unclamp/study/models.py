@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from unclamp.errors import StudyError, UnclampWarning
 from unclamp.nn import find_ledgers
-from unclamp.nn.convert import convert, revert
-from unclamp.nn.unmatched import any_in_fp8, reasons
+from unclamp.nn.convert import ConvertReport, convert, revert
+from unclamp.nn.unmatched import any_in_fp8, notes_on, reasons
 from unclamp.recipe import Recipe
 from unclamp.study.config import ModelConfig, StudyConfig
 from unclamp.study.data import check_length, read_text
@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
 
 def check_study(config: StudyConfig) -> None:
     """Find out before anything trains that each arm, scenario and token is what it seems.
+
+    Overrides and skip globs that match nothing are warned of.
 
     Raises:
         StudyError: The model or its tokens cannot be used; a scenario cannot be planted, or plants
@@ -53,14 +55,18 @@ def check_study(config: StudyConfig) -> None:
         )
     for name, arm in config.arms.items():
         if arm.recipe is not None:
-            convert_arm(model, arm.recipe, config.model, arm=name)
+            report = convert_arm(model, arm.recipe, config.model, arm=name)
+            for note in notes_on(report.unmatched, arm.recipe):
+                warnings.warn(f"arm {name!r}: {note}", UnclampWarning, stacklevel=2)
             revert(model)
     if "outlier" in config.scenarios:
         plant_weights(model, seed=config.seeds[0])
 
 
-def convert_arm(model: nn.Module, recipe: Recipe, settings: ModelConfig, *, arm: str = "") -> None:
-    """Convert an arm's model; what matched nothing is in the header of its runs.
+def convert_arm(
+    model: nn.Module, recipe: Recipe, settings: ModelConfig, *, arm: str = ""
+) -> ConvertReport:
+    """Convert an arm's model without a warning: what matched nothing is in its runs' headers.
 
     Raises:
         StudyError: No layer is in FP8 then, so that the arm would be one in high precision.
@@ -70,7 +76,7 @@ def convert_arm(model: nn.Module, recipe: Recipe, settings: ModelConfig, *, arm:
         warnings.simplefilter("ignore", UnclampWarning)
         report = convert(model, recipe, skip=settings.skip, strict=settings.strict)
     if any_in_fp8(find_ledgers(model)):
-        return
+        return report
     why = reasons(report.skipped)
     if report.converted:
         why = "the recipe leaves each of them in high precision"
