@@ -1,4 +1,4 @@
-"""What asks a benchmark for help starts none; whether they measure well is for those who run them."""
+"""Who asks a benchmark for help starts none."""
 
 import subprocess
 import sys

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from unclamp.errors import StudyError, UnclampWarning
 from unclamp.nn import find_ledgers
 from unclamp.nn.convert import ConvertReport, convert, revert
-from unclamp.nn.unmatched import any_in_fp8, notes_on, reasons
+from unclamp.nn.unmatched import any_in_fp8, reasons, unmatched_text
 from unclamp.recipe import Recipe
 from unclamp.study.config import ModelConfig, StudyConfig
 from unclamp.study.data import check_length, read_text
@@ -56,8 +56,9 @@ def check_study(config: StudyConfig) -> None:
     for name, arm in config.arms.items():
         if arm.recipe is not None:
             report = convert_arm(model, arm.recipe, config.model, arm=name)
-            for note in notes_on(report.unmatched, arm.recipe):
-                warnings.warn(f"arm {name!r}: {note}", UnclampWarning, stacklevel=2)
+            if report.unmatched:
+                said = unmatched_text(report.unmatched, list(report.converted))
+                warnings.warn(f"arm {name!r}: {said}", UnclampWarning, stacklevel=2)
             revert(model)
     if "outlier" in config.scenarios:
         plant_weights(model, seed=config.seeds[0])
