@@ -5,10 +5,10 @@ planted sites un-clamped by the recipe. The true set is the smallest that remove
 planted sites cause together. `python -m bench.explain [folder]` runs all cases.
 """
 
+import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -336,8 +336,11 @@ def to_dict(results: Sequence[Result]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m bench.explain", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", help="where the runs stay")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     snapshot_cost()
     growth()
-    done = measure(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    done = measure(options.folder)
     print(json.dumps(to_dict(done)))

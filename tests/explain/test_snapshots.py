@@ -274,3 +274,25 @@ def test_a_program_that_forgets_to_close_ends_and_has_the_snapshot(tmp_path: Pat
     assert done.returncode == 0
     (path,) = find_snapshots(tmp_path)
     assert read_snapshot(path).last_step == SPIKE + 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (None, "got None; end the step function with `return loss`"),
+        (torch.ones(2), r"got a tensor of shape \[2\]"),
+        ("0.5", "got '0.5'"),
+        (True, "got True"),
+    ],
+)
+def test_a_loss_that_is_no_number_is_refused_at_its_step(
+    loss: object, message: str, tmp_path: Path
+) -> None:
+    training = trained(Case(), 1)
+    with Snapshots(training, tmp_path) as snapshots:
+        snapshots.before(0, torch.ones(1))
+        with pytest.raises(ReplayError, match=message):
+            snapshots.after(0, loss)  # pyright: ignore[reportArgumentType]
+        for step, number in enumerate((1, 0.5, np.float32(2), torch.tensor([1.5])), start=1):
+            snapshots.before(step, torch.ones(1))
+            snapshots.after(step, number)

@@ -118,7 +118,8 @@ def test_a_model_is_observed_or_converted_and_not_both():
 
 
 def test_a_model_without_linear_layers_says_so():
-    observation = unclamp.observe(nn.ReLU())
+    with pytest.warns(UnclampWarning, match="the model has no linear layer"):
+        observation = unclamp.observe(nn.ReLU())
     assert observation.sites() == []
     assert "0 layers" in str(observation)
     observation.stop()
@@ -170,3 +171,36 @@ def test_made_in_inference_mode_it_still_counts():
     train(model)
     assert any(site.saturated for site in observation.sites())
     observation.stop()
+
+
+def test_clamp_error_is_the_mean_over_steps_that_clamped_as_a_log_has_it(tmp_path):
+    model = plain()
+    with unclamp.observe(model) as observation, unclamp.Recorder(model, tmp_path / "run") as log:
+        optimizer = SGD(model.parameters(), lr=0.01)
+        for size in (1, 1, 50, 1, 500):
+            model(torch.ones(2, 12) * size).sum().backward()
+            optimizer.step()
+            log.step(loss=0.0)
+    with unclamp.RunLog.open(tmp_path / "run") as run:
+        rows = run.sql(
+            "SELECT fqn, role, avg(saturated_error) AS error FROM casts JOIN sites USING (site) "
+            "WHERE saturated > 0 GROUP BY ALL"
+        ).to_pylist()
+    expected = {(row["fqn"], row["role"]): row["error"] for row in rows}
+    found = {(s.fqn, s.role): s.clamp_error for s in observation.sites() if s.saturated}
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found["0", "input"] == pytest.approx(((49 / 50) ** 2 + (9 / 10) ** 2) / 2, rel=1e-3)
+
+
+def test_words_count_in_singular_and_small_shares_are_not_zero():
+    model = nn.Linear(64, 64)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with unclamp.observe(model) as observation:
+        x = torch.ones(64, 64)
+        x[0, 0] = 1e-9
+        model(x).sum().backward()
+        optimizer.step()
+    assert str(observation) == (
+        "observed 1 layer for 1 step: FP8 would have clamped 0 of 12,288 elements, at 0 of 3 "
+        "sites, and lost 0.00814 % to underflow"
+    )

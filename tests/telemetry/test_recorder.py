@@ -126,15 +126,15 @@ def test_recording_changes_no_number(tmp_path: Path) -> None:
         unclamp.convert(model, Recipe())
     with Recorder(recorded, tmp_path / "recorded") as recorder:
         train(recorded, recorder)
-    with Recorder(nn.Identity(), tmp_path / "nothing") as recorder:
+    with Recorder(nn.Identity(), tmp_path / "nothing", plain=True) as recorder:
         train(plain, recorder)
     pairs = zip(recorded.parameters(), plain.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_exception_leaves_a_failed_and_readable_run(tmp_path: Path) -> None:
-    model = tiny()
-    with pytest.raises(ZeroDivisionError), Recorder(model, tmp_path / "run") as recorder:  # noqa: PT012
+    recorder = Recorder(tiny(), tmp_path / "run", plain=True)
+    with pytest.raises(ZeroDivisionError), recorder:  # noqa: PT012
         recorder.step(loss=1.0)
         raise ZeroDivisionError
     with RunLog.open(tmp_path / "run") as log:
@@ -143,7 +143,7 @@ def test_exception_leaves_a_failed_and_readable_run(tmp_path: Path) -> None:
 
 
 def test_events_carry_json(tmp_path: Path) -> None:
-    with Recorder(tiny(), tmp_path / "run") as recorder:
+    with Recorder(tiny(), tmp_path / "run", plain=True) as recorder:
         recorder.event("switch", site="a")
     with RunLog.open(tmp_path / "run") as log:
         (event,) = log.events().to_pylist()
@@ -162,7 +162,7 @@ def test_steps_without_an_optimizer_step_are_warned_about_once(tmp_path: Path) -
 
 
 def test_an_inf_loss_is_recorded_as_such(tmp_path: Path) -> None:
-    with Recorder(tiny(), tmp_path / "run") as recorder:
+    with Recorder(tiny(), tmp_path / "run", plain=True) as recorder:
         recorder.step(loss=torch.tensor(float("inf")))
     with RunLog.open(tmp_path / "run") as log:
         assert log.steps()["loss"].to_pylist() == [math.inf]
@@ -199,7 +199,7 @@ def test_sinks_get_every_step_and_a_failing_one_costs_itself(tmp_path: Path) -> 
 def test_what_is_no_number_is_refused_at_once_and_the_log_goes_on(
     tmp_path: Path, wrong: Any
 ) -> None:
-    with Recorder(tiny(), tmp_path / "run") as recorder:
+    with Recorder(tiny(), tmp_path / "run", plain=True) as recorder:
         recorder.step(loss=1.0)
         with pytest.raises(unclamp.RunLogError, match="expected a number for 'extra'"):
             recorder.step(loss=2.0, extra=wrong)
@@ -211,7 +211,7 @@ def test_what_is_no_number_is_refused_at_once_and_the_log_goes_on(
 @pytest.mark.parametrize("data", [{"x": math.nan}, {"x": torch.ones(1)}])
 def test_an_event_that_is_no_json_is_refused(tmp_path: Path, data: dict[str, Any]) -> None:
     with (
-        Recorder(tiny(), tmp_path / "run") as recorder,
+        Recorder(tiny(), tmp_path / "run", plain=True) as recorder,
         pytest.raises(unclamp.RunLogError, match="expected JSON data for the event 'odd'"),
     ):
         recorder.event("odd", **data)
@@ -225,7 +225,7 @@ def test_a_slow_sink_delays_neither_log_nor_training(tmp_path: Path) -> None:
         go_on.wait(timeout=30)
         heard.append(step)
 
-    with Recorder(tiny(), tmp_path / "run", sinks=[wait]) as recorder:
+    with Recorder(tiny(), tmp_path / "run", plain=True, sinks=[wait]) as recorder:
         for _ in range(5):
             recorder.step(loss=1.0)
         recorder.flush()
@@ -238,7 +238,9 @@ def test_a_slow_sink_delays_neither_log_nor_training(tmp_path: Path) -> None:
 
 def test_the_sinks_go_on_when_the_log_has_stopped(tmp_path: Path) -> None:
     heard: list[int] = []
-    recorder = Recorder(tiny(), tmp_path / "run", sinks=[lambda step, numbers: heard.append(step)])
+    recorder = Recorder(
+        tiny(), tmp_path / "run", plain=True, sinks=[lambda step, numbers: heard.append(step)]
+    )
     recorder.step(loss=1.0)
     recorder.flush()
     shutil.rmtree(tmp_path / "run")

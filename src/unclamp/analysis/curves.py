@@ -23,7 +23,7 @@ from unclamp.analysis.curve_files import (
 )
 from unclamp.analysis.event_files import read_event_files
 from unclamp.errors import AnalysisError
-from unclamp.runlog import RunLog, is_run
+from unclamp.runlog import RunLog, find_runs, is_run
 
 SERIES = ("loss", "grad_norm")
 SERIES_NAMES = {
@@ -174,8 +174,8 @@ def _read_folder(path: Path) -> Recorded:
         )
     if events:
         return read_event_files(events[0])
-    if (path / "study.json").is_file():
-        RunLog.open(path)  # raises, and names the runs in the study
+    if (path / "study.json").is_file() or find_runs(path):
+        RunLog.open(path)  # raises, and names the runs in it
     raise AnalysisError(
         f"{path} holds no run log, trainer_state.json or TensorBoard events; "
         "give a run's folder, or a CSV or JSON file"

@@ -196,7 +196,7 @@ class Snapshots:
             Where the training is now if it went back; else None. `follow` does the rest.
 
         Raises:
-            ReplayError: `before` was not called.
+            ReplayError: `before` was not called, or the loss is no number.
         """
         if self._open != step:
             raise ReplayError(f"call snapshots.before({step}, batch) at the start of the step")

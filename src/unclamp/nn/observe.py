@@ -17,7 +17,7 @@ from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.recipe import Recipe
-from unclamp.totals import clamp_error, overshoot, share
+from unclamp.totals import clamp_error, overshoot, percent, share
 
 SHOWN_SITES = 8
 
@@ -36,7 +36,8 @@ class ObservedSite:
         underflowed: Non-zero elements that would have become zero.
         nonfinite: Inf and NaN elements.
         overshoot: Largest amax over the largest representable value.
-        clamp_error: Squares that clamping would have removed over the squares, of all casts.
+        clamp_error: Share of the squares that clamping would have removed, mean over the steps in
+            which it would have: the clamp error of a report.
     """
 
     fqn: str
@@ -68,11 +69,12 @@ class Observation:
         self._total = empty_stats(rows)
         self._clamped = torch.zeros(rows, dtype=torch.int64)
         self._overshoot = torch.zeros(rows, dtype=torch.float64)
+        self._errors = torch.zeros(rows, dtype=torch.float64)
         self._steps = 0
         self._end = None if self._ledger is None else self._ledger.subscribe(self._add)
 
     def sites(self) -> list[ObservedSite]:
-        """Return what each site would have lost so far, the largest clamp error first."""
+        """Return what each site would have lost so far, the largest sum of clamp errors first."""
         if self._ledger is None:
             return []
         rows = zip(
@@ -80,6 +82,7 @@ class Observation:
             self._total.cpu().tolist(),
             self._clamped.cpu().tolist(),
             self._overshoot.cpu().tolist(),
+            self._errors.cpu().tolist(),
             strict=True,
         )
         sites = [
@@ -93,12 +96,12 @@ class Observation:
                 underflowed=int(total[Stat.UNDERFLOWED]),
                 nonfinite=int(total[Stat.NONFINITE]),
                 overshoot=overshoot(peak, site.operand.format.max),
-                clamp_error=clamp_error(total[Stat.SATURATED_SQUARE], total[Stat.SQUARE]),
+                clamp_error=share(error, clamped),
             )
-            for site, total, clamped, peak in rows
+            for site, total, clamped, peak, error in rows
             if total[Stat.CASTS]
         ]
-        return sorted(sites, key=lambda site: (-site.clamp_error, site.fqn, site.role))
+        return sorted(sites, key=lambda s: (-s.clamp_error * s.clamped_steps, s.fqn, s.role))
 
     def stop(self) -> None:
         """Make the model the plain one that it was; later calls do nothing. Figures stay."""
@@ -119,15 +122,16 @@ class Observation:
         elements = sum(site.elements for site in sites)
         lost = sum(site.underflowed for site in sites)
         lines = [
-            f"observed {len(self.report.converted)} layers for {self._steps} steps: FP8 would have "
-            f"clamped {sum(s.saturated for s in sites):,} of {elements:,} elements, at "
-            f"{len(clamped)} of {len(sites)} sites, and lost {share(lost, elements):.3%} to "
-            "underflow"
+            f"observed {_count(len(self.report.converted), 'layer')} for "
+            f"{_count(self._steps, 'step')}: FP8 would have clamped "
+            f"{sum(s.saturated for s in sites):,} of {_count(elements, 'element')}, at "
+            f"{len(clamped)} of {_count(len(sites), 'site')}, and lost "
+            f"{percent(share(lost, elements))} to underflow"
         ]
         lines += [
-            f"  {SiteName(site.fqn, site.role)}: {site.saturated:,} in "
-            f"{site.clamped_steps} steps, overshoot {site.overshoot:.2f}x, clamp error "
-            f"{site.clamp_error:.2g}"
+            f"  {SiteName(site.fqn, site.role)}: {_count(site.saturated, 'element')} clamped in "
+            f"{_count(site.clamped_steps, 'step')}, overshoot {site.overshoot:.3g}x, clamp error "
+            f"{percent(site.clamp_error)}"
             for site in clamped[:SHOWN_SITES]
         ]
         return "\n".join(lines)
@@ -137,13 +141,22 @@ class Observation:
         """Add a step, on the device."""
         stats = update.stats
         if self._total.device != stats.device:
-            self._total, self._clamped, self._overshoot = (
-                t.to(stats.device) for t in (self._total, self._clamped, self._overshoot)
+            self._total, self._clamped, self._overshoot, self._errors = (
+                t.to(stats.device)
+                for t in (self._total, self._clamped, self._overshoot, self._errors)
             )
         merge_stats(self._total, stats)
-        self._clamped += stats[:, Stat.SATURATED] > 0
+        clamped = stats[:, Stat.SATURATED] > 0
+        self._clamped += clamped
+        self._errors += torch.where(
+            clamped, clamp_error(stats[:, Stat.SATURATED_SQUARE], stats[:, Stat.SQUARE]), 0
+        )
         self._overshoot = torch.maximum(self._overshoot, _peak(stats))
         self._steps += 1
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _peak(stats: Tensor) -> Tensor:
@@ -165,6 +178,8 @@ def observe(
         recipe: What each operand would get; by default delayed scaling everywhere.
         skip: Globs of modules to leave alone.
 
+    Where no layer is left to observe, it warns and says why.
+
     Returns:
         The observation: print it, ask it for `sites()`, end it with `stop()`. A `Recorder` made
         meanwhile records every cast.
@@ -183,8 +198,8 @@ def observe(
         ...         model(torch.full((4, 8), size)).sum().backward()
         ...         optimizer.step()
         >>> print(observation)
-        observed 1 layers for 3 steps: FP8 would have clamped 32 of 384 elements, at 1 of 3 sites, and lost 0.000% to underflow
-          (the model itself) input: 32 in 1 steps, overshoot 100.00x, clamp error 0.98
+        observed 1 layer for 3 steps: FP8 would have clamped 32 of 384 elements, at 1 of 3 sites, and lost 0 % to underflow
+          (the model itself) input: 32 elements clamped in 1 step, overshoot 100x, clamp error 98 %
     """  # noqa: E501
     recipe = Recipe() if recipe is None else recipe
     return Observation(model, attach(model, recipe, skip=skip, strict=False, observes=True))

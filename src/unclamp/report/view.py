@@ -12,7 +12,7 @@ from unclamp.names import SiteName
 from unclamp.report.arms import ScenarioView, scenario_view
 from unclamp.report.recorded import RunRecord, read_run
 from unclamp.report.runs import RunView, read_run_view
-from unclamp.report.status import ABSENT, run_notes, study_notes
+from unclamp.report.status import ABSENT, damage_notes, run_notes, study_notes
 from unclamp.runlog import Header, RunLog, is_run
 from unclamp.study.config import SCENARIOS, StudyConfig, is_study, read_study
 
@@ -148,7 +148,7 @@ def _study_view(path: Path) -> View:
         path=str(path),
         status=study["status"],
         facts=facts,
-        notes=study_notes(study["status"], states),
+        notes=study_notes(study["status"], states) + damage_notes(_named(paths)),
         scenarios=scenarios,
         run=None,
         runs=runs,
@@ -164,6 +164,10 @@ def _run_paths(path: Path) -> dict[tuple[str, str, int], Path]:
         for arm in config.arms
         for seed in config.seeds
     }
+
+
+def _named(paths: dict[tuple[str, str, int], Path]) -> dict[str, Path]:
+    return {f"{s}/{arm}/seed-{seed}": run for (s, arm, seed), run in paths.items() if is_run(run)}
 
 
 def _read(run: Path) -> tuple[RunRecord | None, str]:

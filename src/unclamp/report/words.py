@@ -9,6 +9,7 @@ from unclamp.analysis.explanation import interval, spike_share
 from unclamp.names import shown
 from unclamp.report.arms import ArmView, ScenarioView
 from unclamp.report.recorded import SiteRow
+from unclamp.totals import percent
 
 ARM_COLUMNS = (
     "arm",
@@ -183,8 +184,3 @@ def _change(value: object, is_relative: bool) -> str:
     if not isinstance(value, int | float):
         return "-"
     return f"{100 * value:+.3g} %" if is_relative else f"{value:+.3g}"
-
-
-def percent(share: float) -> str:
-    """Return a fraction as percent with three figures."""
-    return f"{100 * share:.3g} %"

@@ -6,6 +6,7 @@ Neither needs torch. What the numbers mean for training is for `unclamp.analysis
 """
 
 from unclamp.runlog.cadence import Cadence, Every
+from unclamp.runlog.damage import DamagedPart
 from unclamp.runlog.finder import find_runs, is_run
 from unclamp.runlog.header import SCHEMA_VERSION, Header, Status
 from unclamp.runlog.reader import RunLog
@@ -23,6 +24,7 @@ __all__ = [
     "Cadence",
     "Columns",
     "Cut",
+    "DamagedPart",
     "Every",
     "Header",
     "RunLog",

@@ -19,6 +19,7 @@ from unclamp.scaling import Dynamic, Scaling
 from unclamp.study.config import StudyConfig, is_study, read_study, write_study
 from unclamp.study.data import read_text, text_digest
 from unclamp.study.loop import RunPlan
+from unclamp.study.models import check_study
 from unclamp.study.pool import CtrlC, Listener, train_all
 
 Site = tuple[str, Role]
@@ -40,8 +41,8 @@ def run_study(
         listener: Whom to tell how it goes.
 
     Raises:
-        StudyError: The folder holds something else, the text cannot be used, or a model cannot
-            be made.
+        StudyError: The folder holds something else, the text cannot be used, a model cannot be
+            made, a scenario plants nothing, or an arm with a recipe has no layer in FP8.
         Interrupted: Ctrl-C; every recorded step is readable.
     """
     with CtrlC() as ctrl_c:
@@ -50,13 +51,16 @@ def run_study(
 
 def _run(config: StudyConfig, out: Path, jobs: int, listener: Listener, ctrl_c: CtrlC) -> None:
     text = read_text(config.data.text, seq_len=config.data.seq_len)
-    facts: dict[str, Any] = {"text": text_digest(text), "switched": {}}
-    _claim(out, config, facts)
+    config.check_plants()
     bases = {arm.from_arm for arm in config.arms.values() if arm.from_arm is not None}
     first = [name for name, arm in config.arms.items() if arm.from_arm is None]
     first.sort(key=lambda name: name not in bases)
     derived = [name for name, arm in config.arms.items() if arm.from_arm is not None]
     plans = _plans(config, out, first, {})
+    if not all(_is_finished(plan) for plan in plans):
+        check_study(config)
+    facts: dict[str, Any] = {"text": text_digest(text), "switched": {}}
+    _claim(out, config, facts)
     _train_missing(plans, jobs=jobs, listener=listener, ctrl_c=ctrl_c)
     if derived:
         switched = {

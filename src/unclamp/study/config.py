@@ -130,6 +130,20 @@ class StudyConfig:
         if not self.arms:
             raise StudyError("expected at least one arm, got none")
 
+    def check_plants(self) -> None:
+        """Refuse a scenario that plants nothing; a study that was run before may be one.
+
+        Raises:
+            StudyError: The run ends before the first planted step of scenario `outlier`.
+        """
+        if "outlier" in self.scenarios and not self.outlier.planted_steps(self.steps):
+            first = self.outlier.first_step
+            raise StudyError(
+                f"scenario 'outlier' plants nothing in {self.steps} steps, as its first planted "
+                f"step is step {first}: use --steps {first + 1} or more, a smaller "
+                "outlier.first_step, or --scenario text"
+            )
+
     def _has_recipe(self, arm: str) -> bool:
         return arm in self.arms and self.arms[arm].recipe is not None
 

@@ -37,6 +37,11 @@ Heard = tuple[list[int], Update]
 """An update, and the ids of the sites that it has rows of."""
 EVERY_STEP = Every()
 EVERY_HUNDREDTH = Every(100)
+NOTHING_TO_COUNT = (
+    "the model has no converted layer, so that the run records no casts, and that nothing is "
+    "clamped in it says nothing of FP8: make the Recorder after unclamp.convert or "
+    "unclamp.observe; for a baseline without FP8 say Recorder(..., plain=True)"
+)
 SILENT_STEPS = 8
 """Recorded steps without an optimizer step after which the user is told."""
 
@@ -44,14 +49,17 @@ SILENT_STEPS = 8
 class Recorder:
     """Write loss, scalars and the statistics of every cast of a model to a run folder.
 
-    Call `step` once per optimizer step, after `optimizer.step()`. A model without converted
-    layers records its loss and scalars only. Use it as a context manager: the run is closed as
-    finished, failed (an exception) or interrupted (Ctrl-C), and stays readable in any case.
+    Call `step` once per optimizer step, after `optimizer.step()`. Of a model without converted
+    layers it records loss and scalars only, warns, and notes in the header that no layer was in
+    FP8; for a baseline that is meant so, say `plain=True`. Use it as a context manager: the run
+    is closed as finished, failed (an exception) or interrupted (Ctrl-C), and stays readable in
+    any case.
 
     Args:
         model: The model whose casts to record; convert it before.
         path: The run's folder, new or empty.
         metadata: Free JSON data for the header.
+        plain: The model is meant to have no layer in FP8.
         casts: The steps whose casts are written, and those that `inspect` names. Optimizer steps
             that nobody records are counted into the next one that is.
         inspect: The steps whose casts get a closer look as well (SQNR, exponents, range in use,
@@ -64,7 +72,8 @@ class Recorder:
         flush_interval_s: At most so many seconds of the run are lost when it is killed.
 
     Raises:
-        RunLogError: The folder holds a run or something else.
+        RunLogError: The folder holds a run or something else; or the model has layers in FP8, and
+            should be `plain`.
 
     Example:
         >>> with unclamp.Recorder(model, "runs/first") as recorder:  # doctest: +SKIP
@@ -78,6 +87,7 @@ class Recorder:
         path: str | Path,
         *,
         metadata: Mapping[str, Any] | None = None,
+        plain: bool = False,
         casts: Every | int = EVERY_STEP,
         inspect: Every | int | None = EVERY_HUNDREDTH,
         sinks: Iterable[Sink | NumbersFunction] = (),
@@ -91,8 +101,16 @@ class Recorder:
         ledgers = find_ledgers(model)
         self._model = weakref.ref(model)
         header = make_header(
-            model, ledgers, place, metadata=metadata, casts=self._casts, inspect=self._inspect
+            model,
+            ledgers,
+            place,
+            metadata=metadata,
+            plain=plain,
+            casts=self._casts,
+            inspect=self._inspect,
         )
+        if not (ledgers or plain):
+            warnings.warn(NOTHING_TO_COUNT, UnclampWarning, stacklevel=2)
         self._writer = RunLogWriter(
             path, header=header, rank=place.rank, flush_interval_s=flush_interval_s
         )
