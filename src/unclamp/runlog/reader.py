@@ -7,6 +7,7 @@ Which parts count is for `unclamp.runlog.parts`, finding and describing runs for
 
 from __future__ import annotations
 
+import html
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -215,6 +216,9 @@ class RunLog:
             f"RunLog({str(self.path)!r}: {status}{missing}, {steps['steps']} steps, "
             f"{steps['sites']} sites, ranks {ranks})"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
 
     def _table(self, name: str, *order: str, where: str = "", **params: str) -> pa.Table:
         rows = self.sql(f"SELECT * FROM {name} {where}", **params)

@@ -21,7 +21,7 @@ from typing import Self, get_args
 
 import pyarrow as pa
 
-from unclamp.errors import RunLogError, UnclampWarning
+from unclamp.errors import RunLogError, UnclampWarning, did_you_mean
 from unclamp.runlog.compactor import Compactor, Part
 from unclamp.runlog.folder import create_run, write_header, write_missing
 from unclamp.runlog.header import RUN_FILE, Header, Status
@@ -134,7 +134,8 @@ class RunLogWriter:
             RunLogError: there is no such status.
         """
         if status not in get_args(Status):
-            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}")
+            hint = did_you_mean(status, get_args(Status))
+            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}{hint}")
         if self._closed or os.getpid() != self._process:
             return
         self._mind_the_thread()

@@ -19,7 +19,7 @@ from typing import Any, Self, SupportsFloat, get_args
 
 from torch import Tensor, nn
 
-from unclamp.errors import RunLogError, UnclampWarning
+from unclamp.errors import RunLogError, UnclampWarning, did_you_mean, naming_arguments
 from unclamp.formats import Format
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.ledger import Ledger
@@ -72,6 +72,7 @@ class Recorder:
         ...         recorder.step(loss=train_step(model, batch))
     """
 
+    @naming_arguments
     def __init__(
         self,
         model: nn.Module,
@@ -188,7 +189,8 @@ class Recorder:
         if os.getpid() != self._process:
             return
         if status not in get_args(Status):
-            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}")
+            hint = did_you_mean(status, get_args(Status))
+            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}{hint}")
         for source in self._sources:
             source.close()
         while self._switches:
