@@ -6,7 +6,7 @@ from pathlib import Path
 from unclamp.analysis.curves import run_losses
 from unclamp.analysis.explanation import Explanation
 from unclamp.analysis.spikes import Spike, find_spikes
-from unclamp.errors import ReplayError
+from unclamp.errors import ReplayError, naming_arguments
 from unclamp.explain.facts import check_belongs, load_function
 from unclamp.explain.investigate import investigate
 from unclamp.explain.limits import Limits
@@ -21,6 +21,7 @@ LEAD = 4
 SHOWN_SPIKES = 6
 
 
+@naming_arguments
 def explain_spike(
     run: str | Path,
     spike: int | None = None,
