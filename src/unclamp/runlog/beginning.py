@@ -22,11 +22,26 @@ from unclamp.runlog.header import RUN_FILE, Header
 from unclamp.runlog.schema import TABLES
 
 NUMBER = "{n}"
+"""In a path: the first free number."""
 _OWN = re.compile(
     rf"{re.escape(RUN_FILE)}|{'|'.join(TABLES)}|summaries|snapshots|explain-cache|report\.html"
     r"|explain-.*\.json|\.writer-r\d+\.json|\..*\.tmp"
 )
 """What unclamp puts into a run's folder."""
+
+
+_FORBIDDEN: list[str] = []
+"""Why no run may begin now."""
+
+
+@contextmanager
+def starting_no_run(why: str) -> Iterator[None]:
+    """Refuse every new run meanwhile: code that is executed again must not replace its own run."""
+    _FORBIDDEN.append(why)
+    try:
+        yield
+    finally:
+        _FORBIDDEN.pop()
 
 
 def begin_run(path: Path, *, rank: int, header: Header, overwrite: bool = False) -> Path:
@@ -44,6 +59,8 @@ def begin_run(path: Path, *, rank: int, header: Header, overwrite: bool = False)
             run has several ranks, which would have to agree. A run is not replaced that a process
             still writes, as far as that can be known, nor one whose folder holds other files.
     """
+    if _FORBIDDEN:
+        raise RunLogError(f"no run can begin in {path} while {_FORBIDDEN[-1]}")
     if (overwrite or NUMBER in str(path)) and header.world_size > 1:
         asked = "overwrite=True" if overwrite else f"a path with {NUMBER}"
         raise RunLogError(
