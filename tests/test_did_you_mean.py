@@ -1,5 +1,7 @@
 """Whoever misspells a name, an argument or a key is told the nearest that exists."""
 
+# pyright: reportCallIssue=false
+
 import inspect
 from pathlib import Path
 

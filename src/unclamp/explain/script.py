@@ -33,19 +33,10 @@ from unclamp.errors import ReplayError, did_you_mean
 _READS = frozenset({"LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"})
 _BINDS = frozenset({"STORE_NAME", "STORE_GLOBAL"})
 _CHANGES = frozenset(
-    [
-        "add",
-        "add_argument",
-        "add_argument_group",
-        "add_mutually_exclusive_group",
-        "append",
-        "extend",
-        "insert",
-        "remove",
-        "set_defaults",
-        "setdefault",
-        "update",
-    ]
+    {
+        *("add", "append", "extend", "insert", "remove", "setdefault", "update"),
+        *("add_argument", "add_argument_group", "add_mutually_exclusive_group", "set_defaults"),
+    }
 )
 """Methods whose call is part of making a value, and never trains."""
 _LOADED: dict[tuple[Path, str, tuple[str, ...]], ModuleType] = {}
@@ -219,7 +210,7 @@ def _execute(pieces: list[_Piece], path: Path, facts: Mapping[str, Any]) -> Modu
     if module.__package__:
         importlib.import_module(module.__package__)
     sys.modules[name] = module  # where dataclasses and pickle look for what it defines
-    arguments, sys.argv = sys.argv, [str(path), *facts.get("argv", sys.argv[1:])]
+    arguments, sys.argv = sys.argv, [str(path), *facts.get("argv", ())]
     try:
         exec(_compiled([piece.statement for piece in pieces], path), vars(module))
     except (Exception, SystemExit) as error:
@@ -243,9 +234,8 @@ def _line_of(error: BaseException, path: Path) -> str:
 
 
 def _compiled(statements: list[ast.stmt], path: Path) -> CodeType:
-    return compile(
-        ast.Module(body=statements, type_ignores=[]), str(path), "exec", dont_inherit=True
-    )
+    module = ast.Module(body=statements, type_ignores=[])
+    return compile(module, str(path), "exec", dont_inherit=True)
 
 
 def _names(code: CodeType, operations: frozenset[str]) -> Iterator[str]:

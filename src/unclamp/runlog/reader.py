@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,8 +62,10 @@ class RunLog:
         """Prefer `RunLog.open`, which checks that `path` is a run."""
         self.path = path
         self._connection = duckdb.connect()
-        # A bar after two seconds of a query would go to stdout, into the JSON.
-        self._connection.execute("SET enable_progress_bar = false")
+        # A bar after two seconds of a query would go to stdout, into the JSON. In a notebook
+        # without ipywidgets there is no bar, and DuckDB refuses to set it.
+        with suppress(duckdb.InvalidInputException):
+            self._connection.execute("SET enable_progress_bar = false")
         self._parts: _Parts = {}
         self._has_views = False
 
