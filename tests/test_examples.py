@@ -34,8 +34,8 @@ def outputs(cell: dict) -> str:
     shown = []
     for output in cell["outputs"]:
         assert output["output_type"] != "error"
-        shown += [output.get("text", ""), *map(str, output.get("data", {}).values())]
-    return "\n".join(shown)
+        shown += [output.get("text", ""), *output.get("data", {}).values()]
+    return "\n".join("".join(each) for each in shown)  # nbformat writes lists of lines
 
 
 def test_there_are_notebooks() -> None:

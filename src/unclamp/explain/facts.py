@@ -218,7 +218,7 @@ def load_functions(
         module, colon, path = name.rpartition(":")
         if not (module and colon and path):
             raise ReplayError(
-                f"expected MODULE:FUNCTION or FILE.py:FUNCTION for the {what} function, got "
+                f"expected MODULE:FUNCTION for the {what} function, or FILE.py:FUNCTION, got "
                 f"{name!r}"
             )
     # Of one script in one go, so that both functions see the same classes and values.
