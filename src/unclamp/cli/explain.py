@@ -29,10 +29,10 @@ def explain(
     leading: Annotated[int, typer.Option(help="Sites replayed by themselves.")] = 12,
     build: Annotated[
         str | None,
-        typer.Option(help="MODULE:FUNCTION or FILE.py:FUNCTION that makes the training."),
+        typer.Option(help="MODULE:FUNCTION (or FILE.py:...) that makes the training."),
     ] = None,
     step: Annotated[
-        str | None, typer.Option(help="MODULE:FUNCTION or FILE.py:FUNCTION that does a step.")
+        str | None, typer.Option(help="MODULE:FUNCTION (or FILE.py:...) that does a step.")
     ] = None,
     anyway: Annotated[
         bool,
