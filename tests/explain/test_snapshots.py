@@ -7,6 +7,7 @@ import sys
 import textwrap
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -293,6 +294,31 @@ def test_a_loss_that_is_no_number_is_refused_at_its_step(
         snapshots.before(0, torch.ones(1))
         with pytest.raises(ReplayError, match=message):
             snapshots.after(0, loss)  # pyright: ignore[reportArgumentType]
-        for step, number in enumerate((1, 0.5, np.float32(2), torch.tensor([1.5])), start=1):
+        numbers: tuple[Any, ...] = (1, 0.5, np.float32(2), torch.tensor([1.5]))
+        for step, number in enumerate(numbers, start=1):
             snapshots.before(step, torch.ones(1))
             snapshots.after(step, number)
+
+
+def test_snapshots_go_where_the_recorder_numbered_the_run(tmp_path: Path) -> None:
+    for number in (1, 2):
+        record(Case(), tmp_path / "run-{n}")
+        assert len(find_snapshots(tmp_path / f"run-{number}")) == 1
+    with pytest.raises(ReplayError, match=r"a recorder chooses the number.*recorder\.path"):
+        Snapshots(Case().build(), tmp_path / "run-{n}")
+
+
+def test_a_run_that_is_replaced_leaves_none_of_its_snapshots(tmp_path: Path) -> None:
+    record(Case(), tmp_path / "run")
+    assert find_snapshots(tmp_path / "run") != []
+    unclamp.Recorder(Case().build().model, tmp_path / "run", overwrite=True).close()
+    assert find_snapshots(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"write": "al"}, "did you mean 'all'"), ({"on_spike": "explian"}, "did you mean 'explain'")],
+)
+def test_a_misspelt_setting_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ReplayError, match=message):
+        Snapshots(Case().build(), "unused", **wrong)

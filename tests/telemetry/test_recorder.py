@@ -14,6 +14,7 @@ from torch import nn
 
 import unclamp
 from unclamp import Delayed, Dynamic, Recipe, Recorder, RunLog
+from unclamp.errors import RunLogError
 from unclamp.formats import get_format
 from unclamp.reference import float32, is_saturated, round_to_format
 
@@ -261,3 +262,35 @@ def test_a_recorder_of_casts_is_closed_twice_without_harm(tmp_path: Path) -> Non
     recorder.close()
     with RunLog.open(tmp_path / "run") as log:
         assert (log.header.status, log.steps().num_rows) == ("interrupted", 3)
+
+
+def cell(path: Path, **options: Any) -> Recorder:
+    """A notebook's cell: it makes all anew, and forgets to close."""
+    model = tiny()
+    unclamp.convert(model, Recipe())
+    recorder = Recorder(model, path, **options)
+    train(model, recorder, steps=3)
+    return recorder
+
+
+def test_a_cell_that_records_can_be_run_twice(tmp_path: Path) -> None:
+    first = cell(tmp_path / "run", overwrite=True)
+    second = cell(tmp_path / "run", overwrite=True)
+    with pytest.raises(RunLogError, match="closed"):
+        first.step(loss=1.0)
+    second.close()
+    assert second.path == tmp_path / "run"
+    with RunLog.open(second.path) as log:
+        assert log.header.status == "finished"
+        assert log.steps()["step"].to_pylist() == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_path_with_a_number_is_numbered(tmp_path: Path) -> None:
+    recorders = [cell(tmp_path / "first-{n}") for _ in range(2)]
+    for recorder in recorders:
+        recorder.close()
+    assert [recorder.path.name for recorder in recorders] == ["first-1", "first-2"]
+    for recorder in recorders:
+        with RunLog.open(recorder.path) as log:
+            assert log.steps().num_rows == 3

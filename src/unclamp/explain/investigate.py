@@ -15,7 +15,7 @@ After every replay the answer so far is written.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +51,7 @@ def investigate(
     level: float,
     run: Path,
     limits: Limits = Limits(),
+    notes: Sequence[str] = (),
     on_progress: Callable[[Explanation], None] = lambda explanation: None,
 ) -> Explanation:
     """Explain a spike by replays from a snapshot.
@@ -63,6 +64,7 @@ def investigate(
         level: The loss that it rises from.
         run: Where RUN/explain-<onset>.json and the cache of answers go.
         limits: How much to ask.
+        notes: What a reader must know whatever the answer is.
         on_progress: Called after each replay with the answer so far.
 
     Returns:
@@ -71,7 +73,7 @@ def investigate(
     Raises:
         ReplayError: The snapshot does not reach the spike or does not fit the training.
     """
-    asked = _Investigation(training, step, snapshot, spike, level, run, limits, on_progress)
+    asked = _Investigation(training, step, snapshot, spike, level, run, limits, notes, on_progress)
     return asked.run()
 
 
@@ -85,6 +87,7 @@ class _Investigation:
         level: float,
         run: Path,
         limits: Limits,
+        notes: Sequence[str],
         on_progress: Callable[[Explanation], None],
     ) -> None:
         if not snapshot.step <= spike.onset <= snapshot.last_step:
@@ -105,6 +108,7 @@ class _Investigation:
             kind=spike.kind,
             snapshot_step=snapshot.step,
             budget=limits.replays,
+            notes=tuple(notes),
             others={},
             underflowed={},
         )

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from unclamp.analysis.explanation import CLAMPING, Explanation
-from unclamp.errors import ReplayError, UnclampError, UnclampWarning
+from unclamp.errors import ReplayError, UnclampError, UnclampWarning, naming_arguments
 from unclamp.explain.facts import code_facts, model_facts
-from unclamp.explain.limits import Limits
+from unclamp.explain.limits import Limits, check_choice
 from unclamp.explain.mend import switch_sites
 from unclamp.explain.ring import GIB, Ring
+from unclamp.explain.script import is_lost
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import (
     Batch,
@@ -41,6 +42,7 @@ from unclamp.explain.training import (
 )
 from unclamp.explain.watch import LateLoss, SpikeWatch
 from unclamp.files import strict
+from unclamp.runlog import NUMBER, starting_no_run
 from unclamp.worker import Worker
 
 EVENT_SITES = 8
@@ -74,9 +76,11 @@ class Snapshots:
 
     Args:
         training: The objects whose state is taken.
-        path: The run's folder; snapshots go to RUN/snapshots. Give it to a Recorder too.
-        build: Makes the training anew for a replay. A function of a module can be found again by
-            `unclamp explain`; any other has to be given to `explain_spike`.
+        path: The run's folder; snapshots go to RUN/snapshots. Give it to a Recorder too; "{n}" in
+            it stands for the number that the recorder chose.
+        build: Makes the training anew for a replay. A function of a module, or of the top level
+            of the script that runs, can be found again by `unclamp explain`; any other has to be
+            given to `explain_spike`.
         step: Does one step on a batch, and returns its loss.
         arguments: Keyword arguments of `build`, JSON data.
         every: Steps between snapshots.
@@ -99,6 +103,7 @@ class Snapshots:
             one process.
     """
 
+    @naming_arguments
     def __init__(
         self,
         training: Training,
@@ -118,6 +123,8 @@ class Snapshots:
         max_rewinds: int = 3,
         recorder: Events | None = None,
     ) -> None:
+        check_choice("write", write, ("spikes", "all"))
+        check_choice("on_spike", on_spike, ("keep", "explain"))
         for name, value, low in (("every", every, 1), ("keep", keep, 1), ("after", after, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ReplayError(f"expected a whole number {name} of {low} or more, got {value!r}")
@@ -127,7 +134,15 @@ class Snapshots:
             )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ReplayError("snapshots are of one process; torch.distributed is initialised here")
-        self._training, self._path = training, Path(path)
+        if on_spike != "explain" and is_lost(build, step):
+            warnings.warn(
+                "build and step come from standard input or python -c, where `unclamp explain` "
+                "cannot find them later: put them into a file, or call "
+                "unclamp.explain_spike(RUN, build=..., step=...) in this process",
+                UnclampWarning,
+                stacklevel=3,
+            )
+        self._training, self._path = training, _numbered(path, recorder)
         self._build, self._step = build, step
         self._arguments = dict(arguments or {})
         self._code = code_facts(build=build, step=step, arguments=self._arguments)
@@ -145,6 +160,11 @@ class Snapshots:
         self._next = 0
         self._writer = Worker(partial(_write_below, self._path), name="unclamp-snapshots")
         self._is_closed = False
+
+    @property
+    def path(self) -> Path:
+        """The run's folder, with its number."""
+        return self._path
 
     # ---- in the loop -----------------------------------------------------------------------
 
@@ -303,7 +323,8 @@ class Snapshots:
         assert self._build is not None
         assert self._step is not None
         with keeping_random_state():
-            twin = self._build(**self._arguments)
+            with starting_no_run("a training for replays is being built"):
+                twin = self._build(**self._arguments)
             return investigate(
                 twin,
                 self._step,
@@ -323,6 +344,18 @@ class Snapshots:
     def _tell(self, kind: str, step: int, **data: Any) -> None:
         if self._recorder is not None:
             self._recorder.event(kind, step, **{key: strict(value) for key, value in data.items()})
+
+
+def _numbered(path: str | Path, recorder: Events | None) -> Path:
+    if NUMBER not in str(path):
+        return Path(path)
+    chosen = getattr(recorder, "path", None)
+    if not isinstance(chosen, Path):
+        raise ReplayError(
+            f"a recorder chooses the number of {str(path)!r}: give it too, recorder=..., or its "
+            "folder, recorder.path"
+        )
+    return chosen
 
 
 def _mends(removed: float | None) -> bool:

@@ -110,8 +110,8 @@ def loss_number(loss: object) -> float:
 
 
 def _checked(loss: object) -> SupportsFloat:
-    is_number = isinstance(loss, SupportsFloat) and not isinstance(loss, bool)
-    if is_number and not (isinstance(loss, Tensor) and loss.numel() != 1):
+    is_one = not isinstance(loss, bool | Tensor) or (isinstance(loss, Tensor) and loss.numel() == 1)
+    if isinstance(loss, SupportsFloat) and is_one:
         return loss
     found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
     hint = "; end the step function with `return loss`" if loss is None else ""

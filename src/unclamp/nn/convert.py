@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from unclamp.errors import ConvertError, RecipeError, UnclampWarning
+from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
 from unclamp.names import GEMMS, ROLES, SiteName, shown
 from unclamp.nn.converted import Converted
 from unclamp.nn.kinds import adapted, is_relative, kind_of, take_away
@@ -32,12 +32,13 @@ from unclamp.nn.unmatched import (
 from unclamp.recipe import Recipe
 from unclamp.rule import LayerPlan, matches
 from unclamp.scaling import describe
+from unclamp.shown import Shown
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ConvertReport(Shown):
     """What `convert` did.
 
     Attributes:
@@ -58,8 +59,8 @@ class ConvertReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RevertReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RevertReport(Shown):
     """What `revert` did: the layers that are `nn.Linear` again."""
 
     reverted: tuple[str, ...]
@@ -69,6 +70,7 @@ class RevertReport:
         return f"reverted {len(self.reverted)} layers{names}"
 
 
+@naming_arguments
 def convert(
     model: nn.Module,
     recipe: Recipe,

@@ -12,11 +12,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from unclamp.errors import RecipeError, naming_arguments
 from unclamp.names import Role, SiteName
 from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.recipe import Recipe
+from unclamp.scaling import Dynamic, Scaling
+from unclamp.shown import Shown
 from unclamp.totals import clamp_error, overshoot, percent, share
 
 SHOWN_SITES = 8
@@ -52,7 +55,7 @@ class ObservedSite:
     clamp_error: float
 
 
-class Observation:
+class Observation(Shown):
     """An observed model; made by `observe`. Ends with `stop`, or as a context manager.
 
     Attributes:
@@ -102,6 +105,40 @@ class Observation:
             if total[Stat.CASTS]
         ]
         return sorted(sites, key=lambda s: (-s.clamp_error * s.clamped_steps, s.fqn, s.role))
+
+    def recipe(self, *, threshold: float = 1e-3, scaling: Scaling | str = Dynamic()) -> Recipe:
+        """Return the recipe that was observed, with the sites that lost most scaled otherwise.
+
+        Args:
+            threshold: Sites whose clamp error so far is above it get the other scaling, from 0
+                to 1.
+            scaling: What they get, a scaling or its name.
+
+        Returns:
+            A recipe with an override for each layer that has such a site, the worst site's
+            figures in its note.
+
+        Raises:
+            RecipeError: `threshold` is not from 0 to 1, or `scaling` is none.
+
+        Numerics: a site that clamped nothing has a clamp error of 0, and stays as it was.
+        """
+        if isinstance(threshold, bool) or not 0 <= threshold <= 1:
+            raise RecipeError(f"expected a threshold from 0 to 1, got {threshold!r}")
+        worst = [site for site in self.sites() if site.clamp_error > threshold]
+        notes: dict[str, str] = {}
+        for site in worst:
+            said = (
+                f"{site.role}: clamp error {site.clamp_error:.2g}, {site.saturated:,} elements "
+                f"clamped in {site.clamped_steps} of {self._steps} steps, overshoot "
+                f"{site.overshoot:.2f}x"
+            )
+            notes[site.fqn] = f"{notes[site.fqn]}; {said}" if site.fqn in notes else said
+        notes = {fqn: f"observed under the recipe before: {said}" for fqn, said in notes.items()}
+        recipe = Recipe() if self._ledger is None else self._ledger.recipe or Recipe()
+        return recipe.at_sites(
+            (SiteName(site.fqn, site.role) for site in worst), scaling, notes=notes
+        )
 
     def stop(self) -> None:
         """Make the model the plain one that it was; later calls do nothing. Figures stay."""
@@ -165,6 +202,7 @@ def _peak(stats: Tensor) -> Tensor:
     return torch.where(seen, stats[:, Stat.AMAX] / stats[:, Stat.SCALE_INV], 0)
 
 
+@naming_arguments
 def observe(
     model: nn.Module, recipe: Recipe | None = None, *, skip: Sequence[str] = ()
 ) -> Observation:

@@ -141,7 +141,7 @@ class Operands:
         gemms: dict[Gemm, Mode] = {
             gemm: HighPrecision() if mode == HIGH else mode for gemm, mode in self.modes.items()
         }
-        operands = {role: self.operand(role) for role in ROLES}
+        operands: dict[Role, Operand] = {role: self.operand(role) for role in ROLES}
         return LayerPlan(operands=operands, gemms=gemms, smooth=self.smooth)
 
     @property

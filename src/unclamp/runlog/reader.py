@@ -7,8 +7,10 @@ Which parts count is for `unclamp.runlog.parts`, finding and describing runs for
 
 from __future__ import annotations
 
+import html
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,8 +77,10 @@ class RunLog:
         """Prefer `RunLog.open`, which checks that `path` is a run."""
         self.path = path
         self._connection = duckdb.connect()
-        # A bar after two seconds of a query would go to stdout, into the JSON.
-        self._connection.execute("SET enable_progress_bar = false")
+        # A bar after two seconds of a query would go to stdout, into the JSON. In a notebook
+        # without ipywidgets there is no bar, and DuckDB refuses to set it.
+        with suppress(duckdb.InvalidInputException):
+            self._connection.execute("SET enable_progress_bar = false")
         self._parts: _Parts = {}
         self._has_views = False
 
@@ -250,6 +254,9 @@ class RunLog:
             f"RunLog({str(self.path)!r}: {status}{missing}, {steps['steps']} steps, "
             f"{steps['sites']} sites, ranks {ranks})"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
 
     def _table(self, name: str, *order: str, where: str = "", **params: str) -> pa.Table:
         rows = self.sql(f"SELECT * FROM {name} {where}", **params)

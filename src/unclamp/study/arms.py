@@ -6,16 +6,13 @@ side by side. Runs that another arm starts from come first. A finished run is ne
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unclamp.errors import RunLogError, StudyError
-from unclamp.names import Role
+from unclamp.names import Role, SiteName
 from unclamp.recipe import Recipe
-from unclamp.rule import Rule
 from unclamp.runlog import RunLog, find_runs, is_run
-from unclamp.scaling import Dynamic, Scaling
 from unclamp.study.config import StudyConfig, is_study, read_study, write_study
 from unclamp.study.data import read_text, text_digest
 from unclamp.study.loop import RunPlan
@@ -99,21 +96,7 @@ def worst_sites(runs: Iterable[Path], config: StudyConfig, arm: str) -> list[Sit
 
 def switch_to_dynamic(recipe: Recipe, sites: Iterable[Site]) -> Recipe:
     """Return the recipe with these sites dynamic; what it says of their layers otherwise stays."""
-    switched = set(sites)
-    rules = []
-    for fqn in dict.fromkeys(fqn for fqn, _ in switched):
-        plan = recipe.plan(fqn)
-        scalings: dict[Role, Scaling] = {
-            role: Dynamic() if (fqn, role) in switched else operand.scaling
-            for role, operand in plan.operands.items()
-        }
-        formats: dict[Role, str] = {r: operand.format.name for r, operand in plan.operands.items()}
-        rule = Rule(
-            match=fqn, scalings=scalings, formats=formats, gemms=plan.gemms, smooth=plan.smooth
-        )
-        rules.append(rule)
-    rules.sort(key=lambda rule: rule.match)
-    return replace(recipe, rules=(*rules, *recipe.rules))
+    return recipe.at_sites(SiteName(fqn, role) for fqn, role in sites)
 
 
 def _runs_of(config: StudyConfig, out: Path, scenario: str, derived: str) -> list[Path]:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from unclamp.errors import RecipeError, StudyError
+from unclamp.errors import RecipeError, StudyError, did_you_mean
 from unclamp.files import write_json
 from unclamp.formats import unknown_name
 from unclamp.recipe import Recipe
@@ -121,6 +121,7 @@ class StudyConfig:
             if arm.from_arm is not None and not self._has_recipe(arm.from_arm):
                 raise StudyError(
                     f"arm {name!r} starts from {arm.from_arm!r}, which must be an arm with a recipe"
+                    f"{did_you_mean(arm.from_arm, [n for n, a in self.arms.items() if a.recipe])}"
                 )
         for what, count in (("scenarios", self.scenarios), ("seeds", self.seeds)):
             if not count:

@@ -19,7 +19,7 @@ from typing import Any, Self, SupportsFloat, get_args
 
 from torch import Tensor, nn
 
-from unclamp.errors import RunLogError, UnclampWarning
+from unclamp.errors import RunLogError, UnclampWarning, did_you_mean, naming_arguments
 from unclamp.formats import Format
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.ledger import Ledger
@@ -57,7 +57,8 @@ class Recorder:
 
     Args:
         model: The model whose casts to record; convert it before.
-        path: The run's folder, new or empty.
+        path: The run's folder, new or empty. With "{n}" in it, "runs/first-{n}", the first free
+            number from 1 on takes its place; the attribute `path` is the real folder.
         metadata: Free JSON data for the header.
         plain: The model is meant to have no layer in FP8.
         casts: The steps whose casts are written, and those that `inspect` names. Optimizer steps
@@ -69,6 +70,8 @@ class Recorder:
         sinks: Where else the numbers go: `TensorBoard(...)`, `WandB(...)`, `MLflow(...)`, a
             function of step and numbers, or an object with the methods of
             `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
+        overwrite: Replace a run that is in the folder: only a run, and none that another process
+            still writes. One that this process records and has not closed is closed first.
         flush_interval_s: At most so many seconds of the run are lost when it is killed.
 
     Raises:
@@ -81,6 +84,7 @@ class Recorder:
         ...         recorder.step(loss=train_step(model, batch))
     """
 
+    @naming_arguments
     def __init__(
         self,
         model: nn.Module,
@@ -91,6 +95,7 @@ class Recorder:
         casts: Every | int = EVERY_STEP,
         inspect: Every | int | None = EVERY_HUNDREDTH,
         sinks: Iterable[Sink | NumbersFunction] = (),
+        overwrite: bool = False,
         flush_interval_s: float = 2.0,
     ) -> None:
         self._casts = _cadence(casts, "casts")
@@ -111,9 +116,16 @@ class Recorder:
         )
         if not (ledgers or plain):
             warnings.warn(NOTHING_TO_COUNT, UnclampWarning, stacklevel=2)
+        if overwrite:
+            _close_recorder_of(path)
         self._writer = RunLogWriter(
-            path, header=header, rank=place.rank, flush_interval_s=flush_interval_s
+            path,
+            header=header,
+            rank=place.rank,
+            flush_interval_s=flush_interval_s,
+            overwrite=overwrite,
         )
+        _OPEN[self.path.resolve()] = self
         self._sources = [Source(ledger) for ledger in ledgers]
         self._formats: dict[int, Format] = {}
         # No other rank counts in the same numbers: an id is one of its run.
@@ -131,6 +143,11 @@ class Recorder:
         self._process = os.getpid()  # a fork inherits the exit hook, and must not end the sinks
         atexit.register(self.close, "interrupted")
         self._inspect_at(0)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder, with its number."""
+        return self._writer.path
 
     def step(
         self,
@@ -206,7 +223,8 @@ class Recorder:
         if os.getpid() != self._process:
             return
         if status not in get_args(Status):
-            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}")
+            hint = did_you_mean(status, get_args(Status))
+            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}{hint}")
         for source in self._sources:
             source.close()
         while self._switches:
@@ -305,6 +323,17 @@ class Recorder:
                 "are not updated and casts not recorded. unclamp follows torch.optim optimizers "
                 "that hold the model's parameters, and counts casts whose backward ran."
             )
+
+
+_OPEN: "weakref.WeakValueDictionary[Path, Recorder]" = weakref.WeakValueDictionary()
+"""The last recorder of each folder in this process."""
+
+
+def _close_recorder_of(path: str | Path) -> None:
+    """Close what a notebook's cell left open that is run again."""
+    recorder = _OPEN.get(Path(path).resolve())
+    if recorder is not None:
+        recorder.close("interrupted")
 
 
 def _warn(message: str) -> None:
