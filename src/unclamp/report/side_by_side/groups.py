@@ -6,7 +6,7 @@ and after a commit, are two arms. What still repeats, or has no seed, is an arm 
 runs that say nothing of how they differ were given to be compared, not to be averaged.
 """
 
-import os
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -111,5 +111,10 @@ def _folder(group: Sequence[Side]) -> str:
 
 def _common(group: Sequence[Side]) -> str:
     """Return what the runs' names begin with: `delayed` of `delayed-0` and `delayed-1`."""
-    start = os.path.commonprefix([side.name for side in group]).rstrip("-_./ =")
+    start = _shared_start([side.name for side in group]).rstrip("-_./ =")
     return start.removesuffix(SEED).rstrip("-_./ =")
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    shared = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in shared)

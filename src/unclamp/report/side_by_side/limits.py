@@ -29,7 +29,7 @@ def limits_in_words(
     said += _comparisons(differences)
     for arm in arms:
         said += _varied(arm)
-    said += _counts(runs) + _missing_casts(runs) + _lone_sites(arms, sites)
+    said += _counts(runs) + _missing_casts(runs) + _lone_sites(sites)
     if any(row.is_clamped for row in sites):
         said.append(f"Clamping can also do harm that the training loss does not show ({PAPER}).")
     return said
@@ -139,9 +139,9 @@ def _missing_casts(runs: Sequence[Side]) -> list[str]:
     return said
 
 
-def _lone_sites(arms: Sequence[Arm], sites: Sequence[SiteRowOfArms]) -> list[str]:
+def _lone_sites(sites: Sequence[SiteRowOfArms]) -> list[str]:
     """Say which sites not all arms have, of those that cast at all."""
-    casting = [arm.name for arm in arms if any(row.arms[arm.name] for row in sites)]
+    casting = list(sites[0].arms) if sites else []
     missing: dict[tuple[str, ...], list[str]] = {}
     for row in sites:
         there = tuple(name for name in casting if row.arms[name] is not None)
@@ -149,7 +149,8 @@ def _lone_sites(arms: Sequence[Arm], sites: Sequence[SiteRowOfArms]) -> list[str
             missing.setdefault(there, []).append(f"{shown(row.fqn)} {row.role}")
     return [
         f"{len(names):,} {'site is' if len(names) == 1 else 'sites are'} only in "
-        f"{_listed(list(there))} ({_listed(names, most=3)}): another model, or left out by a recipe."
+        f"{_listed(list(there))} ({_listed(names, most=3)}): another "
+        "model, or left out by a recipe."
         for there, names in missing.items()
     ]
 

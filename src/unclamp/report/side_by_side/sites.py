@@ -60,8 +60,11 @@ class SiteRowOfArms:
 
 
 def compare_sites(arms: Sequence[Arm]) -> list[SiteRowOfArms]:
-    """Return all sites, the largest difference of clamp error first, then of underflow."""
-    found = {arm.name: (arm.sites, len(arm.runs)) for arm in arms}
+    """Return all sites, the largest difference of clamp error first, then of underflow.
+
+    Arms that cast nothing at all are left out.
+    """
+    found = {arm.name: (arm.sites, len(arm.runs)) for arm in arms if arm.sites}
     names = dict.fromkeys(name for sites, _ in found.values() for name in sites)
     rows = [
         _row(site, {

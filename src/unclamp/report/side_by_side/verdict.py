@@ -15,7 +15,6 @@ from unclamp.totals import SiteTotals
 
 MOST_CHANGES = 4
 MOST_STEPS = 5
-MOST_PAIRS = 3
 
 
 def verdict_in_words(
@@ -86,24 +85,21 @@ def _partings(found: LossDifference) -> list[str]:
     """Say where pairs come apart: steps for a single pair, spikes for all."""
     apart = [parting for parting in found.partings if not parting.is_equal]
     said = [_apart(apart[0], found)] if len(found.partings) == len(apart) == 1 else []
-    spiky = [p for p in apart if p.own_spikes or p.other_spikes or p.shared_spikes]
-    said += [_spikes(parting) for parting in spiky[:MOST_PAIRS]]
-    if len(spiky) > MOST_PAIRS:
-        said.append(f"{len(spiky) - MOST_PAIRS} more pairs have spikes: see the table of runs.")
-    return said
+    return said + _spikes(apart, found)
 
 
 def _apart(parting: Parting, found: LossDifference) -> str:
+    both = f"{parting.own} and {parting.other}"
     if parting.usual_change is None:
-        return f"They have {found.steps:,} common steps, too few to say where they part."
+        return f"{both} have {found.steps:,} common steps, too few to say where they part."
     usual = (
         f"the loss of {parting.other} usually changes from one common step to the next "
         f"({parting.usual_change:.2g})"
     )
     if not parting.beyond or parting.first_beyond is None:
-        return f"At no common step are they further apart than {usual}."
+        return f"At no common step are {both} further apart than {usual}."
     said = (
-        f"At {parting.beyond:,} of {found.steps:,} common steps they are further apart than "
+        f"At {parting.beyond:,} of {found.steps:,} common steps {both} are further apart than "
         f"{usual}, first at step {parting.first_beyond:,}"
     )
     if parting.furthest is None or parting.furthest_by is None:
@@ -111,15 +107,22 @@ def _apart(parting: Parting, found: LossDifference) -> str:
     return f"{said}; furthest at step {parting.furthest:,}, by {parting.furthest_by:+.3g}."
 
 
-def _spikes(parting: Parting) -> str:
+def _spikes(partings: Sequence[Parting], found: LossDifference) -> list[str]:
+    """Say which spikes only one run of a pair has, of several pairs with how many there are."""
+    pairs = len(partings)
+    groups = (
+        (f"in {found.arm} alone", [p.own_spikes for p in partings]),
+        (f"in {found.baseline} alone", [p.other_spikes for p in partings]),
+        ("in both", [p.shared_spikes for p in partings]),
+    )
     said = []
-    if parting.own_spikes:
-        said.append(f"in {parting.own} and not in {parting.other} at {steps(parting.own_spikes)}")
-    if parting.other_spikes:
-        said.append(f"in {parting.other} and not in {parting.own} at {steps(parting.other_spikes)}")
-    if parting.shared_spikes:
-        said.append(f"in both at {steps(parting.shared_spikes)}")
-    return f"Spikes of the loss: {'; '.join(said)}."
+    for who, onsets in groups:
+        every = [step for each in onsets for step in each]
+        where = steps(sorted(set(every)))
+        if every:
+            said.append(f"{who} at {where}" if pairs == 1 else f"{len(every)} {who}, at {where}")
+    over = "" if pairs == 1 else f" over {pairs} pairs"
+    return [f"Spikes of the losses of {found.arm} and {found.baseline}{over}: {'; '.join(said)}."] if said else []
 
 
 def _nonfinite(arms: Sequence[Arm]) -> list[str]:
