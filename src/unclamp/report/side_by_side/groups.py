@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from unclamp.names import SiteName
-from unclamp.report.side_by_side.reading import Side, canonical
+from unclamp.report.side_by_side.reading import Side, canonical, short_names
 from unclamp.totals import SiteTotals
 
 SEED = "seed"
@@ -32,11 +32,6 @@ class Arm:
         for site in (site for run in self.runs for site in run.record.sites):
             totals[site.name] = totals.get(site.name, SiteTotals()) + site.totals
         return totals
-
-    @property
-    def spread_name(self) -> str:
-        """The name, with how many runs it stands for where they are several."""
-        return self.name if len(self.runs) == 1 else f"{self.name} ({len(self.runs)} seeds)"
 
 
 def group_runs(sides: Sequence[Side]) -> list[Arm]:
@@ -87,9 +82,14 @@ def _are_seeds(group: Sequence[Side]) -> bool:
 
 
 def _names(groups: Sequence[Sequence[Side]]) -> list[str]:
-    """Return the arms' names: the first way to make some that gives each another one."""
-    for way in (_given, _folder, _common):
-        names = [group[0].name if len(group) == 1 else way(group) for group in groups]
+    """Return the arms' names: that of the run where it is alone, else the first way that works.
+
+    It works if it gives each arm another name.
+    """
+    several = [group for group in groups if len(group) > 1]
+    for way in (_given, _folders, _common):
+        found = iter(way(several) or [""] * len(several))
+        names = [group[0].name if len(group) == 1 else next(found) for group in groups]
         if all(names) and len(set(names)) == len(names):
             return names
     return [
@@ -98,21 +98,25 @@ def _names(groups: Sequence[Sequence[Side]]) -> list[str]:
     ]
 
 
-def _given(group: Sequence[Side]) -> str:
-    name = group[0].header.metadata.get("arm")
-    return name if isinstance(name, str) else ""
+def _given(groups: Sequence[Sequence[Side]]) -> list[str]:
+    """Return what the metadata call the arms."""
+    names = [group[0].header.metadata.get("arm") for group in groups]
+    return [name if isinstance(name, str) else "" for name in names]
 
 
-def _folder(group: Sequence[Side]) -> str:
-    """Return the folder that holds the runs, if their names begin with it."""
-    folders = {side.name.rpartition("/")[0] for side in group}
-    return folders.pop() if len(folders) == 1 else ""
+def _folders(groups: Sequence[Sequence[Side]]) -> list[str]:
+    """Return the folders that hold the runs of an arm each; nothing where they hold others too."""
+    folders = [{side.path.resolve().parent for side in group} for group in groups]
+    distinct = {folder for each in folders for folder in each}
+    if not len(distinct) == sum(map(len, folders)) == len(folders):
+        return []
+    return short_names([folder for each in folders for folder in each])
 
 
-def _common(group: Sequence[Side]) -> str:
+def _common(groups: Sequence[Sequence[Side]]) -> list[str]:
     """Return what the runs' names begin with: `delayed` of `delayed-0` and `delayed-1`."""
-    start = _shared_start([side.name for side in group]).rstrip("-_./ =")
-    return start.removesuffix(SEED).rstrip("-_./ =")
+    starts = [_shared_start([side.name for side in group]).rstrip("-_./ =") for group in groups]
+    return [start.removesuffix(SEED).rstrip("-_./ =") for start in starts]
 
 
 def _shared_start(names: Sequence[str]) -> str:

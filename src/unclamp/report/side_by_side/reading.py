@@ -25,7 +25,7 @@ class Side:
     """One run: its short name, and what it recorded.
 
     Attributes:
-        name: The shortest end of its path that no other run has.
+        name: The end of its path, as long as it takes to tell all runs apart.
         notes: What a reader must know of it before its figures.
     """
 
@@ -136,19 +136,19 @@ def _read(name: str, path: Path) -> Side | str:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return for each path the shortest end of it that no other path ends in.
+    """Return the ends of paths, as many of their parts as it takes to tell all of them apart.
 
     Example:
-        >>> short_names([Path("runs/a/seed-0"), Path("runs/b/seed-0"), Path("c")])
-        ['a/seed-0', 'b/seed-0', 'c']
+        >>> short_names([Path("runs/a/seed-0"), Path("runs/b/seed-0")])
+        ['a/seed-0', 'b/seed-0']
     """
     parts = [path.resolve().parts for path in paths]
-    names = []
-    for own in parts:
-        ends = (own[-n:] for n in range(1, len(own) + 1))
-        end = next((e for e in ends if sum(p[-len(e) :] == e for p in parts) == 1), own)
-        names.append("/".join(end))
-    return names
+    deepest = max(map(len, parts))
+    for depth in range(1, deepest + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def canonical(data: object) -> str:

@@ -27,7 +27,7 @@ def verdict_in_words(
     base = arms[0]
     if not differences:
         return [_one_arm(base), *_nonfinite(arms), *_clamped(arms, sites)]
-    said = []
+    said = [_headline(differences)]
     for found in differences:
         said += [_changes(found, settings), *_loss(found), *_partings(found)]
     return [*said, *_nonfinite(arms), *_clamped(arms, sites)]
@@ -39,6 +39,38 @@ def _one_arm(arm: Arm) -> str:
         f"All {len(arm.runs)} runs are seeds of one arm ({seeds}): recipe and metadata are the "
         "same, so there is nothing to compare but the spread between seeds."
     )
+
+
+def _headline(differences: Sequence[LossDifference]) -> str:
+    """Say of all arms in one sentence whether their losses differ at the end."""
+    base = differences[0].baseline
+    groups: dict[str, list[str]] = {}
+    for found in differences:
+        groups.setdefault(_outcome(found), []).append(found.arm)
+    parts = [f"{' and '.join(names)} {outcome}" for outcome, names in groups.items()]
+    return f"Loss at the end, against {base}: {'; '.join(parts)}."
+
+
+def _outcome(found: LossDifference) -> str:
+    if is_equal(found):
+        return "equal in every digit, at every common step"
+    shown = found.paired or found.unpaired
+    if shown is None:
+        return "not compared"
+    return {
+        "differs": "higher" if shown.mean > 0 else "lower",
+        "not distinguishable": f"not distinguishable from {found.baseline}",
+        "not finite": "unknown, since a loss is not finite",
+        "equal": "equal in every digit",
+        "constant": "without an interval, since no seed varies",
+        "one pair": "not to be told from one pair of runs",
+        "single run": "not to be told from single runs",
+    }[shown.verdict]
+
+
+def is_equal(found: LossDifference) -> bool:
+    """Return whether the losses of all pairs are equal in every digit at all common steps."""
+    return bool(found.partings) and all(parting.is_equal for parting in found.partings)
 
 
 def _changes(found: LossDifference, settings: Sequence[Setting]) -> str:
@@ -60,7 +92,7 @@ def _loss(found: LossDifference) -> list[str]:
     own, other = found.arm, found.baseline
     if found.end_first is None or found.last is None:
         return [f"{own} and {other} recorded no loss at any common step: losses are not compared."]
-    if found.partings and all(parting.is_equal for parting in found.partings):
+    if is_equal(found):
         return [
             f"The losses of {own} and {other} are equal in every digit at all {found.steps:,} "
             "common steps."
@@ -122,7 +154,11 @@ def _spikes(partings: Sequence[Parting], found: LossDifference) -> list[str]:
         if every:
             said.append(f"{who} at {where}" if pairs == 1 else f"{len(every)} {who}, at {where}")
     over = "" if pairs == 1 else f" over {pairs} pairs"
-    return [f"Spikes of the losses of {found.arm} and {found.baseline}{over}: {'; '.join(said)}."] if said else []
+    return (
+        [f"Spikes of the losses of {found.arm} and {found.baseline}{over}: {'; '.join(said)}."]
+        if said
+        else []
+    )
 
 
 def _nonfinite(arms: Sequence[Arm]) -> list[str]:
