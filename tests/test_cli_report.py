@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from truths.sides import DYNAMIC, noisy, write_side
 from unclamp.cli import app
@@ -26,11 +25,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         losses = noisy(seed, steps=120, jitter=0.01)
         losses[100:103] = [9.0 + seed] * 3
         clamped = {f"layers.{i}.down": {100 + i % 3: (5 + i, 0.5 / (i + 1))} for i in range(20)}
-        about = {"metadata": {"seed": seed}}
-        write_side(root / "delayed" / f"seed-{seed}", losses, casts=clamped, **about)
+        about = {"seed": seed}
+        write_side(root / "delayed" / f"seed-{seed}", losses, casts=clamped, metadata=about)
         calm = {name: {} for name in clamped}
         other = noisy(seed, steps=120)
-        write_side(root / "dynamic" / f"seed-{seed}", other, casts=calm, recipe=DYNAMIC, **about)
+        write_side(
+            root / "dynamic" / f"seed-{seed}", other, casts=calm, recipe=DYNAMIC, metadata=about
+        )
     return root
 
 
