@@ -108,6 +108,13 @@ def test_a_folder_of_runs_is_compared(runs: Path) -> None:
     assert found["limits"][0].startswith("Paired by seed")
 
 
+def test_a_study_among_runs_is_left_out_and_said(runs: Path) -> None:
+    write_side(write_tiny_study(runs / "study") / "text" / "a" / "seed-0", [1.0])
+    found = document(runs)
+    assert list(found["arms"]) == ["delayed", "dynamic"]
+    assert found["limits"][0].startswith("runs/study is a study and was left out")
+
+
 def test_of_very_many_runs_the_newest_are_compared(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for i in range(14):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_ind, ttest_rel
+from scipy.stats import spearmanr, ttest_ind, ttest_rel
 
 from truths.runs import write_planted
 from truths.sides import DELAYED, DOWN, DYNAMIC, TORCH, UP, noisy, write_side
@@ -219,6 +219,31 @@ def test_one_pair_gets_facts_and_no_interval(tmp_path: Path) -> None:
     assert found.verdict[0].endswith("b not to be told from one pair of runs.")
     assert not any("differs from" in line for line in found.verdict)
     assert found.differences[0].interval is None
+
+
+def test_pairs_whose_losses_do_not_move_together_are_doubted(tmp_path: Path) -> None:
+    base, alike = noisy(0, steps=300), noisy(0, steps=300, jitter=0.005)
+    other = [base[0], *noisy(1, steps=300)[1:]]
+    paths = [
+        write_side(tmp_path / name, losses, metadata={"seed": 0, "lr": name})
+        for name, losses in (("a", base), ("b", alike), ("c", other))
+    ]
+    found = compare_runs(paths)
+    for difference, losses in zip(found.differences, (alike, other), strict=True):
+        want = spearmanr(np.diff(losses), np.diff(base)).statistic
+        assert difference.partings[0].together == pytest.approx(want)
+    assert "The losses of c and a do not rise and fall together" in limits(found)
+    assert "The losses of b and a do not" not in limits(found)
+
+
+def test_a_label_that_keeps_seeds_apart_is_said(tmp_path: Path) -> None:
+    paths = [
+        write_side(tmp_path / name, noisy(n), metadata={"seed": n, "label": name})
+        for n, name in enumerate("ab")
+    ]
+    assert "b and a differ in their seeds and in metadata label alone" in limits(
+        compare_runs(paths)
+    )
 
 
 def test_equal_losses_are_called_so(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What a comparison of runs cannot say, and how its pairs were found, in sentences. Torch-free."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from unclamp.names import shown
 from unclamp.report.evidence import PAPER
@@ -11,6 +11,9 @@ from unclamp.report.side_by_side.settings import Setting, changed_settings, vari
 from unclamp.report.side_by_side.sites import SiteRowOfArms
 
 MOST_NAMES = 6
+TOGETHER = 0.5
+"""Rank correlation of two losses' changes below which a reader is told to look. Runs of a small
+Llama on the same batches have 0.99 and more; on other batches it is that of their trends alone."""
 
 
 def limits_in_words(
@@ -24,8 +27,9 @@ def limits_in_words(
     said = [f"{run.name}: {note}" for run in runs for note in run.notes]
     said += _how(differences)
     for found in differences:
+        said += _apart(found)
         said += _coverage(found, arms)
-        said += _causes(found, settings)
+        said += _causes(found, settings, {arm.name: arm for arm in arms})
     said += _comparisons(differences)
     for arm in arms:
         said += _varied(arm)
@@ -43,6 +47,17 @@ def _how(differences: Sequence[LossDifference]) -> list[str]:
     if len(ways) <= 1:
         return list(ways)
     return [f"{_listed(names)} and {differences[0].baseline}: {how}" for how, names in ways.items()]
+
+
+def _apart(found: LossDifference) -> list[str]:
+    """Say that pairs do not look like runs on the same batches."""
+    loose = [p for p in found.partings if p.together is not None and p.together < TOGETHER]
+    return [
+        f"The losses of {parting.own} and {parting.other} do not rise and fall together from step "
+        f"to step, as they do on the same batches (rank correlation {parting.together:.2g}): look "
+        "whether the batches were the same."
+        for parting in loose[:MOST_NAMES]
+    ]
 
 
 def _coverage(found: LossDifference, arms: Sequence[Arm]) -> list[str]:
@@ -70,7 +85,9 @@ def _coverage(found: LossDifference, arms: Sequence[Arm]) -> list[str]:
     return said
 
 
-def _causes(found: LossDifference, settings: Sequence[Setting]) -> list[str]:
+def _causes(
+    found: LossDifference, settings: Sequence[Setting], arms: Mapping[str, Arm]
+) -> list[str]:
     """Say that a difference has several possible causes, or that two arms may be seeds."""
     own, other = found.arm, found.baseline
     differ = [s for s in changed_settings(settings, own, other) if s.is_of_training]
@@ -81,6 +98,13 @@ def _causes(found: LossDifference, settings: Sequence[Setting]) -> list[str]:
         return [
             f"{own} and {other} differ in more than one thing ({_listed(list(causes))}): which of "
             "them a difference comes from cannot be told."
+        ]
+    runs = (*arms[own].runs, *arms[other].runs)
+    seeds = {canonical(run.seed) for run in runs if run.seed is not None}
+    if len(seeds) == len(runs) and {s.where for s in differ} == {"metadata"}:
+        return [
+            f"{own} and {other} differ in their seeds and in {_listed(list(causes))} alone: if "
+            "that is but a label, they are seeds of one arm, and nothing is compared here."
         ]
     return []
 

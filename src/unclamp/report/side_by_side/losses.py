@@ -21,6 +21,9 @@ from unclamp.report.side_by_side.pairing import Design, Pairing
 from unclamp.report.side_by_side.reading import Side
 from unclamp.report.thinning import kept_places
 
+LEAST_CHANGES = 20
+"""Changes from step to step that it takes to tell whether two losses move together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parting:
@@ -34,6 +37,8 @@ class Parting:
         first_beyond: The first of them.
         furthest: Step at which they are furthest apart, of those where both are finite.
         furthest_by: Own minus other there.
+        together: Rank correlation of the changes of the two losses from step to step: near 1 on
+            the same batches, near 0 on others; None of fewer than 20 changes, or constant ones.
         own_spikes: Onsets of own spikes at whose steps the other has none.
         other_spikes: Onsets of the other's, likewise.
         shared_spikes: Onsets of own spikes at whose steps the other has one too.
@@ -47,6 +52,7 @@ class Parting:
     first_beyond: int | None
     furthest: int | None
     furthest_by: float | None
+    together: float | None
     own_spikes: list[int]
     other_spikes: list[int]
     shared_spikes: list[int]
@@ -217,10 +223,19 @@ def _parting(own: Side, other: Side) -> Parting:
         first_beyond=steps[int(np.argmax(beyond))] if beyond.any() else None,
         furthest=None if furthest is None else steps[furthest],
         furthest_by=None if furthest is None else float(gap[furthest]),
+        together=_together(np.diff(mine[finite]), np.diff(theirs[finite])),
         own_spikes=only_own,
         other_spikes=only_other,
         shared_spikes=shared,
     )
+
+
+def _together(mine: np.ndarray, theirs: np.ndarray) -> float | None:
+    if len(mine) < LEAST_CHANGES or not np.ptp(mine) or not np.ptp(theirs):
+        return None
+    from scipy.stats import spearmanr  # noqa: PLC0415  # half a second, for pairs only
+
+    return float(spearmanr(mine, theirs).statistic)
 
 
 def _spikes_apart(own: Side, other: Side) -> tuple[list[int], list[int]]:

@@ -78,21 +78,28 @@ def runs_to_compare(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def _found_below(path: Path) -> tuple[list[Path], list[str]]:
     if is_run(path) or is_study(path):
         return [], []
-    runs = [run for run in find_runs(path) if not _is_in_study(run, path)]
+    studies = sorted({study for run in find_runs(path) if (study := _study_of(run, path))})
+    runs = [run for run in find_runs(path) if not _study_of(run, path)]
     if len(runs) < 2:
         return [], []
+    notes = [
+        f"{study} is a study and was left out: `unclamp report {study}` compares its arms."
+        for study in studies
+    ]
     if len(runs) <= MOST_FOUND:
-        return runs, []
+        return runs, notes
     newest = sorted(runs, key=lambda run: (_created(run), run))[-MOST_FOUND:]
     return sorted(newest), [
         f"{path} holds {len(runs)} runs: the {MOST_FOUND} newest are compared. Name runs to "
-        "compare others."
+        "compare others.",
+        *notes,
     ]
 
 
-def _is_in_study(run: Path, top: Path) -> bool:
+def _study_of(run: Path, top: Path) -> Path | None:
+    """Return the study below `top` that holds a run, if one does."""
     between = [run, *run.parents]
-    return any(is_study(folder) for folder in between[: between.index(top)])
+    return next((folder for folder in between[: between.index(top)] if is_study(folder)), None)
 
 
 def _created(run: Path) -> str:
