@@ -235,7 +235,7 @@ def _together(mine: np.ndarray, theirs: np.ndarray) -> float | None:
         return None
     from scipy.stats import spearmanr  # noqa: PLC0415  # half a second, for pairs only
 
-    return float(spearmanr(mine, theirs).statistic)
+    return float(spearmanr(mine, theirs)[0])
 
 
 def _spikes_apart(own: Side, other: Side) -> tuple[list[int], list[int]]:
