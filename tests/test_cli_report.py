@@ -74,9 +74,9 @@ def test_the_terminal_begins_with_the_verdict_and_fits(runs: Path, width: int) -
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert max(map(len, lines[:-1])) <= width  # the last one is the page's path
-    assert lines[2].startswith("· Loss at the end, against dynamic: delayed ")
+    assert lines[2].startswith("· Against dynamic, the loss at the end is ")
     text = " ".join(done.stdout.split())
-    assert text.index("Loss at the end") < text.index("limits") < text.index("what differs")
+    assert text.index("the loss at the end") < text.index("limits") < text.index("what differs")
     assert "Spikes of the losses of delayed and dynamic over 3 pairs: 3 in delayed alone" in text
     assert "recipe input, weight: dynamic → delayed (history_len 16)" in text
     assert "and 8 more that clamped: --json" in text
@@ -99,7 +99,7 @@ def test_json_has_all_sites_and_is_strict(runs: Path) -> None:
     differences = [row["difference"] for row in found["sites"]]
     assert differences == sorted(differences, reverse=True)
     assert found["sites"][0]["fqn"] == "layers.0.down"
-    assert found["verdict"][0].startswith("Loss at the end")
+    assert found["verdict"][0].startswith("Against delayed, the loss at the end is")
 
 
 def test_a_folder_of_runs_is_compared(runs: Path) -> None:

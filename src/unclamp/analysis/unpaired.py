@@ -138,8 +138,9 @@ def unpaired_in_words(found: UnpairedDifference, *, own: str, other: str) -> str
     mean = f"{found.mean:+.3g}"
     runs = f"{found.own_runs} and {found.other_runs} runs"
     if found.verdict == "single run":
+        few = "one run each" if found.own_runs == found.other_runs else runs
         return (
-            f"{mean} ({runs} without common batches: no interval, so whether that is chance "
+            f"{mean} ({few}, without common batches: no interval, so whether that is chance "
             "cannot be told)"
         )
     if found.interval is None:

@@ -9,6 +9,7 @@ and no interval.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -235,7 +236,8 @@ def _together(mine: np.ndarray, theirs: np.ndarray) -> float | None:
         return None
     from scipy.stats import spearmanr  # noqa: PLC0415  # half a second, for pairs only
 
-    return float(spearmanr(mine, theirs)[0])
+    found: Any = spearmanr(mine, theirs)  # scipy's own annotations lack its fields
+    return float(found.statistic)
 
 
 def _spikes_apart(own: Side, other: Side) -> tuple[list[int], list[int]]:

@@ -35,7 +35,6 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
     )
     telling = [row for row in comparison.sites if row.is_clamped]
     has_losses = any(curve.step for curve in comparison.curves.values())
-    style = files("unclamp.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
     page = environment.get_template("sides.html.j2").render(
         comparison=comparison,
         arms=list(comparison.arms),
@@ -55,8 +54,15 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
             for row in telling[:MOST_SITES]
         ],
         more_sites=max(0, len(telling) - MOST_SITES),
-        style=Markup(style),
+        style=_asset("style.css"),
+        theme=_asset("theme.js"),
         plotly_js=Markup(get_plotlyjs()),
     )
     write_atomically(path, page.encode())
     return path
+
+
+def _asset(name: str) -> Markup:
+    """Return a file that stands on all pages; nothing where there is none of that name."""
+    file = files("unclamp.report").joinpath("templates", name)
+    return Markup(file.read_text(encoding="utf-8") if file.is_file() else "")

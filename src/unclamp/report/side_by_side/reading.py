@@ -1,5 +1,6 @@
 """Which runs are compared, what they are called, and what each recorded. Torch-free."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from unclamp.study.config import is_study
 MOST_FOUND = 12
 """Runs of a folder that are compared when nobody named them; more are hard to read in a chart."""
 READERS = 4
+_NUMBER = re.compile(r"(seed|run|s|r)?[-_=. ]?\d+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,9 @@ def _read(name: str, path: Path) -> Side | str:
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Return the ends of paths, as many of their parts as it takes to tell all of them apart.
 
+    Ends that are but numbers or seeds tell nothing of what a run was, so they are not enough where
+    the runs lie in different folders.
+
     Example:
         >>> short_names([Path("runs/a/seed-0"), Path("runs/b/seed-0")])
         ['a/seed-0', 'b/seed-0']
@@ -153,7 +158,10 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     deepest = max(map(len, parts))
     for depth in range(1, deepest + 1):
         names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) < len(names):
+            continue
+        above = {part[:-depth] for part in parts}
+        if len(above) == 1 or not all(_NUMBER.fullmatch(name) for name in names):
             return names
     return [str(path) for path in paths]
 

@@ -43,28 +43,31 @@ def _one_arm(arm: Arm) -> str:
 
 def _headline(differences: Sequence[LossDifference]) -> str:
     """Say of all arms in one sentence whether their losses differ at the end."""
-    base = differences[0].baseline
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for found in differences:
         groups.setdefault(_outcome(found), []).append(found.arm)
-    parts = [f"{' and '.join(names)} {outcome}" for outcome, names in groups.items()]
-    return f"Loss at the end, against {base}: {'; '.join(parts)}."
+    parts = [
+        f"{how} for {' and '.join(names)}" + (f" ({why})" if why else "")
+        for (how, why), names in groups.items()
+    ]
+    return f"Against {differences[0].baseline}, the loss at the end is {'; '.join(parts)}."
 
 
-def _outcome(found: LossDifference) -> str:
+def _outcome(found: LossDifference) -> tuple[str, str]:
+    """Return how an arm's loss is, as an adjective, and why nothing more can be said."""
     if is_equal(found):
-        return "equal in every digit, at every common step"
+        return "equal in every digit", "at every common step"
     shown = found.paired or found.unpaired
     if shown is None:
-        return "not compared"
+        return "unknown", "no common step"
     return {
-        "differs": "higher" if shown.mean > 0 else "lower",
-        "not distinguishable": f"not distinguishable from {found.baseline}",
-        "not finite": "unknown, since a loss is not finite",
-        "equal": "equal in every digit",
-        "constant": "without an interval, since no seed varies",
-        "one pair": "not to be told from one pair of runs",
-        "single run": "not to be told from single runs",
+        "differs": ("higher" if shown.mean > 0 else "lower", ""),
+        "not distinguishable": ("not distinguishable", ""),
+        "not finite": ("unknown", "a loss is not finite"),
+        "equal": ("equal in every digit", ""),
+        "constant": ("not to be judged", "its seeds do not vary"),
+        "one pair": ("not to be judged", "one pair of runs"),
+        "single run": ("not to be judged", "single runs"),
     }[shown.verdict]
 
 
@@ -189,8 +192,9 @@ def _clamped(arms: Sequence[Arm], sites: Sequence[SiteRowOfArms]) -> list[str]:
             parts.append(f"{arm.name} nothing")
         else:
             mean = count(total.saturated / len(arm.runs))
+            word = "element" if mean == "1" else "elements"
             cut = percent(total.clamped_rows / total.rows)
-            parts.append(f"{arm.name} {mean} elements, in {cut} of its recorded casts")
+            parts.append(f"{arm.name} {mean} {word}, in {cut} of its recorded casts")
     each = " (mean a run)" if any(len(arm.runs) > 1 for arm in arms) else ""
     said = [f"Clamped{each}: {'; '.join(parts)}."]
     if len(cast) > 1 and sites[0].difference > 0:
