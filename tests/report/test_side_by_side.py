@@ -225,7 +225,10 @@ def test_one_pair_gets_facts_and_no_interval(tmp_path: Path) -> None:
     assert parting.furthest_by == pytest.approx(3.0)
     assert (parting.own_spikes, parting.other_spikes) == ([150], [])
     assert "in b alone at step 150" in verdict(found)
-    assert found.verdict[0].endswith("is not to be judged for b (one pair of runs).")
+    assert found.verdict[0] == (
+        "Against a, the loss at the end is not to be judged for b (one pair of runs). "
+        "Spikes of the loss that a does not have at the same steps: b (1)."
+    )
     assert not any("differs from" in line for line in found.verdict)
     assert found.differences[0].interval is None
 

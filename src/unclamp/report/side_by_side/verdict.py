@@ -50,7 +50,15 @@ def _headline(differences: Sequence[LossDifference]) -> str:
         f"{how} for {' and '.join(names)}" + (f" ({why})" if why else "")
         for (how, why), names in groups.items()
     ]
-    return f"Against {differences[0].baseline}, the loss at the end is {'; '.join(parts)}."
+    base = differences[0].baseline
+    said = f"Against {base}, the loss at the end is {'; '.join(parts)}."
+    alone = {found.arm: sum(len(p.own_spikes) for p in found.partings) for found in differences}
+    spiky = [f"{arm} ({number})" for arm, number in alone.items() if number]
+    if spiky:
+        said += (
+            f" Spikes of the loss that {base} does not have at the same steps: {', '.join(spiky)}."
+        )
+    return said
 
 
 def _outcome(found: LossDifference) -> tuple[str, str]:
