@@ -33,7 +33,8 @@ LAYERS = [
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 TORCH_FREE = ["unclamp", "unclamp.files", "unclamp.worker", "unclamp.runlog", "unclamp.analysis",
               "unclamp.analysis.explanation", "unclamp.report.html",
-              "unclamp.report.text", "unclamp.report.doctor", "unclamp.study.config",
+              "unclamp.report.text", "unclamp.report.side_by_side.page",
+              "unclamp.report.side_by_side.text", "unclamp.report.doctor", "unclamp.study.config",
               "unclamp.cli"]  # fmt: skip
 MODULES = sorted(SOURCE.rglob("*.py"))
 
