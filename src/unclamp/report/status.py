@@ -38,7 +38,7 @@ def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
         f"Not all of it is in the log: rank {rank} could not write {what}."
         for rank, what in log.missing.items()
     ]
-    return notes + ([OBSERVED] if header.observed else [])
+    return notes + ([OBSERVED] if header.observed else []) + list(dict.fromkeys(header.notes))
 
 
 def study_notes(status: str, runs: Mapping[str, str]) -> list[str]:
