@@ -95,13 +95,13 @@ def _answer_without_sites(finding: Finding) -> str:
     if finding.refusal is not None:
         return f"Cannot tell: {finding.refusal}"
     nothing = "FP8 would have clamped nothing" if finding.is_observed else "Nothing was clamped"
-    said = f"{nothing} at any of the {finding.all_sites} sites"
-    return f"{said} in the {finding.steps:,} steps with a loss." if finding.notes else f"{said}."
+    said = f"{nothing} at any of the {_count(finding.all_sites, 'site')}"
+    return f"{said} in the {_count(finding.steps, 'step')} with a loss." if finding.notes else f"{said}."
 
 
 def _answer(finding: Finding) -> str:
     asked = f"{_count(finding.spikes, 'spike')} of the loss in {_count(finding.steps, 'step')}"
-    clamped = f"{len(finding.sites)} of {finding.all_sites} sites {_clamped(finding)}"
+    clamped = f"{len(finding.sites)} of {_count(finding.all_sites, 'site')} {_clamped(finding)}"
     if finding.verdict == "cannot tell":
         return f"Cannot tell: {asked}; {clamped}. {_why_not(finding)}"
     if finding.verdict == "none":

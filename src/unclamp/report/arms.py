@@ -56,8 +56,8 @@ class ArmView:
             way to compare them: the spread over seeds is mostly common to all arms. None
             for that arm itself, and without a seed that both have finished.
         planted_ratio: Loss over that of the dynamic arm at the same planted step and seed,
-            geometric mean, smallest and largest, NaN where any is not finite; None without planted steps
-            or without that arm.
+            geometric mean, smallest and largest, NaN where any is not finite; None without
+            planted steps or without that arm.
         planted_log_ratio: Logarithm of that ratio, a mean a seed, as a paired difference over
             seeds; None for the dynamic arm itself, and where there is no ratio.
         extent: Which steps the counts are of; "" where it is all.

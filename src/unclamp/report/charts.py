@@ -197,7 +197,7 @@ def difference_range(scenario: ScenarioView) -> list[float] | None:
         if math.isfinite(low) and math.isfinite(high) and step not in planted
     ]
     usual = USUAL * float(np.quantile(ends, 0.95)) if ends else 0.0
-    if usual == 0 or max(ends) <= usual and not planted:
+    if usual == 0 or (max(ends) <= usual and not planted):
         return None
     return [-usual, usual]
 

@@ -1,4 +1,4 @@
-"""What the report's words mean: one list for the page, its headings and the terminal. Torch-free."""
+"""What the report's words mean: one list for page, headings and terminal. Torch-free."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
