@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +10,14 @@ import pytest
 from scipy.stats import ttest_rel
 
 from truths.runs import write_planted
-from unclamp.analysis import find_spikes
+from truths.studies import PLANTED, SEEDS, STEPS, losses, study
 from unclamp.report import build_view
-from unclamp.report.arms import NOTHING_CAST, ScenarioView, scenario_view
+from unclamp.report.arms import NOTHING_CAST
 from unclamp.report.html import write_page
 from unclamp.report.recorded import RunRecord, read_run
 from unclamp.report.verdict import study_verdict
 from unclamp.report.words import arm_notes, arm_row
 from unclamp.runlog import RunLog
-
-STEPS, PLANTED, SEEDS = 60, [40, 50], 3
 
 
 @pytest.fixture(scope="module")
@@ -28,50 +25,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
     path = write_planted(tmp_path_factory.mktemp("verdict") / "run", steps=STEPS)
     with RunLog.open(path) as log:
         return read_run(log)[0]
-
-
-def losses(arm: str, seed: int, factor: float = 1.0, shift: float = 0.0) -> list[float]:
-    """Return a loss common to all arms of a seed, with the arm's own small noise.
-
-    At planted steps it is `factor` times as high; everywhere it is `shift` higher.
-    """
-    common = np.random.default_rng(seed)
-    loss = 3 * np.exp(-np.arange(STEPS) / 30) + 2 + 0.02 * common.standard_normal(STEPS)
-    own = np.random.default_rng([seed, *arm.encode()])
-    loss += 0.001 * own.standard_normal(STEPS) + shift
-    loss[PLANTED] *= factor * (1 + 0.004 * own.standard_normal(len(PLANTED)))
-    return loss.tolist()
-
-
-def study(
-    run: RunRecord,
-    arms: Mapping[str, float],
-    *,
-    seeds: int = SEEDS,
-    planted: bool = True,
-    shifts: Mapping[str, float] | None = None,
-    change: Callable[[str, int, RunRecord], RunRecord] = lambda arm, seed, record: record,
-) -> ScenarioView:
-    """Return a scenario; `arms` says by which factor each one is hurt at planted steps."""
-    records = {}
-    for arm, factor in arms.items():
-        clamped = 5 if factor > 1.2 else 0
-        sites = [
-            replace(s, totals=replace(s.totals, saturated=clamped, clamped_rows=clamped))
-            for s in run.sites
-        ]
-        records[arm] = {}
-        for seed in range(seeds):
-            loss = losses(arm, seed, factor, (shifts or {}).get(arm, 0.0))
-            record = replace(
-                run,
-                loss=loss,
-                spikes=find_spikes(loss, steps=run.steps),
-                planted=PLANTED if planted else [],
-                sites=[] if arm == "hp" else sites,
-            )
-            records[arm][seed] = change(arm, seed, record)
-    return scenario_view("outlier" if planted else "text", "", records, {})
 
 
 def test_the_hurt_arm_comes_first_with_its_ratio_and_interval(run: RunRecord) -> None:
@@ -160,7 +113,9 @@ def test_seeds_that_disagree_leave_it_open(run: RunRecord) -> None:
 
     said = study_verdict([study(run, {"dynamic": 1.0, "delayed": 2.0}, change=change)])
     assert said[0].startswith("Whether delayed (")
-    assert "is hurt at the 2 planted steps (scenario outlier) cannot be told with 3 seeds" in said[0]
+    assert (
+        "is hurt at the 2 planted steps (scenario outlier) cannot be told with 3 seeds" in said[0]
+    )
 
 
 def test_an_arm_that_diverged_is_said_first_and_compared_with_nobody(run: RunRecord) -> None:

@@ -96,7 +96,11 @@ def _answer_without_sites(finding: Finding) -> str:
         return f"Cannot tell: {finding.refusal}"
     nothing = "FP8 would have clamped nothing" if finding.is_observed else "Nothing was clamped"
     said = f"{nothing} at any of the {_count(finding.all_sites, 'site')}"
-    return f"{said} in the {_count(finding.steps, 'step')} with a loss." if finding.notes else f"{said}."
+    return (
+        f"{said} in the {_count(finding.steps, 'step')} with a loss."
+        if finding.notes
+        else f"{said}."
+    )
 
 
 def _answer(finding: Finding) -> str:
