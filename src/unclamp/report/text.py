@@ -121,7 +121,10 @@ def _arms(scenario: ScenarioView, width: int) -> list[RenderableType]:
                [[row[0], *(row[i] for i in part)] for row in rows])
         for part in parts
     ]  # fmt: skip
-    return [shown for table in tables for shown in (Text(), table)][1:]
+    parted: list[RenderableType] = []
+    for table in tables:
+        parted += [Text(), table] if parted else [table]
+    return parted
 
 
 def _width(column: str, cells: Sequence[str]) -> int:
