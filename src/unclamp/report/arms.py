@@ -288,7 +288,7 @@ def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]])
     for arm in arms:
         if arm.planted_ratio is not None and not 1 / HURT < arm.planted_ratio[0] < HURT:
             said.append(_at_planted(arm.name, planted, *arm.planted_ratio))
-        elif arm.saturated and arm.final_gap is not None:
+        if arm.saturated and arm.final_gap is not None:
             harm.append(_harm(arm, arm.final_gap))
     said += harm
     if harm:
