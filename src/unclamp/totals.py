@@ -57,16 +57,6 @@ def clamp_error(removed: Value, square: Value) -> Value:
     return share(removed, square)
 
 
-def percent(share: float) -> str:
-    """Return a fraction as percent with three figures, as people read it everywhere.
-
-    Example:
-        >>> percent(0.5), percent(2 / 300_000)
-        ('50 %', '0.000667 %')
-    """
-    return f"{100 * share:.3g} %"
-
-
 def headroom_bits(scaled: float, format_max: float) -> float:
     """Return log2 of the format's largest value over the largest scaled element, which is not 0.
 

@@ -84,7 +84,8 @@ def test_an_interrupted_study_says_what_is_missing_and_averages_finished_runs_on
     arms = {arm.name: arm for arm in view.scenarios[0].arms}
     assert (arms["delayed"].seeds, arms["delayed"].unfinished) == (2, 1)
     assert arms["delayed"].final_loss == arms["dynamic"].final_loss
-    assert arms["delayed"].final_loss_spread is None
+    assert arms["delayed"].final_gap is not None
+    assert arms["delayed"].final_gap.pairs == 1
     assert arms["delayed"].casts == 60
     assert max(map(len, printed(study).splitlines())) <= 80
 

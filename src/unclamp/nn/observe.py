@@ -20,7 +20,8 @@ from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.recipe import Recipe
 from unclamp.scaling import Dynamic, Scaling
 from unclamp.shown import Shown
-from unclamp.totals import clamp_error, overshoot, percent, share
+from unclamp.totals import clamp_error, overshoot, share
+from unclamp.written import counted, percent, times
 
 SHOWN_SITES = 8
 
@@ -129,9 +130,10 @@ class Observation(Shown):
         notes: dict[str, str] = {}
         for site in worst:
             said = (
-                f"{site.role}: clamp error {site.clamp_error:.2g}, {site.saturated:,} elements "
+                f"{site.role}: clamp error {percent(site.clamp_error)}, "
+                f"{counted(site.saturated, 'element')} "
                 f"clamped in {site.clamped_steps} of {self._steps} steps, overshoot "
-                f"{site.overshoot:.2f}x"
+                f"{times(site.overshoot)}"
             )
             notes[site.fqn] = f"{notes[site.fqn]}; {said}" if site.fqn in notes else said
         notes = {fqn: f"observed under the recipe before: {said}" for fqn, said in notes.items()}
@@ -159,16 +161,16 @@ class Observation(Shown):
         elements = sum(site.elements for site in sites)
         lost = sum(site.underflowed for site in sites)
         lines = [
-            f"observed {_count(len(self.report.converted), 'layer')} for "
-            f"{_count(self._steps, 'step')}: FP8 would have clamped "
-            f"{sum(s.saturated for s in sites):,} of {_count(elements, 'element')}, at "
-            f"{len(clamped)} of {_count(len(sites), 'site')}, and lost "
+            f"observed {counted(len(self.report.converted), 'layer')} for "
+            f"{counted(self._steps, 'step')}: FP8 would have clamped "
+            f"{sum(s.saturated for s in sites):,} of {counted(elements, 'element')}, at "
+            f"{len(clamped)} of {counted(len(sites), 'site')}, and lost "
             f"{percent(share(lost, elements))} to underflow"
         ]
         lines += [
-            f"  {SiteName(site.fqn, site.role)}: {_count(site.saturated, 'element')} clamped in "
-            f"{_count(site.clamped_steps, 'step')}, overshoot {site.overshoot:.3g}x, clamp error "
-            f"{percent(site.clamp_error)}"
+            f"  {SiteName(site.fqn, site.role)}: {counted(site.saturated, 'element')} clamped in "
+            f"{counted(site.clamped_steps, 'step')}, overshoot {times(site.overshoot)}, "
+            f"clamp error {percent(site.clamp_error)}"
             for site in clamped[:SHOWN_SITES]
         ]
         return "\n".join(lines)
@@ -190,10 +192,6 @@ class Observation(Shown):
         )
         self._overshoot = torch.maximum(self._overshoot, _peak(stats))
         self._steps += 1
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _peak(stats: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
         for rank, what in log.missing.items()
     ]
     notes += [f"{part}." for part in log.damaged]
-    return notes + ([OBSERVED] if header.observed else [])
+    return notes + ([OBSERVED] if header.observed else []) + list(dict.fromkeys(header.notes))
 
 
 def damage_notes(runs: Mapping[str, Path]) -> list[str]:

@@ -10,6 +10,7 @@ from plotly.offline import get_plotlyjs
 from unclamp.files import write_atomically
 from unclamp.names import shown
 from unclamp.report.charts import embed
+from unclamp.report.glossary import GLOSSARY
 from unclamp.report.side_by_side.chart import colours_of, losses_figure
 from unclamp.report.side_by_side.comparison import Comparison
 from unclamp.report.side_by_side.words import (
@@ -22,6 +23,8 @@ from unclamp.report.side_by_side.words import (
 )
 
 MOST_SITES = 100
+TERMS = ("site", "cast", "clamped", "clamp error", "overshoot", "underflow")
+"""Words of the report's glossary that the page uses; what is its own is in the template."""
 
 
 def write_comparison(comparison: Comparison, path: Path) -> Path:
@@ -54,6 +57,7 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
             for row in telling[:MOST_SITES]
         ],
         more_sites=max(0, len(telling) - MOST_SITES),
+        terms=[term for term in GLOSSARY if term.word in TERMS],
         style=_asset("style.css"),
         theme=_asset("theme.js"),
         plotly_js=Markup(get_plotlyjs()),
@@ -63,6 +67,5 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
 
 
 def _asset(name: str) -> Markup:
-    """Return a file that stands on all pages; nothing where there is none of that name."""
-    file = files("unclamp.report").joinpath("templates", name)
-    return Markup(file.read_text(encoding="utf-8") if file.is_file() else "")
+    text = files("unclamp.report").joinpath("templates", name).read_text(encoding="utf-8")
+    return Markup(text)

@@ -10,8 +10,8 @@ from unclamp.report.side_by_side.groups import Arm
 from unclamp.report.side_by_side.losses import LossDifference, Parting
 from unclamp.report.side_by_side.settings import Setting, changed_settings
 from unclamp.report.side_by_side.sites import SiteRowOfArms
-from unclamp.report.words import percent
 from unclamp.totals import SiteTotals
+from unclamp.written import percent
 
 MOST_CHANGES = 4
 MOST_STEPS = 5

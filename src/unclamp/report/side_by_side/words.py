@@ -6,7 +6,7 @@ from unclamp.report.side_by_side.comparison import RunRow
 from unclamp.report.side_by_side.losses import LossDifference
 from unclamp.report.side_by_side.sites import SiteLoss
 from unclamp.report.side_by_side.verdict import count
-from unclamp.report.words import percent
+from unclamp.written import percent
 
 DIFFERENCE_COLUMNS = ("arm", "runs", "steps", "loss", "baseline", "difference", "95 %")
 RUN_COLUMNS = ("run", "seed", "status", "steps", "final loss", "spikes", "clamped")
