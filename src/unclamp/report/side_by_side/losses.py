@@ -16,14 +16,12 @@ import numpy as np
 from unclamp.analysis import Spike
 from unclamp.analysis.paired import PairedDifference, paired_difference
 from unclamp.analysis.unpaired import UnpairedDifference, unpaired_difference
-from unclamp.report.arms import Band
+from unclamp.report.bands import FINAL_SHARE, Band
 from unclamp.report.side_by_side.groups import Arm
 from unclamp.report.side_by_side.pairing import Design, Pairing
 from unclamp.report.side_by_side.reading import Side
 from unclamp.report.thinning import kept_places
 
-END_SHARE = 0.1
-"""Compared is the mean over this last share of the common steps, as a run's final loss is made."""
 LEAST_CHANGES = 20
 """Changes from step to step that it takes to tell whether two losses move together."""
 
@@ -191,7 +189,7 @@ def _end(steps: list[int], runs: Sequence[Side]) -> list[int]:
     """Return the last tenth of the steps, planted ones left out."""
     planted = {step for run in runs for step in run.record.planted}
     ordinary = [step for step in steps if step not in planted]
-    return ordinary[-max(1, round(END_SHARE * len(steps))) :]
+    return ordinary[-max(1, round(FINAL_SHARE * len(steps))) :]
 
 
 def _mean_at(run: Side, steps: Sequence[int]) -> float:
