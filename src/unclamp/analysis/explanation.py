@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
-from unclamp.analysis.counterfactual import Counterfactual, Override, Question, SiteShare
+from unclamp.analysis.counterfactual import PASTE, Counterfactual, Override, Question, SiteShare
 from unclamp.analysis.reading import Reading
 from unclamp.analysis.spikes import SpikeKind
 from unclamp.names import SiteName
@@ -161,8 +161,7 @@ class Explanation(Shown):
     def __str__(self) -> str:
         if self.override is None:
             return f"{self.verdict}\n{self.words()}"
-        where = "To paste, at the head of the recipe's overrides:"
-        return f"{self.verdict}\n{self.words()}\n\n{where}\n{self.override.toml}".rstrip()
+        return f"{self.verdict}\n{self.words()}\n\n{PASTE}\n{self.override.toml}".rstrip()
 
     def _height(self) -> str:
         if self.kind == "nonfinite":
