@@ -14,6 +14,7 @@ from unclamp.analysis.reading import Reading
 from unclamp.analysis.spikes import SpikeKind
 from unclamp.names import SiteName
 from unclamp.shown import Shown
+from unclamp.written import counted
 
 Verdict = Literal["clamping", "partly clamping", "not clamping", "not reproduced", "unknown"]
 Status = Literal["running", "finished", "interrupted"]
@@ -189,7 +190,7 @@ class Explanation(Shown):
         cause = "the cause" if self.verdict == "clamping" else "a part of the cause"
         parts = [f"With nothing clamped {gone}: clamping is {cause}."]
         if self.clamped_sites:
-            parts.append(f"{self.clamped_sites} sites clamped, or would have.")
+            parts.append(f"{counted(self.clamped_sites, 'site')} clamped, or would have.")
         parts += self._about_sites()
         return parts + (self._about_others() if self.verdict == "partly clamping" else [])
 

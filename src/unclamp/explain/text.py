@@ -9,6 +9,7 @@ from rich.text import Text
 
 from unclamp.analysis.counterfactual import PASTE, SiteShare
 from unclamp.analysis.explanation import Explanation, interval, spike_share
+from unclamp.written import counted
 
 SHOWN_ROWS = 12
 
@@ -23,7 +24,7 @@ def print_explanation(found: Explanation, console: Console) -> None:
     if found.override is not None:
         console.print(Text(f"\n{PASTE}", style="bold"))
         console.print(Text(found.override.toml), soft_wrap=True)
-    spent = f"{found.replays} replays of at most {found.budget}, {found.replay_s:.1f} s"
+    spent = f"{counted(found.replays, 'replay')} of at most {found.budget}, {found.replay_s:.1f} s"
     console.print(Text(f"{spent}; a step takes {1e3 * found.step_s:.0f} ms.", style="dim"))
 
 

@@ -132,7 +132,7 @@ class Observation(Shown):
             said = (
                 f"{site.role}: clamp error {percent(site.clamp_error)}, "
                 f"{counted(site.saturated, 'element')} "
-                f"clamped in {site.clamped_steps} of {self._steps} steps, overshoot "
+                f"clamped in {site.clamped_steps} of {counted(self._steps, 'step')}, overshoot "
                 f"{times(site.overshoot)}"
             )
             notes[site.fqn] = f"{notes[site.fqn]}; {said}" if site.fqn in notes else said
