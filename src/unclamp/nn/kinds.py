@@ -117,8 +117,8 @@ def _moved(value: Any, old: type, cell: CellType) -> Any:
     if isinstance(value, classmethod | staticmethod):
         return type(value)(_moved(value.__func__, old, cell))
     if isinstance(value, property):
-        parts = (_moved(part, old, cell) for part in (value.fget, value.fset, value.fdel))
-        return property(*parts, value.__doc__)
+        get, put, drop = (_moved(part, old, cell) for part in (value.fget, value.fset, value.fdel))
+        return property(get, put, drop, value.__doc__)
     if not isinstance(value, FunctionType) or value.__closure__ is None:
         return value
     wrapped = value.__dict__.get("__wrapped__")
@@ -140,7 +140,7 @@ def _with_cells(function: FunctionType, swaps: Iterable[tuple[Any, CellType]]) -
     made = FunctionType(code, function.__globals__, function.__name__, defaults, tuple(other))
     made.__kwdefaults__ = function.__kwdefaults__
     update_wrapper(made, function)
-    del made.__wrapped__  # it wraps nothing: it takes the other's place
+    del made.__dict__["__wrapped__"]  # it wraps nothing: it takes the other's place
     made.__dict__.update(function.__dict__)
     return made
 
