@@ -169,7 +169,7 @@ def test_methods_with_a_bare_super_work_after_revert_and_where_the_class_is_stil
         convert(layer, Recipe())
 
     class Front(type(reverted)):  # pyright: ignore[reportGeneralTypeIssues]
-        def forward(self, x: Tensor, *, times: float = 2.0) -> Tensor:
+        def forward(self, x: Tensor, *, times: float = 2.0) -> Tensor:  # pyright: ignore
             """Double."""
             return super().forward(x) * times
 
@@ -197,7 +197,7 @@ def test_methods_with_a_bare_super_work_after_revert_and_where_the_class_is_stil
     x = torch.randn(2, 4)
     plain = nn.functional.linear(x, reverted.weight, reverted.bias)
     assert torch.equal(reverted(x), 2 * plain)
-    assert torch.equal(reverted.forward(x, times=3.0), 3 * plain)
+    assert torch.equal(reverted.forward(x, times=3.0), 3 * plain)  # pyright: ignore
     assert torch.equal(reverted.half(x), plain / 2)  # pyright: ignore
     assert reverted.calls == 1
     assert repr(reverted).count("in front, in_features=4") == 1

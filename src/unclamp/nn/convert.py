@@ -381,7 +381,7 @@ def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]
     if not report.converted and not find_ledgers(model):
         said.append(nothing_converted(report.skipped))
     for message in said:
-        warnings.warn(message, UnclampWarning, stacklevel=4)
+        warnings.warn(message, UnclampWarning, stacklevel=5)  # past naming_arguments
 
 
 def _kept(
