@@ -16,7 +16,7 @@ from unclamp.files import to_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from unclamp.analysis import Spike
+    from unclamp.analysis import Curve, Spike
 
 
 MOST_DECIMAL = 1000.0
@@ -46,7 +46,8 @@ def spikes(
     path: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a run; or CSV, JSON lines, trainer_state.json, TensorBoard events."
+            help="Folder of a run; or CSV, JSON lines, trainer_state.json, TensorBoard events, "
+            "a console log."
         ),
     ],
     method: Annotated[Method, typer.Option(help="Definition of a spike.")] = Method.ROBUST,
@@ -84,16 +85,23 @@ def spikes(
     }
     ordered = sorted((s for each in found.values() for s in each), key=lambda spike: spike.onset)
     if as_json:
-        typer.echo(to_json([spike.to_dict() for spike in ordered]))
+        typer.echo(to_json([spike.to_dict() | _place(curve, spike) for spike in ordered]))
         return
     typer.echo(f"{curve.source}: {', '.join(curve.columns[name] for name in names)}", err=True)
     if ordered:
-        _print_table(ordered)
+        _print_table(ordered, curve)
+    for note in curve.notes:
+        typer.echo(note)
     for name in names:
         typer.echo(_in_words(labels[name], curve.series[name], found[name], method, threshold))
 
 
-def _print_table(found: "list[Spike]") -> None:
+def _place(curve: "Curve", spike: "Spike") -> dict[str, str]:
+    """Return what the source calls the onset, where it does not count steps through."""
+    return {"place": curve.places[spike.onset]} if curve.places else {}
+
+
+def _print_table(found: "list[Spike]", curve: "Curve") -> None:
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(box=None)
@@ -102,6 +110,8 @@ def _print_table(found: "list[Spike]") -> None:
     for name in ("onset", "peak", "end", "recovery", "height", "sigmas"):
         table.add_column(name, justify="right")
     table.add_column("kind")
+    if curve.places:
+        table.add_column("place of the onset")
     for spike in found:
         recovery = "never" if spike.recovery is None else str(spike.recovery)
         table.add_row(
@@ -112,6 +122,7 @@ def _print_table(found: "list[Spike]") -> None:
             _times(spike.height) if math.isfinite(spike.height) else "-",
             f"{spike.sigmas:.1f}" if math.isfinite(spike.sigmas) else "-",
             spike.kind,
+            *_place(curve, spike).values(),
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
