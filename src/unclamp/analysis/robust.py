@@ -9,7 +9,8 @@ a learning-rate drop is a spike, and neither ten steps nor a slow rise become th
 
 Limit: the interquartile range of the last errors gives a standard deviation; how far the outer
 errors exceed those of a normal distribution raises the limit. So noise with heavy tails raises it
-by itself. Errors of spikes enter neither, nor do errors beyond the noise in either direction, and
+by itself. So does rounding: where losses are written with few decimals, a rise has to exceed
+`GRID_STEPS` steps of the last digit (`resolution`). Errors of spikes enter neither, nor do errors beyond the noise in either direction, and
 the rest enter with a delay. Below `MIN_HEIGHT` nothing is a spike, however quiet the series.
 
 Positive series are judged in logarithms, where a ratio is a difference and noise is the same at
@@ -28,6 +29,7 @@ from statistics import NormalDist
 import numpy as np
 
 from unclamp.analysis.definitions import ROUNDING, Judged
+from unclamp.analysis.resolution import Resolution
 
 LEVEL_POINTS = 5
 BASE_POINTS = 31
@@ -57,7 +59,11 @@ LARGEST_TAIL_RISE = math.log(8.0)
 """Heavy tails raise the limit of a positive series to this at most: where many steps are mildly
 raised, their product with a wide spread would be a limit that no spike reaches. What the spread
 alone asks for stays."""
+GRID_STEPS = 3.0
+"""A rise by as many steps of the last written digit, or fewer, may be rounding."""
 _NORMAL_IQR = 1.349
+_ROUNDING_SPREAD = 6**-0.5
+"""Standard deviation of the difference of two rounded values, in steps of the grid."""
 _END_SHARE = 0.5
 _LARGEST_EXPONENT = 700.0
 _MIN_RISE = math.log(MIN_HEIGHT)
@@ -137,6 +143,7 @@ class SpikeDetector:
         self.spike = -1
         self.level = self.limit = self.spread = math.nan
         self._count = 0
+        self._resolution = Resolution()
         self._logarithmic = True
         self._forget()
         self._floor = math.nan
@@ -159,6 +166,8 @@ class SpikeDetector:
         """
         if not math.isfinite(value):
             return True
+        self._resolution.add(value)
+        value = self._resolution.unrounded(value) if self._logarithmic else value
         if self._logarithmic and value <= 0:
             self._leave_logarithms()
         number = math.log(value) if self._logarithmic else value
@@ -228,12 +237,20 @@ class SpikeDetector:
         if count < FIRST_ERRORS:
             return expected, math.nan, math.inf
         spread, excess = _spread_and_excess(errors)
+        grid = self._grid_at(expected)
+        spread = max(spread, _ROUNDING_SPREAD * grid)
         power = TAIL_POWER * count / (count + TAIL_DOUBT)
         noise = self.threshold * spread * (1 + SMALL_SAMPLE / count)
         raised = noise * excess**power
         if self._logarithmic:
             raised = min(raised, LARGEST_TAIL_RISE * self.threshold / THRESHOLD)
-        return expected, spread, max(noise, raised, ROUNDING * abs(expected))
+        steps = math.log1p(GRID_STEPS * grid) if self._logarithmic else GRID_STEPS * grid
+        return expected, spread, max(noise, raised, steps, ROUNDING * abs(expected))
+
+    def _grid_at(self, expected: float) -> float:
+        """Return the step of the last written digit, in a positive series as share of the level."""
+        grid = self._resolution.grid
+        return grid / max(math.exp(expected), 1e-300) if self._logarithmic and grid else grid
 
     def _least_rise(self, expected: float) -> float:
         return _MIN_RISE if self._logarithmic else ROUNDING * abs(expected)

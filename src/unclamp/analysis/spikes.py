@@ -22,6 +22,7 @@ from unclamp.analysis.definitions import (
     judge_olmo_core,
     judge_zclip,
 )
+from unclamp.analysis.resolution import has_ratios
 from unclamp.analysis.robust import THRESHOLD, judge_robust
 from unclamp.errors import AnalysisError
 from unclamp.files import strict
@@ -166,7 +167,7 @@ def find_spikes(
     judged = _judge(numbers[finite], method, threshold)
     spike = np.full(len(numbers), -1)
     spike[finite] = judged.spike
-    has_ratio = bool(np.all(numbers[finite] > 0))
+    has_ratio = has_ratios(numbers[finite].tolist())
     found = []
     for begin, stop in _runs(numbers, spike):
         level, spread = _expected_at(begin, judged, finite)
@@ -217,7 +218,7 @@ def smallest_height(
     numbers = numbers[np.isfinite(numbers)]
     judged = _judge(numbers, method, threshold)
     known = np.isfinite(judged.limit)
-    if not known.any() or not np.all(numbers > 0):
+    if not known.any() or not has_ratios(numbers.tolist()):
         return math.nan
     level = judged.level[known]
     noise = np.exp(2 * np.nan_to_num(judged.spread[known] / level))
