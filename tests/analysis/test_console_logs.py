@@ -34,8 +34,8 @@ def megatron(loss: float, i: int) -> str:
 def torchtitan(loss: float, i: int) -> str:
     return (
         f"[rank0]:[titan] 2025-06-23 13:13:00,153 - root - INFO - \x1b[31mstep: {i + 1:2d}  "
-        f"\x1b[32mloss: {loss:7.4f}  \x1b[38;2;180;60;0mgrad_norm: {loss / 4:7.4f}  \x1b[36mmemory:  "
-        "0.51GiB(0.54%)  tps: 21,234  mfu: 0.03%\x1b[39m"
+        f"\x1b[32mloss: {loss:7.4f}  \x1b[38;2;180;60;0mgrad_norm: {loss / 4:7.4f}  "
+        "\x1b[36mmemory:  0.51GiB(0.54%)  tps: 21,234  mfu: 0.03%\x1b[39m"
     )
 
 
