@@ -194,3 +194,12 @@ def diverging(
     curve = _trend(rng, steps) * (1 + noise * rng.standard_normal(steps))
     curve[onset:] *= np.minimum(rise, height)
     return curve, onset
+
+
+def shifting(seed: int, *, height: float, width: int, noise: float = 0.02) -> np.ndarray:
+    """A decaying curve of 3,000 steps that within `width` steps comes to another level for good."""
+    rng = np.random.default_rng([seed, 96])
+    onset = int(rng.integers(800, 2000))
+    curve = _trend(rng, 3000) * (1 + noise * rng.standard_normal(3000))
+    done = np.clip((np.arange(3000) - onset + 1) / width, 0, 1)
+    return curve * height**done

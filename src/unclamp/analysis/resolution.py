@@ -21,6 +21,8 @@ _RELATIVE = 1.2e-7
 """Of float32, twice its largest relative error."""
 _MOST_DOUBT = 0.1
 """In steps of the grid: where float32 is coarser, it cannot tell."""
+_LARGEST = _MOST_DOUBT / _RELATIVE
+_POWERS = [10.0**decimals for decimals in range(MOST_DECIMALS + 1)]
 _NOT_ROUNDED = MOST_DECIMALS + 1
 
 
@@ -45,7 +47,11 @@ class Resolution:
         if value == 0 or not math.isfinite(value):
             return
         self._count += 1
-        self._latest[_decimals(value)] = self._count
+        decimals = _decimals(value)
+        self._latest[decimals] = self._count
+        if decimals == _NOT_ROUNDED:
+            self.decimals, self.grid = None, 0.0
+            return
         first = self._count - WINDOW
         most = max(d for d, at in enumerate(self._latest) if at > first)
         self.decimals = None if most == _NOT_ROUNDED else most
@@ -74,12 +80,12 @@ def has_ratios(values: Iterable[float]) -> bool:
 
 def _decimals(value: float) -> int:
     """Return how many decimals write a value down, `_NOT_ROUNDED` for too many."""
-    scaled = abs(value)
-    for decimals in range(MOST_DECIMALS + 1):
-        doubt = _RELATIVE * scaled
-        if doubt > _MOST_DOUBT:
-            break
-        if abs(scaled - round(scaled)) <= doubt:
-            return decimals
-        scaled *= 10
-    return _NOT_ROUNDED
+    size = abs(value)
+    most = math.floor(min(float(MOST_DECIMALS), math.log10(_LARGEST / size)))
+    if most < 0 or not _is_whole(size * _POWERS[most]):
+        return _NOT_ROUNDED
+    return next(d for d, power in enumerate(_POWERS) if _is_whole(size * power))
+
+
+def _is_whole(number: float) -> bool:
+    return abs(number - round(number)) <= _RELATIVE * number
