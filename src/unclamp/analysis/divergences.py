@@ -44,11 +44,12 @@ START_SHARE = 0.15
 class Divergence:
     """A slow rise of a series above the lowest level that it had reached.
 
-    Levels are medians of the last `LEVEL_POINTS` values, so all steps but `found` are late by
-    about half as many.
+    Levels are medians of the last `LEVEL_POINTS` values, so `peak`, `end` and `recovery` are late
+    by about half as many.
 
     Attributes:
-        onset: Last step at which the level was near the lowest.
+        onset: Last step at which the level was near the lowest, and half of `LEVEL_POINTS` values
+            before, as a median is late.
         found: First step at which the rise could be told from noise and from a step.
         peak: Step of the highest level.
         end: Last step above; that of the data if the level never came back.
@@ -237,7 +238,7 @@ def _divergence(
     peak = found + int(np.argmax(levels[found:stop]))
     rise = math.log(levels[found] / levels[onset])
     return Divergence(
-        onset=steps[onset],
+        onset=steps[max(0, onset - LEVEL_POINTS // 2)],
         found=steps[found],
         peak=steps[peak],
         end=steps[stop - 1],

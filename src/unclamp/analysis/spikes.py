@@ -1,7 +1,7 @@
 """Where a series jumps up: spikes by any definition, with onset, peak, end and recovery.
 
 A definition judges points (`robust`, `definitions`); here their points become spikes, and
-non-finite ones are added. Reading files is for `curves`.
+non-finite ones are added. Reading files is for `curves`, slow rises are for `divergences`.
 
 `robust`, the default, is causal: whether a step belongs to a spike depends on no later step, so
 `SpikeDetector` says the same of a run while it goes on. Only `end` and `recovery` need the rest.
@@ -45,7 +45,8 @@ class Spike:
         recovery: First step after the end at which the series is back at the level before the
             onset, within two standard deviations; None if it is not in the data.
         height: Peak over level, a ratio; Inf for a non-finite peak; NaN for a series that is
-            somewhere zero or below, where a ratio says nothing.
+            somewhere zero or below, where a ratio says nothing. A zero of a series written with
+            two decimals or more is half a step of the last one.
         sigmas: Peak minus level in the definition's standard deviations; Inf for a non-finite
             peak; NaN where the definition has none (Megatron).
         level: The value that was expected at the onset; NaN if too little came before it.
