@@ -1,8 +1,8 @@
 """Does clamping at a site go with loss spikes, or a raised loss, more than chance would have it?
 
 Each site is weighed twice (see `evidence`), and is named when what happened weighs more than the
-heaviest site does at all but a few of the shifts (see `shifts`). The heaviest of all sites is
-the measure, so the chance that anybody is named in a run without a culprit is bounded, however
+heaviest site does at all but a few of the shifts (see `shifts`), unless a schedule that clamping
+and loss both follow would look like it (see `schedules`). The heaviest of all sites is the measure, so the chance that anybody is named in a run without a culprit is bounded, however
 many sites there are; a bound on that is also one on the false discovery rate.
 
 Association is not cause: that is for a replay. What it says in words is in `sentences`.
@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from unclamp.analysis.evidence import Clamping, Weights, weigh
 from unclamp.analysis.history import read_history
 from unclamp.analysis.power import smallest_effects, to_change
-from unclamp.analysis.response import make_response
+from unclamp.analysis.response import Response, make_response
+from unclamp.analysis.schedules import (
+    Doubt,
+    Doubted,
+    Schedule,
+    doubt_loss,
+    doubt_spikes,
+    read_schedule,
+)
 from unclamp.analysis.sentences import Finding, describe
 from unclamp.analysis.shifts import make_shifts
 from unclamp.analysis.spikes import Spike, find_spikes
@@ -62,6 +70,9 @@ class SiteEvidence:
         sqnr_db: Least signal-to-noise ratio seen, decibel; None where none was measured.
         cleared: Whether the run shows it harmless: not named, `low` at most 0, `high` at most
             `CLEARED` (a share of the median size of the loss), not before every spike.
+        doubt: Why it is not named though its `p` is low: clamping and loss share a "period", or
+            jumps of the "learning rate", or agree in a "few places" only; None otherwise.
+        period: The shared one, in steps.
     """
 
     site: int
@@ -80,6 +91,8 @@ class SiteEvidence:
     clamp_error: float
     sqnr_db: float | None = None
     cleared: bool = False
+    doubt: Doubt | None = None
+    period: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +109,8 @@ class Association:
         steps: Steps with a recorded loss.
         max_lag: Steps within which clamping counts as before a spike.
         alpha: Bound on the chance to name anybody without a link.
-        level: A site is named where its `p` is at most this; a share of alpha.
+        level: A site is named where its `p` is at most this, unless there is a `doubt`; a share
+            of alpha.
         distinct_shifts: How many shifts differ.
         spikes_needed: Of the spikes, how many must have clamping before them for a typical site
             to be named; None where all would not do.
@@ -166,6 +180,7 @@ def associate(
         refusal=history.refusal,
         notes=history.notes,
         is_observed=log.header.observed,
+        lr=history.lr,
         max_lag=max_lag,
         shifts=shifts,
         alpha=alpha,
@@ -183,6 +198,7 @@ def associate_series(
     refusal: str | None = None,
     notes: Sequence[str] = (),
     is_observed: bool = False,
+    lr: NDArray[np.float64] | None = None,
     max_lag: int = MAX_LAG,
     shifts: int = SHIFTS,
     alpha: float = ALPHA,
@@ -199,6 +215,7 @@ def associate_series(
         refusal: Why these arrays cannot tell, a sentence: then nobody is named.
         notes: Further sentences for the answer.
         is_observed: Whether the clamping is only what FP8 would have done.
+        lr: Learning rate of each step, NaN where it is not known: its jumps are a schedule.
         max_lag: As for `associate`, and so are the others.
         shifts: At most so many.
         alpha: Bound on the chance to name anybody without a link.
@@ -232,6 +249,11 @@ def associate_series(
     if not enough:
         evidence = [replace(e, by=None) for e in evidence]
     else:
+        if any(e.by for e in evidence):
+            schedule = read_schedule(response, lr, len(loss))
+            rows = {number: row for row, (number, _, _) in enumerate(names)}
+            doubts = _Doubts(schedule, clamping, response, onsets, weights, max_lag, level)
+            evidence = [doubts.judge(e, rows[e.site]) if e.by else e for e in evidence]
         most = CLEARED * _size(loss, is_relative)
         evidence = [replace(e, cleared=_is_cleared(e, len(onsets), most)) for e in evidence]
     fields: dict[str, Any] = {
@@ -256,6 +278,44 @@ def associate_series(
         notes=list(notes),
     )
     return Association(**fields, alpha=alpha, level=level, sentences=describe(finding))
+
+
+@dataclass(frozen=True)
+class _Doubts:
+    """What judges named sites by the schedule of their run."""
+
+    schedule: Schedule
+    clamping: Clamping
+    response: Response | None
+    onsets: NDArray[np.int64]
+    weights: Weights
+    max_lag: int
+    level: float
+
+    def judge(self, named: SiteEvidence, row: int) -> SiteEvidence:
+        """Return the site by what no schedule explains; unnamed, with the doubt, without such."""
+        order: list[Literal["spikes", "loss"]] = ["spikes", "loss"]
+        if named.by == "loss":
+            order.reverse()
+        doubt = None
+        for by in order:
+            if by != named.by and self._p(by, row) > self.level:
+                continue
+            found = self._doubt(by, row)
+            if found is None:
+                return replace(named, by=by)
+            doubt = doubt or found
+        return replace(named, by=None, doubt=doubt.doubt, period=doubt.period) if doubt else named
+
+    def _p(self, by: Literal["spikes", "loss"], row: int) -> float:
+        own = (self.weights.spikes if by == "spikes" else self.weights.loss)[row, 0]
+        return float(np.mean(self.weights.highest() >= own))
+
+    def _doubt(self, by: Literal["spikes", "loss"], row: int) -> Doubted | None:
+        schedule, clamping, lag = self.schedule, self.clamping, self.max_lag
+        if by == "spikes" or self.response is None:
+            return doubt_spikes(schedule, clamping, row, self.onsets, max_lag=lag, level=self.level)
+        return doubt_loss(schedule, clamping, row, self.response, max_lag=lag)
 
 
 def _fitting_lag(max_lag: int, steps: int) -> int:
@@ -290,6 +350,8 @@ def _verdict(
     """Return the verdict; `power` is None where nobody could be named whatever happened."""
     if any(site.by for site in sites):
         return "named"
+    if any(site.doubt for site in sites):
+        return "cannot tell"
     if can_tell and not sites:
         return "none"
     if power is None:

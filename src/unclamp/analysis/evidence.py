@@ -129,11 +129,11 @@ def _weigh_spikes(
     clamping: Clamping, rows: NDArray[np.int64], moved: NDArray[np.int64], max_lag: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
     first = int(clamping.first_lags[rows[0]])
-    levels = _levels(clamping, rows)
+    levels = clamp_levels(clamping, rows)
     weights = np.zeros((len(rows), moved.shape[1]), dtype=np.float32)
     all_hits = np.zeros((len(rows), moved.shape[1]), dtype=np.int64)
     for last in sorted({min(first + SHORT_LAGS - 1, max_lag), max_lag}):
-        seen = _window_max(levels, first, last)
+        seen = window_max(levels, first, last)
         at = np.stack([seen[:, moved[k]] for k in range(len(moved))])
         for level in range(1, len(TOP_SHARES) + 1):
             hits = (at >= level).sum(axis=0)
@@ -143,7 +143,7 @@ def _weigh_spikes(
     return weights, all_hits[:, 0], all_hits.mean(axis=1)
 
 
-def _levels(clamping: Clamping, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+def clamp_levels(clamping: Clamping, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Return sites by steps: 0 where nothing was clamped, else the highest level reached."""
     levels = np.zeros((len(rows), clamping.length), dtype=np.uint8)
     for row, site in enumerate(rows):
@@ -154,7 +154,7 @@ def _levels(clamping: Clamping, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     return levels
 
 
-def _window_max(levels: NDArray[np.uint8], first: int, last: int) -> NDArray[np.uint8]:
+def window_max(levels: NDArray[np.uint8], first: int, last: int) -> NDArray[np.uint8]:
     """Return at each step the highest level `first` to `last` steps earlier."""
     seen = np.zeros_like(levels)
     for lag in range(first, last + 1):
@@ -192,7 +192,7 @@ def _weigh_loss(
         short = min(int(first) + SHORT_LAGS - 1, max_lag)
         for last in sorted({short, max_lag}):
             news = response.ahead(response.calm_scores(), int(first), last).astype(np.float32)
-            sums = _products(clamping, rows, news, shifts, _score_weights)
+            sums = _products(clamping, rows, news, shifts, score_weights)
             weights[rows] = np.maximum(weights[rows], normal_weights(_standard(sums)))
         news = response.ahead(response.excess, int(first), short).astype(np.float32)
         means = _products(clamping, rows, news, shifts, _mean_weights, every=4)
@@ -223,7 +223,7 @@ def _products(
     return out
 
 
-def _score_weights(errors: NDArray[np.float64]) -> NDArray[np.float32]:
+def score_weights(errors: NDArray[np.float64]) -> NDArray[np.float32]:
     ranks = np.argsort(np.argsort(errors, kind="stable"), kind="stable")
     return (-np.log1p(-(ranks + 0.5) / len(errors))).astype(np.float32)
 
