@@ -41,18 +41,21 @@ class Scheduled:
     lr: Floats
 
 
-def plant_scheduled(seed: int, *, family: str, sites: int = 500, steps: int = 5000) -> Scheduled:
+def plant_scheduled(seed: int, *, family: str, sites: int = 24, steps: int = 5000) -> Scheduled:
     """Return a run in which clamping, loss and spikes follow one schedule, and nothing else.
 
-    A tenth to all of the sites follow it, and their rates change by a factor of up to 20. The loss
-    changes by 1 to 10 %. Spikes are those that are found in the loss; ten more are planted, more
-    of them where the schedule raises the loss.
+    A third of the sites or all follow it, most by a multiple of how often they clamp. The loss
+    changes by 1 to 20 %. Spikes are those that are found in the loss; in half of the runs ten more
+    are planted, more of them where the schedule raises the loss.
     """
     rng = np.random.default_rng([seed, list(FAMILIES).index(family)])
     schedule = FAMILIES[family](rng, steps)
     base = plant(seed, sites=sites, steps=steps, spikes=1)
-    loss = _without_spikes(base) * np.exp(rng.uniform(0.01, 0.1) * schedule.loss)
-    for onset in _onsets(rng, np.exp(rng.uniform(0, 1.5) * schedule.loss)):
+    size = np.exp(rng.uniform(np.log(0.01), np.log(0.2)))
+    loss = _without_spikes(base) * np.exp(size * schedule.loss)
+    for onset in _onsets(
+        rng, int(rng.choice([0, 10])), np.exp(rng.uniform(0, 1.5) * schedule.loss)
+    ):
         length = int(rng.integers(1, 8))
         loss[onset : onset + length] *= 1 + rng.uniform(0.2, 1.5) * np.exp(-np.arange(length) / 3)
     found = find_spikes(loss.tolist())
@@ -74,12 +77,11 @@ def _without_spikes(run: Planted) -> Floats:
     return loss
 
 
-def _onsets(rng: Rng, dense: Floats, count: int = 10) -> list[int]:
+def _onsets(rng: Rng, count: int, dense: Floats) -> list[int]:
+    chance = dense[30:-10] / dense[30:-10].sum()
     onsets: list[int] = []
     while len(onsets) < count:
-        drawn = int(
-            rng.choice(np.arange(30, len(dense) - 10), p=dense[30:-10] / dense[30:-10].sum())
-        )
+        drawn = int(rng.choice(np.arange(30, len(dense) - 10), p=chance))
         if all(abs(drawn - other) > 12 for other in onsets):
             onsets.append(drawn)
     return onsets
@@ -87,10 +89,10 @@ def _onsets(rng: Rng, dense: Floats, count: int = 10) -> list[int]:
 
 def _scheduled_errors(rng: Rng, errors: Floats, effect: Floats) -> Floats:
     """Return the clamping of bursts, and at the sites that follow the schedule that of its own."""
-    follows = rng.random(len(errors)) < rng.uniform(0.1, 1)
+    follows = rng.random(len(errors)) < rng.choice([0.3, 1.0])
     count, steps = int(follows.sum()), errors.shape[1]
-    rates = np.clip(np.exp(rng.normal(np.log(0.01), 1.0, (count, 1))), 5e-4, 0.3)
-    strength = rng.uniform(0.3, 1, (count, 1)) * rng.uniform(0.5, 6)
+    rates = np.clip(np.exp(rng.normal(np.log(0.01), 0.5, (count, 1))), 5e-4, 0.3)
+    strength = rng.uniform(0.7, 1, (count, 1)) * rng.uniform(0.5, 6)
     delays = rng.integers(0, 4, count)
     own = np.stack([np.roll(effect, delay) for delay in delays]) if count else np.empty((0, steps))
     clamps = rng.random((count, steps)) < np.minimum(rates * np.exp(strength * own), 0.95)

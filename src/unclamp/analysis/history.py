@@ -62,19 +62,19 @@ class _Clamped:
     error: NDArray[np.float64]
 
 
+def has_casts(log: RunLog) -> bool:
+    """Return whether a run recorded any cast."""
+    return log.sql("SELECT 1 FROM casts LIMIT 1").num_rows > 0
+
+
 def read_history(log: RunLog) -> History:
     """Read what an association needs.
 
     Raises:
-        AnalysisError: There are no losses, no casts or no sites.
+        AnalysisError: There are no losses or no sites.
         RunLogError: The run cannot be read.
     """
     steps, loss = _read_loss(log)
-    if not log.sql("SELECT 1 FROM casts LIMIT 1").num_rows:
-        raise AnalysisError(
-            f"expected casts in {log.path}, but it has none: it trained without FP8 casts, or "
-            "was stopped before the first were written"
-        )
     sites = log.named_sites()
     if not sites:
         raise AnalysisError(
