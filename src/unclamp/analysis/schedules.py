@@ -118,13 +118,12 @@ def doubt_loss(
     windows = sorted({min(first + SHORT_LAGS - 1, max_lag), max_lag})
     news = [response.ahead(response.calm_scores(), first, last) for last in windows]
     steps, weights = _clamped(clamping, site)
-    plain = max(places_z(each, steps, weights) for each in news)
-    if plain < MIN_PLACES_Z:
-        return Doubted(doubt="few places")
     for period in _periods(schedule, clamping, site):
         left = [each - same_phase(each, period) for each in news]
         if max(places_z(each, steps, weights) for each in left) < MIN_PLACES_Z:
             return Doubted(doubt="period", period=round(period))
+    if max(places_z(each, steps, weights) for each in news) < MIN_PLACES_Z:
+        return Doubted(doubt="few places")
     left = [np.where(schedule.near, 0.0, each) for each in news]
     if max(places_z(each, steps, weights) for each in left) < MIN_PLACES_Z:
         return Doubted(doubt="learning rate")
