@@ -199,7 +199,9 @@ def learning_rate_steps(rng: Rng, steps: int) -> Schedule:
     ages = _ages(np.concatenate([[0], at]), steps)
     loss = _scaled(_relaxed(trend, rng.uniform(1, 30)))
     _, clamping = _answers(rng, trend, ages, later)
-    return Schedule(lr=1e-3 * 0.3**later, loss=loss, clamping=clamping)
+    return Schedule(
+        lr=1e-3 * np.exp(np.log(0.3) * later.astype(np.float64)), loss=loss, clamping=clamping
+    )
 
 
 def sequence_lengths(rng: Rng, steps: int) -> Schedule:
