@@ -129,12 +129,12 @@ class DelayCase:
             term[0] = AGAINST * 8 * USUAL
             term[1 : 1 + AGAINST] = -8 * USUAL
         elif number == self.harm:
-            jump[0], jump[1:9] = 4.0, -0.5
-            term[: 1 + AGAINST, :9] = 0.5 * USUAL
+            jump[:3], jump[3:27] = 4.0, -0.5
+            term[: 1 + AGAINST, :27] = 0.5 * USUAL
 
 
 class Branch(nn.Module):
-    """One layer or two. The rare channel has nothing to say, and no hidden channel 0 is there yet."""
+    """One layer or two, in which the rare channel, and hidden channel 0, say nothing yet."""
 
     def __init__(self, generator: torch.Generator, *, depth: int) -> None:
         super().__init__()
