@@ -12,8 +12,8 @@ in the output, an advantage as in policy gradients. Its gradients cancel unless 
 - "optimizer": one large gradient makes Adam's second moment, and so later steps small. Clamped, it
   leaves them large, and rare tokens that come again and again move the weights far.
 
-Without a path ("none"), the same is done to a branch that leads nowhere, and the spike has another
-cause, or none.
+With another cause of the spike, the rare tokens do not come again, so that what the clamp bent is
+not read; or the same is done to a branch that leads nowhere.
 """
 
 from collections.abc import Iterator
@@ -42,19 +42,26 @@ USUAL = 1.2e-3
 Through = Literal["grad_output", "weight", "optimizer"]
 Batch = dict[str, Tensor]
 
+RATES: dict[Through, dict[int, float]] = {
+    "grad_output": {2: 0.4, 4: 0.2, 6: 0.15, 8: 0.15, 12: 0.1, 16: 0.1},
+    "weight": {2: 0.4, 4: 0.3, 6: 0.2, 8: 0.15, 12: 0.15, 16: 0.1},
+    "optimizer": {4: 0.02, 6: 0.015, 8: 0.01, 12: 0.007, 16: 0.005},
+}
+"""Learning rates by delay: the fewer steps the harm has, the larger."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DelayCase:
     """What is planted: a path of harm, and how many steps later it shows.
 
-    `lr` is the learning rate, `other` a cause that is not clamping; with it the harm
-    is done to a branch whose output is multiplied by zero.
+    `other` is a cause that is not clamping, and `harmed` the branch whose weights are bent: the
+    real one, or one whose output is multiplied by zero.
     """
 
     through: Through = "grad_output"
     delay: int = 8
-    lr: float = 0.2
     other: str = ""
+    harmed: Literal["real", "decoy"] = "real"
     seed: int = 0
     dropout: float = 0.0
     scaling: unclamp.Delayed | unclamp.Static = field(default_factory=unclamp.Delayed)
@@ -66,10 +73,27 @@ class DelayCase:
     @property
     def culprits(self) -> list[SiteName]:
         """The planted sites."""
-        if self.other:
-            return []
+        return [] if self.other else self.suspects
+
+    @property
+    def suspects(self) -> list[SiteName]:
+        """The sites that clamp at the harm, whether that matters at the spike or not."""
         role = "weight" if self.through == "weight" else "grad_output"
-        return [SiteName("real.out", role)]
+        return [SiteName(f"{self.harmed}.out", role)]
+
+    @property
+    def involved(self) -> list[SiteName]:
+        """The planted sites, and one that clamps what the first clamp has spoilt, which protects.
+
+        The smallest set that mends the spike is that of the planted ones alone.
+        """
+        if self.other or self.through != "weight":
+            return self.culprits
+        return [*self.culprits, SiteName(f"{self.harmed}.before", "grad_output")]
+
+    @property
+    def spike(self) -> int:
+        return SPIKE
 
     @property
     def recipe(self) -> unclamp.Recipe:
@@ -77,12 +101,13 @@ class DelayCase:
 
     def build(self, recipe: unclamp.Recipe | None = None) -> Training:
         torch.manual_seed(self.seed)
+        rate = RATES[self.through][self.delay]
         model = Branches(self)
         unclamp.convert(model, recipe or self.recipe)
         if self.through == "optimizer":
-            optimizer: Any = torch.optim.Adam(model.parameters(), lr=self.lr)
+            optimizer: Any = torch.optim.Adam(model.parameters(), lr=rate)
         else:
-            optimizer = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9)
+            optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
         return Training(model=model, optimizer=optimizer)
 
     def step(self, training: Training, batch: Batch) -> Tensor:
@@ -162,7 +187,7 @@ class Branches(nn.Module):
         depth = 2 if case.through == "weight" else 1
         self.real, self.decoy = (Branch(generator, depth=depth) for _ in range(2))
         self.drop = nn.Dropout(case.dropout)
-        self.harmed = "decoy" if case.other else "real"
+        self.harmed = case.harmed
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output, and that of the branch that is harmed."""

@@ -61,6 +61,10 @@ class Case:
         ]
 
     @property
+    def spike(self) -> int:
+        return SPIKE
+
+    @property
     def recipe(self) -> unclamp.Recipe:
         return unclamp.Recipe.uniform(self.scaling)
 
@@ -178,6 +182,8 @@ class AnyCase(Protocol):
     def culprits(self) -> list[SiteName]: ...
     @property
     def scaling(self) -> unclamp.Delayed | unclamp.Static: ...
+    @property
+    def spike(self) -> int: ...
     def build(self, recipe: unclamp.Recipe | None = None) -> Training: ...
     def step(self, training: Training, batch: Batch) -> Tensor: ...
     def batches(self) -> Iterator[Batch]: ...
