@@ -88,12 +88,12 @@ def test_a_negative_answer_says_what_was_not_replayed(tmp_path: Path) -> None:
     assert horizon is not None
     assert (horizon.stop, horizon.is_open) == ("no older snapshot", True)
     assert horizon.clamped is not None
-    assert horizon.clamped.last == GRADIENT.harm
+    assert horizon.clamped.hardest == GRADIENT.harm
     assert horizon.clamped.sites[0] == GRADIENT.culprits[0]
     words = found.words()
     assert "from step 56 on clamping is not the cause." in words
     assert "Steps before 56 were not replayed: there is no older snapshot" in words
-    assert f"step {GRADIENT.harm} (real.out grad_output)" in words
+    assert f"largest clamp error at step {GRADIENT.harm} (real.out grad_output)" in words
 
 
 def test_where_nothing_clamped_before_nothing_older_is_asked(tmp_path: Path) -> None:
@@ -129,9 +129,8 @@ def test_what_the_log_says_was_clamped_is_what_was_clamped(tmp_path: Path) -> No
     found = clamped_before(tmp_path / "run", 56)
     assert found.steps == len({row["step"] for row in rows})
     assert found.last == max(row["step"] for row in rows)
-    last = [names[row["site"]] for row in rows if row["step"] == found.last]
-    assert set(found.sites[: len(last)]) == set(last)
-    assert found.last_sites == len(last)
+    hardest = max(rows, key=lambda row: row["saturated_error"])
+    assert (found.hardest, found.sites[0]) == (hardest["step"], names[hardest["site"]])
     assert set(found.sites) == {names[row["site"]] for row in rows}
     assert found.is_complete
 
@@ -248,15 +247,15 @@ class LateSpike(Case):
         (Horizon(asked=(Asked(step=9, steps=3, removed=0.0),), clamped=Clamped(), stop="budget"),
          "The log shows nothing clamped before."),
         (Horizon(asked=(Asked(step=9, steps=3, removed=0.0),), stop="budget", clamped=Clamped(
-            steps=1, last=4, sites=(SiteName("a", "input"),), last_sites=1)),
+            steps=1, last=4, hardest=4, sites=(SiteName("a", "input"),))),
          "Steps before 9 were not replayed: the budget of replays was spent. The log shows "
          "clamped elements before, at step 4 (a input)."),
         (Horizon(asked=(Asked(step=9, steps=3, removed=0.0),), stop="scaling changed",
-                 clamped=Clamped(steps=1200, last=4, sites=(SiteName("a", "input"),
-                                 SiteName("b", "weight"), SiteName("c", "weight")), last_sites=3)),
+                 clamped=Clamped(steps=1200, last=4, hardest=2, is_complete=False,
+                                 sites=(SiteName("a", "input"), SiteName("b", "weight")))),
          "Steps before 9 were not replayed: the next older snapshot was taken under another "
-         "scaling. The log shows clamped elements in 1,200 steps before, the last of them step 4 "
-         "(a input, b weight and 1 more)."),
+         "scaling. The log, which lacks the casts of many steps, shows clamped elements in 1,200 "
+         "steps before, the last of them step 4, and the largest clamp error at step 2 (a input)."),
     ],
 )  # fmt: skip
 def test_what_lies_before_is_said(horizon: Horizon, said: str) -> None:

@@ -45,7 +45,7 @@ Batch = dict[str, Tensor]
 RATES: dict[Through, dict[int, float]] = {
     "grad_output": {2: 0.4, 4: 0.2, 6: 0.15, 8: 0.15, 12: 0.1, 16: 0.1},
     "weight": {2: 0.4, 4: 0.3, 6: 0.2, 8: 0.15, 12: 0.15, 16: 0.1},
-    "optimizer": {4: 0.02, 6: 0.015, 8: 0.01, 12: 0.007, 16: 0.005},
+    "optimizer": {4: 0.03, 6: 0.015, 8: 0.01, 12: 0.007, 16: 0.005},
 }
 """Learning rates by delay: the fewer steps the harm has, the larger."""
 

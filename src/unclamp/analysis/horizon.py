@@ -31,7 +31,6 @@ _REASONS = {
     "scaling changed": "the next older snapshot was taken under another scaling",
     "unreadable": "the next older snapshot could not be used",
 }
-SHOWN_SITES = 2
 LISTED_SITES = 8
 
 
@@ -42,16 +41,16 @@ class Clamped:
     Attributes:
         steps: How many steps had clamped elements.
         last: The last of them; None for none.
-        sites: The sites, the latest first, then by number of steps; the first of many.
-        last_sites: How many sites clamped in the last step.
+        hardest: The step of the cast with the largest clamp error; None for none.
+        sites: The sites, that cast's first, by their largest clamp error; the first of many.
         is_complete: Whether the log holds every step in which anything clamped; not so where only
             every n-th step's casts were recorded.
     """
 
     steps: int = 0
     last: int | None = None
+    hardest: int | None = None
     sites: tuple[SiteName, ...] = ()
-    last_sites: int = 0
     is_complete: bool = True
 
     @classmethod
@@ -66,8 +65,8 @@ class Clamped:
         return cls(
             steps=read.whole("steps"),
             last=read.maybe_whole("last"),
+            hardest=read.maybe_whole("hardest"),
             sites=tuple(SiteName(s.text("fqn"), s.choice("role", ROLES)) for s in sites),
-            last_sites=read.whole("last_sites"),
             is_complete=bool(read.maybe_flag("is_complete")),
         )
 
@@ -76,14 +75,12 @@ class Clamped:
         where = "The log" if self.is_complete else "The log, which lacks the casts of many steps,"
         if self.last is None:
             return f"{where} shows nothing clamped before."
-        shown = ", ".join(map(str, self.sites[: min(SHOWN_SITES, self.last_sites)]))
-        more = self.last_sites - SHOWN_SITES
-        shown += f" and {more} more" if more > 0 else ""
+        site = f" ({self.sites[0]})" if self.sites else ""
         if self.steps == 1:
-            return f"{where} shows clamped elements before, at step {self.last} ({shown})."
+            return f"{where} shows clamped elements before, at step {self.last}{site}."
         return (
-            f"{where} shows clamped elements in {self.steps:,} steps before, the last of them "
-            f"step {self.last} ({shown})."
+            f"{where} shows clamped elements in {self.steps:,} steps before, the last of them step "
+            f"{self.last}, and the largest clamp error at step {self.hardest}{site}."
         )
 
 
@@ -187,22 +184,21 @@ def clamped_before(run: Path, step: int) -> Clamped:
     with RunLog.open(run) as log:
         cadence = log.header.cadence
         rows = log.sql(
-            "SELECT fqn, role, max(step) AS last, count(DISTINCT step) AS steps FROM casts "
+            "SELECT fqn, role, max(step) AS last, max(saturated_error) AS error, "
+            "arg_max(step, saturated_error) AS hardest FROM casts "
             "JOIN (SELECT DISTINCT site, rank, fqn, role FROM sites) USING (site, rank) "
-            "WHERE saturated > 0 AND step < $step GROUP BY ALL "
-            "ORDER BY last DESC, steps DESC, fqn, role",
+            "WHERE saturated > 0 AND step < $step GROUP BY ALL ORDER BY error DESC, fqn, role",
             step=step,
         ).to_pylist()
         (total,) = log.sql(
             "SELECT count(DISTINCT step) AS steps FROM casts WHERE saturated > 0 AND step < $step",
             step=step,
         ).to_pylist()
-    last = rows[0]["last"] if rows else None
     sites = [SiteName.from_dict({"fqn": row["fqn"], "role": row["role"]}) for row in rows]
     return Clamped(
         steps=total["steps"],
-        last=last,
+        last=max((row["last"] for row in rows), default=None),
+        hardest=rows[0]["hardest"] if rows else None,
         sites=tuple(sites[:LISTED_SITES]),
-        last_sites=sum(row["last"] == last for row in rows),
         is_complete=cadence is None or cadence.casts.or_clamped or not cadence.is_sparse,
     )
