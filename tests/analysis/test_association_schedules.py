@@ -104,7 +104,9 @@ def test_a_period_is_found(period: float) -> None:
 def test_series_without_a_period_rarely_have_one() -> None:
     rng = np.random.default_rng(1)
     noise = sum(find_repeat(rng.standard_normal(2000)) is not None for _ in range(60))
-    clamps = sum(find_repeat(1.0 * (rng.random(2000) < 0.02)) is not None for _ in range(60))
+    clamps = sum(
+        find_repeat((rng.random(2000) < 0.02).astype(np.float64)) is not None for _ in range(60)
+    )
     assert noise + clamps <= 10
     assert find_repeat(np.ones(2000)) is None
     assert find_repeat(rng.standard_normal(8)) is None
