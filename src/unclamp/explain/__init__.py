@@ -6,9 +6,10 @@ puts back a state, `facts` says what must be alike for a replay.
 
 Afterwards: `entry` chooses spike, snapshot and code, and `chain` finds the snapshots that lead up
 to it; `investigate` asks the questions in order from a `start`, and `backwards` asks again from
-further back; `replay` does the steps again, `game` keeps the answers, `screening`, `attribution`, `shapley` and
-`smallest` share the spike out among `players`, within `limits`; `findings` writes the answer so
-far; `mend` makes the recommended override. The answer itself is `unclamp.analysis.explanation`.
+further back; `replay` does the steps again, `game` keeps the answers, `screening`, `attribution`,
+`shapley` and `smallest` share the spike out among `players`, within `limits`; `findings` writes the
+answer so far; `mend` makes the recommended override. The answer itself is
+`unclamp.analysis.explanation`, and how far back it reaches `unclamp.analysis.horizon`.
 """
 
 from unclamp.analysis.counterfactual import SiteShare
