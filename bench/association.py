@@ -3,8 +3,8 @@
 Run by itself, `python -m bench.association [runs] [first seed]`: the rates take minutes.
 """
 
+import argparse
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -110,6 +110,9 @@ def measure() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m bench.association", description=__doc__)
+    parser.add_argument("runs", type=int, nargs="?", default=200, help="runs of each family")
+    parser.add_argument("first_seed", type=int, nargs="?", default=FIRST_SEED, help="of the runs")
+    options = parser.parse_args()
     measure()
-    runs, first_seed, *_ = [*map(int, sys.argv[1:]), *(200, FIRST_SEED)[len(sys.argv) - 1 :]]
-    tabulate(runs, first_seed)
+    tabulate(options.runs, options.first_seed)

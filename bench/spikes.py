@@ -3,6 +3,7 @@
 `python -m bench.spikes` prints the tables of docs/spikes.md, in about a minute on one core.
 """
 
+import argparse
 import time
 
 import numpy as np
@@ -102,4 +103,5 @@ def _print_speed(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.spikes", description=__doc__).parse_args()
     measure()

@@ -60,7 +60,7 @@ def test_the_culprit_of_a_run_is_named_in_words_table_and_json(tmp_path: Path) -
     run = write_run(tmp_path / "run")
     done = unclamp("associate", run)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("- Evidence at 1 site: 6 spikes in 400 steps")
+    assert done.stdout.startswith("- Evidence at 1 site: 6 spikes of the loss in 400 steps")
     assert "* layers.0.down_proj input" in done.stdout
     assert "* named (p at most 0.02)." in done.stdout
     assert "31.0 dB" in done.stdout.replace("\n", " ")

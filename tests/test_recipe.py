@@ -250,7 +250,7 @@ def test_a_rule_with_an_unknown_format_is_refused():
         Recipe().override("a", input_format="e5m3")
 
 
-@pytest.mark.parametrize("scaling", ["dynamic", Dynamic, None, {"scaling": "dynamic"}])
+@pytest.mark.parametrize("scaling", [3, Dynamic, None, {"scaling": "dynamic"}])
 def test_what_is_no_scaling_object_is_refused(scaling):
     with pytest.raises(RecipeError, match="expected a scaling such as"):
         Recipe(input=scaling)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from unclamp import Fp8Linear, Recipe, convert, revert
+from unclamp import Fp8Linear, Recipe, UnclampWarning, convert, revert
 from unclamp.nn import Converted, find_ledgers
 
 
@@ -89,7 +89,8 @@ def test_a_layer_that_was_parametrized_since_is_reverted_and_stays_parametrized(
 def test_a_layer_that_is_parametrized_already_is_left_alone_and_says_why() -> None:
     layer = nn.Linear(4, 3)
     parametrize.register_parametrization(layer, "weight", Doubling())
-    assert "convert it first" in convert(layer, Recipe()).skipped[""]
+    with pytest.warns(UnclampWarning, match="no layer is in FP8"):
+        assert "convert it first" in convert(layer, Recipe()).skipped[""]
     parametrize.remove_parametrizations(layer, "weight")
     assert list(convert(layer, Recipe()).converted) == [""]
 
@@ -135,6 +136,7 @@ def test_converted_layers_are_copied_and_pickled(made: type[nn.Linear]) -> None:
 def test_a_weight_that_is_a_tensor_subclass_is_left_alone_and_says_why() -> None:
     layer = nn.Linear(4, 3)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Wrapped))
-    report = convert(layer, Recipe())
+    with pytest.warns(UnclampWarning, match="no layer is in FP8"):
+        report = convert(layer, Recipe())
     assert report.converted == {}
     assert "Wrapped" in report.skipped[""]

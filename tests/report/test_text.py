@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from truths.runs import write_large, write_planted
 from unclamp.cli import app
+from unclamp.errors import UnclampWarning
 from unclamp.formats import FORMATS
 from unclamp.report import build_view
 from unclamp.report.text import print_view
@@ -83,7 +84,8 @@ def test_an_interrupted_study_says_what_is_missing_and_averages_finished_runs_on
     arms = {arm.name: arm for arm in view.scenarios[0].arms}
     assert (arms["delayed"].seeds, arms["delayed"].unfinished) == (2, 1)
     assert arms["delayed"].final_loss == arms["dynamic"].final_loss
-    assert arms["delayed"].final_loss_spread is None
+    assert arms["delayed"].final_gap is not None
+    assert arms["delayed"].final_gap.pairs == 1
     assert arms["delayed"].casts == 60
     assert max(map(len, printed(study).splitlines())) <= 80
 
@@ -102,6 +104,24 @@ def test_a_damaged_run_is_named_and_does_not_hide_the_others(tmp_path: Path) -> 
                 write_planted(study / scenario / arm / f"seed-{seed}", steps=20)
     (part,) = (study / "text" / "delayed" / "seed-1" / "casts").glob("*.parquet")
     part.write_bytes(b"damaged")
+    with pytest.warns(UnclampWarning, match="is damaged and left out"):
+        view = build_view(study)
+    (note,) = view.notes
+    assert note.startswith(f"text/delayed/seed-1: casts/{part.name} is damaged and left out: rows")
+    arms = {arm.name: arm for arm in view.scenarios[0].arms}
+    assert (arms["delayed"].seeds, arms["dynamic"].seeds) == (2, 2)
+
+
+def test_a_run_whose_header_is_damaged_is_named_and_does_not_hide_the_others(
+    tmp_path: Path,
+) -> None:
+    study = write_small_study(tmp_path / "study")
+    for arm in ("dynamic", "delayed"):
+        for seed in (0, 1):
+            write_planted(study / "text" / arm / f"seed-{seed}", steps=20)
+            write_planted(study / "outlier" / arm / f"seed-{seed}", steps=20)
+    header = study / "text" / "delayed" / "seed-1" / "run.json"
+    header.write_text(header.read_text().replace('"status": "finished"', '"status": "odd"'))
     view = build_view(study)
     (note,) = view.notes
     assert note.startswith("text/delayed/seed-1 cannot be read:")

@@ -25,6 +25,7 @@ from unclamp.analysis.spikes import Spike, find_spikes
 from unclamp.errors import AnalysisError
 from unclamp.files import strict
 from unclamp.runlog import RunLog
+from unclamp.shown import Shown
 
 MAX_LAG = 8
 SHIFTS = 501
@@ -82,8 +83,8 @@ class SiteEvidence:
     cleared: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Association:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Association(Shown):
     """Whether clamping goes with spikes or a raised loss in one run.
 
     Attributes:
@@ -122,6 +123,9 @@ class Association:
     is_relative: bool
     is_observed: bool
     sentences: list[str]
+
+    def __str__(self) -> str:
+        return "\n".join(f"- {sentence}" for sentence in self.sentences)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data, ready for strict JSON: None for what is not finite."""

@@ -89,7 +89,7 @@ def read_csv_file(path: Path) -> Recorded:
     Commas, tabs or semicolons separate cells. Empty cells, NA, null and None are missing.
 
     Raises:
-        AnalysisError: No header, or a step that is no whole number.
+        AnalysisError: No header, no rows, or a step that is no whole number.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
@@ -105,6 +105,11 @@ def read_csv_file(path: Path) -> Recorded:
         raise AnalysisError(
             f"expected the first line of {path} to name the columns, such as 'step,loss', "
             f"got {header.strip()[:60]!r}"
+        )
+    if not rows:
+        raise AnalysisError(
+            f"expected rows under the header of {path}, which names the columns "
+            f"{', '.join(map(repr, names))}, found none: nothing was recorded in it"
         )
     table = {
         name: [row[i] if i < len(row) and row[i].strip().lower() not in _MISSING else None

@@ -22,8 +22,8 @@ from unclamp.analysis.curve_files import (
     to_number,
 )
 from unclamp.analysis.event_files import read_event_files
-from unclamp.errors import AnalysisError
-from unclamp.runlog import RunLog, is_run
+from unclamp.errors import AnalysisError, did_you_mean
+from unclamp.runlog import RunLog, find_runs, is_run
 
 SERIES = ("loss", "grad_norm")
 SERIES_NAMES = {
@@ -85,7 +85,10 @@ def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Cu
         if (found := column if name == "loss" and column else _choose(recorded, name)) is not None
     }
     if column is not None and column not in recorded.columns:
-        raise AnalysisError(f"{path} has no column {column!r}; it has {_listed(recorded.columns)}")
+        hint = did_you_mean(column, recorded.columns)
+        raise AnalysisError(
+            f"{path} has no column {column!r}; it has {_listed(recorded.columns)}{hint}"
+        )
     if not chosen:
         raise AnalysisError(
             f"{path} has no column that is called like a loss; name one with --column: "
@@ -124,6 +127,7 @@ def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
         if column not in known:
             raise AnalysisError(
                 f"{log.path} has no scalar {column!r}; it has {_listed([*SERIES, *sorted(known)])}"
+                f"{did_you_mean(column, [*SERIES, *known])}"
             )
         values["loss"] = [row.get(column) for row in scalars]
     elif column == "grad_norm":
@@ -174,8 +178,8 @@ def _read_folder(path: Path) -> Recorded:
         )
     if events:
         return read_event_files(events[0])
-    if (path / "study.json").is_file():
-        RunLog.open(path)  # raises, and names the runs in the study
+    if (path / "study.json").is_file() or find_runs(path):
+        RunLog.open(path)  # raises, and names the runs in it
     raise AnalysisError(
         f"{path} holds no run log, trainer_state.json or TensorBoard events; "
         "give a run's folder, or a CSV or JSON file"

@@ -14,6 +14,7 @@ from unclamp.analysis.horizon import Horizon
 from unclamp.analysis.reading import Reading
 from unclamp.analysis.spikes import SpikeKind
 from unclamp.names import SiteName
+from unclamp.shown import Shown
 
 Verdict = Literal["clamping", "partly clamping", "not clamping", "not reproduced", "unknown"]
 Status = Literal["running", "finished", "interrupted"]
@@ -27,8 +28,8 @@ LEAST_SHARE = 0.0005
 """Smaller shares of a spike are noise of the arithmetic, and are written as 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Explanation(Shown):
     """The answer so far; `status` says whether it is whole.
 
     Attributes:
@@ -174,6 +175,12 @@ class Explanation:
         if self.status == "interrupted":
             parts.append("Interrupted: this is the answer so far; the same command goes on.")
         return " ".join(parts)
+
+    def __str__(self) -> str:
+        if self.override is None:
+            return f"{self.verdict}\n{self.words()}"
+        where = "To paste, at the head of the recipe's overrides:"
+        return f"{self.verdict}\n{self.words()}\n\n{where}\n{self.override.toml}".rstrip()
 
     def _height(self) -> str:
         if self.kind == "nonfinite":

@@ -95,13 +95,17 @@ def _answer_without_sites(finding: Finding) -> str:
     if finding.refusal is not None:
         return f"Cannot tell: {finding.refusal}"
     nothing = "FP8 would have clamped nothing" if finding.is_observed else "Nothing was clamped"
-    said = f"{nothing} at any of the {finding.all_sites} sites"
-    return f"{said} in the {finding.steps:,} steps with a loss." if finding.notes else f"{said}."
+    said = f"{nothing} at any of the {_count(finding.all_sites, 'site')}"
+    return (
+        f"{said} in the {_count(finding.steps, 'step')} with a loss."
+        if finding.notes
+        else f"{said}."
+    )
 
 
 def _answer(finding: Finding) -> str:
-    asked = f"{_count(finding.spikes, 'spike')} in {finding.steps:,} steps"
-    clamped = f"{len(finding.sites)} of {finding.all_sites} sites {_clamped(finding)}"
+    asked = f"{_count(finding.spikes, 'spike')} of the loss in {_count(finding.steps, 'step')}"
+    clamped = f"{len(finding.sites)} of {_count(finding.all_sites, 'site')} {_clamped(finding)}"
     if finding.verdict == "cannot tell":
         return f"Cannot tell: {asked}; {clamped}. {_why_not(finding)}"
     if finding.verdict == "none":
@@ -218,7 +222,7 @@ def _power(finding: Finding) -> list[str]:
     said = []
     if finding.spikes == 0:
         said.append(
-            "There were no spikes: only whether the loss is raised after clamping was asked."
+            "There were no spikes of the loss: only whether it is raised after clamping was asked."
         )
     elif finding.spikes_needed is None:
         said.append(
@@ -258,15 +262,15 @@ def _caution(finding: Finding) -> str:
     )
     least = ""
     if noisy:
-        least = "; by sqnr_db " + ", ".join(
+        least = "; by SQNR " + ", ".join(
             f"{s.fqn} {s.role} ({s.sqnr_db:.1f} dB)" for s in noisy[:WORST]
         )
     if finding.is_observed:
         return f"Worst by the mean clamp error that FP8 would have made: {listed}{least}."
     return (
         "Clamping can also do harm that the training loss does not show (arXiv 2605.26189): look "
-        "at the columns saturated_error and sqnr_db of `casts`; worst by mean clamp error: "
-        f"{listed}{least}."
+        "at clamp error and SQNR (columns saturated_error and sqnr_db of `casts`); worst by mean "
+        f"clamp error: {listed}{least}."
     )
 
 

@@ -23,7 +23,7 @@ from unclamp.analysis.definitions import (
     judge_zclip,
 )
 from unclamp.analysis.robust import THRESHOLD, judge_robust
-from unclamp.errors import AnalysisError
+from unclamp.errors import AnalysisError, did_you_mean
 from unclamp.files import strict
 from unclamp.runlog import RunLog
 
@@ -226,7 +226,8 @@ def smallest_height(
 
 def _judge(numbers: np.ndarray, method: str, threshold: float | None) -> Judged:
     if method not in DEFINITIONS:
-        raise AnalysisError(f"expected a method of {list(DEFINITIONS)}, got {method!r}")
+        hint = did_you_mean(method, DEFINITIONS)
+        raise AnalysisError(f"expected a method of {list(DEFINITIONS)}, got {method!r}{hint}")
     definition = DEFINITIONS[method]
     if threshold is None:
         threshold = definition.threshold

@@ -67,10 +67,14 @@ class Ledger:
         layers: The layers that have views of the tensors.
         gone: Sites whose modules are no longer in the model, when it was last looked at.
         share: With whom the newest amaxes are agreed on, in each update; None: with nobody.
+        unmatched: Rules and skip globs that decided nothing in the conversion, and why.
+        kept: Layers that another recipe than the last one made.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.recipe: Recipe | None = None
+        self.unmatched: dict[str, str] = {}
+        self.kept: list[str] = []
         self.updates = 0
         self.layers: Alive[Bound] = Alive()
         self.observes = False
@@ -369,6 +373,7 @@ class Ledger:
         twin = Ledger(memo.get(id(self._clock.model)))
         memo[id(self)] = twin
         twin.recipe, twin.updates, twin.observes = self.recipe, self.count(), self.observes
+        twin.unmatched, twin.kept = dict(self.unmatched), list(self.kept)
         twin._allocate(
             Layout.of(list(self.sites), device=self.scale.device, remembered=self.layout.remembered)
         )
@@ -386,7 +391,7 @@ class Ledger:
         return {**state, "_clean_version": self.has_pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"unmatched": {}, "kept": []} | state)
         self.layers = Alive()
         self._mark(pending=state["_clean_version"])
         follow_optimizers(self)

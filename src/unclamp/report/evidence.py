@@ -28,6 +28,14 @@ CAUTION = (
     "table of sites for that."
 )
 
+"""Said only where something was clamped."""
+NOTHING_TO_ASK: dict[str, Any] = {
+    "verdict": "cannot tell",
+    "sentences": ["No cast was recorded, so there is no clamping that spikes could have followed."],
+    "sites": [],
+}
+"""What stands in place of an association in a run without casts."""
+
 
 def read_association(log: RunLog) -> dict[str, Any]:
     """Return `Association.to_dict()` of a run.
@@ -38,6 +46,19 @@ def read_association(log: RunLog) -> dict[str, Any]:
         return associate(log).to_dict()
     except AnalysisError as error:
         return {"verdict": "cannot tell", "sentences": [str(error)], "sites": []}
+
+
+def caution_of(association: Mapping[str, Any] | None, *, clamped: bool) -> str | None:
+    """Return the caution about harm that no spike shows; None where there can be no such harm.
+
+    Args:
+        association: Whose own caution is taken, since it names sites.
+        clamped: Whether the run clamped anything.
+    """
+    found = association or {}
+    if not clamped or found.get("is_observed"):
+        return None
+    return next((said for said in found.get("sentences", []) if PAPER in said), CAUTION)
 
 
 def named_sites(association: Mapping[str, Any] | None) -> list[SiteName]:

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
+from unclamp.errors import RunLogError
 from unclamp.runlog import RunLog, Status
 
 QUIET_S = 60.0
@@ -38,7 +40,17 @@ def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
         f"Not all of it is in the log: rank {rank} could not write {what}."
         for rank, what in log.missing.items()
     ]
-    return notes + ([OBSERVED] if header.observed else [])
+    notes += [f"{part}." for part in log.damaged]
+    return notes + ([OBSERVED] if header.observed else []) + list(dict.fromkeys(header.notes))
+
+
+def damage_notes(runs: Mapping[str, Path]) -> list[str]:
+    """Return which parts of a study's runs cannot be read and are left out."""
+    notes = []
+    for name, path in runs.items():
+        with suppress(RunLogError), RunLog.open(path) as log:
+            notes += [f"{name}: {part}." for part in log.damaged]
+    return notes
 
 
 def study_notes(status: str, runs: Mapping[str, str]) -> list[str]:

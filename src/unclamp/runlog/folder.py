@@ -77,6 +77,15 @@ def read_missing(path: Path) -> dict[int, str]:
     return {rank: text for rank, text in sorted(noted.items()) if text}
 
 
+def read_claims(path: Path) -> list[dict[str, Any]]:
+    """Return what the claims of a run say; those that cannot be read are left out."""
+    found = []
+    for file in _claims(path).values():
+        with suppress(OSError, ValueError):
+            found.append(read_json(file))
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file `path`.
 
@@ -171,7 +180,10 @@ def _in_use(path: Path, rank: int) -> RunLogError:
     with suppress(OSError, ValueError):
         claim = read_json(claim_path(path, rank))
         writer = f", begun by process {claim.get('process')} on {claim.get('host')}"
-    return RunLogError(f"{path} already holds a run{writer}; name a new folder, runs never mix")
+    return RunLogError(
+        f"{path} already holds a run{writer}, and runs never mix: name a new folder; or replace "
+        f'that run with overwrite=True; or have the folders numbered with {{n}}, "{path}-{{n}}"'
+    )
 
 
 def _to_json(header: Header) -> bytes:

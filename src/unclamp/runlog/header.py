@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from unclamp.errors import RunLogError
+from unclamp.errors import RunLogError, did_you_mean
 from unclamp.runlog import schema_1
 from unclamp.runlog.cadence import Cadence
 
@@ -79,7 +79,10 @@ class Header:
         if missing:
             raise RunLogError(f"its header lacks {missing}; was {RUN_FILE} edited by hand?")
         if data["status"] not in get_args(Status):
-            raise RunLogError(f"status must be one of {get_args(Status)}, got {data['status']!r}")
+            hint = did_you_mean(data["status"], get_args(Status))
+            raise RunLogError(
+                f"status must be one of {get_args(Status)}, got {data['status']!r}{hint}"
+            )
         given: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
         given["cadence"] = Cadence.from_dict(given["cadence"])
         return cls(**given)

@@ -21,9 +21,10 @@ from typing import Self, get_args
 
 import pyarrow as pa
 
-from unclamp.errors import RunLogError, UnclampWarning
+from unclamp.errors import RunLogError, UnclampWarning, did_you_mean
+from unclamp.runlog.beginning import begin_run
 from unclamp.runlog.compactor import Compactor, Part
-from unclamp.runlog.folder import create_run, write_header, write_missing
+from unclamp.runlog.folder import write_header, write_missing
 from unclamp.runlog.header import RUN_FILE, Header, Status
 from unclamp.runlog.parts import PartName, write_part
 from unclamp.runlog.schema import TABLES, Columns, schema_of, to_arrow
@@ -49,8 +50,12 @@ class RunLogWriter:
         header: Header,
         rank: int = 0,
         flush_interval_s: float = 2.0,
+        overwrite: bool = False,
     ) -> None:
         """Create the run, or join it when `rank` is not 0.
+
+        With "{n}" in `path` the folder gets the first free number; `self.path` is the real one.
+        Where `overwrite`, a run that is there is replaced (`unclamp.runlog.beginning`).
 
         Raises:
             RunLogError: `path` is a file, is being written, holds another run or something else,
@@ -61,7 +66,6 @@ class RunLogWriter:
             raise RunLogError(f"rank must be in 0..{header.world_size - 1}, got {rank}")
         if not flush_interval_s > 0:
             raise RunLogError(f"flush_interval_s must be above 0, got {flush_interval_s}")
-        self.path = Path(path)
         self.rank = rank
         self._header = replace(header, status="running")
         self._failure: BaseException | None = None
@@ -69,7 +73,7 @@ class RunLogWriter:
         self._warned = False
         self._closing = self._closed = False
         self._process = os.getpid()  # a fork inherits the writer and its exit hook, not the thread
-        create_run(self.path, rank=rank, header=self._header)
+        self.path = begin_run(Path(path), rank=rank, header=self._header, overwrite=overwrite)
         self._compactor = Compactor(self.path)
         self._parts = _Parts(self.path, rank, self._compactor)
         self._worker = Worker(
@@ -134,7 +138,8 @@ class RunLogWriter:
             RunLogError: there is no such status.
         """
         if status not in get_args(Status):
-            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}")
+            hint = did_you_mean(status, get_args(Status))
+            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}{hint}")
         if self._closed or os.getpid() != self._process:
             return
         self._mind_the_thread()

@@ -1,0 +1,376 @@
+"""What a study's figures answer, in a few sentences that come first. Computed; torch-free.
+
+A claim needs an interval over seeds: one seed is reported as seen, and nothing is claimed of it.
+An arm is called hurt where its loss at planted steps is above the baseline's by more than 5 %
+with the whole of its interval, and not hurt where the whole interval stays below that. The figures
+behind each sentence are in `arms`.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from unclamp.analysis.paired import PairedDifference
+from unclamp.report.arms import BASELINE, HURT, ArmView, ScenarioView
+from unclamp.written import counted, listed, percent, signed, times
+
+MOST_NOTES = 4
+_BAR = math.log(HURT)
+
+
+def study_verdict(scenarios: Sequence[ScenarioView], *, is_whole: bool = True) -> list[str]:
+    """Return what a study shows, the answer first, and what it cannot show.
+
+    Args:
+        scenarios: In the order in which they are to be told.
+        is_whole: Whether every run of the study is finished.
+    """
+    if not scenarios:
+        return ["Nothing can be said yet: no run has recorded anything."]
+    said = [] if is_whole else ["So far, with the runs and steps that there are:"]
+    made = _intervals(scenarios)
+    for scenario in scenarios:
+        said += _scenario(scenario, made)
+    return said + _counted_together(scenarios, made) + _mind(scenarios)
+
+
+def _scenario(scenario: ScenarioView, made: int) -> list[str]:
+    where = f"scenario {scenario.name}"
+    if not any(arm.name == BASELINE for arm in scenario.arms) or len(scenario.arms) == 1:
+        return [_alone(scenario, where), *_diverged(scenario)]
+    planted = _at_planted(scenario, where, made)
+    return [*_diverged(scenario), *planted, *_final(scenario, where, made)]
+
+
+def _alone(scenario: ScenarioView, where: str) -> str:
+    """Say what was seen of arms that nothing can be compared with."""
+    if len(scenario.arms) == 1:
+        why = f"There is one arm only in {where}, so it cannot be compared with another"
+    else:
+        why = (
+            f"There is no arm {BASELINE} in {where}, with which arms are compared, so none can be "
+            "called better or worse"
+        )
+    return f"{why}. Seen: {'; '.join(map(_seen_alone, scenario.arms))}."
+
+
+def _seen_alone(arm: ArmView) -> str:
+    spikes = counted(
+        arm.planted_spikes + arm.other_spikes, "spike of the loss", "spikes of the loss"
+    )
+    clamped = "nothing clamped"
+    if arm.precision != "FP8":
+        clamped = "no FP8"
+    elif arm.saturated:
+        clamped = f"{counted(arm.saturated, 'element')} clamped a run{arm.extent}"
+    return f"{arm.name}: {spikes}, {clamped}"
+
+
+def _diverged(scenario: ScenarioView) -> list[str]:
+    return [
+        f"The loss of {arm.name} is not finite with {arm.nonfinite_seeds} of "
+        f"{counted(arm.seeds, 'seed')} (scenario {scenario.name}), so of how far it differs from "
+        "other arms nothing can be said."
+        for arm in scenario.arms
+        if arm.nonfinite_seeds
+    ]
+
+
+# At planted steps ---------------------------------------------------------------------------------
+def _at_planted(scenario: ScenarioView, where: str, made: int) -> list[str]:
+    if not scenario.planted:
+        return []
+    steps = counted(len(scenario.planted), "planted step")
+    found = [arm for arm in scenario.arms if arm.planted_log_ratio is not None]
+    finite = [arm for arm in found if math.isfinite(_mean(arm))]
+    if not finite:
+        return [] if found else [f"No loss was recorded at the {steps} of {where}."]
+    if all(_pairs(arm) == 1 for arm in finite):
+        return [_one_seed(finite, steps, where), *_without_fp8(scenario)]
+    hurt = [arm for arm in _worst_first(finite) if arm.precision == "FP8" and _is_hurt(arm, made)]
+    said = [_hurt(scenario, arm, steps, where, is_first=i == 0) for i, arm in enumerate(hurt)]
+    baseline = _baseline_is_hurt(finite)
+    return [
+        *said,
+        *_baseline(baseline, steps, where),
+        *_unhurt(finite, baseline, steps, where, any_hurt=bool(hurt)),
+        *_unclear([arm for arm in finite if arm not in hurt], steps, where),
+        *_without_fp8(scenario),
+    ]
+
+
+def _one_seed(arms: Sequence[ArmView], steps: str, where: str) -> str:
+    worst = _worst_first(arms)
+    high = [arm for arm in worst if _mean(arm) >= _BAR]
+    rest = [arm for arm in worst if arm not in high]
+    seen = [f"{arm.name} had {_ratio(arm)} the loss of {BASELINE}" for arm in high]
+    if rest:
+        low, top = (_exp(end(map(_mean, rest))) for end in (min, max))
+        who = "every other arm" if high else "every arm"
+        seen.append(f"{who} {_range(low, top)}{'' if high else f' the loss of {BASELINE}'}")
+    return (
+        f"At the {steps} ({where}) {', '.join(seen)}; seen with one seed, from which no claim "
+        "can be made."
+    )
+
+
+def _hurt(scenario: ScenarioView, arm: ArmView, steps: str, where: str, *, is_first: bool) -> str:
+    low, high = (_exp(end) for end in _ends(arm))
+    if not arm.saturated:
+        how = "although it clamped nothing"
+    elif _is_delayed(scenario, arm):
+        how = "where an amax outruns its history"
+    else:
+        how = "where elements do not fit its scale"
+    where = f"at the {steps} ({where})" if is_first else "at the same steps"
+    too = "" if is_first else " too"
+    return (
+        f"{arm.name} is hurt{too} {how}: {_ratio(arm)} the loss of {BASELINE} {where}; 95 %: "
+        f"{_range(low, high)} over {counted(_pairs(arm), 'seed')}."
+    )
+
+
+def _is_hurt(arm: ArmView, made: int) -> bool:
+    found = arm.planted_log_ratio
+    return found is not None and _ends(arm)[0] >= _BAR and _holds(found, made)
+
+
+def _is_delayed(scenario: ScenarioView, arm: ArmView) -> bool:
+    """Return whether the site that lost most had its scale from a history."""
+    worst = scenario.worst.get(arm.name, [])
+    return bool(worst) and worst[0].scaling == "delayed"
+
+
+def _baseline_is_hurt(arms: Sequence[ArmView]) -> bool | None:
+    """Return whether the baseline is worse than training without FP8; None where nobody knows."""
+    plain = [arm for arm in arms if arm.precision == "high precision"]
+    if any(_ends(arm)[1] <= -_BAR for arm in plain):
+        return True
+    return False if any(_ends(arm)[0] > -_BAR for arm in plain) else None
+
+
+def _baseline(is_hurt: bool | None, steps: str, where: str) -> list[str]:
+    if not is_hurt:
+        return []
+    return [
+        f"{BASELINE} itself is hurt at the {steps} ({where}): without FP8 the loss is clearly "
+        "lower there, so an arm that is like it is hurt as well."
+    ]
+
+
+def _unhurt(
+    arms: Sequence[ArmView], baseline: bool | None, steps: str, where: str, *, any_hurt: bool
+) -> list[str]:
+    fine = [arm for arm in arms if _ends(arm)[1] < _BAR and arm.precision == "FP8"]
+    names = [arm.name for arm in fine]
+    if baseline is False:
+        names = [BASELINE, *names]
+    if not names:
+        return []
+    are = "is" if len(names) == 1 else "are"
+    most = _exp(max((_ends(arm)[1] for arm in fine), default=0.0))
+    bound = f" (at most {times(most)} the loss of {BASELINE}, 95 %)" if fine else ""
+    if baseline:
+        said = f"{listed(names)} {are} no worse than {BASELINE}{bound}"
+    elif any_hurt:
+        said = f"{listed(names)} {are} not{bound}"
+    else:
+        said = f"At the {steps} ({where}) {listed(names)} {are} not hurt{bound}"
+    repeats = [
+        f"{arm.name} repeats {percent(arm.recasts / arm.casts)} of its casts"
+        for arm in fine
+        if arm.recasts and not arm.saturated
+    ]
+    return [f"{'; '.join([said, *repeats])}."]
+
+
+def _unclear(arms: Sequence[ArmView], steps: str, where: str) -> list[str]:
+    unclear = [arm for arm in arms if arm.precision == "FP8" and _ends(arm)[1] >= _BAR]
+    if not unclear:
+        return []
+    are = "is" if len(unclear) == 1 else "are"
+    seeds = counted(min(map(_pairs, unclear)), "seed")
+    return [
+        f"Whether {listed([f'{arm.name} ({_with_interval(arm)})' for arm in unclear])} {are} hurt "
+        f"at the {steps} ({where}) cannot be told with {seeds}."
+    ]
+
+
+def _without_fp8(scenario: ScenarioView) -> list[str]:
+    """Say what the training without FP8 shows too, which therefore is no doing of FP8."""
+    plain = [arm for arm in scenario.arms if arm.precision == "high precision"]
+    said = [
+        f"{arm.name}, which has no FP8, has {counted(arm.planted_spikes, 'spike')} at planted "
+        "steps too: a spike there is not by itself the doing of FP8."
+        for arm in plain
+        if arm.planted_spikes
+    ]
+    worse = [arm for arm in plain if arm.planted_log_ratio and arm.planted_log_ratio.interval]
+    return said + [
+        f"{arm.name}, which has no FP8, has {_ratio(arm)} the loss of {BASELINE} at planted steps."
+        for arm in worse
+        if _ends(arm)[0] >= _BAR
+    ]
+
+
+# Final losses -------------------------------------------------------------------------------------
+def _final(scenario: ScenarioView, where: str, made: int) -> list[str]:
+    gaps = {arm.name: arm.final_gap for arm in scenario.arms if arm.final_gap is not None}
+    gaps = {name: gap for name, gap in gaps.items() if gap.verdict != "not finite"}
+    what = f"In the final loss{', planted steps left out' if scenario.planted else ''} ({where})"
+    if not gaps:
+        return [f"{what} nothing can be compared yet."] if _is_waiting(scenario) else []
+    if all(gap.verdict == "equal" for gap in gaps.values()):
+        return [f"{what} every arm equals {BASELINE} in each digit."]
+    if all(gap.pairs == 1 for gap in gaps.values()):
+        low, high = (signed(end(gap.mean for gap in gaps.values())) for end in (min, max))
+        span = low if low == high else f"{low} to {high}"
+        return [
+            f"{what} the difference from {BASELINE} is {span}: seen with one seed, so whether "
+            "that is chance cannot be told."
+        ]
+    apart = {name: gap for name, gap in gaps.items() if gap.verdict == "differs"}
+    told = [_told(name, gap) for name, gap in apart.items() if _holds(gap, made)]
+    maybe = [f"{n} ({signed(gap.mean)})" for n, gap in apart.items() if not _holds(gap, made)]
+    rest = {name: gap for name, gap in gaps.items() if name not in apart}
+    parts = [*told]
+    if maybe:
+        stands = "stands" if len(maybe) == 1 else "stand"
+        parts.append(
+            f"{listed(maybe)} {stands} apart from {BASELINE}, which among {made} comparisons may "
+            "be chance"
+        )
+    parts += _not_told(rest, _clamping(scenario, rest), is_all=not apart)
+    return [f"{what} {'; '.join(parts)}."]
+
+
+def _told(name: str, gap: PairedDifference) -> str:
+    low, high = map(signed, gap.interval or (math.nan, math.nan))
+    side = "above" if gap.mean > 0 else "below"
+    size = signed(abs(gap.mean)).removeprefix("+")
+    return f"{name} is {side} {BASELINE} by {size} (95 %: {low} to {high})"
+
+
+def _is_waiting(scenario: ScenarioView) -> bool:
+    return any(arm.unfinished for arm in scenario.arms)
+
+
+def _not_told(rest: dict[str, PairedDifference], clamped: str, *, is_all: bool) -> list[str]:
+    """Say which arms look like the baseline, and how small a difference would have been seen."""
+    if not rest:
+        return []
+    known = [gap.resolution for gap in rest.values() if gap.interval is not None]
+    seeds = counted(min(gap.pairs for gap in rest.values()), "seed")
+    who = next(iter(rest)) if len(rest) == 1 else "no arm" if is_all else "no other arm"
+    can = "cannot" if len(rest) == 1 else "can"
+    size = ""
+    if known:
+        size = f" (a difference over {signed(max(known)).removeprefix('+')} would show)"
+    return [f"{who} {can} be told from {BASELINE} with {seeds}{size}{clamped}"]
+
+
+def _clamping(scenario: ScenarioView, gaps: dict[str, PairedDifference]) -> str:
+    """Name the arms that clamped without a difference that shows."""
+    names = [
+        arm.name
+        for arm in scenario.arms
+        if arm.saturated and arm.name in gaps and gaps[arm.name].verdict != "differs"
+    ]
+    return f", although {listed(names)} clamped elements" if names else ""
+
+
+# What to mind -------------------------------------------------------------------------------------
+def _intervals(scenarios: Sequence[ScenarioView]) -> int:
+    """Count the intervals that a study makes: any of them could stand out by chance."""
+    return len(_compared(scenarios))
+
+
+def _compared(scenarios: Sequence[ScenarioView]) -> list[PairedDifference]:
+    return [
+        gap
+        for scenario in scenarios
+        for arm in scenario.arms
+        for gap in (arm.planted_log_ratio, arm.final_gap)
+        if gap is not None and gap.interval is not None
+    ]
+
+
+def _holds(gap: PairedDifference, made: int) -> bool:
+    """Return whether a difference holds with all comparisons counted: Bonferroni's bound."""
+    if gap.interval is None or gap.verdict != "differs":
+        return False
+    from scipy.special import stdtr, stdtrit  # noqa: PLC0415  # slow to load, seldom needed
+
+    free = gap.pairs - 1
+    statistic = abs(gap.mean) / gap.resolution * float(stdtrit(free, (1 + gap.level) / 2))
+    return 2 * float(stdtr(free, -statistic)) * made <= 1 - gap.level
+
+
+def _counted_together(scenarios: Sequence[ScenarioView], made: int) -> list[str]:
+    """Say how many intervals were looked at, where any of them is called a difference."""
+    if made < 2 or not any(_holds(gap, made) for gap in _compared(scenarios)):
+        return []
+    return [
+        f"{made} comparisons with {BASELINE} were made; what is called a difference here remains "
+        "one with all of them counted (Bonferroni, 95 %)."
+    ]
+
+
+def _mind(scenarios: Sequence[ScenarioView]) -> list[str]:
+    said = list(
+        dict.fromkeys(
+            f"Mind {arm.name}: {note}"
+            for scenario in scenarios
+            for arm in scenario.arms
+            for note in arm.notes
+        )
+    )
+    more = len(said) - MOST_NOTES
+    rest = [f"And {counted(more, 'more note')}, below the tables."] if more > 0 else []
+    return said[:MOST_NOTES] + rest
+
+
+# Figures of an arm --------------------------------------------------------------------------------
+def _mean(arm: ArmView) -> float:
+    return math.nan if arm.planted_log_ratio is None else arm.planted_log_ratio.mean
+
+
+def _pairs(arm: ArmView) -> int:
+    return 0 if arm.planted_log_ratio is None else arm.planted_log_ratio.pairs
+
+
+def _ends(arm: ArmView) -> tuple[float, float]:
+    """Return the ends of an arm's interval, as logarithms.
+
+    Without an interval: equal values are told; of one seed, or of seeds without spread, anything
+    may be true.
+    """
+    found = arm.planted_log_ratio
+    if found is not None and found.interval is not None:
+        return found.interval
+    if found is not None and found.verdict == "equal":
+        return 0.0, 0.0
+    return -math.inf, math.inf
+
+
+def _worst_first(arms: Iterable[ArmView]) -> list[ArmView]:
+    return sorted(arms, key=lambda arm: -_mean(arm))
+
+
+def _ratio(arm: ArmView) -> str:
+    return times(_exp(_mean(arm)))
+
+
+def _with_interval(arm: ArmView) -> str:
+    low, high = _ends(arm)
+    if math.isinf(low):
+        return f"{_ratio(arm)}, no interval"
+    return f"{_ratio(arm)}, 95 %: {_range(_exp(low), _exp(high))}"
+
+
+def _exp(logarithm: float) -> float:
+    """Return the ratio; Inf beyond the range of floats."""
+    return math.exp(logarithm) if logarithm < 700 else math.inf
+
+
+def _range(low: float, high: float) -> str:
+    return times(low) if times(low) == times(high) else f"{times(low)} to {times(high)}"
