@@ -240,7 +240,7 @@ def _truth(case: AnyCase, losses: Sequence[float]) -> tuple[list[SiteName], dict
     return list(best), shares
 
 
-def measure(only: str = "") -> list[Result]:
+def measure(folder: Path | None = None, *, only: str = "") -> list[Result]:
     """Run every case with a text in its kind and print the tables."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -249,7 +249,7 @@ def measure(only: str = "") -> list[Result]:
         with tempfile.TemporaryDirectory() as scratch:
             for kind, members in cases().items():
                 for case in members if only in kind else ():
-                    result = run_case(kind, case, Path(scratch))
+                    result = run_case(kind, case, folder or Path(scratch))
                     results.append(result)
                     print(_line(result), flush=True)
     finally:
@@ -361,11 +361,12 @@ def to_dict(results: Sequence[Result]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.explain", description=__doc__)
-    parser.add_argument("--only", default="", help="cases with this text in their kind")
-    chosen = parser.parse_args().only
+    parser.add_argument("folder", type=Path, nargs="?", help="where the runs stay")
+    parser.add_argument("--only", default="", help="only cases with this text in their kind")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if not chosen:
+    if not options.only:
         snapshot_cost()
         growth()
-    done = measure(chosen)
+    done = measure(options.folder, only=options.only)
     print(json.dumps(to_dict(done)))

@@ -172,8 +172,10 @@ def test_snapshots_do_not_lead_over_a_gap_or_along_another_way(tmp_path: Path) -
 
 
 def test_the_disk_budget_is_for_older_states_and_says_what_it_left_out(tmp_path: Path) -> None:
-    one = size_bytes(take_state(trained(Case(), 30))) / 2**30
-    for name, budget, steps in (("none", 0.0, [30]), ("one", 2.9 * one, [20, 30])):
+    state = size_bytes(take_state(trained(Case(), 30)))
+    batch = size_bytes(next(Case().batches()))
+    one = (2.5 * state + (8 + 10 + 1) * batch) / 2**30  # the last, with 8 batches, and one with 10
+    for name, budget, steps in (("none", 0.0, [30]), ("one", one, [20, 30])):
         record(Case(), tmp_path / name, keep=4, disk_gib=budget)
         assert [read_facts(p)["step"] for p in find_snapshots(tmp_path / name)] == steps
         with unclamp.RunLog.open(tmp_path / name) as log:
@@ -382,7 +384,8 @@ def test_a_loss_that_is_no_number_is_refused_at_its_step(
 def test_snapshots_go_where_the_recorder_numbered_the_run(tmp_path: Path) -> None:
     for number in (1, 2):
         record(Case(), tmp_path / "run-{n}")
-        assert len(find_snapshots(tmp_path / f"run-{number}")) == 1
+        found = find_snapshots(tmp_path / f"run-{number}")
+        assert [read_facts(path)["step"] for path in found] == [20, 30]
     with pytest.raises(ReplayError, match=r"a recorder chooses the number.*recorder\.path"):
         Snapshots(Case().build(), tmp_path / "run-{n}")
 

@@ -70,6 +70,7 @@ def explain_spike(
         check_belongs(
             snapshot.facts, training.model, build=builder, step=stepper, anyway=limits.anyway
         )
+        changes = changes_of(snapshot.facts) if build is None or step is None else ()
         return investigate(
             training,
             stepper,
@@ -80,10 +81,7 @@ def explain_spike(
             older=earlier_snapshots(find_snapshots(run), snapshot),
             clamped_before=partial(clamped_before, run),
             limits=limits,
-            notes=(
-                *_about_train(spikes, chosen),
-                *(changes_of(snapshot.facts) if build is None or step is None else ()),
-            ),
+            notes=(*changes, *_about_train(spikes, chosen)),
             on_progress=on_progress,
         )
 

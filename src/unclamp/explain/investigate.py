@@ -14,7 +14,7 @@ After every replay the answer so far is written.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def investigate(
     older: Iterable[Snapshot] = (),
     clamped_before: Callable[[int], Clamped] | None = None,
     limits: Limits = Limits(),
-    notes: tuple[str, ...] = (),
+    notes: Sequence[str] = (),
     on_progress: Callable[[Explanation], None] = lambda explanation: None,
 ) -> Explanation:
     """Explain a spike by replays from a snapshot, and where too little goes, from older ones.
@@ -92,7 +92,7 @@ class _Investigation:
         level: float,
         run: Path,
         limits: Limits,
-        notes: tuple[str, ...],
+        notes: Sequence[str],
         on_progress: Callable[[Explanation], None],
     ) -> None:
         if not snapshot.step <= spike.onset <= snapshot.last_step:
@@ -112,19 +112,19 @@ class _Investigation:
             kind=spike.kind,
             snapshot_step=snapshot.step,
             budget=limits.replays,
-            notes=notes,
+            notes=tuple(notes),
             others={},
             underflowed={},
         )
         path = run / f"explain-{spike.onset}.json"
-        self.findings = Findings(found, path=path, on_progress=on_progress)
+        self._findings = Findings(found, path=path, on_progress=on_progress)
         self._from(self._begin(snapshot, self._window))
 
     def run(
         self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
     ) -> Explanation:
         """Ask until all is answered, the budget is spent or Ctrl-C comes."""
-        findings = self.findings
+        findings = self._findings
         try:
             try:
                 self._ask(older, clamped_before)
@@ -141,7 +141,7 @@ class _Investigation:
     def _ask(
         self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
     ) -> None:
-        findings = self.findings
+        findings = self._findings
         if not self._reproduces() and not self._limits.anyway:
             return
         if not self._game.rise > 0:
@@ -164,7 +164,7 @@ class _Investigation:
 
     def _begin(self, snapshot: Snapshot, window: Window) -> Start:
         """Return a start, which takes the training over from the one before."""
-        findings = self.findings
+        findings = self._findings
         if findings.games:
             self._replay.undo()
         start = Start(
@@ -186,7 +186,7 @@ class _Investigation:
         Raises:
             BudgetSpent: It could not be asked whether it comes back, and what goes.
         """
-        if self._limits.replays - self.findings.replays < 2:
+        if self._limits.replays - self._findings.replays < 2:
             raise BudgetSpent
         first = self._window.first
         calm = range(max(snapshot.step, first - LEVEL_POINTS), first)
@@ -194,7 +194,7 @@ class _Investigation:
 
     def _from(self, start: Start) -> None:
         """Ask from this start on, within what is left of the budget."""
-        findings = self.findings
+        findings = self._findings
         if start.replay is not self._replay:
             self._replay.undo()
         self._start, self._snapshot = start, start.snapshot
@@ -205,7 +205,7 @@ class _Investigation:
     # ---- does it come back -----------------------------------------------------------------
 
     def _reproduces(self) -> bool:
-        snapshot, replay, findings = self._snapshot, self._replay, self.findings
+        snapshot, replay, findings = self._snapshot, self._replay, self._findings
         plain = self._start.plain()
         if self._start.comes_back(plain):
             findings.publish(reproduced=True)
@@ -237,7 +237,7 @@ class _Investigation:
         self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
     ) -> Answer:
         """Return what goes with nothing clamped, from the start from which most goes."""
-        start, findings = self._start, self.findings
+        start, findings = self._start, self._findings
         first = Answer(start=start, gone=start.without_clamping(), noise=start.noise())
         self._judge(first)
         backwards = Backwards(
@@ -258,7 +258,7 @@ class _Investigation:
         if gone < max(NOT_CLAMPING, NOISE_FACTOR * answer.noise):
             verdict = "not clamping"
         self._clamped = start.clamped()
-        self.findings.publish(
+        self._findings.publish(
             snapshot_step=start.snapshot.step,
             clamping_share=gone,
             noise=answer.noise,
@@ -274,7 +274,7 @@ class _Investigation:
 
     def _other_questions(self) -> None:
         """Ask for underflow, and whether it is FP8 at all."""
-        findings = self.findings
+        findings = self._findings
         kinds: tuple[Change, ...] = ("blocks", "high_precision")
         for kind in kinds:
             try:
@@ -291,7 +291,7 @@ class _Investigation:
 
     def _mend(self, causes: list[Player], clamping_share: float) -> None:
         """Find the smallest set that removes enough, and replay it as it would be recommended."""
-        findings, game = self.findings, self._game
+        findings, game = self._findings, self._game
         target = ENOUGH * (1.0 if clamping_share >= ENOUGH else clamping_share)
         shares = {frozenset(row.members): row.share for row in findings.found.sites}
         chosen = smallest_set(
@@ -332,7 +332,7 @@ class _Investigation:
             if tried[scaling] >= target:
                 return scaling, tried[scaling]
         if not tried:
-            self.findings.note("The recommended change was not replayed: the budget is spent.")
+            self._findings.note("The recommended change was not replayed: the budget is spent.")
             return "dynamic", None
         best = max(tried, key=lambda scaling: tried[scaling])
         return best, tried[best]

@@ -40,7 +40,6 @@ from unclamp.explain.training import (
     Training,
     keeping_random_state,
     put_state,
-    size_bytes,
 )
 from unclamp.explain.watch import LateLoss, SpikeWatch
 from unclamp.files import strict
@@ -306,7 +305,7 @@ class Snapshots:
         for step in self._ring.older(start):
             if self._written.get(step, -1) < following - 1:
                 snapshot = self._ring.snapshot(step, last=following - 1)
-                if left_out or _size(snapshot) > self._disk_left:
+                if left_out or snapshot.size > self._disk_left:
                     left_out.append(step)
                     continue
                 self._put(snapshot)
@@ -317,7 +316,7 @@ class Snapshots:
     def _put(self, snapshot: Snapshot) -> None:
         self._writer.put(snapshot)
         self._written[snapshot.step] = snapshot.last_step
-        self._disk_left -= _size(snapshot)
+        self._disk_left -= snapshot.size
 
     def _explain(self, onset: int, start: int, now: int) -> Rewind | None:
         """Explain a spike beside the training; go back to before its cause if that mends it."""
@@ -407,11 +406,6 @@ def _numbered(path: str | Path, recorder: Events | None) -> Path:
             "folder, recorder.path"
         )
     return chosen
-
-
-def _size(snapshot: Snapshot) -> int:
-    batches = sum(size_bytes(batch.tree) for batch in snapshot.batches.values())
-    return size_bytes(snapshot.state) + batches
 
 
 def _mends(removed: float | None) -> bool:
