@@ -36,6 +36,7 @@ class History:
     Attributes:
         steps: Those with a loss, rising.
         loss: One for each of them, the mean over ranks; NaN and Inf stay.
+        lr: Learning rate of each, NaN where it is not known; None without any. Ranks share it.
         clamping: At those steps, one row a site.
         names: Id, fqn and role of each site, ranks taken together; of several ids the lowest.
         sqnr_db: Least signal-to-noise ratio by that id, where it was measured; decibel.
@@ -45,6 +46,7 @@ class History:
 
     steps: NDArray[np.int64]
     loss: NDArray[np.float64]
+    lr: NDArray[np.float64] | None
     clamping: Clamping
     names: list[tuple[int, str, str]]
     sqnr_db: dict[int, float]
@@ -61,19 +63,19 @@ class _Clamped:
     error: NDArray[np.float64]
 
 
+def has_casts(log: RunLog) -> bool:
+    """Return whether a run recorded any cast."""
+    return log.sql("SELECT 1 FROM casts LIMIT 1").num_rows > 0
+
+
 def read_history(log: RunLog) -> History:
     """Read what an association needs.
 
     Raises:
-        AnalysisError: There are no losses, no casts or no sites.
+        AnalysisError: There are no losses or no sites.
         RunLogError: The run cannot be read.
     """
     steps, loss = _read_loss(log)
-    if not log.sql("SELECT 1 FROM casts LIMIT 1").num_rows:
-        raise AnalysisError(
-            f"expected casts in {log.path}, but it has none: it trained without FP8 casts, or "
-            "was stopped before the first were written"
-        )
     sites = log.named_sites()
     if not sites:
         raise AnalysisError(
@@ -88,6 +90,7 @@ def read_history(log: RunLog) -> History:
     return History(
         steps=steps,
         loss=loss,
+        lr=_read_lr(log, steps),
         clamping=_to_clamping(clamped, known, steps, sites),
         names=[(site.site, site.fqn, site.role) for site in sites],
         sqnr_db=_read_sqnr(log, sites),
@@ -104,6 +107,15 @@ def _read_loss(log: RunLog) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         )
     steps, losses = run_losses(log)
     return np.array(steps, dtype=np.int64), np.array(losses, dtype=np.float64)
+
+
+def _read_lr(log: RunLog, steps: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """Return the learning rate of each step, that which was recorded last."""
+    rows = log.sql("SELECT step, lr FROM steps WHERE lr IS NOT NULL AND isfinite(lr)")
+    if not rows.num_rows:
+        return None
+    lr = dict(zip(rows["step"].to_pylist(), rows["lr"].to_pylist(), strict=True))
+    return np.array([lr.get(step, np.nan) for step in steps.tolist()])
 
 
 def _judge_steps(

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from unclamp.analysis.ranking import SiteEvidence
 from unclamp.written import counted
-
-if TYPE_CHECKING:
-    from unclamp.analysis.association import SiteEvidence
 
 MOST_NAMED = 5
 """Further named sites are counted, not worded."""
@@ -56,11 +53,22 @@ def describe(finding: Finding) -> list[str]:
         _answer(finding),
         *finding.notes,
         *_named(finding),
+        *_doubted(finding),
         *_cleared(finding),
         *_uncleared(finding),
         *_power(finding),
         _caution(finding),
     ]
+
+
+def without_casts(*, is_over: bool) -> str:
+    """Return what there is to say of a run that recorded no cast."""
+    if is_over:
+        return "Nothing was cast in this run: it trained without FP8, so nothing was clamped."
+    return (
+        "Cannot tell: no cast was recorded yet; the run trains without FP8, or it stopped before "
+        "its first casts were written."
+    )
 
 
 def change_in_words(value: float, *, is_relative: bool) -> str:
@@ -137,6 +145,8 @@ def _why_not(finding: Finding) -> str:
             f"differ, and it takes {finding.shifts_needed}; a longer run or spikes at irregular "
             "steps would do."
         )
+    if any(site.doubt for site in finding.sites):
+        return "Only a shared schedule or place links them."
     if finding.spikes and finding.loss_needed is not None:
         left = sum(not site.cleared for site in finding.sites)
         return (
@@ -177,6 +187,33 @@ def _evidence(site: SiteEvidence, finding: Finding) -> str:
     return f"{site.fqn} {site.role} (p = {site.p:.3f}): {'; '.join(said)}."
 
 
+def _doubted(finding: Finding) -> list[str]:
+    """Say of which sites a schedule may be the link, one sentence for each schedule."""
+    said = []
+    doubted = [site for site in finding.sites if site.doubt]
+    for doubt, period in dict.fromkeys((site.doubt, site.period) for site in doubted):
+        like = [site for site in doubted if (site.doubt, site.period) == (doubt, period)]
+        where = ", ".join(f"{site.fqn} {site.role}" for site in like[:WORST])
+        more = f" and {len(like) - WORST} more" if len(like) > WORST else ""
+        clamping = f"clamping at {where}{more}"
+        if doubt == "period":
+            said.append(
+                f"Loss and {clamping} both repeat every {period} steps: whether one follows the "
+                "other cannot be told from this run."
+            )
+        elif doubt == "learning rate":
+            said.append(
+                f"Loss and {clamping} change together only where the learning rate jumps: whether "
+                "one follows the other cannot be told from this run."
+            )
+        else:
+            said.append(
+                f"Loss and {clamping} rise together in too few places of the run: one change of "
+                "the data or of the learning rate at each would do that too."
+            )
+    return said
+
+
 def _cleared(finding: Finding) -> list[str]:
     """Say which clamping is shown to be harmless, by the worst that it may have done."""
     rest = [site for site in finding.sites if site.cleared]
@@ -188,8 +225,8 @@ def _cleared(finding: Finding) -> list[str]:
     return [
         f"Harmless as far as this run can show: {casts:,} clamped casts at "
         f"{len(rest):,}{other} site{'' if len(rest) == 1 else 's'}. The loss just after them rose "
-        f"by at most {_change(max(_highest(worst), 0.0), finding)} (95 %), at {worst.fqn} "
-        f"{worst.role}."
+        f"by at most {_change(max(_highest(worst), 0.0), finding)}, at {worst.fqn} {worst.role}; "
+        "such bounds hold for all sites of this run at once in 95 % of runs."
     ]
 
 
@@ -197,7 +234,7 @@ def _uncleared(finding: Finding) -> list[str]:
     """Say how many sites this run neither names nor clears, and the one nearest to a name."""
     if not finding.enough or finding.is_observed:
         return []
-    rest = [site for site in finding.sites if site.by is None and not site.cleared]
+    rest = [s for s in finding.sites if s.by is None and not s.cleared and not s.doubt]
     if not rest:
         return []
     worst = rest[0]  # sites come strongest evidence first
@@ -217,7 +254,7 @@ def _uncleared(finding: Finding) -> list[str]:
 
 
 def _highest(site: SiteEvidence) -> float:
-    return math.inf if site.high is None else site.high
+    return math.inf if site.bound is None else site.bound
 
 
 def _power(finding: Finding) -> list[str]:

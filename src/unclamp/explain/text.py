@@ -16,7 +16,7 @@ SHOWN_ROWS = 12
 
 def print_explanation(found: Explanation, console: Console) -> None:
     """Print what was found; fits 80 columns."""
-    console.print(Text(f"{found.verdict}", style="bold"))
+    console.print(Text(found.stated, style="bold"))
     console.print(Text(found.words()), soft_wrap=False)
     if found.sites:
         console.print()
