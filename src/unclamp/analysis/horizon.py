@@ -171,8 +171,8 @@ class Horizon:
             return ""
         near, far = self.asked[0], self.asked[-1]
         return (
-            f"A replay from step {near.step} takes {counted(near.steps, 'step')}, and one from step "
-            f"{far.step} takes {far.steps}."
+            f"A replay from step {near.step} takes {counted(near.steps, 'step')}, and one from "
+            f"step {far.step} takes {far.steps}."
         )
 
 
