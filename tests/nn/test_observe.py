@@ -246,7 +246,9 @@ def test_the_worst_sites_become_overrides_with_their_figures():
         [SiteName("0", "input")], Dynamic(), notes={"0": recipe.rules[0].note}
     )
     note = recipe.rules[0].note
-    assert "input: clamp error 1, 16 elements clamped in 1 of 6 steps, overshoot 1000.00x" in note
+    assert (
+        "input: clamp error 99.8 %, 16 elements clamped in 1 of 6 steps, overshoot 1000.00x" in note
+    )
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert observation.recipe(threshold=0.5, scaling="guarded").rules[0].scalings == {
         "input": Guarded()

@@ -35,6 +35,7 @@ from unclamp.errors import AnalysisError
 from unclamp.files import strict
 from unclamp.runlog import RunLog
 from unclamp.shown import Shown
+from unclamp.written import counted
 
 MAX_LAG = 8
 SHIFTS = 501
@@ -307,8 +308,8 @@ def _fitting_lag(max_lag: int, steps: int) -> int:
     largest = max(MAX_LAG, steps // LARGEST_LAG_SHARE)
     if max_lag > largest:
         raise AnalysisError(
-            f"expected a max_lag of at most {largest} in a run of {steps:,} steps with a loss "
-            f"(a tenth of them, or {MAX_LAG}), got {max_lag}"
+            f"expected a max_lag of at most {largest} in a run of {counted(steps, 'step')} with a "
+            f"loss (a tenth of them, or {MAX_LAG}), got {max_lag}"
         )
     return max(1, min(max_lag, steps - 1))
 

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
-from unclamp.analysis.counterfactual import Counterfactual, Override, Question, SiteShare
+from unclamp.analysis.counterfactual import PASTE, Counterfactual, Override, Question, SiteShare
 from unclamp.analysis.horizon import Horizon
 from unclamp.analysis.reading import Reading
 from unclamp.analysis.spikes import SpikeKind
 from unclamp.names import SiteName
 from unclamp.shown import Shown
+from unclamp.written import counted
 
 Verdict = Literal["clamping", "partly clamping", "not clamping", "not reproduced", "unknown"]
 Status = Literal["running", "finished", "interrupted"]
@@ -179,8 +180,7 @@ class Explanation(Shown):
     def __str__(self) -> str:
         if self.override is None:
             return f"{self.verdict}\n{self.words()}"
-        where = "To paste, at the head of the recipe's overrides:"
-        return f"{self.verdict}\n{self.words()}\n\n{where}\n{self.override.toml}".rstrip()
+        return f"{self.verdict}\n{self.words()}\n\n{PASTE}\n{self.override.toml}".rstrip()
 
     def _height(self) -> str:
         if self.kind == "nonfinite":
@@ -207,7 +207,7 @@ class Explanation(Shown):
         if self.horizon is not None and self.horizon.stop not in ("", "found"):
             parts.append(self.horizon.before())
         if self.clamped_sites:
-            parts.append(f"{self.clamped_sites} sites clamped, or would have.")
+            parts.append(f"{counted(self.clamped_sites, 'site')} clamped, or would have.")
         parts += self._about_sites()
         return parts + (self._about_others() if self.verdict == "partly clamping" else [])
 

@@ -16,6 +16,7 @@ from unclamp.analysis.curves import run_losses
 from unclamp.analysis.evidence import Clamping
 from unclamp.errors import AnalysisError
 from unclamp.runlog import PLACES_SQL, RunLog, SiteInfo
+from unclamp.written import counted
 
 EFFECT_LAG = {"grad_output": 1}
 """A gradient is cast after the loss of its step is known; other operands act at once."""
@@ -125,15 +126,17 @@ def _judge_steps(
     every, left_out = len(np.unique(clamped)), len(np.unique(clamped[~known]))
     if left_out:
         said = (
-            f"Of the {every:,} steps at which anything was clamped, {left_out:,} have no recorded "
-            "loss, or the run went back behind them, and are left out"
+            f"Of the {counted(every, 'step')} at which anything was clamped, "
+            f"{counted(left_out, 'has', 'have')} no recorded loss, or the run went back behind "
+            f"{'it, and is' if left_out == 1 else 'them, and are'} left out"
         )
         too_many = left_out > MOST_LEFT_OUT * every
         remedy = ": give `recorder.step` the loss of every step." if too_many else "."
         (refusals if too_many else notes).append(said + remedy)
     gaps = int(np.sum(np.diff(steps) != 1))
     if gaps:
-        said = f"{gaps:,} of {len(steps):,} recorded losses do not follow on the step before"
+        said = f"{gaps:,} of {counted(len(steps), 'recorded loss', 'recorded losses')} "
+        said += f"{'does' if gaps == 1 else 'do'} not follow on the step before"
         if gaps > MOST_GAPS * len(steps):
             refusals.append(
                 f"{said}, so that a lag is no number of steps: give `recorder.step` the loss of "

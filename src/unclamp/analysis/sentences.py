@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from unclamp.analysis.ranking import SiteEvidence
+from unclamp.written import counted
 
 MOST_NAMED = 5
 """Further named sites are counted, not worded."""
@@ -159,7 +160,8 @@ def _named(finding: Finding) -> list[str]:
     named = [site for site in finding.sites if site.by is not None]
     said = [_evidence(site, finding) for site in named[:MOST_NAMED]]
     if len(named) > MOST_NAMED:
-        said.append(f"{len(named) - MOST_NAMED} more sites are named in the table.")
+        more = counted(len(named) - MOST_NAMED, "more site is", "more sites are")
+        said.append(f"{more} named in the table.")
     return said
 
 
@@ -168,8 +170,9 @@ def _evidence(site: SiteEvidence, finding: Finding) -> str:
     ahead = "" if site.lag is None else f", mostly {_count(site.lag, 'step')} ahead"
     spikes = (
         f"{_clamped(finding)} before {site.hits} of {_count(finding.spikes, 'spike')}, "
-        f"{site.expected_hits:.1f} expected by chance{ahead}; of the {site.clamped_steps:,} steps "
-        f"at which it {_clamped(finding)}, {site.followed:,} were followed by a spike within "
+        f"{site.expected_hits:.1f} expected by chance{ahead}; of the "
+        f"{counted(site.clamped_steps, 'step')} at which it {_clamped(finding)}, "
+        f"{counted(site.followed, 'was', 'were')} followed by a spike within "
         f"{finding.max_lag}"
     )
     loss = "how the loss moves just after them is unknown"

@@ -132,7 +132,7 @@ class Observation(Shown):
             said = (
                 f"{site.role}: clamp error {percent(site.clamp_error)}, "
                 f"{counted(site.saturated, 'element')} "
-                f"clamped in {site.clamped_steps} of {self._steps} steps, overshoot "
+                f"clamped in {site.clamped_steps} of {counted(self._steps, 'step')}, overshoot "
                 f"{times(site.overshoot)}"
             )
             notes[site.fqn] = f"{notes[site.fqn]}; {said}" if site.fqn in notes else said
@@ -235,7 +235,7 @@ def observe(
         ...         optimizer.step()
         >>> print(observation)
         observed 1 layer for 3 steps: FP8 would have clamped 32 of 384 elements, at 1 of 3 sites, and lost 0 % to underflow
-          (the model itself) input: 32 elements clamped in 1 step, overshoot 100x, clamp error 98 %
+          (the model itself) input: 32 elements clamped in 1 step, overshoot 100.00x, clamp error 98 %
     """  # noqa: E501
     recipe = Recipe() if recipe is None else recipe
     return Observation(model, attach(model, recipe, skip=skip, strict=False, observes=True))

@@ -12,6 +12,7 @@ from unclamp.nn.ledger import Ledger
 from unclamp.recipe import Recipe
 from unclamp.rule import matches
 from unclamp.scaling import describe
+from unclamp.written import counted
 
 MOST_NAMES = 3
 MOST_LISTED = 20
@@ -97,7 +98,7 @@ def kept_note(names: Sequence[str]) -> str:
 
 
 def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} layers were" if len(names) > 1 else "1 layer was"
+    return counted(len(names), "layer was", "layers were")
 
 
 def nothing_converted(skipped: Mapping[str, str]) -> str:
@@ -114,7 +115,7 @@ def reasons(skipped: Mapping[str, str]) -> str:
         by_reason.setdefault(why, []).append(fqn)
     said = [f"{few(names)}: {why}" for why, names in by_reason.items()]
     more = len(said) - MOST_REASONS
-    said = said[:MOST_REASONS] + ([f"and {more} more reasons"] if more > 0 else [])
+    said = said[:MOST_REASONS] + ([f"and {counted(more, 'more reason')}"] if more > 0 else [])
     return "; ".join(said)
 
 

@@ -289,8 +289,7 @@ def _switch_sentences(switched: Mapping[SiteName, list[int]]) -> list[str]:
     if not steps:
         return []
     first = ", ".join(f"{step:,}" for step in steps[:5]) + (", ..." if len(steps) > 5 else "")
-    who = "1 site" if len(switched) == 1 else f"{len(switched):,} sites"
-    return [f"{who} switched scaling, at step {first}."]
+    return [f"{counted(len(switched), 'site')} switched scaling, at step {first}."]
 
 
 def _switched(log: RunLog) -> dict[SiteName, list[int]]:
@@ -307,7 +306,8 @@ def _switch_text(sites: list[dict[str, Any]]) -> str:
         f"{_kind(site.get('after'))}"
         for site in sites[:SITES_IN_TEXT]
     ]
-    rest = f" and {len(sites) - SITES_IN_TEXT} more sites" if len(sites) > SITES_IN_TEXT else ""
+    more = len(sites) - SITES_IN_TEXT
+    rest = f" and {counted(more, 'more site')}" if more > 0 else ""
     return ", ".join(named) + rest
 
 

@@ -8,6 +8,7 @@ from typing import get_args
 
 from unclamp.errors import RunLogError
 from unclamp.runlog import RunLog, Status
+from unclamp.written import counted
 
 QUIET_S = 60.0
 """A run that wrote nothing for so long may have been killed; a flush interval is 2 s."""
@@ -67,9 +68,10 @@ def study_notes(status: str, runs: Mapping[str, str]) -> list[str]:
     notes = []
     if status != "finished" or absent or unfinished:
         whole = sum(state == "finished" for state in runs.values())
+        are = "is" if 1 in (whole, len(runs)) else "are"
         notes.append(
-            f"The study is not finished: {whole} of {len(runs)} runs are. Run the same "
-            "`unclamp study` again to train the rest."
+            f"The study is not finished: {whole} of {counted(len(runs), 'run')} {are}. Run the "
+            "same `unclamp study` again to train the rest."
         )
     if unfinished:
         notes.append(

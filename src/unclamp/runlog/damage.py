@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unclamp.runlog.parts import PartName, read_parts
+from unclamp.written import counted
 
 _Identity = tuple[str, int, int]
 _found: set[_Identity] = set()
@@ -49,8 +50,9 @@ class DamagedPart:
 
     def __str__(self) -> str:
         name = f"{self.table}/{self.path.name}"
-        count = "rows" if self.rows is None else f"{self.rows:,} rows"
-        return f"{name} is damaged and left out: {count}{self._steps()} are missing"
+        count = "rows" if self.rows is None else counted(self.rows, "row")
+        are = "is" if self.rows == 1 else "are"
+        return f"{name} is damaged and left out: {count}{self._steps()} {are} missing"
 
     def _steps(self) -> str:
         first, last = self.first_step, self.last_step

@@ -37,6 +37,7 @@ from unclamp.runlog.schema import TABLES, VIEWS, describe_columns
 from unclamp.runlog.sites import NAMED_SITES_SQL, SiteInfo
 from unclamp.runlog.summary import merged_sql, summary_sql
 from unclamp.runlog.windows import MOST_WINDOWS, Windows, read_windows
+from unclamp.written import counted
 
 _Parts = dict[str, list[Path]]
 _OF_THE_QUERY = (
@@ -251,8 +252,8 @@ class RunLog:
         except RunLogError as error:
             return f"RunLog({str(self.path)!r}: {error})"
         return (
-            f"RunLog({str(self.path)!r}: {status}{missing}, {steps['steps']} steps, "
-            f"{steps['sites']} sites, ranks {ranks})"
+            f"RunLog({str(self.path)!r}: {status}{missing}, "
+            f"{counted(steps['steps'], 'step')}, {counted(steps['sites'], 'site')}, ranks {ranks})"
         )
 
     def _repr_html_(self) -> str:

@@ -29,6 +29,7 @@ from unclamp.runlog.header import RUN_FILE, Header, Status
 from unclamp.runlog.parts import PartName, write_part
 from unclamp.runlog.schema import TABLES, Columns, schema_of, to_arrow
 from unclamp.worker import Worker
+from unclamp.written import counted
 
 _Rows = tuple[str, Callable[[], pa.Table]]  # for which table, and what makes the rows
 
@@ -261,5 +262,7 @@ class _Parts:
     def missing(self) -> str:
         """Return what is lost if nothing more is written, as a list in a sentence."""
         counts = {table: sum(map(len, rows)) for table, rows in self._waiting.items()}
-        waiting = "".join(f"{count} rows of {table}, " for table, count in counts.items() if count)
+        waiting = "".join(
+            f"{counted(count, 'row')} of {table}, " for table, count in counts.items() if count
+        )
         return f"{waiting}everything since {datetime.now():%Y-%m-%d %H:%M:%S}"

@@ -115,7 +115,7 @@ class Recorder:
             inspect=self._inspect,
         )
         if not (ledgers or plain):
-            warnings.warn(NOTHING_TO_COUNT, UnclampWarning, stacklevel=2)
+            warnings.warn(NOTHING_TO_COUNT, UnclampWarning, stacklevel=3)
         if overwrite:
             _close_recorder_of(path)
         self._writer = RunLogWriter(

@@ -9,6 +9,7 @@ from unclamp.report.side_by_side.losses import LossDifference
 from unclamp.report.side_by_side.reading import Side, canonical
 from unclamp.report.side_by_side.settings import Setting, changed_settings, varied_settings
 from unclamp.report.side_by_side.sites import SiteRowOfArms
+from unclamp.written import counted
 
 MOST_NAMES = 6
 TOGETHER = 0.5
@@ -71,8 +72,10 @@ def _coverage(found: LossDifference, arms: Sequence[Arm]) -> list[str]:
     ends = {run.name: max(run.losses) for run in runs}
     if max(ends.values()) > found.last:
         listed = _listed([f"{name} to step {end:,}" for name, end in ends.items()])
-        said.append(f"The losses go on for unequally long ({listed}): compared are the "
-                    f"{found.steps:,} steps that all have, up to {found.last:,}.")  # fmt: skip
+        said.append(
+            f"The losses go on for unequally long ({listed}): compared are the "
+            f"{counted(found.steps, 'step')} that all have, up to {found.last:,}."
+        )
     inside = {
         run.name: sum(found.first <= step <= found.last for step in run.losses) for run in runs
     }
@@ -134,7 +137,8 @@ def _counts(runs: Sequence[Side]) -> list[str]:
         parts = [
             f"{run.name} at each step"
             if run.record.recorded is None
-            else f"{run.name} at {run.record.recorded:,} of {len(run.record.steps):,} steps"
+            else f"{run.name} at {run.record.recorded:,} of "
+            f"{counted(len(run.record.steps), 'step')}"
             for run in runs
         ]
         said.append(f"Counts of sites are of recorded casts only: {_listed(parts)}.")
@@ -172,7 +176,7 @@ def _lone_sites(sites: Sequence[SiteRowOfArms]) -> list[str]:
         if len(there) < len(casting):
             missing.setdefault(there, []).append(f"{shown(row.fqn)} {row.role}")
     return [
-        f"{len(names):,} {'site is' if len(names) == 1 else 'sites are'} only in "
+        f"{counted(len(names), 'site is', 'sites are')} only in "
         f"{_listed(list(there))} ({_listed(names, most=3)}): another "
         "model, or left out by a recipe."
         for there, names in missing.items()

@@ -11,7 +11,7 @@ from unclamp.report.side_by_side.losses import LossDifference, Parting
 from unclamp.report.side_by_side.settings import Setting, changed_settings
 from unclamp.report.side_by_side.sites import SiteRowOfArms
 from unclamp.totals import SiteTotals
-from unclamp.written import percent
+from unclamp.written import counted, percent
 
 MOST_CHANGES = 4
 MOST_STEPS = 5
@@ -104,10 +104,9 @@ def _loss(found: LossDifference) -> list[str]:
     if found.end_first is None or found.last is None:
         return [f"{own} and {other} recorded no loss at any common step: losses are not compared."]
     if is_equal(found):
-        return [
-            f"The losses of {own} and {other} are equal in every digit at all {found.steps:,} "
-            "common steps."
-        ]
+        where = "the only" if found.steps == 1 else f"all {found.steps:,}"
+        are = f"The losses of {own} and {other} are equal in every digit"
+        return [f"{are} at {where} common step{'' if found.steps == 1 else 's'}."]
     where = f"step {found.end_first:,}" if found.end_first == found.last else (
         f"steps {found.end_first:,} to {found.last:,}"
     )  # fmt: skip
@@ -134,7 +133,7 @@ def _partings(found: LossDifference) -> list[str]:
 def _apart(parting: Parting, found: LossDifference) -> str:
     both = f"{parting.own} and {parting.other}"
     if parting.usual_change is None:
-        return f"{both} have {found.steps:,} common steps, too few to say where they part."
+        return f"{both} have {counted(found.steps, 'common step')}, too few to say where they part."
     usual = (
         f"the loss of {parting.other} usually changes from one common step to the next "
         f"({parting.usual_change:.2g})"
@@ -142,8 +141,8 @@ def _apart(parting: Parting, found: LossDifference) -> str:
     if not parting.beyond or parting.first_beyond is None:
         return f"At no common step are {both} further apart than {usual}."
     said = (
-        f"At {parting.beyond:,} of {found.steps:,} common steps {both} are further apart than "
-        f"{usual}, first at step {parting.first_beyond:,}"
+        f"At {parting.beyond:,} of {counted(found.steps, 'common step')} {both} are further apart "
+        f"than {usual}, first at step {parting.first_beyond:,}"
     )
     if parting.furthest is None or parting.furthest_by is None:
         return f"{said}."
@@ -214,7 +213,8 @@ def _worst(row: SiteRowOfArms) -> str:
     there = {arm: loss for arm, loss in row.arms.items() if loss is not None}
     figures = ", ".join(
         f"{arm} {percent(loss.clamp_error) if loss.clamp_error is not None else '0'} in "
-        f"{count(loss.clamped_casts)} of {count(loss.casts)} casts"
+        f"{count(loss.clamped_casts)} of {count(loss.casts)} "
+        f"{'cast' if loss.casts == 1 else 'casts'}"
         for arm, loss in there.items()
     )
     name = SiteName(row.fqn, row.role)  # type: ignore[arg-type]  # a log may hold another role
