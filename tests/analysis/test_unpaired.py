@@ -70,3 +70,16 @@ def test_words_say_what_would_show() -> None:
 def test_nonsense_is_an_error(own: list[float], level: float) -> None:
     with pytest.raises(AnalysisError):
         unpaired_difference(own, [1.0, 2.0], level=level)
+
+
+@pytest.mark.parametrize("shift", [0.01, 0.1, 0.2, 0.5])
+@pytest.mark.parametrize("comparisons", [1, 2, 10])
+def test_a_difference_among_several_is_one_by_bonferroni(shift: float, comparisons: int) -> None:
+    other = [2.4, 2.5, 2.3, 2.45]
+    own = [2.41 + shift, 2.48 + shift, 2.36 + shift]
+    want = ttest_ind(own, other, equal_var=False).pvalue <= 0.05 / comparisons
+    found = unpaired_difference(own, other)
+    assert found.differs_among(comparisons) == want
+    words = unpaired_in_words(found, own="a", other="b", comparisons=comparisons)
+    assert ("a differs from b" in words) == want
+    assert ("may be chance" in words) == (found.verdict == "differs" and not want)

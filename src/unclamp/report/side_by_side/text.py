@@ -60,8 +60,8 @@ def _settings(settings: Sequence[Setting], arms: Sequence[str]) -> list[Renderab
     for setting in settings:
         lines.append(_bullet(f"{setting.where} {setting.name}".rstrip()))
         widest = min(NAME_WIDTH, max(map(len, arms)))
-        for arm, value in setting.values.items():
-            lines.append(Text(f"    {shortened(arm, widest):{widest}}  {value or 'none'}"))
+        for arm, value in setting.shown.items():
+            lines.append(Text(f"    {shortened(arm, widest):{widest}}  {value}"))
     return lines
 
 
