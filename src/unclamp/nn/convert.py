@@ -33,6 +33,7 @@ from unclamp.recipe import Recipe
 from unclamp.rule import LayerPlan, matches
 from unclamp.scaling import describe
 from unclamp.shown import Shown
+from unclamp.written import counted
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,7 +53,7 @@ class ConvertReport(Shown):
     unmatched: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"converted {len(self.converted)} layers, skipped {len(self.skipped)}"]
+        lines = [f"converted {counted(len(self.converted), 'layer')}, skipped {len(self.skipped)}"]
         lines += [f"  {shown(fqn)}: {_describe(plan)}" for fqn, plan in self.converted.items()]
         lines += [f"  skipped {shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
         lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
@@ -105,7 +106,7 @@ def convert(
         >>> import torch, unclamp
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8))
         >>> print(unclamp.convert(model, unclamp.Recipe(), skip=["1"]))
-        converted 1 layers, skipped 1
+        converted 1 layer, skipped 1
           0: input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
           skipped 1: matches skip '1'
     """

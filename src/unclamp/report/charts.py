@@ -24,6 +24,7 @@ cut where it would fade into the page."""
 LIGHT_HEAT, DARK_HEAT = (0.82, 0.0), (0.32, 1.0)
 FONT = "system-ui, sans-serif"
 SPIKE, RECOVERY = "rgba(220,38,38,0.22)", "rgba(220,38,38,0.07)"
+DRIFT, DRIFT_HEIGHT = "rgba(217,119,6,0.6)", 0.025
 EVENT_COLOURS = {"planted": PLANTED, "switch": "#059669", "snapshot": "#93c5fd",
                  "explain": "#9333ea", "rewind": "#d97706", "nonfinite": "#dc2626"}  # fmt: skip
 USUAL = 1.6
@@ -46,6 +47,7 @@ def run_figure(run: RunView) -> go.Figure:
             hovertemplate="step %{x}<br>%{y:.4g}<extra>" + title + "</extra>",
         )  # fmt: skip
     shapes = [shape for name in run.curves for shape in _add_spikes(figure, run.spikes, name)]
+    shapes += [_drift_band(drift) for drift in run.divergences]
     shapes += _add_events(figure, run.events)
     both = "grad_norm" in run.curves and "loss" in run.curves
     lane = {"domain": [0.93, 1.0], "visible": False, "fixedrange": True, "range": [-0.5, 1.5]}
@@ -87,6 +89,13 @@ def _add_spikes(
         marker={"symbol": "triangle-down", "size": 9, "color": SPIKE_LINE}, showlegend=False,
     )  # fmt: skip
     return shapes
+
+
+def _drift_band(drift: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a band at the foot of the loss, as long as its slow divergence."""
+    return {"type": "rect", "yref": "y domain", "y0": 0, "y1": DRIFT_HEIGHT, "layer": "below",
+            "x0": drift["onset"] - 0.5, "x1": drift["end"] + 0.5, "fillcolor": DRIFT,
+            "line": {"width": 0}, "name": "slow divergence"}  # fmt: skip
 
 
 def _peak(spike: Mapping[str, Any]) -> float | None:
