@@ -46,7 +46,7 @@ def test_a_value_that_is_not_finite_leaves_no_mean() -> None:
     assert (found.verdict, found.interval) == ("not finite", None)
     assert math.isnan(found.mean)
     said = unpaired_in_words(found, own="a", other="b")
-    assert said == "unknown: the loss is not finite in 1 of a"
+    assert said == "unknown: the loss is not finite in 1 run of a"
 
 
 def test_values_that_vary_by_rounding_alone_have_no_interval() -> None:

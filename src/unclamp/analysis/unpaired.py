@@ -14,7 +14,7 @@ import numpy as np
 
 from unclamp.analysis.paired import LEVEL, ROUNDING
 from unclamp.errors import AnalysisError
-from unclamp.written import signed
+from unclamp.written import counted, signed
 
 Verdict = Literal["differs", "not distinguishable", "single run", "not finite", "constant"]
 
@@ -157,7 +157,7 @@ def unpaired_in_words(
     """
     if found.verdict == "not finite":
         counts = ((own, found.own_nonfinite), (other, found.other_nonfinite))
-        lost = " and ".join(f"{n} of {name}" for name, n in counts if n)
+        lost = " and ".join(f"{counted(n, 'run')} of {name}" for name, n in counts if n)
         return f"unknown: the loss is not finite in {lost}"
     mean = signed(found.mean)
     runs = f"{found.own_runs} and {found.other_runs} runs"

@@ -68,7 +68,7 @@ def _seen_alone(arm: ArmView) -> str:
     spikes = counted(
         arm.planted_spikes + arm.other_spikes, "spike of the loss", "spikes of the loss"
     )
-    clamped = "nothing clamped"
+    clamped = f"nothing clamped{arm.extent}"
     if arm.precision != "FP8":
         clamped = "no FP8"
     elif arm.saturated:
@@ -78,12 +78,17 @@ def _seen_alone(arm: ArmView) -> str:
 
 def _diverged(scenario: ScenarioView) -> list[str]:
     return [
-        f"The loss of {arm.name} is not finite with {arm.nonfinite_seeds} of "
-        f"{counted(arm.seeds, 'seed')} (scenario {scenario.name}), so of how far it differs from "
-        "other arms nothing can be said."
+        f"The loss of {arm.name} is not finite with {_lost_seeds(arm)} (scenario "
+        f"{scenario.name}), so of how far it differs from other arms nothing can be said."
         for arm in scenario.arms
         if arm.nonfinite_seeds
     ]
+
+
+def _lost_seeds(arm: ArmView) -> str:
+    if arm.seeds == 1:
+        return "its only seed"
+    return f"{arm.nonfinite_seeds} of {counted(arm.seeds, 'seed')}"
 
 
 # At planted steps ---------------------------------------------------------------------------------
@@ -142,7 +147,7 @@ def _one_seed(arms: Sequence[ArmView], steps: str, where: str, *, is_all: bool) 
 def _hurt(scenario: ScenarioView, arm: ArmView, steps: str, where: str, *, is_first: bool) -> str:
     low, high = (_exp(end) for end in _ends(arm))
     if not arm.saturated:
-        how = "although it clamped nothing"
+        how = f"although it clamped nothing{arm.extent}"
     elif _is_delayed(scenario, arm):
         how = "where an amax outruns its history"
     else:
