@@ -13,7 +13,7 @@ Causal, as `robust` is: nothing at a step depends on later ones.
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from unclamp.analysis.resolution import Resolution
 from unclamp.analysis.robust import NORMAL_IQR, RunningWindow
 from unclamp.files import strict
 from unclamp.runlog import RunLog
+from unclamp.written import times
 
 LEVEL_POINTS = 31
 RISE = 1.35
@@ -77,6 +78,24 @@ class Divergence:
         A divergence is no spike, so it has no number by which `unclamp explain` knows it.
         """
         return strict(asdict(self) | {"sigmas": None, "number": None})
+
+
+def divergence_in_words(
+    found: Divergence, *, name: str = "", at: Callable[[int], str] = lambda step: f"step {step:,}"
+) -> str:
+    """Say a slow rise in sentences: from where on, how fast, how far, and whether it came back.
+
+    Args:
+        found: The rise.
+        name: Of the series; its own without it.
+        at: Returns what people call a step.
+    """
+    back = "It did not come back" if found.recovery is None else f"Back at {at(found.recovery)}"
+    return (
+        f"{name or found.series}: slow divergence from {at(found.onset)} on, by "
+        f"{100 * found.rate:.2g} % a step: from {found.level:.4g} to {times(found.height)} that at "
+        f"{at(found.peak)}. Found at {at(found.found)}. {back}."
+    )
 
 
 class DivergenceDetector:

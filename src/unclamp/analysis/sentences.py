@@ -105,22 +105,22 @@ def _answer_without_sites(finding: Finding) -> str:
     if finding.refusal is not None:
         return f"Cannot tell: {finding.refusal}"
     nothing = "FP8 would have clamped nothing" if finding.is_observed else "Nothing was clamped"
-    said = f"{nothing} at any of the {_count(finding.all_sites, 'site')}"
+    said = f"{nothing} at any of the {counted(finding.all_sites, 'site')}"
     return (
-        f"{said} in the {_count(finding.steps, 'step')} with a loss."
+        f"{said} in the {counted(finding.steps, 'step')} with a loss."
         if finding.notes
         else f"{said}."
     )
 
 
 def _answer(finding: Finding) -> str:
-    asked = f"{_count(finding.spikes, 'spike')} of the loss in {_count(finding.steps, 'step')}"
-    clamped = f"{len(finding.sites)} of {_count(finding.all_sites, 'site')} {_clamped(finding)}"
+    asked = f"{counted(finding.spikes, 'spike')} of the loss in {counted(finding.steps, 'step')}"
+    clamped = f"{len(finding.sites)} of {counted(finding.all_sites, 'site')} {_clamped(finding)}"
     if finding.verdict == "cannot tell":
         return f"Cannot tell: {asked}; {clamped}. {_why_not(finding)}"
     if finding.verdict == "none":
         return f"No evidence that clamping goes with spikes or a raised loss: {asked}; {clamped}."
-    named = _count(sum(site.by is not None for site in finding.sites), "site")
+    named = counted(sum(site.by is not None for site in finding.sites), "site")
     if finding.is_observed:
         return (
             f"At {named} FP8 would have clamped before spikes, or before a raised loss, more often "
@@ -151,7 +151,7 @@ def _why_not(finding: Finding) -> str:
         left = sum(not site.cleared for site in finding.sites)
         return (
             f"Clamping before {_every(finding.spikes)} would not be enough to name a typical site, "
-            f"and the loss after clamping does not clear {_count(left, 'site')}."
+            f"and the loss after clamping does not clear {counted(left, 'site')}."
         )
     return "It takes three spikes or a varying loss, and a site that clamped at three steps."
 
@@ -167,9 +167,9 @@ def _named(finding: Finding) -> list[str]:
 
 def _evidence(site: SiteEvidence, finding: Finding) -> str:
     """Return one named site: first what it is named by, then the rest."""
-    ahead = "" if site.lag is None else f", mostly {_count(site.lag, 'step')} ahead"
+    ahead = "" if site.lag is None else f", mostly {counted(site.lag, 'step')} ahead"
     spikes = (
-        f"{_clamped(finding)} before {site.hits} of {_count(finding.spikes, 'spike')}, "
+        f"{_clamped(finding)} before {site.hits} of {counted(finding.spikes, 'spike')}, "
         f"{site.expected_hits:.1f} expected by chance{ahead}; of the "
         f"{counted(site.clamped_steps, 'step')} at which it {_clamped(finding)}, "
         f"{counted(site.followed, 'was', 'were')} followed by a spike within "
@@ -245,7 +245,7 @@ def _uncleared(finding: Finding) -> list[str]:
         )
     before = ""
     if finding.spikes:
-        before = f", before {worst.hits} of {_count(finding.spikes, 'spike')}"
+        before = f", before {worst.hits} of {counted(finding.spikes, 'spike')}"
     are = "site is" if len(rest) == 1 else "sites are"
     return [
         f"{len(rest):,} {are} neither named nor cleared; strongest: {worst.fqn} {worst.role}, "
@@ -273,7 +273,7 @@ def _power(finding: Finding) -> list[str]:
     else:
         said.append(
             f"A typical site, one that clamps as often as the median site here, would be named if "
-            f"it clamped before {finding.spikes_needed} of the {_count(finding.spikes, 'spike')}."
+            f"it clamped before {finding.spikes_needed} of the {counted(finding.spikes, 'spike')}."
         )
     if finding.loss_needed is not None and not finding.is_observed:
         said.append(_loss_power(finding, finding.loss_needed))
@@ -321,7 +321,3 @@ def _change(value: float, finding: Finding) -> str:
 
 def _every(spikes: int) -> str:
     return "the one spike" if spikes == 1 else f"all of {spikes:,} spikes"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

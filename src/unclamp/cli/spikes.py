@@ -112,14 +112,10 @@ def _place(curve: "Curve", found: "Spike | Divergence") -> dict[str, str]:
 
 
 def _drift_in_words(curve: "Curve", drift: "Divergence") -> str:
-    def at(step: int) -> str:
-        return curve.places[step] if curve.places else f"step {step}"
+    from unclamp.analysis.divergences import divergence_in_words  # noqa: PLC0415
 
-    ended = "It did not come back" if drift.recovery is None else f"Back at {at(drift.recovery)}"
-    return (
-        f"{drift.series}: slow divergence from {at(drift.onset)} on, by {100 * drift.rate:.2g} % "
-        f"a step: from {drift.level:.4g} to {_times(drift.height)} that at {at(drift.peak)}. "
-        f"Found at {at(drift.found)}. {ended}."
+    return divergence_in_words(
+        drift, at=lambda step: curve.places[step] if curve.places else f"step {step}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from unclamp.errors import RunLogError, UnclampError
 from unclamp.files import strict
 from unclamp.names import SiteName
-from unclamp.report.arms import ScenarioView, scenario_view
+from unclamp.report.arms import ScenarioView, counted_together, scenario_view
 from unclamp.report.recorded import RunRecord, read_run
 from unclamp.report.runs import RunView, read_run_view
 from unclamp.report.status import ABSENT, damage_notes, run_notes, study_notes
@@ -139,7 +139,7 @@ def _study_view(path: Path) -> View:
         }
         if records:
             scenarios.append(scenario_view(name, SCENARIOS.get(name, ""), records, named))
-    scenarios.sort(key=lambda scenario: not scenario.planted)
+    scenarios = counted_together(sorted(scenarios, key=lambda scenario: not scenario.planted))
     model, data = config.model, config.data
     small = f"Llama, {counted(model.layers, 'layer')} of {model.hidden_size}, bytes as tokens"
     facts = {
