@@ -91,6 +91,12 @@ class LayerPlan:
     gemms: Mapping[Gemm, Mode]
     smooth: bool = False
 
+    @property
+    def casts(self) -> bool:
+        """Whether any operand of any GEMM goes through FP8."""
+        in_fp8 = [gemm for gemm, mode in self.gemms.items() if not isinstance(mode, HighPrecision)]
+        return any(self.operands[role].scaling.casts for gemm in in_fp8 for role in OPERANDS[gemm])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:

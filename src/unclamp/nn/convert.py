@@ -24,9 +24,10 @@ from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands, native_plan
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
 from unclamp.nn.unmatched import (
+    any_in_fp8,
     find_unmatched,
     kept_text,
-    nothing_converted,
+    nothing_in_fp8,
     unmatched_text,
 )
 from unclamp.recipe import Recipe
@@ -174,7 +175,8 @@ def attach(
         converted = {fqn: m for fqn, m in converted.items() if fqn not in left}
         plans = {fqn: plans[fqn] for fqn in converted}
     report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
-    _warn(model, report, kept)  # which may raise: the model is as it was
+    casts_there = any_in_fp8(find_ledgers(model))
+    _warn(model, report, kept, casts_there=casts_there)  # which may raise: the model is as it was
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.extend_to(model)
     ledger.observes = observes
@@ -370,17 +372,25 @@ def _products(model: nn.Module) -> list[str]:
     ]
 
 
-def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]) -> None:
+def _warn(
+    model: nn.Module,
+    report: ConvertReport,
+    kept: Mapping[str, LayerPlan],
+    *,
+    casts_there: bool,
+) -> None:
     """Warn, where the user called `convert` or `observe`, of what was not done."""
     said = []
     if report.unmatched:
         said.append(unmatched_text(report.unmatched, _products(model)))
     if kept:
         said.append(kept_text(list(kept), _describe(next(iter(kept.values())))))
-    if not report.converted and not find_ledgers(model):
-        said.append(nothing_converted(report.skipped))
+    in_fp8 = casts_there or any(plan.casts for plan in report.converted.values())
+    if not in_fp8:
+        said.append(nothing_in_fp8(report.skipped, plain=list(report.converted)))
     for message in said:
-        warnings.warn(message, UnclampWarning, stacklevel=4)
+        # The caller of `attach`, and `naming_arguments` before that.
+        warnings.warn(message, UnclampWarning, stacklevel=5)
 
 
 def _kept(

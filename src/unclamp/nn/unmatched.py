@@ -100,9 +100,12 @@ def _count(names: Sequence[str]) -> str:
     return f"{len(names)} layers were" if len(names) > 1 else "1 layer was"
 
 
-def nothing_converted(skipped: Mapping[str, str]) -> str:
-    """Say that no layer is in FP8, and why."""
-    return f"no layer is in FP8: {reasons(skipped)}"
+def nothing_in_fp8(skipped: Mapping[str, str], *, plain: Sequence[str]) -> str:
+    """Say that no layer is in FP8, and why; `plain` are those that the recipe does not cast."""
+    if not plain:
+        return f"no layer is in FP8: {reasons(skipped)}"
+    left = f"the recipe leaves {few(plain)} in high precision"
+    return f"no layer is in FP8: {'; '.join([left, *([reasons(skipped)] if skipped else [])])}"
 
 
 def reasons(skipped: Mapping[str, str]) -> str:

@@ -54,6 +54,7 @@ def make_header(
         metadata=dict(metadata or {}),
         cadence=Cadence(casts=casts, inspect=inspect),
         observed=any(ledger.observes for ledger in ledgers),
+        plain=plain,
         notes=[] if plain else _notes(ledgers),
     )
 

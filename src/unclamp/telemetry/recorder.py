@@ -23,6 +23,7 @@ from unclamp.errors import RunLogError, UnclampWarning, did_you_mean, naming_arg
 from unclamp.formats import Format
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.ledger import Ledger
+from unclamp.nn.unmatched import any_in_fp8
 from unclamp.nn.update import SwitchListener, Update
 from unclamp.runlog import Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
@@ -38,7 +39,7 @@ Heard = tuple[list[int], Update]
 EVERY_STEP = Every()
 EVERY_HUNDREDTH = Every(100)
 NOTHING_TO_COUNT = (
-    "the model has no converted layer, so that the run records no casts, and that nothing is "
+    "no layer of the model is in FP8, so that the run records no casts, and that nothing is "
     "clamped in it says nothing of FP8: make the Recorder after unclamp.convert or "
     "unclamp.observe; for a baseline without FP8 say Recorder(..., plain=True)"
 )
@@ -114,16 +115,16 @@ class Recorder:
             casts=self._casts,
             inspect=self._inspect,
         )
-        if not (ledgers or plain):
-            warnings.warn(NOTHING_TO_COUNT, UnclampWarning, stacklevel=2)
-        if overwrite:
-            _close_recorder_of(path)
+        if not (plain or any_in_fp8(ledgers)):
+            # One more: `naming_arguments` stands between.
+            warnings.warn(NOTHING_TO_COUNT, UnclampWarning, stacklevel=3)
         self._writer = RunLogWriter(
             path,
             header=header,
             rank=place.rank,
             flush_interval_s=flush_interval_s,
             overwrite=overwrite,
+            before_replacing=lambda: _close_recorder_of(path),
         )
         _OPEN[self.path.resolve()] = self
         self._sources = [Source(ledger) for ledger in ledgers]
