@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, SupportsFloat, get_args
 
@@ -61,6 +61,7 @@ class Recorder:
         path: The run's folder, new or empty. With "{n}" in it, "runs/first-{n}", the first free
             number from 1 on takes its place; the attribute `path` is the real folder.
         metadata: Free JSON data for the header.
+        notes: Sentences that a reader of the run must see beside its figures.
         plain: The model is meant to have no layer in FP8.
         casts: The steps whose casts are written, and those that `inspect` names. Optimizer steps
             that nobody records are counted into the next one that is.
@@ -92,6 +93,7 @@ class Recorder:
         path: str | Path,
         *,
         metadata: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
         plain: bool = False,
         casts: Every | int = EVERY_STEP,
         inspect: Every | int | None = EVERY_HUNDREDTH,
@@ -111,6 +113,7 @@ class Recorder:
             ledgers,
             place,
             metadata=metadata,
+            notes=notes,
             plain=plain,
             casts=self._casts,
             inspect=self._inspect,
