@@ -114,8 +114,14 @@ class Rule:
     note: str = ""
 
     def __post_init__(self) -> None:
-        for role, scaling in self.scalings.items():
+        scalings = {role: as_scaling(scaling) for role, scaling in self.scalings.items()}
+        for role, scaling in scalings.items():
             check_scaling(role, scaling)
+            if scaling is not self.scalings[role]:
+                raise RecipeError(
+                    f"a Rule takes scalings, not their names: write {scaling!r} for "
+                    f"{self.scalings[role]!r}; Recipe and override take names"
+                )
         for role, name in self.formats.items():
             _check_role(role)
             get_format(name)

@@ -33,10 +33,10 @@ class Header:
     be. `cadence` says how often casts were recorded, None where nobody said; `observed` that they
     were only counted, in a training without FP8; `plain` that no layer was meant to be in FP8: a
     run without a recipe that is not plain may have been converted after its log began. `run_id` is
-    the same for all ranks of a launch, None where nobody said. `notes` are sentences that a reader must
-    see beside the figures, such as an override that matched no layer. `created` is ISO-8601 in UTC. `recipe`, `environment`
-    and `metadata`, which is the user's, hold plain JSON data: what JSON cannot express is refused
-    when the header is written.
+    the same for all ranks of a launch, None where nobody said. `notes` are sentences that a reader
+    must see beside the figures, such as an override that matched no layer. `created` is ISO-8601 in
+    UTC. `recipe`, `environment` and `metadata`, which is the user's, hold plain JSON data: what JSON
+    cannot express is refused when the header is written.
     """
 
     unclamp_version: str
