@@ -348,12 +348,12 @@ def test_a_file_that_the_top_level_opens_to_write_is_not_emptied(tmp_path: Path)
             f"from pathlib import Path\nlog = {opened}\ndef build(): ...\n"
             "def step(t, b): log.write('x')\n"
         )
-        with pytest.raises(ReplayError, match="line 2 of .*writes a file"):
+        with pytest.raises(ReplayError, match=r"line 2 of .*writes a file"):
             load_from_script(script, ("build", "step"))
     assert log.read_text() == "ten hours"
     script.write_text(
-        f"text = open({str(log)!r}).read()\ndef build(): return text\n"
-        f"def step(t, b): open({str(log)!r}, 'w')\n"
+        f"from pathlib import Path\ntext = Path({str(log)!r}).read_text()\n"
+        f"def build(): return text\ndef step(t, b): open({str(log)!r}, 'w')\n"
     )
     assert load_from_script(script, ("build", "step")).build() == "ten hours"
 

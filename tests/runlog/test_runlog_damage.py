@@ -1,7 +1,9 @@
 """A part that cannot be read costs its own rows: it is named, and the rest stays readable."""
 
+import errno
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from truths.runs import write_planted
@@ -9,6 +11,7 @@ from unclamp.analysis import associate, read_curve
 from unclamp.errors import AnalysisError, RunLogError, UnclampWarning
 from unclamp.report.view import build_view
 from unclamp.runlog import Header, RunLog, RunLogWriter
+from unclamp.runlog.damage import find_damaged, is_damaged
 
 
 def write(path: Path, *, ranks: int = 1) -> Path:

@@ -8,8 +8,8 @@ run: of its top level only those statements are executed that the two functions 
   sets them by `def`, `class` or an assignment, or by an `if` or `try` of such;
 - what changes one of these values in place: an assignment to a part of it, or a call such as
   `parser.add_argument(...)` or `config.update(...)`;
-- settings: seeds, calls of `torch.set_...` and `torch.use_...`, what is assigned to an attribute of torch
-  or to os.environ, and changes of sys.path.
+- settings: seeds, calls of `torch.set_...` and `torch.use_...`, what is assigned to an attribute
+  of torch or to os.environ, and changes of sys.path.
 
 What stands under `if __name__ == "__main__":`, in loops and in `with` is never executed, so it
 does not matter whether the script has such a guard. A name that nothing of this sets is an error

@@ -19,6 +19,7 @@ MOST_REASONS = 6
 
 NO_LAYER = "override matches no linear layer"
 NEVER_DECIDES = "override never decides: earlier rules match first"
+REPEATED = "the second override for this glob never decides: the first one does"
 ONLY_SKIPPED = "override matches only layers that were skipped"
 NO_SKIP = "skip glob matches no linear layer"
 
@@ -36,8 +37,12 @@ def find_unmatched(
     """
     unmatched = {glob: NO_SKIP for glob in skip if not any(matches(fqn, glob) for fqn in linear)}
     deciding = {id(recipe.rule_for(fqn)) for fqn in converted}
-    for rule in recipe.rules:
+    for place, rule in enumerate(recipe.rules):
         if id(rule) in deciding:
+            continue
+        first = next(r for r in recipe.rules[: place + 1] if r.match == rule.match)
+        if first is not rule and id(first) in deciding:
+            unmatched[rule.match] = REPEATED
             continue
         found = [fqn for fqn in linear if rule.matches(fqn)]
         if not found:
@@ -58,6 +63,8 @@ def notes_on(unmatched: Mapping[str, str], recipe: Recipe) -> list[str]:
     for glob, why in unmatched.items():
         if why == NO_SKIP:
             notes.append(f"The skip glob {glob!r} matched no layer: nothing was left out for it.")
+        elif why == REPEATED:
+            notes.append(f"The second override {glob!r} decided nothing: the first one does.")
         elif why == NEVER_DECIDES:
             notes.append(f"The override {glob!r} decided nothing: earlier rules match its layers.")
         elif why == ONLY_SKIPPED:

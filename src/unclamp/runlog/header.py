@@ -35,8 +35,8 @@ class Header:
     run without a recipe that is not plain may have been converted after its log began. `run_id` is
     the same for all ranks of a launch, None where nobody said. `notes` are sentences that a reader
     must see beside the figures, such as an override that matched no layer. `created` is ISO-8601 in
-    UTC. `recipe`, `environment` and `metadata`, which is the user's, hold plain JSON data: what JSON
-    cannot express is refused when the header is written.
+    UTC. `recipe`, `environment` and `metadata`, which is the user's, hold plain JSON data: what
+    JSON cannot express is refused when the header is written.
     """
 
     unclamp_version: str
