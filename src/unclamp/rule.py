@@ -94,8 +94,12 @@ class LayerPlan:
     @property
     def casts(self) -> bool:
         """Whether any operand of any GEMM goes through FP8."""
-        in_fp8 = [gemm for gemm, mode in self.gemms.items() if not isinstance(mode, HighPrecision)]
-        return any(self.operands[role].scaling.casts for gemm in in_fp8 for role in OPERANDS[gemm])
+        return any(
+            self.operands[role].scaling.casts
+            for gemm in GEMMS
+            if not isinstance(self.gemms[gemm], HighPrecision)
+            for role in OPERANDS[gemm]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +118,12 @@ class Rule:
     note: str = ""
 
     def __post_init__(self) -> None:
-        scalings = {role: as_scaling(scaling) for role, scaling in self.scalings.items()}
-        for role, scaling in scalings.items():
-            check_scaling(role, scaling)
-            if scaling is not self.scalings[role]:
+        for role, scaling in self.scalings.items():
+            check_scaling(role, as_scaling(scaling))
+            if isinstance(scaling, str):
                 raise RecipeError(
-                    f"a Rule takes scalings, not their names: write {scaling!r} for "
-                    f"{self.scalings[role]!r}; Recipe and override take names"
+                    f"a Rule takes scalings, not their names: write {as_scaling(scaling)!r} for "
+                    f"{scaling!r}; Recipe and override take names"
                 )
         for role, name in self.formats.items():
             _check_role(role)

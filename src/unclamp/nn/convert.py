@@ -175,8 +175,7 @@ def attach(
         converted = {fqn: m for fqn, m in converted.items() if fqn not in left}
         plans = {fqn: plans[fqn] for fqn in converted}
     report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
-    casts_there = any_in_fp8(find_ledgers(model))
-    _warn(model, report, kept, casts_there=casts_there)  # which may raise: the model is as it was
+    _warn(model, report, kept)  # which may raise: the model is as it was
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.extend_to(model)
     ledger.observes = observes
@@ -372,21 +371,15 @@ def _products(model: nn.Module) -> list[str]:
     ]
 
 
-def _warn(
-    model: nn.Module,
-    report: ConvertReport,
-    kept: Mapping[str, LayerPlan],
-    *,
-    casts_there: bool,
-) -> None:
+def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]) -> None:
     """Warn, where the user called `convert` or `observe`, of what was not done."""
     said = []
     if report.unmatched:
         said.append(unmatched_text(report.unmatched, _products(model)))
     if kept:
         said.append(kept_text(list(kept), _describe(next(iter(kept.values())))))
-    in_fp8 = casts_there or any(plan.casts for plan in report.converted.values())
-    if not in_fp8:
+    is_new = any(plan.casts for plan in report.converted.values())
+    if not (is_new or any_in_fp8(find_ledgers(model))):
         said.append(nothing_in_fp8(report.skipped, plain=list(report.converted)))
     for message in said:
         # The caller of `attach`, and `naming_arguments` before that.

@@ -155,7 +155,9 @@ class _Context(SpawnContext):
         super().__init__()
         self.started: set[BaseProcess] = set()
 
-    def Process(self, *arguments: Any, **named: Any) -> SpawnProcess:
+    def Process(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, *arguments: Any, **named: Any
+    ) -> SpawnProcess:
         """Return a process to start."""
         made = SpawnProcess(*arguments, **named)
         self.started.add(made)
