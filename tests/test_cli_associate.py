@@ -85,6 +85,12 @@ def test_an_unfinished_run_is_answered_with_a_note(tmp_path: Path) -> None:
 
 def test_a_run_without_casts_is_one_plain_line(tmp_path: Path) -> None:
     bare = write_run(tmp_path / "bare", with_casts=False)
+    header = json.loads((bare / "run.json").read_text())
+    said = " ".join(unclamp("associate", bare).stdout.split())
+    assert said == (
+        "- Cannot tell: no cast was recorded, and whether the run trained in FP8 is not in its log."
+    )
+    (bare / "run.json").write_text(json.dumps({**header, "plain": True}))
     done = unclamp("associate", bare)
     assert (done.returncode, done.stderr) == (0, "")
     said = " ".join(done.stdout.split())
@@ -92,7 +98,6 @@ def test_a_run_without_casts_is_one_plain_line(tmp_path: Path) -> None:
         "- Nothing was cast in this run: it trained without FP8, so nothing was clamped."
     )
     assert json.loads(unclamp("associate", bare, "--json").stdout)["verdict"] == "none"
-    header = json.loads((bare / "run.json").read_text())
     (bare / "run.json").write_text(json.dumps({**header, "status": "running"}))
     assert "no cast was recorded yet" in " ".join(unclamp("associate", bare).stdout.split())
 

@@ -393,3 +393,8 @@ def test_a_gemm_that_hopper_cannot_do_is_refused_and_says_which_it_can():
     with pytest.raises(RecipeError, match="Hopper tensor core multiplies"):
         Recipe(input_format="e5m2").override("a", grad_weight="hopper_fast")
     assert Recipe(input_format="e5m2", output="hopper").plan("a").gemms["output"] == "hopper"
+
+
+def test_a_rule_says_that_it_takes_scalings_and_not_their_names() -> None:
+    with pytest.raises(RecipeError, match=r"not their names: write Dynamic\("):
+        Rule(match="x", scalings={"input": "dynamic"})  # pyright: ignore[reportArgumentType]

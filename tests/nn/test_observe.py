@@ -272,3 +272,10 @@ def test_a_threshold_nobody_reaches_leaves_the_recipe_as_it_was():
     for wrong in (-0.1, 1.1, float("nan"), True):
         with pytest.raises(RecipeError, match="threshold from 0 to 1"):
             observation.recipe(threshold=wrong)
+
+
+def test_a_scaling_that_does_not_exist_is_refused_though_nothing_clamped():
+    with unclamp.observe(nn.Linear(4, 4)) as observation:
+        with pytest.raises(unclamp.RecipeError, match="did you mean 'dynamic'"):
+            observation.recipe(scaling="dynmic")
+        assert observation.recipe(scaling="dynamic") == Recipe()

@@ -124,6 +124,7 @@ def test_a_run_without_steps_casts_or_loss_has_a_page(tmp_path: Path) -> None:
     view = build_view(tmp_path / "bare")
     assert view.run is not None
     assert "The loss was not recorded." in view.run.sentences
+    assert "No cast was recorded. Whether it was in FP8 is not in the log." in view.run.sentences
     json.dumps(view.to_dict(), allow_nan=False)
 
 

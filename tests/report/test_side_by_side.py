@@ -362,12 +362,17 @@ def test_roles_that_change_alike_are_one_line_with_what_one_kind_alone_has(tmp_p
     assert setting.change("b", "a") == "recipe input, weight: dynamic → delayed (history_len 16)"
 
 
-def test_no_recipe_is_one_difference(tmp_path: Path) -> None:
-    plain = write_side(tmp_path / "hp", noisy(0), recipe=None, casts={}, metadata={"seed": 0})
-    found = compare_runs([plain, *seeds(tmp_path, "delayed", (0,))])
+@pytest.mark.parametrize("plain", [True, False])
+def test_no_recipe_is_one_difference(tmp_path: Path, plain: bool) -> None:
+    hp = write_side(tmp_path / "hp", noisy(0), recipe=None, casts={}, metadata={"seed": 0})
+    header = json.loads((hp / "run.json").read_text())
+    (hp / "run.json").write_text(json.dumps(header | {"plain": plain}))
+    found = compare_runs([hp, *seeds(tmp_path, "delayed", (0,))])
     said = "seed-0 against hp: recipe: none in the log → FP8, delayed scaling."
     assert found.verdict[1] == said
-    assert "hp: no FP8; no cast and no recipe is in the log." in found.limits
+    unknown = "hp: no cast and no recipe is in the log; whether FP8 was used is not in it either."
+    assert ("hp: without FP8, by design." in found.limits) == plain
+    assert (unknown in found.limits) == (not plain)
 
 
 def test_a_recipe_that_cast_nothing_is_a_warning(tmp_path: Path) -> None:

@@ -151,16 +151,19 @@ def test_notes_and_an_arm_without_fp8_reach_verdict_table_and_json(
     def change(arm: str, seed: int, record: RunRecord) -> RunRecord:
         if arm == "smooth":
             return replace(record, notes=[note])
+        if arm == "late":
+            return replace(record, sites=[])
         return replace(record, sites=[], has_recipe=True) if arm == "empty" else record
 
-    arms = {"hp": 1.0, "dynamic": 1.0, "smooth": 1.0, "empty": 1.0}
+    arms = {"hp": 1.0, "dynamic": 1.0, "smooth": 1.0, "empty": 1.0, "late": 1.0}
     view = study(run, arms, change=change)
     said = study_verdict([view])
     assert said[-2:] == [f"Mind smooth: {note}", f"Mind empty: {NOTHING_CAST}"]
     cells = [arm_row(arm, view)[0] for arm in view.arms]
-    assert cells == ["hp (no FP8)", "dynamic", "smooth *", "empty (no FP8) *"]
+    assert cells == ["hp (no FP8)", "dynamic", "smooth *", "empty (no FP8) *", "late (no cast)"]
     assert f"* smooth: {note}" in arm_notes(view)
     assert "no FP8: hp trained in high precision, by design." in arm_notes(view)
+    assert "no cast: whether late trained in FP8 is not in the log." in arm_notes(view)
     whole = replace(
         build_view(write_planted(tmp_path / "run", steps=20)),
         run=None, scenarios=[view], verdict=said,

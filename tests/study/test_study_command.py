@@ -76,6 +76,21 @@ def test_workers_warn_once_for_all_runs_and_stdout_is_one_document(tmp_path: Pat
     assert "\x1b" not in done.stderr
 
 
+@pytest.mark.parametrize("seeds", [0, -2])
+def test_a_study_has_a_seed_at_least(seeds: int) -> None:
+    done = unclamp("--seeds", seeds, "--print-config")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--seeds" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_first_look_with_two_seeds_does_not_call_them_one(tmp_path: Path) -> None:
+    options = ("--seeds", 2, "--arm", "dynamic", "--scenario", "text", "--steps", 3)
+    done = unclamp("--quick", *options, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "one seed" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_first_look_shows_the_spikes_of_delayed_scaling(tmp_path: Path) -> None:
     done = unclamp("--quick", "--out", tmp_path / "out", "--json")

@@ -244,9 +244,9 @@ def associate_series(
 
 def _without_casts(log: RunLog, *, max_lag: int, alpha: float) -> Association:
     """Return the answer of a run in which nothing was cast: one sentence."""
-    is_over = log.header.status == "finished"
+    is_over, is_plain = log.header.status == "finished", log.header.plain
     return Association(
-        verdict="none" if is_over else "cannot tell",
+        verdict="none" if is_over and is_plain else "cannot tell",
         sites=[],
         all_sites=0,
         spikes=0,
@@ -261,7 +261,7 @@ def _without_casts(log: RunLog, *, max_lag: int, alpha: float) -> Association:
         loss_needed=None,
         is_relative=False,
         is_observed=log.header.observed,
-        sentences=[without_casts(is_over=is_over)],
+        sentences=[without_casts(is_over=is_over, is_plain=is_plain)],
     )
 
 

@@ -61,8 +61,13 @@ def describe(finding: Finding) -> list[str]:
     ]
 
 
-def without_casts(*, is_over: bool) -> str:
-    """Return what there is to say of a run that recorded no cast."""
+def without_casts(*, is_over: bool, is_plain: bool) -> str:
+    """Return what there is to say of a run that recorded no cast; `is_plain`, as was meant."""
+    if is_over and not is_plain:
+        return (
+            "Cannot tell: no cast was recorded, and whether the run trained in FP8 is not in its "
+            "log."
+        )
     if is_over:
         return "Nothing was cast in this run: it trained without FP8, so nothing was clamped."
     return (

@@ -24,9 +24,10 @@ from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands, native_plan
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
 from unclamp.nn.unmatched import (
+    any_in_fp8,
     find_unmatched,
     kept_text,
-    nothing_converted,
+    nothing_in_fp8,
     unmatched_text,
 )
 from unclamp.recipe import Recipe
@@ -378,10 +379,12 @@ def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]
         said.append(unmatched_text(report.unmatched, _products(model)))
     if kept:
         said.append(kept_text(list(kept), _describe(next(iter(kept.values())))))
-    if not report.converted and not find_ledgers(model):
-        said.append(nothing_converted(report.skipped))
+    is_new = any(plan.casts for plan in report.converted.values())
+    if not (is_new or any_in_fp8(find_ledgers(model))):
+        said.append(nothing_in_fp8(report.skipped, plain=list(report.converted)))
     for message in said:
-        warnings.warn(message, UnclampWarning, stacklevel=5)  # past naming_arguments
+        # The caller of `attach`, and `naming_arguments` before that.
+        warnings.warn(message, UnclampWarning, stacklevel=5)
 
 
 def _kept(

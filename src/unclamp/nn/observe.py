@@ -18,6 +18,7 @@ from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.recipe import Recipe
+from unclamp.rule import as_scaling, check_scaling
 from unclamp.scaling import Dynamic, Scaling
 from unclamp.shown import Shown
 from unclamp.totals import clamp_error, overshoot, share
@@ -126,6 +127,8 @@ class Observation(Shown):
         """
         if isinstance(threshold, bool) or not 0 <= threshold <= 1:
             raise RecipeError(f"expected a threshold from 0 to 1, got {threshold!r}")
+        scaling = as_scaling(scaling)
+        check_scaling("weight", scaling)  # which may have any: whether it fits depends on the site
         worst = [site for site in self.sites() if site.clamp_error > threshold]
         notes: dict[str, str] = {}
         for site in worst:

@@ -45,6 +45,8 @@ NOTHING_CAST = (
     "without FP8."
 )
 
+Precision = Literal["FP8", "high precision", "nothing cast", "not known"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArmView:
@@ -68,8 +70,8 @@ class ArmView:
         overshoot: Largest amax over the largest representable value; None where nothing was
             clamped.
         nonfinite_seeds: Seeds with a recorded loss that is not finite.
-        precision: "FP8" where anything was cast; "high precision" where nothing was and no recipe
-            asks for it; "nothing cast" where one does.
+        precision: "FP8" where anything was cast; "high precision" where nothing was, by
+            design; "nothing cast" where a recipe asks for it; "not known" where neither is said.
         notes: What a reader must know beside the figures, distinct over seeds.
     """
 
@@ -90,7 +92,7 @@ class ArmView:
     underflow_share: float
     overshoot: float | None
     nonfinite_seeds: int = 0
-    precision: Literal["FP8", "high precision", "nothing cast"] = "FP8"
+    precision: Precision = "FP8"
     notes: list[str] = field(default_factory=list)
 
 
@@ -220,12 +222,12 @@ def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunReco
     )
 
 
-def _precision(
-    runs: dict[int, RunRecord], casts: int
-) -> Literal["FP8", "high precision", "nothing cast"]:
+def _precision(runs: dict[int, RunRecord], casts: int) -> Precision:
     if casts:
         return "FP8"
-    return "nothing cast" if any(run.has_recipe for run in runs.values()) else "high precision"
+    if any(run.has_recipe for run in runs.values()):
+        return "nothing cast"
+    return "high precision" if all(run.is_plain for run in runs.values()) else "not known"
 
 
 def _notes(runs: dict[int, RunRecord]) -> list[str]:

@@ -279,9 +279,9 @@ def _nothing_cast(record: RunRecord) -> str:
     said = "No cast was recorded."
     if record.has_recipe:
         return f"{said} The run has a recipe, but nothing of it was in FP8."
-    return (
-        f"{said} The run names no recipe: it is a training without FP8." if record.steps else said
-    )
+    if record.is_plain:
+        return f"{said} It is a training without FP8, by design."
+    return f"{said} Whether it was in FP8 is not in the log." if record.steps else said
 
 
 def _worst_sentence(site: SiteRecord) -> list[str]:

@@ -104,6 +104,7 @@ def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
 
 def _arm_cell(arm: ArmView) -> str:
     marks = [] if arm.precision == "FP8" else ["no FP8"]
+    marks = ["no cast"] if arm.precision == "not known" else marks
     marks += [f"{arm.unfinished} unfinished"] if arm.unfinished else []
     marked = f"{arm.name} ({', '.join(marks)})" if marks else arm.name
     return f"{marked} {NOTE_MARK}" if arm.notes else marked
@@ -115,6 +116,9 @@ def arm_notes(scenario: ScenarioView) -> list[str]:
     said = [f"{NOTE_MARK} {arm.name}: {note}" for arm in scenario.arms for note in arm.notes]
     if plain:
         said.append(f"no FP8: {listed(plain)} trained in high precision, by design.")
+    unknown = [arm.name for arm in scenario.arms if arm.precision == "not known"]
+    if unknown:
+        said.append(f"no cast: whether {listed(unknown)} trained in FP8 is not in the log.")
     return said
 
 

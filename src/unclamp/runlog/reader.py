@@ -45,6 +45,7 @@ _OF_THE_QUERY = (
     duckdb.BinderException,
     duckdb.CatalogException,
     duckdb.ConnectionException,
+    duckdb.ConversionException,
 )
 """Failures that no part is to blame for."""
 
@@ -157,7 +158,10 @@ class RunLog:
         """
         failed = None
         while True:
-            parts = self._list_parts()
+            try:
+                parts = self._list_parts()
+            except OSError as error:
+                raise RunLogError(f"the parts of {self.path} cannot be listed: {error}") from error
             try:
                 self._register(parts)
                 relation = self._connection.sql(query, params=params or None)

@@ -52,11 +52,13 @@ class RunLogWriter:
         rank: int = 0,
         flush_interval_s: float = 2.0,
         overwrite: bool = False,
+        before_replacing: Callable[[], None] = lambda: None,
     ) -> None:
         """Create the run, or join it when `rank` is not 0.
 
         With "{n}" in `path` the folder gets the first free number; `self.path` is the real one.
-        Where `overwrite`, a run that is there is replaced (`unclamp.runlog.beginning`).
+        Where `overwrite`, a run that is there is replaced (`unclamp.runlog.beginning`);
+        `before_replacing` is called before, once nothing else speaks against it.
 
         Raises:
             RunLogError: `path` is a file, is being written, holds another run or something else,
@@ -74,7 +76,13 @@ class RunLogWriter:
         self._warned = False
         self._closing = self._closed = False
         self._process = os.getpid()  # a fork inherits the writer and its exit hook, not the thread
-        self.path = begin_run(Path(path), rank=rank, header=self._header, overwrite=overwrite)
+        self.path = begin_run(
+            Path(path),
+            rank=rank,
+            header=self._header,
+            overwrite=overwrite,
+            before_replacing=before_replacing,
+        )
         self._compactor = Compactor(self.path)
         self._parts = _Parts(self.path, rank, self._compactor)
         self._worker = Worker(

@@ -49,8 +49,10 @@ def run_with_progress(
         on_interrupt=display.interrupt,
     )
     try:
-        with shown:
+        try:
             run_study(config, out, jobs=jobs, listener=listener)
+        finally:
+            shown.stop()
     except Interrupted:
         display.interrupted()
         return False
@@ -94,6 +96,7 @@ class Display:
     def start(self, todo: list[RunPlan], finished: int) -> None:
         """Say what the study is, before its first wave, and count what is finished already."""
         if self._all is None:
+            self._bars.start()  # not before: Ctrl-C ends the process until then, bars and all
             self._say(self._heading())
             self._all = self._bars.add_task("all runs", total=self._steps_left, note="steps")
         if finished:

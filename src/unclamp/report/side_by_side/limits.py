@@ -150,9 +150,16 @@ def _counts(runs: Sequence[Side]) -> list[str]:
 
 def _missing_casts(runs: Sequence[Side]) -> list[str]:
     silent = [run for run in runs if not run.record.sites]
-    plain = [run.name for run in silent if run.header.recipe is None]
-    odd = [run.name for run in silent if run.header.recipe is not None]
-    said = [f"{_some(plain)}: no FP8; no cast and no recipe is in the log."] if plain else []
+    plain = [run.name for run in silent if run.record.is_plain]
+    odd = [run.name for run in silent if run.record.has_recipe]
+    told = {*plain, *odd}
+    unknown = [run.name for run in silent if run.name not in told]
+    said = [f"{_some(plain)}: without FP8, by design."] if plain else []
+    if unknown:
+        said.append(
+            f"{_some(unknown)}: no cast and no recipe is in the log; whether FP8 was used is not "
+            "in it either."
+        )
     if odd:
         said.append(
             f"{_some(odd)}: no FP8, although there is a recipe: no cast was recorded, so the "
