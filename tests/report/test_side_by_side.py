@@ -11,7 +11,7 @@ from scipy.stats import rankdata, ttest_ind, ttest_rel
 
 from truths.runs import write_planted
 from truths.sides import DELAYED, DOWN, DYNAMIC, TORCH, UP, noisy, write_side
-from unclamp.errors import RunLogError, UnclampError
+from unclamp.errors import RunLogError, UnclampError, UnclampWarning
 from unclamp.report.side_by_side import Comparison, compare_runs
 from unclamp.report.side_by_side.reading import short_names
 from unclamp.runlog import Cadence, Every
@@ -533,10 +533,19 @@ def test_the_baseline_is_an_arm_or_a_run_of_it(tmp_path: Path) -> None:
 
 def test_a_run_that_cannot_be_read_is_named_and_the_rest_is_compared(tmp_path: Path) -> None:
     paths = [write_planted(tmp_path / name, steps=20) for name in "abc"]
-    (part,) = (paths[1] / "casts").glob("*.parquet")
-    part.write_bytes(b"damaged")
+    (paths[1] / "run.json").write_bytes(b"damaged")
     found = compare_runs(paths)
     assert list(found.arms) == ["a", "c"]
     assert found.limits[0].startswith("b cannot be read: ")
     with pytest.raises(RunLogError, match="nothing to compare, only a can be read: b cannot be"):
         compare_runs(paths[:2])
+
+
+def test_a_run_with_a_damaged_part_is_compared_without_it(tmp_path: Path) -> None:
+    paths = [write_planted(tmp_path / name, steps=20) for name in "ab"]
+    (part,) = (paths[1] / "casts").glob("*.parquet")
+    part.write_bytes(b"damaged")
+    with pytest.warns(UnclampWarning, match="is damaged and left out"):
+        found = compare_runs(paths)
+    assert list(found.arms) == ["a", "b"]
+    assert any("b: casts/" in limit and "damaged" in limit for limit in found.limits)
