@@ -2,7 +2,8 @@
 
 The truth is found without a replay: each case is trained from its start with every subset of the
 planted sites un-clamped by the recipe. The true set is the smallest that removes 90 % of what the
-planted sites cause together. `python -m bench.explain [folder]` runs all cases.
+planted sites cause together. `python -m bench.explain` runs all cases, and with `--only delayed`
+those with that in their name.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,10 @@ import torch
 
 import unclamp
 from bench.timing import compare
-from truths.llamas import SPIKE as LLAMA_SPIKE
+from truths.delays import RATES, DelayCase, Through
 from truths.llamas import LlamaCase
-from truths.trainings import SPIKE, Case, losses_with
+from truths.trainings import Case, losses_with
+from unclamp.analysis.explanation import NOT_CLAMPING
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 from unclamp.explain.watch import LEVEL_POINTS
 from unclamp.names import SiteName
@@ -32,7 +34,7 @@ from unclamp.study.data import Batches, read_text
 from unclamp.study.loop import build, do_step, tokenize
 
 ENOUGH = 0.9
-AnyCase = Case | LlamaCase
+AnyCase = Case | LlamaCase | DelayCase
 HARMLESS = ((0.0,), (0.0,))
 """Paths whose outlier meets a column of zeros."""
 
@@ -133,7 +135,28 @@ def cases() -> dict[str, list[AnyCase]]:
             *(Case(other="learning rate", seed=s, decoys=3, paths=HARMLESS) for s in range(47, 51)),
             *(LlamaCase(layout="decoys", other="learning rate", seed=s) for s in (51, 53, 54)),
         ],
+        "delayed, through a gradient": list(_delayed("grad_output", seed=100)),
+        "delayed, through a weight": list(_delayed("weight", seed=110)),
+        "delayed, through the optimizer": list(_delayed("optimizer", seed=120)),
+        "other cause, harm that is not read": [
+            DelayCase(through="grad_output", delay=8, other="bad batch", seed=130),
+            DelayCase(through="grad_output", delay=16, other="learning rate", seed=131),
+            DelayCase(through="weight", delay=4, other="bad batch", seed=132),
+            DelayCase(through="weight", delay=12, other="learning rate", seed=133),
+            DelayCase(through="optimizer", delay=8, other="bad batch", seed=134),
+            DelayCase(through="optimizer", delay=16, other="learning rate", seed=135),
+        ],
+        "other cause, early clamps in a decoy": [
+            DelayCase(through="grad_output", delay=12, other="bad batch", harmed="decoy", seed=140),
+            DelayCase(through="weight", delay=8, other="learning rate", harmed="decoy", seed=141),
+            DelayCase(through="optimizer", delay=6, other="bad batch", harmed="decoy", seed=142),
+        ],
     }
+
+
+def _delayed(through: Through, *, seed: int) -> Iterator[DelayCase]:
+    for n, delay in enumerate(RATES[through]):
+        yield DelayCase(through=through, delay=delay, seed=seed + n)
 
 
 def run_case(kind: str, case: AnyCase, folder: Path, *, limits: Limits | None = None) -> Result:
@@ -155,10 +178,6 @@ def run_case(kind: str, case: AnyCase, folder: Path, *, limits: Limits | None = 
     )
 
 
-def _spike(case: AnyCase) -> int:
-    return SPIKE if isinstance(case, Case) else LLAMA_SPIKE
-
-
 def _record(case: AnyCase, run: Path) -> tuple[list[float], float]:
     training = case.build()
     losses: list[float] = []
@@ -171,7 +190,7 @@ def _record(case: AnyCase, run: Path) -> tuple[list[float], float]:
             build=partial(case.build),
             step=case.step,
             every=4,
-            keep=3,
+            keep=6,
             after=3,
             recorder=recorder,
         ) as snapshots,
@@ -188,11 +207,16 @@ def _record(case: AnyCase, run: Path) -> tuple[list[float], float]:
 
 def _truth(case: AnyCase, losses: Sequence[float]) -> tuple[list[SiteName], dict[str, float]]:
     """Return the smallest set of planted sites, and their Shapley values, by training anew."""
-    at = _spike(case)
-    sites = case.culprits
+    at = case.spike
+    sites = case.involved if isinstance(case, DelayCase) else case.culprits
+    level = statistics.median(losses[at - LEVEL_POINTS : at])
+    if isinstance(case, DelayCase) and case.other:
+        free = losses_with(case, case.suspects)[at]
+        harmed = (losses[at] - free) / (losses[at] - min(level, free))
+        if harmed >= NOT_CLAMPING:
+            raise ValueError(f"{case} is planted wrongly: by training anew it is the clamp's harm")
     if case.other or not sites:
         return [], {}
-    level = statistics.median(losses[at - LEVEL_POINTS : at])
     with_free = {
         members: losses_with(case, list(members))[at]
         for size in range(len(sites) + 1)
@@ -216,15 +240,15 @@ def _truth(case: AnyCase, losses: Sequence[float]) -> tuple[list[SiteName], dict
     return list(best), shares
 
 
-def measure(folder: Path | None = None) -> list[Result]:
-    """Run every case and print the tables."""
+def measure(folder: Path | None = None, *, only: str = "") -> list[Result]:
+    """Run every case with a text in its kind and print the tables."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     results = []
     try:
         with tempfile.TemporaryDirectory() as scratch:
             for kind, members in cases().items():
-                for case in members:
+                for case in members if only in kind else ():
                     result = run_case(kind, case, folder or Path(scratch))
                     results.append(result)
                     print(_line(result), flush=True)
@@ -293,7 +317,7 @@ def _line(result: Result) -> str:
     named = ", ".join(str(site) for site in found.named) or "-"
     mark = "ok  " if result.is_right else "MISS"
     return (
-        f"{mark} {result.kind}, seed {result.case.seed}: {found.verdict}, "
+        f"{mark} {result.kind}, seed {result.case.seed}: {found.stated}, "
         f"{100 * (found.clamping_share or 0):.0f} %, height {found.height:.2f}, named {named}, "
         f"truth {[str(site) for site in result.truth]}, share error {result.share_error:.3f}, "
         f"{found.replays} replays, {result.seconds:.1f} s, reproduced {found.reproduced}"
@@ -338,9 +362,11 @@ def to_dict(results: Sequence[Result]) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.explain", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", help="where the runs stay")
+    parser.add_argument("--only", default="", help="only cases with this text in their kind")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    snapshot_cost()
-    growth()
-    done = measure(options.folder)
+    if not options.only:
+        snapshot_cost()
+        growth()
+    done = measure(options.folder, only=options.only)
     print(json.dumps(to_dict(done)))

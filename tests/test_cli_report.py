@@ -102,6 +102,25 @@ def test_json_has_all_sites_and_is_strict(runs: Path) -> None:
     assert found["verdict"][0].startswith("Against delayed, the loss at the end is")
 
 
+def test_the_page_replaces_no_file_that_another_wrote(runs: Path) -> None:
+    one, other = runs / "delayed" / "seed-0", runs / "dynamic" / "seed-0"
+    page, mine = Path("compare.html"), "<html>a page of my own</html>"
+    page.write_text(mine)
+    said = CliRunner().invoke(app, ["report", str(one), str(other), "--json"])
+    assert said.exit_code == 0, said.output
+    assert page.read_text() == mine
+    assert json.loads(said.stdout)["page"] == "compare-2.html"
+    assert "2 runs side by side" in Path("compare-2.html").read_text()
+    for paths in ([one, other], [one]):
+        done = CliRunner().invoke(app, ["report", *map(str, paths), "--out", str(page)])
+        assert isinstance(done.exception, UnclampError)
+        assert "is no page that unclamp wrote" in str(done.exception)
+        assert page.read_text() == mine
+    again = CliRunner().invoke(app, ["report", str(one), "--out", "compare-2.html"])
+    assert again.exit_code == 0, again.output
+    assert "Run seed-0" in Path("compare-2.html").read_text()
+
+
 def test_a_folder_of_runs_is_compared(runs: Path) -> None:
     found = document(runs)
     assert list(found["arms"]) == ["delayed", "dynamic"]

@@ -1,5 +1,7 @@
 """A recipe with chosen sites scaled otherwise: one function for observe, explain and study."""
 
+from pathlib import Path
+
 import pytest
 
 from unclamp import Delayed, Dynamic, Guarded, HighPrecision, Recipe, SiteName
@@ -50,6 +52,30 @@ def test_notes_are_kept_by_files_and_change_nothing() -> None:
     assert mended.plan("b") == BASE.at_sites(SITES).plan("b")
     with pytest.raises(RecipeError, match="text for a rule's note"):
         Recipe.from_toml('[[override]]\nmatch = "a"\nnote = 3\nsmooth = false')
+
+
+SHORT = Recipe().override("late", smooth=False).override("b", accumulate="hopper")
+
+
+@pytest.mark.parametrize("fqn", ["a.up", "b", 'odd "\\" name', "tab\tname", "\U0001f980", "\x7f"])
+@pytest.mark.parametrize("base", [Recipe(), SHORT, BASE])
+def test_what_explain_prints_can_be_pasted_into_a_recipe_file(
+    fqn: str, base: Recipe, tmp_path: Path
+) -> None:
+    site = SiteName(fqn, "input")
+    block = make_override([site], "dynamic", recipe=base, removed=None).toml
+    text, head = base.to_toml(), "[[override]]"
+    before = text.replace(head, f"{block}\n{head}", 1) if head in text else f"{text}\n{block}"
+    (tmp_path / "recipe.toml").write_text(before, encoding="utf-8")
+    mended = Recipe.load(tmp_path / "recipe.toml")
+    assert mended.rules[1:] == base.rules
+    assert mended.plan(fqn).operands["input"].scaling == Dynamic()
+    # After the others it is read too, and decides for what none of them matches.
+    (tmp_path / "recipe.toml").write_text(f"{text}\n{block}", encoding="utf-8")
+    appended = Recipe.load(tmp_path / "recipe.toml")
+    assert appended.rules == (*base.rules, mended.rules[0])
+    changes = base.rule_for(fqn) is None
+    assert (appended.plan(fqn).operands["input"].scaling == Dynamic()) == changes
 
 
 def test_a_note_alone_is_no_override() -> None:

@@ -91,7 +91,7 @@ def test_a_run_log_says_where_it_is_and_what_it_holds(tmp_path: Path) -> None:
     with RunLog.open(path) as log:
         shown = repr(log)
         assert text_of(log._repr_html_()) == shown
-    for part in (str(path), "finished", "1 steps", "3 sites", "ranks 0-0"):
+    for part in (str(path), "finished", "1 step,", "3 sites", "ranks 0-0"):
         assert part in shown
 
 

@@ -5,18 +5,27 @@ import math
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
 from truths.runs import write_planted
+from unclamp import Recipe, convert, revert, switch
 from unclamp.analysis.paired import paired_difference
+from unclamp.errors import StudyError
 from unclamp.formats import FORMATS
+from unclamp.nn.unmatched import kept_note
 from unclamp.report import build_view
 from unclamp.report.glossary import GLOSSARY, term_of
 from unclamp.report.html import write_page
+from unclamp.report.status import study_notes
 from unclamp.report.words import ARM_COLUMNS, SITE_COLUMNS, TABLE_COLUMNS, difference_cell
+from unclamp.runlog.damage import DamagedPart
+from unclamp.study.config import StudyConfig, default_toml
 from unclamp.written import counted, loss_text, percent, signed, times
 
 
@@ -109,3 +118,40 @@ def test_an_overshoot_is_shown_only_where_something_was_clamped(tmp_path: Path) 
     assert calm.scenarios[0].arms[0].overshoot is None
     text = write_page(calm, tmp_path / "page.html").read_text()
     assert "2605.26189" not in text  # no caution about harm where nothing was clamped
+
+
+def _one_step_study() -> str:
+    with pytest.raises(StudyError) as caught:
+        replace(StudyConfig.from_toml(default_toml()), steps=1).check_plants()
+    return str(caught.value)
+
+
+def _one_layer() -> torch.nn.Linear:
+    layer = torch.nn.Linear(2, 2)
+    convert(layer, Recipe())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (lambda: str(convert(torch.nn.Linear(2, 2), Recipe())), "converted 1 layer, skipped 0"),
+        (lambda: str(revert(_one_layer())), "reverted 1 layer\n"),
+        (lambda: str(switch(_one_layer(), input="dynamic")), "switched 1 layer;"),
+        (lambda: kept_note(["a"]), "1 layer was converted"),
+        (lambda: kept_note(["a", "b"]), "2 layers were converted"),
+        (
+            lambda: str(DamagedPart(path=Path("casts/part.parquet"), rows=1, first_step=3)),
+            "1 row of steps from 3 on is missing",
+        ),
+        (
+            lambda: str(DamagedPart(path=Path("casts/part.parquet"), rows=2, first_step=3)),
+            "2 rows of steps from 3 on are missing",
+        ),
+        (lambda: study_notes("running", {"a": "finished", "b": "not begun"})[0], "1 of 2 runs is."),
+        (lambda: study_notes("running", {"a": "not begun"})[0], "0 of 1 run is."),
+        (_one_step_study, "plants nothing in 1 step,"),
+    ],
+)
+def test_one_thing_is_not_written_as_many(said: Callable[[], str], expected: str) -> None:
+    assert expected in said()

@@ -269,8 +269,14 @@ class Recipe(Shown):
             return repr(self)
 
     def to_toml(self) -> str:
-        """Return the recipe as TOML; the same limits as `to_dict`."""
-        return tomli_w.dumps(self.to_dict())
+        """Return the recipe as TOML; the same limits as `to_dict`.
+
+        Each rule is a table `[[override]]`, in the order in which they are tried, so that another
+        one can be pasted before or after them.
+        """
+        data = self.to_dict()
+        rules = data.pop("override", ())
+        return "\n".join([tomli_w.dumps(data), *map(_override_toml, rules)])
 
     @classmethod
     def from_toml(cls, text: str) -> "Recipe":
@@ -297,6 +303,17 @@ class Recipe(Shown):
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read the recipe {str(path)!r}: {error}") from error
         return cls.from_toml(text)
+
+
+def _override_toml(rule: Mapping[str, Any]) -> str:
+    """Return a rule as one entry of the overrides, never inline.
+
+    tomli-w writes a list of short tables as an inline array, which TOML lets nobody extend. So it
+    writes one table, which begins with its own header because of `match`, and the header is made
+    that of an entry.
+    """
+    table = tomli_w.dumps({"override": rule})
+    return "[[override]]" + table.removeprefix("[override]")
 
 
 def rules_at(

@@ -91,6 +91,16 @@ class LayerPlan:
     gemms: Mapping[Gemm, Mode]
     smooth: bool = False
 
+    @property
+    def casts(self) -> bool:
+        """Whether any operand of any GEMM goes through FP8."""
+        return any(
+            self.operands[role].scaling.casts
+            for gemm in GEMMS
+            if not isinstance(self.gemms[gemm], HighPrecision)
+            for role in OPERANDS[gemm]
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -109,7 +119,12 @@ class Rule:
 
     def __post_init__(self) -> None:
         for role, scaling in self.scalings.items():
-            check_scaling(role, scaling)
+            check_scaling(role, as_scaling(scaling))
+            if isinstance(scaling, str):
+                raise RecipeError(
+                    f"a Rule takes scalings, not their names: write {as_scaling(scaling)!r} for "
+                    f"{scaling!r}; Recipe and override take names"
+                )
         for role, name in self.formats.items():
             _check_role(role)
             get_format(name)

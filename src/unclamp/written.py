@@ -4,6 +4,7 @@ Whole cells and rows are for `words`; `sites.js` writes numbers by the same rule
 """
 
 import math
+from collections.abc import Sequence
 
 LARGEST_FIXED = 1e5
 """From here on a figure has an exponent: 1.9e29, and not thirty digits of which two are known."""
@@ -88,13 +89,17 @@ def counted(number: float, noun: str, nouns: str = "") -> str:
     return f"{shown} {noun if shown == '1' else nouns or noun + 's'}"
 
 
-def listed(names: list[str], joined: str = "and") -> str:
-    """Return names as people list them.
+def listed(names: Sequence[str], joined: str = "and", *, most: int | None = None) -> str:
+    """Return names as people list them; of more than `most`, the first ones and how many remain.
 
     Example:
         >>> listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"], "or")
         ('a', 'a and b', 'a, b or c')
+        >>> listed(["a", "b", "c", "d"], most=2)
+        'a, b and 2 more'
     """
+    if most is not None and len(names) > most:
+        names = [*names[:most], f"{len(names) - most:,} more"]
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} {joined} {names[-1]}"

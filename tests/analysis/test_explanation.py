@@ -27,6 +27,7 @@ from unclamp.analysis.explanation import (
     percent,
     spike_share,
 )
+from unclamp.analysis.horizon import Asked, Clamped, Horizon, Stop
 from unclamp.errors import AnalysisError
 from unclamp.files import to_json
 from unclamp.names import ROLES, SiteName
@@ -76,7 +77,19 @@ def explanations(numbers: st.SearchStrategy[float]) -> st.SearchStrategy[Explana
         clamped_sites=st.integers(0), override=st.none() | overrides,
         counterfactuals=st.lists(answers, max_size=3).map(tuple), replays=st.integers(0),
         budget=st.integers(0), replay_s=finite, step_s=finite,
-        notes=st.lists(text, max_size=2).map(tuple),
+        notes=st.lists(text, max_size=2).map(tuple), horizon=st.none() | horizons(),
+    )  # fmt: skip
+
+
+def horizons() -> st.SearchStrategy[Horizon]:
+    clamped = st.builds(
+        Clamped, steps=st.integers(0), last=st.none() | st.integers(0), sites=several,
+        hardest=st.none() | st.integers(0), is_complete=st.booleans(),
+    )  # fmt: skip
+    asked = st.builds(Asked, step=st.integers(0), steps=st.integers(1), removed=finite)
+    return st.builds(
+        Horizon, asked=st.lists(asked, min_size=1, max_size=3).map(tuple),
+        clamped=st.none() | clamped, stop=st.sampled_from(get_args(Stop)),
     )  # fmt: skip
 
 
@@ -139,6 +152,13 @@ def test_a_name_may_hold_what_separates_names() -> None:
         "un-clamped only: a: b input",
         "un-clamped only: (the model itself) input",
     ]
+
+
+def test_one_site_is_not_several() -> None:
+    for clamped, said in ((1, "1 site clamped, or would have."), (9, "9 sites clamped, or")):
+        found = explained(reproduced=True, clamping_share=1.0, verdict="clamping",
+                          clamped_sites=clamped)  # fmt: skip
+        assert said in found.words()
 
 
 def explained(**changes: Any) -> Explanation:

@@ -1,6 +1,7 @@
 """Welch's interval against scipy and against its own promise; when there is none, and why."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_a_value_that_is_not_finite_leaves_no_mean() -> None:
     assert (found.verdict, found.interval) == ("not finite", None)
     assert math.isnan(found.mean)
     said = unpaired_in_words(found, own="a", other="b")
-    assert said == "unknown: the loss is not finite in 1 of a"
+    assert said == "unknown: the loss is not finite in 1 run of a"
 
 
 def test_values_that_vary_by_rounding_alone_have_no_interval() -> None:
@@ -70,3 +71,17 @@ def test_words_say_what_would_show() -> None:
 def test_nonsense_is_an_error(own: list[float], level: float) -> None:
     with pytest.raises(AnalysisError):
         unpaired_difference(own, [1.0, 2.0], level=level)
+
+
+@pytest.mark.parametrize("shift", [0.01, 0.1, 0.2, 0.5])
+@pytest.mark.parametrize("comparisons", [1, 2, 10])
+def test_a_difference_among_several_is_one_by_bonferroni(shift: float, comparisons: int) -> None:
+    other = [2.4, 2.5, 2.3, 2.45]
+    own = [2.41 + shift, 2.48 + shift, 2.36 + shift]
+    welch: Any = ttest_ind(own, other, equal_var=False)
+    want = welch.pvalue <= 0.05 / comparisons
+    found = unpaired_difference(own, other)
+    assert found.differs_among(comparisons) == want
+    words = unpaired_in_words(found, own="a", other="b", comparisons=comparisons)
+    assert ("a differs from b" in words) == want
+    assert ("may be chance" in words) == (found.verdict == "differs" and not want)

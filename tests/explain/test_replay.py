@@ -25,7 +25,7 @@ from unclamp.scaling import Delayed, Dynamic, Guarded, HighPrecision, Static
 
 def replay(case: Case, run: Path) -> tuple[Replay, Snapshot]:
     record(case, run)
-    snapshot = read_snapshot(find_snapshots(run)[0])
+    snapshot = read_snapshot(find_snapshots(run)[-1])
     return Replay(case.build(), case.step, snapshot), snapshot
 
 
@@ -131,7 +131,7 @@ def drop_snapshots(run: Path) -> None:
 
 
 def change_facts(run: Path, **changes: object) -> None:
-    (path,) = find_snapshots(run)
+    *_, path = find_snapshots(run)
     facts = json.loads((path / FACTS_FILE).read_text())
     (path / FACTS_FILE).write_text(json.dumps(facts | changes))
 
@@ -141,7 +141,7 @@ def change_recipe(run: Path) -> None:
 
 
 def change_format(run: Path) -> None:
-    (path,) = find_snapshots(run)
+    *_, path = find_snapshots(run)
     sites = json.loads((path / FACTS_FILE).read_text())["sites"]
     sites[0]["format"] = "e5m2"
     change_facts(run, sites=sites)
@@ -152,7 +152,7 @@ def change_version(run: Path) -> None:
 
 
 def damage(run: Path) -> None:
-    (path,) = find_snapshots(run)
+    *_, path = find_snapshots(run)
     (path / "skeleton.pt").write_bytes(b"nothing")
 
 
@@ -221,8 +221,8 @@ def test_missing_batches_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_spike_before_all_snapshots_says_what_there_is(tmp_path: Path) -> None:
-    record(Case(), tmp_path / "run")
-    (path,) = find_snapshots(tmp_path / "run")
+    record(Case(), tmp_path / "run", keep=1)
+    *_, path = find_snapshots(tmp_path / "run")
     change_facts(tmp_path / "run", step=36)
     with pytest.raises(ReplayError, match="has the state and batches of steps 36 to 37"):
         explain(Case(), tmp_path / "run")
@@ -263,7 +263,7 @@ def test_a_step_that_is_not_deterministic_is_named_and_not_attributed(tmp_path: 
 
 def test_what_differs_of_the_machine_is_said(tmp_path: Path) -> None:
     record(Case(), tmp_path / "run")
-    (path,) = find_snapshots(tmp_path / "run")
+    *_, path = find_snapshots(tmp_path / "run")
     losses = json.loads((path / FACTS_FILE).read_text())["losses"]
     losses["31"] = (float.fromhex(losses["31"]) + 1e-7).hex()
     change_facts(tmp_path / "run", losses=losses, torch="1.0")

@@ -16,6 +16,7 @@ import unclamp
 from truths.trainings import Case, record
 from unclamp import ReplayError
 from unclamp.explain.facts import load_functions
+from unclamp.explain.script import load_from_script
 from unclamp.explain.store import find_snapshots, read_facts
 
 HEAD = '''
@@ -203,7 +204,7 @@ ask("named", build="old.py:build", step="old.py:step")
 
 def test_a_changed_and_a_missing_script_are_said(tmp_path: Path) -> None:
     path = trained(tmp_path, UNGUARDED)
-    (snapshot,) = find_snapshots(tmp_path / "run")
+    *_, snapshot = find_snapshots(tmp_path / "run")
     assert read_facts(snapshot)["build"] == f"{path}:build"
     done = run(tmp_path, "-c", ASK)
     assert done.returncode == 0, done.stderr
@@ -322,7 +323,7 @@ def test_settings_of_torch_are_made_and_torch_is_not_called_otherwise(tmp_path: 
             """
             import torch
             torch.set_default_dtype(torch.float64)
-            torch.manual_seed(torch.nonsense)
+            torch.save(torch.nonsense, "x")
             def build():
                 return torch.zeros(1).dtype
             """,
@@ -336,3 +337,36 @@ def test_settings_of_torch_are_made_and_torch_is_not_called_otherwise(tmp_path: 
 def test_a_name_of_no_function_is_refused(name: str) -> None:
     with pytest.raises(ReplayError, match=r"MODULE:FUNCTION .*or FILE\.py:FUNCTION"):
         load_functions({"build": name})
+
+
+def test_a_file_that_the_top_level_opens_to_write_is_not_emptied(tmp_path: Path) -> None:
+    log, script = tmp_path / "train.log", tmp_path / "train.py"
+    log.write_text("ten hours")
+    for opened in (f"open({str(log)!r}, 'w')", f"open({str(log)!r}, mode='a')",
+                   f"Path({str(log)!r}).open('w')"):  # fmt: skip
+        script.write_text(
+            f"from pathlib import Path\nlog = {opened}\ndef build(): ...\n"
+            "def step(t, b): log.write('x')\n"
+        )
+        with pytest.raises(ReplayError, match=r"line 2 of .*writes a file"):
+            load_from_script(script, ("build", "step"))
+    assert log.read_text() == "ten hours"
+    script.write_text(
+        f"from pathlib import Path\ntext = Path({str(log)!r}).read_text()\n"
+        f"def build(): return text\ndef step(t, b): open({str(log)!r}, 'w')\n"
+    )
+    assert load_from_script(script, ("build", "step")).build() == "ten hours"
+
+
+def test_each_command_line_has_a_module_of_its_own_and_seeds_are_set(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, torch\nargument = sys.argv[1]\ntorch.manual_seed(3)\nW = torch.randn(2)\n"
+        "def build(): return argument, W\ndef step(t, b): ...\n"
+    )
+    for given in ("2", "3"):
+        facts = {"argv": [given]}
+        argument, drawn = load_from_script(script, ("build", "step"), facts=facts).build()
+        generator = torch.Generator().manual_seed(3)
+        assert argument == given
+        assert torch.equal(drawn, torch.randn(2, generator=generator))

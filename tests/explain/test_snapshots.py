@@ -1,10 +1,12 @@
 """States taken before steps: whole, bit for bit, within a budget, and on disk around spikes."""
 
+import json
 import os
 import random
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import unclamp
 from truths.trainings import SPIKE, STEPS, Case, record
 from unclamp.errors import ReplayError, UnclampWarning
 from unclamp.explain import Snapshots, Training
+from unclamp.explain.chain import earlier_snapshots
 from unclamp.explain.ring import Ring
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import find_snapshots, read_facts, read_snapshot, write_snapshot
@@ -131,13 +134,54 @@ def test_what_cannot_be_kept_is_named() -> None:
 
 def test_a_spike_is_kept_with_the_batches_around_it(tmp_path: Path) -> None:
     losses = record(Case(), tmp_path / "run")
-    (path,) = find_snapshots(tmp_path / "run")
+    *_, path = find_snapshots(tmp_path / "run")
     snapshot = read_snapshot(path)
     assert (snapshot.step, snapshot.last_step) == (30, SPIKE + 3)
     assert snapshot.losses == {n: losses[n] for n in range(30, SPIKE + 4)}
     with unclamp.RunLog.open(tmp_path / "run") as log:
         events = log.events().to_pylist()
     assert [(e["kind"], e["step"]) for e in events] == [("snapshot", 30), ("spike", SPIKE)]
+    assert json.loads(events[0]["data"])["older"] == [20]
+
+
+def test_older_states_have_the_batches_up_to_the_next_and_lead_to_the_spike(tmp_path: Path) -> None:
+    losses = record(Case(), tmp_path / "run", keep=4)
+    found = find_snapshots(tmp_path / "run")
+    facts = [read_facts(path) for path in found]
+    assert [(f["step"], f["last_step"]) for f in facts] == [(0, 19), (20, 29), (30, SPIKE + 3)]
+    older = list(earlier_snapshots(found, read_snapshot(found[-1])))
+    assert [snapshot.step for snapshot in older] == [20, 0]
+    for snapshot in older:
+        assert snapshot.losses == {n: losses[n] for n in range(snapshot.step, SPIKE + 4)}
+        assert snapshot.last_step == SPIKE + 3
+
+
+def test_snapshots_do_not_lead_over_a_gap_or_along_another_way(tmp_path: Path) -> None:
+    record(Case(), tmp_path / "run", keep=4)
+    first, second, latest = find_snapshots(tmp_path / "run")
+    spike = read_snapshot(latest)
+    assert list(earlier_snapshots([first, latest], spike)) == []  # steps 20 to 29 are missing
+    long = read_snapshot(second)
+    other = replace(
+        long,
+        batches={**long.batches, 30: spike.batches[30]},
+        losses={**long.losses, 30: spike.losses[30] + 1e-6},
+    )
+    gone_another_way = write_snapshot(tmp_path / "other", other)
+    assert list(earlier_snapshots([first, gone_another_way, latest], spike)) == []
+
+
+def test_the_disk_budget_is_for_older_states_and_says_what_it_left_out(tmp_path: Path) -> None:
+    state = size_bytes(take_state(trained(Case(), 30)))
+    batch = size_bytes(next(Case().batches()))
+    one = (2.5 * state + (8 + 10 + 1) * batch) / 2**30  # the last, with 8 batches, and one with 10
+    for name, budget, steps in (("none", 0.0, [30]), ("one", one, [20, 30])):
+        record(Case(), tmp_path / name, keep=4, disk_gib=budget)
+        assert [read_facts(p)["step"] for p in find_snapshots(tmp_path / name)] == steps
+        with unclamp.RunLog.open(tmp_path / name) as log:
+            data = json.loads(log.events().to_pylist()[0]["data"])
+        assert data["older"] == steps[:-1]
+        assert data["left_out"] == [n for n in (20, 0) if n not in steps]
 
 
 def test_a_run_without_a_spike_writes_nothing(tmp_path: Path) -> None:
@@ -152,7 +196,7 @@ def test_a_spike_in_the_last_step_is_kept_at_the_end(tmp_path: Path) -> None:
             snapshots.after(n, case.step(training, batch))
             if n == SPIKE:
                 break
-    (path,) = find_snapshots(tmp_path)
+    *_, path = find_snapshots(tmp_path)
     assert read_facts(path)["last_step"] == SPIKE
 
 
@@ -188,6 +232,43 @@ def test_a_budget_for_fewer_snapshots_keeps_the_newest() -> None:
     for step in range(5):
         ring.take(step, training, {})
     assert ring.steps == [3, 4]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 6])
+def test_states_are_held_at_growing_distances(keep: int) -> None:
+    model = nn.Linear(1, 1)
+    training = Training(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    ring = Ring(keep=keep, budget_bytes=1e9)
+    for n in range(100):
+        ring.take(10 * n, training, {})
+        ring.add_batch(10 * n, torch.ones(1))
+        ages = [(10 * n - step) // 10 for step in reversed(ring.steps)]
+        assert len(ages) <= keep
+        assert ages[:2] == [0, 1][: min(keep, n + 1)]
+        # For each distance of 1, 2, 4, ... there is a state from there to less than twice as far.
+        for level in range(keep - 1):
+            assert 2**level > n or any(2**level <= age < 2 ** (level + 1) for age in ages)
+        assert min(ring.batches_from(0)) == ring.steps[0]
+
+
+def test_batches_count_towards_the_budget() -> None:
+    training = Case().build()
+    state = size_bytes(take_state(training))
+    ring = Ring(keep=4, budget_bytes=3.5 * state)
+    batch = torch.zeros(state // 16)  # a quarter of a state
+    for step in range(12):
+        if step % 4 == 0:
+            ring.take(step, training, {})
+        ring.add_batch(step, batch)
+        assert ring.size <= 3.5 * state
+    assert ring.steps == [8]
+
+
+def test_a_state_that_is_still_to_be_written_is_held(tmp_path: Path) -> None:
+    record(Case(paths=()), tmp_path / "run", write="all", every=4, keep=2, after=9)
+    found = [read_facts(path) for path in find_snapshots(tmp_path / "run")]
+    assert [f["step"] for f in found] == list(range(0, STEPS, 4))
+    assert [f["last_step"] for f in found] == [min(s + 13, STEPS - 1) for s in range(0, STEPS, 4)]
 
 
 def test_a_half_written_snapshot_is_absent(tmp_path: Path) -> None:
@@ -251,7 +332,7 @@ def test_a_plain_model_has_snapshots_too(tmp_path: Path) -> None:
 
 def test_functions_of_a_module_are_named_and_others_are_not(tmp_path: Path) -> None:
     record(Case(), tmp_path / "run", build=partial(Case().build))
-    (path,) = find_snapshots(tmp_path / "run")
+    *_, path = find_snapshots(tmp_path / "run")
     assert read_facts(path)["build"] is None
 
 
@@ -273,7 +354,7 @@ def test_a_program_that_forgets_to_close_ends_and_has_the_snapshot(tmp_path: Pat
         check=False,
     )
     assert done.returncode == 0
-    (path,) = find_snapshots(tmp_path)
+    *_, path = find_snapshots(tmp_path)
     assert read_snapshot(path).last_step == SPIKE + 1
 
 
@@ -303,7 +384,8 @@ def test_a_loss_that_is_no_number_is_refused_at_its_step(
 def test_snapshots_go_where_the_recorder_numbered_the_run(tmp_path: Path) -> None:
     for number in (1, 2):
         record(Case(), tmp_path / "run-{n}")
-        assert len(find_snapshots(tmp_path / f"run-{number}")) == 1
+        found = find_snapshots(tmp_path / f"run-{number}")
+        assert [read_facts(path)["step"] for path in found] == [20, 30]
     with pytest.raises(ReplayError, match=r"a recorder chooses the number.*recorder\.path"):
         Snapshots(Case().build(), tmp_path / "run-{n}")
 

@@ -108,6 +108,7 @@ def test_an_optimizer_made_before_stays_valid() -> None:
     assert find_ledgers(model)[0].updates == 1
 
 
+@pytest.mark.filterwarnings("ignore:no layer is in FP8")
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe.uniform(HighPrecision())])
 def test_revert_gives_classes_keys_and_outputs_back(recipe: Recipe) -> None:
     model = Model()

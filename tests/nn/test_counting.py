@@ -13,6 +13,7 @@ from unclamp.nn import find_ledgers
 from unclamp.numerics import Stat
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:no layer is in FP8"),
     pytest.mark.filterwarnings("ignore:a product under torch.func"),
     # Of torch's own rules for forward-mode differentiation.
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),

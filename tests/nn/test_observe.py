@@ -246,7 +246,9 @@ def test_the_worst_sites_become_overrides_with_their_figures():
         [SiteName("0", "input")], Dynamic(), notes={"0": recipe.rules[0].note}
     )
     note = recipe.rules[0].note
-    assert "input: clamp error 1, 16 elements clamped in 1 of 6 steps, overshoot 1000.00x" in note
+    assert (
+        "input: clamp error 99.8 %, 16 elements clamped in 1 of 6 steps, overshoot 1000.00x" in note
+    )
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert observation.recipe(threshold=0.5, scaling="guarded").rules[0].scalings == {
         "input": Guarded()
@@ -270,3 +272,10 @@ def test_a_threshold_nobody_reaches_leaves_the_recipe_as_it_was():
     for wrong in (-0.1, 1.1, float("nan"), True):
         with pytest.raises(RecipeError, match="threshold from 0 to 1"):
             observation.recipe(threshold=wrong)
+
+
+def test_a_scaling_that_does_not_exist_is_refused_though_nothing_clamped():
+    with unclamp.observe(nn.Linear(4, 4)) as observation:
+        with pytest.raises(unclamp.RecipeError, match="did you mean 'dynamic'"):
+            observation.recipe(scaling="dynmic")
+        assert observation.recipe(scaling="dynamic") == Recipe()

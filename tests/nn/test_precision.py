@@ -27,6 +27,7 @@ from unclamp.names import GEMMS
 from unclamp.nn import find_ledgers
 from unclamp.numerics import Stat, channel_scale
 
+pytestmark = pytest.mark.filterwarnings("ignore:no layer is in FP8")
 HIGH = HighPrecision()
 
 

@@ -136,3 +136,13 @@ def test_layers_that_kept_an_earlier_recipe_are_noted() -> None:
     note = kept_note(find_ledgers(model)[0].kept)
     assert note == "1 layer was converted with an earlier recipe, and kept it: 0."
     assert torch.isfinite(model(torch.ones(1, 4))).all()
+
+
+def test_of_two_overrides_with_one_glob_the_second_is_named() -> None:
+    recipe = Recipe().override("0", input=Dynamic()).override("0", weight=Dynamic())
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.warns(UnclampWarning, match="'0': the second override for this glob"):
+        report = convert(model, recipe)
+    assert notes_on(report.unmatched, recipe) == [
+        "The second override '0' decided nothing: the first one does."
+    ]

@@ -11,7 +11,7 @@ from scipy.stats import rankdata, ttest_ind, ttest_rel
 
 from truths.runs import write_planted
 from truths.sides import DELAYED, DOWN, DYNAMIC, TORCH, UP, noisy, write_side
-from unclamp.errors import RunLogError, UnclampError
+from unclamp.errors import RunLogError, UnclampError, UnclampWarning
 from unclamp.report.side_by_side import Comparison, compare_runs
 from unclamp.report.side_by_side.reading import short_names
 from unclamp.runlog import Cadence, Every
@@ -157,7 +157,7 @@ def test_the_users_word_decides_on_pairs(tmp_path: Path) -> None:
     ]
     looked = compare_runs(alone)
     assert looked.differences[0].design == "unpaired"
-    assert "the metadata of y, x give no seed, though the first losses agree" in limits(looked)
+    assert "the metadata of y and x give no seed, though the first losses agree" in limits(looked)
     assert "cannot be told" in verdict(looked)
     said = compare_runs(alone, paired=True)
     assert said.differences[0].pairs == [("y", "x")]
@@ -203,7 +203,7 @@ def test_runs_without_a_partner_are_named_and_left_out(tmp_path: Path) -> None:
     paths = seeds(tmp_path, "a", (0, 1, 2)) + seeds(tmp_path, "b", (1, 2, 3), recipe=DYNAMIC)
     found = compare_runs(paths, baseline="a")
     assert found.differences[0].pairs == [("b/seed-1", "a/seed-1"), ("b/seed-2", "a/seed-2")]
-    assert "Without a partner, and left out: b/seed-3, a/seed-0." in limits(found)
+    assert "Without a partner, and left out: b/seed-3 and a/seed-0." in limits(found)
 
 
 def test_one_pair_gets_facts_and_no_interval(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_only_common_steps_are_compared(tmp_path: Path) -> None:
     assert difference.paired is not None
     assert difference.paired.mean == pytest.approx(losses[50] - noisy(0)[50])
     said = limits(found)
-    assert "dense to step 99, sparse to step 50" in said
+    assert "dense to step 99 and sparse to step 50" in said
     assert "sparse and dense recorded losses at different steps: compared are the 6" in said
     assert "sparse: The run was interrupted." in said
 
@@ -362,12 +362,17 @@ def test_roles_that_change_alike_are_one_line_with_what_one_kind_alone_has(tmp_p
     assert setting.change("b", "a") == "recipe input, weight: dynamic → delayed (history_len 16)"
 
 
-def test_no_recipe_is_one_difference(tmp_path: Path) -> None:
-    plain = write_side(tmp_path / "hp", noisy(0), recipe=None, casts={}, metadata={"seed": 0})
-    found = compare_runs([plain, *seeds(tmp_path, "delayed", (0,))])
+@pytest.mark.parametrize("plain", [True, False])
+def test_no_recipe_is_one_difference(tmp_path: Path, plain: bool) -> None:
+    hp = write_side(tmp_path / "hp", noisy(0), recipe=None, casts={}, metadata={"seed": 0})
+    header = json.loads((hp / "run.json").read_text())
+    (hp / "run.json").write_text(json.dumps(header | {"plain": plain}))
+    found = compare_runs([hp, *seeds(tmp_path, "delayed", (0,))])
     said = "seed-0 against hp: recipe: none in the log → FP8, delayed scaling."
     assert found.verdict[1] == said
-    assert "hp: no FP8; no cast and no recipe is in the log." in found.limits
+    unknown = "hp: no cast and no recipe is in the log; whether FP8 was used is not in it either."
+    assert ("hp: without FP8, by design." in found.limits) == plain
+    assert (unknown in found.limits) == (not plain)
 
 
 def test_a_recipe_that_cast_nothing_is_a_warning(tmp_path: Path) -> None:
@@ -427,6 +432,63 @@ def test_nothing_clamped_is_one_sentence_without_a_caution(tmp_path: Path) -> No
     assert not any("does not show" in line for line in found.limits)
 
 
+def test_nothing_clamped_is_of_the_recorded_casts_where_not_all_were(tmp_path: Path) -> None:
+    cadence = Cadence(casts=Every(10))
+    paths = seeds(tmp_path, "a", (0,)) + seeds(tmp_path, "b", (0,), recipe=DYNAMIC, cadence=cadence)
+    said = compare_runs(paths).verdict
+    assert "Nothing was clamped in the recorded casts of any run." in said
+    assert not any("in any run" in line for line in said)
+
+
+def test_of_several_arms_none_is_called_higher_that_may_be_chance(tmp_path: Path) -> None:
+    """The same three pairs, alone and among three arms."""
+    gaps = [0.010, 0.013, 0.008]
+    p = ttest_rel(gaps, np.zeros(3)).pvalue
+    assert 0.05 / 3 < p < 0.05
+    base = seeds(tmp_path, "m0", range(3))
+    higher = [
+        write_side(tmp_path / "m1" / f"seed-{n}", noisy(n, shift=gaps[n]),
+                   metadata={"seed": n, "margin": 1})
+        for n in range(3)
+    ]  # fmt: skip
+    said = verdict(compare_runs([*base, *higher], baseline="m0"))
+    assert "the loss at the end is higher for m1." in said
+    assert "m1 differs from m0, as far as 3 seeds can show" in said
+    others = [
+        path
+        for n in (2, 3)
+        for path in seeds(tmp_path, f"m{n}", range(3), jitter=0.01 * n, metadata={"margin": n})
+    ]
+    said = verdict(compare_runs([*base, *higher, *others], baseline="m0"))
+    assert "higher for m1 (which among 3 comparisons may be chance)" in said
+    assert "differs from m0" not in said
+
+
+def test_long_values_that_differ_late_differ_and_show_where(tmp_path: Path) -> None:
+    folder = "/cluster/projects/language-models/data/english/cleaned/deduplicated/shards/" * 3
+    assert len(folder) > 200
+    paths = [
+        write_side(tmp_path / name, noisy(0), metadata={"seed": 0, "data": f"{folder}part-{name}"})
+        for name in "ab"
+    ]
+    (setting,) = compare_runs(paths).settings
+    assert setting.values == {"a": f"{folder}part-a", "b": f"{folder}part-b"}
+    before, after = setting.change("b", "a").split(" → ")
+    assert before.endswith("shards/part-a")
+    assert after.endswith("shards/part-b")
+    assert max(map(len, setting.shown.values())) <= 80
+
+
+def test_arms_of_many_values_that_differ_in_the_last_one_differ(tmp_path: Path) -> None:
+    paths = [
+        write_side(tmp_path / arm / f"seed-{n}", noisy(n), recipe=recipe,
+                   metadata={"seed": n, "host": f"node-{n}-{arm if n == 8 else ''}"})
+        for arm, recipe in (("a", DYNAMIC), ("b", DELAYED))
+        for n in range(9)
+    ]  # fmt: skip
+    assert any(s.name == "host" for s in compare_runs(paths).settings)
+
+
 def test_limits_of_the_runs_are_said(tmp_path: Path) -> None:
     paths = [
         write_side(tmp_path / "whole", noisy(0), metadata={"seed": 0}),
@@ -438,8 +500,8 @@ def test_limits_of_the_runs_are_said(tmp_path: Path) -> None:
     said = limits(compare_runs(paths))
     assert "seen: This run was only observed" in said
     assert "seen: The override 'nope' matched no layer." in said
-    assert "Counts of sites are of recorded casts only: whole at each step, seen at" in said
-    assert "different numbers of ranks (whole 1, seen 8)" in said
+    assert "Counts of sites are of recorded casts only: whole at each step and seen at" in said
+    assert "different numbers of ranks (whole 1 and seen 8)" in said
 
 
 def test_a_single_arm_has_a_spread_and_no_comparison(tmp_path: Path) -> None:
@@ -458,7 +520,7 @@ def test_several_arms_say_how_many_were_compared(tmp_path: Path) -> None:
         )
     ]
     found = compare_runs(paths, baseline="m0")
-    assert "3 arms were compared with m0, each at 95 %" in limits(found)
+    assert "3 comparisons with m0 were made" in limits(found)
 
 
 def test_the_baseline_is_an_arm_or_a_run_of_it(tmp_path: Path) -> None:
@@ -471,10 +533,19 @@ def test_the_baseline_is_an_arm_or_a_run_of_it(tmp_path: Path) -> None:
 
 def test_a_run_that_cannot_be_read_is_named_and_the_rest_is_compared(tmp_path: Path) -> None:
     paths = [write_planted(tmp_path / name, steps=20) for name in "abc"]
-    (part,) = (paths[1] / "casts").glob("*.parquet")
-    part.write_bytes(b"damaged")
+    (paths[1] / "run.json").write_bytes(b"damaged")
     found = compare_runs(paths)
     assert list(found.arms) == ["a", "c"]
     assert found.limits[0].startswith("b cannot be read: ")
     with pytest.raises(RunLogError, match="nothing to compare, only a can be read: b cannot be"):
         compare_runs(paths[:2])
+
+
+def test_a_run_with_a_damaged_part_is_compared_without_it(tmp_path: Path) -> None:
+    paths = [write_planted(tmp_path / name, steps=20) for name in "ab"]
+    (part,) = (paths[1] / "casts").glob("*.parquet")
+    part.write_bytes(b"damaged")
+    with pytest.warns(UnclampWarning, match="is damaged and left out"):
+        found = compare_runs(paths)
+    assert list(found.arms) == ["a", "b"]
+    assert any("b: casts/" in limit and "damaged" in limit for limit in found.limits)

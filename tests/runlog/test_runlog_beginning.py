@@ -196,3 +196,37 @@ def test_the_refusal_of_a_folder_in_use_names_both_ways(tmp_path: Path) -> None:
         '"process": ', "process "
     )
     shutil.rmtree(run)
+
+
+def test_a_process_with_the_number_of_one_that_was_killed_may_replace_its_run(
+    tmp_path: Path,
+) -> None:
+    # A container that starts again has its old host name, and often its old process numbers.
+    run = write(tmp_path / "run", 1.0)
+    edit(run, "run.json", status="running")
+    edit(run, ".writer-r0.json", made_by="another process")
+    write(run, 2.0, overwrite=True)
+    assert loss_of(run) == 2.0
+
+
+@pytest.mark.parametrize("hindrance", ["file", "metadata", "ranks"])
+def test_who_writes_a_run_is_told_only_when_it_will_be_replaced(
+    tmp_path: Path, hindrance: str
+) -> None:
+    run = write(tmp_path / "run")
+    if hindrance == "file":
+        (run / "mine.txt").write_text("")
+    metadata = {"a": Path()} if hindrance == "metadata" else {}
+    world_size = 2 if hindrance == "ranks" else 1
+    header = Header(unclamp_version="0", metadata=metadata, world_size=world_size)
+    told: list[str] = []
+
+    def tell() -> None:
+        told.append("told")
+
+    with pytest.raises(RunLogError):
+        RunLogWriter(run, header=header, overwrite=True, before_replacing=tell)
+    assert told == []
+    (run / "mine.txt").unlink(missing_ok=True)
+    RunLogWriter(run, header=HEADER, overwrite=True, before_replacing=tell).close()
+    assert told == ["told"]

@@ -1,14 +1,17 @@
 """A part that cannot be read costs its own rows: it is named, and the rest stays readable."""
 
+import errno
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from truths.runs import write_planted
 from unclamp.analysis import associate, read_curve
-from unclamp.errors import AnalysisError, RunLogError, UnclampWarning
+from unclamp.errors import RunLogError, UnclampWarning
 from unclamp.report.view import build_view
 from unclamp.runlog import Header, RunLog, RunLogWriter
+from unclamp.runlog.damage import find_damaged, is_damaged
 
 
 def write(path: Path, *, ranks: int = 1) -> Path:
@@ -137,5 +140,19 @@ def test_report_spikes_and_associate_read_the_rest(tmp_path: Path) -> None:
     assert note.startswith(f"casts/{casts.name} is damaged and left out")
     curve = read_curve(run)
     assert len(curve.steps) == 60
-    with RunLog.open(run) as log, pytest.raises(AnalysisError, match="it has none"):
-        associate(log)
+    with RunLog.open(run) as log:
+        assert associate(log).verdict == "cannot tell"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError(),
+                                   pa.ArrowMemoryError()])  # fmt: skip
+def test_a_lack_of_files_or_memory_is_no_damage(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(paths: object) -> None:
+        raise error
+
+    (tmp_path / "part").write_bytes(b"")
+    monkeypatch.setattr("unclamp.runlog.damage.read_parts", fail)
+    assert find_damaged([tmp_path / "part"]) == {}
+    assert not is_damaged(tmp_path / "part")

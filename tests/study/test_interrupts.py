@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -144,6 +145,62 @@ def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_while_a_model_is_fetched_ends_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:  # which takes a question and says nothing
+        hub.settimeout(PATIENCE_S)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        options = ("--hf-model", "no-such/model", "--scenario", "text", "--out", tmp_path / "out")
+        begun = Study(*options, folder=tmp_path)
+        asked, _ = hub.accept()
+        with asked:
+            begun.ctrl_c(to_all=True)
+            begun.ends_well()
+    assert begun.said().split() == ["Interrupted:", "nothing", "was", "trained."]
+
+
+def test_killing_workers_spares_other_processes(study: Path, tmp_path: Path) -> None:
+    code = f"""
+        import multiprocessing, threading, time, os, signal
+        from pathlib import Path
+        from unclamp.study.arms import run_study
+        from unclamp.study.config import StudyConfig
+        from unclamp.study.pool import Interrupted, Listener
+        others = []
+        def interrupt(plans, finished):
+            def later():
+                others.append(multiprocessing.get_context("spawn").Process(
+                    target=time.sleep, args=(60,), daemon=True))
+                others[0].start()
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.5)
+            threading.Timer(0.3, later).start()
+        if __name__ == "__main__":
+            config = StudyConfig.load({str(study)!r})
+            try:
+                run_study(config, Path({str(tmp_path / "out")!r}), jobs=2,
+                          listener=Listener(on_start=interrupt))
+            except Interrupted:
+                print("interrupted", others[0].is_alive())
+            others[0].kill()
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        preexec_fn=with_ctrl_c,
+    )
+    assert done.stdout.split() == ["interrupted", "True"], done.stderr
+
+
 @pytest.mark.parametrize(
     "work",
     [
@@ -183,6 +240,7 @@ def test_where_ctrl_c_is_ignored_it_stays_ignored() -> None:
         with leaving_at_ctrl_c("Interrupted."):
             os.kill(os.getpid(), signal.SIGINT)
         with CtrlC() as ctrl_c:
+            ctrl_c.count()
             os.kill(os.getpid(), signal.SIGINT)
         print(ctrl_c.times, signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
     """

@@ -57,7 +57,7 @@ def test_the_printed_file_is_the_study_that_the_options_make() -> None:
     assert StudyConfig.from_dict(file).to_dict() == printed("--steps", 50, "--arm", "delayed")
 
 
-def test_workers_warn_once_for_all_runs_and_stdout_is_one_document(tmp_path: Path) -> None:
+def test_what_matches_nothing_is_told_once_and_stdout_is_one_document(tmp_path: Path) -> None:
     study = tmp_path / "study.toml"
     study.write_text(
         "scenarios = ['text']\nseeds = [0, 1]\nsteps = 3\n[data]\nbatch_size = 2\nseq_len = 32\n"
@@ -69,11 +69,26 @@ def test_workers_warn_once_for_all_runs_and_stdout_is_one_document(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["page"] == str(out / "report.html")
     lines = done.stderr.splitlines()
-    assert lines[0].startswith("unclamp study: 2 runs of 3 steps (1 scenario, 1 arm, 2 seeds)")
+    head = "unclamp study: 2 runs of 3 steps (1 scenario, 1 arm, 2 seeds)"
+    assert sum(line.startswith(head) for line in lines) == 1
     assert sum("nope.*" in line for line in lines) == 1
-    assert any(line.startswith("warning (text / a / seed ") for line in lines)
     assert lines[-1] == f"The page: {out / 'report.html'}"
     assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("seeds", [0, -2])
+def test_a_study_has_a_seed_at_least(seeds: int) -> None:
+    done = unclamp("--seeds", seeds, "--print-config")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--seeds" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_first_look_with_two_seeds_does_not_call_them_one(tmp_path: Path) -> None:
+    options = ("--seeds", 2, "--arm", "dynamic", "--scenario", "text", "--steps", 3)
+    done = unclamp("--quick", *options, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "one seed" not in done.stderr
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from unclamp.study.config import ModelConfig, StudyConfig, default_toml
 from unclamp.study.loop import RunPlan, train
 from unclamp.study.models import build_model, check_study, tokenize
 
-pytestmark = pytest.mark.filterwarnings("ignore:arm 'smooth'")  # which says so of GPT-2
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:arm 'smooth'"),  # which says so of GPT-2
+    pytest.mark.filterwarnings("ignore:.*has no tokenizer"),
+]
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2}
 TEXT = b"the cat sat on the mat " * 200
@@ -148,11 +152,15 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_leaves_nothing(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_was_fetched_is_loaded_without_the_hub(tmp_path: Path) -> None:
+def fetched(tmp_path: Path) -> Path:
+    """Put a model into the cache; return its folder."""
     held = tmp_path / "cache" / "models--some--model"
-    gpt2(held / "snapshots" / "0123")
-    (held / "refs").mkdir()
+    (held / "refs").mkdir(parents=True)
     (held / "refs" / "main").write_text("0123")
+    return gpt2(held / "snapshots" / "0123")
+
+
+def load_fetched(tmp_path: Path) -> subprocess.CompletedProcess[str]:
     code = (
         "from unclamp.study.config import ModelConfig\n"
         "from unclamp.study.models import build_model, tokenize\n"
@@ -160,7 +168,7 @@ def test_a_model_that_was_fetched_is_loaded_without_the_hub(tmp_path: Path) -> N
         "model = build_model(settings)\n"
         "print(model.config.vocab_size, len(tokenize(settings, model, b'abc')))"
     )
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code],
         env=refusing(tmp_path),
         capture_output=True,
@@ -168,8 +176,55 @@ def test_a_model_that_was_fetched_is_loaded_without_the_hub(tmp_path: Path) -> N
         timeout=120,
         check=False,
     )
-    assert done.stdout.split() == ["300", "3"], done.stderr
+
+
+def test_a_model_that_was_fetched_is_loaded_without_the_hub(tmp_path: Path) -> None:
+    add_tokenizer(fetched(tmp_path))
+    done = load_fetched(tmp_path)
+    assert done.stdout.split() == ["300", "1"], done.stderr
     assert "Retrying" not in done.stderr
+
+
+def test_a_model_of_which_the_hub_said_that_it_has_no_tokenizer_is_trained_on_bytes(
+    tmp_path: Path,
+) -> None:
+    held = fetched(tmp_path).parents[1]
+    (held / ".no_exist" / "0123").mkdir(parents=True)
+    (held / ".no_exist" / "0123" / "tokenizer_config.json").touch()
+    done = load_fetched(tmp_path)
+    assert done.stdout.split() == ["300", "3"], done.stderr
+
+
+@pytest.mark.parametrize("lost", ["tokenizer", "weights", "shard", "shard and index"])
+def test_a_model_that_was_fetched_in_part_is_not_taken_for_whole(lost: str, tmp_path: Path) -> None:
+    folder = fetched(tmp_path)
+    whole = folder / "model.safetensors"
+    if lost != "tokenizer":
+        add_tokenizer(folder)
+    if lost == "weights":
+        whole.unlink()
+    if lost.startswith("shard"):
+        whole.rename(folder / "model-00001-of-00002.safetensors")
+    if lost == "shard":
+        index = {f"weight {n}": f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    done = load_fetched(tmp_path)
+    lacking = "a tokenizer, which the hub may have" if lost == "tokenizer" else "all of its weights"
+    said = f"'some/model' is no folder, is on this machine without {lacking}, and the hub cannot"
+    assert f"StudyError: {said}" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_bytes_are_warned_of_once_before_anything_trains(tokenizer: bool, tmp_path: Path) -> None:
+    model = {"hf_model": str(gpt2(tmp_path / "model")), "skip": []}
+    if tokenizer:
+        add_tokenizer(tmp_path / "model")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_study(config(model=model, arms={"dynamic": {"recipe": "dynamic"}}))
+    found = [str(w.message) for w in caught if "trained on bytes" in str(w.message)]
+    assert len(found) == (not tokenizer)
 
 
 # Nothing false
@@ -238,14 +293,19 @@ def test_gpt2_is_in_fp8_and_its_runs_say_which_globs_matched_nothing(tmp_path: P
                           log.header.notes)  # fmt: skip
     skip = "The skip glob 'down_proj' matched no layer: nothing was left out for it."
     smooth = "The override 'mlp.down_proj' matched no layer: this run is plain delayed."
-    assert found["hp"] == (0, [])
+    on_bytes = (
+        f"{str(model)!r} has no tokenizer: it is trained on bytes, which are not the tokens that "
+        "it learnt."
+    )
+    assert found["hp"] == (0, [on_bytes])
     assert found["delayed"][0] > 0
-    assert found["delayed"][1] == [skip]
-    assert found["smooth"][1] == [skip, smooth]
+    assert found["delayed"][1] == [on_bytes, skip]
+    assert found["smooth"][1] == [on_bytes, skip, smooth]
 
 
 def test_globs_without_a_match_are_told_of_before_anything_trains(tmp_path: Path) -> None:
     model = {"hf_model": str(gpt2(tmp_path / "model")), "skip": []}
+    add_tokenizer(tmp_path / "model")
     with pytest.warns(UnclampWarning) as caught:
         check_study(config(model=model))
     (text,) = [str(w.message) for w in caught]

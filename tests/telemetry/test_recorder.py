@@ -17,6 +17,7 @@ from unclamp import Delayed, Dynamic, Recipe, Recorder, RunLog
 from unclamp.errors import RunLogError
 from unclamp.formats import get_format
 from unclamp.reference import float32, is_saturated, round_to_format
+from unclamp.runlog import starting_no_run
 
 
 def tiny(seed: int = 0) -> nn.Module:
@@ -284,6 +285,23 @@ def test_a_cell_that_records_can_be_run_twice(tmp_path: Path) -> None:
         assert log.header.status == "finished"
         assert log.steps()["step"].to_pylist() == [0, 1, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_refused_replacement_leaves_the_live_recorder_open(tmp_path: Path) -> None:
+    first = cell(tmp_path / "run")
+    (first.path / "mine.txt").write_text("x")
+    with pytest.raises(RunLogError, match=r"mine\.txt"):
+        cell(tmp_path / "run", overwrite=True)
+    (first.path / "mine.txt").unlink()
+    with (
+        starting_no_run("a replay is being built"),
+        pytest.raises(RunLogError, match="no run can begin"),
+    ):
+        cell(tmp_path / "run", overwrite=True)
+    first.step(loss=1.0)
+    first.close()
+    with RunLog.open(first.path) as log:
+        assert (log.header.status, log.steps().num_rows) == ("finished", 4)
 
 
 def test_a_path_with_a_number_is_numbered(tmp_path: Path) -> None:

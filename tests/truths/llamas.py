@@ -72,6 +72,10 @@ class LlamaCase:
         ]
 
     @property
+    def spike(self) -> int:
+        return SPIKE
+
+    @property
     def recipe(self) -> unclamp.Recipe:
         return unclamp.Recipe.uniform(self.scaling)
 

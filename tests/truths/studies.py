@@ -51,6 +51,7 @@ def study(
                 spikes=find_spikes(loss, steps=run.steps),
                 planted=PLANTED if planted else [],
                 sites=[] if arm == "hp" else sites,
+                is_plain=arm == "hp",
                 shares={run.sites[0].name: clamped_share()} if clamped else {},
             )
             records[arm][seed] = change(arm, seed, record)

@@ -202,6 +202,11 @@ class SiteShare:
         )
 
 
+PASTE = "Paste before the recipe's first [[override]], or at the end of a file without one:"
+"""Where the TOML of an override goes: the first rule that matches a layer decides for it, and what
+stands before all tables of a file cannot come after one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Override:
     """A recommended change of the recipe.
@@ -210,7 +215,7 @@ class Override:
         sites: The sites to change.
         scaling: What to make them: "dynamic", or "guarded" where dynamic did not do.
         removed: Share of the spike that is gone with it, by a replay; None if not replayed.
-        toml: Overrides for a recipe file, to go before those it has.
+        toml: Overrides for a recipe file, to go before those it has (`PASTE`).
         python: The same as code; None where rules of the recipe would come before it.
     """
 

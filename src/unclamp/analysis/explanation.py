@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
-from unclamp.analysis.counterfactual import Counterfactual, Override, Question, SiteShare
+from unclamp.analysis.counterfactual import PASTE, Counterfactual, Override, Question, SiteShare
+from unclamp.analysis.horizon import Horizon
 from unclamp.analysis.reading import Reading
 from unclamp.analysis.spikes import SpikeKind
 from unclamp.names import SiteName
 from unclamp.shown import Shown
+from unclamp.written import counted
 
 Verdict = Literal["clamping", "partly clamping", "not clamping", "not reproduced", "unknown"]
 Status = Literal["running", "finished", "interrupted"]
@@ -44,7 +46,9 @@ class Explanation(Shown):
         differences: If not: which step, by how much, and what may be why.
         noise: Share that a change of all weights by a 4096th makes.
         clamping_share: Share of the spike that is gone with nothing clamped.
-        verdict: What follows from it.
+        verdict: What follows from it, as far back as the horizon.
+        horizon: From which steps on nothing clamped in the replays, and what clamped before; None
+            before it was asked, and from an earlier version.
         others: Shares gone under other questions: "blocks" (next to nothing underflows),
             "high_precision" (no FP8 at all).
         underflowed: Share of elements that underflowed, by question.
@@ -73,6 +77,7 @@ class Explanation(Shown):
     noise: float | None = None
     clamping_share: float | None = None
     verdict: Verdict = "unknown"
+    horizon: Horizon | None = None
     others: Mapping[str, float]
     underflowed: Mapping[str, float]
     sites: tuple[SiteShare, ...] = ()
@@ -91,6 +96,18 @@ class Explanation(Shown):
         """The smallest set of sites that, made dynamic, removes the spike; empty if none."""
         return [] if self.override is None else list(self.override.sites)
 
+    @property
+    def first_step(self) -> int:
+        """The first step that was replayed with nothing clamped; before it nothing is said."""
+        return self.snapshot_step if self.horizon is None else self.horizon.first_step
+
+    @property
+    def stated(self) -> str:
+        """The verdict for people: a negative one holds from a step on."""
+        if self.verdict != "not clamping":
+            return self.verdict
+        return f"not clamping from step {self.first_step} on"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; what JSON has no number for is still a number (`unclamp.files`)."""
         override = None if self.override is None else self.override.to_dict()
@@ -98,6 +115,7 @@ class Explanation(Shown):
             **asdict(self),
             "sites": [site.to_dict() for site in self.sites],
             "override": override,
+            "horizon": None if self.horizon is None else self.horizon.to_dict(),
             "counterfactuals": [each.to_dict() for each in self.counterfactuals],
             "words": self.words(),
         }
@@ -128,6 +146,7 @@ class Explanation(Shown):
             noise=read.maybe_number("noise"),
             clamping_share=read.maybe_number("clamping_share"),
             verdict=read.choice("verdict", get_args(Verdict), "unknown"),
+            horizon=Horizon.from_dict(read.item("horizon")) if read.has("horizon") else None,
             others=read.numbers("others"),
             underflowed=read.numbers("underflowed"),
             sites=tuple(SiteShare.from_dict(each) for each in read.items("sites")),
@@ -161,8 +180,7 @@ class Explanation(Shown):
     def __str__(self) -> str:
         if self.override is None:
             return f"{self.verdict}\n{self.words()}"
-        where = "To paste, at the head of the recipe's overrides:"
-        return f"{self.verdict}\n{self.words()}\n\n{where}\n{self.override.toml}".rstrip()
+        return f"{self.verdict}\n{self.words()}\n\n{PASTE}\n{self.override.toml}".rstrip()
 
     def _height(self) -> str:
         if self.kind == "nonfinite":
@@ -181,18 +199,45 @@ class Explanation(Shown):
 
     def _about_clamping(self) -> list[str]:
         assert self.clamping_share is not None
-        gone = _gone(self.clamping_share)
         if self.verdict == "not clamping":
-            return [
-                f"With nothing clamped {gone}: clamping is not the cause.",
-                *self._about_others(),
-            ]
+            return [*self._about_no_clamping(self.clamping_share), *self._about_others()]
         cause = "the cause" if self.verdict == "clamping" else "a part of the cause"
-        parts = [f"With nothing clamped {gone}: clamping is {cause}."]
+        said = f"{self._free(self.clamping_share)}: clamping is {cause}."
+        parts = [*self._about_start(), said]
+        if self.horizon is not None and self.horizon.stop not in ("", "found"):
+            parts.append(self.horizon.before())
         if self.clamped_sites:
-            parts.append(f"{self.clamped_sites} sites clamped, or would have.")
+            parts.append(f"{counted(self.clamped_sites, 'site')} clamped, or would have.")
         parts += self._about_sites()
         return parts + (self._about_others() if self.verdict == "partly clamping" else [])
+
+    def _about_start(self) -> list[str]:
+        """Say that the replays begin further back than usual, and what that costs."""
+        horizon = self.horizon
+        if horizon is None or horizon.asked[0].step == self.snapshot_step:
+            return []
+        near = horizon.asked[0]
+        said = (
+            f"With nothing clamped from step {near.step} on {_gone(near.removed)}; the clamping "
+            "that matters lies before."
+        )
+        return [said, horizon.cost()]
+
+    def _about_no_clamping(self, share: float) -> list[str]:
+        horizon = self.horizon
+        if horizon is None:
+            return [f"With nothing clamped {_gone(share)}: clamping is not the cause."]
+        shares = [f"from step {each.step} on {_gone(each.removed)}" for each in horizon.asked]
+        verdict = f"from step {horizon.first_step} on clamping is not the cause"
+        said = f"With nothing clamped {', '.join(shares)}: {verdict}."
+        return [said, horizon.before(), *filter(None, [horizon.cost()])]
+
+    def _free(self, share: float) -> str:
+        """Return what goes with nothing clamped, from the start that the answer is about."""
+        is_sure = self.horizon is None or self.horizon.stop == "found"
+        if is_sure and (self.horizon is None or len(self.horizon.asked) == 1):
+            return f"With nothing clamped {_gone(share)}"
+        return f"With nothing clamped from step {self.snapshot_step} on {_gone(share)}"
 
     def _about_sites(self) -> list[str]:
         named = [site for site in self.sites if site.named] or list(self.sites[:1])

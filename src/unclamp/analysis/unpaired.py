@@ -12,8 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from unclamp.analysis.paired import LEVEL, ROUNDING
+from unclamp.analysis.paired import LEVEL, ROUNDING, interval_in_words
 from unclamp.errors import AnalysisError
+from unclamp.written import counted, signed
 
 Verdict = Literal["differs", "not distinguishable", "single run", "not finite", "constant"]
 
@@ -58,6 +59,23 @@ class UnpairedDifference:
         if self.interval is None:
             return math.nan
         return (self.interval[1] - self.interval[0]) / 2
+
+    def differs_among(self, comparisons: int) -> bool:
+        """Return whether the difference holds with so many comparisons counted (Bonferroni)."""
+        if self.verdict != "differs":
+            return False
+        from scipy.stats import ttest_ind_from_stats  # noqa: PLC0415  # slow to load, seldom needed
+
+        found = ttest_ind_from_stats(
+            self.own_mean,
+            self.own_spread or 0.0,
+            self.own_runs,
+            self.other_mean,
+            self.other_spread or 0.0,
+            self.other_runs,
+            equal_var=False,
+        )
+        return float(found.pvalue) * comparisons <= 1 - self.level
 
 
 def unpaired_difference(
@@ -129,13 +147,19 @@ def _welch(own: np.ndarray, other: np.ndarray, level: float) -> tuple[float, flo
     return float(found.low), float(found.high)
 
 
-def unpaired_in_words(found: UnpairedDifference, *, own: str, other: str) -> str:
-    """Say a difference of means, and what so many runs can show; no full stop at its end."""
+def unpaired_in_words(
+    found: UnpairedDifference, *, own: str, other: str, comparisons: int = 1
+) -> str:
+    """Say a difference of means, and what so many runs can show; no full stop at its end.
+
+    With `comparisons`, how many were made in all, it is called one only if it remains one with
+    all of them counted.
+    """
     if found.verdict == "not finite":
         counts = ((own, found.own_nonfinite), (other, found.other_nonfinite))
-        lost = " and ".join(f"{n} of {name}" for name, n in counts if n)
+        lost = " and ".join(f"{counted(n, 'run')} of {name}" for name, n in counts if n)
         return f"unknown: the loss is not finite in {lost}"
-    mean = f"{found.mean:+.3g}"
+    mean = signed(found.mean)
     runs = f"{found.own_runs} and {found.other_runs} runs"
     if found.verdict == "single run":
         few = "one run each" if found.own_runs == found.other_runs else runs
@@ -145,9 +169,4 @@ def unpaired_in_words(found: UnpairedDifference, *, own: str, other: str) -> str
         )
     if found.interval is None:
         return f"{mean} ({runs}): no spread between seeds, so no interval"
-    low, high = (f"{end:+.3g}" for end in found.interval)
-    said = f"{mean} ({100 * found.level:g} %: {low} to {high}): "
-    if found.verdict == "differs":
-        return f"{said}{own} differs from {other}, as far as {runs} can show"
-    would_show = f"a difference over {found.resolution:.2g} would show"
-    return f"{said}not distinguishable with {runs} ({would_show})"
+    return interval_in_words(found, own=own, other=other, of=runs, comparisons=comparisons)

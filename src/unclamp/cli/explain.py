@@ -18,7 +18,10 @@ NARROW = 80
 def explain(
     run: Annotated[Path, typer.Argument(help="Folder of a run that has snapshots.")],
     spike: Annotated[
-        int | None, typer.Option(help="# of the spike in `unclamp spikes`; the highest without.")
+        int | None,
+        typer.Option(
+            help="# of the spike in `unclamp spikes`; without, the first of the highest train."
+        ),
     ] = None,
     budget: Annotated[
         int, typer.Option(help="Most replays; a larger one goes on where a smaller one ended.")

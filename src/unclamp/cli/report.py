@@ -65,7 +65,7 @@ def report(
         notes,
         baseline=baseline,
         paired=paired,
-        page=out or COMPARISON_PAGE,
+        out=out,
         as_json=as_json,
     )
 
@@ -78,9 +78,12 @@ def show_report(
     `sites` as in `build_view`.
     """
     from unclamp.report.html import write_page  # noqa: PLC0415
+    from unclamp.report.pages import check_page  # noqa: PLC0415
     from unclamp.report.text import print_view  # noqa: PLC0415
     from unclamp.report.view import build_view  # noqa: PLC0415
 
+    if out is not None:  # in the run's own folder that name is the page's
+        check_page(out)
     view: View = build_view(path, sites=sites)
     page = out or path / "report.html"
     try:
@@ -100,16 +103,19 @@ def _show_comparison(
     *,
     baseline: str | None,
     paired: bool | None,
-    page: Path,
+    out: Path | None,
     as_json: bool,
 ) -> None:
+    from unclamp.report.pages import check_page, free_page  # noqa: PLC0415
     from unclamp.report.side_by_side import compare_runs  # noqa: PLC0415
     from unclamp.report.side_by_side.page import write_comparison  # noqa: PLC0415
     from unclamp.report.side_by_side.text import print_comparison  # noqa: PLC0415
 
+    page = free_page(COMPARISON_PAGE) if out is None else out
     own = [run / "report.html" for run in runs]
     if page.resolve() in [path.resolve() for path in own]:
         raise UnclampError(f"{page} is the page of one of these runs: give --out another file")
+    check_page(page)
     comparison = compare_runs(runs, baseline=baseline, paired=paired, notes=notes)
     try:
         write_comparison(comparison, page)

@@ -37,7 +37,7 @@ def study(
         typer.Option(
             "--quick",
             help="A first look in about a minute: one scenario, one seed, the arms dynamic, "
-            "delayed and guarded. Other options go before it.",
+            "delayed and guarded. Other options override it.",
         ),
     ] = False,
     config: Annotated[
@@ -47,7 +47,7 @@ def study(
         list[str] | None, typer.Option(help="text or outlier; may be repeated.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps a run.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0, 1, ...")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = None,
     arm: Annotated[
         list[str] | None, typer.Option("--arm", help="Only these arms; may be repeated.")
     ] = None,
@@ -79,13 +79,13 @@ def study(
                 "--scenario, --seeds, --steps and --arm"
             )
         changes = {
-            "scenarios": scenario,
+            "scenarios": scenario or None,
             "steps": steps,
             "seeds": None if seeds is None else list(range(seeds)),
-            "arms": arm,
+            "arms": arm or None,
         }
         if quick:
-            changes = _quick(hf_model) | {k: v for k, v in changes.items() if v not in (None, [])}
+            changes = _quick(hf_model) | {k: v for k, v in changes.items() if v is not None}
         made = _make(config, changes, text=text, hf_model=hf_model, strict=strict)
         if print_config:
             _print_config(made, as_json=as_json)
@@ -102,7 +102,7 @@ def study(
         show_report(folder, as_json=as_json)
     if as_json:
         _say(f"The page: {folder / 'report.html'}")
-    if quick:
+    if quick and len(made.seeds) == 1:
         _say("With one seed nothing can be said about small differences: unclamp study has three.")
 
 
@@ -133,7 +133,7 @@ def _make(
     base = StudyConfig.from_toml(default_toml()) if file is None else StudyConfig.load(file)
     data: dict[str, Any] = base.to_dict()
     for key, value in changes.items():
-        if value is not None and value != []:
+        if value is not None:
             data[key] = _chosen(data["arms"], value) if key == "arms" else value
     if text:
         data["data"]["text"] = text

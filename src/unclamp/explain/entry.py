@@ -1,13 +1,16 @@
 """From a run's folder to an explanation: which spike, which snapshot, which code."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from unclamp.analysis.curves import run_losses
 from unclamp.analysis.explanation import Explanation
+from unclamp.analysis.horizon import clamped_before
 from unclamp.analysis.spikes import Spike, find_spikes
 from unclamp.errors import ReplayError, naming_arguments
+from unclamp.explain.chain import earlier_snapshots
 from unclamp.explain.facts import check_belongs, load_functions
 from unclamp.explain.investigate import investigate
 from unclamp.explain.limits import Limits
@@ -15,7 +18,7 @@ from unclamp.explain.script import changes_of
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import find_snapshots, read_facts, read_snapshot
 from unclamp.explain.training import Build, Step, keeping_random_state
-from unclamp.explain.watch import level_before
+from unclamp.explain.watch import level_before, trains
 from unclamp.runlog import RunLog, starting_no_run
 
 LEAD = 4
@@ -37,8 +40,8 @@ def explain_spike(
 
     Args:
         run: The run's folder, with snapshots below it.
-        spike: Its number as `unclamp spikes` shows it (`Spike.number`); the highest that has a
-            snapshot without it.
+        spike: Its number as `unclamp spikes` shows it (`Spike.number`). Without it the highest
+            that has a snapshot; where that follows closely on others, the first of them.
         build: Makes the training as the run did: a function, "module:function", or
             "FILE.py:function" of a script, which is not run (`unclamp.explain.script`); what the
             snapshot names without it.
@@ -56,7 +59,8 @@ def explain_spike(
     run = Path(run)
     with RunLog.open(run) as log:
         steps, losses = run_losses(log)
-    chosen, path = _choose(run, find_spikes(losses, steps=steps), spike)
+    spikes = find_spikes(losses, steps=steps)
+    chosen, path = _choose(run, spikes, spike)
     snapshot = read_snapshot(path)
     with keeping_random_state():
         arguments = snapshot.facts["arguments"] if build is None else {}
@@ -66,6 +70,7 @@ def explain_spike(
         check_belongs(
             snapshot.facts, training.model, build=builder, step=stepper, anyway=limits.anyway
         )
+        changes = changes_of(snapshot.facts) if build is None or step is None else ()
         return investigate(
             training,
             stepper,
@@ -73,8 +78,10 @@ def explain_spike(
             spike=chosen,
             level=level_before(steps, losses, chosen.onset),
             run=run,
+            older=earlier_snapshots(find_snapshots(run), snapshot),
+            clamped_before=partial(clamped_before, run),
             limits=limits,
-            notes=changes_of(snapshot.facts) if build is None or step is None else (),
+            notes=(*changes, *_about_train(spikes, chosen)),
             on_progress=on_progress,
         )
 
@@ -100,7 +107,7 @@ def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, 
             f"expected the number of a spike of the run, got {wanted}; it has {listed}"
         )
     ranges = {path: (read_facts(path)["step"], read_facts(path)["last_step"]) for path in found}
-    for spike in sorted(candidates, key=lambda s: -s.height):
+    for spike in _in_turn(spikes) if wanted is None else candidates:
         path = _snapshot_for(spike, ranges)
         if path is not None:
             return spike, path
@@ -108,6 +115,26 @@ def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, 
     raise ReplayError(
         f"no snapshot reaches the spike ({listed}): the run has the state and batches of steps "
         f"{covered}; take snapshots more often, Snapshots(..., every=..., keep=...), next time"
+    )
+
+
+def _in_turn(spikes: list[Spike]) -> list[Spike]:
+    """Return spikes in the order in which they are worth explaining: a train from its first on."""
+    highest_first = sorted(trains(spikes), key=lambda train: -max(s.height for s in train))
+    return [spike for train in highest_first for spike in train]
+
+
+def _about_train(spikes: list[Spike], chosen: Spike) -> tuple[str, ...]:
+    """Say that a spike is one of a train, if it is."""
+    train = next(train for train in trains(spikes) if chosen in train)
+    if len(train) == 1:
+        return ()
+    shown = ", ".join(str(spike.onset) for spike in train[:SHOWN_SPIKES])
+    shown += "" if len(train) <= SHOWN_SPIKES else f" and {len(train) - SHOWN_SPIKES} more"
+    which = "the first" if chosen == train[0] else f"no. {train.index(chosen) + 1}, not the first,"
+    return (
+        f"It is {which} of {len(train)} spikes that follow closely on one another, at steps "
+        f"{shown}, and may have one cause.",
     )
 
 

@@ -17,7 +17,8 @@ class Findings:
     """An explanation in the making.
 
     Attributes:
-        game: Where the answers are; set before the first is published.
+        game: Where the answers are that count; set before the first is published.
+        games: All that were asked, with the steps of a replay.
         found: The explanation so far.
         effects: First-order effects by site, once there are any.
     """
@@ -29,23 +30,30 @@ class Findings:
         found: Explanation,
         *,
         path: Path,
-        steps: int,
         on_progress: Callable[[Explanation], None],
     ) -> None:
         self.found = found
         self.effects: Mapping[SiteName, float] = {}
         self.extra_replays = 0
-        self._path, self._steps, self._on_progress = path, steps, on_progress
+        self.games: dict[Game, int] = {}
+        self._path, self._on_progress = path, on_progress
+
+    @property
+    def replays(self) -> int:
+        """All replays so far."""
+        return sum(game.spent for game in self.games) + self.extra_replays
 
     def publish(self, **changes: Any) -> None:
         """Take in what is new, write the answer so far, and tell."""
         game = self.game
+        seconds = sum(each.seconds for each in self.games)
+        steps = sum(each.spent * steps for each, steps in self.games.items())
         self.found = replace(
             self.found,
             **changes,
-            replays=game.spent + self.extra_replays,
-            replay_s=game.seconds,
-            step_s=game.seconds / max(1, game.spent * self._steps),
+            replays=self.replays,
+            replay_s=seconds,
+            step_s=seconds / max(1, steps),
             counterfactuals=tuple(
                 Counterfactual(
                     question=question,

@@ -8,9 +8,11 @@ nothing. The budget bounds the answers that are replays.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from unclamp.analysis.counterfactual import ACTUAL, Change, Question
 from unclamp.explain.replay import Replay, SiteCount, Trace, block_scaled
@@ -29,11 +31,17 @@ class BudgetSpent(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The steps of a spike, and the level its loss rises from."""
+    """The steps of a spike, and the level its loss rises from.
+
+    `calm` are steps before the spike in which a replay from further back may take another level;
+    a spike counts from there (`Game.share_gone`).
+    """
 
     first: int
     last: int
     level: float
+    # Decided by the others and the snapshot, so no part of what identifies the answers.
+    calm: range = field(default=range(0), repr=False)
 
     def loss(self, losses: Mapping[int, float]) -> float:
         """Return the mean loss over the spike's steps; what is not finite counts as the cap."""
@@ -84,7 +92,7 @@ class Game:
         if ACTUAL in earlier and _exact(earlier[ACTUAL]) == _exact(actual):
             self.answers = earlier
         self.answers[ACTUAL] = actual
-        self._actual, self._floor = self.window.loss(actual.losses), self.window.level
+        self._actual, self._floor = self._loss(actual), self.window.level
         self._keep()
 
     @property
@@ -98,7 +106,7 @@ class Game:
         A batch may be easier than those before it; without this, shares would add up to more than
         the whole.
         """
-        self._floor = min(self.window.level, self.window.loss(without_clamping.losses))
+        self._floor = min(self.window.level, self._loss(without_clamping))
 
     def ask(self, kind: Change, sites: Iterable[SiteName]) -> Trace:
         """Return the replay with these sites scaled otherwise.
@@ -138,8 +146,19 @@ class Game:
             self.budget = budget
 
     def share_gone(self, trace: Trace) -> float:
-        """Return the share of the spike that is gone in a replay."""
-        return (self._actual - self.window.loss(trace.losses)) / self.rise
+        """Return the share of the spike that is gone in a replay.
+
+        What a replay from far back changes at the calm steps before the spike as well, a better
+        training, is no part of the spike, and counts for nothing.
+        """
+        return (self._actual - self._loss(trace)) / self.rise
+
+    def _loss(self, trace: Trace) -> float:
+        """Return the loss of the spike's steps, less what the calm steps before moved by."""
+        plain = self.answers[ACTUAL].losses
+        moved = [trace.losses[n] - plain[n] for n in self.window.calm]
+        finite = [change for change in moved if math.isfinite(change)]
+        return self.window.loss(trace.losses) - (float(np.median(finite)) if finite else 0.0)
 
     def _changed(self, kind: Change, key: SiteName) -> Scaling | None:
         before = self.replay.original(key)

@@ -1,8 +1,9 @@
 """Ask the questions about a spike in order, each answer a replay: what did clamping cause?
 
 1. Nothing changed. If the losses do not come back bit for bit, no attribution.
-2. Nothing clamped. If little of the spike goes, clamping is not the cause: ask for underflow and
-   for FP8 as a whole, and stop.
+2. Nothing clamped. If not all of the spike goes, the same from older snapshots (`backwards`). If
+   little goes, clamping is not the cause, as far back as was asked: ask for underflow and for FP8
+   as a whole, and stop.
 3. One screening pass ranks the sites that clamp, or would once others do not.
 4. The leading ones exactly, both ways: only this one un-clamped, only this one clamped. Clamps in
    series show in the second, clamps in parallel in the first, and either alone is wrong.
@@ -12,34 +13,34 @@
 After every replay the answer so far is written.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from unclamp.analysis.counterfactual import ACTUAL, Change, ScalingName
 from unclamp.analysis.explanation import CLAMPING, NOT_CLAMPING, Explanation, Verdict
+from unclamp.analysis.horizon import Clamped
 from unclamp.analysis.spikes import Spike
 from unclamp.errors import ReplayError, UnclampError
 from unclamp.explain.attribution import ENOUGH, NOISE_FACTOR, Attribution
-from unclamp.explain.facts import MACHINE, differing, recipe_of
+from unclamp.explain.backwards import Answer, Backwards
+from unclamp.explain.facts import differing, recipe_of
 from unclamp.explain.findings import Findings
-from unclamp.explain.game import BudgetSpent, Game, Window
+from unclamp.explain.game import BudgetSpent, Window
 from unclamp.explain.limits import Limits
 from unclamp.explain.mend import make_override
 from unclamp.explain.players import Player, group_sites, joined
-from unclamp.explain.replay import Replay, Trace, same_losses
+from unclamp.explain.replay import Trace, same_losses
 from unclamp.explain.smallest import smallest_set
 from unclamp.explain.snapshot import Snapshot
+from unclamp.explain.start import Start
 from unclamp.explain.training import Step, Training
+from unclamp.explain.watch import LEVEL_POINTS
 from unclamp.names import SiteName
-from unclamp.policy import unclamped
 
 MAX_STEPS = 8
 """Steps of a spike that count: later ones are consequences of consequences."""
-PLACEBOS = 2
 
 
 def investigate(
@@ -50,11 +51,13 @@ def investigate(
     spike: Spike,
     level: float,
     run: Path,
+    older: Iterable[Snapshot] = (),
+    clamped_before: Callable[[int], Clamped] | None = None,
     limits: Limits = Limits(),
     notes: Sequence[str] = (),
     on_progress: Callable[[Explanation], None] = lambda explanation: None,
 ) -> Explanation:
-    """Explain a spike by replays from a snapshot.
+    """Explain a spike by replays from a snapshot, and where too little goes, from older ones.
 
     Args:
         training: Made by the build function; it is taken over.
@@ -63,6 +66,8 @@ def investigate(
         spike: The spike.
         level: The loss that it rises from.
         run: Where RUN/explain-<onset>.json and the cache of answers go.
+        older: Snapshots of earlier steps with all batches up to the spike, the latest first.
+        clamped_before: What the run's log says was clamped before a step; None if not known.
         limits: How much to ask.
         notes: What a reader must know whatever the answer is.
         on_progress: Called after each replay with the answer so far.
@@ -74,7 +79,7 @@ def investigate(
         ReplayError: The snapshot does not reach the spike or does not fit the training.
     """
     asked = _Investigation(training, step, snapshot, spike, level, run, limits, notes, on_progress)
-    return asked.run()
+    return asked.run(older, clamped_before)
 
 
 class _Investigation:
@@ -96,9 +101,8 @@ class _Investigation:
                 f"{snapshot.last_step}, which leaves out the spike at step {spike.onset}"
             )
         last = min(spike.end, spike.onset + MAX_STEPS - 1, snapshot.last_step)
-        window = Window(first=spike.onset, last=last, level=level)
-        self._replay = Replay(training, step, snapshot)
-        self._snapshot, self._limits = snapshot, limits
+        self._training, self._step, self._run, self._limits = training, step, run, limits
+        self._window = Window(first=spike.onset, last=last, level=level)
         found = Explanation(
             run=str(run),
             onset=spike.onset,
@@ -112,27 +116,18 @@ class _Investigation:
             others={},
             underflowed={},
         )
-        self._findings = Findings(
-            found,
-            path=run / f"explain-{spike.onset}.json",
-            steps=last - snapshot.step + 1,
-            on_progress=on_progress,
-        )
-        self._game = self._findings.game = Game(
-            self._replay,
-            window,
-            budget=limits.replays,
-            cache=run / "explain-cache" / f"{_digest(snapshot, window)}.json",
-            on_replay=self._findings.publish,
-        )
-        self._can_clamp = [k for k in self._replay.sites if unclamped(self._replay.original(k))]
+        path = run / f"explain-{spike.onset}.json"
+        self._findings = Findings(found, path=path, on_progress=on_progress)
+        self._from(self._begin(snapshot, self._window))
 
-    def run(self) -> Explanation:
+    def run(
+        self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
+    ) -> Explanation:
         """Ask until all is answered, the budget is spent or Ctrl-C comes."""
         findings = self._findings
         try:
             try:
-                self._ask()
+                self._ask(older, clamped_before)
             except BudgetSpent:
                 findings.note(
                     f"The budget of {self._limits.replays} replays is spent; a larger one goes on "
@@ -143,7 +138,9 @@ class _Investigation:
             findings.publish(status="interrupted")
         return findings.found
 
-    def _ask(self) -> None:
+    def _ask(
+        self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
+    ) -> None:
         findings = self._findings
         if not self._reproduces() and not self._limits.anyway:
             return
@@ -151,29 +148,69 @@ class _Investigation:
             findings.note("In the replay the loss does not rise: there is nothing to explain.")
             findings.publish(verdict="not reproduced")
             return
-        clamping_share, noise = self._without_clamping()
+        answer = self._without_clamping(older, clamped_before)
         if findings.found.verdict == "not clamping":
             self._other_questions()
             return
         attribution = Attribution(
-            self._game, findings, self._limits, clamping_share=clamping_share, noise=noise
+            self._game, findings, self._limits, clamping_share=answer.gone, noise=answer.noise
         )
         causes = attribution.share_out(self._players())
-        self._mend(causes, clamping_share)
+        self._mend(causes, answer.gone)
         if findings.found.verdict == "partly clamping":
             self._other_questions()
+
+    # ---- where replays begin ---------------------------------------------------------------
+
+    def _begin(self, snapshot: Snapshot, window: Window) -> Start:
+        """Return a start, which takes the training over from the one before."""
+        findings = self._findings
+        if findings.games:
+            self._replay.undo()
+        start = Start(
+            self._training,
+            self._step,
+            snapshot,
+            window=window,
+            run=self._run,
+            budget=self._limits.replays - findings.replays,
+            on_replay=findings.publish,
+        )
+        findings.games[start.game] = start.steps
+        self._replay = start.replay
+        return start
+
+    def _begin_earlier(self, snapshot: Snapshot) -> Start:
+        """Return a start from further back.
+
+        Raises:
+            BudgetSpent: It could not be asked whether it comes back, and what goes.
+        """
+        if self._limits.replays - self._findings.replays < 2:
+            raise BudgetSpent
+        first = self._window.first
+        calm = range(max(snapshot.step, first - LEVEL_POINTS), first)
+        return self._begin(snapshot, replace(self._window, calm=calm))
+
+    def _from(self, start: Start) -> None:
+        """Ask from this start on, within what is left of the budget."""
+        findings = self._findings
+        if start.replay is not self._replay:
+            self._replay.undo()
+        self._start, self._snapshot = start, start.snapshot
+        self._replay, self._game = start.replay, start.game
+        start.game.budget = self._limits.replays - (findings.replays - start.game.spent)
+        findings.game = start.game
 
     # ---- does it come back -----------------------------------------------------------------
 
     def _reproduces(self) -> bool:
         snapshot, replay, findings = self._snapshot, self._replay, self._findings
-        last = self._game.window.last
-        plain = replay.run({}, last=last)
-        self._game.begin(plain)
-        if same_losses(plain.losses, snapshot.losses):
+        plain = self._start.plain()
+        if self._start.comes_back(plain):
             findings.publish(reproduced=True)
             return True
-        again = replay.run({}, last=last)
+        again = replay.run({}, last=self._window.last)
         findings.extra_replays += 1
         told = [_first_difference(snapshot.losses, plain.losses)]
         if not same_losses(plain.losses, again.losses):
@@ -196,31 +233,43 @@ class _Investigation:
 
     # ---- is it clamping --------------------------------------------------------------------
 
-    def _without_clamping(self) -> tuple[float, float]:
-        """Return the share that is gone with nothing clamped, and that of a placebo."""
-        game = self._game
-        free = game.ask("unclamped", self._can_clamp)
-        game.lower_floor(free)
-        gone = game.share_gone(free)
-        noise = max(abs(game.share_gone(game.placebo(seed))) for seed in range(PLACEBOS))
+    def _without_clamping(
+        self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
+    ) -> Answer:
+        """Return what goes with nothing clamped, from the start from which most goes."""
+        start, findings = self._start, self._findings
+        first = Answer(start=start, gone=start.without_clamping(), noise=start.noise())
+        self._judge(first)
+        backwards = Backwards(
+            first,
+            clamped_before=clamped_before,
+            begin=self._begin_earlier,
+            on_answer=lambda horizon: findings.publish(horizon=horizon),
+        )
+        backwards.ask(older)
+        self._from(backwards.best.start)
+        self._judge(backwards.best)
+        return backwards.best
+
+    def _judge(self, answer: Answer) -> None:
+        """Publish what follows from an answer."""
+        start, gone = answer.start, answer.gone
         verdict: Verdict = "clamping" if gone >= CLAMPING else "partly clamping"
-        if gone < max(NOT_CLAMPING, NOISE_FACTOR * noise):
+        if gone < max(NOT_CLAMPING, NOISE_FACTOR * answer.noise):
             verdict = "not clamping"
-        underflowed = {"actual": _underflow(game.answers[ACTUAL])}
-        traces = (game.answers[ACTUAL], free)
-        self._clamped = {key for trace in traces for key in trace.sites}
+        self._clamped = start.clamped()
         self._findings.publish(
+            snapshot_step=start.snapshot.step,
             clamping_share=gone,
-            noise=noise,
+            noise=answer.noise,
             verdict=verdict,
-            underflowed=underflowed,
+            underflowed={"actual": _underflow(start.game.answers[ACTUAL])},
             clamped_sites=len(self._clamped),
         )
-        return gone, noise
 
     def _players(self) -> list[Player]:
         """Return who clamps, or would where nobody else does."""
-        clamped = (key for key in self._can_clamp if key in self._clamped)
+        clamped = (key for key in self._start.can_clamp if key in self._clamped)
         return group_sites(clamped, self._limits.group)
 
     def _other_questions(self) -> None:
@@ -287,13 +336,6 @@ class _Investigation:
             return "dynamic", None
         best = max(tried, key=lambda scaling: tried[scaling])
         return best, tried[best]
-
-
-def _digest(snapshot: Snapshot, window: Window) -> str:
-    """Return what identifies the questions: answers of others are of no use."""
-    kept = {name: snapshot.facts.get(name) for name in ("code", "sites", "recipe", *MACHINE)}
-    text = json.dumps([snapshot.step, kept, repr(window)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _underflow(trace: Trace) -> float:

@@ -53,8 +53,9 @@ def _as_toml(rule: Mapping[str, Any]) -> str:
 def _inline(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key} = {_inline(value[key])}" for key in value) + " }"
-    # Text, numbers and booleans are written alike in JSON and TOML.
-    return json.dumps(value)
+    # Text, numbers and booleans are written alike in JSON and TOML, but for pairs of surrogates,
+    # which TOML does not know, and for DEL, which it wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def switch_sites(model: nn.Module, sites: Iterable[SiteName], scaling: ScalingName) -> None:

@@ -143,6 +143,10 @@ class Replay:
                         one.end_step()
         return self._trace(losses, seen, time.perf_counter() - began)
 
+    def undo(self) -> None:
+        """Scale the training's sites as they were, so that another replay may take it over."""
+        self._switch(self._before)
+
     def _switch(self, wanted: Mapping[SiteName, Scaling]) -> None:
         for ledger in self._ledgers:
             changes = {

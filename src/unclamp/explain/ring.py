@@ -1,9 +1,13 @@
-"""The newest snapshots of a training in memory, with the batches and losses that followed.
+"""Snapshots of a training in memory, with the batches and losses that followed.
 
-Holds what may become a file; what makes it one is `snapshots`.
+The newest lie close together and older ones at growing distances, each about twice as far back as
+the next: a spike can be asked about from shortly before, and from long before, which few states
+allow. What grows with the distance are the batches in between. Holds what may become a file; what
+makes it one is `snapshots`.
 """
 
-from typing import Any
+from collections.abc import Container
+from typing import Any, NamedTuple
 
 from unclamp.errors import ReplayError
 from unclamp.explain.snapshot import Snapshot, check_keepable
@@ -12,48 +16,72 @@ from unclamp.explain.training import Batch, State, Training, size_bytes, take_st
 GIB = 2**30
 
 
+class _Held(NamedTuple):
+    state: State
+    facts: dict[str, Any]
+    size: int
+    number: int
+
+
 class Ring:
     """States before steps, newest last, and every batch and loss from the oldest of them on.
 
+    With states taken every n steps, `keep` of them reach 2 ** (keep - 2) * n steps back at least,
+    and less than twice as far: the two newest are held, then for 2, 4, 8, ... the last but one of
+    the states whose number it divides, and the last, which will be the last but one.
+
     Args:
         keep: States to hold.
-        budget_bytes: Bytes that states and batches may take; fewer states are held, at least one.
+        budget_bytes: Bytes that states and batches may take together; where it does not suffice,
+            the oldest state goes, with its batches. One is held in any case.
     """
 
     def __init__(self, *, keep: int, budget_bytes: float) -> None:
         self._keep, self._budget = keep, budget_bytes
-        self._states: dict[int, tuple[State, dict[str, Any]]] = {}
-        self._batches: dict[int, Batch] = {}
+        self._states: dict[int, _Held] = {}
+        self._batches: dict[int, tuple[Batch, int]] = {}
         self._losses: dict[int, float] = {}
+        self._taken = 0
 
     @property
     def steps(self) -> list[int]:
         """The steps before which a state is held, oldest first."""
         return list(self._states)
 
-    def take(self, step: int, training: Training, facts: dict[str, Any]) -> None:
-        """Hold the training's state before a step.
+    @property
+    def size(self) -> int:
+        """The bytes of all states and batches."""
+        states = sum(held.size for held in self._states.values())
+        return states + sum(size for _, size in self._batches.values())
+
+    def take(
+        self,
+        step: int,
+        training: Training,
+        facts: dict[str, Any],
+        *,
+        needed: Container[int | None] = (),
+    ) -> None:
+        """Hold the training's state before a step; those of the `needed` steps stay as well.
 
         Raises:
             ReplayError: One state does not fit the budget, or cannot be kept.
         """
         state = take_state(training)
         check_keepable(state, "the training's state")
-        needed = size_bytes(state)
-        if needed > self._budget:
+        size = size_bytes(state)
+        if size > self._budget:
             raise ReplayError(
-                f"a snapshot takes {needed:,} bytes and the budget is {int(self._budget):,}: "
-                f"raise budget_gib to {needed / GIB:.3g} or more"
+                f"a snapshot takes {size:,} bytes and the budget is {int(self._budget):,}: "
+                f"raise budget_gib to {size / GIB:.3g} or more"
             )
-        self._states[step] = (state, facts)
-        fits = int((self._budget - self._batch_bytes) // needed)
-        while len(self._states) > max(1, min(self._keep, fits)):
-            self._states.pop(next(iter(self._states)))
-        self._trim()
-
-    @property
-    def _batch_bytes(self) -> int:
-        return sum(size_bytes(batch.tree) for batch in self._batches.values())
+        self._states[step] = _Held(state, facts, size, self._taken)
+        wanted = _spread_out(self._taken, self._keep)
+        self._taken += 1
+        for old, held in list(self._states.items()):
+            if held.number not in wanted and old not in needed:
+                del self._states[old]
+        self._fit()
 
     def add_batch(self, step: int, batch: Any) -> None:
         """Hold the batch of a step; it may be changed afterwards.
@@ -63,7 +91,9 @@ class Ring:
         """
         if not self._batches:
             check_keepable(batch, "a batch")
-        self._batches[step] = Batch.of(batch)
+        kept = Batch.of(batch)
+        self._batches[step] = (kept, size_bytes(kept.tree))
+        self._fit()
 
     def add_loss(self, step: int, loss: float) -> None:
         """Hold the loss of a step."""
@@ -71,14 +101,14 @@ class Ring:
 
     def snapshot(self, step: int, *, last: int) -> Snapshot:
         """Return the state before `step` with what followed, up to `last`."""
-        state, facts = self._states[step]
+        held = self._states[step]
         span = range(step, last + 1)
         return Snapshot(
             step=step,
-            state=state,
-            batches={n: self._batches[n] for n in span if n in self._batches},
+            state=held.state,
+            batches={n: self._batches[n][0] for n in span if n in self._batches},
             losses={n: self._losses[n] for n in span if n in self._losses},
-            facts=facts,
+            facts=held.facts,
         )
 
     def before(self, onset: int, *, lead: int) -> int | None:
@@ -87,15 +117,38 @@ class Ring:
         early = [step for step in held if step <= onset - lead]
         return early[-1] if early else (held[0] if held else None)
 
+    def older(self, step: int) -> list[int]:
+        """Return the steps with a state before `step`, newest first."""
+        return [held for held in reversed(self._states) if held < step]
+
     def batches_from(self, step: int) -> dict[int, Batch]:
         """Return the batches from a step on."""
-        return {n: batch for n, batch in self._batches.items() if n >= step}
+        return {n: batch for n, (batch, _) in self._batches.items() if n >= step}
 
     def emptied(self) -> "Ring":
         """Return a ring of the same size that holds nothing."""
         return Ring(keep=self._keep, budget_bytes=self._budget)
 
+    def _fit(self) -> None:
+        """Let the oldest states go until the rest fits, and what came before the oldest."""
+        self._trim()
+        while len(self._states) > 1 and self.size > self._budget:
+            del self._states[next(iter(self._states))]
+            self._trim()
+
     def _trim(self) -> None:
-        oldest = min(self._states)
-        self._batches = {n: batch for n, batch in self._batches.items() if n >= oldest}
-        self._losses = {n: loss for n, loss in self._losses.items() if n >= oldest}
+        if not self._states:
+            return
+        oldest = next(iter(self._states))
+        for kept in (self._batches, self._losses):
+            for n in [n for n in kept if n < oldest]:
+                del kept[n]
+
+
+def _spread_out(newest: int, keep: int) -> set[int]:
+    """Return which numbers of states to hold: `keep` at most, at growing distances."""
+    numbers = {newest}
+    for level in range(keep - 1):
+        multiple = newest >> level
+        numbers |= {multiple << level, (multiple - 1) << level}
+    return numbers

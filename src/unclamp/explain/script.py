@@ -8,8 +8,8 @@ run: of its top level only those statements are executed that the two functions 
   sets them by `def`, `class` or an assignment, or by an `if` or `try` of such;
 - what changes one of these values in place: an assignment to a part of it, or a call such as
   `parser.add_argument(...)` or `config.update(...)`;
-- settings: calls of `torch.set_...` and `torch.use_...`, what is assigned to an attribute of torch
-  or to os.environ, and changes of sys.path.
+- settings: seeds, calls of `torch.set_...` and `torch.use_...`, what is assigned to an attribute
+  of torch or to os.environ, and changes of sys.path.
 
 What stands under `if __name__ == "__main__":`, in loops and in `with` is never executed, so it
 does not matter whether the script has such a guard. A name that nothing of this sets is an error
@@ -21,6 +21,7 @@ import builtins
 import dis
 import hashlib
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ _CHANGES = frozenset(
     }
 )
 """Methods whose call is part of making a value, and never trains."""
-_LOADED: dict[tuple[Path, str, tuple[str, ...]], ModuleType] = {}
+_LOADED: dict[tuple[Path, str, tuple[str, ...], str, tuple[str, ...]], ModuleType] = {}
+_MODE = re.compile(r"[rwaxbt+]{1,4}")
+_WRITES = frozenset({"write_text", "write_bytes", "unlink", "rmtree"})
 
 
 def script_of(function: Callable[..., Any]) -> Path | None:
@@ -112,10 +115,13 @@ def load_from_script(
             f"cannot read the script {path} ({error}): put it back where the run had it, or name "
             "its functions with --build FILE.py:FUNCTION and --step FILE.py:FUNCTION"
         ) from error
-    key = (path, _digest(text), names)
+    argv = tuple(map(str, facts.get("argv", ())))
+    key = (path, _digest(text), names, facts.get("package") or "", argv)
     if key not in _LOADED:
         pieces = [_Piece.of(statement, path) for statement in tree.body]
-        _LOADED[key] = _execute(_needed(pieces, names, path), path, facts)
+        needed = _needed(pieces, names, path)
+        _refuse_writing(needed, path)
+        _LOADED[key] = _execute(needed, path, facts)
     return _LOADED[key]
 
 
@@ -199,6 +205,42 @@ def _refuse(name: str, pieces: list[_Piece], names: tuple[str, ...], path: Path)
         raise ReplayError(f"{path} has no {name!r} at its top level{did_you_mean(name, known)}")
 
 
+def _refuse_writing(pieces: list[_Piece], path: Path) -> None:
+    """Raise where the top level opens a file to write: executed again, it would lose the run's."""
+    for piece in pieces:
+        for call in _calls(piece.statement):
+            if _is_writing(call):
+                raise ReplayError(
+                    f"build and step need line {call.lineno} of {path}, which writes a file "
+                    f"({ast.unparse(call)}) and would overwrite what the run wrote: move it below "
+                    '`if __name__ == "__main__":` or into a function'
+                )
+
+
+def _calls(node: ast.AST) -> Iterator[ast.Call]:
+    """Yield the calls that a statement makes when it is executed, not those in functions of it."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return
+    if isinstance(node, ast.Call):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        yield from _calls(child)
+
+
+def _is_writing(call: ast.Call) -> bool:
+    is_method = isinstance(call.func, ast.Attribute)
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+    if name != "open":
+        return is_method and name in _WRITES
+    places = (
+        [0, 1] if is_method else [1]
+    )  # Path.open(mode), open(path, mode), gzip.open(path, mode)
+    given = [call.args[place] for place in places if place < len(call.args)]
+    given += [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+    modes = [each.value for each in given if isinstance(each, ast.Constant)]
+    return any(isinstance(m, str) and _MODE.fullmatch(m) and set(m) & set("wax+") for m in modes)
+
+
 def _execute(pieces: list[_Piece], path: Path, facts: Mapping[str, Any]) -> ModuleType:
     """Return a module of a name of its own, with these statements executed in it."""
     name = "unclamp_script_" + "".join(c if c.isalnum() else "_" for c in path.stem)
@@ -274,11 +316,23 @@ def _is_setting(statement: ast.stmt) -> bool:
         of_torch = called.startswith("torch.") and called.split(".")[-1].startswith(
             ("set_", "use_", "enable_")
         )
-        return of_torch or called in ("sys.path.insert", "sys.path.append", "sys.path.extend")
+        return (
+            of_torch
+            or _is_seed(called)
+            or called in ("sys.path.insert", "sys.path.append", "sys.path.extend")
+        )
     if not isinstance(statement, ast.Assign):
         return False
     targets = [ast.unparse(target) for target in statement.targets]
     return all(target.startswith(("torch.", "os.environ[")) for target in targets)
+
+
+def _is_seed(called: str) -> bool:
+    """Whether a call seeds random numbers, on which what the top level draws depends."""
+    *owner, last = called.split(".")
+    return last in ("manual_seed", "manual_seed_all", "seed_everything", "set_seed") or (
+        bool(owner) and last == "seed"
+    )
 
 
 def _root(node: ast.expr) -> str | None:

@@ -9,7 +9,8 @@
 
 `follow` calls `before(n, batch)`, which a loop of another shape calls itself. A ring of states
 lies in memory. When a spike is seen, the loop goes on for a few steps; then the state from before
-the spike is written by a thread, with the batches of all steps since. With on_spike="explain" the
+the spike is written by a thread, with the batches of all steps since, and older ones at growing
+distances, since what clamped long before may be the cause. With on_spike="explain" the
 spike is explained on the spot, and the training goes on from before it, mended.
 """
 
@@ -45,6 +46,8 @@ from unclamp.files import strict
 from unclamp.runlog import NUMBER, starting_no_run
 from unclamp.worker import Worker
 
+FURTHEST_IN_PLACE = 4
+"""While a training waits, replays are so many times as long as the shortest at most."""
 EVENT_SITES = 8
 """Sites that an event names; RUN/explain-<onset>.json has all."""
 
@@ -84,8 +87,13 @@ class Snapshots:
         step: Does one step on a batch, and returns its loss.
         arguments: Keyword arguments of `build`, JSON data.
         every: Steps between snapshots.
-        keep: Snapshots in memory.
-        budget_gib: Memory they may take.
+        keep: Snapshots in memory: the two newest, and older ones each about twice as far back as
+            the next, so that n of them reach `2 ** (n - 2) * every` steps back or more.
+        budget_gib: Memory that they and the batches of all steps since the oldest may take; where
+            it does not suffice, the oldest is dropped.
+        disk_gib: Disk that a run's older snapshots may take: with the one shortly before a spike
+            those from further back are written, as far as this allows. The first counts towards it
+            too, but is written in any case.
         lead: Least steps from snapshot to spike, where the ring has one so old: what clamps
             shortly before a spike can cause it.
         after: Steps after a spike's onset whose batches are kept with it.
@@ -113,8 +121,9 @@ class Snapshots:
         step: Step | None = None,
         arguments: Mapping[str, Any] | None = None,
         every: int = 10,
-        keep: int = 2,
+        keep: int = 6,
         budget_gib: float = 4.0,
+        disk_gib: float = 16.0,
         lead: int = 4,
         after: int = 8,
         write: Literal["spikes", "all"] = "spikes",
@@ -150,9 +159,12 @@ class Snapshots:
         self._write_all, self._explains = write == "all", on_spike == "explain"
         self._replays, self._rewinds_left, self._recorder = replays, max_rewinds, recorder
         self._ring = Ring(keep=keep, budget_bytes=budget_gib * GIB)
+        self._disk_left = disk_gib * GIB
+        self._written: dict[int, int] = {}
         self._watch = SpikeWatch()
         self._late = LateLoss()
         self._spike: int | None = None
+        self._start: int | None = None
         self._due: deque[int] = deque()
         self._again: dict[int, Batch] = {}
         self._open: int | None = None
@@ -201,9 +213,10 @@ class Snapshots:
         """
         if step % self._every == 0 or not self._ring.steps:
             facts = model_facts(self._training.model)
-            self._ring.take(step, self._training, {**self._code, **facts})
             if self._write_all:
                 self._due.append(step)
+            needed = (*self._due, self._start)  # a spike's is written only some steps later
+            self._ring.take(step, self._training, {**self._code, **facts}, needed=needed)
         self._ring.add_batch(step, batch)
         self._open = step
 
@@ -257,6 +270,7 @@ class Snapshots:
         onset = self._watch.hear(step, value)
         if onset is not None and self._spike is None:
             self._spike = onset
+            self._start = self._ring.before(onset, lead=self._lead)
             self._tell("spike", onset, loss=value)
 
     def _hear(self, step: int, value: float) -> Rewind | None:
@@ -265,7 +279,7 @@ class Snapshots:
             self._write(self._due.popleft(), None)
         if self._spike is None or step < self._spike + self._after:
             return None
-        onset, self._spike = self._spike, None
+        onset, self._spike, self._start = self._spike, None, None
         start = self._ring.before(onset, lead=self._lead)
         self._write(start, onset)
         if not self._explains or start is None:
@@ -276,15 +290,45 @@ class Snapshots:
         if start is None or start not in self._ring.steps:
             return
         snapshot = self._ring.snapshot(start, last=self._last)
-        self._writer.put(snapshot)
-        spike = {} if onset is None else {"onset": onset}
+        self._put(snapshot)
+        spike = {} if onset is None else {"onset": onset, **self._write_older(start)}
         self._tell("snapshot", start, last_step=snapshot.last_step, **spike)
 
+    def _write_older(self, start: int) -> dict[str, list[int]]:
+        """Write the states from before `start` too; return which, and which the disk is not for.
+
+        Each with the batches up to the next one only, as `chain` joins them.
+        """
+        older: list[int] = []
+        left_out: list[int] = []
+        following = start
+        for step in self._ring.older(start):
+            if self._written.get(step, -1) < following - 1:
+                snapshot = self._ring.snapshot(step, last=following - 1)
+                if left_out or snapshot.size > self._disk_left:
+                    left_out.append(step)
+                    continue
+                self._put(snapshot)
+            older.append(step)
+            following = step
+        return {"older": older, "left_out": left_out} if older or left_out else {}
+
+    def _put(self, snapshot: Snapshot) -> None:
+        self._writer.put(snapshot)
+        self._written[snapshot.step] = snapshot.last_step
+        self._disk_left -= snapshot.size
+
     def _explain(self, onset: int, start: int, now: int) -> Rewind | None:
-        """Explain a spike beside the training; go back to before it if that mends it."""
+        """Explain a spike beside the training; go back to before its cause if that mends it."""
         snapshot = self._ring.snapshot(start, last=now)
+        furthest = now - FURTHEST_IN_PLACE * (now - start + 1)
+        older = [
+            self._ring.snapshot(step, last=now)
+            for step in self._ring.older(start)
+            if step >= furthest
+        ]
         try:
-            explanation = self._investigate(snapshot, onset)
+            explanation = self._investigate(snapshot, older, onset)
         except UnclampError as error:
             # No reason to end a training.
             warnings.warn(f"the spike was not explained: {error}", UnclampWarning, stacklevel=4)
@@ -296,6 +340,7 @@ class Snapshots:
             "explain",
             onset,
             verdict=explanation.verdict,
+            first_step=explanation.first_step,
             clamping_share=explanation.clamping_share,
             replays=explanation.replays,
             sites=[site.to_dict() for site in explanation.sites[:EVENT_SITES]],
@@ -304,19 +349,23 @@ class Snapshots:
         if override is None or not _mends(override.removed) or self._rewinds_left <= 0:
             return None
         self._rewinds_left -= 1
+        if explanation.snapshot_step != start:
+            start = explanation.snapshot_step
+            snapshot = next(one for one in older if one.step == start)
         put_state(self._training, snapshot.state)
         switch_sites(self._training.model, override.sites, override.scaling)
         self._again = self._ring.batches_from(start)
         self._ring = self._ring.emptied()
         self._watch.forget_from(start)
         self._due.clear()
+        self._written.clear()
         self._late = LateLoss()
         self._next = start
         switched = [site.to_dict() for site in override.sites]
         self._tell("rewind", onset, to=start, sites=switched, scaling=override.scaling)
         return Rewind(step=start, batches=dict(self._again), explanation=explanation)
 
-    def _investigate(self, snapshot: Snapshot, onset: int) -> Explanation:
+    def _investigate(self, snapshot: Snapshot, older: list[Snapshot], onset: int) -> Explanation:
         # Its own import: most runs never need it.
         from unclamp.explain.investigate import investigate  # noqa: PLC0415
 
@@ -332,6 +381,7 @@ class Snapshots:
                 spike=self._watch.spike_at(onset),
                 level=self._watch.level_before(onset),
                 run=self._path,
+                older=older,
                 limits=Limits(replays=self._replays),
             )
 

@@ -7,24 +7,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from unclamp.analysis.counterfactual import SiteShare
+from unclamp.analysis.counterfactual import PASTE, SiteShare
 from unclamp.analysis.explanation import Explanation, interval, spike_share
+from unclamp.written import counted
 
 SHOWN_ROWS = 12
 
 
 def print_explanation(found: Explanation, console: Console) -> None:
     """Print what was found; fits 80 columns."""
-    console.print(Text(f"{found.verdict}", style="bold"))
+    console.print(Text(found.stated, style="bold"))
     console.print(Text(found.words()), soft_wrap=False)
     if found.sites:
         console.print()
         console.print(_table(found))
     if found.override is not None:
-        where = "at the head of the recipe's overrides"
-        console.print(Text(f"\nTo paste, {where}:", style="bold"))
+        console.print(Text(f"\n{PASTE}", style="bold"))
         console.print(Text(found.override.toml), soft_wrap=True)
-    spent = f"{found.replays} replays of at most {found.budget}, {found.replay_s:.1f} s"
+    spent = f"{counted(found.replays, 'replay')} of at most {found.budget}, {found.replay_s:.1f} s"
     console.print(Text(f"{spent}; a step takes {1e3 * found.step_s:.0f} ms.", style="dim"))
 
 

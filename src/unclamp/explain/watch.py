@@ -1,5 +1,6 @@
 """Losses as they come: read without making a GPU wait, and watched for spikes."""
 
+from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -7,10 +8,33 @@ import torch
 from torch import Tensor
 
 from unclamp.analysis import Spike, SpikeDetector, find_spikes
+from unclamp.analysis.robust import DELAY, SETTLED
 from unclamp.errors import ReplayError
 
 LEVEL_POINTS = 9
 """Calm losses whose median is the level that a spike rises from."""
+
+
+def trains(spikes: Sequence[Spike]) -> list[list[Spike]]:
+    """Return spikes in trains: those that follow closely on one another may have one cause.
+
+    A spike belongs to the train of the one before it if that one ended at most `DELAY` steps
+    earlier, or at most `SETTLED` and the loss had not come back meanwhile: the detector's own
+    measures of what is still the same disturbance.
+    """
+    found: list[list[Spike]] = []
+    for spike in spikes:
+        before = found[-1][-1] if found else None
+        if before is not None and spike.onset - before.end <= _reach(before, spike):
+            found[-1].append(spike)
+        else:
+            found.append([spike])
+    return found
+
+
+def _reach(before: Spike, spike: Spike) -> int:
+    is_back = before.recovery is not None and before.recovery < spike.onset
+    return DELAY if is_back else SETTLED
 
 
 class SpikeWatch:

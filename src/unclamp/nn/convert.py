@@ -24,15 +24,17 @@ from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands, native_plan
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
 from unclamp.nn.unmatched import (
+    any_in_fp8,
     find_unmatched,
     kept_text,
-    nothing_converted,
+    nothing_in_fp8,
     unmatched_text,
 )
 from unclamp.recipe import Recipe
 from unclamp.rule import LayerPlan, matches
 from unclamp.scaling import describe
 from unclamp.shown import Shown
+from unclamp.written import counted
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,7 +54,7 @@ class ConvertReport(Shown):
     unmatched: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"converted {len(self.converted)} layers, skipped {len(self.skipped)}"]
+        lines = [f"converted {counted(len(self.converted), 'layer')}, skipped {len(self.skipped)}"]
         lines += [f"  {shown(fqn)}: {_describe(plan)}" for fqn, plan in self.converted.items()]
         lines += [f"  skipped {shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
         lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
@@ -67,7 +69,7 @@ class RevertReport(Shown):
 
     def __str__(self) -> str:
         names = "".join(f"\n  {shown(fqn)}" for fqn in self.reverted)
-        return f"reverted {len(self.reverted)} layers{names}"
+        return f"reverted {counted(len(self.reverted), 'layer')}{names}"
 
 
 @naming_arguments
@@ -105,7 +107,7 @@ def convert(
         >>> import torch, unclamp
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8))
         >>> print(unclamp.convert(model, unclamp.Recipe(), skip=["1"]))
-        converted 1 layers, skipped 1
+        converted 1 layer, skipped 1
           0: input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
           skipped 1: matches skip '1'
     """
@@ -377,10 +379,12 @@ def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]
         said.append(unmatched_text(report.unmatched, _products(model)))
     if kept:
         said.append(kept_text(list(kept), _describe(next(iter(kept.values())))))
-    if not report.converted and not find_ledgers(model):
-        said.append(nothing_converted(report.skipped))
+    is_new = any(plan.casts for plan in report.converted.values())
+    if not (is_new or any_in_fp8(find_ledgers(model))):
+        said.append(nothing_in_fp8(report.skipped, plain=list(report.converted)))
     for message in said:
-        warnings.warn(message, UnclampWarning, stacklevel=4)
+        # The caller of `attach`, and `naming_arguments` before that.
+        warnings.warn(message, UnclampWarning, stacklevel=5)
 
 
 def _kept(

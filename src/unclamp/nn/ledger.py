@@ -43,7 +43,7 @@ from unclamp.nn.ring import Ring
 from unclamp.nn.update import INSPECTIONS, Bound, Inspection, Listener, SwitchListener, Update
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.numerics.gpu import is_capturing
-from unclamp.policy import next_scales
+from unclamp.policy import Table, next_scales
 from unclamp.recipe import Recipe
 from unclamp.scaling import Scaling
 
@@ -319,9 +319,10 @@ class Ledger:
 
     def _rescale(self, indices: Iterable[int]) -> None:
         """Take the scales of sites from their histories; where those say nothing they stay."""
-        rows = self.layout.numbers_of(list(indices))
-        scale = next_scales(self.ring, self.layout.settings, self.scale, xp=torch)
-        self.scale[rows] = scale[rows]
+        part = self.layout.part(indices)  # not all rows: a state_dict is loaded site by site
+        past = Table(self.ring.newest(part.rows, part.longest), torch)
+        scale = next_scales(past, part.settings, self.scale[part.rows], xp=torch)
+        self.scale[part.rows] = scale
 
     # ---- saved state -----------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.recipe import Recipe
+from unclamp.rule import as_scaling, check_scaling
 from unclamp.scaling import Dynamic, Scaling
 from unclamp.shown import Shown
 from unclamp.totals import clamp_error, overshoot, share
@@ -126,13 +127,15 @@ class Observation(Shown):
         """
         if isinstance(threshold, bool) or not 0 <= threshold <= 1:
             raise RecipeError(f"expected a threshold from 0 to 1, got {threshold!r}")
+        scaling = as_scaling(scaling)
+        check_scaling("weight", scaling)  # which may have any: whether it fits depends on the site
         worst = [site for site in self.sites() if site.clamp_error > threshold]
         notes: dict[str, str] = {}
         for site in worst:
             said = (
                 f"{site.role}: clamp error {percent(site.clamp_error)}, "
                 f"{counted(site.saturated, 'element')} "
-                f"clamped in {site.clamped_steps} of {self._steps} steps, overshoot "
+                f"clamped in {site.clamped_steps} of {counted(self._steps, 'step')}, overshoot "
                 f"{times(site.overshoot)}"
             )
             notes[site.fqn] = f"{notes[site.fqn]}; {said}" if site.fqn in notes else said
@@ -235,7 +238,7 @@ def observe(
         ...         optimizer.step()
         >>> print(observation)
         observed 1 layer for 3 steps: FP8 would have clamped 32 of 384 elements, at 1 of 3 sites, and lost 0 % to underflow
-          (the model itself) input: 32 elements clamped in 1 step, overshoot 100x, clamp error 98 %
+          (the model itself) input: 32 elements clamped in 1 step, overshoot 100.00x, clamp error 98 %
     """  # noqa: E501
     recipe = Recipe() if recipe is None else recipe
     return Observation(model, attach(model, recipe, skip=skip, strict=False, observes=True))

@@ -12,6 +12,7 @@ from unclamp.nn.ledger import Ledger
 from unclamp.rule import LayerPlan, Operand, as_scaling, check_plan, check_scaling, matches
 from unclamp.scaling import Scaling, describe
 from unclamp.shown import Shown
+from unclamp.written import counted
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -23,7 +24,7 @@ class SwitchReport(Shown):
     def __str__(self) -> str:
         if not self.switched:
             return "switched nothing: the layers have these scalings already"
-        count = f"{len(self.switched)} layer" + ("s" if len(self.switched) > 1 else "")
+        count = counted(len(self.switched), "layer")
         lines = [f"switched {count}; where compiled by itself, each recompiles once"]
         for fqn, roles in self.switched.items():
             said = (f"{r} {describe(old)} -> {describe(new)}" for r, (old, new) in roles.items())

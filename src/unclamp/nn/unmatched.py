@@ -12,6 +12,7 @@ from unclamp.nn.ledger import Ledger
 from unclamp.recipe import Recipe
 from unclamp.rule import matches
 from unclamp.scaling import describe
+from unclamp.written import counted
 
 MOST_NAMES = 3
 MOST_LISTED = 20
@@ -19,6 +20,7 @@ MOST_REASONS = 6
 
 NO_LAYER = "override matches no linear layer"
 NEVER_DECIDES = "override never decides: earlier rules match first"
+REPEATED = "the second override for this glob never decides: the first one does"
 ONLY_SKIPPED = "override matches only layers that were skipped"
 NO_SKIP = "skip glob matches no linear layer"
 
@@ -36,8 +38,12 @@ def find_unmatched(
     """
     unmatched = {glob: NO_SKIP for glob in skip if not any(matches(fqn, glob) for fqn in linear)}
     deciding = {id(recipe.rule_for(fqn)) for fqn in converted}
-    for rule in recipe.rules:
+    for place, rule in enumerate(recipe.rules):
         if id(rule) in deciding:
+            continue
+        first = next(r for r in recipe.rules[: place + 1] if r.match == rule.match)
+        if first is not rule and id(first) in deciding:
+            unmatched[rule.match] = REPEATED
             continue
         found = [fqn for fqn in linear if rule.matches(fqn)]
         if not found:
@@ -58,6 +64,8 @@ def notes_on(unmatched: Mapping[str, str], recipe: Recipe) -> list[str]:
     for glob, why in unmatched.items():
         if why == NO_SKIP:
             notes.append(f"The skip glob {glob!r} matched no layer: nothing was left out for it.")
+        elif why == REPEATED:
+            notes.append(f"The second override {glob!r} decided nothing: the first one does.")
         elif why == NEVER_DECIDES:
             notes.append(f"The override {glob!r} decided nothing: earlier rules match its layers.")
         elif why == ONLY_SKIPPED:
@@ -97,12 +105,15 @@ def kept_note(names: Sequence[str]) -> str:
 
 
 def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} layers were" if len(names) > 1 else "1 layer was"
+    return counted(len(names), "layer was", "layers were")
 
 
-def nothing_converted(skipped: Mapping[str, str]) -> str:
-    """Say that no layer is in FP8, and why."""
-    return f"no layer is in FP8: {reasons(skipped)}"
+def nothing_in_fp8(skipped: Mapping[str, str], *, plain: Sequence[str]) -> str:
+    """Say that no layer is in FP8, and why; `plain` are those that the recipe does not cast."""
+    if not plain:
+        return f"no layer is in FP8: {reasons(skipped)}"
+    left = f"the recipe leaves {few(plain)} in high precision"
+    return f"no layer is in FP8: {'; '.join([left, *([reasons(skipped)] if skipped else [])])}"
 
 
 def reasons(skipped: Mapping[str, str]) -> str:
@@ -114,7 +125,7 @@ def reasons(skipped: Mapping[str, str]) -> str:
         by_reason.setdefault(why, []).append(fqn)
     said = [f"{few(names)}: {why}" for why, names in by_reason.items()]
     more = len(said) - MOST_REASONS
-    said = said[:MOST_REASONS] + ([f"and {more} more reasons"] if more > 0 else [])
+    said = said[:MOST_REASONS] + ([f"and {counted(more, 'more reason')}"] if more > 0 else [])
     return "; ".join(said)
 
 

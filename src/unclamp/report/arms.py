@@ -4,6 +4,7 @@ What one run shows is in `runs`; which runs a study has is for `view`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -44,10 +45,12 @@ NOTHING_CAST = (
     "without FP8."
 )
 
+Precision = Literal["FP8", "high precision", "nothing cast", "not known"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArmView:
-    """One arm over its seeds; counts are means a run, rates are fractions.
+    """One arm over its seeds; spikes are of all seeds, other counts means a run, rates fractions.
 
     Attributes:
         final_loss: Mean over seeds of the mean loss over the last tenth of the steps that
@@ -67,8 +70,8 @@ class ArmView:
         overshoot: Largest amax over the largest representable value; None where nothing was
             clamped.
         nonfinite_seeds: Seeds with a recorded loss that is not finite.
-        precision: "FP8" where anything was cast; "high precision" where nothing was and no recipe
-            asks for it; "nothing cast" where one does.
+        precision: "FP8" where anything was cast; "high precision" where nothing was, by
+            design; "nothing cast" where a recipe asks for it; "not known" where neither is said.
         notes: What a reader must know beside the figures, distinct over seeds.
     """
 
@@ -89,13 +92,18 @@ class ArmView:
     underflow_share: float
     overshoot: float | None
     nonfinite_seeds: int = 0
-    precision: Literal["FP8", "high precision", "nothing cast"] = "FP8"
+    precision: Precision = "FP8"
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScenarioView:
-    """One scenario: its arms side by side, and what the plots show."""
+    """One scenario: its arms side by side, and what the plots show.
+
+    Attributes:
+        comparisons: Intervals that were looked at in the whole study, of which any could stand
+            out by chance, count: what is called a difference remains one with all of them.
+    """
 
     name: str
     description: str
@@ -108,6 +116,7 @@ class ScenarioView:
     worst: dict[str, list[SiteRow]]
     switched: dict[str, list[str]]
     differences: dict[str, Band] = field(default_factory=dict)
+    comparisons: int = 0
 
 
 def scenario_view(
@@ -128,10 +137,11 @@ def scenario_view(
     baseline = records.get(BASELINE, {})
     arms = [_arm_view(arm, runs, baseline) for arm, runs in records.items()]
     planted = sorted({s for runs in records.values() for run in runs.values() for s in run.planted})
+    made = sum(map(_intervals, arms))
     return ScenarioView(
         name=name,
         description=description,
-        findings=_findings(arms, len(planted), switched),
+        findings=_findings(arms, len(planted), switched, made),
         planted=planted,
         arms=arms,
         curves={arm: loss_band(runs.values()) for arm, runs in records.items()},
@@ -147,7 +157,36 @@ def scenario_view(
             for arm, runs in records.items()
             if arm != BASELINE and runs.keys() & baseline.keys()
         },
+        comparisons=made,
     )
+
+
+def counted_together(scenarios: Sequence[ScenarioView]) -> list[ScenarioView]:
+    """Return the scenarios of one study, with the comparisons of all of them counted in each."""
+    made = sum(_intervals(arm) for scenario in scenarios for arm in scenario.arms)
+    return [
+        replace(
+            scenario,
+            comparisons=made,
+            findings=_findings(scenario.arms, len(scenario.planted), scenario.switched, made),
+        )
+        for scenario in scenarios
+    ]
+
+
+def others_of(scenario: ScenarioView) -> list[ArmView]:
+    """Return the arms that are compared with the baseline."""
+    return [arm for arm in scenario.arms if arm.name != BASELINE]
+
+
+def comparisons_of(arm: ArmView) -> list[PairedDifference]:
+    """Return the differences of an arm from the baseline that have an interval."""
+    both = arm.planted_log_ratio, arm.final_gap
+    return [gap for gap in both if gap is not None and gap.interval is not None]
+
+
+def _intervals(arm: ArmView) -> int:
+    return len(comparisons_of(arm))
 
 
 def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunRecord]) -> ArmView:
@@ -183,12 +222,12 @@ def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunReco
     )
 
 
-def _precision(
-    runs: dict[int, RunRecord], casts: int
-) -> Literal["FP8", "high precision", "nothing cast"]:
+def _precision(runs: dict[int, RunRecord], casts: int) -> Precision:
     if casts:
         return "FP8"
-    return "nothing cast" if any(run.has_recipe for run in runs.values()) else "high precision"
+    if any(run.has_recipe for run in runs.values()):
+        return "nothing cast"
+    return "high precision" if all(run.is_plain for run in runs.values()) else "not known"
 
 
 def _notes(runs: dict[int, RunRecord]) -> list[str]:
@@ -282,19 +321,20 @@ def _site_row(site: SiteRecord) -> SiteRow:
     )
 
 
-def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]]) -> list[str]:
+def _findings(
+    arms: list[ArmView], planted: int, switched: dict[str, list[str]], made: int
+) -> list[str]:
     """Say in words what the figures show, and no more."""
     said, harm = [], []
     for arm in arms:
         if arm.planted_ratio is not None and not 1 / HURT < arm.planted_ratio[0] < HURT:
             said.append(_at_planted(arm.name, planted, *arm.planted_ratio))
         if arm.saturated and arm.final_gap is not None:
-            harm.append(_harm(arm, arm.final_gap))
+            harm.append(_harm(arm, arm.final_gap, made))
     said += harm
     if harm:
         # All that were made, not only those of arms that clamped: the page's JSON has them all.
-        gaps = [arm.final_gap for arm in arms if arm.final_gap is not None]
-        said += comparisons_in_words(gaps, BASELINE)
+        said += comparisons_in_words(made, BASELINE)
     said += [
         f"{arm.name}: {percent(arm.recasts / arm.casts)} of the casts were repeated with the "
         f"true scale{arm.extent}."
@@ -307,8 +347,13 @@ def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]])
     return said
 
 
+def planted_steps(number: int) -> str:
+    """Return how many steps were planted, to follow "the": "planted step", "2 planted steps"."""
+    return "planted step" if number == 1 else counted(number, "planted step")
+
+
 def _at_planted(arm: str, planted: int, average: float, low: float, high: float) -> str:
-    steps = counted(planted, "planted step")
+    steps = planted_steps(planted)
     if math.isnan(average):
         return f"{arm}: at the {steps} a loss, or its ratio to {BASELINE}, is not finite."
     return (
@@ -317,10 +362,10 @@ def _at_planted(arm: str, planted: int, average: float, low: float, high: float)
     )
 
 
-def _harm(arm: ArmView, gap: PairedDifference) -> str:
+def _harm(arm: ArmView, gap: PairedDifference, made: int) -> str:
     return (
         f"{arm.name} clamped {counted(arm.saturated, 'element')} in "
         f"{counted(arm.clamped_casts, 'cast')} a run{arm.extent}; the difference of its final "
         f"loss from that of {BASELINE} on the same seeds is "
-        f"{difference_in_words(gap, own=arm.name, other=BASELINE)}."
+        f"{difference_in_words(gap, own=arm.name, other=BASELINE, comparisons=made)}."
     )

@@ -5,7 +5,7 @@ What is drawn of one run is in `runs`; how it is drawn is for `charts`.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,10 +45,15 @@ def final_loss(run: RunRecord) -> float | None:
     """
     if run.status != "finished":
         return None
-    planted, recorded = set(run.planted), by_step(run)
-    ordinary = [loss for step, loss in recorded.items() if step not in planted]
-    last = max(1, round(FINAL_SHARE * len(recorded)))
-    return mean(ordinary[-last:]) if ordinary else None
+    recorded = by_step(run)
+    last = final_steps(list(recorded), set(run.planted))
+    return mean([recorded[step] for step in last]) if last else None
+
+
+def final_steps(steps: Sequence[int], planted: Container[int]) -> list[int]:
+    """Return as many of the last steps that are not planted as are a tenth of all; at least one."""
+    ordinary = [step for step in steps if step not in planted]
+    return ordinary[-max(1, round(FINAL_SHARE * len(steps))) :]
 
 
 def by_step(run: RunRecord) -> dict[int, float]:

@@ -24,6 +24,7 @@ cut where it would fade into the page."""
 LIGHT_HEAT, DARK_HEAT = (0.82, 0.0), (0.32, 1.0)
 FONT = "system-ui, sans-serif"
 SPIKE, RECOVERY = "rgba(220,38,38,0.22)", "rgba(220,38,38,0.07)"
+DRIFT, DRIFT_HEIGHT = "rgba(217,119,6,0.6)", 0.025
 EVENT_COLOURS = {"planted": PLANTED, "switch": "#059669", "snapshot": "#93c5fd",
                  "explain": "#9333ea", "rewind": "#d97706", "nonfinite": "#dc2626"}  # fmt: skip
 USUAL = 1.6
@@ -46,6 +47,7 @@ def run_figure(run: RunView) -> go.Figure:
             hovertemplate="step %{x}<br>%{y:.4g}<extra>" + title + "</extra>",
         )  # fmt: skip
     shapes = [shape for name in run.curves for shape in _add_spikes(figure, run.spikes, name)]
+    shapes += [_drift_band(drift) for drift in run.divergences]
     shapes += _add_events(figure, run.events)
     both = "grad_norm" in run.curves and "loss" in run.curves
     lane = {"domain": [0.93, 1.0], "visible": False, "fixedrange": True, "range": [-0.5, 1.5]}
@@ -89,6 +91,13 @@ def _add_spikes(
     return shapes
 
 
+def _drift_band(drift: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a band at the foot of the loss, as long as its slow divergence."""
+    return {"type": "rect", "yref": "y domain", "y0": 0, "y1": DRIFT_HEIGHT, "layer": "below",
+            "x0": drift["onset"] - 0.5, "x1": drift["end"] + 0.5, "fillcolor": DRIFT,
+            "line": {"width": 0}, "name": "slow divergence"}  # fmt: skip
+
+
 def _peak(spike: Mapping[str, Any]) -> float | None:
     """Return where to mark a spike: its peak, or its level where that is not finite."""
     if spike["level"] is None or spike["height"] is None:
@@ -124,8 +133,7 @@ def _wrapped(text: str, width: int = 70) -> str:
         if len(lines[-1]) + len(word) > width:
             lines.append("")
         lines[-1] += f" {word}"
-    escaped = (line.strip().replace("&", "&amp;").replace("<", "&lt;") for line in lines)
-    return "<br>".join(escaped)
+    return "<br>".join(escaped(line.strip()) for line in lines)
 
 
 def replay_figure(losses: Mapping[str, Mapping[str, Sequence[float]]]) -> go.Figure:
@@ -153,7 +161,7 @@ def arms_figure(scenario: ScenarioView, colours: Mapping[str, str]) -> go.Figure
     """
     figure = go.Figure()
     for arm, curve in scenario.curves.items():
-        _add_band(figure, arm, curve, colours[arm])
+        add_band(figure, arm, curve, colours[arm])
         found = set(scenario.spikes[arm])
         spikes = [(s, m) for s, m in zip(curve.step, curve.high, strict=True) if s in found]
         if spikes:
@@ -163,7 +171,7 @@ def arms_figure(scenario: ScenarioView, colours: Mapping[str, str]) -> go.Figure
                 marker={"symbol": "triangle-down", "size": 10, "color": colours[arm]},
             )  # fmt: skip
     for arm, curve in scenario.differences.items():
-        _add_band(figure, arm, curve, colours[arm], axis="y2")
+        add_band(figure, arm, curve, colours[arm], axis="y2", what=" minus dynamic")
     both = bool(scenario.differences)
     figure.update_layout(
         height=540 if both else 380,
@@ -202,24 +210,37 @@ def difference_range(scenario: ScenarioView) -> list[float] | None:
     return [-usual, usual]
 
 
-def _add_band(figure: go.Figure, arm: str, curve: Band, colour: str, axis: str = "y") -> None:
-    """Draw a mean with its band; only those of the upper axis stand in the legend."""
-    steps = curve.step
-    hidden = {"legendgroup": arm, "showlegend": False, "yaxis": axis}
-    band = {"mode": "lines", "hoverinfo": "skip", **hidden}
-    edge = {"width": 0, "color": colour}
-    figure.add_scatter(x=steps, y=curve.high, line=edge, **band)
+def add_band(
+    figure: go.Figure, name: str, curve: Band, colour: str, *, axis: str = "y", what: str = ""
+) -> None:
+    """Draw a mean, and a band around it where the lowest and the highest differ.
+
+    Args:
+        figure: To draw into.
+        name: Of the curve, as others chose it; only those of the upper axis stand in the legend.
+        curve: The values.
+        colour: As #rrggbb.
+        axis: "y", or "y2" for the lower one.
+        what: Follows the name where the pointer is.
+    """
+    is_upper, shown_name = axis == "y", escaped(name)
+    same = {"legendgroup": name, "yaxis": axis, "mode": "lines", "x": curve.step}
+    if curve.low != curve.high:
+        edge = {"width": 0, "color": colour}
+        hidden = {"showlegend": False, "hoverinfo": "skip", "line": edge}
+        figure.add_scatter(y=curve.high, **same, **hidden)
+        fill = f"rgba{(*_rgb(colour), 0.13)}"
+        figure.add_scatter(y=curve.low, fill="tonexty", fillcolor=fill, **same, **hidden)
     figure.add_scatter(
-        x=steps, y=curve.low, line=edge, fill="tonexty", opacity=0.15, **band,
-        fillcolor=f"rgba{(*_rgb(colour), 0.12)}",
+        y=curve.mean, name=shown_name, showlegend=is_upper,
+        line={"color": colour, "width": 1.8 if is_upper else 1.5},
+        hovertemplate="step %{x}<br>%{y:.4~g}<extra>" + shown_name + what + "</extra>", **same,
     )  # fmt: skip
-    what = "" if axis == "y" else " minus dynamic"
-    figure.add_scatter(
-        x=steps, y=curve.mean, name=arm, mode="lines",
-        line={"color": colour, "width": 2 if axis == "y" else 1.5},
-        hovertemplate="step %{x}<br>%{y:.4~g}<extra>" + arm + what + "</extra>",
-        **{**hidden, "showlegend": axis == "y"},
-    )  # fmt: skip
+
+
+def escaped(text: str) -> str:
+    """Return text that a chart shows as it is: plotly reads some of HTML in names."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _lines(steps: Sequence[int], colour: str, *, layer: str = "below") -> list[dict[str, Any]]:

@@ -76,6 +76,7 @@ class ExplanationView:
         sentences: What was found, or why the file cannot be read.
         reproduced: Whether the plain replay gave the run's losses.
         verdict: None where the file cannot be read.
+        stated: The verdict for people, with the step from which a negative one holds.
         clamping_share: Share of the spike that is gone with nothing clamped.
         sites: What each leading site caused.
         override: The recommended change of the recipe, to paste.
@@ -86,6 +87,7 @@ class ExplanationView:
     sentences: list[str]
     reproduced: bool | None = None
     verdict: Verdict | None = None
+    stated: str | None = None
     clamping_share: float | None = None
     sites: list[SiteShare] = field(default_factory=list)
     override: str | None = None
@@ -147,6 +149,7 @@ def _shown(name: str, sentences: list[str], found: Explanation) -> ExplanationVi
         sentences=sentences,
         reproduced=found.reproduced,
         verdict=found.verdict,
+        stated=None if found.verdict is None else found.stated,
         clamping_share=found.clamping_share,
         sites=list(found.sites),
         override=None if found.override is None else found.override.toml,

@@ -138,7 +138,7 @@ _OF_HEADING = {
     "final loss": "final loss",
     "difference from dynamic": "difference",
     "loss at planted steps vs dynamic": "planted",
-    "spikes: planted + other": "spike",
+    "spikes, all seeds: planted + other": "spike",
     "clamped elements": "clamped",
     "clamped casts": "clamped",
     "clamped": "clamped",

@@ -165,7 +165,7 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
                 "name": found.name,
                 "sentences": found.sentences,
                 "reproduced": found.reproduced,
-                "verdict": found.verdict,
+                "verdict": found.stated,
                 "clamping_share": found.clamping_share,
                 "sites": found.sites,
                 "override": found.override,

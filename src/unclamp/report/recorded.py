@@ -52,6 +52,7 @@ class RunRecord:
             first.
         notes: Sentences of its header that a reader must see beside the figures.
         has_recipe: Whether its header names a recipe; a training in high precision has none.
+        is_plain: Whether its header says that no layer was meant to be in FP8.
     """
 
     status: str
@@ -67,6 +68,7 @@ class RunRecord:
     shares: dict[SiteName, np.ndarray]
     notes: list[str] = field(default_factory=list)
     has_recipe: bool = False
+    is_plain: bool = False
 
     @property
     def extent(self) -> str:
@@ -148,6 +150,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         shares=_shares(sites, windows),
         notes=list(dict.fromkeys(log.header.notes)),
         has_recipe=log.header.recipe is not None,
+        is_plain=log.header.plain,
     )
     return record, windows
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from unclamp.analysis import Divergence, find_divergences
+from unclamp.analysis.divergences import divergence_in_words
 from unclamp.names import SiteName, shown
 from unclamp.report.bands import final_loss
 from unclamp.report.evidence import (
@@ -96,6 +98,7 @@ class RunView:
         sentences: What the figures say.
         curves: By series, thinned so that every peak stays.
         spikes: As `Spike.to_dict`, by onset.
+        divergences: Slow rises of the loss, which no spike tells, as `Divergence.to_dict`.
         events: Of a kind with very many, evenly some.
         events_left_out: How many events are not in `events`, by kind.
         window_steps: First step of each window of the heat map and the panels.
@@ -124,6 +127,7 @@ class RunView:
     explanations: list[ExplanationView]
     notes: list[str] = field(default_factory=list)
     planted: list[int] = field(default_factory=list)
+    divergences: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_run_view(
@@ -145,9 +149,10 @@ def read_run_view(
     chosen = choose_sites(record, globs=globs, named=named_sites(association))
     switched = _switched(log)
     events, left_out = _read_events(log)
+    drifts = find_divergences(record.loss, steps=record.steps)
     return RunView(
         name=log.path.resolve().name,
-        sentences=run_sentences(record, switched),
+        sentences=run_sentences(record, switched, drifts),
         curves=_curves(record),
         spikes=[spike.to_dict() for spike in record.spikes],
         events=events,
@@ -161,6 +166,7 @@ def read_run_view(
         explanations=read_explanations(log.path),
         notes=record.notes,
         planted=record.planted,
+        divergences=[drift.to_dict() for drift in drifts],
     )
 
 
@@ -191,18 +197,23 @@ def event_text(kind: str, data: str) -> str:
     return ", ".join(said)[:200]
 
 
-def run_sentences(record: RunRecord, switched: Mapping[SiteName, list[int]]) -> list[str]:
+def run_sentences(
+    record: RunRecord,
+    switched: Mapping[SiteName, list[int]],
+    drifts: Sequence[Divergence] = (),
+) -> list[str]:
     """Say in words what a run recorded, and no more; what matters most comes first.
 
-    That is a loss that is lost, then its spikes, then what was clamped.
+    That is a loss that is lost, then its slow divergences and its spikes, then what was clamped.
     """
     final = final_loss(record)
+    risen = [divergence_in_words(drift, name="The loss") for drift in drifts]
     finals, spikes = _final_sentence(record, final), _spike_sentences(record)
     clamps = _clamp_sentences(record)
     if final is not None and not math.isfinite(final):
-        said = [*finals, *spikes, *clamps]
-    elif record.loss_spikes:
-        said = [*spikes, *clamps, *finals]
+        said = [*finals, *risen, *spikes, *clamps]
+    elif record.loss_spikes or risen:
+        said = [*risen, *spikes, *clamps, *finals]
     else:
         said = [*clamps, *spikes, *finals]
     return said + _switch_sentences(switched)
@@ -268,9 +279,9 @@ def _nothing_cast(record: RunRecord) -> str:
     said = "No cast was recorded."
     if record.has_recipe:
         return f"{said} The run has a recipe, but nothing of it was in FP8."
-    return (
-        f"{said} The run names no recipe: it is a training without FP8." if record.steps else said
-    )
+    if record.is_plain:
+        return f"{said} It is a training without FP8, by design."
+    return f"{said} Whether it was in FP8 is not in the log." if record.steps else said
 
 
 def _worst_sentence(site: SiteRecord) -> list[str]:
@@ -289,8 +300,7 @@ def _switch_sentences(switched: Mapping[SiteName, list[int]]) -> list[str]:
     if not steps:
         return []
     first = ", ".join(f"{step:,}" for step in steps[:5]) + (", ..." if len(steps) > 5 else "")
-    who = "1 site" if len(switched) == 1 else f"{len(switched):,} sites"
-    return [f"{who} switched scaling, at step {first}."]
+    return [f"{counted(len(switched), 'site')} switched scaling, at step {first}."]
 
 
 def _switched(log: RunLog) -> dict[SiteName, list[int]]:
@@ -307,7 +317,8 @@ def _switch_text(sites: list[dict[str, Any]]) -> str:
         f"{_kind(site.get('after'))}"
         for site in sites[:SITES_IN_TEXT]
     ]
-    rest = f" and {len(sites) - SITES_IN_TEXT} more sites" if len(sites) > SITES_IN_TEXT else ""
+    more = len(sites) - SITES_IN_TEXT
+    rest = f" and {counted(more, 'more site')}" if more > 0 else ""
     return ", ".join(named) + rest
 
 

@@ -26,6 +26,10 @@ from unclamp.report.words import (
 TERMINAL_SITES = 5
 TERMINAL_SPIKES = 12
 ARM_WIDTH = 24
+LEAST_NAME = 8
+HEADING = 10
+GAP = 2
+"""Columns between two columns of a table."""
 _SITE_NUMBERS = ("clamped\nelements", "clamped\ncasts", "overshoot", "clamp\nerror", "underflow",
                  "worst\nstep")  # fmt: skip
 
@@ -93,7 +97,7 @@ def _run(run: RunView, width: int) -> RenderableType:
 
 def _scenario(scenario: ScenarioView, width: int) -> RenderableType:
     title = Text.assemble("\n", (scenario.name, "bold"), f"  {scenario.description}")
-    parts: list[RenderableType] = [title, *_arms(scenario, width)]
+    parts: list[RenderableType] = [title, _arms(scenario, width)]
     parts += [Text(note, style="yellow") for note in arm_notes(scenario)]
     parts += [_bullet(finding) for finding in scenario.findings]
     for name, sites in scenario.worst.items():
@@ -104,45 +108,54 @@ def _scenario(scenario: ScenarioView, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def _arms(scenario: ScenarioView, width: int) -> list[RenderableType]:
-    """Return the table of arms, as several tables of the same rows where one is too wide."""
-    columns = arm_columns(scenario)
+def _arms(scenario: ScenarioView, width: int) -> RenderableType:
     rows = [arm_row(arm, scenario) for arm in scenario.arms]
-    for row in rows:
-        row[0] = shortened(row[0], ARM_WIDTH)
-    sizes = [_width(columns[i], [row[i] for row in rows]) + 2 for i in range(len(columns))]
+    return table_of(arm_columns(scenario), rows, width, longest_name=ARM_WIDTH)
+
+
+def table_of(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, longest_name: int
+) -> RenderableType:
+    """Return a table, or several of the same rows one below the other where one is too wide.
+
+    Cells never wrap and are never cut, but for the names in the first column, which are shortened
+    to `longest_name` characters, and further where a table of one more column needs it.
+    """
+    sizes = [_drawn(columns[i], [row[i] for row in rows]) for i in range(len(columns))]
+    room = width - GAP - max(sizes[1:], default=0)
+    name_width = max(LEAST_NAME, min(longest_name, room))
+    rows = [[shortened(row[0], name_width), *row[1:]] for row in rows]
+    first = _drawn(columns[0], [row[0] for row in rows])
     parts: list[list[int]] = [[]]
     for i in range(1, len(columns)):
-        if parts[-1] and sizes[0] + sum(sizes[j] for j in parts[-1]) + sizes[i] > width:
+        drawn = first + sum(GAP + sizes[j] for j in [*parts[-1], i])
+        if parts[-1] and drawn > width:
             parts.append([])
         parts[-1].append(i)
-    tables = [
-        _table([columns[0], *(columns[i] for i in part)],
-               [[row[0], *(row[i] for i in part)] for row in rows])
-        for part in parts
-    ]  # fmt: skip
     parted: list[RenderableType] = []
-    for table in tables:
+    for part in parts:
+        shown_rows = [[row[0], *(row[i] for i in part)] for row in rows]
+        table = _table([columns[0], *(columns[i] for i in part)], shown_rows)
         parted += [Text(), table] if parted else [table]
-    return parted
+    return Group(*parted)
 
 
-def _width(column: str, cells: Sequence[str]) -> int:
-    """Return the least width that cuts no cell and no word of the heading."""
-    return max(max(map(len, column.split())), *map(len, cells))
+def _drawn(column: str, cells: Sequence[str]) -> int:
+    """Return the width at which a column is drawn.
+
+    That cuts no cell and no word of the heading, which wraps from `HEADING` characters on.
+    """
+    least = max(max(map(len, column.split())), *map(len, cells or [""]))
+    return max(least, min(HEADING, len(column)))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a table whose cells never wrap; headings do, at their spaces."""
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        least = _width(column, [row[i] for row in rows] or [""])
-        table.add_column(
-            Text(column, style="dim"),
-            justify="left" if i == 0 else "right",
-            min_width=least,
-            max_width=max(least, 10),
-        )
+        drawn = _drawn(column, [row[i] for row in rows])
+        justify = "left" if i == 0 else "right"
+        table.add_column(Text(column, style="dim"), justify=justify, width=drawn)
     for row in rows:
         table.add_row(*map(Text, row))
     return table
@@ -161,12 +174,12 @@ def _sites(sites: Sequence[SiteRow], width: int) -> RenderableType:
 
     upper = line([head[0] if len(head) > 1 else "" for head in heads])
     lower = line([head[-1] for head in heads])
-    lines = [Text(f"{upper}\n{lower}", style="dim", no_wrap=True)]
+    lines = [Text(f"{upper}\n{lower}", style="dim")]
     for site, row in zip(sites, rows, strict=True):
         about = f" {site.role}, {site.scaling} {site.format}"
         name = shortened(shown(site.fqn), max(20, width - len(about)))
         lines.append(Text.assemble((name, "bold"), about))
-        lines.append(Text(line(row), no_wrap=True))
+        lines.append(Text(line(row)))
     return Group(*lines)
 
 

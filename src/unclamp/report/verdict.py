@@ -2,16 +2,27 @@
 
 A claim needs an interval over seeds: one seed is reported as seen, and nothing is claimed of it.
 An arm is called hurt where its loss at planted steps is above the baseline's by more than 5 %
-with the whole of its interval, and not hurt where the whole interval stays below that. The figures
-behind each sentence are in `arms`.
+with the whole of its interval and with all comparisons of the study counted, and not hurt where
+the whole interval stays below that. "No arm" and "every arm" are said only where each other arm was
+compared: one that diverged, or has no common seed yet, is none of them. The figures behind each
+sentence are in `arms`.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 
-from unclamp.analysis.paired import PairedDifference
-from unclamp.report.arms import BASELINE, HURT, ArmView, ScenarioView
-from unclamp.written import counted, listed, percent, signed, times
+from unclamp.analysis.paired import comparisons_in_words
+from unclamp.report.arms import (
+    BASELINE,
+    HURT,
+    ArmView,
+    ScenarioView,
+    comparisons_of,
+    others_of,
+    planted_steps,
+)
+from unclamp.report.final_losses import final_losses
+from unclamp.written import counted, listed, percent, times
 
 MOST_NOTES = 4
 _BAR = math.log(HURT)
@@ -27,7 +38,7 @@ def study_verdict(scenarios: Sequence[ScenarioView], *, is_whole: bool = True) -
     if not scenarios:
         return ["Nothing can be said yet: no run has recorded anything."]
     said = [] if is_whole else ["So far, with the runs and steps that there are:"]
-    made = _intervals(scenarios)
+    made = sum(len(comparisons_of(arm)) for each in scenarios for arm in each.arms)
     for scenario in scenarios:
         said += _scenario(scenario, made)
     return said + _counted_together(scenarios, made) + _mind(scenarios)
@@ -38,7 +49,7 @@ def _scenario(scenario: ScenarioView, made: int) -> list[str]:
     if not any(arm.name == BASELINE for arm in scenario.arms) or len(scenario.arms) == 1:
         return [_alone(scenario, where), *_diverged(scenario)]
     planted = _at_planted(scenario, where, made)
-    return [*_diverged(scenario), *planted, *_final(scenario, where, made)]
+    return [*_diverged(scenario), *planted, *final_losses(scenario, where, made)]
 
 
 def _alone(scenario: ScenarioView, where: str) -> str:
@@ -57,7 +68,7 @@ def _seen_alone(arm: ArmView) -> str:
     spikes = counted(
         arm.planted_spikes + arm.other_spikes, "spike of the loss", "spikes of the loss"
     )
-    clamped = "nothing clamped"
+    clamped = f"nothing clamped{arm.extent}"
     if arm.precision != "FP8":
         clamped = "no FP8"
     elif arm.saturated:
@@ -67,46 +78,66 @@ def _seen_alone(arm: ArmView) -> str:
 
 def _diverged(scenario: ScenarioView) -> list[str]:
     return [
-        f"The loss of {arm.name} is not finite with {arm.nonfinite_seeds} of "
-        f"{counted(arm.seeds, 'seed')} (scenario {scenario.name}), so of how far it differs from "
-        "other arms nothing can be said."
+        f"The loss of {arm.name} is not finite with {_lost_seeds(arm)} (scenario "
+        f"{scenario.name}), so of how far it differs from other arms nothing can be said."
         for arm in scenario.arms
         if arm.nonfinite_seeds
     ]
+
+
+def _lost_seeds(arm: ArmView) -> str:
+    if arm.seeds == 1:
+        return "its only seed"
+    return f"{arm.nonfinite_seeds} of {counted(arm.seeds, 'seed')}"
 
 
 # At planted steps ---------------------------------------------------------------------------------
 def _at_planted(scenario: ScenarioView, where: str, made: int) -> list[str]:
     if not scenario.planted:
         return []
-    steps = counted(len(scenario.planted), "planted step")
+    steps = planted_steps(len(scenario.planted))
     found = [arm for arm in scenario.arms if arm.planted_log_ratio is not None]
     finite = [arm for arm in found if math.isfinite(_mean(arm))]
     if not finite:
         return [] if found else [f"No loss was recorded at the {steps} of {where}."]
     if all(_pairs(arm) == 1 for arm in finite):
-        return [_one_seed(finite, steps, where), *_without_fp8(scenario)]
+        is_all = len(finite) == len(others_of(scenario))
+        return [
+            _one_seed(finite, steps, where, is_all=is_all),
+            *_without_fp8(scenario, made),
+        ]
     hurt = [arm for arm in _worst_first(finite) if arm.precision == "FP8" and _is_hurt(arm, made)]
     said = [_hurt(scenario, arm, steps, where, is_first=i == 0) for i, arm in enumerate(hurt)]
-    baseline = _baseline_is_hurt(finite)
+    baseline = _baseline_is_hurt(finite, made)
+    below = [arm for arm in finite if arm.precision == "high precision" and _is_below(arm)]
+    open_ = [arm for arm in finite if arm.precision == "FP8" and _ends(arm)[1] >= _BAR]
     return [
         *said,
-        *_baseline(baseline, steps, where),
-        *_unhurt(finite, baseline, steps, where, any_hurt=bool(hurt)),
-        *_unclear([arm for arm in finite if arm not in hurt], steps, where),
-        *_without_fp8(scenario),
+        *_baseline(below, baseline, steps, where, made),
+        *_unhurt(finite, True if below else baseline, steps, where, any_hurt=bool(hurt)),
+        *_maybe_hurt(
+            [arm for arm in open_ if _is_above(arm) and arm not in hurt], steps, where, made
+        ),
+        *_unclear([arm for arm in open_ if not _is_above(arm)], steps, where),
+        *_without_fp8(scenario, made),
     ]
 
 
-def _one_seed(arms: Sequence[ArmView], steps: str, where: str) -> str:
+def _one_seed(arms: Sequence[ArmView], steps: str, where: str, *, is_all: bool) -> str:
     worst = _worst_first(arms)
     high = [arm for arm in worst if _mean(arm) >= _BAR]
     rest = [arm for arm in worst if arm not in high]
     seen = [f"{arm.name} had {_ratio(arm)} the loss of {BASELINE}" for arm in high]
     if rest:
         low, top = (_exp(end(map(_mean, rest))) for end in (min, max))
-        who = "every other arm" if high else "every arm"
-        seen.append(f"{who} {_range(low, top)}{'' if high else f' the loss of {BASELINE}'}")
+        who = listed([arm.name for arm in rest])
+        if is_all and len(rest) > 1:
+            who = "every other arm" if high else "every arm"
+        seen.append(
+            f"{who} {_range(low, top)}"
+            if high
+            else f"{who} had {_range(low, top)} the loss of {BASELINE}"
+        )
     return (
         f"At the {steps} ({where}) {', '.join(seen)}; seen with one seed, from which no claim "
         "can be made."
@@ -116,7 +147,7 @@ def _one_seed(arms: Sequence[ArmView], steps: str, where: str) -> str:
 def _hurt(scenario: ScenarioView, arm: ArmView, steps: str, where: str, *, is_first: bool) -> str:
     low, high = (_exp(end) for end in _ends(arm))
     if not arm.saturated:
-        how = "although it clamped nothing"
+        how = f"although it clamped nothing{arm.extent}"
     elif _is_delayed(scenario, arm):
         how = "where an amax outruns its history"
     else:
@@ -130,8 +161,17 @@ def _hurt(scenario: ScenarioView, arm: ArmView, steps: str, where: str, *, is_fi
 
 
 def _is_hurt(arm: ArmView, made: int) -> bool:
+    return _is_above(arm) and _holds(arm, made)
+
+
+def _is_above(arm: ArmView) -> bool:
+    """Return whether the whole of its own interval is above the bar."""
+    return _ends(arm)[0] >= _BAR
+
+
+def _holds(arm: ArmView, made: int) -> bool:
     found = arm.planted_log_ratio
-    return found is not None and _ends(arm)[0] >= _BAR and _holds(found, made)
+    return found is not None and found.differs_among(made)
 
 
 def _is_delayed(scenario: ScenarioView, arm: ArmView) -> bool:
@@ -140,17 +180,28 @@ def _is_delayed(scenario: ScenarioView, arm: ArmView) -> bool:
     return bool(worst) and worst[0].scaling == "delayed"
 
 
-def _baseline_is_hurt(arms: Sequence[ArmView]) -> bool | None:
+def _baseline_is_hurt(arms: Sequence[ArmView], made: int) -> bool | None:
     """Return whether the baseline is worse than training without FP8; None where nobody knows."""
     plain = [arm for arm in arms if arm.precision == "high precision"]
-    if any(_ends(arm)[1] <= -_BAR for arm in plain):
+    if any(_is_below(arm) and _holds(arm, made) for arm in plain):
         return True
     return False if any(_ends(arm)[0] > -_BAR for arm in plain) else None
 
 
-def _baseline(is_hurt: bool | None, steps: str, where: str) -> list[str]:
+def _is_below(arm: ArmView) -> bool:
+    return _ends(arm)[1] <= -_BAR
+
+
+def _baseline(
+    below: Sequence[ArmView], is_hurt: bool | None, steps: str, where: str, made: int
+) -> list[str]:
     if not is_hurt:
-        return []
+        return [
+            f"{arm.name} ({_with_interval(arm)}), which has no FP8, stands below {BASELINE} at the "
+            f"{steps} ({where}), which among {made} comparisons may be chance: whether {BASELINE} "
+            "itself is hurt there cannot be told."
+            for arm in below
+        ]
     return [
         f"{BASELINE} itself is hurt at the {steps} ({where}): without FP8 the loss is clearly "
         "lower there, so an arm that is like it is hurt as well."
@@ -158,18 +209,23 @@ def _baseline(is_hurt: bool | None, steps: str, where: str) -> list[str]:
 
 
 def _unhurt(
-    arms: Sequence[ArmView], baseline: bool | None, steps: str, where: str, *, any_hurt: bool
+    arms: Sequence[ArmView],
+    is_baseline_hurt: bool | None,
+    steps: str,
+    where: str,
+    *,
+    any_hurt: bool,
 ) -> list[str]:
     fine = [arm for arm in arms if _ends(arm)[1] < _BAR and arm.precision == "FP8"]
     names = [arm.name for arm in fine]
-    if baseline is False:
+    if is_baseline_hurt is False:
         names = [BASELINE, *names]
     if not names:
         return []
     are = "is" if len(names) == 1 else "are"
     most = _exp(max((_ends(arm)[1] for arm in fine), default=0.0))
     bound = f" (at most {times(most)} the loss of {BASELINE}, 95 %)" if fine else ""
-    if baseline:
+    if is_baseline_hurt:
         said = f"{listed(names)} {are} no worse than {BASELINE}{bound}"
     elif any_hurt:
         said = f"{listed(names)} {are} not{bound}"
@@ -183,19 +239,30 @@ def _unhurt(
     return [f"{'; '.join([said, *repeats])}."]
 
 
-def _unclear(arms: Sequence[ArmView], steps: str, where: str) -> list[str]:
-    unclear = [arm for arm in arms if arm.precision == "FP8" and _ends(arm)[1] >= _BAR]
-    if not unclear:
+def _maybe_hurt(arms: Sequence[ArmView], steps: str, where: str, made: int) -> list[str]:
+    if not arms:
         return []
-    are = "is" if len(unclear) == 1 else "are"
-    seeds = counted(min(map(_pairs, unclear)), "seed")
+    stands = "stands" if len(arms) == 1 else "stand"
     return [
-        f"Whether {listed([f'{arm.name} ({_with_interval(arm)})' for arm in unclear])} {are} hurt "
-        f"at the {steps} ({where}) cannot be told with {seeds}."
+        f"{listed([f'{arm.name} ({_with_interval(arm)})' for arm in arms])} {stands} above "
+        f"{BASELINE} at the {steps} ({where}), which among {made} comparisons may be chance."
     ]
 
 
-def _without_fp8(scenario: ScenarioView) -> list[str]:
+def _unclear(arms: Sequence[ArmView], steps: str, where: str) -> list[str]:
+    """Say of whom nobody knows; arms with fewer seeds apart from those with more."""
+    said = []
+    for seeds in sorted({_pairs(arm) for arm in arms}, reverse=True):
+        unclear = [f"{arm.name} ({_with_interval(arm)})" for arm in arms if _pairs(arm) == seeds]
+        are = "is" if len(unclear) == 1 else "are"
+        said.append(
+            f"Whether {listed(unclear)} {are} hurt at the {steps} ({where}) cannot be told with "
+            f"{counted(seeds, 'seed')}."
+        )
+    return said
+
+
+def _without_fp8(scenario: ScenarioView, made: int) -> list[str]:
     """Say what the training without FP8 shows too, which therefore is no doing of FP8."""
     plain = [arm for arm in scenario.arms if arm.precision == "high precision"]
     said = [
@@ -204,115 +271,20 @@ def _without_fp8(scenario: ScenarioView) -> list[str]:
         for arm in plain
         if arm.planted_spikes
     ]
-    worse = [arm for arm in plain if arm.planted_log_ratio and arm.planted_log_ratio.interval]
     return said + [
         f"{arm.name}, which has no FP8, has {_ratio(arm)} the loss of {BASELINE} at planted steps."
-        for arm in worse
-        if _ends(arm)[0] >= _BAR
+        for arm in plain
+        if _is_hurt(arm, made)
     ]
-
-
-# Final losses -------------------------------------------------------------------------------------
-def _final(scenario: ScenarioView, where: str, made: int) -> list[str]:
-    gaps = {arm.name: arm.final_gap for arm in scenario.arms if arm.final_gap is not None}
-    gaps = {name: gap for name, gap in gaps.items() if gap.verdict != "not finite"}
-    what = f"In the final loss{', planted steps left out' if scenario.planted else ''} ({where})"
-    if not gaps:
-        return [f"{what} nothing can be compared yet."] if _is_waiting(scenario) else []
-    if all(gap.verdict == "equal" for gap in gaps.values()):
-        return [f"{what} every arm equals {BASELINE} in each digit."]
-    if all(gap.pairs == 1 for gap in gaps.values()):
-        low, high = (signed(end(gap.mean for gap in gaps.values())) for end in (min, max))
-        span = low if low == high else f"{low} to {high}"
-        return [
-            f"{what} the difference from {BASELINE} is {span}: seen with one seed, so whether "
-            "that is chance cannot be told."
-        ]
-    apart = {name: gap for name, gap in gaps.items() if gap.verdict == "differs"}
-    told = [_told(name, gap) for name, gap in apart.items() if _holds(gap, made)]
-    maybe = [f"{n} ({signed(gap.mean)})" for n, gap in apart.items() if not _holds(gap, made)]
-    rest = {name: gap for name, gap in gaps.items() if name not in apart}
-    parts = [*told]
-    if maybe:
-        stands = "stands" if len(maybe) == 1 else "stand"
-        parts.append(
-            f"{listed(maybe)} {stands} apart from {BASELINE}, which among {made} comparisons may "
-            "be chance"
-        )
-    parts += _not_told(rest, _clamping(scenario, rest), is_all=not apart)
-    return [f"{what} {'; '.join(parts)}."]
-
-
-def _told(name: str, gap: PairedDifference) -> str:
-    low, high = map(signed, gap.interval or (math.nan, math.nan))
-    side = "above" if gap.mean > 0 else "below"
-    size = signed(abs(gap.mean)).removeprefix("+")
-    return f"{name} is {side} {BASELINE} by {size} (95 %: {low} to {high})"
-
-
-def _is_waiting(scenario: ScenarioView) -> bool:
-    return any(arm.unfinished for arm in scenario.arms)
-
-
-def _not_told(rest: dict[str, PairedDifference], clamped: str, *, is_all: bool) -> list[str]:
-    """Say which arms look like the baseline, and how small a difference would have been seen."""
-    if not rest:
-        return []
-    known = [gap.resolution for gap in rest.values() if gap.interval is not None]
-    seeds = counted(min(gap.pairs for gap in rest.values()), "seed")
-    who = next(iter(rest)) if len(rest) == 1 else "no arm" if is_all else "no other arm"
-    can = "cannot" if len(rest) == 1 else "can"
-    size = ""
-    if known:
-        size = f" (a difference over {signed(max(known)).removeprefix('+')} would show)"
-    return [f"{who} {can} be told from {BASELINE} with {seeds}{size}{clamped}"]
-
-
-def _clamping(scenario: ScenarioView, gaps: dict[str, PairedDifference]) -> str:
-    """Name the arms that clamped without a difference that shows."""
-    names = [
-        arm.name
-        for arm in scenario.arms
-        if arm.saturated and arm.name in gaps and gaps[arm.name].verdict != "differs"
-    ]
-    return f", although {listed(names)} clamped elements" if names else ""
 
 
 # What to mind -------------------------------------------------------------------------------------
-def _intervals(scenarios: Sequence[ScenarioView]) -> int:
-    """Count the intervals that a study makes: any of them could stand out by chance."""
-    return len(_compared(scenarios))
-
-
-def _compared(scenarios: Sequence[ScenarioView]) -> list[PairedDifference]:
-    return [
-        gap
-        for scenario in scenarios
-        for arm in scenario.arms
-        for gap in (arm.planted_log_ratio, arm.final_gap)
-        if gap is not None and gap.interval is not None
-    ]
-
-
-def _holds(gap: PairedDifference, made: int) -> bool:
-    """Return whether a difference holds with all comparisons counted: Bonferroni's bound."""
-    if gap.interval is None or gap.verdict != "differs":
-        return False
-    from scipy.special import stdtr, stdtrit  # noqa: PLC0415  # slow to load, seldom needed
-
-    free = gap.pairs - 1
-    statistic = abs(gap.mean) / gap.resolution * float(stdtrit(free, (1 + gap.level) / 2))
-    return 2 * float(stdtr(free, -statistic)) * made <= 1 - gap.level
-
-
 def _counted_together(scenarios: Sequence[ScenarioView], made: int) -> list[str]:
     """Say how many intervals were looked at, where any of them is called a difference."""
-    if made < 2 or not any(_holds(gap, made) for gap in _compared(scenarios)):
+    gaps = [gap for scenario in scenarios for arm in scenario.arms for gap in comparisons_of(arm)]
+    if not any(gap.differs_among(made) for gap in gaps):
         return []
-    return [
-        f"{made} comparisons with {BASELINE} were made; what is called a difference here remains "
-        "one with all of them counted (Bonferroni, 95 %)."
-    ]
+    return comparisons_in_words(made, BASELINE)
 
 
 def _mind(scenarios: Sequence[ScenarioView]) -> list[str]:

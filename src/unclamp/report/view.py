@@ -9,13 +9,14 @@ from typing import Any
 from unclamp.errors import RunLogError, UnclampError
 from unclamp.files import strict
 from unclamp.names import SiteName
-from unclamp.report.arms import ScenarioView, scenario_view
+from unclamp.report.arms import ScenarioView, counted_together, scenario_view
 from unclamp.report.recorded import RunRecord, read_run
 from unclamp.report.runs import RunView, read_run_view
 from unclamp.report.status import ABSENT, damage_notes, run_notes, study_notes
 from unclamp.report.verdict import study_verdict
 from unclamp.runlog import Header, RunLog, is_run
 from unclamp.study.config import SCENARIOS, StudyConfig, is_study, read_study
+from unclamp.written import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +139,9 @@ def _study_view(path: Path) -> View:
         }
         if records:
             scenarios.append(scenario_view(name, SCENARIOS.get(name, ""), records, named))
-    scenarios.sort(key=lambda scenario: not scenario.planted)
+    scenarios = counted_together(sorted(scenarios, key=lambda scenario: not scenario.planted))
     model, data = config.model, config.data
-    small = f"Llama, {model.layers} layers of {model.hidden_size}, bytes as tokens"
+    small = f"Llama, {counted(model.layers, 'layer')} of {model.hidden_size}, bytes as tokens"
     facts = {
         "written by": f"unclamp {study['unclamp_version']}",
         "model": model.hf_model or small,

@@ -23,7 +23,7 @@ ARM_COLUMNS = (
     "final loss",
     "difference from dynamic",
     "loss at planted steps vs dynamic",
-    "spikes: planted + other",
+    "spikes, all seeds: planted + other",
     "clamped elements",
     "clamped casts",
     "re-cast",
@@ -90,9 +90,9 @@ def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
     cells = {
         "arm": _arm_cell(arm),
         "final loss": "-" if arm.final_loss is None else loss_text(arm.final_loss),
-        "difference from dynamic": difference_cell(arm.final_gap),
+        "difference from dynamic": difference_cell(arm.final_gap, scenario.comparisons),
         "loss at planted steps vs dynamic": ratio,
-        "spikes: planted + other": f"{arm.planted_spikes} + {arm.other_spikes}",
+        "spikes, all seeds: planted + other": f"{arm.planted_spikes} + {arm.other_spikes}",
         "clamped elements": f"{arm.saturated:,.0f}" if arm.casts else "-",
         "clamped casts": f"{arm.clamped_casts:,.0f}" if arm.casts else "-",
         "re-cast": percent(arm.recasts / arm.casts) if arm.recasts else "-",
@@ -104,6 +104,7 @@ def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
 
 def _arm_cell(arm: ArmView) -> str:
     marks = [] if arm.precision == "FP8" else ["no FP8"]
+    marks = ["no cast"] if arm.precision == "not known" else marks
     marks += [f"{arm.unfinished} unfinished"] if arm.unfinished else []
     marked = f"{arm.name} ({', '.join(marks)})" if marks else arm.name
     return f"{marked} {NOTE_MARK}" if arm.notes else marked
@@ -115,16 +116,23 @@ def arm_notes(scenario: ScenarioView) -> list[str]:
     said = [f"{NOTE_MARK} {arm.name}: {note}" for arm in scenario.arms for note in arm.notes]
     if plain:
         said.append(f"no FP8: {listed(plain)} trained in high precision, by design.")
+    unknown = [arm.name for arm in scenario.arms if arm.precision == "not known"]
+    if unknown:
+        said.append(f"no cast: whether {listed(unknown)} trained in FP8 is not in the log.")
     return said
 
 
-def difference_cell(gap: PairedDifference | None) -> str:
+def difference_cell(gap: PairedDifference | None, comparisons: int = 1) -> str:
     """Return a difference with its interval, and a word where the interval shows one.
+
+    Among so many comparisons an interval that leaves out 0 may be chance.
 
     Example:
         >>> from unclamp.analysis.paired import paired_difference
         >>> difference_cell(paired_difference([2.5, 2.61, 2.42], [2.4, 2.5, 2.33]))
         '+0.1 (+0.0752 to +0.125) differs'
+        >>> difference_cell(paired_difference([2.5, 2.61, 2.42], [2.4, 2.5, 2.33]), 100)
+        '+0.1 (+0.0752 to +0.125) may be chance'
         >>> difference_cell(paired_difference([2.5], [2.4]))
         '+0.1 (one seed)'
     """
@@ -135,8 +143,10 @@ def difference_cell(gap: PairedDifference | None) -> str:
     if gap.interval is None:
         return f"{signed(gap.mean)} ({'one seed' if gap.pairs == 1 else 'no spread'})"
     low, high = map(signed, gap.interval)
-    differs = " differs" if gap.verdict == "differs" else ""
-    return f"{signed(gap.mean)} ({low} to {high}){differs}"
+    word = ""
+    if gap.verdict == "differs":
+        word = " differs" if gap.differs_among(comparisons) else " may be chance"
+    return f"{signed(gap.mean)} ({low} to {high}){word}"
 
 
 def site_row(site: SiteRow) -> list[str]:

@@ -8,7 +8,7 @@ Neither needs torch. What the numbers mean for training is for `unclamp.analysis
 from unclamp.runlog.beginning import NUMBER, starting_no_run
 from unclamp.runlog.cadence import Cadence, Every
 from unclamp.runlog.damage import DamagedPart
-from unclamp.runlog.finder import find_runs, is_run
+from unclamp.runlog.finder import find_runs, is_run, read_header
 from unclamp.runlog.header import SCHEMA_VERSION, Header, Status
 from unclamp.runlog.reader import RunLog
 from unclamp.runlog.schema import SUMMARY_STEPS, TABLES, VIEWS, Columns
@@ -36,5 +36,6 @@ __all__ = [
     "Windows",
     "find_runs",
     "is_run",
+    "read_header",
     "starting_no_run",
 ]

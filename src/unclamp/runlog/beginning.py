@@ -10,14 +10,21 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from unclamp.errors import RunLogError
 from unclamp.runlog.finder import is_run
-from unclamp.runlog.folder import create_run, read_claims, read_json
+from unclamp.runlog.folder import (
+    check_header,
+    create_run,
+    is_of_this_process,
+    read_claims,
+    read_json,
+)
 from unclamp.runlog.header import RUN_FILE, Header
 from unclamp.runlog.schema import TABLES
 
@@ -44,7 +51,14 @@ def starting_no_run(why: str) -> Iterator[None]:
         _FORBIDDEN.pop()
 
 
-def begin_run(path: Path, *, rank: int, header: Header, overwrite: bool = False) -> Path:
+def begin_run(
+    path: Path,
+    *,
+    rank: int,
+    header: Header,
+    overwrite: bool = False,
+    before_replacing: Callable[[], None] = lambda: None,
+) -> Path:
     """Claim a folder for `rank` of the run that `header` describes, and return it.
 
     Args:
@@ -53,6 +67,8 @@ def begin_run(path: Path, *, rank: int, header: Header, overwrite: bool = False)
         rank: As in `create_run`.
         header: As in `create_run`.
         overwrite: Whether a run that is there is replaced.
+        before_replacing: Called when a run is to be replaced and nothing speaks against that but
+            that it may still be written: who writes it in this process can close it.
 
     Raises:
         RunLogError: As `create_run`; or, where a number or an old run's place is asked for, the
@@ -77,7 +93,8 @@ def begin_run(path: Path, *, rank: int, header: Header, overwrite: bool = False)
             raise
         return path
     if overwrite and _is_taken(path):
-        with _moved_aside(path) as place:
+        check_header(header)
+        with _moved_aside(path, before_replacing) as place:
             create_run(place, rank=rank, header=header)
     else:
         create_run(path, rank=rank, header=header)
@@ -107,10 +124,12 @@ def _is_taken(path: Path) -> bool:
 
 
 @contextmanager
-def _moved_aside(path: Path) -> Iterator[Path]:
+def _moved_aside(path: Path, before_replacing: Callable[[], None]) -> Iterator[Path]:
     """Have the place free (the folder itself, no link); after an error all is as it was."""
     held = path.resolve()  # of a link, what it leads to
-    before = _check_replaceable(path)
+    _check_is_a_run_alone(path, named=path)
+    before_replacing()
+    before = _check_replaceable(path, named=path)
     aside = held.with_name(f".{held.name}.{os.getpid()}.replaced")
     try:
         held.rename(aside)
@@ -139,9 +158,8 @@ def _move_back(aside: Path, held: Path) -> None:
         ) from error
 
 
-def _check_replaceable(path: Path, *, named: Path | None = None) -> object:
-    """Raise unless a folder holds a run that nobody writes and nothing else; return its id."""
-    named = named or path
+def _check_is_a_run_alone(path: Path, *, named: Path) -> None:
+    """Raise unless a folder holds a run and nothing else."""
     if not is_run(path):
         raise RunLogError(
             f"overwrite=True replaces a run, and {named} holds none "
@@ -153,26 +171,32 @@ def _check_replaceable(path: Path, *, named: Path | None = None) -> object:
             f"overwrite=True would remove {foreign[:5]} from {named}, which unclamp did not write: "
             "move it away, or name another folder"
         )
+
+
+def _check_replaceable(path: Path, *, named: Path) -> object:
+    """Raise unless a folder holds a run that nobody writes and nothing else; return its id."""
+    _check_is_a_run_alone(path, named=named)
     header = read_json(path / RUN_FILE)
     if header.get("status") == "running":
         for claim in read_claims(path):
-            _refuse_writer(named, claim.get("process"), claim.get("host"))
+            _refuse_writer(named, claim)
     return header.get("run_id"), header.get("created")
 
 
-def _refuse_writer(path: Path, process: object, host: object) -> None:
+def _refuse_writer(path: Path, claim: Mapping[str, Any]) -> None:
     """Raise if a process that claimed a run, whose header says "running", may still write it."""
+    process, host = claim.get("process"), claim.get("host")
     if host != socket.gethostname():
         raise RunLogError(
             f"{path} is being written by process {process} on {host}, or was when that ended: "
             "if it has ended, remove the folder yourself; or name another"
         )
-    if process == os.getpid():
+    if is_of_this_process(claim):
         raise RunLogError(
             f"{path} is being written by this process: close its recorder first, or name another "
             "folder"
         )
-    if _is_alive(process):
+    if process != os.getpid() and _is_alive(process):
         raise RunLogError(
             f"{path} is being written by process {process}: stop that first, or name another folder"
         )

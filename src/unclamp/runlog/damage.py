@@ -8,6 +8,7 @@ file, so that every `RunLog` of the run leaves out the same.
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,12 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unclamp.runlog.parts import PartName, read_parts
+from unclamp.written import counted
 
 _Identity = tuple[str, int, int]
 _found: set[_Identity] = set()
 _lock = threading.Lock()
 
-UNREADABLE = (OSError, pa.ArrowException)
+UNREADABLE = (OSError, pa.ArrowException, MemoryError)
+_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
+"""Why a part cannot be read now, that is no damage of the part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +53,9 @@ class DamagedPart:
 
     def __str__(self) -> str:
         name = f"{self.table}/{self.path.name}"
-        count = "rows" if self.rows is None else f"{self.rows:,} rows"
-        return f"{name} is damaged and left out: {count}{self._steps()} are missing"
+        count = "rows" if self.rows is None else counted(self.rows, "row")
+        are = "is" if self.rows == 1 else "are"
+        return f"{name} is damaged and left out: {count}{self._steps()} {are} missing"
 
     def _steps(self) -> str:
         first, last = self.first_step, self.last_step
@@ -79,8 +84,8 @@ def find_damaged(paths: Iterable[Path]) -> dict[Path, bool]:
     for path in paths:
         try:
             read_parts([path])
-        except UNREADABLE:
-            if (identity := _identity(path)) is not None:
+        except UNREADABLE as error:
+            if _is_damage(error) and (identity := _identity(path)) is not None:
                 with _lock:
                     damaged[path] = identity not in _found
                     _found.add(identity)
@@ -113,6 +118,13 @@ def describe_damage(path: Path, parts: list[Path]) -> DamagedPart:
         first_step=max(ends) + 1 if ends else None,
         last_step=min(starts) - 1 if starts else None,
     )
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether a part itself is to blame: not a lack of files, memory or rights."""
+    if isinstance(error, MemoryError | pa.ArrowMemoryError):
+        return False
+    return not (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE)
 
 
 def _identity(path: Path) -> _Identity | None:

@@ -9,6 +9,7 @@ from unclamp.errors import RunLogError
 from unclamp.runlog.folder import read_json
 from unclamp.runlog.header import KIND, RUN_FILE, Header
 from unclamp.runlog.schema import TABLES
+from unclamp.written import listed
 
 STUDY_FILE = "study.json"
 MOST_NAMES = 5
@@ -59,7 +60,7 @@ def read_header(path: Path) -> Header:
 
 def _what_it_holds(path: Path) -> str:
     """Say why `path` is not a run, and what to open in its place."""
-    below = _listed([str(run) for run in find_runs(path)])
+    below = listed([str(run) for run in find_runs(path)], most=MOST_NAMES)
     if (path / STUDY_FILE).is_file():
         return (
             f"{path} is a study, not a run: `unclamp report` reads it as a whole; "
@@ -72,10 +73,5 @@ def _what_it_holds(path: Path) -> str:
             f"{path} lacks the {RUN_FILE} that rank 0 writes: record on rank 0 too, or wait for "
             "it to begin"
         )
-    held = _listed(sorted(entry.name for entry in path.iterdir()))
+    held = listed(sorted(entry.name for entry in path.iterdir()), most=MOST_NAMES)
     return f"{path} is not a run: it has no {RUN_FILE}, it holds {held or 'nothing'}"
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -37,6 +37,7 @@ from unclamp.runlog.schema import TABLES, VIEWS, describe_columns
 from unclamp.runlog.sites import NAMED_SITES_SQL, SiteInfo
 from unclamp.runlog.summary import merged_sql, summary_sql
 from unclamp.runlog.windows import MOST_WINDOWS, Windows, read_windows
+from unclamp.written import counted
 
 _Parts = dict[str, list[Path]]
 _OF_THE_QUERY = (
@@ -44,6 +45,7 @@ _OF_THE_QUERY = (
     duckdb.BinderException,
     duckdb.CatalogException,
     duckdb.ConnectionException,
+    duckdb.ConversionException,
 )
 """Failures that no part is to blame for."""
 
@@ -156,7 +158,10 @@ class RunLog:
         """
         failed = None
         while True:
-            parts = self._list_parts()
+            try:
+                parts = self._list_parts()
+            except OSError as error:
+                raise RunLogError(f"the parts of {self.path} cannot be listed: {error}") from error
             try:
                 self._register(parts)
                 relation = self._connection.sql(query, params=params or None)
@@ -251,8 +256,8 @@ class RunLog:
         except RunLogError as error:
             return f"RunLog({str(self.path)!r}: {error})"
         return (
-            f"RunLog({str(self.path)!r}: {status}{missing}, {steps['steps']} steps, "
-            f"{steps['sites']} sites, ranks {ranks})"
+            f"RunLog({str(self.path)!r}: {status}{missing}, "
+            f"{counted(steps['steps'], 'step')}, {counted(steps['sites'], 'site')}, ranks {ranks})"
         )
 
     def _repr_html_(self) -> str:

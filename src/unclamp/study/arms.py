@@ -12,7 +12,7 @@ from typing import Any
 from unclamp.errors import RunLogError, StudyError
 from unclamp.names import Role, SiteName
 from unclamp.recipe import Recipe
-from unclamp.runlog import RunLog, find_runs, is_run
+from unclamp.runlog import RunLog, find_runs, is_run, read_header
 from unclamp.study.config import StudyConfig, is_study, read_study, write_study
 from unclamp.study.data import read_text, text_digest
 from unclamp.study.loop import RunPlan
@@ -166,8 +166,7 @@ def _is_finished(plan: RunPlan) -> bool:
     if not is_run(plan.path):
         return False
     try:
-        with RunLog.open(plan.path) as log:
-            header = log.header
+        header = read_header(plan.path)
     except RunLogError:
         return False
     # The recorder adds facts of its own.
@@ -178,6 +177,7 @@ def _is_finished(plan: RunPlan) -> bool:
 def _train_missing(plans: list[RunPlan], *, jobs: int, listener: Listener, ctrl_c: CtrlC) -> None:
     """Train the plans that are not finished."""
     todo = [plan for plan in plans if not _is_finished(plan)]
+    ctrl_c.count()
     listener.on_start(todo, len(plans) - len(todo))
     if todo:
         train_all(todo, jobs=jobs, listener=listener, ctrl_c=ctrl_c)

@@ -18,6 +18,7 @@ from unclamp.formats import unknown_name
 from unclamp.recipe import Recipe
 from unclamp.scaling import scaling_from_dict
 from unclamp.version import __version__
+from unclamp.written import counted
 
 SCENARIOS = {
     "text": "real text, nothing planted",
@@ -140,8 +141,8 @@ class StudyConfig:
         if "outlier" in self.scenarios and not self.outlier.planted_steps(self.steps):
             first = self.outlier.first_step
             raise StudyError(
-                f"scenario 'outlier' plants nothing in {self.steps} steps, as its first planted "
-                f"step is step {first}: use --steps {first + 1} or more, a smaller "
+                f"scenario 'outlier' plants nothing in {counted(self.steps, 'step')}, as its first "
+                f"planted step is step {first}: use --steps {first + 1} or more, a smaller "
                 "outlier.first_step, or --scenario text"
             )
 

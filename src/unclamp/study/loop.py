@@ -13,7 +13,13 @@ from unclamp.explain.training import Training
 from unclamp.recipe import Recipe
 from unclamp.study.config import StudyConfig
 from unclamp.study.data import Batch, Batches, read_text
-from unclamp.study.models import build_model, convert_arm, tokenize
+from unclamp.study.models import (
+    build_model,
+    bytes_note,
+    convert_arm,
+    is_on_bytes,
+    tokenize,
+)
 from unclamp.study.outlier import plant_batch, plant_weights
 from unclamp.telemetry import Every, Recorder
 
@@ -94,7 +100,12 @@ def train(
         tokens, batch_size=config.data.batch_size, seq_len=config.data.seq_len, seed=plan.seed
     )
     recorder = Recorder(
-        model, plan.path, metadata=plan.identity, inspect=INSPECT, plain=plan.recipe is None
+        model,
+        plan.path,
+        metadata=plan.identity,
+        notes=[bytes_note(config.model)] if is_on_bytes(config.model) else [],
+        inspect=INSPECT,
+        plain=plan.recipe is None,
     )
     with recorder:
         for step in plan.planted_steps:

@@ -1,17 +1,26 @@
 """The model of a study: where it comes from, what makes its tokens, and how an arm converts it.
 
 A model from the hub is fetched once, by whoever asks first; after that its folder is read, and no
-process asks the network again.
+process asks the network again. A folder of which a part is missing, because fetching broke off or
+something else fetched less, is not read: without its tokenizer a model would learn bytes.
 """
 
+import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -27,6 +36,10 @@ from unclamp.study.outlier import plant_weights
 HUB_WAIT_S = 5.0
 """How long the hub may take to say whether it has a model."""
 BYTES = 256
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""In the order in which transformers looks for them; shards have an index of the same name."""
+_ASKED_FOR = "tokenizer_config.json"
+"""A file that every tokenizer on the hub has."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model", "vocab.json",
     "vocab.txt", "tekken.json",
@@ -47,6 +60,8 @@ def check_study(config: StudyConfig) -> None:
     text = read_text(config.data.text, seq_len=config.data.seq_len)
     model = build_model(config.model)
     check_length(len(tokenize(config.model, model, text)), seq_len=config.data.seq_len)
+    if is_on_bytes(config.model):
+        warnings.warn(bytes_note(config.model), UnclampWarning, stacklevel=2)
     places = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if config.model.hf_model and isinstance(places, int) and places < config.data.seq_len:
         raise StudyError(
@@ -151,13 +166,30 @@ def tokenize(settings: ModelConfig, model: nn.Module, text: bytes) -> np.ndarray
     return ids
 
 
+def is_on_bytes(settings: ModelConfig) -> bool:
+    """Whether a named model is trained on bytes, because it has no tokenizer.
+
+    Raises:
+        StudyError: Its tokenizer cannot be loaded.
+    """
+    return bool(settings.hf_model) and _tokenizer(settings.hf_model) is None
+
+
+def bytes_note(settings: ModelConfig) -> str:
+    """Say of a named model that it learns bytes, for beside the figures."""
+    return (
+        f"{settings.hf_model!r} has no tokenizer: it is trained on bytes, which are not the tokens "
+        "that it learnt."
+    )
+
+
 def _tokenizer(name: str) -> Any:
     """Return a model's tokenizer; None where it has none, and where that knows no token.
 
     Of a folder without any of its files transformers may make a tokenizer that knows nothing.
     """
     folder = Path(_folder(name))
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    if not _has_tokenizer(folder):
         return None
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -170,7 +202,8 @@ def _folder(name: str) -> str:
     """Return the folder of a model: the one that is named, or the hub's copy on this machine.
 
     Raises:
-        StudyError: It is neither a folder nor here nor on the hub, or the hub cannot be reached.
+        StudyError: It is neither a folder nor wholly here nor on the hub, or the hub cannot be
+            reached.
     """
     if Path(name).is_dir():
         return name
@@ -180,17 +213,25 @@ def _folder(name: str) -> str:
         raise StudyError(
             f"expected the folder of a model or its name on the hub, got {name!r}"
         ) from error
-    if isinstance(config, str) and _has_weights(Path(config).parent):
-        return str(Path(config).parent)
+    where = "is not on this machine"
+    if isinstance(config, str):
+        lacking = _lacking(name, Path(config).parent)
+        if not lacking:
+            return str(Path(config).parent)
+        where = f"is on this machine without {lacking}"
     try:  # transformers itself would try six times
         found = HfApi().model_info(name, timeout=HUB_WAIT_S)
         names = [file.rfilename for file in found.siblings or ()]
         weights = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
-        return snapshot_download(
+        folder = snapshot_download(
             name,
             allow_patterns=["*.json", "*.model", "*.txt", weights],
             ignore_patterns=["*/*"],
         )
+        if not _has_tokenizer(Path(folder)):
+            with suppress(EntryNotFoundError):  # and the cache keeps that there is none
+                hf_hub_download(name, _ASKED_FOR)
+        return folder
     except RepositoryNotFoundError as error:
         raise StudyError(
             f"{name!r} is no folder, and the hub has no such model for you; for a gated or private "
@@ -198,13 +239,35 @@ def _folder(name: str) -> str:
         ) from error
     except Exception as error:  # whatever the hub's library and the one below it raise
         raise StudyError(
-            f"{name!r} is no folder, is not on this machine, and the hub cannot be reached "
+            f"{name!r} is no folder, {where}, and the hub cannot be reached "
             f"({_first_line(error)}); name a folder that holds a model"
         ) from error
 
 
+def _lacking(name: str, folder: Path) -> str:
+    """Say what a model's copy on this machine lacks; "" if nothing."""
+    if not _has_weights(folder):
+        return "all of its weights"
+    has_none = try_to_load_from_cache(name, _ASKED_FOR) is _CACHED_NO_EXIST
+    return "" if _has_tokenizer(folder) or has_none else "a tokenizer, which the hub may have"
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in TOKENIZER_FILES)
+
+
 def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    """Whether the weights that transformers would load are all there: one file, or each shard."""
+    for file in WEIGHT_FILES:
+        if (folder / file).is_file():
+            return True
+        index = folder / f"{file}.index.json"
+        if index.is_file():
+            with suppress(OSError, ValueError, KeyError, AttributeError):
+                shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+                return all((folder / shard).is_file() for shard in shards)
+            return False
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 A terminal sends Ctrl-C to all its processes. Here it is answered in one place:
 
 - The caller's process counts it (`CtrlC`) instead of raising in the midst of whatever it does.
+  Before there are workers there is nothing to put away, and it does what it did before.
 - Workers never get it: they are started with the signal blocked. They are asked to stop, which
   they do between two steps.
 - A worker that imports torch or compiles kernels is in no step. After `GRACE_S`, or at the second
@@ -27,6 +28,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
@@ -91,10 +94,19 @@ class Listener:
 
 
 class CtrlC:
-    """Counts Ctrl-C while entered; where it is ignored, as under nohup, it stays ignored."""
+    """Counts Ctrl-C while entered, from `count` on: before, it does what it did.
+
+    Fetching or building a model can take minutes, and nobody asks meanwhile how often there was
+    a Ctrl-C. Where it is ignored, as under nohup, it stays ignored.
+    """
 
     def __init__(self) -> None:
         self.times = 0
+        self._is_counting = False
+
+    def count(self) -> None:
+        """Count from now on."""
+        self._is_counting = True
 
     def __enter__(self) -> "CtrlC":
         self._before = signal.getsignal(signal.SIGINT)
@@ -111,7 +123,12 @@ class CtrlC:
             signal.signal(signal.SIGINT, self._before)
 
     def _count(self, number: int, frame: FrameType | None) -> None:
-        self.times += 1
+        if self._is_counting:
+            self.times += 1
+        elif callable(self._before):
+            self._before(number, frame)
+        else:
+            raise KeyboardInterrupt
 
 
 def train_all(plans: list[RunPlan], *, jobs: int, listener: Listener, ctrl_c: CtrlC) -> None:
@@ -131,15 +148,31 @@ def train_all(plans: list[RunPlan], *, jobs: int, listener: Listener, ctrl_c: Ct
     pool.check_interrupt()
 
 
+class _Context(SpawnContext):
+    """Starts processes by `spawn`, and knows which: those of others are not ours to end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: set[BaseProcess] = set()
+
+    def Process(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, *arguments: Any, **named: Any
+    ) -> SpawnProcess:
+        """Return a process to start."""
+        made = SpawnProcess(*arguments, **named)
+        self.started.add(made)
+        return made
+
+
 class _Pool:
     """Worker processes, and the channel through which they tell what they do."""
 
     def __init__(self, size: int, listener: Listener, ctrl_c: CtrlC) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _Context()
         self._listener, self._ctrl_c = listener, ctrl_c
         self._channel: Any = context.Queue()
         self._stop = context.Event()
-        self._others = set(multiprocessing.active_children())
+        self._workers = context.started
         self._executor = ProcessPoolExecutor(
             max_workers=size,
             mp_context=context,
@@ -187,7 +220,7 @@ class _Pool:
             if self._notices_interrupt() and deadline is None:
                 deadline = time.monotonic() + GRACE_S
             if self._ctrl_c.times > 1 or (deadline is not None and time.monotonic() > deadline):
-                for worker in set(multiprocessing.active_children()) - self._others:
+                for worker in self._workers & set(multiprocessing.active_children()):
                     worker.kill()
                 ending.join(GRACE_S)
                 return  # without a last look into the channel: a worker may have died writing

@@ -21,6 +21,7 @@ from unclamp.study.config import StudyConfig
 from unclamp.study.loop import RunPlan
 from unclamp.study.pool import Interrupted, Listener, Note
 from unclamp.study.pool import Progress as Step
+from unclamp.written import counted
 
 FIRST_S, EVERY_S = 5.0, 30.0
 """After how much training a line says how long it will take, and how often without a terminal."""
@@ -48,8 +49,10 @@ def run_with_progress(
         on_interrupt=display.interrupt,
     )
     try:
-        with shown:
+        try:
             run_study(config, out, jobs=jobs, listener=listener)
+        finally:
+            shown.stop()
     except Interrupted:
         display.interrupted()
         return False
@@ -93,6 +96,7 @@ class Display:
     def start(self, todo: list[RunPlan], finished: int) -> None:
         """Say what the study is, before its first wave, and count what is finished already."""
         if self._all is None:
+            self._bars.start()  # not before: Ctrl-C ends the process until then, bars and all
             self._say(self._heading())
             self._all = self._bars.add_task("all runs", total=self._steps_left, note="steps")
         if finished:
@@ -100,7 +104,7 @@ class Display:
             self._steps_left -= finished * self._config.steps
             # Less to do rather than much done at once, which would pass for speed.
             self._bars.update(self._all, total=self._steps_left + self._steps_done)
-            self._say(f"{_count(finished, 'finished run')} kept as {_are(finished)}")
+            self._say(f"{counted(finished, 'finished run')} kept as {_are(finished)}")
 
     def progress(self, step: Step) -> None:
         """Move the bars."""
@@ -138,21 +142,21 @@ class Display:
     def interrupted(self) -> None:
         """Say what an interrupted study leaves."""
         self._say(
-            f"{self._finished} of {_count(self._runs, 'run')} finished. The same command goes on: "
+            f"{self._finished} of {counted(self._runs, 'run')} finished. The same command goes on: "
             "finished runs are kept, unfinished ones start over.\n"
             f"What was recorded is readable: unclamp report {self._out}"
         )
 
     def finished(self) -> None:
         """Say that all runs are there."""
-        self._say(f"all {_count(self._runs, 'run')} finished in {_duration(self._elapsed())}")
+        self._say(f"all {counted(self._runs, 'run')} finished in {_duration(self._elapsed())}")
 
     def _heading(self) -> str:
         config = self._config
         parts = ((config.scenarios, "scenario"), (config.arms, "arm"), (config.seeds, "seed"))
-        made_of = ", ".join(_count(len(part), what) for part, what in parts)
+        made_of = ", ".join(counted(len(part), what) for part, what in parts)
         return (
-            f"unclamp study: {_count(self._runs, 'run')} of {_count(config.steps, 'step')} "
+            f"unclamp study: {counted(self._runs, 'run')} of {counted(config.steps, 'step')} "
             f"({made_of}), {min(self._jobs, self._runs)} at a time, into {self._out}"
         )
 
@@ -179,7 +183,7 @@ class Display:
             return
         self._next_line = now - self._first_step + EVERY_S
         if self._bars.disable:
-            self._say(f"{_count(self._steps_left, 'step')} to go{self._left()}")
+            self._say(f"{counted(self._steps_left, 'step')} to go{self._left()}")
 
     def _left(self) -> str:
         """Return the time left in words, "" where it is unknown or nothing is left."""
@@ -194,10 +198,6 @@ class Display:
 
     def _say(self, text: str) -> None:
         self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _are(number: int) -> str:

@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ def make_header(
     place: Place,
     *,
     metadata: Mapping[str, Any] | None,
+    notes: Sequence[str] = (),
     plain: bool,
     casts: Every,
     inspect: Every | None,
@@ -54,7 +55,8 @@ def make_header(
         metadata=dict(metadata or {}),
         cadence=Cadence(casts=casts, inspect=inspect),
         observed=any(ledger.observes for ledger in ledgers),
-        notes=[] if plain else _notes(ledgers),
+        plain=plain,
+        notes=[*notes, *([] if plain else _notes(ledgers))],
     )
 
 

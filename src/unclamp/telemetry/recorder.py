@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, SupportsFloat, get_args
 
@@ -23,6 +23,7 @@ from unclamp.errors import RunLogError, UnclampWarning, did_you_mean, naming_arg
 from unclamp.formats import Format
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.ledger import Ledger
+from unclamp.nn.unmatched import any_in_fp8
 from unclamp.nn.update import SwitchListener, Update
 from unclamp.runlog import Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
@@ -38,7 +39,7 @@ Heard = tuple[list[int], Update]
 EVERY_STEP = Every()
 EVERY_HUNDREDTH = Every(100)
 NOTHING_TO_COUNT = (
-    "the model has no converted layer, so that the run records no casts, and that nothing is "
+    "no layer of the model is in FP8, so that the run records no casts, and that nothing is "
     "clamped in it says nothing of FP8: make the Recorder after unclamp.convert or "
     "unclamp.observe; for a baseline without FP8 say Recorder(..., plain=True)"
 )
@@ -60,6 +61,7 @@ class Recorder:
         path: The run's folder, new or empty. With "{n}" in it, "runs/first-{n}", the first free
             number from 1 on takes its place; the attribute `path` is the real folder.
         metadata: Free JSON data for the header.
+        notes: Sentences that a reader of the run must see beside its figures.
         plain: The model is meant to have no layer in FP8.
         casts: The steps whose casts are written, and those that `inspect` names. Optimizer steps
             that nobody records are counted into the next one that is.
@@ -91,6 +93,7 @@ class Recorder:
         path: str | Path,
         *,
         metadata: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
         plain: bool = False,
         casts: Every | int = EVERY_STEP,
         inspect: Every | int | None = EVERY_HUNDREDTH,
@@ -110,20 +113,21 @@ class Recorder:
             ledgers,
             place,
             metadata=metadata,
+            notes=notes,
             plain=plain,
             casts=self._casts,
             inspect=self._inspect,
         )
-        if not (ledgers or plain):
-            warnings.warn(NOTHING_TO_COUNT, UnclampWarning, stacklevel=2)
-        if overwrite:
-            _close_recorder_of(path)
+        if not (plain or any_in_fp8(ledgers)):
+            # One more: `naming_arguments` stands between.
+            warnings.warn(NOTHING_TO_COUNT, UnclampWarning, stacklevel=3)
         self._writer = RunLogWriter(
             path,
             header=header,
             rank=place.rank,
             flush_interval_s=flush_interval_s,
             overwrite=overwrite,
+            before_replacing=lambda: _close_recorder_of(path),
         )
         _OPEN[self.path.resolve()] = self
         self._sources = [Source(ledger) for ledger in ledgers]

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from unclamp.report.arms import Band
-from unclamp.report.charts import COLOURS
+from unclamp.report.bands import Band
+from unclamp.report.charts import COLOURS, add_band, escaped
 from unclamp.report.side_by_side.comparison import Comparison
 
 MOST_MARKS = 300
@@ -26,12 +26,12 @@ def losses_figure(comparison: Comparison) -> go.Figure:
     figure = go.Figure()
     colours = colours_of(comparison)
     for name, curve in comparison.curves.items():
-        _add_band(figure, name, curve, colours[name], axis="y")
+        add_band(figure, name, curve, colours[name])
         _add_marks(figure, name, curve, comparison.spikes[name], colours[name], "spike")
         _add_marks(figure, name, curve, comparison.nonfinite[name], colours[name], "NaN or Inf")
     drawn = [found for found in comparison.differences if found.curve.step]
     for found in drawn:
-        _add_band(figure, found.arm, found.curve, colours[found.arm], axis="y2")
+        add_band(figure, found.arm, found.curve, colours[found.arm], axis="y2", what=": difference")
     upper = [0.42, 1.0] if drawn else [0.0, 1.0]
     figure.update_layout(
         height=560 if drawn else 380,
@@ -39,31 +39,12 @@ def losses_figure(comparison: Comparison) -> go.Figure:
         yaxis={"domain": upper, "title": "loss"},
     )
     if drawn:
-        title = f"loss minus that<br>of {_escaped(comparison.baseline)}"
+        title = f"loss minus that<br>of {escaped(comparison.baseline)}"
         figure.update_layout(
             yaxis2={"domain": [0.0, 0.34], "title": title, "anchor": "x", "zeroline": True,
                     "zerolinecolor": "#9ca3af"}
         )  # fmt: skip
     return figure
-
-
-def _add_band(figure: go.Figure, name: str, curve: Band, colour: str, *, axis: str) -> None:
-    """Draw a mean, and a band around it where the lowest and the highest differ."""
-    same = {"legendgroup": name, "yaxis": axis, "mode": "lines", "x": curve.step}
-    if curve.low != curve.high:
-        edge = {"width": 0, "color": colour}
-        hidden = {"showlegend": False, "hoverinfo": "skip", "line": edge}
-        figure.add_scatter(y=curve.high, **same, **hidden)
-        figure.add_scatter(
-            y=curve.low, fill="tonexty", fillcolor=_rgba(colour, 0.13), **same, **hidden
-        )
-    is_difference = axis == "y2"
-    label = f"{_escaped(name)}: difference" if is_difference else _escaped(name)
-    figure.add_scatter(
-        y=curve.mean, name=_escaped(name), showlegend=not is_difference,
-        line={"color": colour, "width": 1.7},
-        hovertemplate="step %{x}<br>%{y:.4g}<extra>" + label + "</extra>", **same,
-    )  # fmt: skip
 
 
 def _add_marks(
@@ -82,15 +63,6 @@ def _add_marks(
     symbol = "triangle-down" if what == "spike" else "x"
     figure.add_scatter(
         x=marks, y=heights, mode="markers", legendgroup=name, showlegend=False, hoverinfo="text",
-        hovertext=[f"{_escaped(name)}<br>{what} at step {step:,}" for step in marks],
+        hovertext=[f"{escaped(name)}<br>{what} at step {step:,}" for step in marks],
         marker={"symbol": symbol, "size": 9, "color": colour},
     )  # fmt: skip
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _rgba(colour: str, alpha: float) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{alpha})"

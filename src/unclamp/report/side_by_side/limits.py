@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
+from unclamp.analysis.paired import comparisons_in_words
 from unclamp.names import shown
 from unclamp.report.evidence import PAPER
 from unclamp.report.side_by_side.groups import Arm
-from unclamp.report.side_by_side.losses import LossDifference
+from unclamp.report.side_by_side.losses import LossDifference, comparisons_of
 from unclamp.report.side_by_side.reading import Side, canonical
 from unclamp.report.side_by_side.settings import Setting, changed_settings, varied_settings
 from unclamp.report.side_by_side.sites import SiteRowOfArms
+from unclamp.written import counted, listed
 
 MOST_NAMES = 6
 TOGETHER = 0.5
@@ -30,7 +32,7 @@ def limits_in_words(
         said += _apart(found)
         said += _coverage(found, arms)
         said += _causes(found, settings, {arm.name: arm for arm in arms})
-    said += _comparisons(differences)
+    said += comparisons_in_words(comparisons_of(differences), arms[0].name)
     for arm in arms:
         said += _varied(arm)
     said += _counts(runs) + _missing_casts(runs) + _lone_sites(sites)
@@ -46,7 +48,7 @@ def _how(differences: Sequence[LossDifference]) -> list[str]:
         ways.setdefault(found.how, []).append(found.arm)
     if len(ways) <= 1:
         return list(ways)
-    return [f"{_listed(names)} and {differences[0].baseline}: {how}" for how, names in ways.items()]
+    return [f"{_some(names)} and {differences[0].baseline}: {how}" for how, names in ways.items()]
 
 
 def _apart(found: LossDifference) -> list[str]:
@@ -70,19 +72,24 @@ def _coverage(found: LossDifference, arms: Sequence[Arm]) -> list[str]:
     said = []
     ends = {run.name: max(run.losses) for run in runs}
     if max(ends.values()) > found.last:
-        listed = _listed([f"{name} to step {end:,}" for name, end in ends.items()])
-        said.append(f"The losses go on for unequally long ({listed}): compared are the "
-                    f"{found.steps:,} steps that all have, up to {found.last:,}.")  # fmt: skip
+        ends_in_words = _some([f"{name} to step {end:,}" for name, end in ends.items()])
+        said.append(f"The losses go on for unequally long ({ends_in_words}): compared "
+                    f"{_are(found.steps)} that all have, up to {found.last:,}.")  # fmt: skip
     inside = {
         run.name: sum(found.first <= step <= found.last for step in run.losses) for run in runs
     }
     starts = any(min(run.losses) < found.first for run in runs)
     if max(inside.values()) > found.steps or starts:
         said.append(
-            f"{found.arm} and {found.baseline} recorded losses at different steps: compared are "
-            f"the {found.steps:,} that are common."
+            f"{found.arm} and {found.baseline} recorded losses at different steps: compared "
+            f"{_are(found.steps)} that {'is' if found.steps == 1 else 'are'} common."
         )
     return said
+
+
+def _are(steps: int) -> str:
+    """Return "is the step" of one, else "are the 12 steps"."""
+    return "is the step" if steps == 1 else f"are the {counted(steps, 'step')}"
 
 
 def _causes(
@@ -96,34 +103,24 @@ def _causes(
     )
     if len(causes) > 1:
         return [
-            f"{own} and {other} differ in more than one thing ({_listed(list(causes))}): which of "
+            f"{own} and {other} differ in more than one thing ({_some(list(causes))}): which of "
             "them a difference comes from cannot be told."
         ]
     runs = (*arms[own].runs, *arms[other].runs)
     seeds = {canonical(run.seed) for run in runs if run.seed is not None}
     if len(seeds) == len(runs) and {s.where for s in differ} == {"metadata"}:
         return [
-            f"{own} and {other} differ in their seeds and in {_listed(list(causes))} alone: if "
+            f"{own} and {other} differ in their seeds and in {_some(list(causes))} alone: if "
             "that is but a label, they are seeds of one arm, and nothing is compared here."
         ]
     return []
-
-
-def _comparisons(differences: Sequence[LossDifference]) -> list[str]:
-    intervals = [found for found in differences if found.interval is not None]
-    if len(intervals) < 2:
-        return []
-    return [
-        f"{len(intervals)} arms were compared with {intervals[0].baseline}, each at 95 %: if all "
-        "were equal to it, 5 in 100 of such comparisons would still say that they differ."
-    ]
 
 
 def _varied(arm: Arm) -> list[str]:
     varied = varied_settings(arm)
     if not varied:
         return []
-    names = _listed([f"{setting.where} {setting.name}" for setting in varied])
+    names = _some([f"{setting.where} {setting.name}" for setting in varied])
     return [f"The runs of {arm.name} do not differ in the seed alone: {names}."]
 
 
@@ -134,17 +131,18 @@ def _counts(runs: Sequence[Side]) -> list[str]:
         parts = [
             f"{run.name} at each step"
             if run.record.recorded is None
-            else f"{run.name} at {run.record.recorded:,} of {len(run.record.steps):,} steps"
+            else f"{run.name} at {run.record.recorded:,} of "
+            f"{counted(len(run.record.steps), 'step')}"
             for run in runs
         ]
-        said.append(f"Counts of sites are of recorded casts only: {_listed(parts)}.")
+        said.append(f"Counts of sites are of recorded casts only: {_some(parts)}.")
     elif len({canonical([len(run.record.steps)]) for run in runs if run.record.sites}) > 1:
         said.append("Counts of sites are of whole runs, which are not equally long.")
     worlds = {run.header.world_size for run in runs}
     if len(worlds) > 1:
         parts = [f"{run.name} {run.header.world_size}" for run in runs]
         said.append(
-            f"The runs had different numbers of ranks ({_listed(parts)}): a loss is the mean over "
+            f"The runs had different numbers of ranks ({_some(parts)}): a loss is the mean over "
             "ranks, a count the sum."
         )
     return said
@@ -152,12 +150,19 @@ def _counts(runs: Sequence[Side]) -> list[str]:
 
 def _missing_casts(runs: Sequence[Side]) -> list[str]:
     silent = [run for run in runs if not run.record.sites]
-    plain = [run.name for run in silent if run.header.recipe is None]
-    odd = [run.name for run in silent if run.header.recipe is not None]
-    said = [f"{_listed(plain)}: no FP8; no cast and no recipe is in the log."] if plain else []
+    plain = [run.name for run in silent if run.record.is_plain]
+    odd = [run.name for run in silent if run.record.has_recipe]
+    told = {*plain, *odd}
+    unknown = [run.name for run in silent if run.name not in told]
+    said = [f"{_some(plain)}: without FP8, by design."] if plain else []
+    if unknown:
+        said.append(
+            f"{_some(unknown)}: no cast and no recipe is in the log; whether FP8 was used is not "
+            "in it either."
+        )
     if odd:
         said.append(
-            f"{_listed(odd)}: no FP8, although there is a recipe: no cast was recorded, so the "
+            f"{_some(odd)}: no FP8, although there is a recipe: no cast was recorded, so the "
             "loss says nothing of that recipe."
         )
     return said
@@ -172,13 +177,12 @@ def _lone_sites(sites: Sequence[SiteRowOfArms]) -> list[str]:
         if len(there) < len(casting):
             missing.setdefault(there, []).append(f"{shown(row.fqn)} {row.role}")
     return [
-        f"{len(names):,} {'site is' if len(names) == 1 else 'sites are'} only in "
-        f"{_listed(list(there))} ({_listed(names, most=3)}): another "
+        f"{counted(len(names), 'site is', 'sites are')} only in "
+        f"{_some(list(there))} ({listed(names, most=3)}): another "
         "model, or left out by a recipe."
         for there, names in missing.items()
     ]
 
 
-def _listed(names: Sequence[str], *, most: int = MOST_NAMES) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def _some(names: Sequence[str]) -> str:
+    return listed(names, most=MOST_NAMES)

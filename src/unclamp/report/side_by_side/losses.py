@@ -16,7 +16,7 @@ import numpy as np
 from unclamp.analysis import Spike
 from unclamp.analysis.paired import PairedDifference, paired_difference
 from unclamp.analysis.unpaired import UnpairedDifference, unpaired_difference
-from unclamp.report.bands import FINAL_SHARE, Band
+from unclamp.report.bands import Band, final_steps, mean
 from unclamp.report.side_by_side.groups import Arm
 from unclamp.report.side_by_side.pairing import Design, Pairing
 from unclamp.report.side_by_side.reading import Side
@@ -112,7 +112,7 @@ def loss_difference(own: Arm, other: Arm, pairing: Pairing) -> LossDifference:
     mine = [a for a, _ in pairing.pairs] or list(own.runs)
     theirs = [b for _, b in pairing.pairs] or list(other.runs)
     steps = common_steps([*mine, *theirs])
-    end = _end(steps, [*mine, *theirs])
+    end = final_steps(steps, {s for run in (*mine, *theirs) for s in run.record.planted})
     own_ends, other_ends = ([_mean_at(run, end) for run in runs] for runs in (mine, theirs))
     return LossDifference(
         arm=own.name,
@@ -126,13 +126,18 @@ def loss_difference(own: Arm, other: Arm, pairing: Pairing) -> LossDifference:
         last=steps[-1] if steps else None,
         end_first=end[0] if end else None,
         end_steps=len(end),
-        own_loss=_mean(own_ends) if end else None,
-        other_loss=_mean(other_ends) if end else None,
+        own_loss=mean(own_ends) if end else None,
+        other_loss=mean(other_ends) if end else None,
         paired=paired_difference(own_ends, other_ends) if end and pairing.pairs else None,
         unpaired=None if pairing.pairs or not end else unpaired_difference(own_ends, other_ends),
         partings=[_parting(a, b) for a, b in pairing.pairs],
         curve=_difference(mine, theirs, steps, is_paired=bool(pairing.pairs)),
     )
+
+
+def comparisons_of(differences: Sequence[LossDifference]) -> int:
+    """Count the differences that have an interval: any of them could stand out by chance."""
+    return sum(found.interval is not None for found in differences)
 
 
 def common_steps(runs: Sequence[Side]) -> list[int]:
@@ -173,33 +178,20 @@ def _difference(
         return _thinned(steps, gaps.min(axis=0), gaps.mean(axis=0), gaps.max(axis=0))
 
 
-def _thinned(steps: list[int], low: np.ndarray, mean: np.ndarray, high: np.ndarray) -> Band:
+def _thinned(steps: list[int], low: np.ndarray, middle: np.ndarray, high: np.ndarray) -> Band:
     known = np.isfinite(low) & np.isfinite(high)
-    low, mean, high = (np.where(known, line, np.nan) for line in (low, mean, high))
+    low, middle, high = (np.where(known, line, np.nan) for line in (low, middle, high))
     kept = kept_places(low.tolist(), high.tolist())
     return Band(
         step=[float(steps[i]) for i in kept],
-        mean=mean[kept].tolist(),
+        mean=middle[kept].tolist(),
         low=low[kept].tolist(),
         high=high[kept].tolist(),
     )
 
 
-def _end(steps: list[int], runs: Sequence[Side]) -> list[int]:
-    """Return the last tenth of the steps, planted ones left out."""
-    planted = {step for run in runs for step in run.record.planted}
-    ordinary = [step for step in steps if step not in planted]
-    return ordinary[-max(1, round(FINAL_SHARE * len(steps))) :]
-
-
 def _mean_at(run: Side, steps: Sequence[int]) -> float:
-    return _mean([run.losses[step] for step in steps])
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Return the mean; NaN where a value is not finite, or where there is none."""
-    is_known = bool(values) and all(map(math.isfinite, values))
-    return float(np.mean(values)) if is_known else math.nan
+    return mean([run.losses[step] for step in steps])
 
 
 def _parting(own: Side, other: Side) -> Parting:

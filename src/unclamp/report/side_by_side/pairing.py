@@ -13,6 +13,7 @@ from typing import Literal
 
 from unclamp.report.side_by_side.groups import Arm
 from unclamp.report.side_by_side.reading import Side, canonical
+from unclamp.written import listed
 
 SAME_FIRST_LOSS = 0.01
 """Largest gap of two first losses, a fraction. FP8 rounding moves the first loss of a small Llama
@@ -90,7 +91,7 @@ def _as_said(own: Arm, other: Arm, by_seed: list[tuple[Side, Side]]) -> Pairing:
 def _no_seed(own: Arm, other: Arm) -> str:
     silent = [run.name for arm in (own, other) for run in arm.runs if run.seed is None]
     if silent:
-        why = f"the metadata of {_listed(silent)} give no seed"
+        why = f"the metadata of {listed(silent, most=4)} give no seed"
     else:
         why = "no seed is in both arms"
     if len(own.runs) == len(other.runs) == 1:
@@ -142,9 +143,4 @@ def _first_gap(own: Side, other: Side) -> float:
 def _left_over(own: Arm, other: Arm, pairs: Sequence[tuple[Side, Side]]) -> str:
     used = {side.name for pair in pairs for side in pair}
     rest = [run.name for arm in (own, other) for run in arm.runs if run.name not in used]
-    return f" Without a partner, and left out: {_listed(rest)}." if rest else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + rest
+    return f" Without a partner, and left out: {listed(rest, most=4)}." if rest else ""

@@ -13,7 +13,7 @@ from unclamp.errors import RunLogError, UnclampError
 from unclamp.files import to_json
 from unclamp.report.recorded import RunRecord, read_run
 from unclamp.report.status import run_notes
-from unclamp.runlog import Header, RunLog, find_runs, is_run
+from unclamp.runlog import Header, RunLog, find_runs, is_run, read_header
 from unclamp.study.config import is_study
 
 MOST_FOUND = 12
@@ -73,7 +73,7 @@ def runs_to_compare(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
                 f"of its runs with others, name them: {', '.join(runs) or 'it has none yet'}"
             )
         if not is_run(path):
-            RunLog.open(path)  # raises, and says what the folder is
+            read_header(path)  # raises, and says what the folder is
     return list(paths), []
 
 
@@ -106,7 +106,7 @@ def _study_of(run: Path, top: Path) -> Path | None:
 
 def _created(run: Path) -> str:
     try:
-        return RunLog.open(run).header.created
+        return read_header(run).created
     except RunLogError:
         return ""
 

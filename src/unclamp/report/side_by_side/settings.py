@@ -3,6 +3,7 @@
 Leaf by leaf, and only what differs: a reader looks for the one setting that was changed.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from unclamp.runlog import Cadence
 
 Leaves = dict[str, str]
 NO_RECIPE = "none in the log"
-MOST_VALUES = 6
+LONGEST = 80
+"""Characters of a value that are shown; in full it is compared, and stands in the JSON."""
 _NOT_OF_TRAINING = {
     ("metadata", "arm"), ("metadata", "name"), ("metadata", SEED), ("run", "recorded steps"),
     ("run", "inspected steps"),
@@ -29,12 +31,17 @@ class Setting:
     Attributes:
         where: "recipe", "metadata", "environment", or "run" for the rest of a header.
         name: Of the setting, dotted; several that differ alike are joined by commas.
-        values: By arm, as text; several where its runs differ, None where it has none.
+        values: By arm, as text in full; several where its runs differ, None where it has none.
     """
 
     where: str
     name: str
     values: dict[str, str | None]
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """The values as people read them, by arm: long ones cut around where they differ."""
+        return dict(zip(self.values, shown_values(list(self.values.values())), strict=True))
 
     @property
     def is_of_training(self) -> bool:
@@ -43,7 +50,7 @@ class Setting:
 
     def change(self, arm: str, baseline: str) -> str:
         """Return the setting of an arm beside that of the baseline, as one line."""
-        before, after = (self.values[name] or "none" for name in (baseline, arm))
+        before, after = shown_values([self.values[baseline], self.values[arm]])
         return f"{self.where} {self.name}".rstrip() + f": {before} → {after}"
 
 
@@ -88,10 +95,7 @@ def _setting(where: str, name: str, arms: Sequence[Arm], leaves: Mapping[str, Le
     for arm in arms:
         known = dict.fromkeys(leaves[run.name].get(name) for run in arm.runs)
         texts = sorted("none" if value is None else value for value in known)
-        rest = ["..."] if len(texts) > MOST_VALUES else []
-        values[arm.name] = (
-            None if list(known) == [None] else ", ".join([*texts[:MOST_VALUES], *rest])
-        )
+        values[arm.name] = None if list(known) == [None] else ", ".join(texts)
     return Setting(where=where, name=name, values=values)
 
 
@@ -260,5 +264,31 @@ def _flat(data: Mapping[str, Any], start: str = "") -> Leaves:
 
 
 def _text(value: object) -> str:
-    text = value if isinstance(value, str) else to_json(value, indent=None)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return value if isinstance(value, str) else to_json(value, indent=None)
+
+
+def shown_values(values: Sequence[str | None]) -> list[str]:
+    """Return values side by side: long ones cut, so that the first place where they differ stays.
+
+    Example:
+        >>> shown_values(["adam", None])
+        ['adam', 'none']
+        >>> first, second = shown_values(["/data" * 40 + "/a.bin", "/data" * 40 + "/b.bin"])
+        >>> first[-16:], second[-16:]
+        ('/data/data/a.bin', '/data/data/b.bin')
+    """
+    texts = ["none" if value is None else value for value in values]
+    known = [value for value in values if value is not None]
+    # Character by character is what is wanted: values need not be paths.
+    same = len(os.path.commonprefix(known)) if len(set(known)) > 1 else 0  # noqa: RUF071
+    return [_cut(text, same) for text in texts]
+
+
+def _cut(text: str, place: int) -> str:
+    """Return at most `LONGEST` characters of a text, those around a place among them."""
+    if len(text) <= LONGEST:
+        return text
+    room = LONGEST - 2
+    start = min(max(0, place - room // 2), len(text) - room)
+    before, after = "…" if start else "", "…" if start + room < len(text) else ""
+    return f"{before}{text[start : start + room]}{after}"

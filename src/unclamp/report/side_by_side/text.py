@@ -17,7 +17,7 @@ from unclamp.report.side_by_side.words import (
     run_row,
     site_figures,
 )
-from unclamp.report.text import _bullet, _table
+from unclamp.report.text import _bullet, table_of
 from unclamp.report.words import shortened
 
 MOST_SITES = 12
@@ -37,9 +37,10 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if comparison.differences:
         parts.append(_title(f"loss against {comparison.baseline}, at common steps"))
         rows = [difference_row(found) for found in comparison.differences]
-        parts.append(_narrow(DIFFERENCE_COLUMNS, rows))
+        parts.append(table_of(DIFFERENCE_COLUMNS, rows, width, longest_name=NAME_WIDTH))
     parts.append(_title("runs"))
-    parts.append(_narrow(RUN_COLUMNS, [run_row(run) for run in comparison.runs]))
+    runs = [run_row(run) for run in comparison.runs]
+    parts.append(table_of(RUN_COLUMNS, runs, width, longest_name=NAME_WIDTH))
     if comparison.settings:
         parts.append(_title("what differs"))
         parts += _settings(comparison.settings, list(comparison.arms))
@@ -51,10 +52,6 @@ def _title(text: str) -> Text:
     return Text(f"\n{text}", style="bold")
 
 
-def _narrow(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
-    return _table(columns, [[shortened(row[0], NAME_WIDTH), *row[1:]] for row in rows])
-
-
 def _settings(settings: Sequence[Setting], arms: Sequence[str]) -> list[RenderableType]:
     """Return two arms as a change on one line, several as a line each."""
     if len(arms) == 2:
@@ -63,8 +60,8 @@ def _settings(settings: Sequence[Setting], arms: Sequence[str]) -> list[Renderab
     for setting in settings:
         lines.append(_bullet(f"{setting.where} {setting.name}".rstrip()))
         widest = min(NAME_WIDTH, max(map(len, arms)))
-        for arm, value in setting.values.items():
-            lines.append(Text(f"    {shortened(arm, widest):{widest}}  {value or 'none'}"))
+        for arm, value in setting.shown.items():
+            lines.append(Text(f"    {shortened(arm, widest):{widest}}  {value}"))
     return lines
 
 
@@ -95,12 +92,10 @@ def _site_lines(rows: Sequence[SiteRowOfArms], width: int) -> RenderableType:
         numbers = (text.rjust(size) for text, size in zip(figures, sizes, strict=True))
         return f"  {name:{first}}" + "".join(numbers)
 
-    lines = [Text(line("", SITE_FIGURES), style="dim", no_wrap=True)]
+    lines = [Text(line("", SITE_FIGURES), style="dim")]
     for row, figures in zip(rows, cells, strict=True):
         about = f" {row.role}"
         name = shortened(shown(row.fqn), max(20, width - len(about)))
         lines.append(Text.assemble((name, "bold"), about))
-        lines += [
-            Text(line(arm, each), no_wrap=True) for arm, each in zip(arms, figures, strict=True)
-        ]
+        lines += [Text(line(arm, each)) for arm, each in zip(arms, figures, strict=True)]
     return Group(*lines)

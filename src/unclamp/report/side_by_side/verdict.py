@@ -7,11 +7,11 @@ from unclamp.analysis.paired import difference_in_words
 from unclamp.analysis.unpaired import unpaired_in_words
 from unclamp.names import SiteName
 from unclamp.report.side_by_side.groups import Arm
-from unclamp.report.side_by_side.losses import LossDifference, Parting
+from unclamp.report.side_by_side.losses import LossDifference, Parting, comparisons_of
 from unclamp.report.side_by_side.settings import Setting, changed_settings
 from unclamp.report.side_by_side.sites import SiteRowOfArms
 from unclamp.totals import SiteTotals
-from unclamp.written import percent
+from unclamp.written import counted, listed, percent, signed
 
 MOST_CHANGES = 4
 MOST_STEPS = 5
@@ -27,9 +27,10 @@ def verdict_in_words(
     base = arms[0]
     if not differences:
         return [_one_arm(base), *_nonfinite(arms), *_clamped(arms, sites)]
-    said = [_headline(differences)]
+    made = comparisons_of(differences)
+    said = [_headline(differences, made)]
     for found in differences:
-        said += [_changes(found, settings), *_loss(found), *_partings(found)]
+        said += [_changes(found, settings), *_loss(found, made), *_partings(found)]
     return [*said, *_nonfinite(arms), *_clamped(arms, sites)]
 
 
@@ -41,13 +42,17 @@ def _one_arm(arm: Arm) -> str:
     )
 
 
-def _headline(differences: Sequence[LossDifference]) -> str:
-    """Say of all arms in one sentence whether their losses differ at the end."""
+def _headline(differences: Sequence[LossDifference], made: int) -> str:
+    """Say of all arms in one sentence whether their losses differ at the end.
+
+    Each has its own interval, so of several arms one is called higher or lower only if it remains
+    so with all of them counted.
+    """
     groups: dict[tuple[str, str], list[str]] = {}
     for found in differences:
-        groups.setdefault(_outcome(found), []).append(found.arm)
+        groups.setdefault(_outcome(found, made), []).append(found.arm)
     parts = [
-        f"{how} for {' and '.join(names)}" + (f" ({why})" if why else "")
+        f"{how} for {listed(names)}" + (f" ({why})" if why else "")
         for (how, why), names in groups.items()
     ]
     base = differences[0].baseline
@@ -61,15 +66,17 @@ def _headline(differences: Sequence[LossDifference]) -> str:
     return said
 
 
-def _outcome(found: LossDifference) -> tuple[str, str]:
+def _outcome(found: LossDifference, made: int) -> tuple[str, str]:
     """Return how an arm's loss is, as an adjective, and why nothing more can be said."""
     if is_equal(found):
         return "equal in every digit", "at every common step"
     shown = found.paired or found.unpaired
     if shown is None:
         return "unknown", "no common step"
+    is_chance = not shown.differs_among(made)
+    chance = f"which among {made} comparisons may be chance" if is_chance else ""
     return {
-        "differs": ("higher" if shown.mean > 0 else "lower", ""),
+        "differs": ("higher" if shown.mean > 0 else "lower", chance),
         "not distinguishable": ("not distinguishable", ""),
         "not finite": ("unknown", "a loss is not finite"),
         "equal": ("equal in every digit", ""),
@@ -88,39 +95,36 @@ def _changes(found: LossDifference, settings: Sequence[Setting]) -> str:
     """Say in what an arm differs from the baseline; names and cadences only if nothing else."""
     own, other = found.arm, found.baseline
     differ = changed_settings(settings, own, other)
-    listed = [s for s in differ if s.is_of_training] or differ
-    if not listed:
+    telling = [s for s in differ if s.is_of_training] or differ
+    if not telling:
         return f"{own} and {other} differ in nothing that their headers know."
-    rest = len(listed) - MOST_CHANGES
-    more = (
-        f"; and {rest} more settings" if rest > 1 else "; and 1 more setting" if rest == 1 else ""
-    )
-    changes = "; ".join(setting.change(own, other) for setting in listed[:MOST_CHANGES])
+    rest = len(telling) - MOST_CHANGES
+    more = f"; and {counted(rest, 'more setting')}" if rest > 0 else ""
+    changes = "; ".join(setting.change(own, other) for setting in telling[:MOST_CHANGES])
     return f"{own} against {other}: {changes}{more}."
 
 
-def _loss(found: LossDifference) -> list[str]:
+def _loss(found: LossDifference, made: int) -> list[str]:
     own, other = found.arm, found.baseline
     if found.end_first is None or found.last is None:
         return [f"{own} and {other} recorded no loss at any common step: losses are not compared."]
     if is_equal(found):
-        return [
-            f"The losses of {own} and {other} are equal in every digit at all {found.steps:,} "
-            "common steps."
-        ]
+        where = "the only" if found.steps == 1 else f"all {found.steps:,}"
+        are = f"The losses of {own} and {other} are equal in every digit"
+        return [f"{are} at {where} common step{'' if found.steps == 1 else 's'}."]
     where = f"step {found.end_first:,}" if found.end_first == found.last else (
         f"steps {found.end_first:,} to {found.last:,}"
     )  # fmt: skip
     words = ""
     if found.paired is not None:
-        words = difference_in_words(found.paired, own=own, other=other)
+        words = difference_in_words(found.paired, own=own, other=other, comparisons=made)
         if found.paired.verdict == "one pair":
             words = (
-                f"{found.paired.mean:+.3g} (one pair of runs: no interval, so whether that is "
+                f"{signed(found.paired.mean)} (one pair of runs: no interval, so whether that is "
                 "chance cannot be told)"
             )
     elif found.unpaired is not None:
-        words = unpaired_in_words(found.unpaired, own=own, other=other)
+        words = unpaired_in_words(found.unpaired, own=own, other=other, comparisons=made)
     return [f"Loss of {own} minus that of {other}, mean over {where}: {words}."]
 
 
@@ -134,7 +138,7 @@ def _partings(found: LossDifference) -> list[str]:
 def _apart(parting: Parting, found: LossDifference) -> str:
     both = f"{parting.own} and {parting.other}"
     if parting.usual_change is None:
-        return f"{both} have {found.steps:,} common steps, too few to say where they part."
+        return f"{both} have {counted(found.steps, 'common step')}, too few to say where they part."
     usual = (
         f"the loss of {parting.other} usually changes from one common step to the next "
         f"({parting.usual_change:.2g})"
@@ -142,12 +146,12 @@ def _apart(parting: Parting, found: LossDifference) -> str:
     if not parting.beyond or parting.first_beyond is None:
         return f"At no common step are {both} further apart than {usual}."
     said = (
-        f"At {parting.beyond:,} of {found.steps:,} common steps {both} are further apart than "
-        f"{usual}, first at step {parting.first_beyond:,}"
+        f"At {parting.beyond:,} of {counted(found.steps, 'common step')} {both} are further apart "
+        f"than {usual}, first at step {parting.first_beyond:,}"
     )
     if parting.furthest is None or parting.furthest_by is None:
         return f"{said}."
-    return f"{said}; furthest at step {parting.furthest:,}, by {parting.furthest_by:+.3g}."
+    return f"{said}; furthest at step {parting.furthest:,}, by {signed(parting.furthest_by)}."
 
 
 def _spikes(partings: Sequence[Parting], found: LossDifference) -> list[str]:
@@ -190,7 +194,9 @@ def _clamped(arms: Sequence[Arm], sites: Sequence[SiteRowOfArms]) -> list[str]:
         return ["No cast was recorded in any of these runs."]
     if not any(total.saturated for total in totals.values()):
         none = ", ".join(arm.name for arm in arms if arm not in cast)
-        return ["Nothing was clamped in any run" + (f" ({none}: no cast)." if none else ".")]
+        is_sparse = any(run.record.recorded is not None for arm in cast for run in arm.runs)
+        where = "in the recorded casts of any run" if is_sparse else "in any run"
+        return [f"Nothing was clamped {where}" + (f" ({none}: no cast)." if none else ".")]
     parts = []
     for arm in arms:
         total = totals[arm.name]
@@ -214,7 +220,8 @@ def _worst(row: SiteRowOfArms) -> str:
     there = {arm: loss for arm, loss in row.arms.items() if loss is not None}
     figures = ", ".join(
         f"{arm} {percent(loss.clamp_error) if loss.clamp_error is not None else '0'} in "
-        f"{count(loss.clamped_casts)} of {count(loss.casts)} casts"
+        f"{count(loss.clamped_casts)} of {count(loss.casts)} "
+        f"{'cast' if loss.casts == 1 else 'casts'}"
         for arm, loss in there.items()
     )
     name = SiteName(row.fqn, row.role)  # type: ignore[arg-type]  # a log may hold another role

@@ -1,12 +1,10 @@
 """How the figures of a comparison are written: the same in the terminal and on the page."""
 
-import math
-
 from unclamp.report.side_by_side.comparison import RunRow
 from unclamp.report.side_by_side.losses import LossDifference
 from unclamp.report.side_by_side.sites import SiteLoss
 from unclamp.report.side_by_side.verdict import count
-from unclamp.written import percent
+from unclamp.written import counted, loss_text, percent, signed, times
 
 DIFFERENCE_COLUMNS = ("arm", "runs", "steps", "loss", "baseline", "difference", "95 %")
 RUN_COLUMNS = ("run", "seed", "status", "steps", "final loss", "spikes", "clamped")
@@ -18,7 +16,7 @@ def difference_row(found: LossDifference) -> list[str]:
     shown = found.paired or found.unpaired
     runs = "-"
     if found.paired is not None:
-        runs = "1 pair" if found.paired.pairs == 1 else f"{found.paired.pairs} pairs"
+        runs = counted(found.paired.pairs, "pair")
     elif found.unpaired is not None:
         runs = f"{found.unpaired.own_runs} and {found.unpaired.other_runs}"
     steps = "-" if found.end_first is None else f"{found.end_first:,} to {found.last:,}"
@@ -29,8 +27,8 @@ def difference_row(found: LossDifference) -> list[str]:
         steps,
         _loss(found.own_loss),
         _loss(found.other_loss),
-        "-" if shown is None else _signed(shown.mean),
-        "-" if ends is None else f"{ends[0]:+.3g} to {ends[1]:+.3g}",
+        "-" if shown is None else signed(shown.mean),
+        "-" if ends is None else f"{signed(ends[0])} to {signed(ends[1])}",
     ]
 
 
@@ -56,22 +54,10 @@ def site_figures(loss: SiteLoss | None) -> list[str]:
         f"{count(loss.clamped_casts)} of {count(loss.casts)}",
         count(loss.saturated),
         "-" if loss.clamp_error is None else percent(loss.clamp_error),
-        "-" if loss.overshoot is None else _times(loss.overshoot),
+        "-" if loss.overshoot is None else times(loss.overshoot),
         percent(loss.underflow_share),
     ]
 
 
 def _loss(loss: float | None) -> str:
-    if loss is None:
-        return "-"
-    if not math.isfinite(loss):
-        return "not finite"
-    return f"{loss:.4f}" if abs(loss) < 1e5 else f"{loss:.4g}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}" if math.isfinite(value) else "not finite"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x" if ratio < 1e4 else f"{ratio:.2g}x"
+    return "-" if loss is None else loss_text(loss)

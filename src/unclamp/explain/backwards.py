@@ -1,0 +1,114 @@
+"""From further and further back: does the spike go if clamping ends earlier?
+
+A clamp long before a spike can be its cause, through a weight that it bent or through what it left
+in the optimizer. So where too little of a spike goes with the clamps shortly before it, the same
+is asked from older snapshots, the latest first: they lie at growing distances, so all of them
+together cost about twice the oldest alone, and the first that answers is the cheapest to go on
+from. Those between which the log shows nothing clamped are passed over: nothing would change.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from unclamp.analysis.explanation import NOT_CLAMPING
+from unclamp.analysis.horizon import Asked, Clamped, Horizon, Stop
+from unclamp.errors import ReplayError
+from unclamp.explain.attribution import ENOUGH, NOISE_FACTOR
+from unclamp.explain.game import BudgetSpent
+from unclamp.explain.snapshot import Snapshot
+from unclamp.explain.start import Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What goes of a spike with nothing clamped from a start on, and what a placebo moves."""
+
+    start: Start
+    gone: float
+    noise: float
+
+
+class Backwards:
+    """The starts that were asked, and the best of the answers.
+
+    Args:
+        first: The answer from the latest start.
+        clamped_before: What the log says was clamped before a step; None if it is not known.
+        begin: Makes a start of a snapshot.
+        on_answer: Called with the horizon after each answer.
+
+    Attributes:
+        best: The answer by which most goes; of like ones the latest.
+        horizon: How far back was asked.
+    """
+
+    def __init__(
+        self,
+        first: Answer,
+        *,
+        clamped_before: Callable[[int], Clamped] | None,
+        begin: Callable[[Snapshot], Start],
+        on_answer: Callable[[Horizon], None],
+    ) -> None:
+        self.best = first
+        self._first, self._begin = first.start, begin
+        self._clamped_before, self._on_answer = clamped_before, on_answer
+        self.horizon = Horizon(asked=())
+        self._extend(first)
+
+    def ask(self, older: Iterable[Snapshot]) -> None:
+        """Ask from older snapshots, the latest first, as far as it may matter."""
+        self._reach_to("found" if self.best.gone >= ENOUGH else self._ask(older))
+
+    def _ask(self, older: Iterable[Snapshot]) -> Stop:
+        try:
+            for snapshot in older:
+                clamped = self.horizon.clamped
+                if not self.horizon.is_open:
+                    return "nothing clamped"
+                if clamped is not None and clamped.is_complete and _last(clamped) < snapshot.step:
+                    continue
+                if snapshot.facts["sites"] != self._first.snapshot.facts["sites"]:
+                    return "scaling changed"
+                start = self._begin(snapshot)
+                if not start.comes_back(start.plain()):
+                    return "not reproduced"
+                self._hear(start)
+                if self.best.gone >= ENOUGH:
+                    return "found"
+        except BudgetSpent:
+            return "budget"
+        except ReplayError:
+            return "unreadable"
+        return "no older snapshot"
+
+    def _hear(self, start: Start) -> None:
+        gone = start.without_clamping()
+        is_much = gone >= self.best.gone + NOT_CLAMPING
+        answer = Answer(start=start, gone=gone, noise=start.noise() if is_much else 0.0)
+        if is_much and gone > self.best.gone + NOISE_FACTOR * answer.noise:
+            self.best = answer
+        self._extend(answer)
+
+    def _extend(self, answer: Answer) -> None:
+        start = answer.start
+        asked = Asked(step=start.snapshot.step, steps=start.steps, removed=answer.gone)
+        before = self._clamped_before
+        self.horizon = Horizon(
+            asked=(*self.horizon.asked, asked),
+            clamped=None if before is None else before(asked.step),
+        )
+        self._on_answer(self.horizon)
+
+    def _reach_to(self, stop: Stop) -> None:
+        is_closed = stop == "no older snapshot" and not self.horizon.is_open
+        self.horizon = Horizon(
+            asked=self.horizon.asked,
+            clamped=self.horizon.clamped,
+            stop="nothing clamped" if is_closed else stop,
+        )
+        self._on_answer(self.horizon)
+
+
+def _last(clamped: Clamped) -> float:
+    return float("-inf") if clamped.last is None else clamped.last
