@@ -171,7 +171,7 @@ def test_a_csv_with_only_a_header_is_one_line(tmp_path: Path) -> None:
 def test_a_folder_of_several_runs_names_the_first_and_counts_the_rest(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run-{number}") for number in range(7)]
     listed = ", ".join(map(str, runs[:5])) + " and 2 more"
-    for command in ("spikes", "report", "associate"):
+    for command in ("spikes", "associate"):
         assert_one_clear_line(
             unclamp(command, tmp_path), f"name one of the runs below it: {listed}"
         )

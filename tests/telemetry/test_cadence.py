@@ -140,7 +140,7 @@ def test_a_step_recorded_before_the_optimizer_is_told_of_once(tmp_path):
 
 def test_a_recorder_made_before_convert_is_told_of(tmp_path):
     model = nn.Linear(4, 4)
-    with pytest.warns(UnclampWarning, match="no converted layer"):
+    with pytest.warns(UnclampWarning, match="no layer of the model is in FP8"):
         recorder = Recorder(model, tmp_path / "run")
     with recorder:
         unclamp.convert(model, Recipe())
