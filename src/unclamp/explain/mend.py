@@ -1,4 +1,4 @@
-"""From the sites that caused a spike to a recipe that does not clamp them."""
+"""From the sites that caused a spike to a recipe under which they do not."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,15 +13,31 @@ from unclamp.names import ROLES, Role, SiteName
 from unclamp.nn import Ledger
 from unclamp.recipe import Recipe
 from unclamp.rule import Rule, rule_to_dict
-from unclamp.scaling import Dynamic, Guarded, Scaling
+from unclamp.scaling import Delayed, Dynamic, Guarded, PerBlock, Scaling
 
-SCALINGS: Mapping[ScalingName, Scaling] = {"dynamic": Dynamic(), "guarded": Guarded()}
+SCALINGS: Mapping[ScalingName, Scaling] = {
+    "dynamic": Dynamic(),
+    "guarded": Guarded(),
+    "short history": Delayed(history_len=1),
+    "blocks": Dynamic(granularity=PerBlock(1, 32)),
+}
+_AS_CODE: Mapping[ScalingName, str] = {
+    "dynamic": "unclamp.Dynamic()",
+    "guarded": "unclamp.Guarded()",
+    "short history": "unclamp.Delayed(history_len=1)",
+    "blocks": "unclamp.Dynamic(granularity=unclamp.PerBlock(1, 32))",
+}
 
 
 def make_override(
-    sites: Iterable[SiteName], scaling: ScalingName, *, recipe: Recipe | None, removed: float | None
+    sites: Iterable[SiteName],
+    scaling: ScalingName,
+    *,
+    recipe: Recipe | None,
+    removed: float | None,
+    instead: Iterable[SiteName] = (),
 ) -> Override:
-    """Return the overrides that make sites dynamic or guarded.
+    """Return the overrides that scale sites otherwise.
 
     The first rule that matches decides for a whole layer, so a layer that a rule of the recipe
     decides already gets that rule's other settings too.
@@ -38,7 +54,7 @@ def make_override(
         base = Rule(match=f"^{fqn}") if before is None else replace(before, match=f"^{fqn}")
         rules.append(_short(replace(base, scalings={**base.scalings, **changed}), changed))
         is_first = is_first and before is None
-        named = ", ".join(f"{role}=unclamp.{scaling.title()}()" for role in changed)
+        named = ", ".join(f"{role}={_AS_CODE[scaling]}" for role in changed)
         lines.append(f'.override("^{fqn}", {named})')
     return Override(
         sites=ordered,
@@ -46,6 +62,7 @@ def make_override(
         removed=removed,
         toml="\n".join(map(_as_toml, rules)),
         python="".join(lines) if is_first else None,
+        instead=tuple(sorted(instead)),
     )
 
 
@@ -76,7 +93,11 @@ def _short(rule: Rule, changed: Mapping[Role, Scaling]) -> dict[str, Any]:
     """Return a rule as plain data, without the defaults of the scalings that are new."""
     data = rule_to_dict(rule)
     for role, scaling in changed.items():
-        settings = data[role]
-        data[role] = {k: v for k, v in settings.items() if k in ("scaling", "format")}
+        usual = rule_to_dict(replace(rule, scalings={role: type(scaling)()}))[role]
+        data[role] = {
+            key: value
+            for key, value in data[role].items()
+            if key in ("scaling", "format") or value != usual.get(key)
+        }
         assert data[role]["scaling"] == scaling.kind
     return data

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unclamp.analysis.counterfactual import SiteShare
-from unclamp.analysis.explanation import interval, spike_share
+from unclamp.analysis.shares import interval, spike_share
 from unclamp.names import shown
 from unclamp.report.arms import ArmView, ScenarioView
 from unclamp.report.recorded import SiteRow
@@ -63,7 +63,7 @@ ASSOCIATION_COLUMNS = (
     "95 %",
     "named by",
 )
-EXPLANATION_COLUMNS = ("site", "role", "caused", "95 % interval", "only it free", "only it clamped")
+EXPLANATION_COLUMNS = ("site", "role", "caused", "range", "only it free", "only it clamped")
 
 
 def arm_columns(scenario: ScenarioView) -> list[str]:
