@@ -3,13 +3,15 @@
 The truth is found without a replay: each case is trained from its start with every subset of the
 planted sites un-clamped by the recipe. The true set is the smallest that removes 90 % of what the
 planted sites cause together. `python -m bench.explain` runs all cases, and with `--only delayed`
-those with that in their name.
+those with that in their name; `python -m bench.explain underflow`, `nulls` and `chaos` run cases
+that the others have not.
 """
 
 import argparse
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,10 @@ from typing import Any
 import torch
 
 import unclamp
+from bench.chaos import chaos
+from bench.nulls import nulls
 from bench.timing import compare
+from bench.underflow import underflow
 from truths.delays import RATES, DelayCase, Through
 from truths.llamas import LlamaCase
 from truths.trainings import Case, losses_with
@@ -35,6 +40,7 @@ from unclamp.study.loop import build, do_step, tokenize
 
 ENOUGH = 0.9
 AnyCase = Case | LlamaCase | DelayCase
+OTHER_TABLES = {"underflow": underflow, "nulls": nulls, "chaos": chaos}
 HARMLESS = ((0.0,), (0.0,))
 """Paths whose outlier meets a column of zeros."""
 
@@ -361,9 +367,14 @@ def to_dict(results: Sequence[Result]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", nargs="?", choices=("all", *OTHER_TABLES), default="all")
     parser.add_argument("--only", default="", help="cases with this text in their kind")
-    chosen = parser.parse_args().only
+    given = parser.parse_args()
+    chosen = given.only
     torch.set_num_threads(1)
+    if given.table != "all":
+        OTHER_TABLES[given.table]()
+        sys.exit()
     if not chosen:
         snapshot_cost()
         growth()

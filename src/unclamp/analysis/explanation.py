@@ -355,8 +355,9 @@ class Explanation:
             parts += self._told_by_step("blocks")
         if "high_precision" in self.others:
             share = self.others["high_precision"]
-            parts.append(f"In high precision everywhere {gone(share)}: {_fp8(share)}.")
-            parts += self._told_by_step("high_precision")
+            told = self._told_by_step("high_precision")
+            meaning = "" if told else f": {_fp8(share)}"
+            parts += [f"In high precision everywhere {gone(share)}{meaning}.", *told]
         return parts
 
 
