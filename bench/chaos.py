@@ -16,7 +16,7 @@ from truths.trainings import record
 from unclamp.analysis.explanation import MOST
 from unclamp.explain import Limits, explain_spike
 
-REPEATS = 12
+REPEATS = 8
 CASES = {
     "clamping": [
         ChaosCase(seed=2001),

@@ -1,7 +1,8 @@
 """How often is chaos taken for a cause, and how often does an interval hold? 200 replays each.
 
 Trainings at the edge of stability with a bad batch, among decoys that clamp: whatever moves there
-is noise. A *null replay* is one more placebo, or a decoy un-clamped. `python -m bench.explain nulls`.
+is noise. A *null replay* is one more placebo, or a decoy un-clamped.
+`python -m bench.explain nulls`.
 """
 
 import tempfile
@@ -26,7 +27,7 @@ FIRST_SEED = 1000
 
 def start_of(case: ChaosCase, run: Path) -> Start:
     """Train a case, and return a start at its spike, asked plain and with nothing clamped."""
-    losses = record(case, run, every=4, keep=6)
+    losses = record(case, run, every=4, keep=6, write="all")
     paths = {read_facts(path)["step"]: path for path in find_snapshots(run)}
     snapshot = read_snapshot(paths[max(n for n in paths if n <= SPIKE - 4)])
     level = level_before(list(range(len(losses))), losses, SPIKE)

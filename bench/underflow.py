@@ -49,16 +49,15 @@ def _rise(losses: Sequence[float], steps: Sequence[int]) -> float:
 
 
 def _truth(case: UnderflowCase, losses: Sequence[float], steps: Sequence[int]) -> set[SiteName]:
+    whole = _rise(losses, steps)
     removed = {
-        members: 1
-        - _rise(trained(case, dict.fromkeys(members, BLOCKS)), steps) / _rise(losses, steps)
+        members: 1 - _rise(trained(case, dict.fromkeys(members, BLOCKS)), steps) / whole
         for size in range(len(case.culprits) + 1)
         for members in itertools.combinations(case.culprits, size)
     }
     target = 0.9 * min(1.0, removed[tuple(case.culprits)])
-    return set(
-        min((m for m in removed if removed[m] >= target), key=lambda m: (len(m), -removed[m]))
-    )
+    enough = [members for members in removed if removed[members] >= target]
+    return set(min(enough, key=lambda members: (len(members), -removed[members])))
 
 
 def _kept(case: UnderflowCase, found: Explanation, losses: Sequence[float]) -> tuple[float, float]:
