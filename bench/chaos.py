@@ -25,7 +25,7 @@ CASES = {
         ChaosCase(seed=2004, amount=0.5, paths=((1.0,), (1.0,))),
         ChaosCase(seed=2005, amount=0.3, paths=((1.0, 1.0),)),
         ChaosCase(seed=2006, amount=0.5, size=96.0, paths=((1.0, 1.0),)),
-        ChaosCase(seed=2007, amount=1.0, size=128.0, decoys=3),
+        ChaosCase(seed=2009, amount=0.7, size=128.0, decoys=3),
     ],
     "bad batch": [
         ChaosCase(seed=2011 + n, amount=amount, other="bad batch", paths=((0.0,), (0.0,)), decoys=3)

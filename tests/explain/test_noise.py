@@ -65,17 +65,17 @@ def test_what_follows_from_a_share(gone: float, moved: float, verdict: str) -> N
 
 
 def test_few_pairs_of_orders_have_a_range_and_many_a_students_interval() -> None:
-    pairs = [np.array([gain]) for gain in np.random.default_rng(0).normal(size=12)]
+    pairs = [np.array([gain]) for gain in np.random.default_rng(0).normal(size=24)]
     few = shares_of_pairs(pairs[:4])
     assert (few.low[0], few.high[0]) == (min(pairs[:4])[0], max(pairs[:4])[0])
     many = shares_of_pairs(pairs)
     values = np.concatenate(pairs)
-    low, high = stats.t.interval(0.95, 11, values.mean(), stats.sem(values))
+    low, high = stats.t.interval(0.95, 23, values.mean(), stats.sem(values))
     assert (many.low[0], many.high[0]) == pytest.approx((low, high))
 
 
-def test_the_interval_of_eight_pairs_holds_the_shapley_value_about_as_often_as_it_says() -> None:
-    """In games of any effects among five players; short of 95 %, as gains are not normal."""
+def test_the_interval_of_twenty_pairs_holds_the_value_as_often_as_it_says() -> None:
+    """In games of any effects among five players."""
     held = tried = 0
     for seed in range(60):
         generator = np.random.default_rng(seed)
@@ -83,8 +83,8 @@ def test_the_interval_of_eight_pairs_holds_the_shapley_value_about_as_often_as_i
         table = {members: float(generator.normal()) for members in everyone}
         value = table.__getitem__
         exact = exact_shares(5, value).values
-        pairs = [sampled_pair(5, value, seed=seed, pair=i, tolerance=0.0) for i in range(8)]
+        pairs = [sampled_pair(5, value, seed=seed, pair=i, tolerance=0.0) for i in range(20)]
         shares = shares_of_pairs(pairs)
         held += sum(a <= v <= b for a, v, b in zip(shares.low, exact, shares.high, strict=True))
         tried += 5
-    assert 0.9 <= held / tried <= 0.98
+    assert 0.92 <= held / tried <= 0.98

@@ -180,7 +180,7 @@ class SiteShare:
             moves to either side. A sampled one: see `pairs`.
         high: Upper end; Inf likewise.
         how: "shapley", or "both ways": the mean of `only` and `last`.
-        pairs: Of a sampled Shapley value: pairs of orders drawn. From 8 on the range is Student's
+        pairs: Of a sampled Shapley value: pairs of orders drawn. From 20 on the range is Student's
             95 % interval of their mean, with fewer it reaches from the least to the largest of
             them; 0 for an exact value, and from an earlier version.
         only: Share that is gone with only this mended: un-clamped, or in blocks where underflow is

@@ -7,7 +7,7 @@ from unclamp.analysis.counterfactual import SiteShare
 
 LEAST_SHARE = 0.0005
 """Smaller shares of a spike are noise of the arithmetic, and are written as 0."""
-ENOUGH_PAIRS = 8
+ENOUGH_PAIRS = 20
 """Sampled shares of fewer pairs of orders have a range, and no interval."""
 TOLD = 0.1
 """A step is told if at least such a share of its rise goes, or comes on top of it."""
