@@ -18,8 +18,8 @@ from unclamp.explain.store import find_snapshots, read_facts, read_snapshot
 from unclamp.explain.watch import level_before
 from unclamp.policy import unclamped
 
-RUNS = 40
-EACH = 5
+RUNS = 20
+EACH = 10
 PLACEBOS = 19
 FIRST_SEED = 1000
 """No case of the tests or of other tables has seeds from here on."""
@@ -45,10 +45,15 @@ def start_of(case: ChaosCase, run: Path) -> Start:
     return start
 
 
+def placebos_of(start: Start, count: int) -> list[float]:
+    """Return what so many placebos move."""
+    return [start.game.share_gone(start.game.placebo(seed)) for seed in range(count)]
+
+
 def nulls_of(start: Start) -> tuple[list[float], list[float], list[float]]:
     """Return what 19 placebos move, then five more, then decoys that are un-clamped."""
     game = start.game
-    moved = [game.share_gone(game.placebo(seed)) for seed in range(PLACEBOS + EACH)]
+    moved = placebos_of(start, PLACEBOS + EACH)
     sites = [site for site in start.can_clamp if site in start.clamped()][:EACH]
     decoys = [game.removed("unclamped", [site]) for site in sites]
     return moved[:PLACEBOS], moved[PLACEBOS:], decoys
@@ -80,7 +85,7 @@ def nulls() -> None:
     for harmless, harmful in _pairs():
         moved, more, decoys = nulls_of(harmless)
         tuple_moved = tuple(moved)
-        own, _, _ = nulls_of(harmful)
+        own = placebos_of(harmful, PLACEBOS)
         again = repeated_of(harmful)
         for name, rule in rules.items():
             beyond[name][0] += sum(abs(x) > rule(tuple_moved) for x in more)
@@ -88,6 +93,7 @@ def nulls() -> None:
             beyond[name][2] += sum(abs(x) > rule(tuple(own)) for x in again)
         for i, values in enumerate((more, decoys, again)):
             tried[i] += len(values)
+        print(f"{tried[0]} of {RUNS * EACH}: {beyond}", flush=True)
     print(f"\nnull replays: {tried[0]} placebos, {tried[1]} un-clamped decoys; {tried[2]} repeats")
     print("\n| rule | placebos beyond | un-clamped decoys beyond | repeated shares held |")
     print("|---|---|---|---|")

@@ -12,8 +12,9 @@ from truths.redundant import RedundantCase
 from truths.trainings import explain, losses_with, record
 from truths.underflows import OUTLIER, UnderflowCase, trained
 from unclamp.explain import Explanation
+from unclamp.names import SiteName
 from unclamp.recipe import Recipe
-from unclamp.scaling import Dynamic, PerBlock
+from unclamp.scaling import Dynamic, PerBlock, Scaling
 
 BLOCKS = Dynamic(granularity=PerBlock(1, 32))
 SILENT = UnderflowCase()
@@ -102,7 +103,7 @@ def test_bad_batches_while_a_decoy_underflows_are_not_underflow(tmp_path: Path) 
     case = UnderflowCase(other="bad batches", seed=3)
     losses, found = explained(case, tmp_path / "run")
     everywhere = dict.fromkeys(UnderflowCase(branches=2).culprits, BLOCKS)
-    anew = trained(case, everywhere)
+    anew = trained(case, dict[SiteName, Scaling](everywhere))
     assert anew[OUTLIER + 2] == pytest.approx(losses[OUTLIER + 2], rel=0.02)
     assert found.verdict == "not clamping"
     assert found.underflow is None

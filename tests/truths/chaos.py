@@ -56,8 +56,9 @@ class ChaosCase(Case):
         x, target, rate = batch
         training.optimizer.param_groups[0]["lr"] = LR * float(rate)
         training.optimizer.zero_grad()
-        output = training.model.paths(x)
-        wells = training.model.wells
+        model = training.model
+        assert isinstance(model, Chaotic)
+        output, wells = model.paths(x), model.wells
         error = (output - target).square().mean()
         # Its gradient is x**3 - x and a push that every bit of the output has a part in.
         deep = (wells.square() - 1).square().sum() / 4

@@ -332,8 +332,11 @@ def judged(gone: float, noise: Noise) -> Verdict:
     """Return what follows from the share that goes with nothing clamped.
 
     What placebos move may hide a share as large, so less than that is no sign of clamping; nor is
-    it a sign of another cause, if it could hide most of the spike.
+    it a sign of another cause, if it could hide most of the spike. A spike that does not come back
+    with most placebos is chance itself.
     """
+    if noise.typical >= MOST:
+        return "cannot tell"
     if gone < max(NOT_CLAMPING, noise.limit):
         return "cannot tell" if gone + noise.limit >= MOST else "not clamping"
     if gone >= CLAMPING:

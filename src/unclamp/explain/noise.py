@@ -10,6 +10,8 @@ like: with 19, once in 20. With fewer, their largest is multiplied by what gives
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from unclamp.explain.game import BudgetSpent, Game
 
 LEAST_SHARE = 0.02
@@ -50,6 +52,11 @@ class Noise:
         count = len(self.moved)
         factor = NORMAL_FACTORS[count - 1] if count <= len(NORMAL_FACTORS) else 1.0
         return factor * self.largest
+
+    @property
+    def typical(self) -> float:
+        """What the middle one of them moved."""
+        return float(np.median(np.abs(self.moved)))
 
     @property
     def least(self) -> float:
