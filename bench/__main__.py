@@ -1,5 +1,6 @@
 """Run every benchmark side by side, print ratios, write bench/results.json."""
 
+import argparse
 import json
 import platform
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from bench import cast, imports, ledger, linear, runlog, study
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench", description=__doc__).parse_args()
     machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {machine}")
     benches = {

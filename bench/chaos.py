@@ -3,7 +3,7 @@
 Fifteen cases of `truths.chaos`, planted both ways. The truth is training from the start, over and
 over with weights changed by a hair, as the run was and with nothing clamped: clamping is the cause
 if the loss at the spike falls below every one of the former in the median of the latter, and by
-half of the rise at least. `python -m bench.explain chaos`.
+half of the rise at least. `python -m bench.explain --table chaos`.
 """
 
 import statistics

@@ -3,8 +3,8 @@
 The truth is found without a replay: each case is trained from its start with every subset of the
 planted sites un-clamped by the recipe. The true set is the smallest that removes 90 % of what the
 planted sites cause together. `python -m bench.explain` runs all cases, and with `--only delayed`
-those with that in their name; `python -m bench.explain underflow`, `nulls` and `chaos` run cases
-that the others have not.
+those with that in their name; `--table underflow`, `nulls` or `chaos` runs cases that the others
+have not.
 """
 
 import argparse
@@ -246,7 +246,7 @@ def _truth(case: AnyCase, losses: Sequence[float]) -> tuple[list[SiteName], dict
     return list(best), shares
 
 
-def measure(only: str = "") -> list[Result]:
+def measure(folder: Path | None = None, *, only: str = "") -> list[Result]:
     """Run every case with a text in its kind and print the tables."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -255,7 +255,7 @@ def measure(only: str = "") -> list[Result]:
         with tempfile.TemporaryDirectory() as scratch:
             for kind, members in cases().items():
                 for case in members if only in kind else ():
-                    result = run_case(kind, case, Path(scratch))
+                    result = run_case(kind, case, folder or Path(scratch))
                     results.append(result)
                     print(_line(result), flush=True)
     finally:
@@ -366,17 +366,19 @@ def to_dict(results: Sequence[Result]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", nargs="?", choices=("all", *OTHER_TABLES), default="all")
-    parser.add_argument("--only", default="", help="cases with this text in their kind")
-    given = parser.parse_args()
-    chosen = given.only
+    parser = argparse.ArgumentParser(prog="python -m bench.explain", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", help="where the runs stay")
+    parser.add_argument("--only", default="", help="only cases with this text in their kind")
+    parser.add_argument(
+        "--table", choices=OTHER_TABLES, help="cases that the others have not, in place of them"
+    )
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if given.table != "all":
-        OTHER_TABLES[given.table]()
+    if options.table:
+        OTHER_TABLES[options.table]()
         sys.exit()
-    if not chosen:
+    if not options.only:
         snapshot_cost()
         growth()
-    done = measure(chosen)
+    done = measure(options.folder, only=options.only)
     print(json.dumps(to_dict(done)))

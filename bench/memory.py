@@ -1,5 +1,6 @@
 """The peak memory of one step of a layer, in a process of its own."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,11 @@ def main() -> None:
     """Print the peak of four steps above what was resident before them."""
     from bench.linear import layers, step  # noqa: PLC0415  # each imports the other
 
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    parser.add_argument("name", help="of a layer in bench.linear")
+    name = parser.parse_args().name
     unclamp.quantize(torch.ones(2), unclamp.E4M3FN)  # the compiler's memory is not the step's
-    run = step(layers(sys.argv[1])[sys.argv[1]])
+    run = step(layers(name)[name])
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     for _ in range(4):

@@ -2,7 +2,7 @@
 
 Trainings at the edge of stability with a bad batch, among decoys that clamp: whatever moves there
 is noise. A *null replay* is one more placebo, or a decoy un-clamped.
-`python -m bench.explain nulls`.
+`python -m bench.explain --table nulls`.
 """
 
 import tempfile

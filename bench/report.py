@@ -5,6 +5,7 @@ with their summaries. Two such parts are made and repeated with other steps, sin
 168 M rows through the writer would take an hour and give the same files.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -155,4 +156,8 @@ def measure(path: Path | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    measure(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="the run to read; one is written if there is none"
+    )
+    measure(parser.parse_args().folder)

@@ -4,6 +4,7 @@ Logs of two sizes are written by the real writer, merges included, with a flush 
 at ten steps a second; times of reading are extrapolated from the two to 100,000 steps.
 """
 
+import argparse
 import shutil
 import statistics
 import tempfile
@@ -168,4 +169,5 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.runlog", description=__doc__).parse_args()
     measure()

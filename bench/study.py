@@ -52,7 +52,7 @@ def _step(
     text = read_text((), seq_len=config.data.seq_len)
     batches = Batches(tokenize(config.model, model, text), **shape, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    recorder = unclamp.Recorder(model, path)
+    recorder = unclamp.Recorder(model, path, plain=recipe is None)
     recorders.append(recorder)
     count = iter(range(1 << 30))
 

@@ -2,7 +2,7 @@
 
 The truth is training from the start, with every subset of the planted sites in blocks: the true set
 is the smallest that removes 90 % of what all of them remove of the rise of the steps in which they
-underflow. `python -m bench.explain underflow`.
+underflow. `python -m bench.explain --table underflow`.
 """
 
 import itertools

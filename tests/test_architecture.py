@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 SOURCE = Path(unclamp.__file__).parent
 LAYERS = [
-    {"errors", "files", "version", "worker"},
+    {"errors", "files", "shown", "version", "worker", "written"},
     {"formats", "names", "totals"},
     {"scaling"},
     {"reference", "rule", "runlog"},
@@ -33,7 +33,8 @@ LAYERS = [
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 TORCH_FREE = ["unclamp", "unclamp.files", "unclamp.worker", "unclamp.runlog", "unclamp.analysis",
               "unclamp.analysis.explanation", "unclamp.report.html",
-              "unclamp.report.text", "unclamp.report.doctor", "unclamp.study.config",
+              "unclamp.report.text", "unclamp.report.side_by_side.page",
+              "unclamp.report.side_by_side.text", "unclamp.report.doctor", "unclamp.study.config",
               "unclamp.cli"]  # fmt: skip
 MODULES = sorted(SOURCE.rglob("*.py"))
 

@@ -1,6 +1,7 @@
 """The command line as a user types it: output, exit codes, and one clear line for bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from unclamp import Recorder
+from unclamp.cli import app
 
 
 def unclamp(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -27,7 +30,7 @@ def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -
 
 
 def write_run(path: Path) -> Path:
-    with Recorder(nn.Linear(2, 2), path) as recorder:
+    with Recorder(nn.Linear(2, 2), path, plain=True) as recorder:
         for step in range(3):
             recorder.step(loss=torch.tensor(1.0 / (step + 1)))
     return path
@@ -37,6 +40,20 @@ def test_help_names_the_commands() -> None:
     done = unclamp("--help")
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("study", "report", "formats"))
+
+
+COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
+
+
+@pytest.mark.parametrize("command", ["", *sorted(COMMANDS)])
+def test_flags_are_shown_as_flags(command: str) -> None:
+    done = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "160"})
+    assert done.exit_code == 0
+    assert "bool" not in done.stdout
+    assert "--help" in done.stdout
+    if "--json" in done.stdout:
+        (line,) = (line for line in done.stdout.splitlines() if "--json" in line)
+        assert line.split("--json")[1].strip(" │") == "Print one JSON document on stdout."
 
 
 def test_formats_prints_json_and_a_table() -> None:
@@ -125,6 +142,34 @@ def test_glob_that_matches_nothing_warns_or_fails(strict: bool, tmp_path: Path) 
     assert "nope.*" in done.stderr
     assert "model.layers.0.mlp.down_proj" in done.stderr.replace("\n", "")
     if strict:
+        # A study that has begun says first what it is; the error is the one line after that.
+        done.stderr = re.sub(r"^unclamp study: 1 run of 2 steps.*\n", "", done.stderr)
         assert_one_clear_line(done, "matches no linear layer")
     else:
         assert done.returncode == 0
+
+
+def test_a_damaged_part_is_one_line_and_the_rest_is_reported(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (part,) = (run / "steps").glob("*.parquet")
+    part.write_bytes(part.read_bytes()[:-9])
+    done = unclamp("report", run)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"unclamp: {run}: steps/{part.name} is damaged and left out")
+
+
+def test_a_csv_with_only_a_header_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,loss\n")
+    assert_one_clear_line(
+        unclamp("spikes", tmp_path / "log.csv"), "expected rows under the header", "'step', 'loss'"
+    )
+
+
+def test_a_folder_of_several_runs_names_the_first_and_counts_the_rest(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run-{number}") for number in range(7)]
+    listed = ", ".join(map(str, runs[:5])) + " and 2 more"
+    for command in ("spikes", "report", "associate"):
+        assert_one_clear_line(
+            unclamp(command, tmp_path), f"name one of the runs below it: {listed}"
+        )

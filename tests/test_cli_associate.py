@@ -60,7 +60,7 @@ def test_the_culprit_of_a_run_is_named_in_words_table_and_json(tmp_path: Path) -
     run = write_run(tmp_path / "run")
     done = unclamp("associate", run)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("- Evidence at 1 site: 6 spikes in 400 steps")
+    assert done.stdout.startswith("- Evidence at 1 site: 6 spikes of the loss in 400 steps")
     assert "* layers.0.down_proj input" in done.stdout
     assert "* named (p at most 0.02)." in done.stdout
     assert "31.0 dB" in done.stdout.replace("\n", " ")
@@ -83,9 +83,26 @@ def test_an_unfinished_run_is_answered_with_a_note(tmp_path: Path) -> None:
         assert f"The run {words}:" in done.stderr
 
 
-def test_what_cannot_be_asked_is_one_line(tmp_path: Path) -> None:
+def test_a_run_without_casts_is_one_plain_line(tmp_path: Path) -> None:
     bare = write_run(tmp_path / "bare", with_casts=False)
-    assert_one_clear_line(unclamp("associate", bare), "expected casts")
+    header = json.loads((bare / "run.json").read_text())
+    said = " ".join(unclamp("associate", bare).stdout.split())
+    assert said == (
+        "- Cannot tell: no cast was recorded, and whether the run trained in FP8 is not in its log."
+    )
+    (bare / "run.json").write_text(json.dumps({**header, "plain": True}))
+    done = unclamp("associate", bare)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = " ".join(done.stdout.split())
+    assert said == (
+        "- Nothing was cast in this run: it trained without FP8, so nothing was clamped."
+    )
+    assert json.loads(unclamp("associate", bare, "--json").stdout)["verdict"] == "none"
+    (bare / "run.json").write_text(json.dumps({**header, "status": "running"}))
+    assert "no cast was recorded yet" in " ".join(unclamp("associate", bare).stdout.split())
+
+
+def test_what_cannot_be_asked_is_one_line(tmp_path: Path) -> None:
     mute = write_run(tmp_path / "mute", with_loss=False)
     assert_one_clear_line(unclamp("associate", mute), "expected losses")
     assert_one_clear_line(unclamp("associate", tmp_path / "none"), "does not exist")

@@ -1,3 +1,5 @@
+import tomllib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,6 +87,21 @@ def test_a_recipe_survives_dict_and_toml(recipe):
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert hash(Recipe.from_toml(recipe.to_toml())) == hash(recipe)
+
+
+@given(recipe=recipes)
+def test_every_rule_is_a_table_of_its_own_in_toml(recipe):
+    text = recipe.to_toml()
+    assert text.splitlines().count("[[override]]") == len(recipe.rules)
+    written = tomllib.loads(text)
+    assert [rule["match"] for rule in written.get("override", [])] == [
+        rule.match for rule in recipe.rules
+    ]
+    # TOML lets nobody extend an inline array: what is pasted at the end is one more entry.
+    pasted = tomllib.loads(f'{text}\n[[override]]\nmatch = "pasted"\nsmooth = false\n')
+    last = pasted["override"].pop()
+    assert last == {"match": "pasted", "smooth": False}
+    assert pasted == {**written, "override": written.get("override", [])}
 
 
 def test_a_recipe_survives_a_file(tmp_path):
@@ -250,7 +267,7 @@ def test_a_rule_with_an_unknown_format_is_refused():
         Recipe().override("a", input_format="e5m3")
 
 
-@pytest.mark.parametrize("scaling", ["dynamic", Dynamic, None, {"scaling": "dynamic"}])
+@pytest.mark.parametrize("scaling", [3, Dynamic, None, {"scaling": "dynamic"}])
 def test_what_is_no_scaling_object_is_refused(scaling):
     with pytest.raises(RecipeError, match="expected a scaling such as"):
         Recipe(input=scaling)
@@ -376,3 +393,8 @@ def test_a_gemm_that_hopper_cannot_do_is_refused_and_says_which_it_can():
     with pytest.raises(RecipeError, match="Hopper tensor core multiplies"):
         Recipe(input_format="e5m2").override("a", grad_weight="hopper_fast")
     assert Recipe(input_format="e5m2", output="hopper").plan("a").gemms["output"] == "hopper"
+
+
+def test_a_rule_says_that_it_takes_scalings_and_not_their_names() -> None:
+    with pytest.raises(RecipeError, match=r"not their names: write Dynamic\("):
+        Rule(match="x", scalings={"input": "dynamic"})  # pyright: ignore[reportArgumentType]

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     )
     from unclamp.numerics import Quantized, cast, dequantize, quantize, scale_from_amax
     from unclamp.runlog import RunLog
-    from unclamp.telemetry import Every, Recorder
+    from unclamp.telemetry import Every, MLflow, Recorder, TensorBoard, WandB
 
 _LAZY = {
     "ConvertReport": "unclamp.nn",
@@ -78,7 +78,10 @@ _LAZY = {
     "Training": "unclamp.explain",
     "explain_spike": "unclamp.explain",
     "Every": "unclamp.telemetry",
+    "MLflow": "unclamp.telemetry",
     "Recorder": "unclamp.telemetry",
+    "TensorBoard": "unclamp.telemetry",
+    "WandB": "unclamp.telemetry",
 }
 
 __all__ = [
@@ -99,6 +102,7 @@ __all__ = [
     "Fp8Linear",
     "Guarded",
     "HighPrecision",
+    "MLflow",
     "Observation",
     "PerBlock",
     "PerRow",
@@ -117,10 +121,12 @@ __all__ = [
     "Static",
     "StudyError",
     "SwitchReport",
+    "TensorBoard",
     "Training",
     "UnclampError",
     "UnclampWarning",
     "UnsupportedError",
+    "WandB",
     "__version__",
     "cast",
     "convert",
@@ -138,7 +144,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module 'unclamp' has no attribute {name!r}")
+        hint = import_module("unclamp.errors").did_you_mean(name, __all__)
+        raise AttributeError(f"module 'unclamp' has no attribute {name!r}{hint}")
     return getattr(import_module(_LAZY[name]), name)
 
 

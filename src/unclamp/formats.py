@@ -5,13 +5,12 @@ maximum, subnormals and the overflow limit follow from it. Rounding lives in
 `unclamp.reference` (scalars) and `unclamp.numerics.cast` (tensors).
 """
 
-import difflib
 import math
 import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-from unclamp.errors import RecipeError
+from unclamp.errors import RecipeError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +145,7 @@ FORMATS: dict[str, Format] = {f.name: f for f in (E4M3FN, E5M2, E4M3FNUZ, E5M2FN
 
 def unknown_name(kind: str, name: object, known: list[str]) -> RecipeError:
     """Return the error for a name that is none of `known`, with the nearest match."""
-    near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, known)
     return RecipeError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}{hint}")
 
 

@@ -7,6 +7,9 @@ reader of a log gets from logged amaxes exactly the scales that a training would
     amax  = reduce(the newest `history_len` amaxes)        the maximum, or a function
     scale = fmt.max / 2**margin / amax                     kept in [2**-126, 2**126]
 
+Beyond these ends scale or 1 / scale would be subnormal, which GPUs may take for 0. Transformer
+Engine goes on to the largest float32 (docs/scaling.md, "Tiny tensors").
+
 Where an amax says nothing (0, NaN, Inf) the previous scale stays, and a static scale stays always.
 
 A *power-of-two* scale is the exact quotient rounded down to a power of two. Down, because a

@@ -13,16 +13,18 @@ order and the first that matches decides for the module; what it leaves open com
 recipe's own settings.
 """
 
+import glob
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from unclamp.errors import RecipeError
+from unclamp.errors import RecipeError, naming_arguments
 from unclamp.formats import get_format
+from unclamp.names import SiteName
 from unclamp.rule import (
     DEFAULT_FORMATS,
     GEMMS,
@@ -31,22 +33,29 @@ from unclamp.rule import (
     Gemm,
     LayerPlan,
     Mode,
+    ModeSetting,
     Operand,
+    Role,
     Rule,
+    ScalingSetting,
+    as_mode,
+    as_scaling,
     check_keys,
     check_plan,
     rule_from_dict,
     rule_to_dict,
 )
-from unclamp.scaling import Delayed, Scaling, check_int
+from unclamp.scaling import Dynamic, Scaling, check_int
+from unclamp.shown import Shown
 
 
+@naming_arguments
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Shown):
     """Format and scaling per role, precision per GEMM, and overrides by module name.
 
     Args:
-        input: Scaling of the layer's input.
+        input: Scaling of the layer's input, or its name: "dynamic" stands for Dynamic().
         weight: Scaling of its weight.
         grad_output: Scaling of the gradient that comes back.
         input_format: Name of the format; `unclamp formats` lists them.
@@ -70,16 +79,17 @@ class Recipe:
             or a combination that makes no sense, saying why.
     """
 
-    input: Scaling = field(default_factory=Delayed)
-    weight: Scaling = field(default_factory=Delayed)
-    grad_output: Scaling = field(default_factory=Delayed)
+    # Descriptors: what is given may be a name, what is read is a scaling or a mode.
+    input: ScalingSetting = ScalingSetting()  # noqa: RUF009
+    weight: ScalingSetting = ScalingSetting()  # noqa: RUF009
+    grad_output: ScalingSetting = ScalingSetting()  # noqa: RUF009
     input_format: str = DEFAULT_FORMATS["input"]
     weight_format: str = DEFAULT_FORMATS["weight"]
     grad_output_format: str = DEFAULT_FORMATS["grad_output"]
     accumulate: str = "float32"
-    output: Mode | None = None
-    grad_input: Mode | None = None
-    grad_weight: Mode | None = None
+    output: ModeSetting = ModeSetting()  # noqa: RUF009
+    grad_input: ModeSetting = ModeSetting()  # noqa: RUF009
+    grad_weight: ModeSetting = ModeSetting()  # noqa: RUF009
     smooth: bool = False
     warmup_steps: int = 0
     rules: tuple[Rule, ...] = ()
@@ -92,7 +102,7 @@ class Recipe:
             check_plan(self._plan(rule))
 
     @classmethod
-    def uniform(cls, scaling: Scaling) -> "Recipe":
+    def uniform(cls, scaling: Scaling | str) -> "Recipe":
         """Return the recipe with one scaling for all three roles and the default formats."""
         return cls(input=scaling, weight=scaling, grad_output=scaling)
 
@@ -113,14 +123,15 @@ class Recipe:
             smooth=self.smooth,
         )
 
+    @naming_arguments
     def override(
         self,
         match: str,
         *,
-        scaling: Scaling | None = None,
-        input: Scaling | None = None,
-        weight: Scaling | None = None,
-        grad_output: Scaling | None = None,
+        scaling: Scaling | str | None = None,
+        input: Scaling | str | None = None,
+        weight: Scaling | str | None = None,
+        grad_output: Scaling | str | None = None,
         input_format: str | None = None,
         weight_format: str | None = None,
         grad_output_format: str | None = None,
@@ -129,12 +140,13 @@ class Recipe:
         grad_input: Mode | None = None,
         grad_weight: Mode | None = None,
         smooth: bool | None = None,
+        note: str = "",
     ) -> "Recipe":
         """Return a recipe with one more rule, tried after those it has.
 
         `scaling` is for all three roles but those that are named too: HighPrecision() leaves
         the layers that match out of FP8. Where a rule sets `accumulate`, it does so for every
-        GEMM whose mode the rule does not name.
+        GEMM whose mode the rule does not name. `note` says why the rule is there.
 
         Raises:
             RecipeError: The rule changes nothing, or names something unknown.
@@ -152,11 +164,12 @@ class Recipe:
         }
         rule = Rule(
             match=match,
-            scalings={r: given[r] for r in ROLES if given[r] is not None},
+            scalings={r: as_scaling(given[r]) for r in ROLES if given[r] is not None},
             formats={r: given[f"{r}_format"] for r in ROLES if given[f"{r}_format"] is not None},
-            gemms={g: given[g] for g in GEMMS if given[g] is not None},
+            gemms={g: as_mode(given[g]) for g in GEMMS if given[g] is not None},
             accumulate=accumulate,
             smooth=smooth,
+            note=note,
         )
         if rule.changes_nothing:
             raise RecipeError(
@@ -164,6 +177,29 @@ class Recipe:
                 "name a role, such as input=Dynamic(), a format or a GEMM"
             )
         return replace(self, rules=(*self.rules, rule))
+
+    def at_sites(
+        self,
+        sites: Iterable[SiteName],
+        scaling: Scaling | str = Dynamic(),
+        *,
+        notes: Mapping[str, str] | None = None,
+    ) -> "Recipe":
+        """Return a recipe that scales these sites so; all else about their layers stays.
+
+        Each layer gets a rule for its name alone, tried before those that the recipe has. It
+        takes over what the rule that decided before says.
+
+        Args:
+            sites: Operands of layers, by name.
+            scaling: What they get; `Dynamic()` by default.
+            notes: Why, by name of the layer.
+
+        Raises:
+            RecipeError: The scaling is none, or makes no sense for a site.
+        """
+        added = rules_at(self, sites, scaling, notes=notes)
+        return replace(self, rules=(*added, *self.rules))
 
     def rule_for(self, fqn: str) -> Rule | None:
         """Return the rule that decides for a module: the first that matches."""
@@ -217,7 +253,7 @@ class Recipe:
         for entry in overrides:
             if not isinstance(entry, Mapping):
                 raise RecipeError(f"expected a table for an override, got {entry!r}")
-            check_keys("override", entry, ["match", *ROLES, *GEMMS, *SETTINGS])
+            check_keys("override", entry, ["match", "note", *ROLES, *GEMMS, *SETTINGS])
             if not isinstance(entry.get("match"), str):
                 raise RecipeError(f'an override needs match = "GLOB", got {dict(entry)!r}')
             rules.append(rule_from_dict(entry))
@@ -226,9 +262,21 @@ class Recipe:
         settings.update({key: data[key] for key in (*SETTINGS, "warmup_steps") if key in data})
         return cls(**settings, rules=tuple(rules))
 
+    def __str__(self) -> str:
+        try:
+            return self.to_toml()
+        except RecipeError:  # a function, which only Python can hold
+            return repr(self)
+
     def to_toml(self) -> str:
-        """Return the recipe as TOML; the same limits as `to_dict`."""
-        return tomli_w.dumps(self.to_dict())
+        """Return the recipe as TOML; the same limits as `to_dict`.
+
+        Each rule is a table `[[override]]`, in the order in which they are tried, so that another
+        one can be pasted before or after them.
+        """
+        data = self.to_dict()
+        rules = data.pop("override", ())
+        return "\n".join([tomli_w.dumps(data), *map(_override_toml, rules)])
 
     @classmethod
     def from_toml(cls, text: str) -> "Recipe":
@@ -255,3 +303,35 @@ class Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read the recipe {str(path)!r}: {error}") from error
         return cls.from_toml(text)
+
+
+def _override_toml(rule: Mapping[str, Any]) -> str:
+    """Return a rule as one entry of the overrides, never inline.
+
+    tomli-w writes a list of short tables as an inline array, which TOML lets nobody extend. So it
+    writes one table, which begins with its own header because of `match`, and the header is made
+    that of an entry.
+    """
+    table = tomli_w.dumps({"override": rule})
+    return "[[override]]" + table.removeprefix("[override]")
+
+
+def rules_at(
+    recipe: Recipe,
+    sites: Iterable[SiteName],
+    scaling: Scaling | str = Dynamic(),
+    *,
+    notes: Mapping[str, str] | None = None,
+) -> tuple[Rule, ...]:
+    """Return the rules of `Recipe.at_sites`, one a layer, in the order of their names."""
+    notes = {} if notes is None else notes
+    rules = []
+    named = sorted(set(sites))
+    for fqn in dict.fromkeys(site.fqn for site in named):
+        changed: dict[Role, Scaling] = {s.role: as_scaling(scaling) for s in named if s.fqn == fqn}
+        match = f"^{glob.escape(fqn)}"
+        before = recipe.rule_for(fqn) or Rule(match=match)
+        scalings = {**before.scalings, **changed}
+        note = notes.get(fqn, before.note)
+        rules.append(replace(before, match=match, scalings=scalings, note=note))
+    return tuple(rules)

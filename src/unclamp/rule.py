@@ -7,13 +7,14 @@ or that it runs in high precision, and whether the layer's input is smoothed. To
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, overload
 
 from unclamp.errors import RecipeError
 from unclamp.formats import Format, get_format, unknown_name
 from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.scaling import (
     ACCUMULATES,
+    Delayed,
     HighPrecision,
     Scaling,
     scaling_from_dict,
@@ -24,6 +25,54 @@ DEFAULT_FORMATS: dict[Role, str] = {"input": "e4m3fn", "weight": "e4m3fn", "grad
 
 Mode = str | HighPrecision
 """One of `ACCUMULATES`, or HighPrecision()."""
+
+
+def as_scaling(given: Any) -> Any:
+    """Return the scaling that a name stands for, with its defaults; what is no text as it is.
+
+    Raises:
+        RecipeError: There is no such kind, or it has a setting without a default.
+    """
+    return scaling_from_dict({"scaling": given}) if isinstance(given, str) else given
+
+
+def as_mode(given: Any) -> Any:
+    """Return HighPrecision() for its name, and what else was given as it is."""
+    return HighPrecision() if given == HighPrecision.kind else given
+
+
+class ScalingSetting:
+    """A field of a dataclass that takes a scaling or its name, and holds a scaling."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Scaling: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Scaling: ...
+    def __get__(self, instance: object | None, owner: type) -> Scaling:
+        return Delayed() if instance is None else vars(instance)[self._name]
+
+    def __set__(self, instance: object, value: Scaling | str) -> None:
+        vars(instance)[self._name] = as_scaling(value)
+
+
+class ModeSetting:
+    """A field of a dataclass that takes the mode of a GEMM, or None, and holds it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> None: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Mode | None: ...
+    def __get__(self, instance: object | None, owner: type) -> Mode | None:
+        return None if instance is None else vars(instance)[self._name]
+
+    def __set__(self, instance: object, value: Mode | None) -> None:
+        vars(instance)[self._name] = as_mode(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +91,23 @@ class LayerPlan:
     gemms: Mapping[Gemm, Mode]
     smooth: bool = False
 
+    @property
+    def casts(self) -> bool:
+        """Whether any operand of any GEMM goes through FP8."""
+        return any(
+            self.operands[role].scaling.casts
+            for gemm in GEMMS
+            if not isinstance(self.gemms[gemm], HighPrecision)
+            for role in OPERANDS[gemm]
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """An override: for modules that match, what to change for some roles and GEMMs."""
+    """An override: for modules that match, what to change for some roles and GEMMs.
+
+    `note` says why it is there; it changes nothing.
+    """
 
     match: str
     scalings: Mapping[Role, Scaling] = field(default_factory=dict)
@@ -53,10 +115,16 @@ class Rule:
     gemms: Mapping[Gemm, Mode] = field(default_factory=dict)
     accumulate: str | None = None
     smooth: bool | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         for role, scaling in self.scalings.items():
-            check_scaling(role, scaling)
+            check_scaling(role, as_scaling(scaling))
+            if isinstance(scaling, str):
+                raise RecipeError(
+                    f"a Rule takes scalings, not their names: write {as_scaling(scaling)!r} for "
+                    f"{scaling!r}; Recipe and override take names"
+                )
         for role, name in self.formats.items():
             _check_role(role)
             get_format(name)
@@ -66,6 +134,8 @@ class Rule:
             _check_mode("accumulate", self.accumulate)
         if not isinstance(self.smooth, bool | None):
             raise RecipeError(f"expected True or False for smooth, got {self.smooth!r}")
+        if not isinstance(self.note, str):
+            raise RecipeError(f"expected text for a rule's note, got {self.note!r}")
 
     def matches(self, fqn: str) -> bool:
         """Whether the rule applies to a module of this dotted name."""
@@ -80,7 +150,7 @@ class Rule:
     def __hash__(self) -> int:
         parts = (self.scalings, self.formats, self.gemms)
         sets = tuple(frozenset(part.items()) for part in parts)
-        return hash((self.match, *sets, self.accumulate, self.smooth))
+        return hash((self.match, *sets, self.accumulate, self.smooth, self.note))
 
 
 def matches(fqn: str, glob: str) -> bool:
@@ -100,6 +170,8 @@ SETTINGS = ("accumulate", "smooth")
 def rule_to_dict(rule: Rule) -> dict[str, Any]:
     """Return a rule as plain data; raises as `scaling_to_dict`."""
     data: dict[str, Any] = {"match": rule.match}
+    if rule.note:
+        data["note"] = rule.note
     for role in ROLES:
         operand: dict[str, Any] = {}
         if role in rule.formats:
@@ -131,10 +203,7 @@ def rule_from_dict(data: Mapping[str, Any]) -> Rule:
             formats[role] = settings.pop("format")
         if settings:
             scalings[role] = scaling_from_dict(settings)
-    high = HighPrecision()
-    gemms: dict[Gemm, Mode] = {
-        gemm: high if data[gemm] == high.kind else data[gemm] for gemm in GEMMS if gemm in data
-    }
+    gemms: dict[Gemm, Mode] = {gemm: as_mode(data[gemm]) for gemm in GEMMS if gemm in data}
     return Rule(
         match=data["match"],
         scalings=scalings,
@@ -142,6 +211,7 @@ def rule_from_dict(data: Mapping[str, Any]) -> Rule:
         gemms=gemms,
         accumulate=data.get("accumulate"),
         smooth=data.get("smooth"),
+        note=data.get("note", ""),
     )
 
 
@@ -205,7 +275,8 @@ def check_scaling(role: str, scaling: object) -> None:
     _check_role(role)
     if not isinstance(scaling, Scaling):
         raise RecipeError(
-            f"expected a scaling such as Delayed() or Dynamic() for {role}, got {scaling!r}"
+            f"expected a scaling such as Delayed() or Dynamic(), or its name, for {role}, got "
+            f"{scaling!r}"
         )
     if scaling.remembers and role != "weight" and not scaling.granularity.is_whole:
         raise RecipeError(

@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from types import ModuleType
 from typing import Any, ClassVar
 
-from unclamp.errors import RecipeError
+from unclamp.errors import RecipeError, naming_arguments
 from unclamp.formats import unknown_name
 
 ACCUMULATES = ("float32", "hopper", "hopper_fast")
@@ -149,11 +149,6 @@ def parse_granularity(name: object) -> Granularity:
     raise unknown_name("granularity", name, [*_NAMED, "1x128", "128x128"])
 
 
-def is_square(granularity: Granularity) -> bool:
-    """Whether a cast along one axis is also the cast along the other."""
-    return granularity.is_square
-
-
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
     """Where the scale of an operand comes from: the base of all kinds, and of a user's own.
@@ -259,6 +254,7 @@ def _register(cls: type[Scaling]) -> None:
     SCALINGS[kind] = cls
 
 
+@naming_arguments
 @dataclass(frozen=True, kw_only=True)
 class Dynamic(Scaling):
     """Scale from the tensor itself: reads it twice, never saturates a finite element.
@@ -275,9 +271,10 @@ class Dynamic(Scaling):
     takes_own: ClassVar[bool] = True
     margin: int = 0
     power_of_two: bool = False
-    granularity: Granularity = PER_TENSOR
+    granularity: Granularity = field(default=PER_TENSOR, kw_only=False)
 
 
+@naming_arguments
 @dataclass(frozen=True, kw_only=True)
 class Delayed(Scaling):
     """Scale from the amaxes of past optimizer steps: reads once, clamps what is new.
@@ -296,13 +293,14 @@ class Delayed(Scaling):
     """
 
     kind: ClassVar[str] = "delayed"
-    history_len: int = 16
+    history_len: int = field(default=16, kw_only=False)
     reduce: Reduce = "max"
     margin: int = 0
     power_of_two: bool = False
     granularity: Granularity = PER_TENSOR
 
 
+@naming_arguments
 @dataclass(frozen=True, kw_only=True)
 class Guarded(Scaling):
     """Delayed scaling that never clamps: where the predicted scale would, the true one is used.
@@ -326,13 +324,14 @@ class Guarded(Scaling):
 
     kind: ClassVar[str] = "guarded"
     guards: ClassVar[bool] = True
-    history_len: int = 2
+    history_len: int = field(default=2, kw_only=False)
     reduce: Reduce = "max"
     margin: int = 1
     power_of_two: bool = False
     granularity: Granularity = PER_TENSOR
 
 
+@naming_arguments
 @dataclass(frozen=True, kw_only=True)
 class Static(Scaling):
     """A scale that never changes: reads once, clamps beyond `format.max / scale`.
@@ -342,7 +341,7 @@ class Static(Scaling):
     """
 
     kind: ClassVar[str] = "static"
-    scale: float
+    scale: float = field(kw_only=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -102,7 +102,7 @@ def test_harm_below_the_spike_threshold_is_found_in_the_loss() -> None:
     assert (found.verdict, site.site, site.by) == ("named", 9, "loss")
     assert site.loss_change is not None
     assert site.loss_change > 0
-    assert "no spikes" in " ".join(found.sentences)
+    assert "no spikes of the loss" in " ".join(found.sentences)
 
 
 def test_frequent_harmless_clamping_comes_out_as_harmless() -> None:

@@ -62,12 +62,12 @@ def test_only_sites_with_a_small_worst_bound_are_called_harmless() -> None:
     found = ask(run, run.spikes)
     cleared = [site for site in found.sites if site.cleared]
     assert cleared
-    assert all(s.high is not None and s.high <= CLEARED and s.by is None for s in cleared)
+    assert all(s.bound is not None and s.bound <= CLEARED and s.by is None for s in cleared)
     assert all(s.hits < found.spikes for s in cleared)
-    worst = max(cleared, key=lambda site: site.high or 0)
+    worst = max(cleared, key=lambda site: site.bound or 0)
     harmless = next(s for s in found.sentences if s.startswith("Harmless"))
     assert f"{worst.fqn} {worst.role}" in harmless
-    assert change_in_words(worst.high or 0, is_relative=True) in harmless
+    assert change_in_words(worst.bound or 0, is_relative=True) in harmless
     assert "other" not in harmless
     left = [site for site in found.sites if not site.cleared]
     said = next(s for s in found.sentences if "neither named nor cleared" in s)

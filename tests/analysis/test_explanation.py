@@ -153,6 +153,13 @@ def test_a_name_may_hold_what_separates_names() -> None:
     ]
 
 
+def test_one_site_is_not_several() -> None:
+    for clamped, said in ((1, "1 site clamped, or would have."), (9, "9 sites clamped, or")):
+        found = explained(reproduced=True, clamping_share=1.0, verdict="clamping",
+                          clamped_sites=clamped)  # fmt: skip
+        assert said in found.words()
+
+
 def explained(**changes: Any) -> Explanation:
     given: dict[str, Any] = {
         "run": "run", "onset": 7, "last": 9, "height": 2.5, "level": 2.0, "snapshot_step": 5,

@@ -131,12 +131,23 @@ def test_differences_that_vary_by_rounding_only_are_no_evidence() -> None:
 
 
 def test_several_comparisons_say_how_many_there_were() -> None:
-    found = [paired_difference([2.5, 2.4], [2.5, other]) for other in (2.3, 2.2)]
-    single = paired_difference([1.0], [2.0])
-    (text,) = comparisons_in_words([*found, single], "dynamic")
-    assert text.startswith("2 arms were compared with dynamic, each at 95 %")
-    assert "5 in 100" in text
-    assert comparisons_in_words([found[0], single], "dynamic") == []
+    (text,) = comparisons_in_words(2, "dynamic")
+    assert text.startswith("2 comparisons with dynamic were made")
+    assert "all of them counted" in text
+    assert comparisons_in_words(1, "dynamic") == []
+
+
+@pytest.mark.parametrize("shift", [0.005, 0.02, 0.1])
+@pytest.mark.parametrize("comparisons", [1, 2, 5, 40])
+def test_a_difference_among_several_is_one_by_bonferroni(shift: float, comparisons: int) -> None:
+    other = [2.4, 2.5, 2.3, 2.45]
+    own = [x + shift + e for x, e in zip(other, (0.001, -0.004, 0.006, 0.002), strict=True)]
+    want = ttest_rel(own, other).pvalue <= 0.05 / comparisons
+    found = paired_difference(own, other)
+    assert found.differs_among(comparisons) == want
+    words = difference_in_words(found, own="a", other="b", comparisons=comparisons)
+    assert ("a differs from b" in words) == want
+    assert ("may be chance" in words) == (found.verdict == "differs" and not want)
 
 
 def test_what_is_no_pair_and_no_level_is_refused() -> None:

@@ -20,7 +20,9 @@ from unclamp.analysis import Spike
 from unclamp.analysis.explanation import Explanation
 from unclamp.analysis.horizon import Asked, Clamped, Horizon, clamped_before
 from unclamp.explain import Snapshots
-from unclamp.explain.store import find_snapshots, read_facts
+from unclamp.explain.game import Game, Window
+from unclamp.explain.replay import Trace
+from unclamp.explain.store import FACTS_FILE, SKELETON_FILE, find_snapshots, read_facts
 from unclamp.explain.watch import trains
 from unclamp.names import SiteName
 from unclamp.runlog import RunLog
@@ -179,11 +181,69 @@ def test_a_training_goes_back_to_before_a_cause_that_lies_further_back(tmp_path:
     assert second < 1.1 * losses[SPIKE - 1][0]
 
 
-def test_snapshots_from_before_a_rewind_lead_nowhere_after_it(tmp_path: Path) -> None:
-    """They were taken under another scaling: a replay from them would not be the run."""
-    record(Case(), tmp_path, on_spike="explain", keep=4, after=1)
-    facts = [read_facts(path) for path in find_snapshots(tmp_path)]
-    assert [f["step"] for f in facts] == [0, 20, 30]
+# ---- what ends the search --------------------------------------------------------------------
+
+
+def scale_otherwise(path: Path) -> None:
+    facts = json.loads((path / FACTS_FILE).read_text())
+    facts["sites"][0]["scaling"] = {"kind": "dynamic"}
+    (path / FACTS_FILE).write_text(json.dumps(facts))
+
+
+def change_a_loss(path: Path) -> None:
+    facts = json.loads((path / FACTS_FILE).read_text())
+    step = str(facts["step"])
+    facts["losses"][step] = (float.fromhex(facts["losses"][step]) + 1e-7).hex()
+    (path / FACTS_FILE).write_text(json.dumps(facts))
+
+
+def damage(path: Path) -> None:
+    (path / SKELETON_FILE).write_bytes(b"nothing")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "stop", "said"),
+    [
+        (scale_otherwise, "scaling changed", "was taken under another scaling"),
+        (change_a_loss, "not reproduced", "the losses from the next older snapshot did not come"),
+        (damage, "unreadable", "the next older snapshot could not be used"),
+    ],
+)
+def test_an_older_snapshot_that_is_not_of_these_steps_ends_the_search(
+    spoil: Callable[[Path], None], stop: str, said: str, tmp_path: Path
+) -> None:
+    recorded(GRADIENT, tmp_path / "run")
+    for path in find_snapshots(tmp_path / "run"):
+        if read_facts(path)["step"] <= GRADIENT.harm:
+            spoil(path)
+    found = explain(GRADIENT, tmp_path / "run")
+    assert found.verdict == "not clamping"
+    assert found.horizon is not None
+    assert found.horizon.stop == stop
+    assert found.first_step > GRADIENT.harm
+    assert said in found.words()
+
+
+@pytest.mark.parametrize(
+    ("calm", "at_spike", "gone"),
+    [(1.0, 3.0, 0.0), (0.8, 2.8, 0.0), (0.8, 0.8, 1.0), (1.0, 2.0, 0.5), (0.8, 1.8, 0.5)],
+)
+def test_a_better_training_before_the_spike_is_no_part_of_it(
+    calm: float, at_spike: float, gone: float, tmp_path: Path
+) -> None:
+    """The loss is 1, and 3 at the spike; replayed from far back it may be lower at all steps."""
+
+    def trace(level: float, spike: float) -> Trace:
+        losses = {**dict.fromkeys(range(20), level), 20: spike}
+        return Trace(losses=losses, sites={}, underflowed=0, elements=1, seconds=0.0)
+
+    window = Window(first=20, last=20, level=1.0, calm=range(11, 20))
+    no_replay: Any = None
+    game = Game(no_replay, window, budget=9, cache=tmp_path / "cache.json")
+    game.begin(trace(1.0, 3.0))
+    free = trace(calm, at_spike)
+    game.lower_floor(free)
+    assert game.share_gone(free) == pytest.approx(gone)
 
 
 # ---- trains ----------------------------------------------------------------------------------

@@ -187,6 +187,17 @@ def test_what_is_missing_is_said_in_one_sentence(
     assert "\n" not in str(raised.value)
 
 
+def test_a_step_function_that_returns_nothing_is_told_to_return_its_loss(tmp_path: Path) -> None:
+    case = Case()
+    record(case, tmp_path / "run")
+
+    def step(training: unclamp.Training, batch: object) -> None:
+        case.step(training, batch)  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises(ReplayError, match="got None; end the step function with `return loss`"):
+        explain_spike(tmp_path / "run", build=partial(case.build), step=step)
+
+
 def test_functions_that_no_other_process_can_find_have_to_be_given(tmp_path: Path) -> None:
     record(Case(), tmp_path / "run")
     with pytest.raises(ReplayError, match="name it with --build MODULE:FUNCTION"):

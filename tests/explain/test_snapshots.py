@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,8 +172,10 @@ def test_snapshots_do_not_lead_over_a_gap_or_along_another_way(tmp_path: Path) -
 
 
 def test_the_disk_budget_is_for_older_states_and_says_what_it_left_out(tmp_path: Path) -> None:
-    one = size_bytes(take_state(trained(Case(), 30))) / 2**30
-    for name, budget, steps in (("none", 0.0, [30]), ("one", 2.9 * one, [20, 30])):
+    state = size_bytes(take_state(trained(Case(), 30)))
+    batch = size_bytes(next(Case().batches()))
+    one = (2.5 * state + (8 + 10 + 1) * batch) / 2**30  # the last, with 8 batches, and one with 10
+    for name, budget, steps in (("none", 0.0, [30]), ("one", one, [20, 30])):
         record(Case(), tmp_path / name, keep=4, disk_gib=budget)
         assert [read_facts(p)["step"] for p in find_snapshots(tmp_path / name)] == steps
         with unclamp.RunLog.open(tmp_path / name) as log:
@@ -353,3 +356,51 @@ def test_a_program_that_forgets_to_close_ends_and_has_the_snapshot(tmp_path: Pat
     assert done.returncode == 0
     *_, path = find_snapshots(tmp_path)
     assert read_snapshot(path).last_step == SPIKE + 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (None, "got None; end the step function with `return loss`"),
+        (torch.ones(2), r"got a tensor of shape \[2\]"),
+        ("0.5", "got '0.5'"),
+        (True, "got True"),
+    ],
+)
+def test_a_loss_that_is_no_number_is_refused_at_its_step(
+    loss: object, message: str, tmp_path: Path
+) -> None:
+    training = trained(Case(), 1)
+    with Snapshots(training, tmp_path) as snapshots:
+        snapshots.before(0, torch.ones(1))
+        with pytest.raises(ReplayError, match=message):
+            snapshots.after(0, loss)  # pyright: ignore[reportArgumentType]
+        numbers: tuple[Any, ...] = (1, 0.5, np.float32(2), torch.tensor([1.5]))
+        for step, number in enumerate(numbers, start=1):
+            snapshots.before(step, torch.ones(1))
+            snapshots.after(step, number)
+
+
+def test_snapshots_go_where_the_recorder_numbered_the_run(tmp_path: Path) -> None:
+    for number in (1, 2):
+        record(Case(), tmp_path / "run-{n}")
+        found = find_snapshots(tmp_path / f"run-{number}")
+        assert [read_facts(path)["step"] for path in found] == [20, 30]
+    with pytest.raises(ReplayError, match=r"a recorder chooses the number.*recorder\.path"):
+        Snapshots(Case().build(), tmp_path / "run-{n}")
+
+
+def test_a_run_that_is_replaced_leaves_none_of_its_snapshots(tmp_path: Path) -> None:
+    record(Case(), tmp_path / "run")
+    assert find_snapshots(tmp_path / "run") != []
+    unclamp.Recorder(Case().build().model, tmp_path / "run", overwrite=True).close()
+    assert find_snapshots(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"write": "al"}, "did you mean 'all'"), ({"on_spike": "explian"}, "did you mean 'explain'")],
+)
+def test_a_misspelt_setting_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ReplayError, match=message):
+        Snapshots(Case().build(), "unused", **wrong)

@@ -60,7 +60,7 @@ def test_it_becomes_the_plain_one_again() -> None:
     before = conv(x)
     convert(conv, Recipe())
     assert not torch.equal(conv(x), before)
-    assert "input=delayed:e4m3fn" in repr(conv)
+    assert "Conv1D(nf=6, nx=10, input=delayed:e4m3fn" in repr(conv)
     revert(conv)
     assert type(conv) is Conv1D
     assert torch.equal(conv(x), before)

@@ -108,6 +108,7 @@ def test_an_optimizer_made_before_stays_valid() -> None:
     assert find_ledgers(model)[0].updates == 1
 
 
+@pytest.mark.filterwarnings("ignore:no layer is in FP8")
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe.uniform(HighPrecision())])
 def test_revert_gives_classes_keys_and_outputs_back(recipe: Recipe) -> None:
     model = Model()
@@ -153,7 +154,8 @@ def test_a_subclass_of_linear_is_left_alone_and_says_why() -> None:
 
 
 def test_attention_leaves_its_output_projection_alone() -> None:
-    report = convert(nn.MultiheadAttention(4, 2), Recipe())
+    with pytest.warns(UnclampWarning, match="no layer is in FP8"):
+        report = convert(nn.MultiheadAttention(4, 2), Recipe())
     assert report.converted == {}
     assert report.skipped[""] == "not a linear layer (MultiheadAttention)"
     assert "never calls it" in report.skipped["out_proj"]
@@ -161,7 +163,8 @@ def test_attention_leaves_its_output_projection_alone() -> None:
 
 
 def test_a_weight_of_another_dtype_is_left_alone_and_says_why() -> None:
-    report = convert(nn.Linear(3, 3, dtype=torch.float64), Recipe())
+    with pytest.warns(UnclampWarning, match="no layer is in FP8"):
+        report = convert(nn.Linear(3, 3, dtype=torch.float64), Recipe())
     assert "torch.float64" in report.skipped[""]
 
 
@@ -169,14 +172,16 @@ def test_a_layer_with_its_own_forward_is_left_alone_and_says_why() -> None:
     layer = nn.Linear(3, 3)
     forward = layer.forward
     layer.forward = lambda input: forward(input)
-    report = convert(layer, Recipe())
+    with pytest.warns(UnclampWarning, match="no layer is in FP8"):
+        report = convert(layer, Recipe())
     assert "forward is replaced" in report.skipped[""]
     assert type(layer) is nn.Linear
 
 
 def test_other_modules_with_a_matrix_are_reported() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Bilinear(2, 2, 2), nn.LayerNorm(4))
-    report = convert(model, Recipe())
+    with pytest.warns(UnclampWarning, match="no layer is in FP8"):
+        report = convert(model, Recipe())
     assert report.skipped == {
         "0": "not a linear layer (Conv2d)",
         "1": "not a linear layer (Bilinear)",
@@ -250,7 +255,8 @@ def test_a_second_convert_converts_nothing_and_keeps_the_state() -> None:
     convert(model, Recipe())
     (ledger,) = find_ledgers(model)
     rows = len(ledger.sites)
-    report = convert(model, Recipe.uniform(Dynamic()))
+    with pytest.warns(UnclampWarning, match="5 layers were converted already"):
+        report = convert(model, Recipe.uniform(Dynamic()))
     assert report.converted == {}
     assert all("already converted" in report.skipped[fqn] for fqn in NAMES)
     assert find_ledgers(model) == [ledger]
@@ -265,7 +271,8 @@ def test_a_second_convert_adds_what_the_first_left_and_keeps_its_state() -> None
     optimizer.step()
     (ledger,) = find_ledgers(model)
     history, scale = ledger.amax_history.clone(), ledger.scale.clone()
-    report = convert(model, Recipe.uniform(Delayed(history_len=5)))
+    with pytest.warns(UnclampWarning, match="4 layers were converted already"):
+        report = convert(model, Recipe.uniform(Delayed(history_len=5)))
     assert list(report.converted) == ["lm_head"]
     assert find_ledgers(model) == [ledger]
     assert torch.equal(ledger.amax_history[:12, :2], history)
@@ -348,7 +355,8 @@ def test_training_mode_and_frozen_parameters_survive() -> None:
 
 
 def test_a_model_without_linear_layers_converts_to_nothing() -> None:
-    report = convert(nn.ReLU(), Recipe())
+    with pytest.warns(UnclampWarning, match="the model has no linear layer"):
+        report = convert(nn.ReLU(), Recipe())
     assert (report.converted, report.skipped, report.unmatched) == ({}, {}, {})
     assert find_ledgers(nn.ReLU()) == []
 

@@ -13,6 +13,7 @@ from unclamp.nn import find_ledgers
 from unclamp.numerics import Stat
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:no layer is in FP8"),
     pytest.mark.filterwarnings("ignore:a product under torch.func"),
     # Of torch's own rules for forward-mode differentiation.
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -150,9 +151,22 @@ def test_counts_of_a_warm_up_are_those_of_the_casts_that_follow() -> None:
     assert torch.equal(*counts)  # of the first input and weight, which no other cast has touched
 
 
-def test_an_input_of_another_dtype_is_taken_in_a_warm_up_as_after_it() -> None:
-    model = warming()
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_an_input_of_another_dtype_is_refused_in_a_warm_up_and_after_as_by_the_plain_layer(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    own, other = dtypes
+    model = warming().to(own)
     later = copy.deepcopy(model)
     find_ledgers(later)[0].restore_updates(5)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        plain().to(own)(X.to(other))
     for one in (model, later):
-        assert one(X.to(torch.bfloat16)).dtype == torch.bfloat16
+        with pytest.raises(
+            RuntimeError, match=f"0: expected an input of the weight's dtype, {own}"
+        ):
+            one(X.to(other))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert one(X.to(other)).dtype == torch.bfloat16

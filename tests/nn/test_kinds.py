@@ -1,16 +1,19 @@
 """Which modules are matrix products, whatever their class, and how their class changes and back."""
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from unclamp import Fp8Linear, Recipe, convert, revert
+from unclamp import Fp8Linear, Recipe, UnclampWarning, convert, revert
 from unclamp.nn import Converted, find_ledgers
 
 
@@ -89,7 +92,8 @@ def test_a_layer_that_was_parametrized_since_is_reverted_and_stays_parametrized(
 def test_a_layer_that_is_parametrized_already_is_left_alone_and_says_why() -> None:
     layer = nn.Linear(4, 3)
     parametrize.register_parametrization(layer, "weight", Doubling())
-    assert "convert it first" in convert(layer, Recipe()).skipped[""]
+    with pytest.warns(UnclampWarning, match="no layer is in FP8"):
+        assert "convert it first" in convert(layer, Recipe()).skipped[""]
     parametrize.remove_parametrizations(layer, "weight")
     assert list(convert(layer, Recipe()).converted) == [""]
 
@@ -135,6 +139,74 @@ def test_converted_layers_are_copied_and_pickled(made: type[nn.Linear]) -> None:
 def test_a_weight_that_is_a_tensor_subclass_is_left_alone_and_says_why() -> None:
     layer = nn.Linear(4, 3)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Wrapped))
-    report = convert(layer, Recipe())
+    with pytest.warns(UnclampWarning, match="no layer is in FP8"):
+        report = convert(layer, Recipe())
     assert report.converted == {}
     assert "Wrapped" in report.skipped[""]
+
+
+def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def counting(self: Any, *args: Any) -> Any:
+        self.calls = self.__dict__.get("calls", 0) + 1
+        return function(self, *args)
+
+    return counting
+
+
+def test_methods_with_a_bare_super_work_after_revert_and_where_the_class_is_still_in_use() -> None:
+    class Base(nn.Linear):
+        @classmethod
+        def kind(cls) -> str:
+            return "base"
+
+        @property
+        def size(self) -> int:
+            return self.in_features
+
+    reverted, kept = Base(4, 3), Base(4, 3)
+    for layer in (reverted, kept):
+        convert(layer, Recipe())
+
+    class Front(type(reverted)):  # pyright: ignore[reportGeneralTypeIssues]
+        def forward(self, x: Tensor, *, times: float = 2.0) -> Tensor:  # pyright: ignore
+            """Double."""
+            return super().forward(x) * times
+
+        def extra_repr(self) -> str:
+            return f"in front, {super().extra_repr()}"
+
+        @classmethod
+        def kind(cls) -> str:
+            return f"front of {super().kind()}"
+
+        @property
+        def size(self) -> int:
+            return super().size + 1
+
+        @counted
+        def half(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 2
+
+        def own_class(self) -> type:
+            return __class__  # pyright: ignore
+
+    for layer in (reverted, kept):
+        layer.__class__ = Front
+    assert revert(reverted).reverted == ("",)
+    x = torch.randn(2, 4)
+    plain = nn.functional.linear(x, reverted.weight, reverted.bias)
+    assert torch.equal(reverted(x), 2 * plain)
+    assert torch.equal(reverted.forward(x, times=3.0), 3 * plain)  # pyright: ignore
+    assert torch.equal(reverted.half(x), plain / 2)  # pyright: ignore
+    assert reverted.calls == 1
+    assert repr(reverted).count("in front, in_features=4") == 1
+    assert (type(reverted).kind(), reverted.size) == ("front of base", 5)
+    assert reverted.own_class() is type(reverted)  # pyright: ignore
+    assert type(reverted).forward.__doc__ == "Double."
+    assert not isinstance(reverted, Converted)
+    # The other one has the class as it was.
+    assert isinstance(kept, Converted)
+    assert type(kept) is Front
+    assert kept.own_class() is Front
+    assert kept(x).shape == kept.half(x).shape == (2, 3)

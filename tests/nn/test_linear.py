@@ -13,6 +13,7 @@ from unclamp.nn import Fp8Linear, find_ledgers
 from unclamp.numerics import Stat, dequantize, quantize
 from unclamp.scaling import HighPrecision
 
+pytestmark = pytest.mark.filterwarnings("ignore:no layer is in FP8")
 HIGH = Recipe.uniform(HighPrecision())
 DYNAMIC = Recipe.uniform(Dynamic())
 

@@ -8,7 +8,18 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import unclamp
-from unclamp import ConvertError, Delayed, Dynamic, PerRow, Recipe, UnclampWarning
+from unclamp import (
+    ConvertError,
+    Delayed,
+    Dynamic,
+    Guarded,
+    HighPrecision,
+    PerRow,
+    Recipe,
+    RecipeError,
+    SiteName,
+    UnclampWarning,
+)
 from unclamp.formats import E4M3FN
 from unclamp.nn import Fp8Linear, find_ledgers
 from unclamp.reference import float32, is_saturated, round_to_format, scale_from_amax
@@ -118,7 +129,8 @@ def test_a_model_is_observed_or_converted_and_not_both():
 
 
 def test_a_model_without_linear_layers_says_so():
-    observation = unclamp.observe(nn.ReLU())
+    with pytest.warns(UnclampWarning, match="the model has no linear layer"):
+        observation = unclamp.observe(nn.ReLU())
     assert observation.sites() == []
     assert "0 layers" in str(observation)
     observation.stop()
@@ -170,3 +182,100 @@ def test_made_in_inference_mode_it_still_counts():
     train(model)
     assert any(site.saturated for site in observation.sites())
     observation.stop()
+
+
+def test_clamp_error_is_the_mean_over_steps_that_clamped_as_a_log_has_it(tmp_path):
+    model = plain()
+    with unclamp.observe(model) as observation, unclamp.Recorder(model, tmp_path / "run") as log:
+        optimizer = SGD(model.parameters(), lr=0.01)
+        for size in (1, 1, 50, 1, 500):
+            model(torch.ones(2, 12) * size).sum().backward()
+            optimizer.step()
+            log.step(loss=0.0)
+    with unclamp.RunLog.open(tmp_path / "run") as run:
+        rows = run.sql(
+            "SELECT fqn, role, avg(saturated_error) AS error FROM casts JOIN sites USING (site) "
+            "WHERE saturated > 0 GROUP BY ALL"
+        ).to_pylist()
+    expected = {(row["fqn"], row["role"]): row["error"] for row in rows}
+    found = {(s.fqn, s.role): s.clamp_error for s in observation.sites() if s.saturated}
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found["0", "input"] == pytest.approx(((49 / 50) ** 2 + (9 / 10) ** 2) / 2, rel=1e-3)
+
+
+def test_words_count_in_singular_and_small_shares_are_not_zero():
+    model = nn.Linear(64, 64)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    with unclamp.observe(model) as observation:
+        x = torch.ones(64, 64)
+        x[0, 0] = 1e-9
+        model(x).sum().backward()
+        optimizer.step()
+    assert str(observation) == (
+        "observed 1 layer for 1 step: FP8 would have clamped 0 of 12,288 elements, at 0 of 3 "
+        "sites, and lost 0.00814 % to underflow"
+    )
+
+
+def outlying(model, steps: int = 6) -> None:
+    """Train: the input of layer "0" has one huge row at the last step, all else stays small."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in range(steps):
+        x = torch.ones(8, 16)
+        x[0] = 1000.0 if step == steps - 1 else 1.0
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def squashed() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 4))
+
+
+def test_the_worst_sites_become_overrides_with_their_figures():
+    base = Recipe(weight=Dynamic()).override("2", grad_output=HighPrecision())
+    with unclamp.observe(squashed(), base) as observation:
+        outlying(observation._model)
+    sites = {(site.fqn, site.role): site for site in observation.sites()}
+    # Only the last step clamps: 7 rows of 16 ones and one of 1000, of which 1 is left.
+    squares = 7 * 16 + 16 * 1000.0**2
+    error = 16 * 999.0**2 / squares
+    assert sites["0", "input"].clamp_error == pytest.approx(error, rel=1e-3)
+    recipe = observation.recipe(threshold=0.5)
+    assert recipe == base.at_sites(
+        [SiteName("0", "input")], Dynamic(), notes={"0": recipe.rules[0].note}
+    )
+    note = recipe.rules[0].note
+    assert (
+        "input: clamp error 99.8 %, 16 elements clamped in 1 of 6 steps, overshoot 1000.00x" in note
+    )
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    assert observation.recipe(threshold=0.5, scaling="guarded").rules[0].scalings == {
+        "input": Guarded()
+    }
+
+
+def test_a_recipe_made_of_an_observation_no_longer_clamps_there():
+    with unclamp.observe(squashed()) as before:
+        outlying(before._model)
+    assert before.sites()[0].saturated == 16
+    with unclamp.observe(squashed(), before.recipe(threshold=0)) as after:
+        outlying(after._model)
+    assert [site for site in after.sites() if site.saturated] == []
+
+
+def test_a_threshold_nobody_reaches_leaves_the_recipe_as_it_was():
+    base = Recipe.uniform(Guarded())
+    with unclamp.observe(squashed(), base) as observation:
+        outlying(observation._model)
+    assert observation.recipe(threshold=0.0) == base
+    for wrong in (-0.1, 1.1, float("nan"), True):
+        with pytest.raises(RecipeError, match="threshold from 0 to 1"):
+            observation.recipe(threshold=wrong)
+
+
+def test_a_scaling_that_does_not_exist_is_refused_though_nothing_clamped():
+    with unclamp.observe(nn.Linear(4, 4)) as observation:
+        with pytest.raises(unclamp.RecipeError, match="did you mean 'dynamic'"):
+            observation.recipe(scaling="dynmic")
+        assert observation.recipe(scaling="dynamic") == Recipe()

@@ -17,6 +17,7 @@ from unclamp import (
     HighPrecision,
     PerRow,
     Recipe,
+    UnclampWarning,
     convert,
     dequantize,
     first_and_last,
@@ -26,6 +27,7 @@ from unclamp.names import GEMMS
 from unclamp.nn import find_ledgers
 from unclamp.numerics import Stat, channel_scale
 
+pytestmark = pytest.mark.filterwarnings("ignore:no layer is in FP8")
 HIGH = HighPrecision()
 
 
@@ -219,7 +221,8 @@ def test_smoothing_without_casts_is_nn_linear():
 def test_a_second_convert_gives_the_whole_model_one_warm_up():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     convert(model, Recipe())
-    convert(model, Recipe(warmup_steps=2))  # nothing left to convert: nothing changes
+    with pytest.warns(UnclampWarning, match="2 layers were converted already"):
+        convert(model, Recipe(warmup_steps=2))  # nothing left to convert: nothing changes
     assert not find_ledgers(model)[0].is_warming
     model.append(nn.Linear(8, 8))
     convert(model, Recipe(warmup_steps=2))

@@ -17,11 +17,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from unclamp import (
     Delayed,
     Fp8Linear,
     Guarded,
+    PerBlock,
     PerRow,
     Recipe,
     convert,
@@ -300,3 +303,47 @@ def test_a_count_of_updates_saved_as_a_whole_number_loads() -> None:
     twin, _ = trained(0)
     twin.load_state_dict(old)
     assert find_ledgers(twin)[0].count() == 3
+
+
+class Elements(TorchDispatchMode):
+    """Counts operators and the elements that they make; index_put_ writes its values alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.operators += 1
+        written = args[2] if func is torch.ops.aten.index_put_.default else made
+        self.elements += sum(x.numel() for x in tree_leaves(written) if isinstance(x, Tensor))
+        return made
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_to_load_twice_the_layers_costs_twice_and_not_four_times(blocks: bool) -> None:
+    def cost(layers: int) -> int:
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+        weight = Delayed(granularity=PerBlock(2, 2)) if blocks else Delayed()
+        convert(model, Recipe(weight=weight))
+        state = model.state_dict()
+        with Elements() as counted:
+            model.load_state_dict(state)
+        return counted.elements
+
+    assert cost(64) < 2.2 * cost(32)
+
+
+def test_to_look_up_one_tensor_of_the_state_makes_that_one() -> None:
+    layer = nn.Linear(4, 4)
+    convert(layer, Recipe())
+    name = "unclamp_input_scale"
+    with Elements() as one:
+        found = getattr(layer, name)
+    with Elements() as every:
+        state = layer.scaling_state()  # pyright: ignore
+    assert torch.equal(found, state[name])
+    assert len(state) == 7
+    assert one.operators < every.operators / 3
+    with pytest.raises(AttributeError, match="unclamp_input_scales"):
+        _ = layer.unclamp_input_scales

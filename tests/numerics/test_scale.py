@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unclamp.formats import E4M3FN, E5M2, FORMATS
-from unclamp.numerics import channel_scale, scale_from_amax
+from unclamp.formats import E4M3FN, E5M2, FORMATS, Format
+from unclamp.numerics import channel_scale, dequantize, quantize, scale_from_amax
 from unclamp.reference import SCALE_MAX, SCALE_MIN, float32
 from unclamp.reference import scale_from_amax as reference
 
@@ -94,6 +94,47 @@ def test_an_amax_of_any_dtype_gives_a_float32_scale(dtype):
 
 def test_empty_in_empty_out():
     assert scale_from_amax(torch.zeros(0), 448.0).shape == (0,)
+
+
+# ---- tiny tensors -----------------------------------------------------------------------------
+
+
+def transformer_engines(amax: np.ndarray, fmt: Format) -> np.ndarray:
+    """Return the scales of Transformer Engine: the largest float32 where the quotient is Inf."""
+    with np.errstate(over="ignore"):
+        scale = np.float32(fmt.max) / amax
+    return np.where(np.isinf(scale), np.finfo(np.float32).max, scale)
+
+
+@pytest.mark.parametrize("fmt", [E4M3FN, E5M2], ids=str)
+def test_scales_are_transformer_engines_but_for_tiny_tensors_whose_inverse_it_lets_be_subnormal(
+    fmt: Format,
+) -> None:
+    amax = wild_amaxes(50_000)
+    theirs = torch.from_numpy(transformer_engines(amax.numpy(), fmt))
+    ours = scale_from_amax(amax, fmt.max)
+    tiny = amax.to(torch.float64) < fmt.max * 2.0**-126
+    assert 0 < int(tiny.sum()) < len(amax)
+    usual = ~tiny & (theirs >= TINY)  # at the other end their scale itself is subnormal
+    assert torch.equal(ours[usual], theirs[usual])
+    assert bool((theirs[tiny] > 2.0**126).all())
+    assert bool((1 / theirs[tiny].to(torch.float64) < TINY).all())
+    assert bool((ours[tiny] == 2.0**126).all())
+
+
+@pytest.mark.parametrize(
+    ("fmt", "half_step", "zero_from"),
+    [(E4M3FN, 2.0**-4, 2.0**-136), (E5M2, 2.0**-3, 2.0**-143)],
+    ids=["e4m3fn", "e5m2"],
+)
+def test_what_remains_of_a_tiny_tensor(fmt: Format, half_step: float, zero_from: float) -> None:
+    for amax in (TINY, 1.1 * TINY, 1e-37, fmt.max * 2.0**-127):  # normal: all digits of the largest
+        x = torch.tensor([amax, -amax])
+        error = (dequantize(quantize(x, fmt)) - x).to(torch.float64).abs() / amax
+        assert bool((error <= half_step).all())
+    for amax, is_zero in ((zero_from, True), (2 * zero_from, False)):
+        x = torch.tensor([amax, -amax])
+        assert bool((dequantize(quantize(x, fmt)) == 0).all()) == is_zero
 
 
 # ---- powers of two -------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_a_difference_that_three_seeds_can_show_is_called_one(run: RunRecord) ->
 def test_several_arms_say_how_many_comparisons_were_made(run: RunRecord) -> None:
     arms = {"dynamic": DYNAMIC, "a": [2.4, 2.5, 2.4], "b": [2.3, 2.6, 2.4], "c": [2.5, 2.5, 2.3]}
     findings = study(run, arms).findings
-    assert sum("3 arms were compared with dynamic" in line for line in findings) == 1
+    assert sum("3 comparisons with dynamic were made" in line for line in findings) == 1
 
 
 def test_only_seeds_of_both_arms_are_paired(run: RunRecord) -> None:

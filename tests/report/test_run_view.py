@@ -1,20 +1,26 @@
 """What the data of a run's page say, against a run in which everything is planted."""
 
+import io
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from truths.runs import CLAMP_STEPS, SPIKE, write_large, write_planted
+from truths.sides import write_side
 from unclamp.errors import UnclampError
 from unclamp.report import build_view
+from unclamp.report.charts import run_figure
 from unclamp.report.evidence import CAUTION, read_explanations
 from unclamp.report.html import write_page
 from unclamp.report.runs import RunView, event_text
 from unclamp.report.status import OBSERVED, ago
+from unclamp.report.text import print_view
 from unclamp.runlog import Header, RunLog, RunLogWriter
 from unclamp.runlog.windows import LONG_STEPS, MOST_WINDOWS
 
@@ -117,7 +123,8 @@ def test_a_run_without_steps_casts_or_loss_has_a_page(tmp_path: Path) -> None:
         writer.add("steps", {"step": [3, 4], "time_s": [0.0, 1.0]})
     view = build_view(tmp_path / "bare")
     assert view.run is not None
-    assert view.run.sentences[0] == "The loss was not recorded."
+    assert "The loss was not recorded." in view.run.sentences
+    assert "No cast was recorded. Whether it was in FP8 is not in the log." in view.run.sentences
     json.dumps(view.to_dict(), allow_nan=False)
 
 
@@ -286,3 +293,41 @@ def test_sites_of_several_ranks_are_one_row_and_their_loss_a_mean(tmp_path: Path
     assert row.clamp_error == 0.5
     assert view.curves["loss"].value == [2.5]
     assert view.panels[0].amax == [896.0]
+
+
+def test_a_slow_divergence_is_said_drawn_and_in_the_json(tmp_path: Path) -> None:
+    """The loss is level for 600 steps and then rises by 0.3 % a step, which is no spike."""
+    losses = [2.0 + 0.01 * (i % 7) for i in range(600)] + [2.0 * 1.003**i for i in range(400)]
+    path = write_side(tmp_path / "run", losses)
+    view = build_view(path)
+    assert view.run is not None
+    assert view.run.spikes == []
+    (drift,) = view.to_dict()["run"]["divergences"]
+    assert 590 <= drift["onset"] <= 620
+    assert (drift["end"], drift["recovery"]) == (999, None)
+    assert drift["rate"] == pytest.approx(0.003, rel=0.1)
+    first = view.run.sentences[0]
+    assert first.startswith(f"The loss: slow divergence from step {drift['onset']} on, by 0.")
+    assert first.endswith("It did not come back.")
+    assert view.verdict == [first]
+    shapes = run_figure(view.run).layout.shapes
+    (band,) = [shape for shape in shapes if shape.name == "slow divergence"]
+    assert (band.x0, band.x1) == (drift["onset"] - 0.5, 999.5)
+    buffer = io.StringIO()
+    print_view(view, Console(file=buffer, width=80))
+    assert " ".join(first.split()) in " ".join(buffer.getvalue().split())
+    calm = build_view(write_side(tmp_path / "calm", losses[:600])).run
+    assert calm is not None
+    assert calm.divergences == []
+    assert not any("divergence" in sentence for sentence in calm.sentences)
+
+
+def test_a_negative_verdict_on_the_page_says_from_which_step_it_holds(tmp_path: Path) -> None:
+    run = write_planted(tmp_path / "run")
+    (run / "explain-150.json").write_text(json.dumps({
+        "format": "unclamp explanation", "version": 1, "run": "run", "onset": 150, "last": 152,
+        "height": 2.5, "level": 2.0, "snapshot_step": 140, "status": "finished",
+        "reproduced": True, "clamping_share": 0.01, "verdict": "not clamping",
+    }))  # fmt: skip
+    page = write_page(build_view(run), tmp_path / "page.html").read_text()
+    assert re.search(r"<b>verdict</b>not clamping from step \d+ on<", page)

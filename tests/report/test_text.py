@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from truths.runs import write_large, write_planted
 from unclamp.cli import app
+from unclamp.errors import UnclampWarning
 from unclamp.formats import FORMATS
 from unclamp.report import build_view
-from unclamp.report.text import print_view
+from unclamp.report.text import print_view, table_of
 from unclamp.report.words import shortened
 from unclamp.study.config import StudyConfig, default_toml, write_study
 
@@ -83,7 +84,8 @@ def test_an_interrupted_study_says_what_is_missing_and_averages_finished_runs_on
     arms = {arm.name: arm for arm in view.scenarios[0].arms}
     assert (arms["delayed"].seeds, arms["delayed"].unfinished) == (2, 1)
     assert arms["delayed"].final_loss == arms["dynamic"].final_loss
-    assert arms["delayed"].final_loss_spread is None
+    assert arms["delayed"].final_gap is not None
+    assert arms["delayed"].final_gap.pairs == 1
     assert arms["delayed"].casts == 60
     assert max(map(len, printed(study).splitlines())) <= 80
 
@@ -102,6 +104,24 @@ def test_a_damaged_run_is_named_and_does_not_hide_the_others(tmp_path: Path) -> 
                 write_planted(study / scenario / arm / f"seed-{seed}", steps=20)
     (part,) = (study / "text" / "delayed" / "seed-1" / "casts").glob("*.parquet")
     part.write_bytes(b"damaged")
+    with pytest.warns(UnclampWarning, match="is damaged and left out"):
+        view = build_view(study)
+    (note,) = view.notes
+    assert note.startswith(f"text/delayed/seed-1: casts/{part.name} is damaged and left out: rows")
+    arms = {arm.name: arm for arm in view.scenarios[0].arms}
+    assert (arms["delayed"].seeds, arms["dynamic"].seeds) == (2, 2)
+
+
+def test_a_run_whose_header_is_damaged_is_named_and_does_not_hide_the_others(
+    tmp_path: Path,
+) -> None:
+    study = write_small_study(tmp_path / "study")
+    for arm in ("dynamic", "delayed"):
+        for seed in (0, 1):
+            write_planted(study / "text" / arm / f"seed-{seed}", steps=20)
+            write_planted(study / "outlier" / arm / f"seed-{seed}", steps=20)
+    header = study / "text" / "delayed" / "seed-1" / "run.json"
+    header.write_text(header.read_text().replace('"status": "finished"', '"status": "odd"'))
     view = build_view(study)
     (note,) = view.notes
     assert note.startswith("text/delayed/seed-1 cannot be read:")
@@ -117,3 +137,26 @@ def test_formats_fit_80_columns_with_every_number_whole() -> None:
     for fmt in FORMATS.values():
         assert f"{fmt.min_subnormal:.10g}" in done.stdout
         assert fmt.standard in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("width", range(60, 141, 4))
+def test_every_cell_of_the_tables_of_arms_is_drawn_whole(width: int) -> None:
+    """Widths at which a plan that is off by little cuts a number or leaves a column out."""
+    columns = ["arm", "final loss", "difference from dynamic", "loss at planted steps vs dynamic",
+               "spikes, all seeds: planted + other", "clamped elements", "re-cast"]  # fmt: skip
+    rows = [
+        ["a", "3.1", "-", "1.00x", "2 + 0", "7", "-"],
+        ["delayed", "3.1331", "+0.00546 (-0.0491 to +0.0599)", "2.33x (2.28 to 2.39)", "2 + 0",
+         "123,456,789", "0.125 %"],
+        ["an arm of a long name *", "12.1331", "-0.00546 (-0.0491 to -0.0199) may be chance",
+         "12.33x (12.28 to 122.39)", "12 + 110", "1,123,456,789", "12.5 %"],
+    ]  # fmt: skip
+    for shown in (rows, rows[:2], rows[:1], [row[:3] for row in rows]):
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=width)
+        console.print(table_of(columns[: len(shown[0])], shown, width, longest_name=24))
+        text = buffer.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        drawn = {cell for line in text.splitlines() for cell in re.split(r"  +", line.strip())}
+        for cell in (cell for row in shown for cell in row[1:]):
+            assert cell in drawn

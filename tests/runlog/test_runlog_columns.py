@@ -58,7 +58,7 @@ def test_a_log_says_what_it_holds_and_never_raises(tmp_path: Path):
         for each in (other, writer):
             each.add("steps", step(0))
             each.flush()
-    assert repr(log).endswith(": finished, 1 steps, 0 sites, ranks 0-1)")
+    assert repr(log).endswith(": finished, 1 step, 0 sites, ranks 0-1)")
     (tmp_path / "run").rename(tmp_path / "moved")
     assert "is gone" in repr(log)
     log.close()

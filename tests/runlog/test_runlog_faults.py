@@ -80,7 +80,7 @@ def test_a_full_disk_stops_the_log_and_the_log_says_what_is_missing(folder: Path
         assert log.events()["step"].to_pylist() == [0]
         assert log.steps()["step"].to_pylist() in ([0], [0, 1])
         assert list(log.missing) == [rank]
-        assert log.missing[rank].startswith("1 rows of events, everything since 2")
+        assert log.missing[rank].startswith("1 row of events, everything since 2")
         assert log.missing[rank] in warning or "File too large" in log.missing[rank]
         assert "rows missing" in repr(log)
         assert log.header.status == ("failed" if rank == 0 else "finished")
@@ -90,7 +90,7 @@ def test_a_full_disk_stops_the_log_and_the_log_says_what_is_missing(folder: Path
 def test_a_folder_that_becomes_read_only_leaves_what_was_written(folder: Path):
     warning = train(folder, 0, READ_ONLY)
     assert "Permission" in warning
-    assert "1 rows of steps, 1 rows of events, everything since" in warning
+    assert "1 row of steps, 1 row of events, everything since" in warning
     with RunLog.open(folder) as log:
         assert log.steps()["step"].to_pylist() == [0]
         assert log.header.status == "running"  # the header could not be written either

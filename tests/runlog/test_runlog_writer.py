@@ -217,7 +217,7 @@ def test_a_full_stop_of_the_log_warns_once_and_the_training_goes_on(tmp_path: Pa
     writer.flush()
     (tmp_path / "events").write_text("a file where a folder has to be")
     writer.add("events", event(1))
-    with pytest.warns(UnclampWarning, match=r"FileExistsError.*1 rows of events, everything since"):
+    with pytest.warns(UnclampWarning, match=r"FileExistsError.*1 row of events, everything since"):
         writer.flush()
     with warnings.catch_warnings(record=True) as later:
         warnings.simplefilter("always")
@@ -235,7 +235,7 @@ def test_a_run_that_vanishes_stays_away_and_warns_at_close(tmp_path: Path):
     writer = RunLogWriter(tmp_path / "run", header=HEADER, flush_interval_s=60)
     writer.add("steps", step(0))
     shutil.rmtree(tmp_path / "run")
-    with pytest.warns(UnclampWarning, match="1 rows of steps") as caught:
+    with pytest.warns(UnclampWarning, match="1 row of steps") as caught:
         writer.close()
     assert len(caught) == 1
     assert isinstance(writer.failure, FileNotFoundError)

@@ -14,8 +14,10 @@ from torch import nn
 
 import unclamp
 from unclamp import Delayed, Dynamic, Recipe, Recorder, RunLog
+from unclamp.errors import RunLogError
 from unclamp.formats import get_format
 from unclamp.reference import float32, is_saturated, round_to_format
+from unclamp.runlog import starting_no_run
 
 
 def tiny(seed: int = 0) -> nn.Module:
@@ -126,15 +128,15 @@ def test_recording_changes_no_number(tmp_path: Path) -> None:
         unclamp.convert(model, Recipe())
     with Recorder(recorded, tmp_path / "recorded") as recorder:
         train(recorded, recorder)
-    with Recorder(nn.Identity(), tmp_path / "nothing") as recorder:
+    with Recorder(nn.Identity(), tmp_path / "nothing", plain=True) as recorder:
         train(plain, recorder)
     pairs = zip(recorded.parameters(), plain.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_exception_leaves_a_failed_and_readable_run(tmp_path: Path) -> None:
-    model = tiny()
-    with pytest.raises(ZeroDivisionError), Recorder(model, tmp_path / "run") as recorder:  # noqa: PT012
+    recorder = Recorder(tiny(), tmp_path / "run", plain=True)
+    with pytest.raises(ZeroDivisionError), recorder:  # noqa: PT012
         recorder.step(loss=1.0)
         raise ZeroDivisionError
     with RunLog.open(tmp_path / "run") as log:
@@ -143,7 +145,7 @@ def test_exception_leaves_a_failed_and_readable_run(tmp_path: Path) -> None:
 
 
 def test_events_carry_json(tmp_path: Path) -> None:
-    with Recorder(tiny(), tmp_path / "run") as recorder:
+    with Recorder(tiny(), tmp_path / "run", plain=True) as recorder:
         recorder.event("switch", site="a")
     with RunLog.open(tmp_path / "run") as log:
         (event,) = log.events().to_pylist()
@@ -162,7 +164,7 @@ def test_steps_without_an_optimizer_step_are_warned_about_once(tmp_path: Path) -
 
 
 def test_an_inf_loss_is_recorded_as_such(tmp_path: Path) -> None:
-    with Recorder(tiny(), tmp_path / "run") as recorder:
+    with Recorder(tiny(), tmp_path / "run", plain=True) as recorder:
         recorder.step(loss=torch.tensor(float("inf")))
     with RunLog.open(tmp_path / "run") as log:
         assert log.steps()["loss"].to_pylist() == [math.inf]
@@ -199,7 +201,7 @@ def test_sinks_get_every_step_and_a_failing_one_costs_itself(tmp_path: Path) -> 
 def test_what_is_no_number_is_refused_at_once_and_the_log_goes_on(
     tmp_path: Path, wrong: Any
 ) -> None:
-    with Recorder(tiny(), tmp_path / "run") as recorder:
+    with Recorder(tiny(), tmp_path / "run", plain=True) as recorder:
         recorder.step(loss=1.0)
         with pytest.raises(unclamp.RunLogError, match="expected a number for 'extra'"):
             recorder.step(loss=2.0, extra=wrong)
@@ -211,7 +213,7 @@ def test_what_is_no_number_is_refused_at_once_and_the_log_goes_on(
 @pytest.mark.parametrize("data", [{"x": math.nan}, {"x": torch.ones(1)}])
 def test_an_event_that_is_no_json_is_refused(tmp_path: Path, data: dict[str, Any]) -> None:
     with (
-        Recorder(tiny(), tmp_path / "run") as recorder,
+        Recorder(tiny(), tmp_path / "run", plain=True) as recorder,
         pytest.raises(unclamp.RunLogError, match="expected JSON data for the event 'odd'"),
     ):
         recorder.event("odd", **data)
@@ -225,7 +227,7 @@ def test_a_slow_sink_delays_neither_log_nor_training(tmp_path: Path) -> None:
         go_on.wait(timeout=30)
         heard.append(step)
 
-    with Recorder(tiny(), tmp_path / "run", sinks=[wait]) as recorder:
+    with Recorder(tiny(), tmp_path / "run", plain=True, sinks=[wait]) as recorder:
         for _ in range(5):
             recorder.step(loss=1.0)
         recorder.flush()
@@ -238,7 +240,9 @@ def test_a_slow_sink_delays_neither_log_nor_training(tmp_path: Path) -> None:
 
 def test_the_sinks_go_on_when_the_log_has_stopped(tmp_path: Path) -> None:
     heard: list[int] = []
-    recorder = Recorder(tiny(), tmp_path / "run", sinks=[lambda step, numbers: heard.append(step)])
+    recorder = Recorder(
+        tiny(), tmp_path / "run", plain=True, sinks=[lambda step, numbers: heard.append(step)]
+    )
     recorder.step(loss=1.0)
     recorder.flush()
     shutil.rmtree(tmp_path / "run")
@@ -259,3 +263,52 @@ def test_a_recorder_of_casts_is_closed_twice_without_harm(tmp_path: Path) -> Non
     recorder.close()
     with RunLog.open(tmp_path / "run") as log:
         assert (log.header.status, log.steps().num_rows) == ("interrupted", 3)
+
+
+def cell(path: Path, **options: Any) -> Recorder:
+    """A notebook's cell: it makes all anew, and forgets to close."""
+    model = tiny()
+    unclamp.convert(model, Recipe())
+    recorder = Recorder(model, path, **options)
+    train(model, recorder, steps=3)
+    return recorder
+
+
+def test_a_cell_that_records_can_be_run_twice(tmp_path: Path) -> None:
+    first = cell(tmp_path / "run", overwrite=True)
+    second = cell(tmp_path / "run", overwrite=True)
+    with pytest.raises(RunLogError, match="closed"):
+        first.step(loss=1.0)
+    second.close()
+    assert second.path == tmp_path / "run"
+    with RunLog.open(second.path) as log:
+        assert log.header.status == "finished"
+        assert log.steps()["step"].to_pylist() == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_refused_replacement_leaves_the_live_recorder_open(tmp_path: Path) -> None:
+    first = cell(tmp_path / "run")
+    (first.path / "mine.txt").write_text("x")
+    with pytest.raises(RunLogError, match=r"mine\.txt"):
+        cell(tmp_path / "run", overwrite=True)
+    (first.path / "mine.txt").unlink()
+    with (
+        starting_no_run("a replay is being built"),
+        pytest.raises(RunLogError, match="no run can begin"),
+    ):
+        cell(tmp_path / "run", overwrite=True)
+    first.step(loss=1.0)
+    first.close()
+    with RunLog.open(first.path) as log:
+        assert (log.header.status, log.steps().num_rows) == ("finished", 4)
+
+
+def test_a_path_with_a_number_is_numbered(tmp_path: Path) -> None:
+    recorders = [cell(tmp_path / "first-{n}") for _ in range(2)]
+    for recorder in recorders:
+        recorder.close()
+    assert [recorder.path.name for recorder in recorders] == ["first-1", "first-2"]
+    for recorder in recorders:
+        with RunLog.open(recorder.path) as log:
+            assert log.steps().num_rows == 3

@@ -3,6 +3,7 @@
 Tuning uses seeds below `HELD_OUT`; published rates and tests use those from there on.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -74,6 +75,72 @@ def _ar1(rng: Rng, steps: int, phi: float) -> np.ndarray:
     return shocks
 
 
+def restarts(rng: Rng, steps: int) -> np.ndarray:
+    """A learning rate of cosines: each restart raises the loss by 5 to 30 % in 1 to 200 steps."""
+    cycle, height = int(rng.integers(200, 2000)), rng.uniform(0.05, 0.3)
+    phase = (np.arange(steps) % cycle) / cycle
+    rate = (1 + np.cos(np.pi * phase)) / 2
+    width = rng.uniform(1, 200)
+    warm = np.where(np.arange(steps) < cycle, 1, 1 - np.exp(-phase * cycle / width))
+    return _trend(rng, steps) * (1 + height * rate * warm) * _lognormal(rng, steps, 0.005, 0.03)
+
+
+def plateaus(rng: Rng, steps: int) -> np.ndarray:
+    """Flat for long, then a fall by 10 to 60 % within 1 to 100 steps; up to six times."""
+    log = np.full(steps, np.log(rng.uniform(2, 11)))
+    for at in rng.integers(0, steps, rng.integers(1, 7)):
+        width = rng.uniform(0.3, 25)
+        fall = (1 + np.tanh((np.arange(steps) - at) / width / 2)) / 2
+        log -= rng.uniform(0.1, 0.9) * fall
+    return np.exp(log) * _lognormal(rng, steps, 0.005, 0.05)
+
+
+def data_changes(rng: Rng, steps: int) -> np.ndarray:
+    """Other data up to four times: 30 % lower to 30 % higher within 1 to 500 steps, for good."""
+    log = np.zeros(steps)
+    for at in rng.integers(100, steps - 50, rng.integers(1, 5)):
+        width = np.exp(rng.uniform(0, np.log(500)))
+        log += np.log(rng.uniform(0.7, 1.3)) * np.clip((np.arange(steps) - at) / width, 0, 1)
+        log = np.minimum(log, np.log(1.3))
+    return _trend(rng, steps) * np.exp(log) * _lognormal(rng, steps, 0.005, 0.03)
+
+
+def epochs(rng: Rng, steps: int) -> np.ndarray:
+    """A saw: the loss falls by 5 to 20 % where an epoch begins and rises within it."""
+    length, height = int(rng.integers(50, 1000)), rng.uniform(0.05, 0.2)
+    inside = (np.arange(steps) % length) / length
+    return _trend(rng, steps) * (1 + height * inside) * _lognormal(rng, steps, 0.005, 0.03)
+
+
+def wandering(rng: Rng, steps: int) -> np.ndarray:
+    """Noise that keeps its sign for hundreds of steps, of 2 to 5 %."""
+    slow = _ar1(rng, steps, 1 - 1 / rng.uniform(100, 500))
+    return (
+        _trend(rng, steps)
+        * np.exp(rng.uniform(0.02, 0.05) * slow)
+        * _lognormal(rng, steps, 0.005, 0.03)
+    )
+
+
+def oscillating(rng: Rng, steps: int) -> np.ndarray:
+    """A sine of 10 to 50 % and 2 to 100 steps, as at the edge of stability."""
+    log = rng.uniform(0.1, 0.5) * np.sin(
+        2 * np.pi * np.arange(steps) / rng.uniform(2, 100) + rng.uniform(0, 2 * np.pi)
+    )
+    return _trend(rng, steps) * np.exp(log) * _lognormal(rng, steps, 0.005, 0.03)
+
+
+def near_zero(rng: Rng, steps: int) -> np.ndarray:
+    """From 1 to 5 down to 0.0005 to 0.02: a task that is learned."""
+    start, final = rng.uniform(1, 5), np.exp(rng.uniform(np.log(0.0005), np.log(0.02)))
+    trend = final + (start - final) * np.exp(-np.arange(steps) / rng.uniform(20, 200))
+    return trend * _lognormal(rng, steps, 0.005, 0.2)
+
+
+def _lognormal(rng: Rng, steps: int, least: float, most: float) -> np.ndarray:
+    return np.exp(rng.uniform(least, most) * rng.standard_normal(steps))
+
+
 FAMILIES: dict[str, Callable[[Rng, int], np.ndarray]] = {
     "decaying": decaying,
     "noisy": noisy,
@@ -83,12 +150,23 @@ FAMILIES: dict[str, Callable[[Rng, int], np.ndarray]] = {
     "autocorrelated": autocorrelated,
     "gradient norm": gradient_norm,
 }
+SCHEDULES: dict[str, Callable[[Rng, int], np.ndarray]] = {
+    "cosine restarts": restarts,
+    "plateaus": plateaus,
+    "data changes": data_changes,
+    "epoch sawtooth": epochs,
+    "wandering": wandering,
+    "oscillating": oscillating,
+    "near zero": near_zero,
+}
+"""Healthy, but not steadily falling."""
 
 
 def healthy(family: str, seed: int) -> np.ndarray:
     """One curve of 2,000 to 10,000 steps."""
-    rng = np.random.default_rng([seed, list(FAMILIES).index(family)])
-    return FAMILIES[family](rng, int(rng.integers(2_000, 10_001)))
+    number = [*FAMILIES, *SCHEDULES].index(family)
+    rng = np.random.default_rng([seed, number])
+    return (FAMILIES | SCHEDULES)[family](rng, int(rng.integers(2_000, 10_001)))
 
 
 def planted(
@@ -100,3 +178,28 @@ def planted(
     onset = int(rng.integers(60, steps - length - 10))
     curve[onset : onset + length] *= height
     return curve, onset
+
+
+def diverging(
+    seed: int, *, rate: float, height: float, noise: float = 0.02, after: int = 50
+) -> tuple[np.ndarray, int]:
+    """A decaying curve that from an onset on rises by `rate` a step to `height` times, and onset.
+
+    It ends `after` steps above.
+    """
+    rng = np.random.default_rng([seed, 98])
+    onset = int(rng.integers(500, 3000))
+    rise = (1 + rate) ** np.arange(math.ceil(math.log(height) / math.log1p(rate)) + after)
+    steps = onset + len(rise)
+    curve = _trend(rng, steps) * (1 + noise * rng.standard_normal(steps))
+    curve[onset:] *= np.minimum(rise, height)
+    return curve, onset
+
+
+def shifting(seed: int, *, height: float, width: int, noise: float = 0.02) -> np.ndarray:
+    """A decaying curve of 3,000 steps that within `width` steps comes to another level for good."""
+    rng = np.random.default_rng([seed, 96])
+    onset = int(rng.integers(800, 2000))
+    curve = _trend(rng, 3000) * (1 + noise * rng.standard_normal(3000))
+    done = np.clip((np.arange(3000) - onset + 1) / width, 0, 1)
+    return curve * height**done

@@ -3,6 +3,12 @@
 from unclamp.analysis.association import Association, SiteEvidence, associate
 from unclamp.analysis.curves import Curve, read_curve, run_curve
 from unclamp.analysis.definitions import spike_score
+from unclamp.analysis.divergences import (
+    Divergence,
+    DivergenceDetector,
+    find_divergences,
+    run_divergences,
+)
 from unclamp.analysis.paired import PairedDifference, paired_difference
 from unclamp.analysis.robust import SpikeDetector
 from unclamp.analysis.spikes import (
@@ -19,15 +25,19 @@ __all__ = [
     "Association",
     "Curve",
     "Definition",
+    "Divergence",
+    "DivergenceDetector",
     "PairedDifference",
     "SiteEvidence",
     "Spike",
     "SpikeDetector",
     "associate",
+    "find_divergences",
     "find_spikes",
     "paired_difference",
     "read_curve",
     "run_curve",
+    "run_divergences",
     "run_spikes",
     "smallest_height",
     "spike_score",

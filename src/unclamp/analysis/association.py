@@ -1,8 +1,9 @@
 """Does clamping at a site go with loss spikes, or a raised loss, more than chance would have it?
 
 Each site is weighed twice (see `evidence`), and is named when what happened weighs more than the
-heaviest site does at all but a few of the shifts (see `shifts`). The heaviest of all sites is
-the measure, so the chance that anybody is named in a run without a culprit is bounded, however
+heaviest site does at all but a few of the shifts (see `shifts`), unless a schedule that clamping
+and loss both follow would look like it (see `schedules`). The heaviest of all sites is the
+measure, so the chance that anybody is named in a run without a culprit is bounded, however
 many sites there are; a bound on that is also one on the false discovery rate.
 
 Association is not cause: that is for a replay. What it says in words is in `sentences`.
@@ -16,74 +17,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unclamp.analysis.evidence import Clamping, Weights, weigh
-from unclamp.analysis.history import read_history
-from unclamp.analysis.power import smallest_effects, to_change
-from unclamp.analysis.response import make_response
-from unclamp.analysis.sentences import Finding, describe
+from unclamp.analysis.history import has_casts, read_history
+from unclamp.analysis.power import smallest_effects
+from unclamp.analysis.ranking import SiteEvidence, rank_sites
+from unclamp.analysis.response import Response, make_response
+from unclamp.analysis.schedules import (
+    Doubted,
+    Schedule,
+    doubt_loss,
+    doubt_spikes,
+    read_schedule,
+)
+from unclamp.analysis.sentences import Finding, describe, without_casts
 from unclamp.analysis.shifts import make_shifts
 from unclamp.analysis.spikes import Spike, find_spikes
 from unclamp.errors import AnalysisError
 from unclamp.files import strict
 from unclamp.runlog import RunLog
+from unclamp.shown import Shown
+from unclamp.written import counted
 
 MAX_LAG = 8
 SHIFTS = 501
 ALPHA = 0.05
 GUARD = 0.4
 """Share of alpha that is spent: shifts stay local and are sampled, so the bound is approximate."""
-TWO_SIDED_95 = 1.96
 CLEARED = 0.02
-"""A site whose interval ends at or below this rise of the loss is cleared; a share of it."""
+"""A site whose `bound` is at or below this rise of the loss is cleared; a share of it."""
 LARGEST_LAG_SHARE = 10
 """Beyond one in so many steps a window of lags leaves too little of the run to compare with."""
 
 Verdict = Literal["named", "none", "cannot tell"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SiteEvidence:
-    """What a run shows about clamping at one site.
-
-    Attributes:
-        site: Id in the run; `fqn` and `role` name it.
-        clamped_steps: Steps at which it clamped.
-        followed: Of those, how many had a spike begin within the lags after them.
-        hits: Spikes with clamping at this site within the lags before them.
-        expected_hits: How many that would be by chance.
-        lag: Steps from clamping to the spike at which the mean clamp error before spikes is
-            largest; None without a hit.
-        p: Chance that any site would look like this without a link, all sites counted.
-        by: What it is named by, "spikes" or "loss"; None where it is not named.
-        loss_change: Mean change of the loss just after clamping, a fraction (in the loss's own
-            unit where it is not positive throughout); None where that is unknown.
-        low: Lower end of its 95 % interval.
-        high: Upper end of it.
-        clamp_error: Mean clamp error over the clamped steps.
-        sqnr_db: Least signal-to-noise ratio seen, decibel; None where none was measured.
-        cleared: Whether the run shows it harmless: not named, `low` at most 0, `high` at most
-            `CLEARED` (a share of the median size of the loss), not before every spike.
-    """
-
-    site: int
-    fqn: str
-    role: str
-    clamped_steps: int
-    followed: int
-    hits: int
-    expected_hits: float
-    lag: int | None
-    p: float
-    by: Literal["spikes", "loss"] | None
-    loss_change: float | None
-    low: float | None
-    high: float | None
-    clamp_error: float
-    sqnr_db: float | None = None
-    cleared: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Association:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Association(Shown):
     """Whether clamping goes with spikes or a raised loss in one run.
 
     Attributes:
@@ -96,7 +64,8 @@ class Association:
         steps: Steps with a recorded loss.
         max_lag: Steps within which clamping counts as before a spike.
         alpha: Bound on the chance to name anybody without a link.
-        level: A site is named where its `p` is at most this; a share of alpha.
+        level: A site is named where its `p` is at most this, unless there is a `doubt`; a share
+            of alpha.
         distinct_shifts: How many shifts differ.
         spikes_needed: Of the spikes, how many must have clamping before them for a typical site
             to be named; None where all would not do.
@@ -123,6 +92,9 @@ class Association:
     is_observed: bool
     sentences: list[str]
 
+    def __str__(self) -> str:
+        return "\n".join(f"- {sentence}" for sentence in self.sentences)
+
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data, ready for strict JSON: None for what is not finite."""
         return strict(asdict(self))
@@ -148,11 +120,13 @@ def associate(
         seed: Of that draw; the same seed gives the same answer.
 
     Raises:
-        AnalysisError: The run has no losses, no casts or no sites, or `max_lag` is
-            above both 8 and a tenth of the steps.
+        AnalysisError: The run has casts, but no losses or no sites, or `max_lag` is above both 8
+            and a tenth of the steps. Of a run without casts the answer says so.
         RunLogError: It cannot be read.
         ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
     """
+    if not has_casts(log):
+        return _without_casts(log, max_lag=max_lag, alpha=alpha)
     history = read_history(log)
     steps = history.steps
     if spikes is None:
@@ -166,6 +140,7 @@ def associate(
         refusal=history.refusal,
         notes=history.notes,
         is_observed=log.header.observed,
+        lr=history.lr,
         max_lag=max_lag,
         shifts=shifts,
         alpha=alpha,
@@ -183,6 +158,7 @@ def associate_series(
     refusal: str | None = None,
     notes: Sequence[str] = (),
     is_observed: bool = False,
+    lr: NDArray[np.float64] | None = None,
     max_lag: int = MAX_LAG,
     shifts: int = SHIFTS,
     alpha: float = ALPHA,
@@ -199,6 +175,7 @@ def associate_series(
         refusal: Why these arrays cannot tell, a sentence: then nobody is named.
         notes: Further sentences for the answer.
         is_observed: Whether the clamping is only what FP8 would have done.
+        lr: Learning rate of each step, NaN where it is not known: its jumps are a schedule.
         max_lag: As for `associate`, and so are the others.
         shifts: At most so many.
         alpha: Bound on the chance to name anybody without a link.
@@ -226,12 +203,19 @@ def associate_series(
     level = GUARD * alpha
     is_relative = response is not None and response.is_relative
     power = smallest_effects(weights, len(onsets), clamping, moves, level, is_relative)
-    evidence = _rank(weights, clamping, onsets, names, sqnr_db or {}, is_relative, max_lag, level)
+    evidence = rank_sites(
+        weights, clamping, onsets, names, sqnr_db or {}, is_relative, max_lag, level
+    )
     can_tell = refusal is None
     enough = can_tell and level * min(moves.distinct, len(moves.offsets)) >= 1
     if not enough:
         evidence = [replace(e, by=None) for e in evidence]
     else:
+        if any(e.by for e in evidence):
+            schedule = read_schedule(response, lr, len(loss))
+            rows = {number: row for row, (number, _, _) in enumerate(names)}
+            doubts = _Doubts(schedule, clamping, response, onsets, weights, max_lag, level)
+            evidence = [doubts.judge(e, rows[e.site]) if e.by else e for e in evidence]
         most = CLEARED * _size(loss, is_relative)
         evidence = [replace(e, cleared=_is_cleared(e, len(onsets), most)) for e in evidence]
     fields: dict[str, Any] = {
@@ -258,13 +242,74 @@ def associate_series(
     return Association(**fields, alpha=alpha, level=level, sentences=describe(finding))
 
 
+def _without_casts(log: RunLog, *, max_lag: int, alpha: float) -> Association:
+    """Return the answer of a run in which nothing was cast: one sentence."""
+    is_over, is_plain = log.header.status == "finished", log.header.plain
+    return Association(
+        verdict="none" if is_over and is_plain else "cannot tell",
+        sites=[],
+        all_sites=0,
+        spikes=0,
+        steps=log.sql("SELECT count(DISTINCT step) AS n FROM steps WHERE loss IS NOT NULL")[
+            "n"
+        ].to_pylist()[0],
+        max_lag=max_lag,
+        alpha=alpha,
+        level=GUARD * alpha,
+        distinct_shifts=0,
+        spikes_needed=None,
+        loss_needed=None,
+        is_relative=False,
+        is_observed=log.header.observed,
+        sentences=[without_casts(is_over=is_over, is_plain=is_plain)],
+    )
+
+
+@dataclass(frozen=True)
+class _Doubts:
+    """What judges named sites by the schedule of their run."""
+
+    schedule: Schedule
+    clamping: Clamping
+    response: Response | None
+    onsets: NDArray[np.int64]
+    weights: Weights
+    max_lag: int
+    level: float
+
+    def judge(self, named: SiteEvidence, row: int) -> SiteEvidence:
+        """Return the site by what no schedule explains; unnamed, with the doubt, without such."""
+        order: list[Literal["spikes", "loss"]] = ["spikes", "loss"]
+        if named.by == "loss":
+            order.reverse()
+        doubt = None
+        for by in order:
+            if by != named.by and self._p(by, row) > self.level:
+                continue
+            found = self._doubt(by, row)
+            if found is None:
+                return replace(named, by=by)
+            doubt = doubt or found
+        return replace(named, by=None, doubt=doubt.doubt, period=doubt.period) if doubt else named
+
+    def _p(self, by: Literal["spikes", "loss"], row: int) -> float:
+        own = (self.weights.spikes if by == "spikes" else self.weights.loss)[row, 0]
+        return float(np.mean(self.weights.highest() >= own))
+
+    def _doubt(self, by: Literal["spikes", "loss"], row: int) -> Doubted | None:
+        schedule, clamping, lag = self.schedule, self.clamping, self.max_lag
+        if by == "spikes" or self.response is None:
+            return doubt_spikes(schedule, clamping, row, self.onsets, max_lag=lag, level=self.level)
+        return doubt_loss(schedule, clamping, row, self.response, max_lag=lag)
+
+
 def _fitting_lag(max_lag: int, steps: int) -> int:
     """Return the lag to ask, cut to the run where even the default is longer than it."""
     largest = max(MAX_LAG, steps // LARGEST_LAG_SHARE)
     if max_lag > largest:
         raise AnalysisError(
-            f"expected a max_lag of at most {largest} in a run of {steps:,} steps with a loss "
-            f"(a tenth of them, or {MAX_LAG}), got {max_lag}"
+            f"expected a max_lag of at most {largest} in a run of {counted(steps, 'step')} with a "
+            f"loss (a tenth of them, or {MAX_LAG}), got {max_lag}"
         )
     return max(1, min(max_lag, steps - 1))
 
@@ -276,9 +321,9 @@ def _size(loss: NDArray[np.float64], is_relative: bool) -> float:
 
 
 def _is_cleared(site: SiteEvidence, spikes: int, most: float) -> bool:
-    if site.by is not None or site.low is None or site.high is None:
+    if site.by is not None or site.doubt or site.low is None or site.bound is None:
         return False
-    return site.low <= 0 and site.high <= most and not 0 < spikes == site.hits
+    return site.low <= 0 and site.bound <= most and not 0 < spikes == site.hits
 
 
 def _verdict(
@@ -290,6 +335,8 @@ def _verdict(
     """Return the verdict; `power` is None where nobody could be named whatever happened."""
     if any(site.by for site in sites):
         return "named"
+    if any(site.doubt for site in sites):
+        return "cannot tell"
     if can_tell and not sites:
         return "none"
     if power is None:
@@ -303,78 +350,3 @@ def _indexed(spike: Spike, steps: NDArray[np.int64]) -> tuple[int, int]:
     onset, end = np.searchsorted(steps, [spike.onset, spike.end]).tolist()
     last = len(steps) - 1
     return min(onset, last), min(end, last)
-
-
-def _rank(
-    weights: Weights,
-    clamping: Clamping,
-    onsets: NDArray[np.int64],
-    names: Sequence[tuple[int, str, str]],
-    sqnr_db: dict[int, float],
-    is_relative: bool,
-    max_lag: int,
-    level: float,
-) -> list[SiteEvidence]:
-    """Return the sites that clamped, heaviest first, then by how often they clamped."""
-    highest = np.sort(weights.highest()) if clamping.sites else np.zeros(1)
-    own = np.maximum(weights.spikes[:, 0], weights.loss[:, 0])
-    p = 1 - np.searchsorted(highest, own, side="left") / len(highest)
-    counts = clamping.counts()
-    order = np.lexsort((np.arange(len(own)), -counts, -own))
-    found = []
-    for row in order[counts[order] > 0]:
-        part = slice(clamping.starts[row], clamping.starts[row + 1])
-        steps, errors = clamping.steps[part], clamping.errors[part]
-        lags = range(int(clamping.first_lags[row]), max_lag + 1)
-        by_spikes = weights.spikes[row, 0] >= weights.loss[row, 0]
-        number, fqn, role = names[row]
-        change, low, high = _interval(
-            float(weights.excess[row]), float(weights.excess_sd[row]), is_relative
-        )
-        found.append(
-            SiteEvidence(
-                site=number,
-                fqn=fqn,
-                role=role,
-                clamped_steps=len(steps),
-                followed=_followed(steps, onsets, lags),
-                hits=_hits(steps, onsets, lags),
-                expected_hits=float(weights.expected[row]),
-                lag=_peak_lag(steps, errors, onsets, lags),
-                p=float(p[row]),
-                by=("spikes" if by_spikes else "loss") if p[row] <= level else None,
-                loss_change=change,
-                low=low,
-                high=high,
-                clamp_error=float(errors.mean()),
-                sqnr_db=sqnr_db.get(number),
-            )
-        )
-    return found
-
-
-def _hits(steps: NDArray[np.int64], onsets: NDArray[np.int64], lags: range) -> int:
-    """Return how many onsets have one of `steps` at one of the lags before them."""
-    return int(np.isin(onsets[:, None] - np.array(lags), steps).any(axis=1).sum())
-
-
-def _followed(steps: NDArray[np.int64], onsets: NDArray[np.int64], lags: range) -> int:
-    return int(np.isin(steps[:, None] + np.array(lags), onsets).any(axis=1).sum())
-
-
-def _peak_lag(
-    steps: NDArray[np.int64], errors: NDArray[np.float64], onsets: NDArray[np.int64], lags: range
-) -> int | None:
-    """Return the lag at which the event-synchronous average of the clamp error is largest."""
-    sums = [errors[np.isin(steps, onsets - lag)].sum() for lag in lags]
-    return lags[int(np.argmax(sums))] if max(sums, default=0) > 0 else None
-
-
-def _interval(
-    mean: float, sd: float, is_relative: bool
-) -> tuple[float, float, float] | tuple[None, None, None]:
-    if not np.isfinite(mean) or not sd > 0:
-        return None, None, None
-    ends = [mean, mean - TWO_SIDED_95 * sd, mean + TWO_SIDED_95 * sd]
-    change, low, high = (to_change(x, is_relative) for x in ends)
-    return change, low, high

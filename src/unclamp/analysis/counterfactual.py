@@ -254,6 +254,11 @@ class SiteShare:
         )
 
 
+PASTE = "Paste before the recipe's first [[override]], or at the end of a file without one:"
+"""Where the TOML of an override goes: the first rule that matches a layer decides for it, and what
+stands before all tables of a file cannot come after one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Override:
     """A recommended change of the recipe.
@@ -264,7 +269,7 @@ class Override:
             underflow also "short history" (delayed by one update alone) or "blocks".
         removed: Share of the spike that is gone with it, by a replay; None if not replayed.
         instead: Other sites each of which alone does the same, where it is of one site.
-        toml: Overrides for a recipe file, to go before those it has.
+        toml: Overrides for a recipe file, to go before those it has (`PASTE`).
         python: The same as code; None where rules of the recipe would come before it.
     """
 

@@ -7,7 +7,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ from unclamp.errors import AnalysisError
 
 STEP_NAMES = ("step", "global_step", "trainer_global_step", "train_global_step", "iteration",
               "iter", "train_iter", "steps")  # fmt: skip
+EPOCH_NAMES = ("epoch", "epochs", "train_epoch", "current_epoch")
+EVALUATION = re.compile(r"(^|_)(eval|evaluation|val|valid|validation|test|dev)(_|$)")
+"""In a plain name: a quantity of an evaluation."""
+_MODE_NAMES = ("mode", "split", "phase", "stage", "subset")
+_EVALUATION_MODES = {"eval", "evaluation", "val", "valid", "validate", "validation", "test", "dev"}
 _MISSING = {"", "na", "n/a", "none", "null", "-"}
 _DELIMITERS = ",\t;"
 
@@ -27,11 +32,20 @@ class Recorded:
         columns: By name, the step and the value of each record, in order; None is missing.
         source: What it was read from, in words.
         places: Where in the file each record is, such as "line 7"; empty where there are no such.
+        same: Names that one header gives to several columns, which are told apart by place.
+        restarts: Epoch and step of each step number, where the file counts steps anew in each
+            epoch; the step numbers here then only give the order. Empty otherwise.
+        step_name: What the file calls a step.
+        notes: What was left out, a sentence each.
     """
 
     columns: dict[str, tuple[Sequence[int], Sequence[Any]]]
     source: str
     places: Sequence[str] = ()
+    same: Mapping[str, str] = field(default_factory=dict)
+    restarts: Sequence[tuple[int, int]] = ()
+    step_name: str = "step"
+    notes: Sequence[str] = ()
 
     def numbers(self, name: str, path: Path) -> tuple[Sequence[int], list[float | None]]:
         """Return the steps and numbers of a column; None for a missing one.
@@ -89,7 +103,7 @@ def read_csv_file(path: Path) -> Recorded:
     Commas, tabs or semicolons separate cells. Empty cells, NA, null and None are missing.
 
     Raises:
-        AnalysisError: No header, or a step that is no whole number.
+        AnalysisError: No header, no rows, or a step that is no whole number.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
@@ -106,12 +120,46 @@ def read_csv_file(path: Path) -> Recorded:
             f"expected the first line of {path} to name the columns, such as 'step,loss', "
             f"got {header.strip()[:60]!r}"
         )
+    if not rows:
+        raise AnalysisError(
+            f"expected rows under the header of {path}, which names the columns "
+            f"{', '.join(map(repr, names))}, found none: nothing was recorded in it"
+        )
+    shown = [
+        f"{name} (column {i})" if names.count(name) > 1 else name
+        for i, name in enumerate(names, start=1)
+    ]
     table = {
         name: [row[i] if i < len(row) and row[i].strip().lower() not in _MISSING else None
                for row in rows]
-        for i, name in enumerate(names)
+        for i, name in enumerate(shown)
     }  # fmt: skip
-    return _recorded(table, lines, f"CSV file {path.name}", path)
+    same = {one: name for one, name in zip(shown, names, strict=True) if one != name}
+    return _recorded(table, lines, f"CSV file {path.name}", path, same=same)
+
+
+def is_csv_file(path: Path) -> bool:
+    """Return whether the first line names columns, one of them a step or a loss."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+    delimiter = max(_DELIMITERS, key=header.count)
+    plain = [plain_name(name) for name in next(csv.reader([header], delimiter=delimiter), [])]
+    return any(name in STEP_NAMES or name.endswith("loss") for name in plain)
+
+
+def is_json_file(path: Path) -> bool:
+    """Return whether a file is meant as JSON; a Python dict or a bracketed word is none."""
+    with path.open(encoding="utf-8-sig") as file:
+        begin = file.read(4096).lstrip()
+        if begin.startswith("{"):
+            return begin[1:].lstrip()[:1] != "'"
+        if not begin.startswith("["):
+            return False
+        try:
+            json.loads(begin + file.read())
+        except ValueError:
+            return False
+    return True
 
 
 def read_json_file(path: Path) -> Recorded:
@@ -142,9 +190,21 @@ def read_json_file(path: Path) -> Recorded:
     rows = [_flat(row) for row in document if isinstance(row, dict)]
     if not rows:
         raise AnalysisError(f"expected records with a loss in {path}, found none")
+    return from_rows(rows, _records(len(rows)), source, path)
+
+
+def from_rows(
+    rows: Sequence[Mapping[str, Any]],
+    places: Sequence[str],
+    source: str,
+    path: Path,
+    *,
+    notes: Sequence[str] = (),
+) -> Recorded:
+    """Return records as columns; None where a record lacks a name."""
     names = dict.fromkeys(name for row in rows for name in row)
     table = {name: [row.get(name) for row in rows] for name in names}
-    return _recorded(table, _records(len(rows)), source, path)
+    return _recorded(table, places, source, path, notes=notes)
 
 
 def _records(count: int) -> list[str]:
@@ -176,26 +236,86 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _recorded(
-    table: Mapping[str, Sequence[Any]], places: Sequence[str], source: str, path: Path
+    table: Mapping[str, Sequence[Any]],
+    places: Sequence[str],
+    source: str,
+    path: Path,
+    *,
+    same: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> Recorded:
     """Pair each column with the table's steps, or with row numbers if it has none."""
-    name = _step_column(table)
+    name = _named(table, STEP_NAMES)
     steps: Sequence[int | None] = range(len(places))
     if name is not None:
         where = [f"column {name!r}, {place} of {path}" for place in places]
         steps = [_whole(cell, place) for cell, place in zip(table[name], where, strict=True)]
-    rows = [i for i, step in enumerate(steps) if step is not None]
-    at = [step for step in steps if step is not None]
+    trained = _trained(table, len(places))
+    rows = [i for i, step in enumerate(steps) if step is not None and trained[i]]
+    at = [step for i in rows if (step := steps[i]) is not None]
+    restarts: list[tuple[int, int]] = []
+    if name is not None and (epochs := _epochs(table, rows)) and _starts_anew(epochs, at):
+        pairs = list(zip(epochs, at, strict=True))
+        restarts = sorted(set(pairs))
+        order = {pair: i for i, pair in enumerate(restarts)}
+        at = [order[pair] for pair in pairs]
+    evaluations = trained.count(False)
+    if evaluations:
+        records = "record of an evaluation was" if evaluations == 1 else (
+            "records of evaluations were")  # fmt: skip
+        notes = [*notes, f"{evaluations:,} {records} left out."]
     columns: dict[str, tuple[Sequence[int], Sequence[Any]]] = {
         other: (at, [cells[i] for i in rows]) for other, cells in table.items() if other != name
     }
-    return Recorded(columns=columns, source=source, places=[places[i] for i in rows])
+    return Recorded(
+        columns=columns,
+        source=source,
+        places=[places[i] for i in rows],
+        same=same or {},
+        restarts=restarts,
+        step_name=name or "step",
+        notes=notes,
+    )
 
 
-def _step_column(columns: Iterable[str]) -> str | None:
-    """Return the column that counts steps, None if there is none."""
+def _trained(table: Mapping[str, Sequence[Any]], count: int) -> list[bool]:
+    """Return which records are of training, by a column that says so; all without one."""
+    name = _named(table, _MODE_NAMES)
+    cells = table[name] if name is not None else [None] * count
+    return [str(cell).strip().lower() not in _EVALUATION_MODES for cell in cells]
+
+
+def _epochs(table: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> list[int]:
+    """Return the epoch of each row; empty if they are not all known, whole numbers."""
+    name = _named(table, EPOCH_NAMES)
+    if name is None:
+        return []
+    epochs = []
+    for i in rows:
+        try:
+            number = to_number(table[name][i])
+        except (AnalysisError, TypeError):
+            return []
+        if number is None or not number.is_integer():
+            return []
+        epochs.append(int(number))
+    return epochs
+
+
+def _starts_anew(epochs: Sequence[int], steps: Sequence[int]) -> bool:
+    """Return whether steps are counted from the beginning in each epoch.
+
+    Where a run is resumed, steps go back too, but then the epoch does not rise.
+    """
+    rises = [i for i in range(1, len(epochs)) if epochs[i] > epochs[i - 1]]
+    back = sum(steps[i] <= steps[i - 1] for i in rises)
+    return 2 * back > len(rises)
+
+
+def _named(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    """Return the column that is called by the first of some plain names, None if there is none."""
     plain = {plain_name(column): column for column in columns}
-    return next((plain[name] for name in STEP_NAMES if name in plain), None)
+    return next((plain[name] for name in names if name in plain), None)
 
 
 def _whole(cell: Any, place: str) -> int | None:

@@ -8,22 +8,26 @@ and brings the records into one order of steps. The parsing of each format is in
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unclamp.analysis.console_files import read_console_file
 from unclamp.analysis.curve_files import (
+    EVALUATION,
     Recorded,
+    is_csv_file,
+    is_json_file,
     plain_name,
     read_csv_file,
     read_json_file,
     to_number,
 )
 from unclamp.analysis.event_files import read_event_files
-from unclamp.errors import AnalysisError
-from unclamp.runlog import RunLog, is_run
+from unclamp.errors import AnalysisError, did_you_mean
+from unclamp.runlog import RunLog, find_runs, is_run
 
 SERIES = ("loss", "grad_norm")
 SERIES_NAMES = {
@@ -31,10 +35,10 @@ SERIES_NAMES = {
              "lm_loss_training_lm_loss", "total_loss", "train_total_loss", "train_cross_entropy",
              "ce_loss", "train_ce_loss", "optim_loss"),
     "grad_norm": ("grad_norm", "train_grad_norm", "gradient_norm", "train_gradient_norm",
-                  "total_grad_norm", "optim_total_grad_norm", "gradnorm", "gnorm"),
+                  "total_grad_norm", "optim_total_grad_norm", "gradnorm", "gnorm", "norm"),
 }  # fmt: skip
 """What a series is called elsewhere, the likeliest first; case and punctuation do not count."""
-_NOT_TRAINING = re.compile(r"(^|_)(eval|val|valid|validation|test|dev|min|max)(_|$)")
+_EXTREME = re.compile(r"(^|_)(min|max)(_|$)")
 _SHOWN = 12
 
 
@@ -47,12 +51,18 @@ class Curve:
         series: By name ("loss", "grad_norm"), a value a step; None where it was not recorded.
         columns: By name, what the series is called in the source.
         source: What it was read from, in words.
+        places: By step number, what the source calls the step, such as "epoch 3, step 20", where
+            it counts steps anew in each epoch; the steps are then records, from 0. Empty
+            otherwise.
+        notes: What was left out or could not be told, a sentence each.
     """
 
     steps: np.ndarray
     series: dict[str, list[float | None]]
     columns: dict[str, str]
     source: str
+    places: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Curve:
@@ -60,11 +70,12 @@ def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Cu
 
     Reads the folder of a run log; CSV with a header line; JSON lines, nested or not; a Hugging
     Face `trainer_state.json`, or a folder or checkpoint with one; a TensorBoard event file, or a
-    folder with those of one run.
+    folder with those of one run; what a trainer printed, a line a step.
 
     Records are taken in the order in which they were written. Where the step goes back (a resumed
     run), what was recorded before from that step on is dropped; a step recorded twice counts as it
-    was recorded last. Without a column of steps the rows are numbered from 0.
+    was recorded last. Without a column of steps the rows are numbered from 0; so are they where
+    steps are counted anew in each epoch. Records of an evaluation are left out, and said.
 
     Args:
         path: What to read.
@@ -85,7 +96,10 @@ def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Cu
         if (found := column if name == "loss" and column else _choose(recorded, name)) is not None
     }
     if column is not None and column not in recorded.columns:
-        raise AnalysisError(f"{path} has no column {column!r}; it has {_listed(recorded.columns)}")
+        hint = did_you_mean(column, recorded.columns)
+        raise AnalysisError(
+            f"{path} has no column {column!r}; it has {_listed(recorded.columns)}{hint}"
+        )
     if not chosen:
         raise AnalysisError(
             f"{path} has no column that is called like a loss; name one with --column: "
@@ -94,7 +108,8 @@ def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Cu
     if column is not None and chosen.get("grad_norm") == column:
         del chosen["grad_norm"]  # once, as what was asked for
     parts = {name: _in_order(*recorded.numbers(found, path)) for name, found in chosen.items()}
-    return _curve(parts, chosen, recorded.source)
+    curve = _curve(parts, chosen, recorded.source)
+    return _by_record(replace(curve, notes=recorded.notes), recorded)
 
 
 def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
@@ -124,6 +139,7 @@ def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
         if column not in known:
             raise AnalysisError(
                 f"{log.path} has no scalar {column!r}; it has {_listed([*SERIES, *sorted(known)])}"
+                f"{did_you_mean(column, [*SERIES, *known])}"
             )
         values["loss"] = [row.get(column) for row in scalars]
     elif column == "grad_norm":
@@ -174,8 +190,8 @@ def _read_folder(path: Path) -> Recorded:
         )
     if events:
         return read_event_files(events[0])
-    if (path / "study.json").is_file():
-        RunLog.open(path)  # raises, and names the runs in the study
+    if (path / "study.json").is_file() or find_runs(path):
+        RunLog.open(path)  # raises, and names the runs in it
     raise AnalysisError(
         f"{path} holds no run log, trainer_state.json or TensorBoard events; "
         "give a run's folder, or a CSV or JSON file"
@@ -188,12 +204,14 @@ def _read_file(path: Path) -> Recorded:
     if "tfevents" in path.name:
         return read_event_files(path)
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            first = file.read(4096).lstrip()[:1]
-        return read_json_file(path) if first in ("{", "[") else read_csv_file(path)
+        if is_json_file(path):
+            return read_json_file(path)
+        printed = None if is_csv_file(path) else read_console_file(path)
+        return read_csv_file(path) if printed is None else printed
     except UnicodeDecodeError as error:
         raise AnalysisError(
-            f"{path} is no text; expected CSV, JSON lines, trainer_state.json or an event file"
+            f"{path} is no text; expected CSV, JSON lines, trainer_state.json, a console log or "
+            "an event file"
         ) from error
     except OSError as error:
         raise AnalysisError(f"cannot read {path}: {error}") from error
@@ -205,18 +223,17 @@ def _choose(recorded: Recorded, series: str) -> str | None:
     Raises:
         AnalysisError: Several that could be the loss.
     """
-    plain: dict[str, str] = {}
+    plain: dict[str, list[str]] = {}
     for column in recorded.columns:
-        plain.setdefault(plain_name(column), column)
-    for name in SERIES_NAMES[series]:
-        if name in plain:
-            return plain[name]
+        plain.setdefault(plain_name(recorded.same.get(column, column)), []).append(column)
+    likely = next((plain[name] for name in SERIES_NAMES[series] if name in plain), [])
     if series != "loss":
-        return None
-    likely = [
+        return likely[0] if len(likely) == 1 else None
+    likely = likely or [
         column
-        for name, column in plain.items()
-        if name.endswith("loss") and not _NOT_TRAINING.search(name)
+        for name, columns in plain.items()
+        for column in columns
+        if name.endswith("loss") and not EVALUATION.search(name) and not _EXTREME.search(name)
     ]
     if len(likely) > 1:
         raise AnalysisError(f"several columns could be the loss; name one with --column: {likely}")
@@ -266,6 +283,15 @@ def _curve(
         known = dict(zip(at.tolist(), values, strict=True))
         series[name] = [known.get(step) for step in steps.tolist()]
     return Curve(steps=steps, series=series, columns=columns, source=source)
+
+
+def _by_record(curve: Curve, recorded: Recorded) -> Curve:
+    """Number a curve by records where the source counts steps anew in each epoch."""
+    if not recorded.restarts:
+        return curve
+    named = [recorded.restarts[step] for step in curve.steps.tolist()]
+    places = [f"epoch {epoch}, {recorded.step_name} {step}" for epoch, step in named]
+    return replace(curve, steps=np.arange(len(named)), places=places)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -8,11 +8,12 @@ high the highest weight gets at shifts that broke every link.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unclamp.analysis.response import Response
+from unclamp.analysis.response import LEVEL_STEPS, Response
 from unclamp.analysis.shifts import Shifts
 
 TOP_SHARES = (1.0, 0.25, 0.0625)
@@ -21,6 +22,8 @@ SHORT_LAGS = 2
 """Beside the whole window its first two lags: most harm is prompt, and has less company there."""
 MIN_HITS = 3
 """Fewer spikes preceded by clamping, or fewer clamped steps, are coincidences to us."""
+JOINT = 0.95
+"""Chance with which the upper bounds of all sites hold at once."""
 CHUNK_ELEMENTS = 8_000_000
 
 
@@ -51,6 +54,20 @@ class Clamping:
         """Return the clamped steps of each site."""
         return np.diff(self.starts)
 
+    def apart(self) -> NDArray[np.float64]:
+        """Return what share of the steps around a clamped step is not clamped, a site's mean.
+
+        The loss is measured against its median over these steps: harm at all of them would be
+        its level. NaN for a site that never clamped.
+        """
+        half, shares = LEVEL_STEPS // 2, np.full(self.sites, np.nan)
+        for site in np.flatnonzero(self.counts()).tolist():
+            own = self.steps[self.starts[site] : self.starts[site + 1]]
+            low, high = np.maximum(own - half, 0), np.minimum(own + half, self.length - 1)
+            inside = np.searchsorted(own, high, "right") - np.searchsorted(own, low, "left")
+            shares[site] = 1 - float(np.mean(inside / (high - low + 1)))
+        return shares
+
     def activity(self) -> NDArray[np.float64]:
         """Return how much was clamped at each step; a site counts by the root of its share."""
         counts = self.counts()
@@ -70,6 +87,8 @@ class Weights:
         expected: Mean of that over the shifts.
         excess: Mean news of the loss at the first lags after clamping, less that over the shifts.
         excess_sd: Standard deviation of that mean over the shifts.
+        joint: Standard deviations above `excess` below which the truth lies for all sites at
+            once, with a chance of 95 %.
     """
 
     spikes: NDArray[np.float32]
@@ -78,6 +97,7 @@ class Weights:
     expected: NDArray[np.float64]
     excess: NDArray[np.float64]
     excess_sd: NDArray[np.float64]
+    joint: float
 
     def highest(self) -> NDArray[np.float32]:
         """Return the highest weight of any site at each shift."""
@@ -102,9 +122,9 @@ def weigh(
             found = _weigh_spikes(clamping, rows, moved, max_lag)
             spikes[rows], hits[rows], expected[rows] = found
     loss = np.zeros((sites, count), dtype=np.float32)
-    excess, excess_sd = np.full(sites, np.nan), np.full(sites, np.nan)
+    excess, excess_sd, joint = np.full(sites, np.nan), np.full(sites, np.nan), np.inf
     if response is not None:
-        loss, excess, excess_sd = _weigh_loss(clamping, response, shifts, max_lag)
+        loss, excess, excess_sd, joint = _weigh_loss(clamping, response, shifts, max_lag)
     return Weights(
         spikes=spikes,
         loss=loss,
@@ -112,6 +132,7 @@ def weigh(
         expected=expected,
         excess=excess,
         excess_sd=excess_sd,
+        joint=joint,
     )
 
 
@@ -129,11 +150,11 @@ def _weigh_spikes(
     clamping: Clamping, rows: NDArray[np.int64], moved: NDArray[np.int64], max_lag: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
     first = int(clamping.first_lags[rows[0]])
-    levels = _levels(clamping, rows)
+    levels = clamp_levels(clamping, rows)
     weights = np.zeros((len(rows), moved.shape[1]), dtype=np.float32)
     all_hits = np.zeros((len(rows), moved.shape[1]), dtype=np.int64)
     for last in sorted({min(first + SHORT_LAGS - 1, max_lag), max_lag}):
-        seen = _window_max(levels, first, last)
+        seen = window_max(levels, first, last)
         at = np.stack([seen[:, moved[k]] for k in range(len(moved))])
         for level in range(1, len(TOP_SHARES) + 1):
             hits = (at >= level).sum(axis=0)
@@ -143,7 +164,7 @@ def _weigh_spikes(
     return weights, all_hits[:, 0], all_hits.mean(axis=1)
 
 
-def _levels(clamping: Clamping, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+def clamp_levels(clamping: Clamping, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Return sites by steps: 0 where nothing was clamped, else the highest level reached."""
     levels = np.zeros((len(rows), clamping.length), dtype=np.uint8)
     for row, site in enumerate(rows):
@@ -154,7 +175,7 @@ def _levels(clamping: Clamping, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     return levels
 
 
-def _window_max(levels: NDArray[np.uint8], first: int, last: int) -> NDArray[np.uint8]:
+def window_max(levels: NDArray[np.uint8], first: int, last: int) -> NDArray[np.uint8]:
     """Return at each step the highest level `first` to `last` steps earlier."""
     seen = np.zeros_like(levels)
     for lag in range(first, last + 1):
@@ -184,21 +205,35 @@ def tail_weights(chance: NDArray[np.float64], trials: int) -> NDArray[np.float64
 
 def _weigh_loss(
     clamping: Clamping, response: Response, shifts: Shifts, max_lag: int
-) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64], float]:
     weights = np.zeros((clamping.sites, len(shifts.offsets)), dtype=np.float32)
+    lowest = np.zeros(1)
     excess, excess_sd = np.full(clamping.sites, np.nan), np.full(clamping.sites, np.nan)
     for first in np.unique(clamping.first_lags):
         rows = np.flatnonzero((clamping.first_lags == first) & (clamping.counts() >= MIN_HITS))
         short = min(int(first) + SHORT_LAGS - 1, max_lag)
         for last in sorted({short, max_lag}):
             news = response.ahead(response.calm_scores(), int(first), last).astype(np.float32)
-            sums = _products(clamping, rows, news, shifts, _score_weights)
+            sums = _products(clamping, rows, news, shifts, score_weights)
             weights[rows] = np.maximum(weights[rows], normal_weights(_standard(sums)))
         news = response.ahead(response.excess, int(first), short).astype(np.float32)
         means = _products(clamping, rows, news, shifts, _mean_weights, every=4)
         excess[rows] = means[:, 0] - means.mean(axis=1)
         excess_sd[rows] = means.std(axis=1)
-    return weights, excess, excess_sd
+        lowest = np.minimum(lowest, _standard(means).min(axis=0, initial=0.0))
+    return weights, excess, excess_sd, _joint_reach(lowest, int(np.sum(excess_sd > 0)))
+
+
+def _joint_reach(lowest: NDArray[np.float64], sites: int) -> float:
+    """Return how far below the truth, in standard deviations, the furthest of all sites comes.
+
+    As far as the lowest site does at all but 5 % of the shifts; but not less than Sidak's bound
+    for so many independent normal sites, since the shifts are few.
+    """
+    if not sites:
+        return float("inf")
+    normal = NormalDist().inv_cdf(JOINT ** (1 / sites))
+    return max(normal, -float(np.quantile(lowest, 1 - JOINT)))
 
 
 def _products(
@@ -223,7 +258,8 @@ def _products(
     return out
 
 
-def _score_weights(errors: NDArray[np.float64]) -> NDArray[np.float32]:
+def score_weights(errors: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return what each clamped step counts by the rank of its error: exponential quantiles."""
     ranks = np.argsort(np.argsort(errors, kind="stable"), kind="stable")
     return (-np.log1p(-(ranks + 0.5) / len(errors))).astype(np.float32)
 

@@ -1,7 +1,8 @@
 """What was found about a spike: frozen data, to plain data and back, and in words.
 
 Needs no torch. The replays of `unclamp.explain` fill it in; the terminal and the page show it.
-All sentences and labels about an explanation are made here, with one way to write a share.
+All sentences about an explanation are made here, with the one way to write a share of `shares`;
+what its replays are called is in `labels`.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 from unclamp.analysis.counterfactual import (
     ACTUAL,
+    PASTE,
     Counterfactual,
     Override,
     Question,
@@ -31,6 +33,8 @@ from unclamp.analysis.shares import (
 )
 from unclamp.analysis.spikes import SpikeKind
 from unclamp.names import SiteName
+from unclamp.shown import Shown
+from unclamp.written import counted
 
 Verdict = Literal[
     "clamping",
@@ -62,8 +66,8 @@ TOLD_NOISE = 0.05
 SHOWN_SITES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Explanation(Shown):
     """The answer so far; `status` says whether it is whole.
 
     Attributes:
@@ -222,6 +226,11 @@ class Explanation:
             parts.append("Interrupted: this is the answer so far; the same command goes on.")
         return " ".join(parts)
 
+    def __str__(self) -> str:
+        if self.override is None:
+            return f"{self.verdict}\n{self.words()}"
+        return f"{self.verdict}\n{self.words()}\n\n{PASTE}\n{self.override.toml}".rstrip()
+
     def _height(self) -> str:
         if self.kind == "nonfinite":
             return "the loss is not finite"
@@ -252,7 +261,7 @@ class Explanation:
         if self.horizon is not None and self.horizon.stop not in ("", "found"):
             parts.append(self.horizon.before())
         if self.clamped_sites:
-            parts.append(f"{self.clamped_sites} sites clamped, or would have.")
+            parts.append(f"{counted(self.clamped_sites, 'site')} clamped, or would have.")
         parts += self._about_sites()
         return parts + self._about_others()
 
@@ -273,9 +282,9 @@ class Explanation:
         if found is None:
             return []
         return [
-            f"At {listed_steps(found.by_step)}, {len(found.by_step)} of the {found.elevated} steps "
-            f"above the level, {percent(found.removed)} of the rise goes in blocks and un-clamping "
-            "does not help: underflow is the cause there.",
+            f"At {listed_steps(found.by_step)}, {len(found.by_step)} of the "
+            f"{counted(found.elevated, 'step')} above the level, {percent(found.removed)} of the "
+            "rise goes in blocks and un-clamping does not help: underflow is the cause there.",
             *self._about_sites("of the rise of these steps"),
         ]
 

@@ -16,6 +16,7 @@ from unclamp.analysis.curves import run_losses
 from unclamp.analysis.evidence import Clamping
 from unclamp.errors import AnalysisError
 from unclamp.runlog import PLACES_SQL, RunLog, SiteInfo
+from unclamp.written import counted
 
 EFFECT_LAG = {"grad_output": 1}
 """A gradient is cast after the loss of its step is known; other operands act at once."""
@@ -35,6 +36,7 @@ class History:
     Attributes:
         steps: Those with a loss, rising.
         loss: One for each of them, the mean over ranks; NaN and Inf stay.
+        lr: Learning rate of each, NaN where it is not known; None without any. Ranks share it.
         clamping: At those steps, one row a site.
         names: Id, fqn and role of each site, ranks taken together; of several ids the lowest.
         sqnr_db: Least signal-to-noise ratio by that id, where it was measured; decibel.
@@ -44,6 +46,7 @@ class History:
 
     steps: NDArray[np.int64]
     loss: NDArray[np.float64]
+    lr: NDArray[np.float64] | None
     clamping: Clamping
     names: list[tuple[int, str, str]]
     sqnr_db: dict[int, float]
@@ -60,19 +63,19 @@ class _Clamped:
     error: NDArray[np.float64]
 
 
+def has_casts(log: RunLog) -> bool:
+    """Return whether a run recorded any cast."""
+    return log.sql("SELECT 1 FROM casts LIMIT 1").num_rows > 0
+
+
 def read_history(log: RunLog) -> History:
     """Read what an association needs.
 
     Raises:
-        AnalysisError: There are no losses, no casts or no sites.
+        AnalysisError: There are no losses or no sites.
         RunLogError: The run cannot be read.
     """
     steps, loss = _read_loss(log)
-    if not log.sql("SELECT 1 FROM casts LIMIT 1").num_rows:
-        raise AnalysisError(
-            f"expected casts in {log.path}, but it has none: it trained without FP8 casts, or "
-            "was stopped before the first were written"
-        )
     sites = log.named_sites()
     if not sites:
         raise AnalysisError(
@@ -87,6 +90,7 @@ def read_history(log: RunLog) -> History:
     return History(
         steps=steps,
         loss=loss,
+        lr=_read_lr(log, steps),
         clamping=_to_clamping(clamped, known, steps, sites),
         names=[(site.site, site.fqn, site.role) for site in sites],
         sqnr_db=_read_sqnr(log, sites),
@@ -105,6 +109,15 @@ def _read_loss(log: RunLog) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     return np.array(steps, dtype=np.int64), np.array(losses, dtype=np.float64)
 
 
+def _read_lr(log: RunLog, steps: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """Return the learning rate of each step, that which was recorded last."""
+    rows = log.sql("SELECT step, lr FROM steps WHERE lr IS NOT NULL AND isfinite(lr)")
+    if not rows.num_rows:
+        return None
+    lr = dict(zip(rows["step"].to_pylist(), rows["lr"].to_pylist(), strict=True))
+    return np.array([lr.get(step, np.nan) for step in steps.tolist()])
+
+
 def _judge_steps(
     steps: NDArray[np.int64], clamped: NDArray[np.int64], known: NDArray[np.bool_]
 ) -> tuple[list[str], list[str]]:
@@ -113,15 +126,17 @@ def _judge_steps(
     every, left_out = len(np.unique(clamped)), len(np.unique(clamped[~known]))
     if left_out:
         said = (
-            f"Of the {every:,} steps at which anything was clamped, {left_out:,} have no recorded "
-            "loss, or the run went back behind them, and are left out"
+            f"Of the {counted(every, 'step')} at which anything was clamped, "
+            f"{counted(left_out, 'has', 'have')} no recorded loss, or the run went back behind "
+            f"{'it, and is' if left_out == 1 else 'them, and are'} left out"
         )
         too_many = left_out > MOST_LEFT_OUT * every
         remedy = ": give `recorder.step` the loss of every step." if too_many else "."
         (refusals if too_many else notes).append(said + remedy)
     gaps = int(np.sum(np.diff(steps) != 1))
     if gaps:
-        said = f"{gaps:,} of {len(steps):,} recorded losses do not follow on the step before"
+        said = f"{gaps:,} of {counted(len(steps), 'recorded loss', 'recorded losses')} "
+        said += f"{'does' if gaps == 1 else 'do'} not follow on the step before"
         if gaps > MOST_GAPS * len(steps):
             refusals.append(
                 f"{said}, so that a lag is no number of steps: give `recorder.step` the loss of "

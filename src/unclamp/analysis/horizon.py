@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 from unclamp.analysis.reading import Reading
 from unclamp.names import ROLES, SiteName
 from unclamp.runlog import RunLog
+from unclamp.written import counted
 
 Stop = Literal[
     "",
@@ -170,8 +171,8 @@ class Horizon:
             return ""
         near, far = self.asked[0], self.asked[-1]
         return (
-            f"A replay from step {near.step} takes {near.steps} steps, and one from step "
-            f"{far.step} takes {far.steps}."
+            f"A replay from step {near.step} takes {counted(near.steps, 'step')}, and one from "
+            f"step {far.step} takes {far.steps}."
         )
 
 

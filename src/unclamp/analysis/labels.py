@@ -1,7 +1,7 @@
-"""What to call the replays of an explanation that are worth a look."""
+"""What to call the replays of an explanation that are worth a look, and columns of its sites."""
 
 from unclamp.analysis.counterfactual import Counterfactual, Question
-from unclamp.analysis.explanation import Explanation
+from unclamp.analysis.explanation import Explanation, Verdict
 
 LEADING_SITES = 4
 """Leading sites whose own counterfactual, only this one un-clamped, has a name."""
@@ -35,6 +35,11 @@ def named_counterfactuals(found: Explanation) -> list[tuple[str, Counterfactual]
             whole = _WHOLE[question.kind]
             told.append((*whole, each))
     return [(label, each) for _, label, each in sorted(told, key=lambda one: one[0])]
+
+
+def ways(verdict: Verdict | None) -> tuple[str, str]:
+    """Return what a site is where it is mended and where it is not, after "only it"."""
+    return ("in blocks", "as it was") if verdict == "underflow" else ("free", "clamped")
 
 
 _WHOLE = {

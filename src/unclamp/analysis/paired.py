@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from unclamp.errors import AnalysisError
+from unclamp.written import signed
 
 LEVEL = 0.95
 ROUNDING = 4 * float(np.finfo(np.float64).eps)
@@ -60,6 +61,25 @@ class PairedDifference:
         if self.interval is None:
             return math.nan
         return (self.interval[1] - self.interval[0]) / 2
+
+    def differs_among(self, comparisons: int) -> bool:
+        """Return whether the mean is told from 0 with so many comparisons counted (Bonferroni).
+
+        Any of several intervals may leave out 0 by chance, so each must do so at its level's
+        share of the error, `(1 - level) / comparisons`.
+
+        Example:
+            >>> found = paired_difference([2.5, 2.61, 2.42], [2.4, 2.5, 2.33])
+            >>> found.differs_among(1), found.differs_among(100)
+            (True, False)
+        """
+        if self.interval is None or self.verdict != "differs":
+            return False
+        from scipy.special import stdtr, stdtrit  # noqa: PLC0415  # slow to load, seldom needed
+
+        free = self.pairs - 1
+        statistic = abs(self.mean) / self.resolution * float(stdtrit(free, (1 + self.level) / 2))
+        return 2 * float(stdtr(free, -statistic)) * comparisons <= 1 - self.level
 
 
 def paired_difference(
@@ -121,8 +141,13 @@ def _t_interval(differences: np.ndarray, level: float) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def difference_in_words(found: PairedDifference, *, own: str, other: str) -> str:
+def difference_in_words(
+    found: PairedDifference, *, own: str, other: str, comparisons: int = 1
+) -> str:
     """Say a difference over seeds, and what so many seeds can show; no full stop at its end.
+
+    With `comparisons`, how many were made in all, it is called one only if it remains one with
+    all of them counted.
 
     Example:
         >>> found = paired_difference([2.50, 2.61, 2.42], [2.51, 2.61, 2.43])
@@ -135,15 +160,17 @@ def difference_in_words(found: PairedDifference, *, own: str, other: str) -> str
         return f"unknown: {_diverged(found, own, other)}"
     if found.verdict == "equal":
         return f"0 with each of {seeds}: equal in every digit"
-    mean = f"{found.mean:+.3g}"
+    mean = signed(found.mean)
     if found.verdict == "one pair":
         return f"{mean} (one seed: no interval, so whether that is chance cannot be told)"
     if found.interval is None:
         return f"{mean} with each of {seeds}: no spread between seeds, so no interval"
-    low, high = (f"{end:+.3g}" for end in found.interval)
+    low, high = map(signed, found.interval)
     said = f"{mean} ({100 * found.level:g} %: {low} to {high}): "
-    if found.verdict == "differs":
+    if found.differs_among(comparisons):
         return f"{said}{own} differs from {other}, as far as {seeds} can show"
+    if found.verdict == "differs":
+        return f"{said}apart, which among {comparisons} comparisons may be chance"
     would_show = f"a difference over {found.resolution:.2g} would show"
     return f"{said}not distinguishable with {seeds} ({would_show})"
 
@@ -157,13 +184,11 @@ def _diverged(found: PairedDifference, own: str, other: str) -> str:
     return f"of {found.pairs} seeds the loss is not finite, {lost}"
 
 
-def comparisons_in_words(found: Sequence[PairedDifference], other: str) -> list[str]:
-    """Say how many intervals were looked at, if several: each has its own chance to be wrong."""
-    intervals = [each for each in found if each.interval is not None]
-    if len(intervals) < 2:
+def comparisons_in_words(made: int, other: str) -> list[str]:
+    """Say how many intervals were looked at, if several: what is claimed counts all of them."""
+    if made < 2:
         return []
-    level = 100 * intervals[0].level
     return [
-        f"{len(intervals)} arms were compared with {other}, each at {level:g} %: if all were "
-        f"equal to it, {100 - level:g} in 100 of such comparisons would still say that they differ."
+        f"{made} comparisons with {other} were made; what is called a difference here remains one "
+        f"with all of them counted (Bonferroni, {100 * LEVEL:g} %)."
     ]

@@ -76,10 +76,10 @@ def make_response(loss: NDArray[np.float64], in_spike: NDArray[np.bool_]) -> Res
     values = np.where(finite, loss, 1.0)
     values = np.log(values) if is_relative else values
     values = np.where(finite, values, np.nan)
-    excess = values - _running_median(values, LEVEL_STEPS)
+    excess = values - running_median(values, LEVEL_STEPS)
     highest = np.nanmax(excess)
     excess = np.where(np.isfinite(excess), excess, highest)
-    spread = _running_median(np.abs(excess), SPREAD_STEPS)
+    spread = running_median(np.abs(excess), SPREAD_STEPS)
     # Where most of the loss repeats itself the median is 0: a rounding error of its size is less
     # than any step of it, and small enough to divide by.
     size = max(float(np.max(np.abs(excess))), float(np.max(np.abs(values[finite]))))
@@ -104,7 +104,7 @@ def _later(values: NDArray, lag: int) -> NDArray:
     return moved
 
 
-def _running_median(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+def running_median(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     """Return the centred running median, NaN left out; the window narrows at the ends."""
     half = width // 2
     padded = np.pad(values, half, constant_values=np.nan)

@@ -10,7 +10,9 @@ a learning-rate drop is a spike, and neither ten steps nor a slow rise become th
 Limit: the interquartile range of the last errors gives a standard deviation; how far the outer
 errors exceed those of a normal distribution raises the limit. So noise with heavy tails raises it
 by itself. Errors of spikes enter neither, nor do errors beyond the noise in either direction, and
-the rest enter with a delay. Below `MIN_HEIGHT` nothing is a spike, however quiet the series.
+the rest enter with a delay. Where values are written with few decimals, a rise also has to exceed
+`GRID_STEPS` steps of the last one (`resolution`). Below `MIN_HEIGHT` nothing is a spike, however
+quiet the series.
 
 Positive series are judged in logarithms, where a ratio is a difference and noise is the same at
 every level. A series that has been zero or below has no ratios and is judged as it is.
@@ -28,6 +30,7 @@ from statistics import NormalDist
 import numpy as np
 
 from unclamp.analysis.definitions import ROUNDING, Judged
+from unclamp.analysis.resolution import Resolution
 
 LEVEL_POINTS = 5
 BASE_POINTS = 31
@@ -57,13 +60,17 @@ LARGEST_TAIL_RISE = math.log(8.0)
 """Heavy tails raise the limit of a positive series to this at most: where many steps are mildly
 raised, their product with a wide spread would be a limit that no spike reaches. What the spread
 alone asks for stays."""
-_NORMAL_IQR = 1.349
+GRID_STEPS = 3.0
+"""A rise by as many steps of the last written digit, or fewer, may be rounding."""
+NORMAL_IQR = 1.349
+_ROUNDING_SPREAD = 6**-0.5
+"""Standard deviation of the difference of two rounded values, in steps of the grid."""
 _END_SHARE = 0.5
 _LARGEST_EXPONENT = 700.0
 _MIN_RISE = math.log(MIN_HEIGHT)
 
 
-class _Window:
+class RunningWindow:
     """The last `size` numbers, in order of arrival and sorted."""
 
     def __init__(self, size: int) -> None:
@@ -72,6 +79,7 @@ class _Window:
         self.sorted: list[float] = []
 
     def add(self, number: float) -> None:
+        """Take in a number; the oldest of more than `size` is forgotten."""
         if len(self.arrived) == self.size:
             oldest = self.arrived.popleft()
             del self.sorted[bisect_left(self.sorted, oldest)]
@@ -79,6 +87,7 @@ class _Window:
         insort(self.sorted, number)
 
     def median(self) -> float:
+        """Return the median of what is there, one number at least."""
         count = len(self.sorted)
         return (self.sorted[(count - 1) // 2] + self.sorted[count // 2]) / 2
 
@@ -111,7 +120,7 @@ def _spread_and_excess(errors: list[float]) -> tuple[float, float]:
     count = len(errors)
     outer = _outer(count)
     tail = max(sum(errors[-outer:]), -sum(errors[:outer])) / (outer * _NORMAL_TAILS[count])
-    spread = (errors[(3 * count) // 4] - errors[count // 4]) / _NORMAL_IQR
+    spread = (errors[(3 * count) // 4] - errors[count // 4]) / NORMAL_IQR
     if spread <= 0:  # most errors are equal, as of losses printed with few digits
         return max(tail, 0.0), 1.0
     return spread, min(max(tail / (TAIL_SLACK * spread), 1.0), LARGEST_EXCESS)
@@ -137,6 +146,7 @@ class SpikeDetector:
         self.spike = -1
         self.level = self.limit = self.spread = math.nan
         self._count = 0
+        self._resolution = Resolution()
         self._logarithmic = True
         self._forget()
         self._floor = math.nan
@@ -145,10 +155,10 @@ class SpikeDetector:
         self._length = 0
 
     def _forget(self) -> None:
-        self._calm = _Window(LEVEL_POINTS)
-        self._base = _Window(BASE_POINTS)
-        self._drift = _Window(DRIFT_POINTS)
-        self._errors = _Window(ERROR_POINTS)
+        self._calm = RunningWindow(LEVEL_POINTS)
+        self._base = RunningWindow(BASE_POINTS)
+        self._drift = RunningWindow(DRIFT_POINTS)
+        self._errors = RunningWindow(ERROR_POINTS)
         self._waiting: deque[float] = deque()
         self._raw: deque[float] = deque(maxlen=ERROR_POINTS + LEVEL_POINTS)
 
@@ -159,6 +169,8 @@ class SpikeDetector:
         """
         if not math.isfinite(value):
             return True
+        self._resolution.add(value)
+        value = self._resolution.unrounded(value) if self._logarithmic else value
         if self._logarithmic and value <= 0:
             self._leave_logarithms()
         number = math.log(value) if self._logarithmic else value
@@ -191,9 +203,9 @@ class SpikeDetector:
     def _settle(self) -> None:
         """Take the spike's last values for the level from now on."""
         self._settled = True
-        self._calm = _Window(LEVEL_POINTS)
-        self._base = _Window(BASE_POINTS)
-        self._drift = _Window(DRIFT_POINTS)
+        self._calm = RunningWindow(LEVEL_POINTS)
+        self._base = RunningWindow(BASE_POINTS)
+        self._drift = RunningWindow(DRIFT_POINTS)
         for number in self._last:
             self._calm.add(number)
             self._base.add(number)
@@ -228,12 +240,20 @@ class SpikeDetector:
         if count < FIRST_ERRORS:
             return expected, math.nan, math.inf
         spread, excess = _spread_and_excess(errors)
+        grid = self._grid_at(expected)
+        spread = max(spread, _ROUNDING_SPREAD * grid)
         power = TAIL_POWER * count / (count + TAIL_DOUBT)
         noise = self.threshold * spread * (1 + SMALL_SAMPLE / count)
         raised = noise * excess**power
         if self._logarithmic:
             raised = min(raised, LARGEST_TAIL_RISE * self.threshold / THRESHOLD)
-        return expected, spread, max(noise, raised, ROUNDING * abs(expected))
+        steps = math.log1p(GRID_STEPS * grid) if self._logarithmic else GRID_STEPS * grid
+        return expected, spread, max(noise, raised, steps, ROUNDING * abs(expected))
+
+    def _grid_at(self, expected: float) -> float:
+        """Return the step of the last written digit, in a positive series as share of the level."""
+        grid = self._resolution.grid
+        return grid / max(math.exp(expected), 1e-300) if self._logarithmic and grid else grid
 
     def _least_rise(self, expected: float) -> float:
         return _MIN_RISE if self._logarithmic else ROUNDING * abs(expected)
@@ -243,7 +263,7 @@ class SpikeDetector:
         spread, _ = _spread_and_excess(self._errors.sorted)
         bound = 2 * self.threshold * spread
         kept = [error for error in self._errors.arrived if abs(error) <= bound]
-        self._errors = _Window(ERROR_POINTS)
+        self._errors = RunningWindow(ERROR_POINTS)
         for error in kept:
             self._errors.add(error)
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from unclamp.analysis.association import SiteEvidence
+from unclamp.analysis.ranking import SiteEvidence
+from unclamp.written import counted
 
 MOST_NAMED = 5
 """Further named sites are counted, not worded."""
@@ -54,11 +53,27 @@ def describe(finding: Finding) -> list[str]:
         _answer(finding),
         *finding.notes,
         *_named(finding),
+        *_doubted(finding),
         *_cleared(finding),
         *_uncleared(finding),
         *_power(finding),
         _caution(finding),
     ]
+
+
+def without_casts(*, is_over: bool, is_plain: bool) -> str:
+    """Return what there is to say of a run that recorded no cast; `is_plain`, as was meant."""
+    if is_over and not is_plain:
+        return (
+            "Cannot tell: no cast was recorded, and whether the run trained in FP8 is not in its "
+            "log."
+        )
+    if is_over:
+        return "Nothing was cast in this run: it trained without FP8, so nothing was clamped."
+    return (
+        "Cannot tell: no cast was recorded yet; the run trains without FP8, or it stopped before "
+        "its first casts were written."
+    )
 
 
 def change_in_words(value: float, *, is_relative: bool) -> str:
@@ -95,18 +110,22 @@ def _answer_without_sites(finding: Finding) -> str:
     if finding.refusal is not None:
         return f"Cannot tell: {finding.refusal}"
     nothing = "FP8 would have clamped nothing" if finding.is_observed else "Nothing was clamped"
-    said = f"{nothing} at any of the {finding.all_sites} sites"
-    return f"{said} in the {finding.steps:,} steps with a loss." if finding.notes else f"{said}."
+    said = f"{nothing} at any of the {counted(finding.all_sites, 'site')}"
+    return (
+        f"{said} in the {counted(finding.steps, 'step')} with a loss."
+        if finding.notes
+        else f"{said}."
+    )
 
 
 def _answer(finding: Finding) -> str:
-    asked = f"{_count(finding.spikes, 'spike')} in {finding.steps:,} steps"
-    clamped = f"{len(finding.sites)} of {finding.all_sites} sites {_clamped(finding)}"
+    asked = f"{counted(finding.spikes, 'spike')} of the loss in {counted(finding.steps, 'step')}"
+    clamped = f"{len(finding.sites)} of {counted(finding.all_sites, 'site')} {_clamped(finding)}"
     if finding.verdict == "cannot tell":
         return f"Cannot tell: {asked}; {clamped}. {_why_not(finding)}"
     if finding.verdict == "none":
         return f"No evidence that clamping goes with spikes or a raised loss: {asked}; {clamped}."
-    named = _count(sum(site.by is not None for site in finding.sites), "site")
+    named = counted(sum(site.by is not None for site in finding.sites), "site")
     if finding.is_observed:
         return (
             f"At {named} FP8 would have clamped before spikes, or before a raised loss, more often "
@@ -131,11 +150,13 @@ def _why_not(finding: Finding) -> str:
             f"differ, and it takes {finding.shifts_needed}; a longer run or spikes at irregular "
             "steps would do."
         )
+    if any(site.doubt for site in finding.sites):
+        return "Only a shared schedule or place links them."
     if finding.spikes and finding.loss_needed is not None:
         left = sum(not site.cleared for site in finding.sites)
         return (
             f"Clamping before {_every(finding.spikes)} would not be enough to name a typical site, "
-            f"and the loss after clamping does not clear {_count(left, 'site')}."
+            f"and the loss after clamping does not clear {counted(left, 'site')}."
         )
     return "It takes three spikes or a varying loss, and a site that clamped at three steps."
 
@@ -144,17 +165,19 @@ def _named(finding: Finding) -> list[str]:
     named = [site for site in finding.sites if site.by is not None]
     said = [_evidence(site, finding) for site in named[:MOST_NAMED]]
     if len(named) > MOST_NAMED:
-        said.append(f"{len(named) - MOST_NAMED} more sites are named in the table.")
+        more = counted(len(named) - MOST_NAMED, "more site is", "more sites are")
+        said.append(f"{more} named in the table.")
     return said
 
 
 def _evidence(site: SiteEvidence, finding: Finding) -> str:
     """Return one named site: first what it is named by, then the rest."""
-    ahead = "" if site.lag is None else f", mostly {_count(site.lag, 'step')} ahead"
+    ahead = "" if site.lag is None else f", mostly {counted(site.lag, 'step')} ahead"
     spikes = (
-        f"{_clamped(finding)} before {site.hits} of {_count(finding.spikes, 'spike')}, "
-        f"{site.expected_hits:.1f} expected by chance{ahead}; of the {site.clamped_steps:,} steps "
-        f"at which it {_clamped(finding)}, {site.followed:,} were followed by a spike within "
+        f"{_clamped(finding)} before {site.hits} of {counted(finding.spikes, 'spike')}, "
+        f"{site.expected_hits:.1f} expected by chance{ahead}; of the "
+        f"{counted(site.clamped_steps, 'step')} at which it {_clamped(finding)}, "
+        f"{counted(site.followed, 'was', 'were')} followed by a spike within "
         f"{finding.max_lag}"
     )
     loss = "how the loss moves just after them is unknown"
@@ -169,6 +192,33 @@ def _evidence(site: SiteEvidence, finding: Finding) -> str:
     return f"{site.fqn} {site.role} (p = {site.p:.3f}): {'; '.join(said)}."
 
 
+def _doubted(finding: Finding) -> list[str]:
+    """Say of which sites a schedule may be the link, one sentence for each schedule."""
+    said = []
+    doubted = [site for site in finding.sites if site.doubt]
+    for doubt, period in dict.fromkeys((site.doubt, site.period) for site in doubted):
+        like = [site for site in doubted if (site.doubt, site.period) == (doubt, period)]
+        where = ", ".join(f"{site.fqn} {site.role}" for site in like[:WORST])
+        more = f" and {len(like) - WORST} more" if len(like) > WORST else ""
+        clamping = f"clamping at {where}{more}"
+        if doubt == "period":
+            said.append(
+                f"Loss and {clamping} both repeat every {period} steps: whether one follows the "
+                "other cannot be told from this run."
+            )
+        elif doubt == "learning rate":
+            said.append(
+                f"Loss and {clamping} change together only where the learning rate jumps: whether "
+                "one follows the other cannot be told from this run."
+            )
+        else:
+            said.append(
+                f"Loss and {clamping} rise together in too few places of the run: one change of "
+                "the data or of the learning rate at each would do that too."
+            )
+    return said
+
+
 def _cleared(finding: Finding) -> list[str]:
     """Say which clamping is shown to be harmless, by the worst that it may have done."""
     rest = [site for site in finding.sites if site.cleared]
@@ -180,8 +230,8 @@ def _cleared(finding: Finding) -> list[str]:
     return [
         f"Harmless as far as this run can show: {casts:,} clamped casts at "
         f"{len(rest):,}{other} site{'' if len(rest) == 1 else 's'}. The loss just after them rose "
-        f"by at most {_change(max(_highest(worst), 0.0), finding)} (95 %), at {worst.fqn} "
-        f"{worst.role}."
+        f"by at most {_change(max(_highest(worst), 0.0), finding)}, at {worst.fqn} {worst.role}; "
+        "such bounds hold for all sites of this run at once in 95 % of runs."
     ]
 
 
@@ -189,7 +239,7 @@ def _uncleared(finding: Finding) -> list[str]:
     """Say how many sites this run neither names nor clears, and the one nearest to a name."""
     if not finding.enough or finding.is_observed:
         return []
-    rest = [site for site in finding.sites if site.by is None and not site.cleared]
+    rest = [s for s in finding.sites if s.by is None and not s.cleared and not s.doubt]
     if not rest:
         return []
     worst = rest[0]  # sites come strongest evidence first
@@ -200,7 +250,7 @@ def _uncleared(finding: Finding) -> list[str]:
         )
     before = ""
     if finding.spikes:
-        before = f", before {worst.hits} of {_count(finding.spikes, 'spike')}"
+        before = f", before {worst.hits} of {counted(finding.spikes, 'spike')}"
     are = "site is" if len(rest) == 1 else "sites are"
     return [
         f"{len(rest):,} {are} neither named nor cleared; strongest: {worst.fqn} {worst.role}, "
@@ -209,7 +259,7 @@ def _uncleared(finding: Finding) -> list[str]:
 
 
 def _highest(site: SiteEvidence) -> float:
-    return math.inf if site.high is None else site.high
+    return math.inf if site.bound is None else site.bound
 
 
 def _power(finding: Finding) -> list[str]:
@@ -218,7 +268,7 @@ def _power(finding: Finding) -> list[str]:
     said = []
     if finding.spikes == 0:
         said.append(
-            "There were no spikes: only whether the loss is raised after clamping was asked."
+            "There were no spikes of the loss: only whether it is raised after clamping was asked."
         )
     elif finding.spikes_needed is None:
         said.append(
@@ -228,7 +278,7 @@ def _power(finding: Finding) -> list[str]:
     else:
         said.append(
             f"A typical site, one that clamps as often as the median site here, would be named if "
-            f"it clamped before {finding.spikes_needed} of the {_count(finding.spikes, 'spike')}."
+            f"it clamped before {finding.spikes_needed} of the {counted(finding.spikes, 'spike')}."
         )
     if finding.loss_needed is not None and not finding.is_observed:
         said.append(_loss_power(finding, finding.loss_needed))
@@ -258,15 +308,15 @@ def _caution(finding: Finding) -> str:
     )
     least = ""
     if noisy:
-        least = "; by sqnr_db " + ", ".join(
+        least = "; by SQNR " + ", ".join(
             f"{s.fqn} {s.role} ({s.sqnr_db:.1f} dB)" for s in noisy[:WORST]
         )
     if finding.is_observed:
         return f"Worst by the mean clamp error that FP8 would have made: {listed}{least}."
     return (
         "Clamping can also do harm that the training loss does not show (arXiv 2605.26189): look "
-        "at the columns saturated_error and sqnr_db of `casts`; worst by mean clamp error: "
-        f"{listed}{least}."
+        "at clamp error and SQNR (columns saturated_error and sqnr_db of `casts`); worst by mean "
+        f"clamp error: {listed}{least}."
     )
 
 
@@ -276,7 +326,3 @@ def _change(value: float, finding: Finding) -> str:
 
 def _every(spikes: int) -> str:
     return "the one spike" if spikes == 1 else f"all of {spikes:,} spikes"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

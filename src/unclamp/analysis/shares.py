@@ -94,7 +94,10 @@ def spike_share(share: float | None) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a fraction as percent: whole from 1 % on, below with two figures."""
+    """Return a fraction as percent: whole from 1 % on, below with two figures.
+
+    Chaos moves a share by more than the third figure that `written.percent` gives.
+    """
     value = 100 * share
     if not math.isfinite(value):
         return "?"

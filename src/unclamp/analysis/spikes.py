@@ -1,7 +1,7 @@
 """Where a series jumps up: spikes by any definition, with onset, peak, end and recovery.
 
 A definition judges points (`robust`, `definitions`); here their points become spikes, and
-non-finite ones are added. Reading files is for `curves`.
+non-finite ones are added. Reading files is for `curves`, slow rises are for `divergences`.
 
 `robust`, the default, is causal: whether a step belongs to a spike depends on no later step, so
 `SpikeDetector` says the same of a run while it goes on. Only `end` and `recovery` need the rest.
@@ -22,8 +22,9 @@ from unclamp.analysis.definitions import (
     judge_olmo_core,
     judge_zclip,
 )
+from unclamp.analysis.resolution import has_ratios
 from unclamp.analysis.robust import THRESHOLD, judge_robust
-from unclamp.errors import AnalysisError
+from unclamp.errors import AnalysisError, did_you_mean
 from unclamp.files import strict
 from unclamp.runlog import RunLog
 
@@ -44,7 +45,8 @@ class Spike:
         recovery: First step after the end at which the series is back at the level before the
             onset, within two standard deviations; None if it is not in the data.
         height: Peak over level, a ratio; Inf for a non-finite peak; NaN for a series that is
-            somewhere zero or below, where a ratio says nothing.
+            somewhere zero or below, where a ratio says nothing. A zero of a series written with
+            two decimals or more is half a step of the last one.
         sigmas: Peak minus level in the definition's standard deviations; Inf for a non-finite
             peak; NaN where the definition has none (Megatron).
         level: The value that was expected at the onset; NaN if too little came before it.
@@ -166,7 +168,7 @@ def find_spikes(
     judged = _judge(numbers[finite], method, threshold)
     spike = np.full(len(numbers), -1)
     spike[finite] = judged.spike
-    has_ratio = bool(np.all(numbers[finite] > 0))
+    has_ratio = has_ratios(numbers[finite].tolist())
     found = []
     for begin, stop in _runs(numbers, spike):
         level, spread = _expected_at(begin, judged, finite)
@@ -217,7 +219,7 @@ def smallest_height(
     numbers = numbers[np.isfinite(numbers)]
     judged = _judge(numbers, method, threshold)
     known = np.isfinite(judged.limit)
-    if not known.any() or not np.all(numbers > 0):
+    if not known.any() or not has_ratios(numbers.tolist()):
         return math.nan
     level = judged.level[known]
     noise = np.exp(2 * np.nan_to_num(judged.spread[known] / level))
@@ -226,7 +228,8 @@ def smallest_height(
 
 def _judge(numbers: np.ndarray, method: str, threshold: float | None) -> Judged:
     if method not in DEFINITIONS:
-        raise AnalysisError(f"expected a method of {list(DEFINITIONS)}, got {method!r}")
+        hint = did_you_mean(method, DEFINITIONS)
+        raise AnalysisError(f"expected a method of {list(DEFINITIONS)}, got {method!r}{hint}")
     definition = DEFINITIONS[method]
     if threshold is None:
         threshold = definition.threshold

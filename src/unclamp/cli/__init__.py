@@ -18,7 +18,7 @@ from unclamp.cli import (  # noqa: F401  (they register)
     spikes,
     study,
 )
-from unclamp.cli.app import USER_ERROR, app
+from unclamp.cli.app import USER_ERROR, app, show_warnings_as_lines
 from unclamp.errors import UnclampError
 from unclamp.version import __version__
 
@@ -40,6 +40,7 @@ def _options(
 
 def main() -> None:
     """Run the command line; the entry point `unclamp`."""
+    show_warnings_as_lines()
     try:
         app()
     except UnclampError as error:

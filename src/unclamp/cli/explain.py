@@ -31,9 +31,12 @@ def explain(
     ] = "site",
     leading: Annotated[int, typer.Option(help="Sites replayed by themselves.")] = 12,
     build: Annotated[
-        str | None, typer.Option(help="MODULE:FUNCTION that makes the training.")
+        str | None,
+        typer.Option(help="MODULE:FUNCTION (or FILE.py:...) that makes the training."),
     ] = None,
-    step: Annotated[str | None, typer.Option(help="MODULE:FUNCTION that does a step.")] = None,
+    step: Annotated[
+        str | None, typer.Option(help="MODULE:FUNCTION (or FILE.py:...) that does a step.")
+    ] = None,
     anyway: Annotated[
         bool,
         typer.Option("--anyway", help="Go on though code has changed or losses do not come back."),

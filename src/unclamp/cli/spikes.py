@@ -16,7 +16,7 @@ from unclamp.files import to_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from unclamp.analysis import Spike
+    from unclamp.analysis import Curve, Divergence, Spike
 
 
 MOST_DECIMAL = 1000.0
@@ -46,7 +46,8 @@ def spikes(
     path: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a run; or CSV, JSON lines, trainer_state.json, TensorBoard events."
+            help="Folder of a run; or CSV, JSON lines, trainer_state.json, TensorBoard events, "
+            "a console log."
         ),
     ],
     method: Annotated[Method, typer.Option(help="Definition of a spike.")] = Method.ROBUST,
@@ -60,11 +61,11 @@ def spikes(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the upward spikes of a run's loss and gradient norm.
+    """List the upward spikes of a run's loss and gradient norm, and slow divergences of the loss.
 
     The number of a spike of the loss is the K of `unclamp explain RUN --spike K`.
     """
-    from unclamp.analysis import find_spikes, read_curve  # noqa: PLC0415
+    from unclamp.analysis import find_divergences, find_spikes, read_curve  # noqa: PLC0415
 
     curve = read_curve(path, column=column)
     names = [name for name in curve.series if series in (Series.BOTH, name)]
@@ -83,17 +84,42 @@ def spikes(
         for name in names
     }
     ordered = sorted((s for each in found.values() for s in each), key=lambda spike: spike.onset)
+    # Of the loss alone: a healthy gradient norm may rise slowly.
+    drifts = [
+        drift
+        for name in names
+        if name == "loss"
+        for drift in find_divergences(curve.series[name], steps=curve.steps, series=labels[name])
+    ]
     if as_json:
-        typer.echo(to_json([spike.to_dict() for spike in ordered]))
+        each = sorted([*ordered, *drifts], key=lambda one: one.onset)
+        typer.echo(to_json([one.to_dict() | _place(curve, one) for one in each]))
         return
     typer.echo(f"{curve.source}: {', '.join(curve.columns[name] for name in names)}", err=True)
     if ordered:
-        _print_table(ordered)
+        _print_table(ordered, curve)
+    for note in curve.notes:
+        typer.echo(note)
+    for drift in drifts:
+        typer.echo(_drift_in_words(curve, drift))
     for name in names:
         typer.echo(_in_words(labels[name], curve.series[name], found[name], method, threshold))
 
 
-def _print_table(found: "list[Spike]") -> None:
+def _place(curve: "Curve", found: "Spike | Divergence") -> dict[str, str]:
+    """Return what the source calls the onset, where it does not count steps through."""
+    return {"place": curve.places[found.onset]} if curve.places else {}
+
+
+def _drift_in_words(curve: "Curve", drift: "Divergence") -> str:
+    from unclamp.analysis.divergences import divergence_in_words  # noqa: PLC0415
+
+    return divergence_in_words(
+        drift, at=lambda step: curve.places[step] if curve.places else f"step {step}"
+    )
+
+
+def _print_table(found: "list[Spike]", curve: "Curve") -> None:
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(box=None)
@@ -102,6 +128,8 @@ def _print_table(found: "list[Spike]") -> None:
     for name in ("onset", "peak", "end", "recovery", "height", "sigmas"):
         table.add_column(name, justify="right")
     table.add_column("kind")
+    if curve.places:
+        table.add_column("place of the onset")
     for spike in found:
         recovery = "never" if spike.recovery is None else str(spike.recovery)
         table.add_row(
@@ -112,6 +140,7 @@ def _print_table(found: "list[Spike]") -> None:
             _times(spike.height) if math.isfinite(spike.height) else "-",
             f"{spike.sigmas:.1f}" if math.isfinite(spike.sigmas) else "-",
             spike.kind,
+            *_place(curve, spike).values(),
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

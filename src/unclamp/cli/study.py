@@ -3,28 +3,51 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import tomli_w
 import typer
 from rich.console import Console
 
 from unclamp.cli.app import INTERRUPTED, JsonFlag, app
+from unclamp.cli.interrupt import leaving_at_ctrl_c
 from unclamp.cli.report import show_report
-from unclamp.errors import UnclampError
+from unclamp.errors import StudyError, UnclampError
+from unclamp.files import to_json
+from unclamp.formats import unknown_name
 
 if TYPE_CHECKING:
     from unclamp.study.config import StudyConfig
+
+QUICK_OUT, WHOLE_OUT = Path("runs/quick"), Path("runs/study")
+QUICK_ARMS = ("dynamic", "delayed", "guarded")
+QUICK_STEPS = 70
+"""Two planted steps, at 40 and 60, and some steps after them."""
 
 
 @app.command()
 def study(
     out: Annotated[
-        Path, typer.Option(help="Folder of the study; resumed if it is the same.")
-    ] = Path("runs/study"),
-    config: Annotated[Path | None, typer.Option(help="Study file in TOML.")] = None,
+        Path | None,
+        typer.Option(
+            help="Folder of the study; resumed if it is the same.",
+            show_default="runs/study, or runs/quick",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="A first look in about a minute: one scenario, one seed, the arms dynamic, "
+            "delayed and guarded. Other options override it.",
+        ),
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Study file in TOML, as --print-config prints it.")
+    ] = None,
     scenario: Annotated[
         list[str] | None, typer.Option(help="text or outlier; may be repeated.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps a run.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0, 1, ...")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = None,
     arm: Annotated[
         list[str] | None, typer.Option("--arm", help="Only these arms; may be repeated.")
     ] = None,
@@ -36,7 +59,12 @@ def study(
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side; one a core.")] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the default study file and stop.")
+        bool,
+        typer.Option(
+            "--print-config",
+            help="Print the study that these options make, as a study file (with --json as JSON), "
+            "and stop.",
+        ),
     ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="An override or skip glob without a match is an error.")
@@ -44,36 +72,80 @@ def study(
     as_json: JsonFlag = False,
 ) -> None:
     """Train every arm on the same batches, compare, and write a page."""
+    with leaving_at_ctrl_c("Interrupted: nothing was trained."):
+        if quick and config is not None:
+            raise StudyError(
+                "--quick is a study of its own: leave out --config, or shorten that study with "
+                "--scenario, --seeds, --steps and --arm"
+            )
+        changes = {
+            "scenarios": scenario or None,
+            "steps": steps,
+            "seeds": None if seeds is None else list(range(seeds)),
+            "arms": arm or None,
+        }
+        if quick:
+            changes = _quick(hf_model) | {k: v for k, v in changes.items() if v is not None}
+        made = _make(config, changes, text=text, hf_model=hf_model, strict=strict)
+        if print_config:
+            _print_config(made, as_json=as_json)
+            return
+        folder = out or (QUICK_OUT if quick else WHOLE_OUT)
+        if quick:
+            _say_quick(made)
+        is_finished = _run_study(made, folder, jobs)
+    if not is_finished:
+        raise typer.Exit(INTERRUPTED)
+    with leaving_at_ctrl_c(
+        f"Interrupted: all runs are kept, the page is not written; unclamp report {folder} does it."
+    ):
+        show_report(folder, as_json=as_json)
+    if as_json:
+        _say(f"The page: {folder / 'report.html'}")
+    if quick and len(made.seeds) == 1:
+        _say("With one seed nothing can be said about small differences: unclamp study has three.")
+
+
+def _quick(hf_model: str | None) -> dict[str, Any]:
+    """Return what a first look changes of the default study.
+
+    A model of one's own gets plain text: planting would write into its weights, and suits few.
+    """
+    scenario = "outlier" if hf_model is None else "text"
+    return {
+        "scenarios": [scenario],
+        "arms": list(QUICK_ARMS),
+        "seeds": [0],
+        "steps": QUICK_STEPS,
+    }
+
+
+def _make(
+    file: Path | None,
+    changes: dict[str, Any],
+    *,
+    text: list[str] | None,
+    hf_model: str | None,
+    strict: bool,
+) -> "StudyConfig":
     from unclamp.study.config import StudyConfig, default_toml  # noqa: PLC0415
 
-    if print_config:
-        typer.echo(default_toml(), nl=False)
-        return
-    base = StudyConfig.from_toml(default_toml()) if config is None else StudyConfig.load(config)
-    changes: dict[str, Any] = base.to_dict()
-    if scenario:
-        changes["scenarios"] = scenario
-    if steps is not None:
-        changes["steps"] = steps
-    if seeds is not None:
-        changes["seeds"] = list(range(seeds))
-    if arm:
-        changes["arms"] = _chosen(changes["arms"], arm)
+    base = StudyConfig.from_toml(default_toml()) if file is None else StudyConfig.load(file)
+    data: dict[str, Any] = base.to_dict()
+    for key, value in changes.items():
+        if value is not None:
+            data[key] = _chosen(data["arms"], value) if key == "arms" else value
     if text:
-        changes["data"]["text"] = text
+        data["data"]["text"] = text
     if hf_model is not None:
-        changes["model"]["hf_model"] = hf_model
+        data["model"]["hf_model"] = hf_model
     if strict:
-        changes["model"]["strict"] = True
-    _run_study(StudyConfig.from_dict(changes), out, jobs)
-    show_report(out, as_json=as_json)
+        data["model"]["strict"] = True
+    return StudyConfig.from_dict(data)
 
 
 def _chosen(arms: dict[str, Any], wanted: list[str]) -> dict[str, Any]:
     """Keep the wanted arms, and those they start from."""
-    from unclamp.errors import StudyError  # noqa: PLC0415
-    from unclamp.formats import unknown_name  # noqa: PLC0415
-
     for name in wanted:
         if name not in arms:
             raise StudyError(str(unknown_name("arm", name, list(arms))))
@@ -81,12 +153,34 @@ def _chosen(arms: dict[str, Any], wanted: list[str]) -> dict[str, Any]:
     return {name: arm for name, arm in arms.items() if name in needed}
 
 
-def _run_study(config: "StudyConfig", out: Path, jobs: int | None) -> None:
+def _print_config(config: "StudyConfig", *, as_json: bool) -> None:
+    """Print a study file; the default study's as it ships, with its comments."""
+    from unclamp.study.config import StudyConfig, default_toml  # noqa: PLC0415
+
+    if as_json:
+        typer.echo(to_json(config.to_dict()))
+    elif config == StudyConfig.from_toml(default_toml()):
+        typer.echo(default_toml(), nl=False)
+    else:
+        typer.echo(tomli_w.dumps(config.to_dict()), nl=False)
+
+
+def _say_quick(config: "StudyConfig") -> None:
+    seeds = "one seed" if len(config.seeds) == 1 else f"{len(config.seeds)} seeds"
+    what = f"scenario {', '.join(config.scenarios)}, arms {', '.join(config.arms)}, {seeds}"
+    _say(f"A first look, not the whole study: {what}.")
+
+
+def _run_study(config: "StudyConfig", out: Path, jobs: int | None) -> bool:
+    """Train; return whether it came to its end."""
     try:
         from unclamp.study.progress import run_with_progress  # noqa: PLC0415
     except ImportError as error:
         raise UnclampError(
             f"the study needs {error.name}: install it with pip install 'unclamp[hf]'"
         ) from error
-    if not run_with_progress(config, out, jobs=jobs, console=Console(stderr=True)):
-        raise typer.Exit(INTERRUPTED)
+    return run_with_progress(config, out, jobs=jobs, console=Console(stderr=True))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

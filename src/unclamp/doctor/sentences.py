@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from unclamp.doctor.casts import GIVES_INF, GIVES_NAN, MIXED, NOT_SUPPORTED, SATURATES, CastAnswer
 from unclamp.doctor.device import NO_ACCUMULATION, DeviceAnswer
 from unclamp.doctor.matmul import ACCEPTED, NO_CHANGE, REJECTED, WRONG
+from unclamp.written import counted
 
 FATES = {
     GIVES_INF: "turns overflow into Inf, and one Inf spoils a row of a GEMM",
@@ -33,9 +34,10 @@ def sentences(devices: Sequence[DeviceAnswer]) -> Iterator[str]:
 def _of_wrong_numbers(device: DeviceAnswer) -> Iterator[str]:
     for cast in device.casts:
         if cast.clamped_differ:
+            are = "is" if cast.clamped_differ == 1 else "are"
             yield (
-                f"{device.device}: {cast.clamped_differ:,} codes of {cast.format} from "
-                f"{cast.source} are off the reference even after a clamp: do not trust FP8 here."
+                f"{device.device}: {counted(cast.clamped_differ, 'code')} of {cast.format} from "
+                f"{cast.source} {are} off the reference even after a clamp: do not trust FP8 here."
             )
     if wrong := [m.case for m in device.matmul if m.outcome == WRONG]:
         yield f"{device.device}: {device.matmul_api} gives wrong results for {', '.join(wrong)}."

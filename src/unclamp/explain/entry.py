@@ -3,27 +3,30 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from unclamp.analysis.curves import run_losses
 from unclamp.analysis.explanation import Explanation
 from unclamp.analysis.horizon import clamped_before
 from unclamp.analysis.spikes import Spike, find_spikes
-from unclamp.errors import ReplayError
+from unclamp.errors import ReplayError, naming_arguments
 from unclamp.explain.chain import earlier_snapshots
-from unclamp.explain.facts import check_belongs, load_function
+from unclamp.explain.facts import check_belongs, load_functions
 from unclamp.explain.investigate import investigate
 from unclamp.explain.limits import Limits
+from unclamp.explain.script import changes_of
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import find_snapshots, read_facts, read_snapshot
 from unclamp.explain.training import Build, Step, keeping_random_state
 from unclamp.explain.watch import level_before, trains
-from unclamp.runlog import RunLog
+from unclamp.runlog import RunLog, starting_no_run
 
 LEAD = 4
 """Least steps from snapshot to spike that are wished for, as in `Snapshots`."""
 SHOWN_SPIKES = 6
 
 
+@naming_arguments
 def explain_spike(
     run: str | Path,
     spike: int | None = None,
@@ -39,7 +42,8 @@ def explain_spike(
         run: The run's folder, with snapshots below it.
         spike: Its number as `unclamp spikes` shows it (`Spike.number`). Without it the highest
             that has a snapshot; where that follows closely on others, the first of them.
-        build: Makes the training as the run did: a function or "module:function"; what the
+        build: Makes the training as the run did: a function, "module:function", or
+            "FILE.py:function" of a script, which is not run (`unclamp.explain.script`); what the
             snapshot names without it.
         step: Does a step; likewise.
         limits: How much to ask.
@@ -58,13 +62,15 @@ def explain_spike(
     spikes = find_spikes(losses, steps=steps)
     chosen, path = _choose(run, spikes, spike)
     snapshot = read_snapshot(path)
-    builder, stepper = _functions(snapshot, build, step)
     with keeping_random_state():
         arguments = snapshot.facts["arguments"] if build is None else {}
-        training = builder(**arguments)
+        with starting_no_run("a replay is being built"):
+            builder, stepper = _functions(snapshot, build, step)
+            training = builder(**arguments)
         check_belongs(
             snapshot.facts, training.model, build=builder, step=stepper, anyway=limits.anyway
         )
+        changes = changes_of(snapshot.facts) if build is None or step is None else ()
         return investigate(
             training,
             stepper,
@@ -75,7 +81,7 @@ def explain_spike(
             older=earlier_snapshots(find_snapshots(run), snapshot),
             clamped_before=partial(clamped_before, run),
             limits=limits,
-            notes=_about_train(spikes, chosen),
+            notes=(*changes, *_about_train(spikes, chosen)),
             on_progress=on_progress,
         )
 
@@ -146,13 +152,15 @@ def _snapshot_for(spike: Spike, ranges: dict[Path, tuple[int, int]]) -> Path | N
 def _functions(
     snapshot: Snapshot, build: Build | str | None, step: Step | str | None
 ) -> tuple[Build, Step]:
-    found = []
+    found: dict[str, Any] = {}
     for given, key, what in ((build, "build", "build"), (step, "step_function", "step")):
-        name = given if given is not None else snapshot.facts.get(key)
-        if name is None:
+        found[what] = given if given is not None else snapshot.facts.get(key)
+        if found[what] is None:
             raise ReplayError(
                 f"the snapshot does not name a {what} function that another process can find: "
-                f"name it with --{what} MODULE:FUNCTION, or give Snapshots a function of a module"
+                f"name it with --{what} MODULE:FUNCTION (or FILE.py:FUNCTION), or give Snapshots a "
+                "function of a module or of the script's top level"
             )
-        found.append(load_function(name, what) if isinstance(name, str) else name)
-    return found[0], found[1]
+    named = {what: name for what, name in found.items() if isinstance(name, str)}
+    found |= load_functions(named, script=snapshot.facts.get("script"))
+    return found["build"], found["step"]

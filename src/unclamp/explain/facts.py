@@ -11,12 +11,15 @@ import platform
 import textwrap
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from unclamp.errors import RecipeError, ReplayError
+from unclamp.explain.script import load_from_script, script_facts, script_of
 from unclamp.explain.training import Build, Step
 from unclamp.names import SiteName
 from unclamp.nn import Ledger, find_ledgers
@@ -33,13 +36,15 @@ def code_facts(
     *, build: Build | None, step: Step | None, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the facts that stay through a run, as JSON data."""
-    return {
+    facts: dict[str, Any] = {
         "unclamp_version": __version__,
         "build": _name_of(build),
         "step_function": _name_of(step),
         "arguments": dict(arguments),
         "code": fingerprint(build, step),
     }
+    scripts = [path for f in (build, step) if f is not None and (path := script_of(f)) is not None]
+    return facts | ({"script": script_facts(scripts[0])} if scripts else {})
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
@@ -197,20 +202,56 @@ def fingerprint(*functions: Callable[..., Any] | None) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def load_function(name: str, what: str) -> Callable[..., Any]:
-    """Return the function that "module:function" names.
+def load_functions(
+    names: Mapping[str, str], *, script: Mapping[str, Any] | None = None
+) -> dict[str, Callable[..., Any]]:
+    """Return the functions that are named "module:function", or "FILE.py:function".
+
+    Args:
+        names: By what each is: "build", "step".
+        script: The facts of the run's script, if it was one.
 
     Raises:
-        ReplayError: There is none.
+        ReplayError: There is no such function, or it cannot be had without training again.
     """
-    module, colon, path = name.partition(":")
-    if not (module and colon and path):
-        raise ReplayError(f"expected MODULE:FUNCTION for the {what} function, got {name!r}")
+    for what, name in names.items():
+        module, colon, path = name.rpartition(":")
+        if not (module and colon and path):
+            raise ReplayError(
+                f"expected MODULE:FUNCTION for the {what} function, or FILE.py:FUNCTION, got "
+                f"{name!r}"
+            )
+    # Of one script in one go, so that both functions see the same classes and values.
+    files: dict[str, list[str]] = {}
+    for name in names.values():
+        module, _, path = name.rpartition(":")
+        if module.endswith(".py"):
+            files.setdefault(module, []).append(path.partition(".")[0])
+    modules = {
+        file: load_from_script(
+            Path(file).resolve(),
+            tuple(sorted(set(wanted))),
+            facts=script,
+        )
+        for file, wanted in files.items()
+    }
+    return {what: _function(name, what, modules) for what, name in names.items()}
+
+
+def _function(name: str, what: str, scripts: Mapping[str, Any]) -> Callable[..., Any]:
+    module, _, path = name.rpartition(":")
     try:
-        found: Any = import_module(module)
+        found: Any = scripts[module] if module in scripts else import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
+        if module == "__main__":
+            raise ReplayError(
+                f"the {what} function of the run, {path!r}, was defined in a notebook, a shell or "
+                "on standard input, where no other process finds it: call "
+                "unclamp.explain_spike(RUN, build=..., step=...) there, or put the functions into "
+                "a file and name them with --build FILE.py:FUNCTION and --step FILE.py:FUNCTION"
+            ) from error
         raise ReplayError(
             f"cannot find the {what} function {name!r} ({error}): run from where the training "
             "runs, or name it with --build and --step"
@@ -219,6 +260,14 @@ def load_function(name: str, what: str) -> Callable[..., Any]:
 
 
 def _name_of(function: Callable[..., Any] | None) -> str | None:
-    """Return "module:function", None where no other process could find it by that."""
+    """Return "module:function", or "FILE.py:function" for the program's own file.
+
+    None where nobody could find it by that.
+    """
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<")
+    if isinstance(function, MethodType) and not isinstance(function.__self__, type):
+        return None  # its object has no name
+    script = None if function is None else script_of(function)
+    if script is not None:
+        module = str(script)
     return None if "<" in name or module is None else f"{module}:{name}"

@@ -17,7 +17,7 @@ After every replay the answer so far is written.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def investigate(
     older: Iterable[Snapshot] = (),
     clamped_before: Callable[[int], Clamped] | None = None,
     limits: Limits = Limits(),
-    notes: tuple[str, ...] = (),
+    notes: Sequence[str] = (),
     on_progress: Callable[[Explanation], None] = lambda explanation: None,
 ) -> Explanation:
     """Explain a spike by replays from a snapshot, and where too little goes, from older ones.
@@ -72,7 +72,7 @@ def investigate(
         older: Snapshots of earlier steps with all batches up to the spike, the latest first.
         clamped_before: What the run's log says was clamped before a step; None if not known.
         limits: How much to ask.
-        notes: What else a reader must know.
+        notes: What a reader must know whatever the answer is.
         on_progress: Called after each replay with the answer so far.
 
     Returns:
@@ -81,8 +81,7 @@ def investigate(
     Raises:
         ReplayError: The snapshot does not reach the spike or does not fit the training.
     """
-    asked = _Investigation(training, step, snapshot, spike, level, run, limits, on_progress)
-    asked.findings.found = replace(asked.findings.found, notes=notes)
+    asked = _Investigation(training, step, snapshot, spike, level, run, limits, notes, on_progress)
     return asked.run(older, clamped_before)
 
 
@@ -96,6 +95,7 @@ class _Investigation:
         level: float,
         run: Path,
         limits: Limits,
+        notes: Sequence[str],
         on_progress: Callable[[Explanation], None],
     ) -> None:
         if not snapshot.step <= spike.onset <= snapshot.last_step:
@@ -115,18 +115,19 @@ class _Investigation:
             kind=spike.kind,
             snapshot_step=snapshot.step,
             budget=limits.replays,
+            notes=tuple(notes),
             others={},
             underflowed={},
         )
         path = run / f"explain-{spike.onset}.json"
-        self.findings = Findings(found, path=path, on_progress=on_progress)
+        self._findings = Findings(found, path=path, on_progress=on_progress)
         self._from(self._begin(snapshot, self._window))
 
     def run(
         self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
     ) -> Explanation:
         """Ask until all is answered, the budget is spent or Ctrl-C comes."""
-        findings = self.findings
+        findings = self._findings
         try:
             try:
                 self._ask(older, clamped_before)
@@ -143,7 +144,7 @@ class _Investigation:
     def _ask(
         self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
     ) -> None:
-        findings = self.findings
+        findings = self._findings
         if not self._reproduces() and not self._limits.anyway:
             return
         if not self._game.rise > 0:
@@ -162,17 +163,17 @@ class _Investigation:
     def _attribute(self, kind: Change, players: list[Player], whole: float, noise: Noise) -> None:
         """Find who caused how much, and the smallest set that mends it."""
         attribution = Attribution(
-            self._game, self.findings, self._limits, kind=kind, whole=whole, noise=noise
+            self._game, self._findings, self._limits, kind=kind, whole=whole, noise=noise
         )
         causes = attribution.share_out(players)
         recipe = recipe_of(self._snapshot.facts)
-        recommend(self._game, self.findings, kind, causes, whole=whole, noise=noise, recipe=recipe)
+        recommend(self._game, self._findings, kind, causes, whole=whole, noise=noise, recipe=recipe)
 
     # ---- where replays begin ---------------------------------------------------------------
 
     def _begin(self, snapshot: Snapshot, window: Window) -> Start:
         """Return a start, which takes the training over from the one before."""
-        findings = self.findings
+        findings = self._findings
         if findings.games:
             self._replay.undo()
         start = Start(
@@ -194,7 +195,7 @@ class _Investigation:
         Raises:
             BudgetSpent: It could not be asked whether it comes back, and what goes.
         """
-        if self._limits.replays - self.findings.replays < 2:
+        if self._limits.replays - self._findings.replays < 2:
             raise BudgetSpent
         first = self._window.first
         calm = range(max(snapshot.step, first - LEVEL_POINTS), first)
@@ -202,7 +203,7 @@ class _Investigation:
 
     def _from(self, start: Start) -> None:
         """Ask from this start on, within what is left of the budget."""
-        findings = self.findings
+        findings = self._findings
         if start.replay is not self._replay:
             self._replay.undo()
         self._start, self._snapshot = start, start.snapshot
@@ -213,7 +214,7 @@ class _Investigation:
     # ---- does it come back -----------------------------------------------------------------
 
     def _reproduces(self) -> bool:
-        snapshot, replay, findings = self._snapshot, self._replay, self.findings
+        snapshot, replay, findings = self._snapshot, self._replay, self._findings
         plain = self._start.plain()
         if self._start.comes_back(plain):
             findings.publish(reproduced=True)
@@ -245,7 +246,7 @@ class _Investigation:
         self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
     ) -> Answer:
         """Return what goes with nothing clamped, from the start from which most goes."""
-        start, findings = self._start, self.findings
+        start, findings = self._start, self._findings
         first = Answer(start=start, gone=start.without_clamping(), noise=start.noise())
         self._judge(first)
         backwards = Backwards(
@@ -263,7 +264,7 @@ class _Investigation:
         """Publish what follows from an answer."""
         start, gone, noise = answer.start, answer.gone, answer.noise
         self._clamped = start.clamped()
-        self.findings.publish(
+        self._findings.publish(
             snapshot_step=start.snapshot.step,
             clamping_share=gone,
             noise=noise.largest,
@@ -280,7 +281,7 @@ class _Investigation:
 
     def _other_questions(self) -> None:
         """Ask for underflow, and whether it is FP8 at all."""
-        findings = self.findings
+        findings = self._findings
         kinds: tuple[Change, ...] = ("blocks", "high_precision")
         for kind in kinds:
             try:
@@ -297,7 +298,7 @@ class _Investigation:
 
     def _judge_underflow(self, answer: Answer) -> None:
         """Publish where blocks help and un-clamping does not, and the verdict if that decides."""
-        findings, game = self.findings, self._game
+        findings, game = self._findings, self._game
         if "blocks" not in findings.found.others:
             return
         found = find_underflow(
@@ -315,7 +316,7 @@ class _Investigation:
 
     def _attribute_underflow(self, answer: Answer) -> None:
         """Count the steps of underflow alone, and share their rise out among who underflows."""
-        findings, game = self.findings, self._game
+        findings, game = self._findings, self._game
         assert findings.found.underflow is not None
         blocks = self._in_blocks()
         game.narrow(findings.found.underflow.by_step, blocks)

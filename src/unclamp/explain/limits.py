@@ -1,5 +1,6 @@
 """How much may be asked about a spike."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from unclamp.errors import ReplayError
@@ -39,5 +40,10 @@ class Limits:
             )
         if self.leading < 1:
             raise ReplayError(f"expected 1 leading site or more, got {self.leading}")
-        if self.group not in GROUPS:
-            raise ReplayError(str(unknown_name("group", self.group, list(GROUPS))))
+        check_choice("group", self.group, GROUPS)
+
+
+def check_choice(what: str, value: object, known: Collection[str]) -> None:
+    """Raise a ReplayError for a setting that is none of `known`, naming the nearest."""
+    if value not in known:
+        raise ReplayError(str(unknown_name(what, value, list(known))))

@@ -11,7 +11,7 @@ from unclamp.analysis.counterfactual import Override, ScalingName
 from unclamp.explain.facts import sites_of
 from unclamp.names import ROLES, Role, SiteName
 from unclamp.nn import Ledger
-from unclamp.recipe import Recipe
+from unclamp.recipe import Recipe, rules_at
 from unclamp.rule import Rule, rule_to_dict
 from unclamp.scaling import Delayed, Dynamic, Guarded, PerBlock, Scaling
 
@@ -43,19 +43,16 @@ def make_override(
     decides already gets that rule's other settings too.
     """
     ordered = tuple(sorted(sites))
+    base = Recipe() if recipe is None else recipe
+    fqns = dict.fromkeys(site.fqn for site in ordered)
     rules = []
     lines = ["recipe = recipe"]
-    is_first = True
-    for fqn in dict.fromkeys(site.fqn for site in ordered):
-        changed: dict[Role, Scaling] = {
-            role: SCALINGS[scaling] for role in ROLES if SiteName(fqn, role) in ordered
-        }
-        before = None if recipe is None else recipe.rule_for(fqn)
-        base = Rule(match=f"^{fqn}") if before is None else replace(before, match=f"^{fqn}")
-        rules.append(_short(replace(base, scalings={**base.scalings, **changed}), changed))
-        is_first = is_first and before is None
+    for fqn, rule in zip(fqns, rules_at(base, ordered, SCALINGS[scaling]), strict=True):
+        changed: list[Role] = [role for role in ROLES if SiteName(fqn, role) in ordered]
+        rules.append(_short(rule, changed))
         named = ", ".join(f"{role}={_AS_CODE[scaling]}" for role in changed)
-        lines.append(f'.override("^{fqn}", {named})')
+        lines.append(f".override({json.dumps(rule.match)}, {named})")
+    is_first = all(base.rule_for(fqn) is None for fqn in fqns)
     return Override(
         sites=ordered,
         scaling=scaling,
@@ -74,8 +71,9 @@ def _as_toml(rule: Mapping[str, Any]) -> str:
 def _inline(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key} = {_inline(value[key])}" for key in value) + " }"
-    # Text, numbers and booleans are written alike in JSON and TOML.
-    return json.dumps(value)
+    # Text, numbers and booleans are written alike in JSON and TOML, but for pairs of surrogates,
+    # which TOML does not know, and for DEL, which it wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def switch_sites(model: nn.Module, sites: Iterable[SiteName], scaling: ScalingName) -> None:
@@ -89,15 +87,14 @@ def switch_sites(model: nn.Module, sites: Iterable[SiteName], scaling: ScalingNa
         ledger.switch(scalings)
 
 
-def _short(rule: Rule, changed: Mapping[Role, Scaling]) -> dict[str, Any]:
+def _short(rule: Rule, changed: Iterable[Role]) -> dict[str, Any]:
     """Return a rule as plain data, without the defaults of the scalings that are new."""
     data = rule_to_dict(rule)
-    for role, scaling in changed.items():
-        usual = rule_to_dict(replace(rule, scalings={role: type(scaling)()}))[role]
+    for role in changed:
+        usual = rule_to_dict(replace(rule, scalings={role: type(rule.scalings[role])()}))[role]
         data[role] = {
             key: value
             for key, value in data[role].items()
             if key in ("scaling", "format") or value != usual.get(key)
         }
-        assert data[role]["scaling"] == scaling.kind
     return data

@@ -20,6 +20,7 @@ from unclamp.errors import ReplayError
 from unclamp.explain.facts import scalings_of, sites_of
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training, keeping_random_state, put_state
+from unclamp.explain.watch import loss_number
 from unclamp.names import SiteName
 from unclamp.nn import Ledger
 from unclamp.nn.update import Update
@@ -140,7 +141,7 @@ class Replay:
                 self._perturb(perturb)
             with watching():
                 for n in steps:
-                    losses[n] = _number(self._step(self.training, snapshot.batches[n].fresh()))
+                    losses[n] = loss_number(self._step(self.training, snapshot.batches[n].fresh()))
                     for one in seen.values():
                         one.end_step()
         return self._trace(losses, seen, time.perf_counter() - began)
@@ -238,18 +239,6 @@ class _Seen:
             merge_stats(total, stats)
         self._updates.clear()
         self.steps.append(total)
-
-
-def _number(loss: object) -> float:
-    """Return what a step function returned as a number."""
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-        return float(loss.detach())
-    if isinstance(loss, int | float) and not isinstance(loss, bool):
-        return float(loss)
-    raise ReplayError(
-        "expected the step function to return its loss, a number or a tensor of one element, got "
-        f"{type(loss).__name__}"
-    )
 
 
 def same_losses(one: Mapping[int, float], other: Mapping[int, float]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unclamp.errors import ReplayError
-from unclamp.explain.training import Batch, State
+from unclamp.explain.training import Batch, State, size_bytes
 
 _TENSOR, _ARRAY = "unclamp tensor", "unclamp array"
 _PLAIN = (str, int, float, bool, bytes, type(None))
@@ -39,6 +39,12 @@ class Snapshot:
     losses: Mapping[int, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
+
+    @property
+    def size(self) -> int:
+        """The bytes of the state and of all batches."""
+        batches = sum(size_bytes(batch.tree) for batch in self.batches.values())
+        return size_bytes(self.state) + batches
 
     @property
     def last_step(self) -> int:

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from unclamp.analysis.explanation import MOST, Explanation
-from unclamp.errors import ReplayError, UnclampError, UnclampWarning
+from unclamp.errors import ReplayError, UnclampError, UnclampWarning, naming_arguments
 from unclamp.explain.facts import code_facts, model_facts
-from unclamp.explain.limits import Limits
+from unclamp.explain.limits import Limits, check_choice
 from unclamp.explain.mend import switch_sites
 from unclamp.explain.ring import GIB, Ring
+from unclamp.explain.script import is_lost
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import (
     Batch,
@@ -39,10 +40,10 @@ from unclamp.explain.training import (
     Training,
     keeping_random_state,
     put_state,
-    size_bytes,
 )
 from unclamp.explain.watch import LateLoss, SpikeWatch
 from unclamp.files import strict
+from unclamp.runlog import NUMBER, starting_no_run
 from unclamp.worker import Worker
 
 FURTHEST_IN_PLACE = 4
@@ -78,9 +79,11 @@ class Snapshots:
 
     Args:
         training: The objects whose state is taken.
-        path: The run's folder; snapshots go to RUN/snapshots. Give it to a Recorder too.
-        build: Makes the training anew for a replay. A function of a module can be found again by
-            `unclamp explain`; any other has to be given to `explain_spike`.
+        path: The run's folder; snapshots go to RUN/snapshots. Give it to a Recorder too; "{n}" in
+            it stands for the number that the recorder chose.
+        build: Makes the training anew for a replay. A function of a module, or of the top level
+            of the script that runs, can be found again by `unclamp explain`; any other has to be
+            given to `explain_spike`.
         step: Does one step on a batch, and returns its loss.
         arguments: Keyword arguments of `build`, JSON data.
         every: Steps between snapshots.
@@ -108,6 +111,7 @@ class Snapshots:
             one process.
     """
 
+    @naming_arguments
     def __init__(
         self,
         training: Training,
@@ -128,6 +132,8 @@ class Snapshots:
         max_rewinds: int = 3,
         recorder: Events | None = None,
     ) -> None:
+        check_choice("write", write, ("spikes", "all"))
+        check_choice("on_spike", on_spike, ("keep", "explain"))
         for name, value, low in (("every", every, 1), ("keep", keep, 1), ("after", after, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ReplayError(f"expected a whole number {name} of {low} or more, got {value!r}")
@@ -137,7 +143,15 @@ class Snapshots:
             )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ReplayError("snapshots are of one process; torch.distributed is initialised here")
-        self._training, self._path = training, Path(path)
+        if on_spike != "explain" and is_lost(build, step):
+            warnings.warn(
+                "build and step come from standard input or python -c, where `unclamp explain` "
+                "cannot find them later: put them into a file, or call "
+                "unclamp.explain_spike(RUN, build=..., step=...) in this process",
+                UnclampWarning,
+                stacklevel=3,
+            )
+        self._training, self._path = training, _numbered(path, recorder)
         self._build, self._step = build, step
         self._arguments = dict(arguments or {})
         self._code = code_facts(build=build, step=step, arguments=self._arguments)
@@ -158,6 +172,11 @@ class Snapshots:
         self._next = 0
         self._writer = Worker(partial(_write_below, self._path), name="unclamp-snapshots")
         self._is_closed = False
+
+    @property
+    def path(self) -> Path:
+        """The run's folder, with its number."""
+        return self._path
 
     # ---- in the loop -----------------------------------------------------------------------
 
@@ -210,7 +229,7 @@ class Snapshots:
             Where the training is now if it went back; else None. `follow` does the rest.
 
         Raises:
-            ReplayError: `before` was not called.
+            ReplayError: `before` was not called, or the loss is no number.
         """
         if self._open != step:
             raise ReplayError(f"call snapshots.before({step}, batch) at the start of the step")
@@ -286,7 +305,7 @@ class Snapshots:
         for step in self._ring.older(start):
             if self._written.get(step, -1) < following - 1:
                 snapshot = self._ring.snapshot(step, last=following - 1)
-                if left_out or _size(snapshot) > self._disk_left:
+                if left_out or snapshot.size > self._disk_left:
                     left_out.append(step)
                     continue
                 self._put(snapshot)
@@ -297,7 +316,7 @@ class Snapshots:
     def _put(self, snapshot: Snapshot) -> None:
         self._writer.put(snapshot)
         self._written[snapshot.step] = snapshot.last_step
-        self._disk_left -= _size(snapshot)
+        self._disk_left -= snapshot.size
 
     def _explain(self, onset: int, start: int, now: int) -> Rewind | None:
         """Explain a spike beside the training; go back to before its cause if that mends it."""
@@ -353,7 +372,8 @@ class Snapshots:
         assert self._build is not None
         assert self._step is not None
         with keeping_random_state():
-            twin = self._build(**self._arguments)
+            with starting_no_run("a training for replays is being built"):
+                twin = self._build(**self._arguments)
             return investigate(
                 twin,
                 self._step,
@@ -376,9 +396,16 @@ class Snapshots:
             self._recorder.event(kind, step, **{key: strict(value) for key, value in data.items()})
 
 
-def _size(snapshot: Snapshot) -> int:
-    batches = sum(size_bytes(batch.tree) for batch in snapshot.batches.values())
-    return size_bytes(snapshot.state) + batches
+def _numbered(path: str | Path, recorder: Events | None) -> Path:
+    if NUMBER not in str(path):
+        return Path(path)
+    chosen = getattr(recorder, "path", None)
+    if not isinstance(chosen, Path):
+        raise ReplayError(
+            f"a recorder chooses the number of {str(path)!r}: give it too, recorder=..., or its "
+            "folder, recorder.path"
+        )
+    return chosen
 
 
 def _mends(removed: float | None) -> bool:

@@ -7,9 +7,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from unclamp.analysis.counterfactual import SiteShare
+from unclamp.analysis.counterfactual import PASTE, SiteShare
 from unclamp.analysis.explanation import Explanation
+from unclamp.analysis.labels import ways
 from unclamp.analysis.shares import interval, spike_share
+from unclamp.written import counted
 
 SHOWN_ROWS = 12
 
@@ -22,10 +24,9 @@ def print_explanation(found: Explanation, console: Console) -> None:
         console.print()
         console.print(_table(found))
     if found.override is not None:
-        where = "at the head of the recipe's overrides"
-        console.print(Text(f"\nTo paste, {where}:", style="bold"))
+        console.print(Text(f"\n{PASTE}", style="bold"))
         console.print(Text(found.override.toml), soft_wrap=True)
-    spent = f"{found.replays} replays of at most {found.budget}, {found.replay_s:.1f} s"
+    spent = f"{counted(found.replays, 'replay')} of at most {found.budget}, {found.replay_s:.1f} s"
     console.print(Text(f"{spent}; a step takes {1e3 * found.step_s:.0f} ms.", style="dim"))
 
 
@@ -44,10 +45,8 @@ def _table(found: Explanation) -> Table:
     return table
 
 
-def _ways(found: Explanation) -> tuple[str, str]:
-    if found.verdict == "underflow":
-        return "only it\nin blocks", "only it\nas it was"
-    return "only it\nfree", "only it\nclamped"
+def _ways(found: Explanation) -> list[str]:
+    return [f"only it\n{way}" for way in ways(found.verdict)]
 
 
 def _cells(row: SiteShare) -> list[str]:

@@ -1,7 +1,7 @@
 """Losses as they come: read without making a GPU wait, and watched for spikes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unclamp.analysis import Spike, SpikeDetector, find_spikes
 from unclamp.analysis.robust import DELAY, SETTLED
+from unclamp.errors import ReplayError
 
 LEVEL_POINTS = 9
 """Calm losses whose median is the level that a spike rises from."""
@@ -97,9 +98,14 @@ class LateLoss:
         self._waiting: list[tuple[int, Tensor, Any]] = []
 
     def put(self, step: int, loss: Tensor | float) -> list[tuple[int, float]]:
-        """Take a loss; return the losses that can be read now."""
+        """Take a loss; return the losses that can be read now.
+
+        Raises:
+            ReplayError: As `loss_number`.
+        """
+        _checked(loss)
         if not isinstance(loss, Tensor) or loss.device.type != "cuda":
-            return [*self.rest(), (step, _number(loss))]
+            return [*self.rest(), (step, loss_number(loss))]
         ready = self.rest()
         copy = loss.detach().to("cpu", non_blocking=True)
         event = torch.cuda.Event()
@@ -117,5 +123,23 @@ class LateLoss:
         return ready
 
 
-def _number(loss: Tensor | float) -> float:
-    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+def loss_number(loss: object) -> float:
+    """Return what a step function returned, or `Snapshots.after` was given, as a number.
+
+    Raises:
+        ReplayError: It is no number and no tensor of one element.
+    """
+    checked = _checked(loss)
+    return float(checked.detach() if isinstance(checked, Tensor) else checked)
+
+
+def _checked(loss: object) -> SupportsFloat:
+    is_one = not isinstance(loss, bool | Tensor) or (isinstance(loss, Tensor) and loss.numel() == 1)
+    if isinstance(loss, SupportsFloat) and is_one:
+        return loss
+    found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+    hint = "; end the step function with `return loss`" if loss is None else ""
+    raise ReplayError(
+        "expected the step function to return its loss, a number or a tensor of one element, got "
+        f"{found}{hint}"
+    )

@@ -26,6 +26,11 @@ class Fp8Conv1D(Converted):
         columns, rows = module.weight.shape  # pyright: ignore[reportGeneralTypeIssues,reportCallIssue]
         return int(rows), int(columns)
 
+    def extra_repr(self) -> str:
+        """Show its sizes by the names that transformers gives them."""
+        nf, nx = self.matrix_shape(self)
+        return f"nf={nf}, nx={nx}, {super().extra_repr()}"
+
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)  # transformers' own leaves `extra_repr` out
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from unclamp.errors import ConvertError, RecipeError, UnclampWarning
+from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
 from unclamp.names import GEMMS, ROLES, SiteName, shown
 from unclamp.nn.converted import Converted
 from unclamp.nn.kinds import adapted, is_relative, kind_of, take_away
@@ -23,15 +23,24 @@ from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands, native_plan
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
+from unclamp.nn.unmatched import (
+    any_in_fp8,
+    find_unmatched,
+    kept_text,
+    nothing_in_fp8,
+    unmatched_text,
+)
 from unclamp.recipe import Recipe
 from unclamp.rule import LayerPlan, matches
 from unclamp.scaling import describe
+from unclamp.shown import Shown
+from unclamp.written import counted
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ConvertReport(Shown):
     """What `convert` did.
 
     Attributes:
@@ -45,24 +54,25 @@ class ConvertReport:
     unmatched: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"converted {len(self.converted)} layers, skipped {len(self.skipped)}"]
+        lines = [f"converted {counted(len(self.converted), 'layer')}, skipped {len(self.skipped)}"]
         lines += [f"  {shown(fqn)}: {_describe(plan)}" for fqn, plan in self.converted.items()]
         lines += [f"  skipped {shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
         lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RevertReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RevertReport(Shown):
     """What `revert` did: the layers that are `nn.Linear` again."""
 
     reverted: tuple[str, ...]
 
     def __str__(self) -> str:
         names = "".join(f"\n  {shown(fqn)}" for fqn in self.reverted)
-        return f"reverted {len(self.reverted)} layers{names}"
+        return f"reverted {counted(len(self.reverted), 'layer')}{names}"
 
 
+@naming_arguments
 def convert(
     model: nn.Module,
     recipe: Recipe,
@@ -74,6 +84,8 @@ def convert(
     timer: Timer | None = None,
 ) -> ConvertReport:
     """Make every linear layer of a model compute in FP8, as the recipe says.
+
+    It warns where no layer is in FP8 in the end, and of layers that keep another, earlier recipe.
 
     Args:
         model: Changed in place; it may itself be an `nn.Linear`.
@@ -95,7 +107,7 @@ def convert(
         >>> import torch, unclamp
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8))
         >>> print(unclamp.convert(model, unclamp.Recipe(), skip=["1"]))
-        converted 1 layers, skipped 1
+        converted 1 layer, skipped 1
           0: input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
           skipped 1: matches skip '1'
     """
@@ -150,8 +162,10 @@ def attach(
     others = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
     devices = {fqn: _device_of(m) for fqn, m in {**others, **converted}.items()}
     _check_devices(devices)
-    unmatched = _unmatched(model, recipe, skip, list(converted))
-    _report_unmatched(model, unmatched, strict=strict)
+    unmatched = find_unmatched(_products(model), recipe, skip, [*others, *converted])
+    if strict and unmatched:
+        raise ConvertError(unmatched_text(unmatched, _products(model)))
+    kept = _kept(others, recipe, skip, warms_anew=bool(converted))
     plans = {fqn: native_plan(recipe.plan(fqn), devices[fqn]) for fqn in converted}
     if profit is not None:
         linear = {fqn: m for fqn, m in converted.items() if isinstance(m, nn.Linear)}
@@ -161,6 +175,8 @@ def attach(
         skipped |= left
         converted = {fqn: m for fqn, m in converted.items() if fqn not in left}
         plans = {fqn: plans[fqn] for fqn in converted}
+    report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
+    _warn(model, report, kept)  # which may raise: the model is as it was
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.extend_to(model)
     ledger.observes = observes
@@ -169,7 +185,23 @@ def attach(
     _install(ledger, converted, plans)
     ledger.rebind()  # a warm-up is the whole model's
     find_ledgers(model)  # layers that were there may have other names in this model
-    return ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
+    _remember(ledger, report, recipe, skip, kept)
+    return report
+
+
+def _remember(
+    ledger: Ledger,
+    report: ConvertReport,
+    recipe: Recipe,
+    skip: Sequence[str],
+    kept: Mapping[str, LayerPlan],
+) -> None:
+    """Have the ledger remember what must stand beside the figures of its runs."""
+    said_anew = {*skip, *(rule.match for rule in recipe.rules)}
+    earlier = {glob: why for glob, why in ledger.unmatched.items() if glob not in said_anew}
+    ledger.unmatched = earlier | report.unmatched
+    if report.converted:
+        ledger.kept = list(dict.fromkeys([*ledger.kept, *kept]))
 
 
 def _install(
@@ -340,40 +372,37 @@ def _products(model: nn.Module) -> list[str]:
     ]
 
 
-def _unmatched(
-    model: nn.Module, recipe: Recipe, skip: Sequence[str], converted: list[str]
-) -> dict[str, str]:
-    """Return the rules and skip globs that decided nothing, and why."""
-    linear = _products(model)
-    unmatched = {
-        glob: "skip glob matches no linear layer"
-        for glob in skip
-        if not any(matches(fqn, glob) for fqn in linear)
-    }
-    deciding = {id(recipe.rule_for(fqn)) for fqn in converted}
-    for rule in recipe.rules:
-        if id(rule) in deciding:
+def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]) -> None:
+    """Warn, where the user called `convert` or `observe`, of what was not done."""
+    said = []
+    if report.unmatched:
+        said.append(unmatched_text(report.unmatched, _products(model)))
+    if kept:
+        said.append(kept_text(list(kept), _describe(next(iter(kept.values())))))
+    is_new = any(plan.casts for plan in report.converted.values())
+    if not (is_new or any_in_fp8(find_ledgers(model))):
+        said.append(nothing_in_fp8(report.skipped, plain=list(report.converted)))
+    for message in said:
+        # The caller of `attach`, and `naming_arguments` before that.
+        warnings.warn(message, UnclampWarning, stacklevel=5)
+
+
+def _kept(
+    layers: Mapping[str, nn.Module], recipe: Recipe, skip: Sequence[str], *, warms_anew: bool
+) -> dict[str, LayerPlan]:
+    """Return what converted layers have that another recipe would not have given them."""
+    kept = {}
+    for fqn, layer in layers.items():
+        assert isinstance(layer, Converted)
+        before = layer.sites.ledger.recipe
+        if before == recipe or any(matches(fqn, glob) for glob in skip):
             continue
-        found = [fqn for fqn in linear if rule.matches(fqn)]
-        if not found:
-            unmatched[rule.match] = "override matches no linear layer"
-        elif any(fqn in converted for fqn in found):
-            unmatched[rule.match] = "override never decides: earlier rules match first"
-        else:
-            unmatched[rule.match] = "override matches only layers that were skipped"
-    return unmatched
-
-
-def _report_unmatched(model: nn.Module, unmatched: dict[str, str], *, strict: bool) -> None:
-    if not unmatched:
-        return
-    linear = _products(model)
-    listed = ", ".join(map(shown, linear[:20])) + (", ..." if len(linear) > 20 else "")
-    rules = "; ".join(f"{glob!r}: {why}" for glob, why in unmatched.items())
-    message = f"{rules}. The model's linear layers: {listed or 'none'}"
-    if strict:
-        raise ConvertError(message)
-    warnings.warn(message, UnclampWarning, stacklevel=3)
+        plan = layer.sites.plan()
+        wanted = native_plan(recipe.plan(fqn), _device_of(layer))
+        steps = recipe.warmup_steps if before is None or warms_anew else before.warmup_steps
+        if plan != wanted or steps != recipe.warmup_steps:
+            kept[fqn] = plan
+    return kept
 
 
 def _describe(plan: LayerPlan) -> str:

@@ -4,7 +4,8 @@
 stays, whatever FSDP, a parametrization or a library made of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -72,22 +73,29 @@ class Converted(nn.Module):
 
     def scaling_state(self) -> dict[str, Tensor]:
         """Return the scaling state by its name in a state_dict; none where it only observes."""
+        return {name: read() for name, read in self._state_readers().items()}
+
+    def _state_readers(self) -> dict[str, Callable[[], Tensor]]:
+        """Return what makes each tensor of the scaling state, by name: one may be asked for."""
         sites = self.__dict__.get("sites")
         if sites is None or sites.ledger.observes:  # the checkpoint is that of the plain model
             return {}
-        state: dict[str, Tensor] = {}
+        ledger = sites.ledger
+        readers: dict[str, Callable[[], Tensor]] = {}
         for role, index in sites.indices.items():
-            state[f"{STATE_PREFIX}{role}_amax_history"] = sites.ledger.history_of(index)
-            state[f"{STATE_PREFIX}{role}_scale"] = sites.ledger.scale_of(index)
-        updates = torch.tensor(sites.ledger.count(), dtype=torch.float64)
-        return {**state, f"{STATE_PREFIX}{UPDATES}": updates}
+            readers[f"{STATE_PREFIX}{role}_amax_history"] = partial(ledger.history_of, index)
+            readers[f"{STATE_PREFIX}{role}_scale"] = partial(ledger.scale_of, index)
+        readers[f"{STATE_PREFIX}{UPDATES}"] = lambda: torch.tensor(
+            ledger.count(), dtype=torch.float64
+        )
+        return readers
 
     def __getattr__(self, name: str) -> Any:
         """Find scaling state by its key: torch's distributed checkpoints look each key up."""
         if name.startswith(STATE_PREFIX):
-            state = self.scaling_state()
-            if name in state:
-                return state[name]
+            read = self._state_readers().get(name)
+            if read is not None:
+                return read()
         return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -5,8 +5,10 @@ of `nn.Linear`, whatever class FSDP, torchtitan or a parametrization made of it.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import update_wrapper
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -98,7 +100,57 @@ def _without(made: type) -> type:
     if bases == made.__bases__:
         return made
     own = {k: v for k, v in made.__dict__.items() if k not in ("__dict__", "__weakref__")}
-    return type(made.__name__.replace("Fp8", "", 1), bases, own)
+    cell = CellType()
+    moved = {name: _moved(value, made, cell) for name, value in own.items()}
+    cell.cell_contents = type(made.__name__.replace("Fp8", "", 1), bases, moved)
+    return cell.cell_contents
+
+
+def _moved(value: Any, old: type, cell: CellType) -> Any:
+    """Return what a class has in its body, for the class in `cell`, which takes its place.
+
+    `super()` without arguments reads its class from a cell of the method, and that one holds the
+    old class, of which the module is no instance any more. Others still are, so the cell stays as
+    it is, and the method is made anew with another; so is one inside of a decorator that says
+    what it wraps.
+    """
+    if isinstance(value, classmethod | staticmethod):
+        return type(value)(_moved(value.__func__, old, cell))
+    if isinstance(value, property):
+        get, put, drop = (_moved(part, old, cell) for part in (value.fget, value.fset, value.fdel))
+        return property(get, put, drop, value.__doc__)
+    if not isinstance(value, FunctionType) or value.__closure__ is None:
+        return value
+    wrapped = value.__dict__.get("__wrapped__")
+    inner = _moved(wrapped, old, cell)
+    if inner is wrapped:
+        return _with_cells(value, [(old, cell)])
+    made = _with_cells(value, [(old, cell), (wrapped, CellType(inner))])
+    made.__dict__["__wrapped__"] = inner
+    return made
+
+
+def _with_cells(function: FunctionType, swaps: Iterable[tuple[Any, CellType]]) -> FunctionType:
+    """Return a function with other cells for those that hold certain things; itself without."""
+    assert function.__closure__ is not None
+    other = [_swapped(each, swaps) for each in function.__closure__]
+    if all(one is two for one, two in zip(other, function.__closure__, strict=True)):
+        return function
+    code, defaults = function.__code__, function.__defaults__
+    made = FunctionType(code, function.__globals__, function.__name__, defaults, tuple(other))
+    made.__kwdefaults__ = function.__kwdefaults__
+    update_wrapper(made, function)
+    del made.__dict__["__wrapped__"]  # it wraps nothing: it takes the other's place
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+def _swapped(cell: CellType, swaps: Iterable[tuple[Any, CellType]]) -> CellType:
+    try:
+        content = cell.cell_contents
+    except ValueError:  # it is empty
+        return cell
+    return next((other for held, other in swaps if held is content), cell)
 
 
 def _first_plain(adaptor: type) -> type:

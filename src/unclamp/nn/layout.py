@@ -7,7 +7,7 @@ long as its blocks stay the same, so that switching to another and back loses no
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -111,6 +111,21 @@ def _plan(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """The rows of some sites.
+
+    Attributes:
+        rows: Their numbers, int64.
+        longest: Updates that one of their scalings looks back on, the longest.
+        settings: What their scalings and formats come to, in the order of `rows`.
+    """
+
+    rows: Tensor
+    longest: int
+    settings: Settings
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Sites in the order they were added, and the rows of each.
 
@@ -174,6 +189,17 @@ class Layout:
         rows = [range(*self.rows_of(index).indices(self.rows)) for index in indices]
         return torch.tensor(list(itertools.chain(*rows)), dtype=torch.int64).to(
             self.site_of_row.device
+        )
+
+    def part(self, indices: Iterable[int]) -> "Part":
+        """Return the rows of some sites, and what decides their scales."""
+        numbers = list(indices)
+        sites, rows = [self.sites[index] for index in numbers], self.numbers_of(numbers)
+        settings = Settings.of([site.operand for site in sites], [site.scales for site in sites])
+        return Part(
+            rows=rows,
+            longest=max((site.history_len for site in sites), default=1),
+            settings=settings.mapped(lambda column: torch.from_numpy(column).to(rows.device)),
         )
 
     def newest(self, site_amax: Tensor, block_amax: Tensor) -> Tensor:

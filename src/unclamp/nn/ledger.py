@@ -43,7 +43,7 @@ from unclamp.nn.ring import Ring
 from unclamp.nn.update import INSPECTIONS, Bound, Inspection, Listener, SwitchListener, Update
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.numerics.gpu import is_capturing
-from unclamp.policy import next_scales
+from unclamp.policy import Table, next_scales
 from unclamp.recipe import Recipe
 from unclamp.scaling import Scaling
 
@@ -67,10 +67,14 @@ class Ledger:
         layers: The layers that have views of the tensors.
         gone: Sites whose modules are no longer in the model, when it was last looked at.
         share: With whom the newest amaxes are agreed on, in each update; None: with nobody.
+        unmatched: Rules and skip globs that decided nothing in the conversion, and why.
+        kept: Layers that another recipe than the last one made.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.recipe: Recipe | None = None
+        self.unmatched: dict[str, str] = {}
+        self.kept: list[str] = []
         self.updates = 0
         self.layers: Alive[Bound] = Alive()
         self.observes = False
@@ -315,9 +319,10 @@ class Ledger:
 
     def _rescale(self, indices: Iterable[int]) -> None:
         """Take the scales of sites from their histories; where those say nothing they stay."""
-        rows = self.layout.numbers_of(list(indices))
-        scale = next_scales(self.ring, self.layout.settings, self.scale, xp=torch)
-        self.scale[rows] = scale[rows]
+        part = self.layout.part(indices)  # not all rows: a state_dict is loaded site by site
+        past = Table(self.ring.newest(part.rows, part.longest), torch)
+        scale = next_scales(past, part.settings, self.scale[part.rows], xp=torch)
+        self.scale[part.rows] = scale
 
     # ---- saved state -----------------------------------------------------------------------
 
@@ -369,6 +374,7 @@ class Ledger:
         twin = Ledger(memo.get(id(self._clock.model)))
         memo[id(self)] = twin
         twin.recipe, twin.updates, twin.observes = self.recipe, self.count(), self.observes
+        twin.unmatched, twin.kept = dict(self.unmatched), list(self.kept)
         twin._allocate(
             Layout.of(list(self.sites), device=self.scale.device, remembered=self.layout.remembered)
         )
@@ -386,7 +392,7 @@ class Ledger:
         return {**state, "_clean_version": self.has_pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"unmatched": {}, "kept": []} | state)
         self.layers = Alive()
         self._mark(pending=state["_clean_version"])
         follow_optimizers(self)

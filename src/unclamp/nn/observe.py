@@ -12,12 +12,17 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from unclamp.errors import RecipeError, naming_arguments
 from unclamp.names import Role, SiteName
 from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.recipe import Recipe
+from unclamp.rule import as_scaling, check_scaling
+from unclamp.scaling import Dynamic, Scaling
+from unclamp.shown import Shown
 from unclamp.totals import clamp_error, overshoot, share
+from unclamp.written import counted, percent, times
 
 SHOWN_SITES = 8
 
@@ -36,7 +41,8 @@ class ObservedSite:
         underflowed: Non-zero elements that would have become zero.
         nonfinite: Inf and NaN elements.
         overshoot: Largest amax over the largest representable value.
-        clamp_error: Squares that clamping would have removed over the squares, of all casts.
+        clamp_error: Share of the squares that clamping would have removed, mean over the steps in
+            which it would have: the clamp error of a report.
     """
 
     fqn: str
@@ -51,7 +57,7 @@ class ObservedSite:
     clamp_error: float
 
 
-class Observation:
+class Observation(Shown):
     """An observed model; made by `observe`. Ends with `stop`, or as a context manager.
 
     Attributes:
@@ -68,11 +74,12 @@ class Observation:
         self._total = empty_stats(rows)
         self._clamped = torch.zeros(rows, dtype=torch.int64)
         self._overshoot = torch.zeros(rows, dtype=torch.float64)
+        self._errors = torch.zeros(rows, dtype=torch.float64)
         self._steps = 0
         self._end = None if self._ledger is None else self._ledger.subscribe(self._add)
 
     def sites(self) -> list[ObservedSite]:
-        """Return what each site would have lost so far, the largest clamp error first."""
+        """Return what each site would have lost so far, the largest sum of clamp errors first."""
         if self._ledger is None:
             return []
         rows = zip(
@@ -80,6 +87,7 @@ class Observation:
             self._total.cpu().tolist(),
             self._clamped.cpu().tolist(),
             self._overshoot.cpu().tolist(),
+            self._errors.cpu().tolist(),
             strict=True,
         )
         sites = [
@@ -93,12 +101,49 @@ class Observation:
                 underflowed=int(total[Stat.UNDERFLOWED]),
                 nonfinite=int(total[Stat.NONFINITE]),
                 overshoot=overshoot(peak, site.operand.format.max),
-                clamp_error=clamp_error(total[Stat.SATURATED_SQUARE], total[Stat.SQUARE]),
+                clamp_error=share(error, clamped),
             )
-            for site, total, clamped, peak in rows
+            for site, total, clamped, peak, error in rows
             if total[Stat.CASTS]
         ]
-        return sorted(sites, key=lambda site: (-site.clamp_error, site.fqn, site.role))
+        return sorted(sites, key=lambda s: (-s.clamp_error * s.clamped_steps, s.fqn, s.role))
+
+    def recipe(self, *, threshold: float = 1e-3, scaling: Scaling | str = Dynamic()) -> Recipe:
+        """Return the recipe that was observed, with the sites that lost most scaled otherwise.
+
+        Args:
+            threshold: Sites whose clamp error so far is above it get the other scaling, from 0
+                to 1.
+            scaling: What they get, a scaling or its name.
+
+        Returns:
+            A recipe with an override for each layer that has such a site, the worst site's
+            figures in its note.
+
+        Raises:
+            RecipeError: `threshold` is not from 0 to 1, or `scaling` is none.
+
+        Numerics: a site that clamped nothing has a clamp error of 0, and stays as it was.
+        """
+        if isinstance(threshold, bool) or not 0 <= threshold <= 1:
+            raise RecipeError(f"expected a threshold from 0 to 1, got {threshold!r}")
+        scaling = as_scaling(scaling)
+        check_scaling("weight", scaling)  # which may have any: whether it fits depends on the site
+        worst = [site for site in self.sites() if site.clamp_error > threshold]
+        notes: dict[str, str] = {}
+        for site in worst:
+            said = (
+                f"{site.role}: clamp error {percent(site.clamp_error)}, "
+                f"{counted(site.saturated, 'element')} "
+                f"clamped in {site.clamped_steps} of {counted(self._steps, 'step')}, overshoot "
+                f"{times(site.overshoot)}"
+            )
+            notes[site.fqn] = f"{notes[site.fqn]}; {said}" if site.fqn in notes else said
+        notes = {fqn: f"observed under the recipe before: {said}" for fqn, said in notes.items()}
+        recipe = Recipe() if self._ledger is None else self._ledger.recipe or Recipe()
+        return recipe.at_sites(
+            (SiteName(site.fqn, site.role) for site in worst), scaling, notes=notes
+        )
 
     def stop(self) -> None:
         """Make the model the plain one that it was; later calls do nothing. Figures stay."""
@@ -119,15 +164,16 @@ class Observation:
         elements = sum(site.elements for site in sites)
         lost = sum(site.underflowed for site in sites)
         lines = [
-            f"observed {len(self.report.converted)} layers for {self._steps} steps: FP8 would have "
-            f"clamped {sum(s.saturated for s in sites):,} of {elements:,} elements, at "
-            f"{len(clamped)} of {len(sites)} sites, and lost {share(lost, elements):.3%} to "
-            "underflow"
+            f"observed {counted(len(self.report.converted), 'layer')} for "
+            f"{counted(self._steps, 'step')}: FP8 would have clamped "
+            f"{sum(s.saturated for s in sites):,} of {counted(elements, 'element')}, at "
+            f"{len(clamped)} of {counted(len(sites), 'site')}, and lost "
+            f"{percent(share(lost, elements))} to underflow"
         ]
         lines += [
-            f"  {SiteName(site.fqn, site.role)}: {site.saturated:,} in "
-            f"{site.clamped_steps} steps, overshoot {site.overshoot:.2f}x, clamp error "
-            f"{site.clamp_error:.2g}"
+            f"  {SiteName(site.fqn, site.role)}: {counted(site.saturated, 'element')} clamped in "
+            f"{counted(site.clamped_steps, 'step')}, overshoot {times(site.overshoot)}, "
+            f"clamp error {percent(site.clamp_error)}"
             for site in clamped[:SHOWN_SITES]
         ]
         return "\n".join(lines)
@@ -137,11 +183,16 @@ class Observation:
         """Add a step, on the device."""
         stats = update.stats
         if self._total.device != stats.device:
-            self._total, self._clamped, self._overshoot = (
-                t.to(stats.device) for t in (self._total, self._clamped, self._overshoot)
+            self._total, self._clamped, self._overshoot, self._errors = (
+                t.to(stats.device)
+                for t in (self._total, self._clamped, self._overshoot, self._errors)
             )
         merge_stats(self._total, stats)
-        self._clamped += stats[:, Stat.SATURATED] > 0
+        clamped = stats[:, Stat.SATURATED] > 0
+        self._clamped += clamped
+        self._errors += torch.where(
+            clamped, clamp_error(stats[:, Stat.SATURATED_SQUARE], stats[:, Stat.SQUARE]), 0
+        )
         self._overshoot = torch.maximum(self._overshoot, _peak(stats))
         self._steps += 1
 
@@ -152,6 +203,7 @@ def _peak(stats: Tensor) -> Tensor:
     return torch.where(seen, stats[:, Stat.AMAX] / stats[:, Stat.SCALE_INV], 0)
 
 
+@naming_arguments
 def observe(
     model: nn.Module, recipe: Recipe | None = None, *, skip: Sequence[str] = ()
 ) -> Observation:
@@ -164,6 +216,8 @@ def observe(
         model: A model that is not converted; it may itself be an `nn.Linear`.
         recipe: What each operand would get; by default delayed scaling everywhere.
         skip: Globs of modules to leave alone.
+
+    Where no layer is left to observe, it warns and says why.
 
     Returns:
         The observation: print it, ask it for `sites()`, end it with `stop()`. A `Recorder` made
@@ -183,8 +237,8 @@ def observe(
         ...         model(torch.full((4, 8), size)).sum().backward()
         ...         optimizer.step()
         >>> print(observation)
-        observed 1 layers for 3 steps: FP8 would have clamped 32 of 384 elements, at 1 of 3 sites, and lost 0.000% to underflow
-          (the model itself) input: 32 in 1 steps, overshoot 100.00x, clamp error 0.98
+        observed 1 layer for 3 steps: FP8 would have clamped 32 of 384 elements, at 1 of 3 sites, and lost 0 % to underflow
+          (the model itself) input: 32 elements clamped in 1 step, overshoot 100.00x, clamp error 98 %
     """  # noqa: E501
     recipe = Recipe() if recipe is None else recipe
     return Observation(model, attach(model, recipe, skip=skip, strict=False, observes=True))

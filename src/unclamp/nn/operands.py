@@ -27,7 +27,7 @@ from unclamp.numerics.operators import (
     raise_amax,
 )
 from unclamp.numerics.stats import merged_stats
-from unclamp.rule import LayerPlan, Operand
+from unclamp.rule import LayerPlan, Mode, Operand
 from unclamp.scaling import HighPrecision
 
 if TYPE_CHECKING:
@@ -135,6 +135,14 @@ class Operands:
                 self.block_amax[role, axis] = self.ledger.block_amax[row:last].view(grid)
                 row = last
             self.scales[role, axis] = None if takes_own else scale
+
+    def plan(self) -> LayerPlan:
+        """Return the plan as it is now: what was given to it, and every switch since."""
+        gemms: dict[Gemm, Mode] = {
+            gemm: HighPrecision() if mode == HIGH else mode for gemm, mode in self.modes.items()
+        }
+        operands: dict[Role, Operand] = {role: self.operand(role) for role in ROLES}
+        return LayerPlan(operands=operands, gemms=gemms, smooth=self.smooth)
 
     @property
     def fqn(self) -> str:

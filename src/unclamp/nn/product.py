@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unclamp.names import GEMMS, Gemm, Role
+from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.counting import count
 from unclamp.nn.operands import Hat, Operands, Seen
 from unclamp.numerics import CastPlan, GemmOperand, Stat, channel_scale
@@ -65,12 +65,18 @@ def multiply(
 
     Raises:
         ValueError: The last dimension of `x` is not K.
+        RuntimeError: `x` and weight differ in dtype outside of autocast, as for `nn.Linear`.
     """
     if operands.is_plain:
         return F.linear(x, weight, bias)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(
+            f"{shown(operands.fqn)}: expected an input of the weight's dtype, {weight.dtype}, got "
+            f"{x.dtype}; convert one of them, or compute under torch.autocast"
+        )
     commit = when_to_commit(x, weight, bias, training=training)
     if operands.counts_only and not torch.compiler.is_compiling():
-        output = _in_high_precision(x, weight, bias)
+        output = F.linear(x, weight, bias)
         return output if commit is None else count(operands, output, x, weight, commit=commit)
     # Not before: in a trace sizes are no numbers, and the plain layer has an error of its own.
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
@@ -95,13 +101,6 @@ def when_to_commit(x: Tensor, weight: Tensor, bias: Tensor | None, *, training: 
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
         return "now"
     return None
-
-
-def _in_high_precision(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply as `nn.Linear` does; a weight of another dtype is brought to that of the input."""
-    if weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight, bias)
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class _Product(torch.autograd.Function):

@@ -5,16 +5,18 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from unclamp.errors import ConvertError, RecipeError
+from unclamp.errors import ConvertError, RecipeError, did_you_mean, naming_arguments
 from unclamp.names import ROLES, Role
 from unclamp.nn.converted import Converted
 from unclamp.nn.ledger import Ledger
-from unclamp.rule import LayerPlan, Operand, check_plan, check_scaling, matches
+from unclamp.rule import LayerPlan, Operand, as_scaling, check_plan, check_scaling, matches
 from unclamp.scaling import Scaling, describe
+from unclamp.shown import Shown
+from unclamp.written import counted
 
 
-@dataclass(frozen=True, kw_only=True)
-class SwitchReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SwitchReport(Shown):
     """What `switch` did: for each layer and role, the scaling before and after."""
 
     switched: dict[str, dict[Role, tuple[Scaling, Scaling]]]
@@ -22,7 +24,7 @@ class SwitchReport:
     def __str__(self) -> str:
         if not self.switched:
             return "switched nothing: the layers have these scalings already"
-        count = f"{len(self.switched)} layer" + ("s" if len(self.switched) > 1 else "")
+        count = counted(len(self.switched), "layer")
         lines = [f"switched {count}; where compiled by itself, each recompiles once"]
         for fqn, roles in self.switched.items():
             said = (f"{r} {describe(old)} -> {describe(new)}" for r, (old, new) in roles.items())
@@ -30,14 +32,15 @@ class SwitchReport:
         return "\n".join(lines)
 
 
+@naming_arguments
 def switch(
     model: nn.Module,
     glob: str = "*",
     *,
-    scaling: Scaling | None = None,
-    input: Scaling | None = None,
-    weight: Scaling | None = None,
-    grad_output: Scaling | None = None,
+    scaling: Scaling | str | None = None,
+    input: Scaling | str | None = None,
+    weight: Scaling | str | None = None,
+    grad_output: Scaling | str | None = None,
 ) -> SwitchReport:
     """Give the converted layers that match another scaling, from their next cast on.
 
@@ -50,7 +53,7 @@ def switch(
     Args:
         model: A model with converted layers.
         glob: Which layers, as in a recipe's rules.
-        scaling: For all three roles but those that are named too.
+        scaling: For all three roles but those that are named too; a scaling or its name.
         input: For the layers' input.
         weight: For their weight.
         grad_output: For the gradient that comes back.
@@ -70,12 +73,14 @@ def switch(
         switched 1 layer; where compiled by itself, each recompiles once
           1: input delayed -> dynamic
     """
-    named: dict[Role, Scaling | None] = {
+    named: dict[Role, Scaling | str | None] = {
         "input": input or scaling,
         "weight": weight or scaling,
         "grad_output": grad_output or scaling,
     }
-    wanted: dict[Role, Scaling] = {role: new for role, new in named.items() if new is not None}
+    wanted: dict[Role, Scaling] = {
+        role: as_scaling(new) for role, new in named.items() if new is not None
+    }
     if not wanted:
         raise RecipeError("a switch needs a scaling, such as input=Dynamic()")
     for role, new in wanted.items():
@@ -86,6 +91,7 @@ def switch(
         listed = ", ".join(list(layers)[:20]) + (", ..." if len(layers) > 20 else "")
         raise ConvertError(
             f"{glob!r} matches no converted layer of the model; it has: {listed or 'none'}"
+            f"{did_you_mean(glob, layers)}"
         )
     for layer in found.values():
         check_plan(_plan_after(layer, wanted))

@@ -36,6 +36,7 @@ class Bound(Protocol):
     """A layer's views of the ledger's tensors."""
 
     inspection: Inspection
+    is_plain: bool
 
     @property
     def fqn(self) -> str:

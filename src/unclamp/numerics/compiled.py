@@ -51,9 +51,9 @@ class _Announcer(Listener):
 
 @functools.cache
 def _announce(*, is_kept: bool) -> None:
-    fate = "once; they are kept on disk" if is_kept else "for this process: no folder to keep them"
+    fate = "once: they are kept on disk" if is_kept else "for this process: no folder to keep them"
     with suppress(OSError, ValueError):  # a stderr that is closed must not stop the compiler
-        print(f"unclamp: compiling the CPU kernels, {fate}", file=sys.stderr)
+        print(f"unclamp: compiling the CPU kernels, about 20 s, {fate}", file=sys.stderr)
 
 
 def run(calls: list[tuple[Any, ...]]) -> None:

@@ -4,10 +4,9 @@ What one run shows is in `runs`; which runs a study has is for `view`.
 """
 
 import math
-from collections import defaultdict
-from dataclasses import dataclass, replace
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from unclamp.analysis.paired import (
     PairedDifference,
@@ -16,45 +15,73 @@ from unclamp.analysis.paired import (
     paired_difference,
 )
 from unclamp.names import SiteName
-from unclamp.report.recorded import HEAT_SITES, RunRecord, SiteRecord, SiteRow, by_clamp_error
-from unclamp.report.thinning import kept_places
+from unclamp.report.bands import (
+    Band,
+    Heat,
+    by_step,
+    difference_band,
+    final_loss,
+    heat,
+    loss_band,
+    mean,
+)
+from unclamp.report.recorded import (
+    RunRecord,
+    SiteRecord,
+    SiteRow,
+    by_clamp_error,
+    shown_overshoot,
+)
 from unclamp.totals import SiteTotals
+from unclamp.written import counted, percent, times
 
-FINAL_SHARE = 0.1
-"""The final loss is the mean over this last share of the steps that are not planted."""
 BASELINE = "dynamic"
-"""The arm that losses at planted steps are compared with."""
+"""The arm that the others are compared with."""
+HURT = 1.05
+"""Loss at planted steps over the baseline's, from which on an arm may be called hurt."""
 WORST_SITES = 12
+NOTHING_CAST = (
+    "Not one cast was made although the arm has a recipe: its figures are those of a training "
+    "without FP8."
+)
+
+Precision = Literal["FP8", "high precision", "nothing cast", "not known"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmView:
-    """One arm over its seeds; counts are means a run, rates are fractions.
+    """One arm over its seeds; spikes are of all seeds, other counts means a run, rates fractions.
 
     Attributes:
         final_loss: Mean over seeds of the mean loss over the last tenth of the steps that
             recorded one, planted ones left out; NaN where any of it is not finite.
-        final_loss_spread: Standard deviation of that over seeds; None with one seed.
         final_gap: Final loss minus that of the dynamic arm on the same seeds, which is the only
-            way to compare them: the spread over seeds above is mostly common to all arms. None
+            way to compare them: the spread over seeds is mostly common to all arms. None
             for that arm itself, and without a seed that both have finished.
         planted_ratio: Loss over that of the dynamic arm at the same planted step and seed,
-            mean, smallest and largest, NaN where any is not finite; None without planted steps
-            or without that arm.
+            geometric mean, smallest and largest, NaN where any is not finite; None without
+            planted steps or without that arm.
+        planted_log_ratio: Logarithm of that ratio, a mean a seed, as a paired difference over
+            seeds; None for the dynamic arm itself, and where there is no ratio.
         extent: Which steps the counts are of; "" where it is all.
         casts: Casts made.
-        clamped_casts: Casts in which anything saturated.
+        clamped_casts: Casts in which anything was clamped.
         recasts: Casts repeated with the true scale, by guarded scaling.
-        overshoot: Largest amax over the largest representable value.
+        overshoot: Largest amax over the largest representable value; None where nothing was
+            clamped.
+        nonfinite_seeds: Seeds with a recorded loss that is not finite.
+        precision: "FP8" where anything was cast; "high precision" where nothing was, by
+            design; "nothing cast" where a recipe asks for it; "not known" where neither is said.
+        notes: What a reader must know beside the figures, distinct over seeds.
     """
 
     name: str
     seeds: int
     unfinished: int
     final_loss: float | None
-    final_loss_spread: float | None
     final_gap: PairedDifference | None
     planted_ratio: tuple[float, float, float] | None
+    planted_log_ratio: PairedDifference | None = None
     planted_spikes: int
     other_spikes: int
     extent: str
@@ -63,32 +90,20 @@ class ArmView:
     clamped_casts: float
     recasts: float
     underflow_share: float
-    overshoot: float
-    tokens_per_s: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Band:
-    """A loss over the seeds: at each step its mean, and the smallest and the largest one."""
-
-    step: list[float]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heat:
-    """The saturated share, sites by windows: `share[i, j]` of `sites[i]` from `steps[j]` on."""
-
-    sites: list[str]
-    steps: list[int]
-    share: np.ndarray
+    overshoot: float | None
+    nonfinite_seeds: int = 0
+    precision: Precision = "FP8"
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScenarioView:
-    """One scenario: its arms side by side, and what the plots show."""
+    """One scenario: its arms side by side, and what the plots show.
+
+    Attributes:
+        comparisons: Intervals that were looked at in the whole study, of which any could stand
+            out by chance, count: what is called a difference remains one with all of them.
+    """
 
     name: str
     description: str
@@ -100,6 +115,8 @@ class ScenarioView:
     heat: dict[str, Heat]
     worst: dict[str, list[SiteRow]]
     switched: dict[str, list[str]]
+    differences: dict[str, Band] = field(default_factory=dict)
+    comparisons: int = 0
 
 
 def scenario_view(
@@ -120,85 +137,105 @@ def scenario_view(
     baseline = records.get(BASELINE, {})
     arms = [_arm_view(arm, runs, baseline) for arm, runs in records.items()]
     planted = sorted({s for runs in records.values() for run in runs.values() for s in run.planted})
+    made = sum(map(_intervals, arms))
     return ScenarioView(
         name=name,
         description=description,
-        findings=_findings(arms, len(planted), switched),
+        findings=_findings(arms, len(planted), switched, made),
         planted=planted,
         arms=arms,
-        curves={arm: _curve(list(runs.values())) for arm, runs in records.items()},
+        curves={arm: loss_band(runs.values()) for arm, runs in records.items()},
         spikes={
             arm: sorted({step for run in runs.values() for step in run.loss_spikes})
             for arm, runs in records.items()
         },
-        heat={arm: _heat(list(runs.values())) for arm, runs in records.items()},
+        heat={arm: heat(list(runs.values())) for arm, runs in records.items()},
         worst={arm: _worst(list(runs.values())) for arm, runs in records.items()},
         switched=switched,
+        differences={
+            arm: difference_band(runs, baseline)
+            for arm, runs in records.items()
+            if arm != BASELINE and runs.keys() & baseline.keys()
+        },
+        comparisons=made,
     )
+
+
+def counted_together(scenarios: Sequence[ScenarioView]) -> list[ScenarioView]:
+    """Return the scenarios of one study, with the comparisons of all of them counted in each."""
+    made = sum(_intervals(arm) for scenario in scenarios for arm in scenario.arms)
+    return [
+        replace(
+            scenario,
+            comparisons=made,
+            findings=_findings(scenario.arms, len(scenario.planted), scenario.switched, made),
+        )
+        for scenario in scenarios
+    ]
+
+
+def others_of(scenario: ScenarioView) -> list[ArmView]:
+    """Return the arms that are compared with the baseline."""
+    return [arm for arm in scenario.arms if arm.name != BASELINE]
+
+
+def comparisons_of(arm: ArmView) -> list[PairedDifference]:
+    """Return the differences of an arm from the baseline that have an interval."""
+    both = arm.planted_log_ratio, arm.final_gap
+    return [gap for gap in both if gap is not None and gap.interval is not None]
+
+
+def _intervals(arm: ArmView) -> int:
+    return len(comparisons_of(arm))
 
 
 def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunRecord]) -> ArmView:
     """Sum an arm up; its counts are of finished runs, or of all where none is finished."""
-    counted = _finished(runs) or runs
-    finals = [f for f in map(final_loss, counted.values()) if f is not None]
-    total = sum((s.totals for run in counted.values() for s in run.sites), SiteTotals())
-    speeds = [run.tokens_per_s for run in counted.values() if run.tokens_per_s is not None]
-    at_planted = [s for run in counted.values() for s in run.loss_spikes if s in run.planted]
-    spikes = sum(len(run.loss_spikes) for run in counted.values())
+    whole = _finished(runs) or runs
+    finals = [f for f in map(final_loss, whole.values()) if f is not None]
+    total = sum((s.totals for run in whole.values() for s in run.sites), SiteTotals())
+    at_planted = [s for run in whole.values() for s in run.loss_spikes if s in run.planted]
+    spikes = sum(len(run.loss_spikes) for run in whole.values())
+    precision = _precision(runs, total.casts)
     return ArmView(
         name=name,
         seeds=len(runs),
         unfinished=len(runs) - len(_finished(runs)),
-        final_loss=_mean(finals) if finals else None,
-        final_loss_spread=_spread(finals) if len(finals) > 1 else None,
+        final_loss=mean(finals) if finals else None,
         final_gap=None if name == BASELINE else _final_gap(runs, baseline),
         planted_ratio=_planted_ratio(runs, baseline),
+        planted_log_ratio=None if name == BASELINE else _planted_log_ratio(runs, baseline),
         planted_spikes=len(at_planted),
         other_spikes=spikes - len(at_planted),
-        extent=next((run.extent for run in counted.values() if run.extent), ""),
-        saturated=total.saturated / len(counted),
-        casts=total.casts / len(counted),
-        clamped_casts=total.clamped_rows / len(counted),
-        recasts=total.recasts / len(counted),
+        extent=next((run.extent for run in whole.values() if run.extent), ""),
+        saturated=total.saturated / len(whole),
+        casts=total.casts / len(whole),
+        clamped_casts=total.clamped_rows / len(whole),
+        recasts=total.recasts / len(whole),
         underflow_share=total.underflow_share,
-        overshoot=total.overshoot,
-        tokens_per_s=float(np.mean(speeds)) if speeds else None,
+        overshoot=shown_overshoot(total),
+        nonfinite_seeds=sum(
+            not all(map(math.isfinite, by_step(run).values())) for run in runs.values()
+        ),
+        precision=precision,
+        notes=_notes(runs) + ([NOTHING_CAST] if precision == "nothing cast" else []),
     )
+
+
+def _precision(runs: dict[int, RunRecord], casts: int) -> Precision:
+    if casts:
+        return "FP8"
+    if any(run.has_recipe for run in runs.values()):
+        return "nothing cast"
+    return "high precision" if all(run.is_plain for run in runs.values()) else "not known"
+
+
+def _notes(runs: dict[int, RunRecord]) -> list[str]:
+    return list(dict.fromkeys(note for run in runs.values() for note in run.notes))
 
 
 def _finished(runs: dict[int, RunRecord]) -> dict[int, RunRecord]:
     return {seed: run for seed, run in runs.items() if run.status == "finished"}
-
-
-def final_loss(run: RunRecord) -> float | None:
-    """Return the mean over the last tenth of the steps that recorded a loss, planted ones left out.
-
-    Those are compared apart. None of a run that is not finished, whose last steps are not the
-    last ones, or that recorded no loss. NaN where one of these losses is not finite.
-    """
-    if run.status != "finished":
-        return None
-    planted, recorded = set(run.planted), _by_step(run)
-    ordinary = [loss for step, loss in recorded.items() if step not in planted]
-    last = max(1, round(FINAL_SHARE * len(recorded)))
-    return _mean(ordinary[-last:]) if ordinary else None
-
-
-def _by_step(run: RunRecord) -> dict[int, float]:
-    """Return the losses that were recorded, NaN and Inf among them."""
-    return {s: x for s, x in zip(run.steps, run.loss, strict=True) if x is not None}
-
-
-def _mean(values: list[float]) -> float:
-    """Return the mean; NaN where a value is not finite, or where there is none."""
-    is_known = bool(values) and all(map(math.isfinite, values))
-    return float(np.mean(values)) if is_known else math.nan
-
-
-def _spread(values: list[float]) -> float:
-    """Return the standard deviation; NaN of a single value, or where one is not finite."""
-    is_known = len(values) > 1 and all(map(math.isfinite, values))
-    return float(np.std(values, ddof=1)) if is_known else math.nan
 
 
 def _final_gap(
@@ -215,53 +252,47 @@ def _final_gap(
 def _planted_ratio(
     runs: dict[int, RunRecord], baseline: dict[int, RunRecord]
 ) -> tuple[float, float, float] | None:
-    ratios = []
-    for seed, run in runs.items():
-        if seed not in baseline:
-            continue
-        own, other = _by_step(run), _by_step(baseline[seed])
-        # A loss of 0 has no ratio to it.
-        ratios += [own[s] / other[s] for s in run.planted if s in own and other.get(s)]
+    pairs = [pair for seed in runs for pair in _at_planted_steps(runs, baseline, seed)]
+    ratios = [own / other for own, other in pairs]
     if not all(map(math.isfinite, ratios)):
         return math.nan, math.nan, math.nan
-    return (_mean(ratios), min(ratios), max(ratios)) if ratios else None
+    if not ratios:
+        return None
+    is_positive = min(ratios) > 0
+    average = math.exp(mean([math.log(r) for r in ratios])) if is_positive else mean(ratios)
+    return average, min(ratios), max(ratios)
 
 
-def _curve(runs: list[RunRecord]) -> Band:
-    """Return loss over steps: mean, smallest and largest over the seeds that got there.
+def _planted_log_ratio(
+    runs: dict[int, RunRecord], baseline: dict[int, RunRecord]
+) -> PairedDifference | None:
+    """Compare the logarithms of the losses at planted steps, a mean a seed.
 
-    Thinned for a page, so that every peak of the largest and trough of the smallest stays. NaN at
-    a step where a seed's loss is not finite; steps without a loss are left out.
+    Steps of one seed are not independent of each other, so a seed is one value.
     """
-    by_step: dict[int, list[float]] = defaultdict(list)
-    for run in runs:
-        for step, loss in _by_step(run).items():
-            by_step[step].append(loss if math.isfinite(loss) else math.nan)
-    steps = sorted(by_step)
-    low, high = ([float(ends(by_step[step])) for step in steps] for ends in (np.min, np.max))
-    kept = kept_places(low, high)
-    return Band(
-        step=[float(steps[i]) for i in kept],
-        mean=[_mean(by_step[steps[i]]) for i in kept],
-        low=[low[i] for i in kept],
-        high=[high[i] for i in kept],
-    )
+    own, other = [], []
+    for seed in runs:
+        pairs = _at_planted_steps(runs, baseline, seed)
+        if pairs:
+            own.append(mean([_log(mine) for mine, _ in pairs]))
+            other.append(mean([_log(theirs) for _, theirs in pairs]))
+    return paired_difference(own, other) if own else None
 
 
-def _heat(runs: list[RunRecord]) -> Heat:
-    """Return the saturated share, sites by windows, mean over the runs cut alike; worst sites."""
-    cut = max((run.cut for run in runs), key=lambda cut: cut.count * cut.size)
-    same = [run.shares for run in runs if run.cut == cut]
-    nothing = np.zeros(cut.count)
-    order = dict.fromkeys(site for shares in same for site in shares)
-    share = {site: np.mean([s.get(site, nothing) for s in same], axis=0) for site in order}
-    worst = sorted(share, key=lambda site: -float(share[site].sum()))[:HEAT_SITES]
-    rows = [site for site in order if site in set(worst)]
-    return Heat(
-        sites=[str(site) for site in rows],
-        steps=cut.steps,
-        share=np.array([share[site] for site in rows]).reshape(len(rows), cut.count),
-    )
+def _at_planted_steps(
+    runs: dict[int, RunRecord], baseline: dict[int, RunRecord], seed: int
+) -> list[tuple[float, float]]:
+    """Return the losses of both at the seed's planted steps that both recorded."""
+    if seed not in baseline:
+        return []
+    own, other = by_step(runs[seed]), by_step(baseline[seed])
+    # A loss of 0 has no ratio to it.
+    return [(own[s], other[s]) for s in runs[seed].planted if s in own and other.get(s)]
+
+
+def _log(loss: float) -> float:
+    """Return the logarithm of a loss; NaN of one that has none."""
+    return math.log(loss) if 0 < loss < math.inf else math.nan
 
 
 def _worst(runs: list[RunRecord]) -> list[SiteRow]:
@@ -283,28 +314,29 @@ def _site_row(site: SiteRecord) -> SiteRow:
         scaling=site.info.scaling,
         saturated=site.totals.saturated,
         clamped_casts=site.totals.clamped_rows,
-        overshoot=site.totals.overshoot,
+        overshoot=shown_overshoot(site.totals),
         clamp_error=site.totals.clamp_error,
         underflow_share=site.totals.underflow_share,
         worst_step=site.totals.worst_step,
     )
 
 
-def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]]) -> list[str]:
+def _findings(
+    arms: list[ArmView], planted: int, switched: dict[str, list[str]], made: int
+) -> list[str]:
     """Say in words what the figures show, and no more."""
     said, harm = [], []
     for arm in arms:
-        if arm.planted_ratio is not None and arm.name != BASELINE:
+        if arm.planted_ratio is not None and not 1 / HURT < arm.planted_ratio[0] < HURT:
             said.append(_at_planted(arm.name, planted, *arm.planted_ratio))
-        elif arm.saturated and arm.final_gap is not None:
-            harm.append(_harm(arm, arm.final_gap))
+        if arm.saturated and arm.final_gap is not None:
+            harm.append(_harm(arm, arm.final_gap, made))
     said += harm
     if harm:
         # All that were made, not only those of arms that clamped: the page's JSON has them all.
-        gaps = [arm.final_gap for arm in arms if arm.final_gap is not None]
-        said += comparisons_in_words(gaps, BASELINE)
+        said += comparisons_in_words(made, BASELINE)
     said += [
-        f"{arm.name}: {100 * arm.recasts / arm.casts:.2g} % of the casts were repeated with the "
+        f"{arm.name}: {percent(arm.recasts / arm.casts)} of the casts were repeated with the "
         f"true scale{arm.extent}."
         for arm in arms
         if arm.recasts
@@ -315,21 +347,25 @@ def _findings(arms: list[ArmView], planted: int, switched: dict[str, list[str]])
     return said
 
 
-def _at_planted(arm: str, planted: int, mean: float, low: float, high: float) -> str:
-    if math.isnan(mean):
-        return (
-            f"{arm}: at the {planted} planted steps a loss, or its ratio to {BASELINE}, is not "
-            "finite."
-        )
+def planted_steps(number: int) -> str:
+    """Return how many steps were planted, to follow "the": "planted step", "2 planted steps"."""
+    return "planted step" if number == 1 else counted(number, "planted step")
+
+
+def _at_planted(arm: str, planted: int, average: float, low: float, high: float) -> str:
+    steps = planted_steps(planted)
+    if math.isnan(average):
+        return f"{arm}: at the {steps} a loss, or its ratio to {BASELINE}, is not finite."
     return (
-        f"{arm}: at the {planted} planted steps the loss is {mean:.2f}x that of {BASELINE} "
-        f"({low:.2f}x to {high:.2f}x over steps and seeds)."
+        f"{arm}: at the {steps} the loss is {times(average)} that of {BASELINE} "
+        f"({times(low)} to {times(high)} over steps and seeds)."
     )
 
 
-def _harm(arm: ArmView, gap: PairedDifference) -> str:
+def _harm(arm: ArmView, gap: PairedDifference, made: int) -> str:
     return (
-        f"{arm.name} clamped {arm.saturated:,.0f} elements in {arm.clamped_casts:,.0f} casts a "
-        f"run{arm.extent}; the difference of its final loss from that of {BASELINE} on the same "
-        f"seeds is {difference_in_words(gap, own=arm.name, other=BASELINE)}."
+        f"{arm.name} clamped {counted(arm.saturated, 'element')} in "
+        f"{counted(arm.clamped_casts, 'cast')} a run{arm.extent}; the difference of its final "
+        f"loss from that of {BASELINE} on the same seeds is "
+        f"{difference_in_words(gap, own=arm.name, other=BASELINE, comparisons=made)}."
     )

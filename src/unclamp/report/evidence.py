@@ -29,6 +29,14 @@ CAUTION = (
     "table of sites for that."
 )
 
+"""Said only where something was clamped."""
+NOTHING_TO_ASK: dict[str, Any] = {
+    "verdict": "cannot tell",
+    "sentences": ["No cast was recorded, so there is no clamping that spikes could have followed."],
+    "sites": [],
+}
+"""What stands in place of an association in a run without casts."""
+
 
 def read_association(log: RunLog) -> dict[str, Any]:
     """Return `Association.to_dict()` of a run.
@@ -39,6 +47,19 @@ def read_association(log: RunLog) -> dict[str, Any]:
         return associate(log).to_dict()
     except AnalysisError as error:
         return {"verdict": "cannot tell", "sentences": [str(error)], "sites": []}
+
+
+def caution_of(association: Mapping[str, Any] | None, *, clamped: bool) -> str | None:
+    """Return the caution about harm that no spike shows; None where there can be no such harm.
+
+    Args:
+        association: Whose own caution is taken, since it names sites.
+        clamped: Whether the run clamped anything.
+    """
+    found = association or {}
+    if not clamped or found.get("is_observed"):
+        return None
+    return next((said for said in found.get("sentences", []) if PAPER in said), CAUTION)
 
 
 def named_sites(association: Mapping[str, Any] | None) -> list[SiteName]:
@@ -56,6 +77,7 @@ class ExplanationView:
         sentences: What was found, or why the file cannot be read.
         reproduced: Whether the plain replay gave the run's losses.
         verdict: None where the file cannot be read.
+        stated: The verdict for people, with the step from which a negative one holds.
         clamping_share: Share of the spike that is gone with nothing clamped.
         sites: What each leading site caused.
         override: The recommended change of the recipe, to paste.
@@ -66,6 +88,7 @@ class ExplanationView:
     sentences: list[str]
     reproduced: bool | None = None
     verdict: Verdict | None = None
+    stated: str | None = None
     clamping_share: float | None = None
     sites: list[SiteShare] = field(default_factory=list)
     override: str | None = None
@@ -127,6 +150,7 @@ def _shown(name: str, sentences: list[str], found: Explanation) -> ExplanationVi
         sentences=sentences,
         reproduced=found.reproduced,
         verdict=found.verdict,
+        stated=None if found.verdict is None else found.stated,
         clamping_share=found.clamping_share,
         sites=list(found.sites),
         override=None if found.override is None else found.override.toml,

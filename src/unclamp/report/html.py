@@ -12,27 +12,30 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from unclamp.files import to_json, write_atomically
-from unclamp.report.arms import Heat, ScenarioView
+from unclamp.report.arms import ScenarioView
 from unclamp.report.charts import (
     COLOURS,
     arms_figure,
+    difference_range,
     embed,
     heat_figure,
     replay_figure,
     run_figure,
 )
-from unclamp.report.evidence import CAUTION, PAPER
+from unclamp.report.evidence import CAUTION, PAPER, caution_of
+from unclamp.report.glossary import GLOSSARY, term_of
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
     ASSOCIATION_COLUMNS,
-    EXPLANATION_COLUMNS,
     SERIES,
     SITE_COLUMNS,
     TABLE_COLUMNS,
     arm_columns,
+    arm_notes,
     arm_row,
     association_row,
+    explanation_columns,
     explanation_row,
     site_row,
     spike_text,
@@ -56,8 +59,10 @@ def write_page(view: View, path: Path) -> Path:
         run=None if view.run is None else _run(view.run, view.path),
         site_columns=SITE_COLUMNS,
         association_columns=ASSOCIATION_COLUMNS,
-        explanation_columns=EXPLANATION_COLUMNS,
-        caution=CAUTION,
+        glossary_terms=[term for term in GLOSSARY if term.is_on("run" if view.run else "study")],
+        term_of=term_of,
+        caution=CAUTION if any(a.saturated for s in view.scenarios for a in s.arms) else None,
+        theme=_asset("theme.js"),
         style=_asset("style.css"),
         script=_asset("sites.js"),
         plotly_js=Markup(get_plotlyjs()),
@@ -86,11 +91,15 @@ def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, An
         "description": scenario.description,
         "findings": scenario.findings,
         "arm_columns": arm_columns(scenario),
+        "notes": arm_notes(scenario),
+        "planted": scenario.planted,
+        "has_differences": bool(scenario.differences),
+        "is_cut": difference_range(scenario) is not None,
         "arm_rows": [arm_row(arm, scenario) for arm in scenario.arms],
         "colours": list(colours.values()),
         "loss": Markup(embed(arms_figure(scenario, colours), f"loss-{place}")),
         "heats": [
-            (arm, Markup(embed(_heat(scenario.heat[arm]), f"heat-{place}-{i}")))
+            (arm, Markup(embed(_heat(scenario, arm), f"heat-{place}-{i}")))
             for i, arm in enumerate(clamped)
         ],
         "calm": [arm.name + arm.extent for arm in scenario.arms if not arm.saturated],
@@ -103,8 +112,16 @@ def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, An
     }
 
 
-def _heat(heat: Heat) -> go.Figure:
-    return heat_figure(heat.sites, heat.steps, heat.share)
+def _heat(scenario: ScenarioView, arm: str) -> go.Figure:
+    heat = scenario.heat[arm]
+    return heat_figure(
+        heat.sites,
+        heat.steps,
+        heat.share,
+        window=heat.window,
+        planted=scenario.planted,
+        spikes=scenario.spikes[arm],
+    )
 
 
 def _run(run: RunView, path: str) -> dict[str, Any]:
@@ -119,7 +136,14 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
     }
     heat = ""
     if share.any():
-        figure = heat_figure(list(run.heat), run.window_steps, share, window=run.window_size)
+        figure = heat_figure(
+            list(run.heat),
+            run.window_steps,
+            share,
+            window=run.window_size,
+            planted=run.planted,
+            spikes=[spike["onset"] for spike in run.spikes if spike["series"] == "loss"],
+        )
         heat = Markup(embed(figure, "heat-run"))
     association = run.association or {}
     said = association.get("sentences", [])
@@ -134,16 +158,17 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
             association_row(row, is_relative=association.get("is_relative") is not False)
             for row in association.get("sites", [])[:LISTED_SITES]
         ],
-        "caution": next((sentence for sentence in said if PAPER in sentence), CAUTION),
+        "caution": caution_of(association, clamped=any(site.saturated for site in run.sites)),
         "explanations": [
             {
                 "name": found.name,
                 "sentences": found.sentences,
                 "reproduced": found.reproduced,
-                "verdict": found.verdict,
+                "verdict": found.stated,
                 "clamping_share": found.clamping_share,
                 "sites": found.sites,
                 "override": found.override,
+                "columns": explanation_columns(found.verdict),
                 "rows": [explanation_row(site) for site in found.sites[:LISTED_SITES]],
                 "plot": Markup(embed(replay_figure(found.losses), f"replay-{i}"))
                 if found.losses

@@ -1,7 +1,7 @@
 """What one run recorded, read from its log: curves, spikes, totals of sites. Torch-free."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.runlog import Cut, RunLog, SiteInfo, Windows
 from unclamp.totals import SiteTotals
+from unclamp.written import counted
 
 HEAT_SITES = 60
 
@@ -47,8 +48,11 @@ class RunRecord:
         cut: How the steps are cut into windows, for what is told of sites over time.
         recorded: Steps that have rows of casts, where not every step was to have them; else None.
         sites: Those that cast anything, in the order of their ids.
-        shares: Saturated share a window, of the sites with the largest total clamp error, worst
+        shares: Clamped share a window, of the sites with the largest total clamp error, worst
             first.
+        notes: Sentences of its header that a reader must see beside the figures.
+        has_recipe: Whether its header names a recipe; a training in high precision has none.
+        is_plain: Whether its header says that no layer was meant to be in FP8.
     """
 
     status: str
@@ -62,13 +66,16 @@ class RunRecord:
     recorded: int | None
     sites: list[SiteRecord]
     shares: dict[SiteName, np.ndarray]
+    notes: list[str] = field(default_factory=list)
+    has_recipe: bool = False
+    is_plain: bool = False
 
     @property
     def extent(self) -> str:
         """Which steps the counts are of, to be said with them; "" where it is all."""
         if self.recorded is None:
             return ""
-        return f" in the {self.recorded:,} recorded of {len(self.steps):,} steps"
+        return f" in the {self.recorded:,} recorded of {counted(len(self.steps), 'step')}"
 
     @property
     def loss_spikes(self) -> list[int]:
@@ -87,7 +94,8 @@ class SiteRow:
         scaling: Kind of scaling at the beginning.
         saturated: Finite elements clamped.
         clamped_casts: Recorded casts in which anything was clamped.
-        overshoot: Largest amax over the largest representable value.
+        overshoot: Largest amax over the largest representable value; None where nothing was
+            clamped, since up to half a rounding step above it an element still fits.
         clamp_error: Mean clamp error of the recorded casts that clamped, a fraction.
         underflow_share: Non-zero elements that became zero, a fraction of all.
         worst_step: First step with the largest clamp error.
@@ -140,6 +148,9 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         recorded=_recorded_steps(log),
         sites=sites,
         shares=_shares(sites, windows),
+        notes=list(dict.fromkeys(log.header.notes)),
+        has_recipe=log.header.recipe is not None,
+        is_plain=log.header.plain,
     )
     return record, windows
 
@@ -153,6 +164,15 @@ WHERE step_ms > 0 AND step > (SELECT min(step) FROM steps)
 def by_clamp_error(sites: list[SiteRecord]) -> list[SiteRecord]:
     """Return the sites with the largest total clamp error first; then by name."""
     return sorted(sites, key=lambda site: (-site.totals.clamp_error_sum, site.name))
+
+
+def shown_overshoot(totals: SiteTotals) -> float | None:
+    """Return how far elements passed the largest representable value; None if none was clamped.
+
+    An element up to half a rounding step above it is rounded to it, so an overshoot of 1.03
+    beside no clamped element would look like a contradiction and is none.
+    """
+    return totals.overshoot if totals.saturated else None
 
 
 def _column(log: RunLog, query: str) -> list:

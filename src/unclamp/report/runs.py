@@ -7,22 +7,32 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from unclamp.analysis import Divergence, find_divergences
+from unclamp.analysis.divergences import divergence_in_words
 from unclamp.names import SiteName, shown
-from unclamp.report.arms import final_loss
+from unclamp.report.bands import final_loss
 from unclamp.report.evidence import (
+    NOTHING_TO_ASK,
     ExplanationView,
     named_sites,
     read_association,
     read_explanations,
 )
 from unclamp.report.panels import Panel, choose_sites, read_panels, rounded
-from unclamp.report.recorded import RunRecord, SiteRecord, SiteRow, by_clamp_error
+from unclamp.report.recorded import (
+    RunRecord,
+    SiteRecord,
+    SiteRow,
+    by_clamp_error,
+    shown_overshoot,
+)
 from unclamp.report.thinning import kept_places
 from unclamp.runlog import RunLog, Windows
 from unclamp.totals import SiteTotals
+from unclamp.written import counted, loss_text, percent, times
 
 EVENTS_A_KIND = 200
 SITES_IN_TEXT = 3
@@ -88,15 +98,18 @@ class RunView:
         sentences: What the figures say.
         curves: By series, thinned so that every peak stays.
         spikes: As `Spike.to_dict`, by onset.
+        divergences: Slow rises of the loss, which no spike tells, as `Divergence.to_dict`.
         events: Of a kind with very many, evenly some.
         events_left_out: How many events are not in `events`, by kind.
         window_steps: First step of each window of the heat map and the panels.
         window_size: Steps a window.
         sites: All sites, largest total clamp error first: what a row of the table says.
-        heat: Saturated share a window, by the site's name as text; the worst sites.
+        heat: Clamped share a window, by the site's name as text; the worst sites.
         panels: By site id.
         association: As `Association.to_dict`, None where nobody looked.
         explanations: Replays of this run's spikes.
+        notes: Sentences of its header that must stand beside the figures.
+        planted: Steps whose batch was planted.
     """
 
     name: str
@@ -112,6 +125,9 @@ class RunView:
     panels: dict[int, Panel]
     association: dict[str, Any] | None
     explanations: list[ExplanationView]
+    notes: list[str] = field(default_factory=list)
+    planted: list[int] = field(default_factory=list)
+    divergences: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_run_view(
@@ -129,13 +145,14 @@ def read_run_view(
         RunLogError: As `RunLog.sql`.
         UnclampError: A glob matches no site.
     """
-    association = read_association(log)
+    association = read_association(log) if record.sites else NOTHING_TO_ASK
     chosen = choose_sites(record, globs=globs, named=named_sites(association))
     switched = _switched(log)
     events, left_out = _read_events(log)
+    drifts = find_divergences(record.loss, steps=record.steps)
     return RunView(
         name=log.path.resolve().name,
-        sentences=run_sentences(record, switched),
+        sentences=run_sentences(record, switched, drifts),
         curves=_curves(record),
         spikes=[spike.to_dict() for spike in record.spikes],
         events=events,
@@ -147,6 +164,9 @@ def read_run_view(
         panels=read_panels(log, windows, chosen),
         association=association,
         explanations=read_explanations(log.path),
+        notes=record.notes,
+        planted=record.planted,
+        divergences=[drift.to_dict() for drift in drifts],
     )
 
 
@@ -177,24 +197,35 @@ def event_text(kind: str, data: str) -> str:
     return ", ".join(said)[:200]
 
 
-def run_sentences(record: RunRecord, switched: Mapping[SiteName, list[int]]) -> list[str]:
-    """Say in words what a run recorded, and no more."""
-    return [
-        *_final_sentence(record),
-        *_spike_sentences(record),
-        *_clamp_sentences(record),
-        *_switch_sentences(switched),
-    ]
+def run_sentences(
+    record: RunRecord,
+    switched: Mapping[SiteName, list[int]],
+    drifts: Sequence[Divergence] = (),
+) -> list[str]:
+    """Say in words what a run recorded, and no more; what matters most comes first.
 
-
-def _final_sentence(record: RunRecord) -> list[str]:
+    That is a loss that is lost, then its slow divergences and its spikes, then what was clamped.
+    """
     final = final_loss(record)
+    risen = [divergence_in_words(drift, name="The loss") for drift in drifts]
+    finals, spikes = _final_sentence(record, final), _spike_sentences(record)
+    clamps = _clamp_sentences(record)
+    if final is not None and not math.isfinite(final):
+        said = [*finals, *risen, *spikes, *clamps]
+    elif record.loss_spikes or risen:
+        said = [*risen, *spikes, *clamps, *finals]
+    else:
+        said = [*clamps, *spikes, *finals]
+    return said + _switch_sentences(switched)
+
+
+def _final_sentence(record: RunRecord, final: float | None) -> list[str]:
     if final is None:
         return []
     but = ", planted ones left out" if record.planted else ""
     if not math.isfinite(final):
         return [f"The final loss is not finite: it is not in the last tenth of the steps{but}."]
-    return [f"The final loss is {final:.4f}: mean over the last tenth of the steps{but}."]
+    return [f"The final loss is {loss_text(final)}: mean over the last tenth of the steps{but}."]
 
 
 def _spike_sentences(record: RunRecord) -> list[str]:
@@ -205,15 +236,15 @@ def _spike_sentences(record: RunRecord) -> list[str]:
         if not values:
             said += [f"The {name} was not recorded."] if series == "loss" else []
             continue
+        steps = counted(len(values), "step")
         spikes = [spike for spike in record.spikes if spike.series == series]
         if not spikes:
-            said.append(f"No spike of the {name} in {len(values):,} steps.")
+            said.append(f"No spike of the {name} in {steps}.")
             continue
         worst = max(spikes, key=lambda spike: spike.height if spike.height == spike.height else 0)
-        count = "1 spike" if len(spikes) == 1 else f"{len(spikes)} spikes"
-        how = "not finite" if worst.kind == "nonfinite" else f"{worst.height:.2f}x its level"
+        how = "not finite" if worst.kind == "nonfinite" else f"{times(worst.height)} its level"
         said.append(
-            f"{count} of the {name} in {len(values):,} steps; the highest, at step "
+            f"{counted(len(spikes), 'spike')} of the {name} in {steps}; the highest, at step "
             f"{worst.peak:,}, is {how}."
         )
     return said
@@ -222,23 +253,35 @@ def _spike_sentences(record: RunRecord) -> list[str]:
 def _clamp_sentences(record: RunRecord) -> list[str]:
     sites, extent = record.sites, record.extent
     if not sites:
-        return ["No cast was recorded."]
+        return [_nothing_cast(record)]
     total = sum((site.totals for site in sites), SiteTotals())
     clamped = by_clamp_error([site for site in sites if site.totals.saturated])
-    said = [f"Nothing was clamped at any of {len(sites):,} sites{extent}."]
+    said = [f"Nothing was clamped at any of {counted(len(sites), 'site')}{extent}."]
     if clamped:
+        elements = counted(total.saturated, "element was", "elements were")
         said = [
-            f"{total.saturated:,} elements were clamped, in {total.clamped_rows:,} of "
-            f"{total.rows:,} recorded casts, at {len(clamped):,} of {len(sites):,} sites{extent}.",
+            f"{elements} clamped, in {total.clamped_rows:,} of "
+            f"{counted(total.rows, 'recorded cast')}, at {len(clamped):,} of "
+            f"{counted(len(sites), 'site')}{extent}.",
             *_worst_sentence(clamped[0]),
         ]
     if total.recasts:
-        share = f"{100 * total.recasts / total.casts:.2g} %"
+        share = percent(total.recasts / total.casts)
         said.append(f"{share} of the casts were repeated with the true scale{extent}.")
     if total.nonfinite:
         broken = sum(site.totals.nonfinite > 0 for site in sites)
-        said.append(f"{total.nonfinite:,} elements were Inf or NaN, at {broken:,} sites{extent}.")
+        elements = counted(total.nonfinite, "element was", "elements were")
+        said.append(f"{elements} Inf or NaN, at {counted(broken, 'site')}{extent}.")
     return said
+
+
+def _nothing_cast(record: RunRecord) -> str:
+    said = "No cast was recorded."
+    if record.has_recipe:
+        return f"{said} The run has a recipe, but nothing of it was in FP8."
+    if record.is_plain:
+        return f"{said} It is a training without FP8, by design."
+    return f"{said} Whether it was in FP8 is not in the log." if record.steps else said
 
 
 def _worst_sentence(site: SiteRecord) -> list[str]:
@@ -248,7 +291,7 @@ def _worst_sentence(site: SiteRecord) -> list[str]:
         return []
     return [
         f"Most clamp error: {site.name}, worst at step {totals.worst_step:,}, where clamping "
-        f"removed {100 * totals.clamp_error_max:.3g} % of the tensor's squares."
+        f"removed {percent(totals.clamp_error_max)} of the tensor's squares."
     ]
 
 
@@ -257,8 +300,7 @@ def _switch_sentences(switched: Mapping[SiteName, list[int]]) -> list[str]:
     if not steps:
         return []
     first = ", ".join(f"{step:,}" for step in steps[:5]) + (", ..." if len(steps) > 5 else "")
-    who = "1 site" if len(switched) == 1 else f"{len(switched):,} sites"
-    return [f"{who} switched scaling, at step {first}."]
+    return [f"{counted(len(switched), 'site')} switched scaling, at step {first}."]
 
 
 def _switched(log: RunLog) -> dict[SiteName, list[int]]:
@@ -275,7 +317,8 @@ def _switch_text(sites: list[dict[str, Any]]) -> str:
         f"{_kind(site.get('after'))}"
         for site in sites[:SITES_IN_TEXT]
     ]
-    rest = f" and {len(sites) - SITES_IN_TEXT} more sites" if len(sites) > SITES_IN_TEXT else ""
+    more = len(sites) - SITES_IN_TEXT
+    rest = f" and {counted(more, 'more site')}" if more > 0 else ""
     return ", ".join(named) + rest
 
 
@@ -319,7 +362,7 @@ def _site(site: SiteRecord, switched: list[int]) -> RunSiteRow:
         rows=totals.rows,
         clamp_error=rounded(totals.clamp_error) if totals.clamped_rows else None,
         clamp_error_max=rounded(totals.clamp_error_max),
-        overshoot=rounded(totals.overshoot),
+        overshoot=rounded(shown_overshoot(totals)),
         underflow_share=rounded(totals.underflow_share),
         sqnr_db_min=rounded(totals.sqnr_db_min),
         sqnr_db_mean=rounded(totals.sqnr_db_mean),

@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
+from unclamp.errors import RunLogError
 from unclamp.runlog import RunLog, Status
+from unclamp.written import counted, listed
 
 QUIET_S = 60.0
 """A run that wrote nothing for so long may have been killed; a flush interval is 2 s."""
@@ -38,7 +41,17 @@ def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
         f"Not all of it is in the log: rank {rank} could not write {what}."
         for rank, what in log.missing.items()
     ]
-    return notes + ([OBSERVED] if header.observed else [])
+    notes += [f"{part}." for part in log.damaged]
+    return notes + ([OBSERVED] if header.observed else []) + list(dict.fromkeys(header.notes))
+
+
+def damage_notes(runs: Mapping[str, Path]) -> list[str]:
+    """Return which parts of a study's runs cannot be read and are left out."""
+    notes = []
+    for name, path in runs.items():
+        with suppress(RunLogError), RunLog.open(path) as log:
+            notes += [f"{name}: {part}." for part in log.damaged]
+    return notes
 
 
 def study_notes(status: str, runs: Mapping[str, str]) -> list[str]:
@@ -55,17 +68,18 @@ def study_notes(status: str, runs: Mapping[str, str]) -> list[str]:
     notes = []
     if status != "finished" or absent or unfinished:
         whole = sum(state == "finished" for state in runs.values())
+        are = "is" if 1 in (whole, len(runs)) else "are"
         notes.append(
-            f"The study is not finished: {whole} of {len(runs)} runs are. Run the same "
-            "`unclamp study` again to train the rest."
+            f"The study is not finished: {whole} of {counted(len(runs), 'run')} {are}. Run the "
+            "same `unclamp study` again to train the rest."
         )
     if unfinished:
         notes.append(
-            f"Unfinished: {_listed(unfinished)}. Their curves are shown and they are in no final "
-            "loss; the counts of an arm are those of its finished runs, if it has any."
+            f"Unfinished: {listed(unfinished, most=12)}. Their curves are shown and they are in no "
+            "final loss; the counts of an arm are those of its finished runs, if it has any."
         )
     if absent:
-        notes.append(f"Not begun: {_listed(absent)}.")
+        notes.append(f"Not begun: {listed(absent, most=12)}.")
     unreadable = {name: state for name, state in runs.items() if state not in (*states, ABSENT)}
     return notes + [f"{name} cannot be read: {why}." for name, why in unreadable.items()]
 
@@ -86,8 +100,3 @@ def _running(path: Path, now_s: float) -> str:
     if quiet < QUIET_S:
         return f"The run is going on: last record {ago(quiet)}. Make the page again for more."
     return f"Running or killed: last record {ago(quiet)}. A process that was killed cannot say so."
-
-
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return ", ".join(names[:12]) + rest

@@ -8,13 +8,15 @@ from rich.text import Text
 
 from unclamp.names import shown
 from unclamp.report.arms import ScenarioView
-from unclamp.report.evidence import CAUTION, PAPER
+from unclamp.report.evidence import CAUTION, caution_of
+from unclamp.report.glossary import terms_of
 from unclamp.report.recorded import SiteRow
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
     SERIES,
     arm_columns,
+    arm_notes,
     arm_row,
     shortened,
     site_row,
@@ -23,24 +25,49 @@ from unclamp.report.words import (
 
 TERMINAL_SITES = 5
 TERMINAL_SPIKES = 12
-WIDE_TABLE = 120
-"""Columns that the table of arms needs as one table."""
 ARM_WIDTH = 24
-_SITE_NUMBERS = ("saturated", "clamped\ncasts", "overshoot", "clamp\nerror", "underflow",
+LEAST_NAME = 8
+HEADING = 10
+GAP = 2
+"""Columns between two columns of a table."""
+_SITE_NUMBERS = ("clamped\nelements", "clamped\ncasts", "overshoot", "clamp\nerror", "underflow",
                  "worst\nstep")  # fmt: skip
 
 
 def print_view(view: View, console: Console) -> None:
-    """Print a report's figures."""
-    for note in view.notes:
-        console.print(Text(note, style="yellow"))
+    """Print a report's figures; a study's verdict comes first."""
     if view.run is not None:
+        _print_notes(view.notes, console)
         console.print(_run(view.run, console.width))
         return
+    if view.scenarios:
+        first, *others = map(_bullet, view.verdict)
+        console.print(first, style="bold")
+        console.print(Group(*others))
+    _print_notes(view.notes, console)
     for scenario in view.scenarios:
         console.print(_scenario(scenario, console.width))
     if not view.scenarios:
         console.print("No run of this study has recorded anything yet.")
+        return
+    console.print(_glossary(view.scenarios))
+
+
+def _print_notes(notes: Sequence[str], console: Console) -> None:
+    for note in notes:
+        console.print(Text(note, style="yellow"))
+
+
+def _glossary(scenarios: Sequence[ScenarioView]) -> RenderableType:
+    """Return a line for each term that the tables use; words that explain themselves are left."""
+    columns = [column for scenario in scenarios for column in arm_columns(scenario)]
+    arms = {arm.name for scenario in scenarios for arm in scenario.arms}
+    terms = terms_of([*columns, "clamp error"], also={"hp"} & arms)
+    grid = Table.grid(padding=(0, 1))
+    for term in terms:
+        if term.word not in ("arm", "spike", "final loss"):
+            grid.add_row(Text(term.word, style="dim bold"), Text(term.short, style="dim"))
+    return Group(Text(), grid)
 
 
 def _run(run: RunView, width: int) -> RenderableType:
@@ -62,52 +89,73 @@ def _run(run: RunView, width: int) -> RenderableType:
     if clamped:
         parts.append(Text("\nworst sites, by total clamp error", style="bold"))
         parts.append(_sites(clamped, width))
-    said = (run.association or {}).get("sentences", [])
-    if not any(PAPER in sentence for sentence in said):
+    caution = caution_of(run.association, clamped=bool(clamped))
+    if caution == CAUTION:  # an association's own stands among its sentences
         parts.append(Text(f"\n{CAUTION.replace('columns', 'figures')}", style="dim"))
     return Group(*parts)
 
 
 def _scenario(scenario: ScenarioView, width: int) -> RenderableType:
     title = Text.assemble("\n", (scenario.name, "bold"), f"  {scenario.description}")
-    parts: list[RenderableType] = [title, *_arms(scenario, width)]
+    parts: list[RenderableType] = [title, _arms(scenario, width)]
+    parts += [Text(note, style="yellow") for note in arm_notes(scenario)]
     parts += [_bullet(finding) for finding in scenario.findings]
     for name, sites in scenario.worst.items():
         if sites:
-            parts.append(Text(f"\nworst sites of {name}, all seeds", style="bold"))
+            order = "all seeds, largest total clamp error first"
+            parts.append(Text.assemble("\n", (f"worst sites of {name}", "bold"), f"  {order}"))
             parts.append(_sites(sites[:TERMINAL_SITES], width))
     return Group(*parts)
 
 
-def _arms(scenario: ScenarioView, width: int) -> list[RenderableType]:
-    """Return the table of arms; in a narrow terminal as two tables of the same rows."""
-    columns = arm_columns(scenario)
+def _arms(scenario: ScenarioView, width: int) -> RenderableType:
     rows = [arm_row(arm, scenario) for arm in scenario.arms]
-    for row in rows:
-        row[0] = shortened(row[0], ARM_WIDTH)
-    if width >= WIDE_TABLE:
-        return [_table(columns, rows)]
-    cut = columns.index("spikes: planted + other") + 1
-    second = [[row[0], *row[cut:]] for row in rows]
-    return [
-        _table(columns[:cut], [row[:cut] for row in rows]),
-        Text(),
-        _table([columns[0], *columns[cut:]], second),
-    ]
+    return table_of(arm_columns(scenario), rows, width, longest_name=ARM_WIDTH)
+
+
+def table_of(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, longest_name: int
+) -> RenderableType:
+    """Return a table, or several of the same rows one below the other where one is too wide.
+
+    Cells never wrap and are never cut, but for the names in the first column, which are shortened
+    to `longest_name` characters, and further where a table of one more column needs it.
+    """
+    sizes = [_drawn(columns[i], [row[i] for row in rows]) for i in range(len(columns))]
+    room = width - GAP - max(sizes[1:], default=0)
+    name_width = max(LEAST_NAME, min(longest_name, room))
+    rows = [[shortened(row[0], name_width), *row[1:]] for row in rows]
+    first = _drawn(columns[0], [row[0] for row in rows])
+    parts: list[list[int]] = [[]]
+    for i in range(1, len(columns)):
+        drawn = first + sum(GAP + sizes[j] for j in [*parts[-1], i])
+        if parts[-1] and drawn > width:
+            parts.append([])
+        parts[-1].append(i)
+    parted: list[RenderableType] = []
+    for part in parts:
+        shown_rows = [[row[0], *(row[i] for i in part)] for row in rows]
+        table = _table([columns[0], *(columns[i] for i in part)], shown_rows)
+        parted += [Text(), table] if parted else [table]
+    return Group(*parted)
+
+
+def _drawn(column: str, cells: Sequence[str]) -> int:
+    """Return the width at which a column is drawn.
+
+    That cuts no cell and no word of the heading, which wraps from `HEADING` characters on.
+    """
+    least = max(max(map(len, column.split())), *map(len, cells or [""]))
+    return max(least, min(HEADING, len(column)))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a table whose cells never wrap; headings do, at their spaces."""
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        widest = max((len(row[i]) for row in rows), default=0)
-        words = max(len(word) for word in column.split())
-        table.add_column(
-            Text(column, style="dim"),
-            justify="left" if i == 0 else "right",
-            min_width=max(widest, words),
-            max_width=max(widest, words, 10),
-        )
+        drawn = _drawn(column, [row[i] for row in rows])
+        justify = "left" if i == 0 else "right"
+        table.add_column(Text(column, style="dim"), justify=justify, width=drawn)
     for row in rows:
         table.add_row(*map(Text, row))
     return table
@@ -126,12 +174,12 @@ def _sites(sites: Sequence[SiteRow], width: int) -> RenderableType:
 
     upper = line([head[0] if len(head) > 1 else "" for head in heads])
     lower = line([head[-1] for head in heads])
-    lines = [Text(f"{upper}\n{lower}", style="dim", no_wrap=True)]
+    lines = [Text(f"{upper}\n{lower}", style="dim")]
     for site, row in zip(sites, rows, strict=True):
         about = f" {site.role}, {site.scaling} {site.format}"
         name = shortened(shown(site.fqn), max(20, width - len(about)))
         lines.append(Text.assemble((name, "bold"), about))
-        lines.append(Text(line(row), no_wrap=True))
+        lines.append(Text(line(row)))
     return Group(*lines)
 
 

@@ -2,19 +2,21 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unclamp.errors import RunLogError, UnclampError
 from unclamp.files import strict
 from unclamp.names import SiteName
-from unclamp.report.arms import ScenarioView, scenario_view
+from unclamp.report.arms import ScenarioView, counted_together, scenario_view
 from unclamp.report.recorded import RunRecord, read_run
 from unclamp.report.runs import RunView, read_run_view
-from unclamp.report.status import ABSENT, run_notes, study_notes
+from unclamp.report.status import ABSENT, damage_notes, run_notes, study_notes
+from unclamp.report.verdict import study_verdict
 from unclamp.runlog import Header, RunLog, is_run
 from unclamp.study.config import SCENARIOS, StudyConfig, is_study, read_study
+from unclamp.written import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,10 @@ class View:
     """A whole report.
 
     Attributes:
+        verdict: What the figures answer, in sentences; of a run, its first sentence.
         notes: What a reader must know before the figures: what is missing, and of what.
-        scenarios: Arms side by side; of a run, itself as the only arm.
+        scenarios: Arms side by side, of a study those with planted steps first; of a run, itself
+            as the only arm.
         run: The run's own page; None of a study.
         runs: Folders of a study's runs, relative to it, by scenario and arm.
     """
@@ -36,6 +40,7 @@ class View:
     scenarios: list[ScenarioView]
     run: RunView | None
     runs: dict[str, dict[str, list[str]]]
+    verdict: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report's figures as JSON data; NaN and Inf are None.
@@ -93,6 +98,7 @@ def _run_view(path: Path, sites: Sequence[str]) -> View:
         scenarios=[scenario_view(name, description, {arm: {seed: record}}, {})],
         run=run,
         runs={},
+        verdict=run.sentences[:1],
     )
 
 
@@ -133,25 +139,27 @@ def _study_view(path: Path) -> View:
         }
         if records:
             scenarios.append(scenario_view(name, SCENARIOS.get(name, ""), records, named))
+    scenarios = counted_together(sorted(scenarios, key=lambda scenario: not scenario.planted))
     model, data = config.model, config.data
-    small = f"Llama, {model.layers} layers of {model.hidden_size}, bytes as tokens"
+    small = f"Llama, {counted(model.layers, 'layer')} of {model.hidden_size}, bytes as tokens"
     facts = {
         "written by": f"unclamp {study['unclamp_version']}",
         "model": model.hf_model or small,
         "text": ", ".join(data.text) or "the language reference that ships with Python",
         "batch": f"{data.batch_size} x {data.seq_len} tokens",
         "steps": str(config.steps),
-        "seeds": ", ".join(map(str, config.seeds)),
+        "seeds": f"{len(config.seeds)} ({', '.join(map(str, config.seeds))})",
     }
     return View(
         title="Which scaling clamped what, and did the loss care?",
         path=str(path),
         status=study["status"],
         facts=facts,
-        notes=study_notes(study["status"], states),
+        notes=study_notes(study["status"], states) + damage_notes(_named(paths)),
         scenarios=scenarios,
         run=None,
         runs=runs,
+        verdict=study_verdict(scenarios, is_whole=all(s == "finished" for s in states.values())),
     )
 
 
@@ -164,6 +172,10 @@ def _run_paths(path: Path) -> dict[tuple[str, str, int], Path]:
         for arm in config.arms
         for seed in config.seeds
     }
+
+
+def _named(paths: dict[tuple[str, str, int], Path]) -> dict[str, Path]:
+    return {f"{s}/{arm}/seed-{seed}": run for (s, arm, seed), run in paths.items() if is_run(run)}
 
 
 def _read(run: Path) -> tuple[RunRecord | None, str]:

@@ -1,32 +1,42 @@
-"""How the report's figures are written: the same in the terminal and on the page."""
+"""The report's tables: their headings and cells, the same in the terminal and on the page.
+
+How a single figure is written is in `figures`; what the words mean, in `glossary`.
+"""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from unclamp.analysis.counterfactual import SiteShare
+from unclamp.analysis.explanation import Verdict
+from unclamp.analysis.labels import ways
+from unclamp.analysis.paired import PairedDifference
 from unclamp.analysis.shares import interval, spike_share
 from unclamp.names import shown
 from unclamp.report.arms import ArmView, ScenarioView
 from unclamp.report.recorded import SiteRow
+from unclamp.written import listed, loss_text, percent, signed, times
+
+NOTE_MARK = "*"
+"""Stands at an arm with notes, and before each of them."""
 
 ARM_COLUMNS = (
     "arm",
     "final loss",
+    "difference from dynamic",
     "loss at planted steps vs dynamic",
-    "spikes: planted + other",
-    "saturated elements",
+    "spikes, all seeds: planted + other",
+    "clamped elements",
     "clamped casts",
     "re-cast",
     "largest overshoot",
     "underflow",
-    "tokens/s",
 )
 SITE_COLUMNS = (
     "site",
     "role",
     "scaling",
-    "saturated",
+    "clamped elements",
     "clamped casts",
     "overshoot",
     "clamp error",
@@ -38,11 +48,12 @@ TABLE_COLUMNS = (
     ("fqn", "site", "name", "dotted name of the module"),
     ("role", "role", "text", "which operand: input, weight or grad_output"),
     ("scaling", "scaling, format", "scaling", "kind of scaling and FP8 format at the beginning"),
-    ("saturated", "saturated", "count", "finite elements clamped to the largest value"),
+    ("saturated", "clamped elements", "count", "finite elements set to the largest value"),
     ("clamped_casts", "clamped casts", "count", "recorded casts in which anything was clamped"),
     ("clamp_error", "clamp error", "share", "share of the tensor's squares that clamping removed, "
      "mean over the casts that clamped"),
-    ("overshoot", "overshoot", "ratio", "largest amax over the largest representable value"),
+    ("overshoot", "overshoot", "ratio", "largest amax over the largest representable value, where "
+     "anything was clamped"),
     ("underflow_share", "underflow", "share", "non-zero elements that became zero"),
     ("sqnr_db_min", "SQNR dB, min", "decibel", "signal to quantisation noise, smallest of the "
      "inspected casts"),
@@ -63,7 +74,6 @@ ASSOCIATION_COLUMNS = (
     "95 %",
     "named by",
 )
-EXPLANATION_COLUMNS = ("site", "role", "caused", "range", "only it free", "only it clamped")
 
 
 def arm_columns(scenario: ScenarioView) -> list[str]:
@@ -73,27 +83,71 @@ def arm_columns(scenario: ScenarioView) -> list[str]:
 
 def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
     """Return an arm as cells under `arm_columns`."""
-    loss = "-" if arm.final_loss is None else _number(arm.final_loss, ".4f")
-    if arm.final_loss_spread is not None and math.isfinite(arm.final_loss_spread):
-        loss += f" ± {arm.final_loss_spread:.4f}"
     ratio = "-"
     if arm.planted_ratio is not None:
         mean, low, high = arm.planted_ratio
-        ratio = _number(mean, ".2f")
-        ratio += f"x ({low:.2f} to {high:.2f})" if math.isfinite(mean) else ""
+        ratio = times(mean)
+        ratio += f" ({times(low)[:-1]} to {times(high)[:-1]})" if math.isfinite(mean) else ""
     cells = {
-        "arm": arm.name + (f" ({arm.unfinished} unfinished)" if arm.unfinished else ""),
-        "final loss": loss,
+        "arm": _arm_cell(arm),
+        "final loss": "-" if arm.final_loss is None else loss_text(arm.final_loss),
+        "difference from dynamic": difference_cell(arm.final_gap, scenario.comparisons),
         "loss at planted steps vs dynamic": ratio,
-        "spikes: planted + other": f"{arm.planted_spikes} + {arm.other_spikes}",
-        "saturated elements": f"{arm.saturated:,.0f}",
-        "clamped casts": f"{arm.clamped_casts:,.0f}",
+        "spikes, all seeds: planted + other": f"{arm.planted_spikes} + {arm.other_spikes}",
+        "clamped elements": f"{arm.saturated:,.0f}" if arm.casts else "-",
+        "clamped casts": f"{arm.clamped_casts:,.0f}" if arm.casts else "-",
         "re-cast": percent(arm.recasts / arm.casts) if arm.recasts else "-",
-        "largest overshoot": f"{arm.overshoot:.1f}x" if arm.overshoot else "-",
-        "underflow": percent(arm.underflow_share) if arm.overshoot else "-",
-        "tokens/s": "-" if arm.tokens_per_s is None else f"{arm.tokens_per_s:,.0f}",
+        "largest overshoot": "-" if arm.overshoot is None else times(arm.overshoot, 1),
+        "underflow": percent(arm.underflow_share) if arm.casts else "-",
     }
     return [cells[column] for column in arm_columns(scenario)]
+
+
+def _arm_cell(arm: ArmView) -> str:
+    marks = [] if arm.precision == "FP8" else ["no FP8"]
+    marks = ["no cast"] if arm.precision == "not known" else marks
+    marks += [f"{arm.unfinished} unfinished"] if arm.unfinished else []
+    marked = f"{arm.name} ({', '.join(marks)})" if marks else arm.name
+    return f"{marked} {NOTE_MARK}" if arm.notes else marked
+
+
+def arm_notes(scenario: ScenarioView) -> list[str]:
+    """Return what must be known beside the table of arms: notes, and which arms have no FP8."""
+    plain = [arm.name for arm in scenario.arms if arm.precision == "high precision"]
+    said = [f"{NOTE_MARK} {arm.name}: {note}" for arm in scenario.arms for note in arm.notes]
+    if plain:
+        said.append(f"no FP8: {listed(plain)} trained in high precision, by design.")
+    unknown = [arm.name for arm in scenario.arms if arm.precision == "not known"]
+    if unknown:
+        said.append(f"no cast: whether {listed(unknown)} trained in FP8 is not in the log.")
+    return said
+
+
+def difference_cell(gap: PairedDifference | None, comparisons: int = 1) -> str:
+    """Return a difference with its interval, and a word where the interval shows one.
+
+    Among so many comparisons an interval that leaves out 0 may be chance.
+
+    Example:
+        >>> from unclamp.analysis.paired import paired_difference
+        >>> difference_cell(paired_difference([2.5, 2.61, 2.42], [2.4, 2.5, 2.33]))
+        '+0.1 (+0.0752 to +0.125) differs'
+        >>> difference_cell(paired_difference([2.5, 2.61, 2.42], [2.4, 2.5, 2.33]), 100)
+        '+0.1 (+0.0752 to +0.125) may be chance'
+        >>> difference_cell(paired_difference([2.5], [2.4]))
+        '+0.1 (one seed)'
+    """
+    if gap is None:
+        return "-"
+    if gap.verdict in ("not finite", "equal"):
+        return gap.verdict
+    if gap.interval is None:
+        return f"{signed(gap.mean)} ({'one seed' if gap.pairs == 1 else 'no spread'})"
+    low, high = map(signed, gap.interval)
+    word = ""
+    if gap.verdict == "differs":
+        word = " differs" if gap.differs_among(comparisons) else " may be chance"
+    return f"{signed(gap.mean)} ({low} to {high}){word}"
 
 
 def site_row(site: SiteRow) -> list[str]:
@@ -104,7 +158,7 @@ def site_row(site: SiteRow) -> list[str]:
         f"{site.scaling} {site.format}",
         f"{site.saturated:,}",
         f"{site.clamped_casts:,}",
-        "-" if site.overshoot is None else f"{site.overshoot:.2f}x",
+        "-" if site.overshoot is None else times(site.overshoot),
         percent(site.clamp_error or 0.0),
         percent(site.underflow_share or 0.0),
         "-" if site.worst_step is None else f"{site.worst_step:,}",
@@ -130,8 +184,13 @@ def association_row(row: Mapping[str, Any], *, is_relative: bool = True) -> list
     ]
 
 
+def explanation_columns(verdict: Verdict | None) -> list[str]:
+    """Return the headings of the shares of a replayed spike."""
+    return ["site", "role", "caused", "range", *(f"only it {way}" for way in ways(verdict))]
+
+
 def explanation_row(row: SiteShare) -> list[str]:
-    """Return a site's share of a replayed spike as cells under `EXPLANATION_COLUMNS`."""
+    """Return a site's share of a replayed spike as cells under `explanation_columns`."""
     shares = spike_share(row.share), interval(row), spike_share(row.only), spike_share(row.last)
     return [shown(row.fqn), row.role, *shares]
 
@@ -148,7 +207,7 @@ SERIES = {"loss": "loss", "grad_norm": "gradient norm"}
 def spike_text(spike: Mapping[str, Any]) -> str:
     """Return a spike as one line: its steps and its height."""
     recovery = "never" if spike["recovery"] is None else f"{spike['recovery']:,}"
-    how = "" if spike["height"] is None else f", {spike['height']:.2f}x its level"
+    how = "" if spike["height"] is None else f", {times(spike['height'])} its level"
     how = ", not finite" if spike["kind"] == "nonfinite" else how
     return (
         f"onset {spike['onset']:,}, peak {spike['peak']:,}, end {spike['end']:,}, "
@@ -169,10 +228,6 @@ def shortened(name: str, width: int) -> str:
     return f"{name[: max(0, width - 1 - tail)]}…{name[-tail:]}"
 
 
-def _number(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else "not finite"
-
-
 def _plain(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
@@ -183,8 +238,3 @@ def _change(value: object, is_relative: bool) -> str:
     if not isinstance(value, int | float):
         return "-"
     return f"{100 * value:+.3g} %" if is_relative else f"{value:+.3g}"
-
-
-def percent(share: float) -> str:
-    """Return a fraction as percent with three figures."""
-    return f"{100 * share:.3g} %"

@@ -5,8 +5,10 @@ says what happened. `RunLogWriter` writes it while training, `RunLog` reads it, 
 Neither needs torch. What the numbers mean for training is for `unclamp.analysis`.
 """
 
+from unclamp.runlog.beginning import NUMBER, starting_no_run
 from unclamp.runlog.cadence import Cadence, Every
-from unclamp.runlog.finder import find_runs, is_run
+from unclamp.runlog.damage import DamagedPart
+from unclamp.runlog.finder import find_runs, is_run, read_header
 from unclamp.runlog.header import SCHEMA_VERSION, Header, Status
 from unclamp.runlog.reader import RunLog
 from unclamp.runlog.schema import SUMMARY_STEPS, TABLES, VIEWS, Columns
@@ -15,6 +17,7 @@ from unclamp.runlog.windows import Cut, Windows
 from unclamp.runlog.writer import RunLogWriter
 
 __all__ = [
+    "NUMBER",
     "PLACES_SQL",
     "SCHEMA_VERSION",
     "SUMMARY_STEPS",
@@ -23,6 +26,7 @@ __all__ = [
     "Cadence",
     "Columns",
     "Cut",
+    "DamagedPart",
     "Every",
     "Header",
     "RunLog",
@@ -32,4 +36,6 @@ __all__ = [
     "Windows",
     "find_runs",
     "is_run",
+    "read_header",
+    "starting_no_run",
 ]

@@ -9,8 +9,10 @@ from unclamp.errors import RunLogError
 from unclamp.runlog.folder import read_json
 from unclamp.runlog.header import KIND, RUN_FILE, Header
 from unclamp.runlog.schema import TABLES
+from unclamp.written import listed
 
 STUDY_FILE = "study.json"
+MOST_NAMES = 5
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
@@ -58,18 +60,18 @@ def read_header(path: Path) -> Header:
 
 def _what_it_holds(path: Path) -> str:
     """Say why `path` is not a run, and what to open in its place."""
-    below = [str(run) for run in find_runs(path)[:5]]
+    below = listed([str(run) for run in find_runs(path)], most=MOST_NAMES)
     if (path / STUDY_FILE).is_file():
         return (
             f"{path} is a study, not a run: `unclamp report` reads it as a whole; "
-            f"as runs, open {below or 'those it will hold once it has started'}"
+            f"as runs, open one of {below or 'those it will hold once it has started'}"
         )
     if below:
-        return f"{path} is not a run (it has no {RUN_FILE}); runs below it: {below}"
+        return f"{path} is not a run (it has no {RUN_FILE}); name one of the runs below it: {below}"
     if any(any(path.glob(f"{table}/part-r*")) for table in TABLES):
         return (
             f"{path} lacks the {RUN_FILE} that rank 0 writes: record on rank 0 too, or wait for "
             "it to begin"
         )
-    held = sorted(entry.name for entry in path.iterdir())[:5]
+    held = listed(sorted(entry.name for entry in path.iterdir()), most=MOST_NAMES)
     return f"{path} is not a run: it has no {RUN_FILE}, it holds {held or 'nothing'}"

@@ -11,6 +11,8 @@ import json
 import os
 import socket
 import time
+import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from unclamp.files import write_atomically
 from unclamp.runlog.header import RUN_FILE, Header
 from unclamp.runlog.schema import TABLES
 
+_THIS_PROCESS = uuid.uuid4().hex
+"""Which process: numbers come again, after a container's restart even this process's own."""
 _CLAIM_S = 2.0
 """How long another rank's claim may be empty: it is created, then filled."""
 
@@ -31,9 +35,14 @@ def create_run(path: Path, *, rank: int, header: Header) -> None:
         RunLogError: `path` is a file, is in use, holds a run or something else, or cannot be
             written; the header is not JSON data.
     """
-    _to_json(header)
+    check_header(header)
     _refuse_unless_free(path, rank)
-    claim = {"run_id": header.run_id, "process": os.getpid(), "host": socket.gethostname()}
+    claim = {
+        "run_id": header.run_id,
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "made_by": _THIS_PROCESS,
+    }
     try:
         path.mkdir(parents=True, exist_ok=True)
         _claim(path, rank, claim)
@@ -46,6 +55,16 @@ def create_run(path: Path, *, rank: int, header: Header) -> None:
             raise
     except OSError as error:
         raise RunLogError(f"cannot create the run {path}: {error}") from error
+
+
+def is_of_this_process(claim: Mapping[str, Any]) -> bool:
+    """Whether this very process made a claim; one of before that had its number did not."""
+    return claim.get("process") == os.getpid() and claim.get("made_by") == _THIS_PROCESS
+
+
+def check_header(header: Header) -> None:
+    """Raise a RunLogError for a header that cannot be written, because it is not JSON data."""
+    _to_json(header)
 
 
 def write_header(path: Path, header: Header) -> None:
@@ -75,6 +94,15 @@ def read_missing(path: Path) -> dict[int, str]:
         with suppress(OSError, ValueError):
             noted[rank] = read_json(file).get("missing")
     return {rank: text for rank, text in sorted(noted.items()) if text}
+
+
+def read_claims(path: Path) -> list[dict[str, Any]]:
+    """Return what the claims of a run say; those that cannot be read are left out."""
+    found = []
+    for file in _claims(path).values():
+        with suppress(OSError, ValueError):
+            found.append(read_json(file))
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -171,7 +199,10 @@ def _in_use(path: Path, rank: int) -> RunLogError:
     with suppress(OSError, ValueError):
         claim = read_json(claim_path(path, rank))
         writer = f", begun by process {claim.get('process')} on {claim.get('host')}"
-    return RunLogError(f"{path} already holds a run{writer}; name a new folder, runs never mix")
+    return RunLogError(
+        f"{path} already holds a run{writer}, and runs never mix: name a new folder; or replace "
+        f'that run with overwrite=True; or have the folders numbered with {{n}}, "{path}-{{n}}"'
+    )
 
 
 def _to_json(header: Header) -> bytes:

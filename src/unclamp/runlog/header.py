@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
-from unclamp.errors import RunLogError
+from unclamp.errors import RunLogError, did_you_mean
 from unclamp.runlog import schema_1
 from unclamp.runlog.cadence import Cadence
 
@@ -15,7 +15,8 @@ KIND = "unclamp-run"
 SCHEMA_VERSION = 2
 RUN_FILE = "run.json"
 _LATER_FIELDS = {
-    "run_id": None, "missing": None, "cadence": None, "observed": False, "notes": [],
+    "run_id": None, "missing": None, "cadence": None, "observed": False,
+    "notes": [],
 }  # fmt: skip
 """What the headers of version 1 did not have, or not from the start."""
 
@@ -30,11 +31,12 @@ class Header:
     "interrupted" is an end from outside, "failed" an exception or a log that could not be written
     to the end. `missing` says what of rank 0 could not be written, None where nothing is known to
     be. `cadence` says how often casts were recorded, None where nobody said; `observed` that they
-    were only counted, in a training without FP8. `run_id` is the same for all ranks of a launch,
-    None where nobody said. `notes` are sentences that a reader must see beside the figures, such
-    as an override that matched no layer. `created` is ISO-8601 in UTC. `recipe`, `environment`
-    and `metadata`, which is the user's, hold plain JSON data: what JSON cannot express is refused
-    when the header is written.
+    were only counted, in a training without FP8; `plain` that no layer was meant to be in FP8: a
+    run without a recipe that is not plain may have been converted after its log began. `run_id` is
+    the same for all ranks of a launch, None where nobody said. `notes` are sentences that a reader
+    must see beside the figures, such as an override that matched no layer. `created` is ISO-8601 in
+    UTC. `recipe`, `environment` and `metadata`, which is the user's, hold plain JSON data: what
+    JSON cannot express is refused when the header is written.
     """
 
     unclamp_version: str
@@ -47,6 +49,7 @@ class Header:
     metadata: dict[str, Any] = field(default_factory=dict)
     cadence: Cadence | None = None
     observed: bool = False
+    plain: bool = False
     notes: list[str] = field(default_factory=list)
     run_id: str | None = None
     missing: str | None = None
@@ -74,12 +77,22 @@ class Header:
             )
         if data["schema_version"] == schema_1.VERSION:
             data = schema_1.lift_header(data)
-        data = {**_LATER_FIELDS, **data}
+        data = {**_LATER_FIELDS, "plain": _was_plain(data), **data}
         missing = [f.name for f in fields(cls) if f.name not in data]
         if missing:
             raise RunLogError(f"its header lacks {missing}; was {RUN_FILE} edited by hand?")
         if data["status"] not in get_args(Status):
-            raise RunLogError(f"status must be one of {get_args(Status)}, got {data['status']!r}")
+            hint = did_you_mean(data["status"], get_args(Status))
+            raise RunLogError(
+                f"status must be one of {get_args(Status)}, got {data['status']!r}{hint}"
+            )
         given: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
         given["cadence"] = Cadence.from_dict(given["cadence"])
         return cls(**given)
+
+
+def _was_plain(data: Mapping[str, Any]) -> bool:
+    """Whether a log from before `plain` is of a study's arm that was to have no layer in FP8."""
+    told = data.get("metadata") or {}
+    is_arm = {"scenario", "arm", "seed", "recipe"} <= set(told)
+    return is_arm and told["recipe"] is None and data.get("recipe") is None

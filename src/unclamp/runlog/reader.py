@@ -7,7 +7,10 @@ Which parts count is for `unclamp.runlog.parts`, finding and describing runs for
 
 from __future__ import annotations
 
+import html
 import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,9 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from unclamp.errors import RunLogError
+from unclamp.errors import RunLogError, UnclampWarning
 from unclamp.names import SiteName
 from unclamp.runlog import schema_1
+from unclamp.runlog.damage import (
+    DamagedPart,
+    describe_damage,
+    find_damaged,
+    find_without_footer,
+    is_damaged,
+)
 from unclamp.runlog.finder import read_header
 from unclamp.runlog.folder import read_missing
 from unclamp.runlog.header import RUN_FILE, Header
@@ -27,8 +37,17 @@ from unclamp.runlog.schema import TABLES, VIEWS, describe_columns
 from unclamp.runlog.sites import NAMED_SITES_SQL, SiteInfo
 from unclamp.runlog.summary import merged_sql, summary_sql
 from unclamp.runlog.windows import MOST_WINDOWS, Windows, read_windows
+from unclamp.written import counted
 
 _Parts = dict[str, list[Path]]
+_OF_THE_QUERY = (
+    duckdb.ParserException,
+    duckdb.BinderException,
+    duckdb.CatalogException,
+    duckdb.ConnectionException,
+    duckdb.ConversionException,
+)
+"""Failures that no part is to blame for."""
 
 _SUMMARIES = merged_sql(
     f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
@@ -60,8 +79,10 @@ class RunLog:
         """Prefer `RunLog.open`, which checks that `path` is a run."""
         self.path = path
         self._connection = duckdb.connect()
-        # A bar after two seconds of a query would go to stdout, into the JSON.
-        self._connection.execute("SET enable_progress_bar = false")
+        # A bar after two seconds of a query would go to stdout, into the JSON. In a notebook
+        # without ipywidgets there is no bar, and DuckDB refuses to set it.
+        with suppress(duckdb.InvalidInputException):
+            self._connection.execute("SET enable_progress_bar = false")
         self._parts: _Parts = {}
         self._has_views = False
 
@@ -98,6 +119,24 @@ class RunLog:
         missing = self.header.missing
         return noted if missing is None else {0: missing} | noted
 
+    @property
+    def damaged(self) -> list[DamagedPart]:
+        """The parts that cannot be read and are left out, with what is missing for them.
+
+        Every part's end is looked at; damage within one is found when a query meets it.
+
+        Raises:
+            RunLogError: the run is gone.
+        """
+        every = self._list_parts(whole=False)
+        find_without_footer(path for files in every.values() for path in files)
+        return [
+            describe_damage(path, every[table])
+            for table in TABLES
+            for path in every[table]
+            if is_damaged(path)
+        ]
+
     @staticmethod
     def columns() -> pa.Table:
         """Return the columns of every table and view: table, column, type and meaning."""
@@ -108,18 +147,21 @@ class RunLog:
 
         NaN follows DuckDB: it equals itself and is above every number. Whole decimals, such as
         the sum of a count, come as int64 where they fit. A statement without a result returns a
-        table without columns.
+        table without columns. A part that cannot be read is left out, with a warning; `damaged`
+        says what is missing for it.
 
         Raises:
-            RunLogError: DuckDB refuses the query, a part is damaged, the run is gone, or the
-                log is closed.
+            RunLogError: DuckDB refuses the query, the run is gone, or the log is closed.
 
         Example:
             `log.sql("SELECT max(amax) AS peak FROM casts WHERE site = $site", site=3)`
         """
         failed = None
         while True:
-            parts = self._list_parts()
+            try:
+                parts = self._list_parts()
+            except OSError as error:
+                raise RunLogError(f"the parts of {self.path} cannot be listed: {error}") from error
             try:
                 self._register(parts)
                 relation = self._connection.sql(query, params=params or None)
@@ -127,6 +169,8 @@ class RunLog:
             except (duckdb.Error, pa.ArrowException, OSError) as error:
                 gone = [part for files in parts.values() for part in files if not part.exists()]
                 if not gone:
+                    if not isinstance(error, _OF_THE_QUERY) and self._leaves_out_damaged(parts):
+                        continue
                     raise RunLogError(f"the query on {self.path} failed: {error}") from error
                 if parts == failed:
                     raise RunLogError(
@@ -212,21 +256,36 @@ class RunLog:
         except RunLogError as error:
             return f"RunLog({str(self.path)!r}: {error})"
         return (
-            f"RunLog({str(self.path)!r}: {status}{missing}, {steps['steps']} steps, "
-            f"{steps['sites']} sites, ranks {ranks})"
+            f"RunLog({str(self.path)!r}: {status}{missing}, "
+            f"{counted(steps['steps'], 'step')}, {counted(steps['sites'], 'site')}, ranks {ranks})"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
 
     def _table(self, name: str, *order: str, where: str = "", **params: str) -> pa.Table:
         rows = self.sql(f"SELECT * FROM {name} {where}", **params)
         rows = rows.cast({**TABLES, **VIEWS}[name])
         return rows.sort_by([(column, "ascending") for column in order])  # stable
 
-    def _list_parts(self) -> _Parts:
-        """Return the parts of each relation that views are made of."""
+    def _leaves_out_damaged(self, parts: _Parts) -> bool:
+        """Look for damaged parts among these, tell of them, and say whether there are any."""
+        damaged = find_damaged(dict.fromkeys(p for files in parts.values() for p in files))
+        for path in (path for path, is_news in damaged.items() if is_news):
+            every = self._list_parts(whole=False)
+            said = describe_damage(path, every.get(path.parent.name) or [path])
+            warnings.warn(f"{self.path}: {said}", UnclampWarning, stacklevel=4)
+        return bool(damaged)
+
+    def _list_parts(self, *, whole: bool = True) -> _Parts:
+        """Return the parts of each relation that views are made of; damaged ones if not `whole`."""
         if not (self.path / RUN_FILE).is_file():
             raise RunLogError(f"the run {self.path} is gone: it was moved or removed")
         parts = {table: parts_that_count(self.path / table) for table in TABLES}
         stored = {path.name: path for path in (self.path / "summaries").glob("*.parquet")}
+        if whole:  # a summary that is damaged is made again, of its casts
+            parts = {t: [p for p in files if not is_damaged(p)] for t, files in parts.items()}
+            stored = {name: path for name, path in stored.items() if not is_damaged(path)}
         summed = {path.name for path in parts["casts"] if _is_merged(path)} & stored.keys()
         parts["stored_summaries"] = [stored[name] for name in sorted(summed)]
         parts["casts_without_summary"] = [p for p in parts["casts"] if p.name not in summed]

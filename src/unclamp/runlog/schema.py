@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from unclamp.errors import RunLogError
+from unclamp.errors import RunLogError, did_you_mean
 
 SUMMARY_STEPS = 100
 """Steps that one row of `summaries` stands for."""
@@ -221,7 +221,8 @@ def schema_of(table: str) -> pa.Schema:
         RunLogError: there is no such table.
     """
     if table not in TABLES:
-        raise RunLogError(f"there is no table {table!r}; the tables are {list(TABLES)}")
+        hint = did_you_mean(table, TABLES)
+        raise RunLogError(f"there is no table {table!r}; the tables are {list(TABLES)}{hint}")
     return TABLES[table]
 
 
@@ -238,7 +239,8 @@ def to_arrow(table: str, columns: Columns, *, rank: int) -> pa.Table:
     schema = schema_of(table)
     unknown = [name for name in columns if name not in schema.names]
     if unknown:
-        raise RunLogError(f"table {table!r} has no column {unknown}; it has {schema.names}")
+        hint = did_you_mean(unknown[0], schema.names)
+        raise RunLogError(f"table {table!r} has no column {unknown}; it has {schema.names}{hint}")
     try:
         lengths = {name: len(values) for name, values in columns.items()}
     except TypeError as error:

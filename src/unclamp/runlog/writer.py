@@ -21,13 +21,15 @@ from typing import Self, get_args
 
 import pyarrow as pa
 
-from unclamp.errors import RunLogError, UnclampWarning
+from unclamp.errors import RunLogError, UnclampWarning, did_you_mean
+from unclamp.runlog.beginning import begin_run
 from unclamp.runlog.compactor import Compactor, Part
-from unclamp.runlog.folder import create_run, write_header, write_missing
+from unclamp.runlog.folder import write_header, write_missing
 from unclamp.runlog.header import RUN_FILE, Header, Status
 from unclamp.runlog.parts import PartName, write_part
 from unclamp.runlog.schema import TABLES, Columns, schema_of, to_arrow
 from unclamp.worker import Worker
+from unclamp.written import counted
 
 _Rows = tuple[str, Callable[[], pa.Table]]  # for which table, and what makes the rows
 
@@ -49,8 +51,14 @@ class RunLogWriter:
         header: Header,
         rank: int = 0,
         flush_interval_s: float = 2.0,
+        overwrite: bool = False,
+        before_replacing: Callable[[], None] = lambda: None,
     ) -> None:
         """Create the run, or join it when `rank` is not 0.
+
+        With "{n}" in `path` the folder gets the first free number; `self.path` is the real one.
+        Where `overwrite`, a run that is there is replaced (`unclamp.runlog.beginning`);
+        `before_replacing` is called before, once nothing else speaks against it.
 
         Raises:
             RunLogError: `path` is a file, is being written, holds another run or something else,
@@ -61,7 +69,6 @@ class RunLogWriter:
             raise RunLogError(f"rank must be in 0..{header.world_size - 1}, got {rank}")
         if not flush_interval_s > 0:
             raise RunLogError(f"flush_interval_s must be above 0, got {flush_interval_s}")
-        self.path = Path(path)
         self.rank = rank
         self._header = replace(header, status="running")
         self._failure: BaseException | None = None
@@ -69,7 +76,13 @@ class RunLogWriter:
         self._warned = False
         self._closing = self._closed = False
         self._process = os.getpid()  # a fork inherits the writer and its exit hook, not the thread
-        create_run(self.path, rank=rank, header=self._header)
+        self.path = begin_run(
+            Path(path),
+            rank=rank,
+            header=self._header,
+            overwrite=overwrite,
+            before_replacing=before_replacing,
+        )
         self._compactor = Compactor(self.path)
         self._parts = _Parts(self.path, rank, self._compactor)
         self._worker = Worker(
@@ -134,7 +147,8 @@ class RunLogWriter:
             RunLogError: there is no such status.
         """
         if status not in get_args(Status):
-            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}")
+            hint = did_you_mean(status, get_args(Status))
+            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}{hint}")
         if self._closed or os.getpid() != self._process:
             return
         self._mind_the_thread()
@@ -256,5 +270,7 @@ class _Parts:
     def missing(self) -> str:
         """Return what is lost if nothing more is written, as a list in a sentence."""
         counts = {table: sum(map(len, rows)) for table, rows in self._waiting.items()}
-        waiting = "".join(f"{count} rows of {table}, " for table, count in counts.items() if count)
+        waiting = "".join(
+            f"{counted(count, 'row')} of {table}, " for table, count in counts.items() if count
+        )
         return f"{waiting}everything since {datetime.now():%Y-%m-%d %H:%M:%S}"

@@ -4,49 +4,22 @@ Each run trains in a process with one thread, so that its losses do not depend o
 side by side. Runs that another arm starts from come first. A finished run is never repeated.
 """
 
-import contextlib
-import multiprocessing
 import os
-import queue
-import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unclamp.errors import RunLogError, StudyError
-from unclamp.names import Role
+from unclamp.names import Role, SiteName
 from unclamp.recipe import Recipe
-from unclamp.rule import Rule
-from unclamp.runlog import RunLog, find_runs, is_run
-from unclamp.scaling import Dynamic, Scaling
+from unclamp.runlog import RunLog, find_runs, is_run, read_header
 from unclamp.study.config import StudyConfig, is_study, read_study, write_study
 from unclamp.study.data import read_text, text_digest
-from unclamp.study.loop import RunPlan, train
-
-POLL_S = 0.2
+from unclamp.study.loop import RunPlan
+from unclamp.study.models import check_study
+from unclamp.study.pool import CtrlC, Listener, train_all
 
 Site = tuple[str, Role]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a worker tells: a run's step and loss; `status` at its end."""
-
-    label: str
-    step: int
-    loss: float | None = None
-    status: str | None = None
-
-
-class Interrupted(Exception):
-    """The study was interrupted; running it again resumes."""
 
 
 def run_study(
@@ -54,8 +27,7 @@ def run_study(
     out: Path,
     *,
     jobs: int | None = None,
-    on_start: Callable[[list[RunPlan], int], None] = lambda plans, finished: None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    listener: Listener | None = None,
 ) -> None:
     """Train every run of a study into `out`, or what is missing of it.
 
@@ -63,24 +35,30 @@ def run_study(
         config: The study.
         out: Its folder: new, empty, or the same study's.
         jobs: Worker processes; one a core without it.
-        on_start: Called once a wave, with the runs about to be trained and the number of those
-            that are finished already.
-        on_progress: Called for each step of each run.
+        listener: Whom to tell how it goes.
 
     Raises:
-        StudyError: The folder holds something else, the text cannot be used, or a model cannot
-            be made.
+        StudyError: The folder holds something else, the text cannot be used, a model cannot be
+            made, a scenario plants nothing, or an arm with a recipe has no layer in FP8.
         Interrupted: Ctrl-C; every recorded step is readable.
     """
+    with CtrlC() as ctrl_c:
+        _run(config, out, jobs or os.cpu_count() or 1, listener or Listener(), ctrl_c)
+
+
+def _run(config: StudyConfig, out: Path, jobs: int, listener: Listener, ctrl_c: CtrlC) -> None:
     text = read_text(config.data.text, seq_len=config.data.seq_len)
-    facts: dict[str, Any] = {"text": text_digest(text), "switched": {}}
-    _claim(out, config, facts)
-    jobs = jobs or os.cpu_count() or 1
+    config.check_plants()
     bases = {arm.from_arm for arm in config.arms.values() if arm.from_arm is not None}
     first = [name for name, arm in config.arms.items() if arm.from_arm is None]
     first.sort(key=lambda name: name not in bases)
     derived = [name for name, arm in config.arms.items() if arm.from_arm is not None]
-    _train_all(_plans(config, out, first, {}), jobs, on_start, on_progress)
+    plans = _plans(config, out, first, {})
+    if not all(_is_finished(plan) for plan in plans):
+        check_study(config)
+    facts: dict[str, Any] = {"text": text_digest(text), "switched": {}}
+    _claim(out, config, facts)
+    _train_missing(plans, jobs=jobs, listener=listener, ctrl_c=ctrl_c)
     if derived:
         switched = {
             (scenario, name): worst_sites(_runs_of(config, out, scenario, name), config, name)
@@ -91,7 +69,8 @@ def run_study(
             listed = [{"fqn": fqn, "role": role} for fqn, role in sites]
             facts["switched"].setdefault(scenario, {})[name] = listed
         write_study(out, config, status="running", **facts)
-        _train_all(_plans(config, out, derived, switched), jobs, on_start, on_progress)
+        plans = _plans(config, out, derived, switched)
+        _train_missing(plans, jobs=jobs, listener=listener, ctrl_c=ctrl_c)
     write_study(out, config, status="finished", **facts)
 
 
@@ -117,21 +96,7 @@ def worst_sites(runs: Iterable[Path], config: StudyConfig, arm: str) -> list[Sit
 
 def switch_to_dynamic(recipe: Recipe, sites: Iterable[Site]) -> Recipe:
     """Return the recipe with these sites dynamic; what it says of their layers otherwise stays."""
-    switched = set(sites)
-    rules = []
-    for fqn in dict.fromkeys(fqn for fqn, _ in switched):
-        plan = recipe.plan(fqn)
-        scalings: dict[Role, Scaling] = {
-            role: Dynamic() if (fqn, role) in switched else operand.scaling
-            for role, operand in plan.operands.items()
-        }
-        formats: dict[Role, str] = {r: operand.format.name for r, operand in plan.operands.items()}
-        rule = Rule(
-            match=fqn, scalings=scalings, formats=formats, gemms=plan.gemms, smooth=plan.smooth
-        )
-        rules.append(rule)
-    rules.sort(key=lambda rule: rule.match)
-    return replace(recipe, rules=(*rules, *recipe.rules))
+    return recipe.at_sites(SiteName(fqn, role) for fqn, role in sites)
 
 
 def _runs_of(config: StudyConfig, out: Path, scenario: str, derived: str) -> list[Path]:
@@ -201,8 +166,7 @@ def _is_finished(plan: RunPlan) -> bool:
     if not is_run(plan.path):
         return False
     try:
-        with RunLog.open(plan.path) as log:
-            header = log.header
+        header = read_header(plan.path)
     except RunLogError:
         return False
     # The recorder adds facts of its own.
@@ -210,93 +174,10 @@ def _is_finished(plan: RunPlan) -> bool:
     return header.status == "finished" and known == plan.identity
 
 
-def _train_all(
-    plans: list[RunPlan],
-    jobs: int,
-    on_start: Callable[[list[RunPlan], int], None],
-    on_progress: Callable[[Progress], None],
-) -> None:
-    """Train the plans that are not finished, `jobs` at a time."""
+def _train_missing(plans: list[RunPlan], *, jobs: int, listener: Listener, ctrl_c: CtrlC) -> None:
+    """Train the plans that are not finished."""
     todo = [plan for plan in plans if not _is_finished(plan)]
-    on_start(todo, len(plans) - len(todo))
-    if not todo:
-        return
-    context = multiprocessing.get_context("spawn")
-    channel: Any = context.Queue()
-    stop = context.Event()
-    pool = ProcessPoolExecutor(
-        max_workers=min(jobs, len(todo)),
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(channel, stop),
-    )
-    with pool:
-        with _ignoring_interrupts():
-            futures = [pool.submit(_work, plan) for plan in todo]
-        try:
-            _follow(futures, channel, on_progress)
-        except KeyboardInterrupt as interrupt:
-            raise Interrupted from interrupt
-        except BrokenProcessPool as error:
-            raise StudyError(
-                "a worker process was killed; run the study again to resume"
-            ) from error
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            _drain(channel, on_progress)
-
-
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Start processes that Ctrl-C leaves alone from their first moment: they inherit it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _follow(
-    futures: list[Future[str]], channel: Any, on_progress: Callable[[Progress], None]
-) -> None:
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=POLL_S)
-        _drain(channel, on_progress)
-        for future in done:
-            future.result()
-
-
-def _drain(channel: Any, on_progress: Callable[[Progress], None]) -> None:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            on_progress(channel.get_nowait())
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(channel: Any, stop: Any) -> None:
-    """Prepare a worker: one thread, and Ctrl-C left to the parent, which asks it to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    _worker.update(channel=channel, stop=stop)
-
-
-def _work(plan: RunPlan) -> str:
-    channel, stop = _worker["channel"], _worker["stop"]
-    if stop.is_set():
-        return "interrupted"
-    if plan.path.exists():
-        shutil.rmtree(plan.path)
-    status = train(
-        plan,
-        on_step=lambda step, loss: channel.put(Progress(label=plan.label, step=step, loss=loss)),
-        should_stop=stop.is_set,
-    )
-    channel.put(Progress(label=plan.label, step=plan.config.steps, status=status))
-    return status
+    ctrl_c.count()
+    listener.on_start(todo, len(plans) - len(todo))
+    if todo:
+        train_all(todo, jobs=jobs, listener=listener, ctrl_c=ctrl_c)

@@ -12,12 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from unclamp.errors import RecipeError, StudyError
+from unclamp.errors import RecipeError, StudyError, did_you_mean
 from unclamp.files import write_json
 from unclamp.formats import unknown_name
 from unclamp.recipe import Recipe
 from unclamp.scaling import scaling_from_dict
 from unclamp.version import __version__
+from unclamp.written import counted
 
 SCENARIOS = {
     "text": "real text, nothing planted",
@@ -121,6 +122,7 @@ class StudyConfig:
             if arm.from_arm is not None and not self._has_recipe(arm.from_arm):
                 raise StudyError(
                     f"arm {name!r} starts from {arm.from_arm!r}, which must be an arm with a recipe"
+                    f"{did_you_mean(arm.from_arm, [n for n, a in self.arms.items() if a.recipe])}"
                 )
         for what, count in (("scenarios", self.scenarios), ("seeds", self.seeds)):
             if not count:
@@ -129,6 +131,20 @@ class StudyConfig:
                 raise StudyError(f"expected distinct {what}, got {list(count)}")
         if not self.arms:
             raise StudyError("expected at least one arm, got none")
+
+    def check_plants(self) -> None:
+        """Refuse a scenario that plants nothing; a study that was run before may be one.
+
+        Raises:
+            StudyError: The run ends before the first planted step of scenario `outlier`.
+        """
+        if "outlier" in self.scenarios and not self.outlier.planted_steps(self.steps):
+            first = self.outlier.first_step
+            raise StudyError(
+                f"scenario 'outlier' plants nothing in {counted(self.steps, 'step')}, as its first "
+                f"planted step is step {first}: use --steps {first + 1} or more, a smaller "
+                "outlier.first_step, or --scenario text"
+            )
 
     def _has_recipe(self, arm: str) -> bool:
         return arm in self.arms and self.arms[arm].recipe is not None

@@ -32,13 +32,22 @@ def read_text(paths: Sequence[str], *, seq_len: int) -> bytes:
         if not parts[-1]:
             raise StudyError(f"the text {path!r} is empty")
     text = b"\n\n".join(parts) if paths else "\n\n".join(topics.topics.values()).encode()
-    needed = 4 * seq_len
-    if len(text) < needed:
-        raise StudyError(
-            f"the text is too short: expected at least {needed} bytes "
-            f"(4 sequences of {seq_len}), got {len(text)}"
-        )
+    check_length(len(text), seq_len=seq_len, unit="bytes")
     return text
+
+
+def check_length(length: int, *, seq_len: int, unit: str = "tokens") -> None:
+    """Refuse a text that is too short to draw sequences from.
+
+    Raises:
+        StudyError: It has less than four sequences.
+    """
+    if length < 4 * seq_len:
+        raise StudyError(
+            f"the text is too short: expected at least {4 * seq_len} {unit} "
+            f"(4 sequences of {seq_len}), got {length}; name more with --text, or set a smaller "
+            "data.seq_len"
+        )
 
 
 def text_digest(text: bytes) -> str:
@@ -51,9 +60,13 @@ class Batches:
 
     Shapes: `batch(step)` gives tokens and labels `[batch_size, seq_len]`, int64. Labels are the
     tokens themselves, as transformers' causal LMs expect them.
+
+    Raises:
+        StudyError: The tokens are too few.
     """
 
     def __init__(self, tokens: np.ndarray, *, batch_size: int, seq_len: int, seed: int) -> None:
+        check_length(len(tokens), seq_len=seq_len)
         self._tokens = tokens
         self._shape = (batch_size, seq_len)
         self._seed = seed

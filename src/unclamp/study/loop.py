@@ -1,23 +1,25 @@
 """Train one arm with one seed, and record it. Deterministic: the same run twice, bit for bit."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from unclamp.errors import StudyError
 from unclamp.explain.snapshots import Snapshots
 from unclamp.explain.training import Training
-from unclamp.nn.convert import convert
 from unclamp.recipe import Recipe
-from unclamp.study.config import ModelConfig, StudyConfig
+from unclamp.study.config import StudyConfig
 from unclamp.study.data import Batch, Batches, read_text
+from unclamp.study.models import (
+    build_model,
+    bytes_note,
+    convert_arm,
+    is_on_bytes,
+    tokenize,
+)
 from unclamp.study.outlier import plant_batch, plant_weights
 from unclamp.telemetry import Every, Recorder
 
@@ -97,7 +99,14 @@ def train(
     batches = Batches(
         tokens, batch_size=config.data.batch_size, seq_len=config.data.seq_len, seed=plan.seed
     )
-    recorder = Recorder(model, plan.path, metadata=plan.identity, inspect=INSPECT)
+    recorder = Recorder(
+        model,
+        plan.path,
+        metadata=plan.identity,
+        notes=[bytes_note(config.model)] if is_on_bytes(config.model) else [],
+        inspect=INSPECT,
+        plain=plan.recipe is None,
+    )
     with recorder:
         for step in plan.planted_steps:
             recorder.event("planted", step, what="rare tokens that drive two SwiGLU channels")
@@ -125,7 +134,7 @@ def _make_training(
     if scenario == "outlier":
         plant_weights(model, seed=seed)
     if recipe is not None:
-        convert(model, recipe, skip=config.model.skip, strict=config.model.strict)
+        convert_arm(model, recipe, config.model)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -194,55 +203,3 @@ def _batch(plan: RunPlan, batches: Batches, step: int) -> Batch:
     if step not in plan.planted_steps:
         return batch
     return plant_batch(batch, seed=plan.seed, step=step, share=plan.config.outlier.share)
-
-
-def build_model(settings: ModelConfig) -> nn.Module:
-    """Return the model to train: a small Llama, or the causal LM that the settings name.
-
-    Raises:
-        StudyError: The named model cannot be loaded, or the sizes do not fit.
-    """
-    if settings.hf_model:
-        try:
-            return AutoModelForCausalLM.from_pretrained(settings.hf_model, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
-            raise StudyError(
-                f"cannot load the model {settings.hf_model!r}: {first_line}"
-            ) from error
-    if settings.hidden_size % (2 * settings.heads):
-        raise StudyError(
-            "expected model.hidden_size to be a multiple of 2 * model.heads, "
-            f"got {settings.hidden_size} and {settings.heads}"
-        )
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.heads,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def tokenize(settings: ModelConfig, model: nn.Module, text: bytes) -> np.ndarray:
-    """Return the text as tokens: its bytes, or what the named model's tokenizer makes of it.
-
-    Raises:
-        StudyError: The model has no tokenizer and fewer than 256 tokens.
-    """
-    if settings.hf_model:
-        with contextlib.suppress(OSError, ValueError, ImportError, KeyError):
-            tokenizer = AutoTokenizer.from_pretrained(settings.hf_model)
-            ids = tokenizer(text.decode("utf-8", errors="replace"), verbose=False)["input_ids"]
-            return np.asarray(ids, dtype=np.int64)
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0)
-        if vocabulary < 256:
-            raise StudyError(
-                f"{settings.hf_model!r} has no tokenizer, and bytes need a vocabulary of 256, "
-                f"got {vocabulary}"
-            )
-    return np.frombuffer(text, dtype=np.uint8)

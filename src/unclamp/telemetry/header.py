@@ -2,19 +2,26 @@
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from unclamp.errors import RecipeError
+from unclamp.errors import RecipeError, RunLogError
 from unclamp.nn.ledger import Ledger
+from unclamp.nn.unmatched import any_in_fp8, kept_note, notes_on
+from unclamp.rule import Rule
 from unclamp.runlog import Cadence, Every, Header
 from unclamp.scaling import Scaling, scaling_to_dict
 from unclamp.telemetry.rank import Place
 from unclamp.version import __version__
+
+NO_FP8 = (
+    "No layer of this model is in FP8 as the recording begins: there is no cast to count, and that "
+    "nothing is clamped says nothing of FP8."
+)
 
 
 def make_header(
@@ -23,10 +30,21 @@ def make_header(
     place: Place,
     *,
     metadata: Mapping[str, Any] | None,
+    notes: Sequence[str] = (),
+    plain: bool,
     casts: Every,
     inspect: Every | None,
 ) -> Header:
-    """Return the header of a run; `casts` and `inspect` are its cadence."""
+    """Return the header of a run; `casts` and `inspect` are its cadence.
+
+    Raises:
+        RunLogError: The model should be `plain`, and has layers in FP8.
+    """
+    if plain and any_in_fp8(ledgers):
+        raise RunLogError(
+            "plain=True says that no layer of the model is in FP8, but it has converted layers: "
+            "leave it out, or call unclamp.revert(model) before"
+        )
     return Header(
         unclamp_version=__version__,
         world_size=place.world_size,
@@ -37,6 +55,8 @@ def make_header(
         metadata=dict(metadata or {}),
         cadence=Cadence(casts=casts, inspect=inspect),
         observed=any(ledger.observes for ledger in ledgers),
+        plain=plain,
+        notes=[*notes, *([] if plain else _notes(ledgers))],
     )
 
 
@@ -46,6 +66,30 @@ def scaling_data(scaling: Scaling) -> dict[str, Any]:
         return scaling_to_dict(scaling)
     name = getattr(scaling.reduce, "__name__", repr(scaling.reduce))
     return {**scaling_to_dict(replace(scaling, reduce="max")), "reduce": name}
+
+
+def _notes(ledgers: list[Ledger]) -> list[str]:
+    """Return what a reader must know of the conversion.
+
+    Of parts that were converted apart, a rule may match in one alone.
+    """
+    notes = []
+    if not any_in_fp8(ledgers):
+        notes.append(NO_FP8)
+    for ledger in ledgers:
+        if ledger.recipe is None:
+            continue
+        others = [other for other in ledgers if other is not ledger]
+        matched = {rule.match for other in others for rule in _rules(other)
+                   if rule.match not in other.unmatched}  # fmt: skip
+        left = {glob: why for glob, why in ledger.unmatched.items() if glob not in matched}
+        notes += notes_on(left, ledger.recipe)
+        notes += [kept_note(ledger.kept)] if ledger.kept else []
+    return list(dict.fromkeys(notes))
+
+
+def _rules(ledger: Ledger) -> tuple[Rule, ...]:
+    return () if ledger.recipe is None else ledger.recipe.rules
 
 
 def _recipe_data(ledgers: list[Ledger]) -> dict[str, Any] | None:

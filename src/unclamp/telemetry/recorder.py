@@ -13,16 +13,17 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, SupportsFloat, get_args
 
 from torch import Tensor, nn
 
-from unclamp.errors import RunLogError, UnclampWarning
+from unclamp.errors import RunLogError, UnclampWarning, did_you_mean, naming_arguments
 from unclamp.formats import Format
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.ledger import Ledger
+from unclamp.nn.unmatched import any_in_fp8
 from unclamp.nn.update import SwitchListener, Update
 from unclamp.runlog import Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
@@ -37,6 +38,11 @@ Heard = tuple[list[int], Update]
 """An update, and the ids of the sites that it has rows of."""
 EVERY_STEP = Every()
 EVERY_HUNDREDTH = Every(100)
+NOTHING_TO_COUNT = (
+    "no layer of the model is in FP8, so that the run records no casts, and that nothing is "
+    "clamped in it says nothing of FP8: make the Recorder after unclamp.convert or "
+    "unclamp.observe; for a baseline without FP8 say Recorder(..., plain=True)"
+)
 SILENT_STEPS = 8
 """Recorded steps without an optimizer step after which the user is told."""
 
@@ -44,14 +50,19 @@ SILENT_STEPS = 8
 class Recorder:
     """Write loss, scalars and the statistics of every cast of a model to a run folder.
 
-    Call `step` once per optimizer step, after `optimizer.step()`. A model without converted
-    layers records its loss and scalars only. Use it as a context manager: the run is closed as
-    finished, failed (an exception) or interrupted (Ctrl-C), and stays readable in any case.
+    Call `step` once per optimizer step, after `optimizer.step()`. Of a model without converted
+    layers it records loss and scalars only, warns, and notes in the header that no layer was in
+    FP8; for a baseline that is meant so, say `plain=True`. Use it as a context manager: the run
+    is closed as finished, failed (an exception) or interrupted (Ctrl-C), and stays readable in
+    any case.
 
     Args:
         model: The model whose casts to record; convert it before.
-        path: The run's folder, new or empty.
+        path: The run's folder, new or empty. With "{n}" in it, "runs/first-{n}", the first free
+            number from 1 on takes its place; the attribute `path` is the real folder.
         metadata: Free JSON data for the header.
+        notes: Sentences that a reader of the run must see beside its figures.
+        plain: The model is meant to have no layer in FP8.
         casts: The steps whose casts are written, and those that `inspect` names. Optimizer steps
             that nobody records are counted into the next one that is.
         inspect: The steps whose casts get a closer look as well (SQNR, exponents, range in use,
@@ -61,10 +72,13 @@ class Recorder:
         sinks: Where else the numbers go: `TensorBoard(...)`, `WandB(...)`, `MLflow(...)`, a
             function of step and numbers, or an object with the methods of
             `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
+        overwrite: Replace a run that is in the folder: only a run, and none that another process
+            still writes. One that this process records and has not closed is closed first.
         flush_interval_s: At most so many seconds of the run are lost when it is killed.
 
     Raises:
-        RunLogError: The folder holds a run or something else.
+        RunLogError: The folder holds a run or something else; or the model has layers in FP8, and
+            should be `plain`.
 
     Example:
         >>> with unclamp.Recorder(model, "runs/first") as recorder:  # doctest: +SKIP
@@ -72,15 +86,19 @@ class Recorder:
         ...         recorder.step(loss=train_step(model, batch))
     """
 
+    @naming_arguments
     def __init__(
         self,
         model: nn.Module,
         path: str | Path,
         *,
         metadata: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+        plain: bool = False,
         casts: Every | int = EVERY_STEP,
         inspect: Every | int | None = EVERY_HUNDREDTH,
         sinks: Iterable[Sink | NumbersFunction] = (),
+        overwrite: bool = False,
         flush_interval_s: float = 2.0,
     ) -> None:
         self._casts = _cadence(casts, "casts")
@@ -91,11 +109,27 @@ class Recorder:
         ledgers = find_ledgers(model)
         self._model = weakref.ref(model)
         header = make_header(
-            model, ledgers, place, metadata=metadata, casts=self._casts, inspect=self._inspect
+            model,
+            ledgers,
+            place,
+            metadata=metadata,
+            notes=notes,
+            plain=plain,
+            casts=self._casts,
+            inspect=self._inspect,
         )
+        if not (plain or any_in_fp8(ledgers)):
+            # One more: `naming_arguments` stands between.
+            warnings.warn(NOTHING_TO_COUNT, UnclampWarning, stacklevel=3)
         self._writer = RunLogWriter(
-            path, header=header, rank=place.rank, flush_interval_s=flush_interval_s
+            path,
+            header=header,
+            rank=place.rank,
+            flush_interval_s=flush_interval_s,
+            overwrite=overwrite,
+            before_replacing=lambda: _close_recorder_of(path),
         )
+        _OPEN[self.path.resolve()] = self
         self._sources = [Source(ledger) for ledger in ledgers]
         self._formats: dict[int, Format] = {}
         # No other rank counts in the same numbers: an id is one of its run.
@@ -113,6 +147,11 @@ class Recorder:
         self._process = os.getpid()  # a fork inherits the exit hook, and must not end the sinks
         atexit.register(self.close, "interrupted")
         self._inspect_at(0)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder, with its number."""
+        return self._writer.path
 
     def step(
         self,
@@ -188,7 +227,8 @@ class Recorder:
         if os.getpid() != self._process:
             return
         if status not in get_args(Status):
-            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}")
+            hint = did_you_mean(status, get_args(Status))
+            raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}{hint}")
         for source in self._sources:
             source.close()
         while self._switches:
@@ -287,6 +327,17 @@ class Recorder:
                 "are not updated and casts not recorded. unclamp follows torch.optim optimizers "
                 "that hold the model's parameters, and counts casts whose backward ran."
             )
+
+
+_OPEN: "weakref.WeakValueDictionary[Path, Recorder]" = weakref.WeakValueDictionary()
+"""The last recorder of each folder in this process."""
+
+
+def _close_recorder_of(path: str | Path) -> None:
+    """Close what a notebook's cell left open that is run again."""
+    recorder = _OPEN.get(Path(path).resolve())
+    if recorder is not None:
+        recorder.close("interrupted")
 
 
 def _warn(message: str) -> None:

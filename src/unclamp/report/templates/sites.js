@@ -9,13 +9,15 @@
   const state = { sort: null, down: true, role: "all", clamped: false, shown: [], at: -1, open: null };
 
   // How a value is written ------------------------------------------------------------------
-  const figures = (v) => (v === 0 ? "0" : v >= 1e5 || v < 1e-3 ? v.toExponential(1) : String(Number(v.toPrecision(3))));
+  const exponent = (v) => v.toExponential(1).replace("e+", "e"); // 1.9e29
+  const figures = (v) => (v === 0 ? "0" : v >= 1e5 || v < 1e-3 ? exponent(v) : String(Number(v.toPrecision(3))));
   const write = {
     name: (v) => v, text: (v) => v, scaling: (v) => v,
     count: (v) => v.toLocaleString("en-US"), step: (v) => v.toLocaleString("en-US"),
-    share: (v) => figures(100 * v) + " %", ratio: (v) => (v >= 1e5 ? v.toExponential(2) : v.toFixed(2)) + "x",
+    share: (v) => figures(100 * v) + " %", ratio: (v) => (v >= 1e5 || (v > 0 && v < 1e-3) ? exponent(v) : v.toFixed(2)) + "x",
     decibel: (v) => v.toFixed(1),
   };
+  const things = (n, noun, more = noun + "s") => `${write.count(n)} ${n === 1 ? noun : more}`;
   const missing = (v) => v === null || v === undefined;
   const title = (site) => `${site.fqn || "(the model itself)"} ${site.role}`;
   const short = (name, width) => {
@@ -55,7 +57,7 @@
       (!state.clamped || site.saturated > 0) && tests.every((matches) => matches(text)));
     if (state.sort) state.shown.sort(compare(state.sort, state.down));
     state.at = state.shown.indexOf(chosen);
-    el("count").textContent = `${state.shown.length.toLocaleString("en-US")} of ${rows.length.toLocaleString("en-US")} sites`;
+    el("count").textContent = `${write.count(state.shown.length)} of ${things(rows.length, "site")}`;
     box.querySelector("table").setAttribute("aria-rowcount", state.shown.length + 1);
     if (state.at < 0) box.scrollTop = 0;
     draw();
@@ -66,7 +68,7 @@
   const columns = data.columns.map(([key, label, kind, meaning]) => ({ key, label, kind, meaning }));
   const headings = columns.map(({ key, label, kind, meaning }) => {
     const th = node("th", { scope: "col", "aria-sort": "none", title: meaning });
-    const button = node("button", { type: "button", "data-key": key }, label);
+    const button = node("button", { type: "button", "data-key": key, "aria-description": meaning }, label);
     button.addEventListener("click", () => {
       const falls = !["name", "text", "scaling"].includes(kind);
       state.down = state.sort === key ? !state.down : falls;
@@ -188,7 +190,7 @@
 
   // The panel ----------------------------------------------------------------------------------
   const FONT = { family: "system-ui, sans-serif", size: 12 };
-  const GRID = { gridcolor: "#e5e7eb", zerolinecolor: "#e5e7eb", linecolor: "#d1d5db" };
+  const CLEAR = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
   const config = { displaylogo: false, responsive: true };
   const close = () => {
     panel.hidden = true;
@@ -212,8 +214,8 @@
   const summary = (site) => {
     const window = data.window > 1 ? ` A point is ${data.window} steps.` : "";
     const worst = missing(site.worst_step) ? "" : `, worst at step ${write.step(site.worst_step)}`;
-    return `${site.scaling} ${site.format}: ${write.count(site.saturated)} elements clamped in ` +
-      `${write.count(site.clamped_casts)} of ${write.count(site.rows)} recorded casts${worst}.${window}`;
+    return `${site.scaling} ${site.format}: ${things(site.saturated, "element")} clamped in ` +
+      `${write.count(site.clamped_casts)} of ${things(site.rows, "recorded cast")}${worst}.${window}`;
   };
   const line = (name, y, axis, style, more = {}) => ({
     x: data.steps, y, name, yaxis: axis, mode: "lines+markers", connectgaps: false,
@@ -222,10 +224,10 @@
   const drawRange = (found) => {
     const positive = (values) => values.map((v) => (v > 0 ? v : null)); // a log axis has no 0
     const traces = [
-      line("largest representable", found.top, "y", { color: "#111827", dash: "dash", shape: "hv" }, { mode: "lines" }),
-      line("smallest subnormal", found.bottom, "y", { color: "#9ca3af", dash: "dash", shape: "hv" }, { mode: "lines" }),
-      line("amax", positive(found.amax), "y", { color: "#1d4ed8" }),
-      line("saturated", positive(found.clamp), "y2", { color: "#dc2626" }),
+      line("largest representable", found.top, "y", { color: "#6b7280", dash: "dash", shape: "hv" }, { mode: "lines" }),
+      line("smallest subnormal", found.bottom, "y", { color: "#9ca3af", dash: "dot", shape: "hv" }, { mode: "lines" }),
+      line("amax", positive(found.amax), "y", { color: "#3b82f6" }),
+      line("clamped", positive(found.clamp), "y2", { color: "#ef4444" }),
       line("underflow", positive(found.under), "y2", { color: "#d97706" }),
     ];
     const third = [];
@@ -237,15 +239,15 @@
     if (recast) third.push({ x: data.steps, y: found.recast, name: "re-cast", yaxis: "y4", type: "bar", marker: { color: "#c4b5fd" } });
     const deep = third.length > 0;
     const layout = {
-      height: deep ? 560 : 430, font: FONT, hovermode: "x unified", plot_bgcolor: "#fff",
+      height: deep ? 560 : 430, font: FONT, hovermode: "x unified", ...CLEAR,
       margin: { l: 70, r: recast ? 60 : 16, t: 10, b: 40 }, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
-      xaxis: { ...GRID, title: { text: "step" }, anchor: deep ? "y3" : "y2" },
-      yaxis: { ...GRID, type: "log", exponentformat: "power", dtick: 2, domain: [deep ? 0.5 : 0.4, 1], title: { text: "size, log" } },
-      yaxis2: { ...GRID, domain: deep ? [0.25, 0.45] : [0, 0.34], type: "log", exponentformat: "power", dtick: 2, title: { text: "share, log" } },
-      yaxis3: { ...GRID, domain: [0, 0.2], title: { text: "dB" }, visible: deep },
+      xaxis: { title: { text: "step" }, anchor: deep ? "y3" : "y2" },
+      yaxis: { type: "log", exponentformat: "power", dtick: 2, domain: [deep ? 0.5 : 0.4, 1], title: { text: "size, log" } },
+      yaxis2: { domain: deep ? [0.25, 0.45] : [0, 0.34], type: "log", exponentformat: "power", dtick: 2, title: { text: "share, log" } },
+      yaxis3: { domain: [0, 0.2], title: { text: "dB" }, visible: deep },
       yaxis4: { overlaying: "y3", side: "right", rangemode: "tozero", showgrid: false, title: { text: "re-cast" }, visible: recast },
     };
-    Plotly.newPlot("panel-range", [...traces, ...third], layout, config);
+    Plotly.newPlot("panel-range", [...traces, ...third], layout, config).then(unclampTheme.apply);
   };
   const drawExponents = (found) => {
     const h = found.histogram, into = el("panel-exponents");
@@ -261,18 +263,18 @@
       hovertemplate: "%{text}: %{y:.3g} of the elements<extra>" + name + "</extra>", textposition: "none" });
     const low = h.bottom > 0 ? Math.log2(h.bottom) : null, high = h.top > 0 ? Math.log2(h.top) : null;
     const edges = [[low, "smallest subnormal", "right"], [high, "largest value", "left"]].filter(([at]) => at !== null);
-    const shapes = edges.map(([at]) => ({ type: "line", yref: "paper", y0: 0, y1: 1, x0: at, x1: at, line: { color: "#111827", dash: "dash", width: 1 } }));
+    const shapes = edges.map(([at]) => ({ type: "line", yref: "paper", y0: 0, y1: 1, x0: at, x1: at, line: { color: "#6b7280", dash: "dash", width: 1 } }));
     if (edges.length === 2) shapes.push({ type: "rect", yref: "paper", y0: 0, y1: 1, x0: low, x1: high, layer: "below", line: { width: 0 }, fillcolor: "rgba(16,185,129,0.08)" });
-    const notes = edges.map(([at, label, side]) => ({ x: at, yref: "paper", y: 1, text: label, showarrow: false, xanchor: side, yanchor: "top", font: { size: 11, color: "#4b5563" } }));
+    const notes = edges.map(([at, label, side]) => ({ x: at, yref: "paper", y: 1, text: label, showarrow: false, xanchor: side, yanchor: "top", font: { size: 11 } }));
     Plotly.newPlot("panel-exponents", [
-      bars(`step ${h.step.toLocaleString("en-US")}`, share(h.latest), "#1d4ed8"),
+      bars(`step ${h.step.toLocaleString("en-US")}`, share(h.latest), "#3b82f6"),
       bars(`sum of ${h.looks} inspected steps since ${h.since.toLocaleString("en-US")}`, share(h.total), "#9ca3af"),
     ], {
-      height: 300, font: FONT, barmode: "overlay", bargap: 0, plot_bgcolor: "#fff", shapes, annotations: notes,
+      height: 300, font: FONT, barmode: "overlay", bargap: 0, ...CLEAR, shapes, annotations: notes,
       margin: { l: 70, r: 16, t: 10, b: 45 }, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
-      xaxis: { ...GRID, title: { text: "exponent: floor(log2 |x|)" } },
-      yaxis: { ...GRID, type: "log", exponentformat: "power", dtick: 2, title: { text: "share of elements, log" } },
-    }, config);
+      xaxis: { title: { text: "exponent: floor(log2 |x|)" } },
+      yaxis: { type: "log", exponentformat: "power", dtick: 2, title: { text: "share of elements, log" } },
+    }, config).then(unclampTheme.apply);
   };
 
   const heat = el("heat-run");

@@ -1,0 +1,97 @@
+"""The notebooks in examples/ run, a second time too, and lie in the repository without outputs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unclamp
+
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("nbclient")
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples").glob("*.ipynb"))
+RUN = """
+import sys
+import nbformat
+from nbclient import NotebookClient
+
+notebook = nbformat.read(sys.argv[1], as_version=4)
+cells = notebook.cells
+again = nbformat.from_dict([cell | {"id": f"{cell['id']}-again"} for cell in cells])
+notebook.cells = [*cells, *again]
+NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+"""Executes all cells twice in one kernel; a process of its own, for what Jupyter warns of."""
+
+
+def outputs(cell: dict) -> str:
+    """Return what a cell shows: streams, texts, HTML."""
+    shown = []
+    for output in cell["outputs"]:
+        assert output["output_type"] != "error"
+        shown += [output.get("text", ""), *output.get("data", {}).values()]
+    return "\n".join("".join(each) for each in shown)  # nbformat writes lists of lines
+
+
+def test_there_are_notebooks() -> None:
+    assert [path.name for path in NOTEBOOKS] == ["first_look.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_is_stripped(path: Path) -> None:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    nbformat.validate(notebook)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+    assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("notebook")
+    source = str(Path(unclamp.__file__).parents[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": source,
+        "IPYTHONDIR": str(folder / "ipython"),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+    }
+    (path,) = NOTEBOOKS
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(path), str(folder / "done.ipynb")],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    notebook = json.loads((folder / "done.ipynb").read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_first_look_shows_what_it_says(cells: list[dict]) -> None:
+    first = "\n".join(map(outputs, cells[: len(cells) // 2]))
+    assert "observed 2 layers for 50 steps" in first
+    assert "<pre>observed 2 layers" in first
+    assert "finished, 50 steps, 6 sites, ranks 0-0" in first
+    assert "clamping is the cause" in first
+    assert "[[override]]" in first
+    assert "Warning" not in first
+
+
+def test_every_cell_can_be_run_again(cells: list[dict]) -> None:
+    half = len(cells) // 2
+    for once, again in zip(cells[:half], cells[half:], strict=True):
+        shown = [outputs(cell) for cell in (once, again)]
+        if "replays of" not in shown[0]:
+            assert shown[0] == shown[1]
