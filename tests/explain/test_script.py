@@ -323,7 +323,7 @@ def test_settings_of_torch_are_made_and_torch_is_not_called_otherwise(tmp_path: 
             """
             import torch
             torch.set_default_dtype(torch.float64)
-            torch.manual_seed(torch.nonsense)
+            torch.save(torch.nonsense, "x")
             def build():
                 return torch.zeros(1).dtype
             """,

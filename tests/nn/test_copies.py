@@ -5,46 +5,18 @@ import io
 import pickle
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
 
+from truths.kept import drive, fresh, train
 from unclamp import (
-    Delayed,
     Fp8Linear,
     Guarded,
     PerRow,
     Recipe,
-    convert,
 )
 from unclamp.nn import find_ledgers
-
-
-def fresh(recipe: Recipe | None = None, *, history_len: int = 4) -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False))
-    convert(model, recipe or Recipe.uniform(Delayed(history_len=history_len)))
-    return model
-
-
-def train(model: nn.Module, steps: int, seed: int = 1) -> list[Tensor]:
-    torch.manual_seed(seed)
-    optimizer = SGD(model.parameters(), lr=0.05)
-    outputs = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        y = model(torch.randn(5, 6) * 3)
-        y.square().sum().backward()
-        optimizer.step()
-        outputs.append(y.detach())
-    return outputs
-
-
-def drive(model: nn.Module, *amaxes: float) -> None:
-    """Take a step for each amax of the first layer's input, without a change of the weights."""
-    optimizer = SGD(model.parameters(), lr=0.0)
-    for amax in amaxes:
-        model(torch.full((2, 6), amax)).sum().backward()
-        optimizer.step()
 
 
 def goes_on_alike(a: nn.Module, b: nn.Module) -> bool:

@@ -5,36 +5,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
+from truths.kept import fresh, state_keys, train
 from unclamp import (
-    Delayed,
     Recipe,
     convert,
 )
 from unclamp.nn import find_ledgers
-
-
-def fresh(recipe: Recipe | None = None, *, history_len: int = 4) -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False))
-    convert(model, recipe or Recipe.uniform(Delayed(history_len=history_len)))
-    return model
-
-
-def train(model: nn.Module, steps: int, seed: int = 1) -> list[Tensor]:
-    torch.manual_seed(seed)
-    optimizer = SGD(model.parameters(), lr=0.05)
-    outputs = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        y = model(torch.randn(5, 6) * 3)
-        y.square().sum().backward()
-        optimizer.step()
-        outputs.append(y.detach())
-    return outputs
-
-
-def state_keys(model: nn.Module) -> list[str]:
-    """Return the keys of scales and histories; the count of updates is kept beside them."""
-    return [key for key in model.state_dict() if key.endswith(("_scale", "_amax_history"))]
 
 
 def test_scaling_state_is_plain_float32_tensors() -> None:

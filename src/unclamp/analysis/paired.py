@@ -12,7 +12,7 @@ Which runs make a pair, and which arms are compared, is for the caller.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -165,14 +165,43 @@ def difference_in_words(
         return f"{mean} (one seed: no interval, so whether that is chance cannot be told)"
     if found.interval is None:
         return f"{mean} with each of {seeds}: no spread between seeds, so no interval"
+    return interval_in_words(found, own=own, other=other, of=seeds, comparisons=comparisons)
+
+
+class _Difference(Protocol):
+    """A mean difference with its interval, of pairs or of groups."""
+
+    @property
+    def mean(self) -> float: ...
+    @property
+    def interval(self) -> tuple[float, float] | None: ...
+    @property
+    def level(self) -> float: ...
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def resolution(self) -> float: ...
+    def differs_among(self, comparisons: int) -> bool: ...
+
+
+def interval_in_words(
+    found: _Difference,
+    *,
+    own: str,
+    other: str,
+    of: str,
+    comparisons: int,
+) -> str:
+    """Say a difference that has an interval, and what `of` so many runs it is; no full stop."""
+    assert found.interval is not None
     low, high = map(signed, found.interval)
-    said = f"{mean} ({100 * found.level:g} %: {low} to {high}): "
+    said = f"{signed(found.mean)} ({100 * found.level:g} %: {low} to {high}): "
     if found.differs_among(comparisons):
-        return f"{said}{own} differs from {other}, as far as {seeds} can show"
+        return f"{said}{own} differs from {other}, as far as {of} can show"
     if found.verdict == "differs":
         return f"{said}apart, which among {comparisons} comparisons may be chance"
     would_show = f"a difference over {found.resolution:.2g} would show"
-    return f"{said}not distinguishable with {seeds} ({would_show})"
+    return f"{said}not distinguishable with {of} ({would_show})"
 
 
 def _diverged(found: PairedDifference, own: str, other: str) -> str:

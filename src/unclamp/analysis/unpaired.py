@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from unclamp.analysis.paired import LEVEL, ROUNDING
+from unclamp.analysis.paired import LEVEL, ROUNDING, interval_in_words
 from unclamp.errors import AnalysisError
 from unclamp.written import counted, signed
 
@@ -169,11 +169,4 @@ def unpaired_in_words(
         )
     if found.interval is None:
         return f"{mean} ({runs}): no spread between seeds, so no interval"
-    low, high = map(signed, found.interval)
-    said = f"{mean} ({100 * found.level:g} %: {low} to {high}): "
-    if found.differs_among(comparisons):
-        return f"{said}{own} differs from {other}, as far as {runs} can show"
-    if found.verdict == "differs":
-        return f"{said}apart, which among {comparisons} comparisons may be chance"
-    would_show = f"a difference over {found.resolution:.2g} would show"
-    return f"{said}not distinguishable with {runs} ({would_show})"
+    return interval_in_words(found, own=own, other=other, of=runs, comparisons=comparisons)
