@@ -52,7 +52,9 @@ def test_flags_are_shown_as_flags(command: str) -> None:
     assert "bool" not in done.stdout
     assert "--help" in done.stdout
     if "--json" in done.stdout:
-        (line,) = (line for line in done.stdout.splitlines() if "--json" in line)
+        (line,) = (
+            line for line in done.stdout.splitlines() if line.strip(" │").startswith("--json")
+        )
         assert line.split("--json")[1].strip(" │") == "Print one JSON document on stdout."
 
 
