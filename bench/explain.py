@@ -3,13 +3,15 @@
 The truth is found without a replay: each case is trained from its start with every subset of the
 planted sites un-clamped by the recipe. The true set is the smallest that removes 90 % of what the
 planted sites cause together. `python -m bench.explain` runs all cases, and with `--only delayed`
-those with that in their name.
+those with that in their name; `--table underflow`, `nulls` or `chaos` runs cases that the others
+have not.
 """
 
 import argparse
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,10 @@ from typing import Any
 import torch
 
 import unclamp
+from bench.chaos import chaos
+from bench.nulls import nulls
 from bench.timing import compare
+from bench.underflow import underflow
 from truths.delays import RATES, DelayCase, Through
 from truths.llamas import LlamaCase
 from truths.trainings import Case, losses_with
@@ -35,6 +40,7 @@ from unclamp.study.loop import build, do_step, tokenize
 
 ENOUGH = 0.9
 AnyCase = Case | LlamaCase | DelayCase
+OTHER_TABLES = {"underflow": underflow, "nulls": nulls, "chaos": chaos}
 HARMLESS = ((0.0,), (0.0,))
 """Paths whose outlier meets a column of zeros."""
 
@@ -363,8 +369,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.explain", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", help="where the runs stay")
     parser.add_argument("--only", default="", help="only cases with this text in their kind")
+    parser.add_argument(
+        "--table", choices=OTHER_TABLES, help="cases that the others have not, in place of them"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.table:
+        OTHER_TABLES[options.table]()
+        sys.exit()
     if not options.only:
         snapshot_cost()
         growth()

@@ -23,11 +23,10 @@ from unclamp.analysis.explanation import (
     Explanation,
     Status,
     Verdict,
-    named_counterfactuals,
-    percent,
-    spike_share,
 )
 from unclamp.analysis.horizon import Asked, Clamped, Horizon, Stop
+from unclamp.analysis.labels import named_counterfactuals
+from unclamp.analysis.shares import percent, spike_share
 from unclamp.errors import AnalysisError
 from unclamp.files import to_json
 from unclamp.names import ROLES, SiteName

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from truths.runs import write_planted
-from unclamp.analysis.counterfactual import Counterfactual, Question, QuestionKind, SiteShare
+from unclamp.analysis.counterfactual import (
+    Counterfactual,
+    Question,
+    QuestionKind,
+    SiteShare,
+    Underflow,
+)
 from unclamp.analysis.explanation import Explanation
 from unclamp.explain.mend import make_override
 from unclamp.files import strict, write_json
@@ -77,9 +83,26 @@ def test_an_explanation_is_shown_as_it_was_written(tmp_path: Path) -> None:
     assert read.losses["un-clamped only: layers.0.down input"]["loss"] == [2.0, None]
     text = write_page(build_view(path), tmp_path / "page.html").read_text()
     assert "clamping is the cause" in text
+    assert "only it free</th>" in text
+    assert "only it clamped</th>" in text
     assert "^layers.0.down" in text
     assert "<td>50 %</td>" in text  # written as in the paragraph above the table
     assert 'id="replay-0"' in text
+
+
+def test_the_shares_of_underflow_are_those_in_blocks(tmp_path: Path) -> None:
+    found = explained(
+        verdict="underflow",
+        clamping_share=0.02,
+        underflow=Underflow(by_step={10: 0.9}, elevated=1, removed=0.9),
+    )
+    path = write_planted(tmp_path / "run", steps=20)
+    write_json(path / "explain-10.json", found.to_dict())
+    text = write_page(build_view(path), tmp_path / "page.html").read_text()
+    assert "1 of the 1 step above the level, 90 % of the rise goes in blocks" in text
+    assert "only it in blocks</th>" in text
+    assert "only it as it was</th>" in text
+    assert "only it free" not in text
 
 
 def test_a_group_of_sites_is_known_by_its_sites(tmp_path: Path) -> None:

@@ -7,15 +7,16 @@ which earlier versions wrote.
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self, get_args
 
 from unclamp.analysis.reading import Reading
 from unclamp.errors import AnalysisError
 from unclamp.names import ROLES, Role, SiteName
 
-ScalingName = Literal["dynamic", "guarded"]
-Change = Literal["unclamped", "dynamic", "guarded", "blocks", "high_precision"]
+ScalingName = Literal["dynamic", "guarded", "short history", "blocks"]
+"""What may be recommended; "short history" is delayed scaling that remembers one update."""
+Change = Literal["unclamped", "dynamic", "guarded", "short history", "blocks", "high_precision"]
 QuestionKind = Literal["actual", "placebo"] | Change
 KINDS: tuple[QuestionKind, ...] = ("actual", "placebo", *get_args(Change))
 How = Literal["shapley", "both ways"]
@@ -32,7 +33,8 @@ class Question:
     Attributes:
         kind: "actual" changes nothing and "placebo" every weight by a 4096th; the others are how
             the sites are scaled: "unclamped" as before but without clamping, "dynamic",
-            "guarded", "blocks" (a scale for every 32 elements) or "high_precision".
+            "guarded", "short history" (delayed by one update alone), "blocks" (a scale for
+            every 32 elements) or "high_precision".
         sites: The sites that are scaled otherwise, sorted.
         seed: Of a placebo.
     """
@@ -97,16 +99,23 @@ class Counterfactual:
         question: What was changed.
         losses: By step.
         removed: Share of the spike that is gone; None where there is no spike in the replay.
+        by_step: The same of each of the spike's steps in which the loss is above the level; empty
+            from an earlier version.
     """
 
     question: Question
     losses: Mapping[int, float]
     removed: float | None = None
+    by_step: Mapping[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; what JSON has no number for is still a number."""
-        losses = {str(step): loss for step, loss in self.losses.items()}
-        return {**self.question.to_dict(), "losses": losses, "removed": self.removed}
+        return {
+            **self.question.to_dict(),
+            "losses": _by_text(self.losses),
+            "removed": self.removed,
+            "by_step": _by_text(self.by_step),
+        }
 
     @classmethod
     def from_dict(cls, data: object) -> Self:
@@ -116,13 +125,45 @@ class Counterfactual:
             AnalysisError: It holds no question, or steps or losses that are no numbers.
         """
         read = Reading(data, "a counterfactual")
-        losses = read.numbers("losses")
-        if wrong := [step for step in losses if not re.fullmatch(r"-?\d+", step)]:
-            raise AnalysisError(f"expected steps for the losses of a replay, got {wrong[0]!r}")
         return cls(
             question=Question.from_dict(data),
-            losses={int(step): loss for step, loss in losses.items()},
+            losses=_by_step(read, "losses"),
             removed=read.maybe_number("removed"),
+            by_step=_by_step(read, "by_step"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Underflow:
+    """What goes of a spike where next to nothing underflows.
+
+    Attributes:
+        by_step: Share that is gone with a scale for every 32 elements at all sites, at each step
+            at which that takes away most of the rise, and un-clamping alone does not.
+        elevated: In how many steps of the spike the loss is above the level.
+        removed: Share of the rise of those steps together.
+    """
+
+    by_step: Mapping[int, float]
+    elevated: int
+    removed: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; what JSON has no number for is still a number."""
+        return {**asdict(self), "by_step": _by_text(self.by_step)}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Self:
+        """Return what a dict holds.
+
+        Raises:
+            AnalysisError: A value is missing or of another type.
+        """
+        read = Reading(data, "underflow")
+        return cls(
+            by_step=_by_step(read, "by_step"),
+            elevated=read.whole("elevated"),
+            removed=read.number("removed"),
         )
 
 
@@ -134,15 +175,22 @@ class SiteShare:
         fqn: The layer; a glob for a group.
         role: The operand; "*" for a group of several.
         share: Part of the spike that it caused, a fraction; the Shapley value once `how` says so.
-        low: Lower end of the 95 % interval, the noise included; -Inf where one sample gives none.
+        low: Lower end of its range, the noise included; -Inf where one sample gives none. "Both
+            ways": the range of `only` and `last`. An exact Shapley value: the most that a placebo
+            moves to either side. A sampled one: see `pairs`.
         high: Upper end; Inf likewise.
         how: "shapley", or "both ways": the mean of `only` and `last`.
-        only: Share that is gone with only this un-clamped.
-        last: Share that is left with only this clamped.
+        pairs: Of a sampled Shapley value: pairs of orders drawn. From 20 on the range is Student's
+            95 % interval of their mean, with fewer it reaches from the least to the largest of
+            them; 0 for an exact value, and from an earlier version.
+        only: Share that is gone with only this mended: un-clamped, or in blocks where underflow is
+            the cause.
+        last: Share that is left with all others mended.
         effect: First-order effect on the spike's losses by the screening pass; None for
             gradients, and where it did not clamp.
         clamp_error: Squares removed by clamping over those of the tensor, summed over steps.
         overshoot: Largest amax over the largest representable value.
+        underflow: Share of its elements that underflowed.
         named: Whether it belongs to the smallest set that removes the spike.
         sites: The sites of a group.
     """
@@ -153,11 +201,13 @@ class SiteShare:
     low: float
     high: float
     how: How
+    pairs: int = 0
     only: float | None = None
     last: float | None = None
     effect: float | None = None
     clamp_error: float = 0.0
     overshoot: float = 0.0
+    underflow: float = 0.0
     named: bool = False
     sites: tuple[SiteName, ...] = ()
 
@@ -192,11 +242,13 @@ class SiteShare:
             low=read.number("low", null=float("-inf")),
             high=read.number("high", null=float("inf")),
             how=read.choice("how", get_args(How), "shapley"),
+            pairs=read.whole("pairs", 0),
             only=read.maybe_number("only"),
             last=read.maybe_number("last"),
             effect=read.maybe_number("effect"),
             clamp_error=read.number("clamp_error", 0.0),
             overshoot=read.number("overshoot", 0.0),
+            underflow=read.number("underflow", 0.0),
             named=bool(read.maybe_flag("named")),
             sites=_sites(read),
         )
@@ -213,8 +265,10 @@ class Override:
 
     Attributes:
         sites: The sites to change.
-        scaling: What to make them: "dynamic", or "guarded" where dynamic did not do.
+        scaling: What to make them: "dynamic", or "guarded" where dynamic did not do; against
+            underflow also "short history" (delayed by one update alone) or "blocks".
         removed: Share of the spike that is gone with it, by a replay; None if not replayed.
+        instead: Other sites each of which alone does the same, where it is of one site.
         toml: Overrides for a recipe file, to go before those it has (`PASTE`).
         python: The same as code; None where rules of the recipe would come before it.
     """
@@ -224,6 +278,7 @@ class Override:
     removed: float | None
     toml: str
     python: str | None
+    instead: tuple[SiteName, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -243,12 +298,24 @@ class Override:
             removed=read.maybe_number("removed"),
             toml=read.text("toml"),
             python=read.maybe_text("python"),
+            instead=_sites(read, "instead"),
         )
 
 
-def _sites(read: Reading) -> tuple[SiteName, ...]:
-    """Return the sites under "sites": objects, or pairs of fqn and role of earlier versions."""
-    return tuple(_site(site) for site in read.items("sites"))
+def _by_text(values: Mapping[int, float]) -> dict[str, float]:
+    return {str(step): value for step, value in values.items()}
+
+
+def _by_step(read: Reading, key: str) -> dict[int, float]:
+    values = read.numbers(key)
+    if wrong := [step for step in values if not re.fullmatch(r"-?\d+", step)]:
+        raise AnalysisError(f"expected steps for the {key} of a replay, got {wrong[0]!r}")
+    return {int(step): value for step, value in values.items()}
+
+
+def _sites(read: Reading, key: str = "sites") -> tuple[SiteName, ...]:
+    """Return the sites under a key: objects, or pairs of fqn and role of earlier versions."""
+    return tuple(_site(site) for site in read.items(key))
 
 
 def _site(data: object) -> SiteName:

@@ -1,7 +1,8 @@
 """What was found about a spike: frozen data, to plain data and back, and in words.
 
 Needs no torch. The replays of `unclamp.explain` fill it in; the terminal and the page show it.
-All sentences and labels about an explanation are made here, with one way to write a share.
+All sentences about an explanation are made here, with the one way to write a share of `shares`;
+what its replays are called is in `labels`.
 """
 
 import math
@@ -9,24 +10,60 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
-from unclamp.analysis.counterfactual import PASTE, Counterfactual, Override, Question, SiteShare
+from unclamp.analysis.counterfactual import (
+    ACTUAL,
+    PASTE,
+    Counterfactual,
+    Override,
+    Question,
+    QuestionKind,
+    ScalingName,
+    SiteShare,
+    Underflow,
+)
 from unclamp.analysis.horizon import Horizon
 from unclamp.analysis.reading import Reading
+from unclamp.analysis.shares import (
+    by_step,
+    gone,
+    listed_steps,
+    percent,
+    range_of,
+    steps_between,
+)
 from unclamp.analysis.spikes import SpikeKind
 from unclamp.names import SiteName
 from unclamp.shown import Shown
 from unclamp.written import counted
 
-Verdict = Literal["clamping", "partly clamping", "not clamping", "not reproduced", "unknown"]
+Verdict = Literal[
+    "clamping",
+    "mostly clamping",
+    "partly clamping",
+    "not clamping",
+    "underflow",
+    "cannot tell",
+    "not reproduced",
+    "unknown",
+]
 Status = Literal["running", "finished", "interrupted"]
 
-CLAMPING = 0.5
+CLAMPING = 0.9
 """Least share of a spike that goes with the clamps for clamping to be the cause."""
+MOST = 0.5
+"""Least share for it to be most of the cause; below it is a part."""
 NOT_CLAMPING = 0.1
 """A spike of which less goes with the clamps has another cause."""
+SCALED: Mapping[ScalingName, str] = {
+    "dynamic": "dynamic",
+    "guarded": "guarded",
+    "short history": "delayed with a history of one update",
+    "blocks": "dynamic with a scale for every 32 elements",
+}
+"""Recommended scalings for people."""
+TOLD_NOISE = 0.05
+"""Chaos is told where placebos move more."""
 SHOWN_SITES = 4
-LEAST_SHARE = 0.0005
-"""Smaller shares of a spike are noise of the arithmetic, and are written as 0."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -44,11 +81,16 @@ class Explanation(Shown):
         status: "running" until all questions are answered or the budget is spent.
         reproduced: Whether the plain replay gave the run's losses bit for bit.
         differences: If not: which step, by how much, and what may be why.
-        noise: Share that a change of all weights by a 4096th makes.
+        noise: Largest share that a placebo moved: a change of all weights by a 4096th.
+        placebos: How many there were. A change without effect moves more than the largest of 19
+            once in 20 times.
         clamping_share: Share of the spike that is gone with nothing clamped.
         verdict: What follows from it, as far back as the horizon.
         horizon: From which steps on nothing clamped in the replays, and what clamped before; None
             before it was asked, and from an earlier version.
+        underflow: The steps at which it does harm; None where it does not, or was not asked.
+            Where it is the verdict, shares of sites, of the override and of counterfactuals are
+            of these steps.
         others: Shares gone under other questions: "blocks" (next to nothing underflows),
             "high_precision" (no FP8 at all).
         underflowed: Share of elements that underflowed, by question.
@@ -75,9 +117,11 @@ class Explanation(Shown):
     reproduced: bool | None = None
     differences: tuple[str, ...] = ()
     noise: float | None = None
+    placebos: int = 2
     clamping_share: float | None = None
     verdict: Verdict = "unknown"
     horizon: Horizon | None = None
+    underflow: Underflow | None = None
     others: Mapping[str, float]
     underflowed: Mapping[str, float]
     sites: tuple[SiteShare, ...] = ()
@@ -93,7 +137,7 @@ class Explanation(Shown):
 
     @property
     def named(self) -> list[SiteName]:
-        """The smallest set of sites that, made dynamic, removes the spike; empty if none."""
+        """The smallest set of sites that, scaled otherwise, removes the spike; empty if none."""
         return [] if self.override is None else list(self.override.sites)
 
     @property
@@ -116,6 +160,7 @@ class Explanation(Shown):
             "sites": [site.to_dict() for site in self.sites],
             "override": override,
             "horizon": None if self.horizon is None else self.horizon.to_dict(),
+            "underflow": None if self.underflow is None else self.underflow.to_dict(),
             "counterfactuals": [each.to_dict() for each in self.counterfactuals],
             "words": self.words(),
         }
@@ -144,9 +189,13 @@ class Explanation(Shown):
             reproduced=read.maybe_flag("reproduced"),
             differences=read.texts("differences"),
             noise=read.maybe_number("noise"),
+            placebos=read.whole("placebos", 2),
             clamping_share=read.maybe_number("clamping_share"),
             verdict=read.choice("verdict", get_args(Verdict), "unknown"),
             horizon=Horizon.from_dict(read.item("horizon")) if read.has("horizon") else None,
+            underflow=Underflow.from_dict(read.item("underflow"))
+            if read.has("underflow")
+            else None,
             others=read.numbers("others"),
             underflowed=read.numbers("underflowed"),
             sites=tuple(SiteShare.from_dict(each) for each in read.items("sites")),
@@ -166,8 +215,8 @@ class Explanation(Shown):
     def words(self) -> str:
         """Return the finding as a paragraph."""
         parts = [
-            f"The spike at {_steps(self.onset, self.last)} ({self._height()}) was replayed from "
-            f"the snapshot before step {self.snapshot_step}."
+            f"The spike at {steps_between(self.onset, self.last)} ({self._height()}) was "
+            f"replayed from the snapshot before step {self.snapshot_step}."
         ]
         parts += self._about_replay()
         if self.clamping_share is not None and self.verdict != "not reproduced":
@@ -198,18 +247,59 @@ class Explanation(Shown):
         return ["Without a change the losses did NOT come back.", *self.differences]
 
     def _about_clamping(self) -> list[str]:
-        assert self.clamping_share is not None
-        if self.verdict == "not clamping":
-            return [*self._about_no_clamping(self.clamping_share), *self._about_others()]
-        cause = "the cause" if self.verdict == "clamping" else "a part of the cause"
-        said = f"{self._free(self.clamping_share)}: clamping is {cause}."
-        parts = [*self._about_start(), said]
+        share = self.clamping_share
+        assert share is not None
+        if self.verdict in ("not clamping", "underflow"):
+            rest = self._about_underflow() if self.verdict == "underflow" else []
+            parts = [*self._about_no_clamping(share), *self._about_noise()]
+            return [*parts, *self._about_others(), *rest]
+        if self.verdict == "cannot tell":
+            return [f"{self._free(share)}.", *self._about_noise(), *self._about_others()]
+        said = f"{self._free(share)}: clamping is {_part(share)}."
+        parts = [*self._about_start(), said, *self._told_by_step("unclamped")]
+        parts += self._about_noise()
         if self.horizon is not None and self.horizon.stop not in ("", "found"):
             parts.append(self.horizon.before())
         if self.clamped_sites:
             parts.append(f"{counted(self.clamped_sites, 'site')} clamped, or would have.")
         parts += self._about_sites()
-        return parts + (self._about_others() if self.verdict == "partly clamping" else [])
+        return parts + self._about_others()
+
+    def _about_noise(self) -> list[str]:
+        """Say what chaos moves, where that is much or decides."""
+        if self.noise is None or (self.noise < TOLD_NOISE and self.verdict != "cannot tell"):
+            return []
+        said = (
+            f"{self.placebos} replays in which only every weight changes by a 4096th move it by up "
+            f"to {percent(self.noise)}"
+        )
+        if self.verdict == "cannot tell":
+            return [f"{said}: chaos hides whether clamping is the cause."]
+        return [f"{said}, so shares are known no better."]
+
+    def _about_underflow(self) -> list[str]:
+        found = self.underflow
+        if found is None:
+            return []
+        return [
+            f"At {listed_steps(found.by_step)}, {len(found.by_step)} of the "
+            f"{counted(found.elevated, 'step')} above the level, {percent(found.removed)} of the "
+            "rise goes in blocks and un-clamping does not help: underflow is the cause there.",
+            *self._about_sites("of the rise of these steps"),
+        ]
+
+    def _told_by_step(self, kind: QuestionKind) -> list[str]:
+        """Say at which steps a change of all sites helps and harms, where it does both."""
+        asked = [each.question for each in self.counterfactuals if each.question.kind == kind]
+        return self._told(max(asked, key=lambda question: len(question.sites), default=None))
+
+    def _told(self, question: Question | None) -> list[str]:
+        losses = {each.question: each.losses for each in self.counterfactuals}
+        shares = {each.question: each.by_step for each in self.counterfactuals}
+        if question is None or question not in losses or ACTUAL not in losses:
+            return []
+        told = by_step(shares[question], losses[question], losses[ACTUAL])
+        return [told] if told else []
 
     def _about_start(self) -> list[str]:
         """Say that the replays begin further back than usual, and what that costs."""
@@ -218,7 +308,7 @@ class Explanation(Shown):
             return []
         near = horizon.asked[0]
         said = (
-            f"With nothing clamped from step {near.step} on {_gone(near.removed)}; the clamping "
+            f"With nothing clamped from step {near.step} on {gone(near.removed)}; the clamping "
             "that matters lies before."
         )
         return [said, horizon.cost()]
@@ -226,23 +316,24 @@ class Explanation(Shown):
     def _about_no_clamping(self, share: float) -> list[str]:
         horizon = self.horizon
         if horizon is None:
-            return [f"With nothing clamped {_gone(share)}: clamping is not the cause."]
-        shares = [f"from step {each.step} on {_gone(each.removed)}" for each in horizon.asked]
+            return [f"With nothing clamped {gone(share)}: clamping is not the cause."]
+        shares = [f"from step {each.step} on {gone(each.removed)}" for each in horizon.asked]
         verdict = f"from step {horizon.first_step} on clamping is not the cause"
         said = f"With nothing clamped {', '.join(shares)}: {verdict}."
-        return [said, horizon.before(), *filter(None, [horizon.cost()])]
+        told = self._told_by_step("unclamped")
+        return [said, *told, horizon.before(), *filter(None, [horizon.cost()])]
 
     def _free(self, share: float) -> str:
         """Return what goes with nothing clamped, from the start that the answer is about."""
         is_sure = self.horizon is None or self.horizon.stop == "found"
         if is_sure and (self.horizon is None or len(self.horizon.asked) == 1):
-            return f"With nothing clamped {_gone(share)}"
-        return f"With nothing clamped from step {self.snapshot_step} on {_gone(share)}"
+            return f"With nothing clamped {gone(share)}"
+        return f"With nothing clamped from step {self.snapshot_step} on {gone(share)}"
 
-    def _about_sites(self) -> list[str]:
+    def _about_sites(self, whole: str = "of the spike") -> list[str]:
         named = [site for site in self.sites if site.named] or list(self.sites[:1])
         said = [
-            f"{site.name} caused {percent(site.share)} of the spike{_interval(site)}"
+            f"{site.name} caused {percent(site.share)} {whole}{range_of(site)}"
             for site in named[:SHOWN_SITES]
         ]
         parts = [f"{'; '.join(said)}."] if said else []
@@ -252,9 +343,14 @@ class Explanation(Shown):
                 "that site" if len(override.sites) == 1 else f"those {len(override.sites)} sites"
             )
             parts.append(
-                f"Making {which} {override.scaling} removes {percent(override.removed)} of the "
-                "spike, by a replay."
+                f"Making {which} {SCALED[override.scaling]} removes {percent(override.removed)} "
+                f"{whole}, by a replay."
             )
+            parts += self._told(Question(kind=override.scaling, sites=override.sites))
+        if override is not None and override.instead:
+            others = ", ".join(map(str, override.instead[:SHOWN_SITES]))
+            which = "either" if len(override.instead) == 1 else "any"
+            parts.append(f"Un-clamping {others} in its place does too: {which} alone removes it.")
         return parts
 
     def _about_others(self) -> list[str]:
@@ -263,13 +359,27 @@ class Explanation(Shown):
             parts.append(
                 f"With a scale for every 32 elements, so that "
                 f"{percent(self.underflowed['blocks'])} of elements underflow (in the run "
-                f"{percent(self.underflowed['actual'])}), {_gone(self.others['blocks'])}."
+                f"{percent(self.underflowed['actual'])}), {gone(self.others['blocks'])}."
             )
+            parts += self._told_by_step("blocks")
         if "high_precision" in self.others:
             share = self.others["high_precision"]
-            meaning = "it is FP8" if share >= CLAMPING else "most of it is not FP8 at all"
-            parts.append(f"In high precision everywhere {_gone(share)}: {meaning}.")
+            told = self._told_by_step("high_precision")
+            meaning = "" if told else f": {_fp8(share)}"
+            parts += [f"In high precision everywhere {gone(share)}{meaning}.", *told]
         return parts
+
+
+def _part(share: float) -> str:
+    if share >= CLAMPING:
+        return "the cause"
+    return "most of the cause" if share >= MOST else "a part of the cause"
+
+
+def _fp8(share: float) -> str:
+    if share >= CLAMPING:
+        return "it is FP8"
+    return "most of it is FP8" if share >= MOST else "most of it is not FP8 at all"
 
 
 def _kind_before(read: Reading) -> SpikeKind:
@@ -279,86 +389,3 @@ def _kind_before(read: Reading) -> SpikeKind:
     """
     is_broken = read.has("height") and math.isinf(read.number("height"))
     return "nonfinite" if is_broken else "rise"
-
-
-def _gone(share: float) -> str:
-    if share < -0.005:
-        return f"it is {percent(-share)} higher"
-    return f"{percent(max(share, 0.0))} of it is gone"
-
-
-def _steps(first: int, last: int) -> str:
-    return f"step {first}" if first == last else f"steps {first} to {last}"
-
-
-def _interval(site: SiteShare) -> str:
-    if not math.isfinite(site.low) or site.high - site.low < 0.005:
-        return ""
-    return f" (95 % interval {interval(site)})"
-
-
-def interval(site: SiteShare) -> str:
-    """Return the ends of a site's interval, "-" where there is none."""
-    if not (math.isfinite(site.low) and math.isfinite(site.high)):
-        return "-"
-    return f"{spike_share(site.low)} to {spike_share(site.high)}"
-
-
-def spike_share(share: float | None) -> str:
-    """Return a share of a spike as percent, "-" for None; what is noise is 0."""
-    if share is None:
-        return "-"
-    return percent(0.0 if abs(share) < LEAST_SHARE else share)
-
-
-def percent(share: float) -> str:
-    """Return a fraction as percent: whole from 1 % on, below with two figures."""
-    value = 100 * share
-    if not math.isfinite(value):
-        return "?"
-    shown = f"{value:.0f}" if abs(value) >= 1 else f"{value:.2g}"
-    return f"{'0' if shown == '-0' else shown} %"
-
-
-# ---- what to call a counterfactual ---------------------------------------------------------------
-
-LEADING_SITES = 4
-"""Leading sites whose own counterfactual, only this one un-clamped, has a name."""
-
-
-def named_counterfactuals(found: Explanation) -> list[tuple[str, Counterfactual]]:
-    """Return the counterfactuals that are worth a look, with what was changed in words.
-
-    Of up to a hundred: the plain replay, nothing clamped, the recommended sets, other questions,
-    and only one of the leading sites un-clamped, in this order.
-    """
-    freed = [c.question for c in found.counterfactuals if c.question.kind == "unclamped"]
-    free = max(freed, key=lambda question: len(question.sites), default=None)
-    leading = {frozenset(row.members): i for i, row in reversed([*enumerate(found.sites)])}
-    told: list[tuple[int, str, Counterfactual]] = []
-    for each in found.counterfactuals:
-        question = each.question
-        place = leading.get(frozenset(question.sites), LEADING_SITES)
-        if question == free:
-            told.append((1, "nothing clamped", each))
-        elif question.kind == "unclamped" and place < LEADING_SITES:
-            who = _one_or(question, found.sites[place].name)
-            told.append((5 + place, f"un-clamped only: {who}", each))
-        elif question.kind in ("dynamic", "guarded"):
-            who = _one_or(question, f"{len(question.sites)} sites")
-            told.append((2, f"{question.kind}: {who}", each))
-        elif (whole := _WHOLE.get(question.kind)) is not None:
-            told.append((*whole, each))
-    return [(label, each) for _, label, each in sorted(told, key=lambda one: one[0])]
-
-
-_WHOLE = {
-    "actual": (0, "nothing changed"),
-    "blocks": (3, "a scale for every 32 elements"),
-    "high_precision": (4, "no FP8 at all"),
-}
-"""Questions that change no sites, or all: place and name."""
-
-
-def _one_or(question: Question, several: str) -> str:
-    return str(question.sites[0]) if len(question.sites) == 1 else several

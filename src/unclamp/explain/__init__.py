@@ -7,8 +7,9 @@ puts back a state, `facts` says what must be alike for a replay.
 Afterwards: `entry` chooses spike, snapshot and code, and `chain` finds the snapshots that lead up
 to it; `investigate` asks the questions in order from a `start`, and `backwards` asks again from
 further back; `replay` does the steps again, `game` keeps the answers, `screening`, `attribution`,
-`shapley` and `smallest` share the spike out among `players`, within `limits`; `findings` writes the
-answer so far; `mend` makes the recommended override. The answer itself is
+`shapley` and `smallest` share the spike out among `players`, within `limits`; `noise` says how much
+of it is chaos, and `underflow` at which steps it is underflow; `remedy` finds what mends it, and
+`mend` makes the override of that; `findings` writes the answer so far. The answer itself is
 `unclamp.analysis.explanation`, and how far back it reaches `unclamp.analysis.horizon`.
 """
 

@@ -1,5 +1,7 @@
 """Who caused how much: leading sites, each exactly both ways, then Shapley values.
 
+*Mended* is un-clamped where clamping is the cause, and in blocks where underflow is.
+
 A site that matters in neither direction, and does not matter together with the others like it
 either, is idle and out of the game; those that do not lead are the *rest*, one player. So the
 exact part grows with the number of causes up to the budget, and not with the number of sites.
@@ -9,16 +11,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from unclamp.analysis.counterfactual import Change
 from unclamp.explain.findings import Findings
 from unclamp.explain.game import BudgetSpent, Game
 from unclamp.explain.limits import Limits
+from unclamp.explain.noise import LEAST_SHARE, Noise
 from unclamp.explain.players import Player, joined
 from unclamp.explain.screening import Screening, free_gradients
 from unclamp.explain.shapley import Shares, exact_shares, sampled_pair, shares_of_pairs
 
-NOISE_FACTOR = 3.0
-"""A share is significant beyond so many times the largest change that a placebo makes."""
-LEAST_SHARE = 0.02
 ENOUGH = 0.9
 """Share of what all sites do, that the leading ones have to do."""
 MORE_ROUNDS = 3
@@ -28,7 +29,7 @@ RESERVE = 8
 Ends = tuple[float, float, float]
 """A Shapley value, and the ends of its interval."""
 Ways = tuple[float, float]
-"""The share that is gone with only this player un-clamped, and left with only it clamped."""
+"""The share that is gone with only this player mended, and left with all others mended."""
 
 
 class Attribution:
@@ -38,8 +39,9 @@ class Attribution:
         game: Answers questions.
         findings: Gets the shares as they come.
         limits: How much to ask.
-        clamping_share: Share that is gone with nothing clamped: what there is to share out.
-        noise: Share that a placebo moves.
+        kind: How sites are mended.
+        whole: Share that is gone with all of them mended: what there is to share out.
+        noise: What placebos move.
     """
 
     def __init__(
@@ -48,12 +50,13 @@ class Attribution:
         findings: Findings,
         limits: Limits,
         *,
-        clamping_share: float,
-        noise: float,
+        kind: Change,
+        whole: float,
+        noise: Noise,
     ) -> None:
         self._game, self._findings, self._limits = game, findings, limits
-        self._whole = clamping_share
-        self._least = max(LEAST_SHARE, NOISE_FACTOR * noise)
+        self._kind: Change = kind
+        self._whole, self._noise = whole, noise
         self._ways: dict[Player, Ways] = {}
 
     def share_out(self, players: list[Player]) -> list[Player]:
@@ -73,7 +76,7 @@ class Attribution:
         return active
 
     def _removed(self, players: list[Player]) -> float:
-        return self._game.removed("unclamped", joined(players)) if players else 0.0
+        return self._game.removed(self._kind, joined(players)) if players else 0.0
 
     # ---- who leads -------------------------------------------------------------------------
 
@@ -91,10 +94,14 @@ class Attribution:
     def _ranked(self, players: list[Player]) -> list[Player]:
         """Return players by first-order effect, and every third by clamp error instead.
 
+        Those that underflow are ranked by how much of them does, which costs no replay.
+
         Raises:
             BudgetSpent: No replay is left.
         """
         findings, replay = self._findings, self._game.replay
+        if self._kind != "unclamped":
+            return sorted(players, key=lambda p: (-findings.underflow(p), p.name))
         if self._game.spent >= self._game.budget:
             raise BudgetSpent
         self._game.budget -= 1  # the pass is a replay, though none whose answer is kept
@@ -129,17 +136,25 @@ class Attribution:
             last = self._whole - self._removed([p for p in everyone if p is not player])
             self._ways[player] = (only, last)
             self._tell(leading)
-        active = [p for p in leading if max(map(abs, self._ways[p])) > self._least]
+        active = [p for p in leading if max(map(abs, self._ways[p])) > self._noise.least]
         idle = [p for p in everyone if p not in active]
         if not active:
             return leading, rest, []
-        is_all = abs(self._removed(active) - self._whole) <= self._least
-        is_idle = abs(self._removed(idle)) <= self._least
+        is_all = abs(self._removed(active) - self._whole) <= self._noise.least
+        is_idle = abs(self._removed(idle)) <= self._noise.least
         return (active, [], idle) if is_all and is_idle else (leading, rest, [])
 
-    def _tell(self, players: list[Player], shapley: Mapping[Player, Ends] | None = None) -> None:
+    def _tell(
+        self,
+        players: list[Player],
+        shapley: Mapping[Player, Ends] | None = None,
+        *,
+        pairs: int = 0,
+    ) -> None:
         known = shapley or {}
-        rows = [self._findings.row(p, self._ways.get(p), known.get(p)) for p in players]
+        rows = [
+            self._findings.row(p, self._ways.get(p), known.get(p), pairs=pairs) for p in players
+        ]
         ordered = sorted((r for r in rows if r), key=lambda r: (-r.share, r.fqn, r.role))
         self._findings.publish(sites=tuple(ordered))
 
@@ -160,7 +175,9 @@ class Attribution:
             ends = list(zip(shares.values, shares.low, shares.high, strict=True))
             left = shares.values[-1] if rest else self._whole - sum(shares.values)
             self._findings.publish(rest_share=left)
-            self._tell([*active, *idle], {p: ends[i] for i, p in enumerate(active)})
+            self._tell(
+                [*active, *idle], {p: ends[i] for i, p in enumerate(active)}, pairs=shares.pairs
+            )
 
         game, budget = self._game, self._game.budget
         game.budget = max(game.spent, budget - RESERVE)

@@ -13,19 +13,23 @@ from dataclasses import dataclass
 from unclamp.analysis.explanation import NOT_CLAMPING
 from unclamp.analysis.horizon import Asked, Clamped, Horizon, Stop
 from unclamp.errors import ReplayError
-from unclamp.explain.attribution import ENOUGH, NOISE_FACTOR
+from unclamp.explain.attribution import ENOUGH
 from unclamp.explain.game import BudgetSpent
+from unclamp.explain.noise import Noise
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.start import Start
+
+NO_NOISE = Noise(moved=(0.0,))
+"""Where it was not asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What goes of a spike with nothing clamped from a start on, and what a placebo moves."""
+    """What goes of a spike with nothing clamped from a start on, and what placebos move."""
 
     start: Start
     gone: float
-    noise: float
+    noise: Noise
 
 
 class Backwards:
@@ -85,8 +89,8 @@ class Backwards:
     def _hear(self, start: Start) -> None:
         gone = start.without_clamping()
         is_much = gone >= self.best.gone + NOT_CLAMPING
-        answer = Answer(start=start, gone=gone, noise=start.noise() if is_much else 0.0)
-        if is_much and gone > self.best.gone + NOISE_FACTOR * answer.noise:
+        answer = Answer(start=start, gone=gone, noise=start.noise() if is_much else NO_NOISE)
+        if is_much and gone > self.best.gone + answer.noise.limit:
             self.best = answer
         self._extend(answer)
 

@@ -59,6 +59,7 @@ class Findings:
                     question=question,
                     losses=dict(trace.losses),
                     removed=game.share_gone(trace) if game.rise > 0 else None,
+                    by_step=game.by_step(trace) if game.rise > 0 else {},
                 )
                 for question, trace in game.answers.items()
             ),
@@ -81,11 +82,18 @@ class Findings:
         counts = self.game.answers[ACTUAL].sites
         return sum(counts[site].clamp_error for site in player.sites if site in counts)
 
+    def underflow(self, player: Player) -> float:
+        """Return the largest share of a player's elements that underflowed in a step."""
+        lost = self.game.answers[ACTUAL].underflow
+        return max((lost.get(site, 0.0) for site in player.sites), default=0.0)
+
     def row(
         self,
         player: Player,
         ways: tuple[float, float] | None,
         shapley: tuple[float, float, float] | None,
+        *,
+        pairs: int = 0,
     ) -> SiteShare | None:
         """Return what is known of a player; None if nothing is."""
         if shapley is not None:
@@ -103,10 +111,12 @@ class Findings:
             low=low - noise,
             high=high + noise,
             how="both ways" if shapley is None else "shapley",
+            pairs=0 if shapley is None else pairs,
             only=only,
             last=last,
             effect=self.effect(player),
             clamp_error=self.clamp_error(player),
             overshoot=max((counts[s].overshoot for s in player.sites if s in counts), default=0.0),
+            underflow=self.underflow(player),
             sites=tuple(sorted(player.sites)) if player.is_group else (),
         )

@@ -7,22 +7,27 @@ nothing. The budget bounds the answers that are replays.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unclamp.analysis.counterfactual import ACTUAL, Change, Question
-from unclamp.explain.replay import Replay, SiteCount, Trace, block_scaled
+from unclamp.explain.mend import SCALINGS
+from unclamp.explain.replay import Replay, SiteCount, Trace
 from unclamp.files import write_json
 from unclamp.names import SiteName
 from unclamp.policy import unclamped
-from unclamp.scaling import Dynamic, Guarded, HighPrecision, Scaling
+from unclamp.scaling import HighPrecision, Scaling
 
 CAP = 100.0
 """A loss counts at most so many times the level: Inf and NaN become this."""
+ELEVATED = 0.1
+"""A step has a share of its own if its loss is above the level by this fraction of it, and"""
+TINY = 0.01
+"""by such a part of the highest rise at least."""
 
 
 class BudgetSpent(Exception):
@@ -34,7 +39,7 @@ class Window:
     """The steps of a spike, and the level its loss rises from.
 
     `calm` are steps before the spike in which a replay from further back may take another level;
-    a spike counts from there (`Game.share_gone`).
+    a spike counts from there (`Game.share_gone`). `only` are the steps that count where not all do.
     """
 
     first: int
@@ -42,12 +47,21 @@ class Window:
     level: float
     # Decided by the others and the snapshot, so no part of what identifies the answers.
     calm: range = field(default=range(0), repr=False)
+    only: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """The steps that count."""
+        return self.only or range(self.first, self.last + 1)
 
     def loss(self, losses: Mapping[int, float]) -> float:
         """Return the mean loss over the spike's steps; what is not finite counts as the cap."""
+        return sum(self.capped(losses[n]) for n in self.steps) / len(self.steps)
+
+    def capped(self, loss: float) -> float:
+        """Return a loss, or the cap where it is higher or not finite."""
         top = CAP * abs(self.level)
-        values = [losses[n] for n in range(self.first, self.last + 1)]
-        return sum(min(v, top) if math.isfinite(v) else top for v in values) / len(values)
+        return min(loss, top) if math.isfinite(loss) else top
 
 
 class Game:
@@ -108,6 +122,12 @@ class Game:
         """
         self._floor = min(self.window.level, self._loss(without_clamping))
 
+    def narrow(self, steps: Iterable[int], without_cause: Trace) -> None:
+        """Count only these steps from now on, and from what their loss is without a cause."""
+        self.window = replace(self.window, only=tuple(sorted(steps)))
+        self._actual = self._loss(self.answers[ACTUAL])
+        self.lower_floor(without_cause)
+
     def ask(self, kind: Change, sites: Iterable[SiteName]) -> Trace:
         """Return the replay with these sites scaled otherwise.
 
@@ -153,6 +173,33 @@ class Game:
         """
         return (self._actual - self._loss(trace)) / self.rise
 
+    def by_step(self, trace: Trace) -> dict[int, float]:
+        """Return the share that is gone of each step in which the loss is well above the level."""
+        window, plain = self.window, self.answers[ACTUAL].losses
+        rises = {n: window.capped(plain[n]) - window.level for n in window.steps}
+        least = max(ELEVATED * abs(window.level), TINY * max(rises.values()))
+        return {
+            n: (window.capped(plain[n]) - window.capped(trace.losses[n])) / rise
+            for n, rise in rises.items()
+            if rise > 0 and rise >= least
+        }
+
+    def share_left_over(self, trace: Trace) -> float:
+        """Return the share that is gone, less what came on top of steps that do not count.
+
+        Nothing is taken off where all steps of the spike count.
+        """
+        window, plain = self.window, self.answers[ACTUAL].losses
+        if not window.only:
+            return self.share_gone(trace)
+        added = [
+            window.capped(loss) - window.capped(plain[n])
+            for n, loss in trace.losses.items()
+            if n not in window.only
+        ]
+        harm = sum(each for each in added if each >= ELEVATED * abs(window.level))
+        return self.share_gone(trace) - harm / (self.rise * len(window.only))
+
     def _loss(self, trace: Trace) -> float:
         """Return the loss of the spike's steps, less what the calm steps before moved by."""
         plain = self.answers[ACTUAL].losses
@@ -164,13 +211,9 @@ class Game:
         before = self.replay.original(key)
         if kind == "unclamped":
             return unclamped(before)
-        if kind == "blocks":
-            return block_scaled(before)
         if not before.casts:
             return None
-        if kind == "high_precision":
-            return HighPrecision()
-        return Dynamic() if kind == "dynamic" else Guarded()
+        return HighPrecision() if kind == "high_precision" else SCALINGS[kind]
 
     def _answer(self, question: Question, run: Callable[[], Trace]) -> Trace:
         if question not in self.answers:
@@ -200,6 +243,7 @@ def _to_data(question: Question, trace: Trace) -> dict[str, Any]:
         "underflowed": trace.underflowed,
         "elements": trace.elements,
         "seconds": trace.seconds,
+        "underflow": [[site.fqn, site.role, share] for site, share in trace.underflow.items()],
     }
 
 
@@ -230,4 +274,8 @@ def _to_trace(data: Mapping[str, Any]) -> Trace:
         underflowed=data["underflowed"],
         elements=data["elements"],
         seconds=data["seconds"],
+        underflow={
+            SiteName.from_dict({"fqn": fqn, "role": role}): share
+            for fqn, role, share in data.get("underflow", [])
+        },
     )

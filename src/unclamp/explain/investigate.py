@@ -1,14 +1,17 @@
 """Ask the questions about a spike in order, each answer a replay: what did clamping cause?
 
 1. Nothing changed. If the losses do not come back bit for bit, no attribution.
-2. Nothing clamped. If not all of the spike goes, the same from older snapshots (`backwards`). If
-   little goes, clamping is not the cause, as far back as was asked: ask for underflow and for FP8
-   as a whole, and stop.
+2. Nothing clamped. If not all of the spike goes, the same from older snapshots (`backwards`), and
+   the rest is asked about: is it underflow, is it FP8 as a whole? If little goes, clamping is not
+   the cause, as far back as was asked; unless it is underflow, that ends it.
 3. One screening pass ranks the sites that clamp, or would once others do not.
 4. The leading ones exactly, both ways: only this one un-clamped, only this one clamped. Clamps in
    series show in the second, clamps in parallel in the first, and either alone is wrong.
 5. Shapley values of those that matter, over whatever budget is left.
 6. The smallest set that removes the spike, replayed with the scaling that is recommended.
+
+Underflow is attributed in the same way, with blocks in place of un-clamping, and over the steps at
+which it does harm.
 
 After every replay the answer so far is written.
 """
@@ -18,26 +21,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from unclamp.analysis.counterfactual import ACTUAL, Change, ScalingName
-from unclamp.analysis.explanation import CLAMPING, NOT_CLAMPING, Explanation, Verdict
+from unclamp.analysis.counterfactual import ACTUAL, Change
+from unclamp.analysis.explanation import CLAMPING, MOST, NOT_CLAMPING, Explanation, Verdict
 from unclamp.analysis.horizon import Clamped
 from unclamp.analysis.spikes import Spike
 from unclamp.errors import ReplayError, UnclampError
-from unclamp.explain.attribution import ENOUGH, NOISE_FACTOR, Attribution
+from unclamp.explain.attribution import Attribution
 from unclamp.explain.backwards import Answer, Backwards
 from unclamp.explain.facts import differing, recipe_of
 from unclamp.explain.findings import Findings
 from unclamp.explain.game import BudgetSpent, Window
 from unclamp.explain.limits import Limits
-from unclamp.explain.mend import make_override
-from unclamp.explain.players import Player, group_sites, joined
+from unclamp.explain.noise import Noise, noise_of
+from unclamp.explain.players import Player, group_sites
+from unclamp.explain.remedy import recommend
 from unclamp.explain.replay import Trace, same_losses
-from unclamp.explain.smallest import smallest_set
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.start import Start
 from unclamp.explain.training import Step, Training
+from unclamp.explain.underflow import find_underflow, underflowing_sites
 from unclamp.explain.watch import LEVEL_POINTS
-from unclamp.names import SiteName
 
 MAX_STEPS = 8
 """Steps of a spike that count: later ones are consequences of consequences."""
@@ -149,16 +152,22 @@ class _Investigation:
             findings.publish(verdict="not reproduced")
             return
         answer = self._without_clamping(older, clamped_before)
-        if findings.found.verdict == "not clamping":
+        if findings.found.verdict != "clamping":
             self._other_questions()
-            return
+            self._judge_underflow(answer)
+        if findings.found.verdict == "underflow":
+            self._attribute_underflow(answer)
+        elif findings.found.verdict in ("clamping", "mostly clamping", "partly clamping"):
+            self._attribute("unclamped", self._players(), answer.gone, answer.noise)
+
+    def _attribute(self, kind: Change, players: list[Player], whole: float, noise: Noise) -> None:
+        """Find who caused how much, and the smallest set that mends it."""
         attribution = Attribution(
-            self._game, findings, self._limits, clamping_share=answer.gone, noise=answer.noise
+            self._game, self._findings, self._limits, kind=kind, whole=whole, noise=noise
         )
-        causes = attribution.share_out(self._players())
-        self._mend(causes, answer.gone)
-        if findings.found.verdict == "partly clamping":
-            self._other_questions()
+        causes = attribution.share_out(players)
+        recipe = recipe_of(self._snapshot.facts)
+        recommend(self._game, self._findings, kind, causes, whole=whole, noise=noise, recipe=recipe)
 
     # ---- where replays begin ---------------------------------------------------------------
 
@@ -253,16 +262,14 @@ class _Investigation:
 
     def _judge(self, answer: Answer) -> None:
         """Publish what follows from an answer."""
-        start, gone = answer.start, answer.gone
-        verdict: Verdict = "clamping" if gone >= CLAMPING else "partly clamping"
-        if gone < max(NOT_CLAMPING, NOISE_FACTOR * answer.noise):
-            verdict = "not clamping"
+        start, gone, noise = answer.start, answer.gone, answer.noise
         self._clamped = start.clamped()
         self._findings.publish(
             snapshot_step=start.snapshot.step,
             clamping_share=gone,
-            noise=answer.noise,
-            verdict=verdict,
+            noise=noise.largest,
+            placebos=len(noise.moved),
+            verdict=judged(gone, noise),
             underflowed={"actual": _underflow(start.game.answers[ACTUAL])},
             clamped_sites=len(self._clamped),
         )
@@ -287,55 +294,55 @@ class _Investigation:
                 underflowed={**findings.found.underflowed, kind: _underflow(trace)},
             )
 
-    # ---- what mends it ---------------------------------------------------------------------
+    # ---- is it underflow -------------------------------------------------------------------
 
-    def _mend(self, causes: list[Player], clamping_share: float) -> None:
-        """Find the smallest set that removes enough, and replay it as it would be recommended."""
+    def _judge_underflow(self, answer: Answer) -> None:
+        """Publish where blocks help and un-clamping does not, and the verdict if that decides."""
         findings, game = self._findings, self._game
-        target = ENOUGH * (1.0 if clamping_share >= ENOUGH else clamping_share)
-        shares = {frozenset(row.members): row.share for row in findings.found.sites}
-        chosen = smallest_set(
-            sorted(causes, key=lambda p: (-shares.get(p.sites, -math.inf), p.name)),
-            target,
-            gain=lambda players: game.removed("unclamped", joined(players)),
-            known=lambda players: game.known("unclamped", joined(players)),
+        if "blocks" not in findings.found.others:
+            return
+        found = find_underflow(
+            game,
+            blocks=self._in_blocks(),
+            free=self._start.free(),
+            placebos=[game.placebo(seed) for seed in range(len(answer.noise.moved))],
         )
-        named = {player.sites for player in chosen}
-        findings.publish(
-            sites=tuple(
-                replace(row, named=frozenset(row.members) in named) for row in findings.found.sites
-            )
+        is_cause = found is not None and findings.found.verdict in (
+            "not clamping",
+            "partly clamping",
         )
-        scaling, removed = self._verified(joined(chosen), target)
-        if removed is not None and removed < target:
-            findings.note(f"That is less than the {100 * target:.0f} % aimed at.")
-        if clamping_share < ENOUGH:
-            findings.note(
-                f"As {100 * clamping_share:.0f} % of the spike goes with the clamps, the set is "
-                f"the smallest that removes {100 * ENOUGH:.0f} % of that."
-            )
-        recipe = recipe_of(self._snapshot.facts)
-        override = make_override(joined(chosen), scaling, recipe=recipe, removed=removed)
-        findings.publish(override=override)
+        verdict = "underflow" if is_cause else findings.found.verdict
+        findings.publish(underflow=found, verdict=verdict)
 
-    def _verified(
-        self, sites: frozenset[SiteName], target: float
-    ) -> tuple[ScalingName, float | None]:
-        """Return the scaling to recommend, and what it removes in a replay."""
-        tried: dict[ScalingName, float] = {}
-        scalings: tuple[ScalingName, ...] = ("dynamic", "guarded")
-        for scaling in scalings:
-            try:
-                tried[scaling] = self._game.removed(scaling, sites)
-            except BudgetSpent:
-                break
-            if tried[scaling] >= target:
-                return scaling, tried[scaling]
-        if not tried:
-            self._findings.note("The recommended change was not replayed: the budget is spent.")
-            return "dynamic", None
-        best = max(tried, key=lambda scaling: tried[scaling])
-        return best, tried[best]
+    def _attribute_underflow(self, answer: Answer) -> None:
+        """Count the steps of underflow alone, and share their rise out among who underflows."""
+        findings, game = self._findings, self._game
+        assert findings.found.underflow is not None
+        blocks = self._in_blocks()
+        game.narrow(findings.found.underflow.by_step, blocks)
+        noise = noise_of(game, answer.noise)
+        findings.publish(noise=noise.largest)
+        players = group_sites(underflowing_sites(game, blocks), self._limits.group)
+        self._attribute("blocks", players, game.share_gone(blocks), noise)
+
+    def _in_blocks(self) -> Trace:
+        return self._game.ask("blocks", self._replay.sites)
+
+
+def judged(gone: float, noise: Noise) -> Verdict:
+    """Return what follows from the share that goes with nothing clamped.
+
+    What placebos move may hide a share as large, so less than that is no sign of clamping; nor is
+    it a sign of another cause, if it could hide most of the spike. A spike that does not come back
+    with most placebos is chance itself.
+    """
+    if noise.typical >= MOST:
+        return "cannot tell"
+    if gone < max(NOT_CLAMPING, noise.limit):
+        return "cannot tell" if gone + noise.limit >= MOST else "not clamping"
+    if gone >= CLAMPING:
+        return "clamping"
+    return "mostly clamping" if gone >= MOST else "partly clamping"
 
 
 def _underflow(trace: Trace) -> float:

@@ -1,7 +1,8 @@
-"""From the sites that caused a spike to a recipe that does not clamp them."""
+"""From the sites that caused a spike to a recipe under which they do not."""
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,15 +13,31 @@ from unclamp.names import ROLES, Role, SiteName
 from unclamp.nn import Ledger
 from unclamp.recipe import Recipe, rules_at
 from unclamp.rule import Rule, rule_to_dict
-from unclamp.scaling import Dynamic, Guarded, Scaling
+from unclamp.scaling import Delayed, Dynamic, Guarded, PerBlock, Scaling
 
-SCALINGS: Mapping[ScalingName, Scaling] = {"dynamic": Dynamic(), "guarded": Guarded()}
+SCALINGS: Mapping[ScalingName, Scaling] = {
+    "dynamic": Dynamic(),
+    "guarded": Guarded(),
+    "short history": Delayed(history_len=1),
+    "blocks": Dynamic(granularity=PerBlock(1, 32)),
+}
+_AS_CODE: Mapping[ScalingName, str] = {
+    "dynamic": "unclamp.Dynamic()",
+    "guarded": "unclamp.Guarded()",
+    "short history": "unclamp.Delayed(history_len=1)",
+    "blocks": "unclamp.Dynamic(granularity=unclamp.PerBlock(1, 32))",
+}
 
 
 def make_override(
-    sites: Iterable[SiteName], scaling: ScalingName, *, recipe: Recipe | None, removed: float | None
+    sites: Iterable[SiteName],
+    scaling: ScalingName,
+    *,
+    recipe: Recipe | None,
+    removed: float | None,
+    instead: Iterable[SiteName] = (),
 ) -> Override:
-    """Return the overrides that make sites dynamic or guarded.
+    """Return the overrides that scale sites otherwise.
 
     The first rule that matches decides for a whole layer, so a layer that a rule of the recipe
     decides already gets that rule's other settings too.
@@ -33,7 +50,7 @@ def make_override(
     for fqn, rule in zip(fqns, rules_at(base, ordered, SCALINGS[scaling]), strict=True):
         changed: list[Role] = [role for role in ROLES if SiteName(fqn, role) in ordered]
         rules.append(_short(rule, changed))
-        named = ", ".join(f"{role}=unclamp.{scaling.title()}()" for role in changed)
+        named = ", ".join(f"{role}={_AS_CODE[scaling]}" for role in changed)
         lines.append(f".override({json.dumps(rule.match)}, {named})")
     is_first = all(base.rule_for(fqn) is None for fqn in fqns)
     return Override(
@@ -42,6 +59,7 @@ def make_override(
         removed=removed,
         toml="\n".join(map(_as_toml, rules)),
         python="".join(lines) if is_first else None,
+        instead=tuple(sorted(instead)),
     )
 
 
@@ -73,6 +91,10 @@ def _short(rule: Rule, changed: Iterable[Role]) -> dict[str, Any]:
     """Return a rule as plain data, without the defaults of the scalings that are new."""
     data = rule_to_dict(rule)
     for role in changed:
-        settings = data[role]
-        data[role] = {k: v for k, v in settings.items() if k in ("scaling", "format")}
+        usual = rule_to_dict(replace(rule, scalings={role: type(rule.scalings[role])()}))[role]
+        data[role] = {
+            key: value
+            for key, value in data[role].items()
+            if key in ("scaling", "format") or value != usual.get(key)
+        }
     return data

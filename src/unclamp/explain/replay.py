@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,7 +26,7 @@ from unclamp.nn import Ledger
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.policy import overflows
-from unclamp.scaling import Dynamic, PerBlock, Scaling
+from unclamp.scaling import Scaling
 from unclamp.totals import clamp_error, overshoot
 
 PLACEBO = 2.0**-12
@@ -61,6 +61,8 @@ class Trace:
         underflowed: Non-zero elements that became zero.
         elements: Elements cast.
         seconds: Duration.
+        underflow: Share of a site's elements that underflowed, in the step with the largest; only
+            sites with any.
     """
 
     losses: Mapping[int, float]
@@ -68,6 +70,7 @@ class Trace:
     underflowed: int
     elements: int
     seconds: float
+    underflow: Mapping[SiteName, float] = field(default_factory=dict)
 
 
 class Replay:
@@ -182,10 +185,15 @@ class Replay:
     ) -> Trace:
         tables = {ledger: torch.stack(one.steps).cpu() for ledger, one in seen.items()}
         sites: dict[SiteName, SiteCount] = {}
+        underflow: dict[SiteName, float] = {}
         for key, (ledger, index) in self.sites.items():
-            count = self._count(key, tables[ledger][:, index])
+            rows = tables[ledger][:, index]
+            count = self._count(key, rows)
             if count.saturated or count.would_clamp:
                 sites[key] = count
+            lost = float((rows[:, Stat.UNDERFLOWED] / rows[:, Stat.ELEMENTS].clamp(min=1)).max())
+            if lost > 0:
+                underflow[key] = lost
         rows = list(tables.values())
         return Trace(
             losses=losses,
@@ -193,6 +201,7 @@ class Replay:
             underflowed=int(sum(t[..., Stat.UNDERFLOWED].sum() for t in rows)),
             elements=int(sum(t[..., Stat.ELEMENTS].sum() for t in rows)),
             seconds=seconds,
+            underflow=underflow,
         )
 
     def _count(self, key: SiteName, rows: torch.Tensor) -> SiteCount:
@@ -230,11 +239,6 @@ class _Seen:
             merge_stats(total, stats)
         self._updates.clear()
         self.steps.append(total)
-
-
-def block_scaled(scaling: Scaling) -> Scaling | None:
-    """Return scales of blocks of 32, under which next to nothing underflows; None without casts."""
-    return Dynamic(granularity=PerBlock(1, 32)) if scaling.casts else None
 
 
 def same_losses(one: Mapping[int, float], other: Mapping[int, float]) -> bool:

@@ -12,7 +12,12 @@ Gain = Callable[[Sequence[Player]], float]
 
 
 def smallest_set(
-    ranked: Sequence[Player], target: float, *, gain: Gain, known: Callable[..., float | None]
+    ranked: Sequence[Player],
+    target: float,
+    *,
+    gain: Gain,
+    known: Callable[..., float | None],
+    slack: float = 0.0,
 ) -> list[Player]:
     """Return a set of players that gains at least `target`, as small as can be told.
 
@@ -25,8 +30,9 @@ def smallest_set(
         target: What to gain; if all together gain less, all that are needed for what they do.
         gain: A set's gain.
         known: The same if it costs nothing, else None.
+        slack: By how much a set may fall short, as chaos moves as much.
     """
-    reachable = min(target, gain(ranked))
+    reachable = min(target, gain(ranked)) - slack
     chosen: list[Player] = []
     for player in ranked:
         chosen.append(player)

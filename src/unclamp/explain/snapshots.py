@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from unclamp.analysis.explanation import CLAMPING, Explanation
+from unclamp.analysis.explanation import MOST, Explanation
 from unclamp.errors import ReplayError, UnclampError, UnclampWarning, naming_arguments
 from unclamp.explain.facts import code_facts, model_facts
 from unclamp.explain.limits import Limits, check_choice
@@ -410,7 +410,7 @@ def _numbered(path: str | Path, recorder: Events | None) -> Path:
 
 def _mends(removed: float | None) -> bool:
     """Whether a change is worth going back for: by a replay it removes most of the spike."""
-    return removed is not None and removed >= CLAMPING
+    return removed is not None and removed >= MOST
 
 
 def _write_below(run: Path, snapshot: Snapshot) -> None:

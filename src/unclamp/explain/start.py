@@ -12,13 +12,12 @@ from pathlib import Path
 from unclamp.analysis.counterfactual import ACTUAL
 from unclamp.explain.facts import MACHINE
 from unclamp.explain.game import Game, Window
+from unclamp.explain.noise import Noise, placebo_noise
 from unclamp.explain.replay import Replay, Trace, same_losses
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training
 from unclamp.names import SiteName
 from unclamp.policy import unclamped
-
-PLACEBOS = 2
 
 
 class Start:
@@ -84,14 +83,13 @@ class Start:
         self.game.lower_floor(free)
         return self.game.share_gone(free)
 
-    def noise(self) -> float:
-        """Return the largest share that a placebo moves.
+    def noise(self) -> Noise:
+        """Return what placebos move.
 
         Raises:
-            BudgetSpent: It would be one replay too many.
+            BudgetSpent: The budget does not suffice for two.
         """
-        game = self.game
-        return max(abs(game.share_gone(game.placebo(seed))) for seed in range(PLACEBOS))
+        return placebo_noise(self.game)
 
     def free(self) -> Trace:
         """Return the replay with nothing clamped.

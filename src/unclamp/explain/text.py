@@ -8,7 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from unclamp.analysis.counterfactual import PASTE, SiteShare
-from unclamp.analysis.explanation import Explanation, interval, spike_share
+from unclamp.analysis.explanation import Explanation
+from unclamp.analysis.labels import ways
+from unclamp.analysis.shares import interval, spike_share
 from unclamp.written import counted
 
 SHOWN_ROWS = 12
@@ -31,15 +33,20 @@ def print_explanation(found: Explanation, console: Console) -> None:
 def _table(found: Explanation) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("[dim]site[/]", overflow="fold", ratio=1)
-    for heading in ("caused", "95 % interval", "only it\nfree", "only it\nclamped"):
+    for heading in ("caused", "range", *_ways(found)):
         table.add_column(f"[dim]{heading}[/]", justify="right", no_wrap=True)
     for row in found.sites[:SHOWN_ROWS]:
         table.add_row(*_cells(row), style="bold" if row.named else None)
     if len(found.sites) > SHOWN_ROWS:
         table.add_row(f"... and {len(found.sites) - SHOWN_ROWS} more, in the JSON")
-    table.caption = "only it free: share gone; only it clamped: share left; bold: to be mended"
+    free, clamped = (" ".join(way.split()) for way in _ways(found))
+    table.caption = f"{free}: share gone; {clamped}: share left; bold: to be mended"
     table.caption_justify = "left"
     return table
+
+
+def _ways(found: Explanation) -> list[str]:
+    return [f"only it\n{way}" for way in ways(found.verdict)]
 
 
 def _cells(row: SiteShare) -> list[str]:

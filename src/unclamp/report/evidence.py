@@ -14,7 +14,8 @@ from typing import Any
 
 from unclamp.analysis import associate
 from unclamp.analysis.counterfactual import SiteShare
-from unclamp.analysis.explanation import Explanation, Verdict, named_counterfactuals
+from unclamp.analysis.explanation import Explanation, Verdict
+from unclamp.analysis.labels import named_counterfactuals
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.runlog import RunLog

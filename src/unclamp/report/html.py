@@ -28,7 +28,6 @@ from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
     ASSOCIATION_COLUMNS,
-    EXPLANATION_COLUMNS,
     SERIES,
     SITE_COLUMNS,
     TABLE_COLUMNS,
@@ -36,6 +35,7 @@ from unclamp.report.words import (
     arm_notes,
     arm_row,
     association_row,
+    explanation_columns,
     explanation_row,
     site_row,
     spike_text,
@@ -59,7 +59,6 @@ def write_page(view: View, path: Path) -> Path:
         run=None if view.run is None else _run(view.run, view.path),
         site_columns=SITE_COLUMNS,
         association_columns=ASSOCIATION_COLUMNS,
-        explanation_columns=EXPLANATION_COLUMNS,
         glossary_terms=[term for term in GLOSSARY if term.is_on("run" if view.run else "study")],
         term_of=term_of,
         caution=CAUTION if any(a.saturated for s in view.scenarios for a in s.arms) else None,
@@ -169,6 +168,7 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
                 "clamping_share": found.clamping_share,
                 "sites": found.sites,
                 "override": found.override,
+                "columns": explanation_columns(found.verdict),
                 "rows": [explanation_row(site) for site in found.sites[:LISTED_SITES]],
                 "plot": Markup(embed(replay_figure(found.losses), f"replay-{i}"))
                 if found.losses

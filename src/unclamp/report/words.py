@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from unclamp.analysis.counterfactual import SiteShare
-from unclamp.analysis.explanation import interval, spike_share
+from unclamp.analysis.explanation import Verdict
+from unclamp.analysis.labels import ways
 from unclamp.analysis.paired import PairedDifference
+from unclamp.analysis.shares import interval, spike_share
 from unclamp.names import shown
 from unclamp.report.arms import ArmView, ScenarioView
 from unclamp.report.recorded import SiteRow
@@ -72,7 +74,6 @@ ASSOCIATION_COLUMNS = (
     "95 %",
     "named by",
 )
-EXPLANATION_COLUMNS = ("site", "role", "caused", "95 % interval", "only it free", "only it clamped")
 
 
 def arm_columns(scenario: ScenarioView) -> list[str]:
@@ -183,8 +184,13 @@ def association_row(row: Mapping[str, Any], *, is_relative: bool = True) -> list
     ]
 
 
+def explanation_columns(verdict: Verdict | None) -> list[str]:
+    """Return the headings of the shares of a replayed spike."""
+    return ["site", "role", "caused", "range", *(f"only it {way}" for way in ways(verdict))]
+
+
 def explanation_row(row: SiteShare) -> list[str]:
-    """Return a site's share of a replayed spike as cells under `EXPLANATION_COLUMNS`."""
+    """Return a site's share of a replayed spike as cells under `explanation_columns`."""
     shares = spike_share(row.share), interval(row), spike_share(row.only), spike_share(row.last)
     return [shown(row.fqn), row.role, *shares]
 
