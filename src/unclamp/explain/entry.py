@@ -1,6 +1,6 @@
 """From a run's folder to an explanation: which spike, which snapshot, which code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from unclamp.explain.investigate import investigate
 from unclamp.explain.limits import Limits
 from unclamp.explain.script import changes_of
 from unclamp.explain.snapshot import Snapshot
-from unclamp.explain.store import find_snapshots, read_facts, read_snapshot
+from unclamp.explain.store import read_all_facts, read_snapshot
 from unclamp.explain.training import Build, Step, keeping_random_state
 from unclamp.explain.watch import level_before, trains
 from unclamp.runlog import RunLog, starting_no_run
@@ -60,7 +60,8 @@ def explain_spike(
     with RunLog.open(run) as log:
         steps, losses = run_losses(log)
     spikes = find_spikes(losses, steps=steps)
-    chosen, path = _choose(run, spikes, spike)
+    found, unreadable = read_all_facts(run)
+    chosen, path = _choose(run, spikes, spike, found, unreadable)
     snapshot = read_snapshot(path)
     with keeping_random_state():
         arguments = snapshot.facts["arguments"] if build is None else {}
@@ -78,19 +79,24 @@ def explain_spike(
             spike=chosen,
             level=level_before(steps, losses, chosen.onset),
             run=run,
-            older=earlier_snapshots(find_snapshots(run), snapshot),
+            older=earlier_snapshots([*found], snapshot),
             clamped_before=partial(clamped_before, run),
             limits=limits,
-            notes=(*changes, *_about_train(spikes, chosen)),
+            notes=(*changes, *unreadable, *_about_train(spikes, chosen)),
             on_progress=on_progress,
         )
 
 
-def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, Path]:
+def _choose(
+    run: Path,
+    spikes: list[Spike],
+    wanted: int | None,
+    found: Mapping[Path, Mapping[str, Any]],
+    unreadable: tuple[str, ...],
+) -> tuple[Spike, Path]:
     """Return a spike and the snapshot to start from."""
     if not spikes:
         raise ReplayError(f"the loss of {run} has no spike, so there is nothing to explain")
-    found = find_snapshots(run)
     if not found:
         raise ReplayError(
             f"{run} holds no snapshots, so nothing can be replayed: train with "
@@ -106,7 +112,7 @@ def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, 
         raise ReplayError(
             f"expected the number of a spike of the run, got {wanted}; it has {listed}"
         )
-    ranges = {path: (read_facts(path)["step"], read_facts(path)["last_step"]) for path in found}
+    ranges = {path: (facts["step"], facts["last_step"]) for path, facts in found.items()}
     for spike in _in_turn(spikes) if wanted is None else candidates:
         path = _snapshot_for(spike, ranges)
         if path is not None:
@@ -115,6 +121,7 @@ def _choose(run: Path, spikes: list[Spike], wanted: int | None) -> tuple[Spike, 
     raise ReplayError(
         f"no snapshot reaches the spike ({listed}): the run has the state and batches of steps "
         f"{covered}; take snapshots more often, Snapshots(..., every=..., keep=...), next time"
+        + "".join(f". {note.removesuffix('.')}" for note in unreadable)
     )
 
 

@@ -6,7 +6,7 @@ allow. What grows with the distance are the batches in between. Holds what may b
 makes it one is `snapshots`.
 """
 
-from collections.abc import Container
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 from unclamp.errors import ReplayError
@@ -33,7 +33,8 @@ class Ring:
     Args:
         keep: States to hold.
         budget_bytes: Bytes that states and batches may take together; where it does not suffice,
-            the oldest state goes, with its batches. One is held in any case.
+            the oldest state goes that is not needed, and the batches from before the rest. One is
+            held in any case, and those that are needed.
     """
 
     def __init__(self, *, keep: int, budget_bytes: float) -> None:
@@ -42,6 +43,8 @@ class Ring:
         self._batches: dict[int, tuple[Batch, int]] = {}
         self._losses: dict[int, float] = {}
         self._taken = 0
+        self._newest_size = 0
+        self._needed: AbstractSet[int] = frozenset()
 
     @property
     def steps(self) -> list[int]:
@@ -54,15 +57,23 @@ class Ring:
         states = sum(held.size for held in self._states.values())
         return states + sum(size for _, size in self._batches.values())
 
-    def take(
-        self,
-        step: int,
-        training: Training,
-        facts: dict[str, Any],
-        *,
-        needed: Container[int | None] = (),
-    ) -> None:
-        """Hold the training's state before a step; those of the `needed` steps stay as well.
+    def hold(self, needed: AbstractSet[int]) -> None:
+        """Let the states before these steps stay, whatever the budget, until the next call."""
+        self._needed = needed
+
+    def has_room(self) -> bool:
+        """Whether a state as large as the last one fits beside those that have to stay."""
+        needed = [step for step in self._states if step in self._needed]
+        if not needed:
+            return True
+        states = sum(self._states[step].size for step in needed) + self._newest_size
+        batches = sum(size for step, (_, size) in self._batches.items() if step >= needed[0])
+        return states + batches <= self._budget
+
+    def take(self, step: int, training: Training, facts: dict[str, Any]) -> bool:
+        """Hold the training's state before a step, and return whether it fits.
+
+        It always does where no other is needed.
 
         Raises:
             ReplayError: One state does not fit the budget, or cannot be kept.
@@ -75,13 +86,15 @@ class Ring:
                 f"a snapshot takes {size:,} bytes and the budget is {int(self._budget):,}: "
                 f"raise budget_gib to {size / GIB:.3g} or more"
             )
+        self._newest_size = size
         self._states[step] = _Held(state, facts, size, self._taken)
         wanted = _spread_out(self._taken, self._keep)
         self._taken += 1
         for old, held in list(self._states.items()):
-            if held.number not in wanted and old not in needed:
+            if held.number not in wanted and old not in self._needed:
                 del self._states[old]
         self._fit()
+        return step in self._states
 
     def add_batch(self, step: int, batch: Any) -> None:
         """Hold the batch of a step; it may be changed afterwards.
@@ -133,7 +146,10 @@ class Ring:
         """Let the oldest states go until the rest fits, and what came before the oldest."""
         self._trim()
         while len(self._states) > 1 and self.size > self._budget:
-            del self._states[next(iter(self._states))]
+            free = next((step for step in self._states if step not in self._needed), None)
+            if free is None:
+                return
+            del self._states[free]
             self._trim()
 
     def _trim(self) -> None:

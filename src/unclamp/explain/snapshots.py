@@ -18,7 +18,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from unclamp.analysis.explanation import MOST, Explanation
 from unclamp.errors import ReplayError, UnclampError, UnclampWarning, naming_arguments
+from unclamp.explain.disk import Disk
 from unclamp.explain.facts import code_facts, model_facts
 from unclamp.explain.limits import Limits, check_choice
 from unclamp.explain.mend import switch_sites
@@ -44,7 +44,6 @@ from unclamp.explain.training import (
 from unclamp.explain.watch import LateLoss, SpikeWatch
 from unclamp.files import strict
 from unclamp.runlog import NUMBER, starting_no_run
-from unclamp.worker import Worker
 
 FURTHEST_IN_PLACE = 4
 """While a training waits, replays are so many times as long as the shortest at most."""
@@ -90,7 +89,8 @@ class Snapshots:
         keep: Snapshots in memory: the two newest, and older ones each about twice as far back as
             the next, so that n of them reach `2 ** (n - 2) * every` steps back or more.
         budget_gib: Memory that they and the batches of all steps since the oldest may take; where
-            it does not suffice, the oldest is dropped.
+            it does not suffice, the oldest is dropped; not one that is still to be written, beside
+            which none is taken that does not fit.
         disk_gib: Disk that a run's older snapshots may take: with the one shortly before a spike
             those from further back are written, as far as this allows. The first counts towards it
             too, but is written in any case.
@@ -159,18 +159,18 @@ class Snapshots:
         self._write_all, self._explains = write == "all", on_spike == "explain"
         self._replays, self._rewinds_left, self._recorder = replays, max_rewinds, recorder
         self._ring = Ring(keep=keep, budget_bytes=budget_gib * GIB)
-        self._disk_left = disk_gib * GIB
-        self._written: dict[int, int] = {}
+        self._disk = Disk(self._path, budget_bytes=disk_gib * GIB)
+        self._has_warned = False
         self._watch = SpikeWatch()
         self._late = LateLoss()
         self._spike: int | None = None
         self._start: int | None = None
         self._due: deque[int] = deque()
+        self._is_due = False
         self._again: dict[int, Batch] = {}
         self._open: int | None = None
         self._last = -1
         self._next = 0
-        self._writer = Worker(partial(_write_below, self._path), name="unclamp-snapshots")
         self._is_closed = False
 
     @property
@@ -211,12 +211,14 @@ class Snapshots:
             ReplayError: The snapshot does not fit the budget, or the state or the batch holds
                 what cannot be kept.
         """
-        if step % self._every == 0 or not self._ring.steps:
-            facts = model_facts(self._training.model)
-            if self._write_all:
+        self._hold()
+        self._is_due |= step % self._every == 0 or not self._ring.steps
+        if self._is_due and self._ring.has_room():
+            facts = {**self._code, **model_facts(self._training.model)}
+            self._is_due = not self._ring.take(step, self._training, facts)
+            if self._write_all and not self._is_due:
                 self._due.append(step)
-            needed = (*self._due, self._start)  # a spike's is written only some steps later
-            self._ring.take(step, self._training, {**self._code, **facts}, needed=needed)
+                self._hold()
         self._ring.add_batch(step, batch)
         self._open = step
 
@@ -252,7 +254,7 @@ class Snapshots:
             self._spike = None
         while self._due:
             self._write(self._due.popleft(), None)
-        self._writer.close()
+        self._disk.close()
         self._is_closed = True  # not before: after a Ctrl-C in here it may be called again
         self._tell_failure()
 
@@ -263,6 +265,10 @@ class Snapshots:
         self.close()
 
     # ---- losses and spikes -----------------------------------------------------------------
+
+    def _hold(self) -> None:
+        """Let no state go that is still to be written: a spike's is only some steps later."""
+        self._ring.hold({*self._due} if self._start is None else {*self._due, self._start})
 
     def _note(self, step: int, value: float) -> None:
         self._ring.add_loss(step, value)
@@ -288,35 +294,12 @@ class Snapshots:
 
     def _write(self, start: int | None, onset: int | None) -> None:
         if start is None or start not in self._ring.steps:
+            self._tell_loss(onset)
             return
         snapshot = self._ring.snapshot(start, last=self._last)
-        self._put(snapshot)
-        spike = {} if onset is None else {"onset": onset, **self._write_older(start)}
+        self._disk.put(snapshot)
+        spike = {} if onset is None else {"onset": onset, **self._disk.put_older(self._ring, start)}
         self._tell("snapshot", start, last_step=snapshot.last_step, **spike)
-
-    def _write_older(self, start: int) -> dict[str, list[int]]:
-        """Write the states from before `start` too; return which, and which the disk is not for.
-
-        Each with the batches up to the next one only, as `chain` joins them.
-        """
-        older: list[int] = []
-        left_out: list[int] = []
-        following = start
-        for step in self._ring.older(start):
-            if self._written.get(step, -1) < following - 1:
-                snapshot = self._ring.snapshot(step, last=following - 1)
-                if left_out or snapshot.size > self._disk_left:
-                    left_out.append(step)
-                    continue
-                self._put(snapshot)
-            older.append(step)
-            following = step
-        return {"older": older, "left_out": left_out} if older or left_out else {}
-
-    def _put(self, snapshot: Snapshot) -> None:
-        self._writer.put(snapshot)
-        self._written[snapshot.step] = snapshot.last_step
-        self._disk_left -= snapshot.size
 
     def _explain(self, onset: int, start: int, now: int) -> Rewind | None:
         """Explain a spike beside the training; go back to before its cause if that mends it."""
@@ -358,7 +341,7 @@ class Snapshots:
         self._ring = self._ring.emptied()
         self._watch.forget_from(start)
         self._due.clear()
-        self._written.clear()
+        self._disk.forget()
         self._late = LateLoss()
         self._next = start
         switched = [site.to_dict() for site in override.sites]
@@ -385,9 +368,22 @@ class Snapshots:
                 limits=Limits(replays=self._replays),
             )
 
+    def _tell_loss(self, onset: int | None) -> None:
+        """Record that no state was left from before a spike, and warn of the first."""
+        if onset is None:
+            return
+        said = (
+            f"the spike at step {onset} has no snapshot: the states from before it were dropped to "
+            "stay within budget_gib, or none was taken; raise budget_gib"
+        )
+        self._tell("snapshot", onset, error=said)
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(said, UnclampWarning, stacklevel=3)
+
     def _tell_failure(self) -> None:
         """Warn of a snapshot that could not be written, once."""
-        failure = self._writer.take_failure()
+        failure = self._disk.take_failure()
         if failure is not None:
             warnings.warn(f"a snapshot was not kept: {failure}", UnclampWarning, stacklevel=3)
 
@@ -411,10 +407,3 @@ def _numbered(path: str | Path, recorder: Events | None) -> Path:
 def _mends(removed: float | None) -> bool:
     """Whether a change is worth going back for: by a replay it removes most of the spike."""
     return removed is not None and removed >= MOST
-
-
-def _write_below(run: Path, snapshot: Snapshot) -> None:
-    # Its own import: torch.distributed.checkpoint takes a second, and most runs need it late.
-    from unclamp.explain.store import write_snapshot  # noqa: PLC0415
-
-    write_snapshot(run, snapshot)

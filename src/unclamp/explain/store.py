@@ -115,17 +115,39 @@ def read_facts(path: Path) -> dict[str, Any]:
         facts = json.loads((path / FACTS_FILE).read_bytes())
     except (OSError, ValueError) as error:
         raise ReplayError(f"{path} is no snapshot of unclamp: {error}") from error
+    if not isinstance(facts, dict):
+        raise ReplayError(f"{path} is no snapshot of unclamp: {FACTS_FILE} holds no object")
     if facts.get("schema_version") != SCHEMA_VERSION:
         raise ReplayError(
             f"the snapshot {path} was written by unclamp {facts.get('unclamp_version')}, which "
             "this version cannot read; install that one"
         )
+    if not all(type(facts.get(name)) is int for name in ("step", "last_step")):
+        raise ReplayError(f"{path} is no snapshot of unclamp: {FACTS_FILE} names no steps")
     return facts
 
 
 def find_snapshots(run: Path) -> list[Path]:
     """Return the folders of a run's snapshots in the order of their steps; none if none."""
     return sorted(path.parent for path in (run / FOLDER).glob(f"step-*/{FACTS_FILE}"))
+
+
+def read_all_facts(run: Path) -> tuple[dict[Path, dict[str, Any]], tuple[str, ...]]:
+    """Return what each of a run's snapshots says of itself, and notes on those left out.
+
+    Raises:
+        ReplayError: There are some, and none can be read.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    failures: list[ReplayError] = []
+    for path in find_snapshots(run):
+        try:
+            found[path] = read_facts(path)
+        except ReplayError as error:
+            failures.append(error)
+    if failures and not found:
+        raise failures[0]
+    return found, tuple(f"A snapshot was left out: {error}." for error in failures)
 
 
 def _sync(path: Path) -> None:
