@@ -231,7 +231,7 @@ def _cleared(finding: Finding) -> list[str]:
         f"Harmless as far as this run can show: {casts:,} clamped casts at "
         f"{len(rest):,}{other} site{'' if len(rest) == 1 else 's'}. The loss just after them rose "
         f"by at most {_change(max(_highest(worst), 0.0), finding)}, at {worst.fqn} {worst.role}; "
-        "such bounds hold for all sites of this run at once in 95 % of runs."
+        "such bounds hold for all cleared sites at once in 95 % of runs."
     ]
 
 
