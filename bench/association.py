@@ -103,7 +103,7 @@ def judge_bounds(family: str, seed: int) -> tuple[bool, bool, int, int]:
 
 
 def tabulate_bounds(most: int, first_seed: int) -> None:
-    """Print in how many runs the bounds on harm hold for all sites at once."""
+    """Print in how many runs the bounds on harm hold at once: of cleared sites, and of all."""
     with ProcessPoolExecutor(2) as pool:
         for family in ("independent", "bursts", "common", "noisy loss"):
             seeds = range(first_seed, first_seed + most)

@@ -23,6 +23,12 @@ MODULES = [
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n```text\n(.*?)```)?", re.DOTALL)
 
 
+PLACEHOLDER = re.compile(
+    r"@@|\b(?:TODO|TBD|FIXME|XXX|PLACEHOLDER)\b|^\s*\{\{?\w+\}?\}\s*$", re.MULTILINE
+)
+"""What a text that a number or table was to replace looks like."""
+
+
 def examples() -> list[tuple[str, str, str]]:
     found = []
     for page in PAGES:
@@ -44,6 +50,11 @@ def test_an_example_prints_what_the_page_says(name, code, expected, tmp_path, mo
         exec(compile(code, name, "exec"), {"__name__": "example"})
     if expected:
         assert printed.getvalue() == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_has_no_placeholder_left(page):
+    assert PLACEHOLDER.findall(page.read_text(encoding="utf-8")) == []
 
 
 def test_the_pages_have_examples():

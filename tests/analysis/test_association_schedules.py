@@ -8,7 +8,7 @@ from truths.harms import plant_harms
 from truths.schedules import FAMILIES, plant_scheduled
 from unclamp.analysis.association import Association, associate_series
 from unclamp.analysis.repeats import find_repeat, repeat_of_changes
-from unclamp.analysis.schedules import find_jumps, places_z
+from unclamp.analysis.schedules import find_jumps, places, places_z
 
 STEPS = 5000
 TIME = np.arange(STEPS)
@@ -132,6 +132,36 @@ def test_a_place_counts_once() -> None:
     news[:] = 0
     news[many] = 1.0
     assert places_z(news, many, np.ones(len(many))) > 6
+
+
+def test_places_are_stretches_of_51_steps_with_clamping() -> None:
+    run = plant(1, sites=40, steps=1000)
+    run.errors[[0, 3, 39]] = 0
+    run.errors[5] = 0
+    run.errors[5, [50, 51, 52, 999]] = 0.1
+    run.errors[6, 999] = 0.1
+    own = [{step // 51 for step in np.flatnonzero(row > 0).tolist()} for row in run.errors]
+    assert places(run.clamping()).tolist() == [len(each) for each in own]
+    assert len(own[5]) == 3
+
+
+@pytest.mark.parametrize(("steps", "can_show"), [(8 * 51, False), (9 * 51, True)])
+def test_a_rise_would_have_shown_only_in_nine_places(steps: int, can_show: bool) -> None:
+    # Every site clamps at random in all stretches; in eight of them no rise, however large, names.
+    rng = np.random.default_rng(4)
+    run = plant(4, sites=12, steps=steps, spikes=1)
+    run.errors[:] = 0.01 * (rng.random((12, steps)) < 0.1)
+    loss = 2 * np.exp(0.01 * rng.standard_normal(steps))
+    found = associate_series(run.clamping(), loss, spikes=[], names=run.names)
+    assert (found.loss_needed is not None) == can_show
+    assert ("would have shown" in " ".join(found.sentences)) == can_show
+    assert found.verdict == ("none" if can_show else "cannot tell")
+    assert ("clamped in 9 stretches of 51 steps" in found.sentences[0]) != can_show
+    if not can_show:
+        loss[run.errors[2] > 0] *= 1.5
+        raised = associate_series(run.clamping(), loss, spikes=[], names=run.names)
+        assert raised.verdict == "cannot tell"
+        assert all(site.by is None for site in raised.sites)
 
 
 def test_bounds_of_cleared_sites_hold_all_at_once() -> None:

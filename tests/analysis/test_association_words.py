@@ -66,6 +66,7 @@ def test_only_sites_with_a_small_worst_bound_are_called_harmless() -> None:
     assert all(s.hits < found.spikes for s in cleared)
     worst = max(cleared, key=lambda site: site.bound or 0)
     harmless = next(s for s in found.sentences if s.startswith("Harmless"))
+    assert "such bounds hold for all cleared sites at once in 95 % of runs." in harmless
     assert f"{worst.fqn} {worst.role}" in harmless
     assert change_in_words(worst.bound or 0, is_relative=True) in harmless
     assert "other" not in harmless

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from unclamp.analysis import find_spikes, read_curve
+from unclamp.analysis.curve_files import is_csv_file
 from unclamp.cli import app
 from unclamp.errors import AnalysisError
 
@@ -93,6 +94,65 @@ def test_lines_of_evaluations_are_left_out_and_said(tmp_path: Path) -> None:
     )
     only = write(tmp_path / "only", ["step 0: train loss 3.5, val loss 4.5"])
     assert read_curve(only).series == {"loss": [3.5]}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Test: [0/3] Loss 9.0", "Validation | step 49 | loss 9.0", "[val] step 2 loss 9.0",
+     "| valid | epoch 001 | valid on 'valid' subset | loss 9.0 | ppl 8", "Eval step 2 loss 9.0",
+     "Evaluating: step 2: loss=9.0", "dev epoch 1 loss 9.0", "Validation {'loss': 9.0}"],
+)  # fmt: skip
+def test_a_word_before_the_numbers_says_that_a_line_evaluates(tmp_path: Path, line: str) -> None:
+    lines = [f"step {i} loss {x:.3f}" for i, x in enumerate([2.0, 1.9, 1.8])]
+    curve = read_curve(write(tmp_path / "log", [lines[0], line, *lines[1:], line]))
+    assert curve.series["loss"] == [2.0, 1.9, 1.8]
+    assert curve.notes == ["2 lines of evaluations were left out."]
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["/data/test/train.log:", "test.py:12 -", "my-test-run |", "[latest]", "INFO validate-me"],
+)
+def test_a_part_of_a_name_says_nothing_of_evaluations(tmp_path: Path, prefix: str) -> None:
+    lines = [f"{prefix} step {i} loss 2.5" for i in range(3)]
+    curve = read_curve(write(tmp_path / "log", ["step 7 loss 2.5", *lines]))
+    assert (curve.steps.tolist(), curve.notes) == ([0, 1, 2], [])
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["lr 1e-4, optimizer adamw, cross-entropy loss", "Using MSE loss", "Starting from, step",
+     "the loss, the step", '{"config": 1}', "{'loss': 'mse'}", "hello"],
+)  # fmt: skip
+def test_the_first_line_of_a_console_is_no_header(tmp_path: Path, first: str) -> None:
+    # The body has as many cells as some of the first lines: cells are not numbers.
+    body = [f"step {i}, lr 1e-4, loss {3 - i / 100:.2f}" for i in range(40)]
+    for lines in (body, [line.replace(", lr 1e-4", "") for line in body]):
+        curve = read_curve(write(tmp_path / "log", [first, "", *lines]))
+        assert curve.source == "console log log"
+        assert curve.steps.tolist() == list(range(40))
+        assert curve.series["loss"] == [round(3 - i / 100, 2) for i in range(40)]
+
+
+@pytest.mark.parametrize("row", ["0,2.5,", "0,NA,1", ",,", "nan,inf,x"])
+def test_a_header_with_numbers_below_is_csv(tmp_path: Path, row: str) -> None:
+    path = write(tmp_path / "a.csv", ["step,loss,note", "", row])
+    assert is_csv_file(path)
+    assert is_csv_file(write(tmp_path / "alone.csv", ["step,loss"]))
+    assert not is_csv_file(write(tmp_path / "less.csv", ["step,loss", "0"]))
+
+
+def test_json_lines_that_are_cut_off_are_json(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ['{"step": 5, "loss": 2.5}', '{"step": 6, "loss": 2'])
+    curve = read_curve(path)
+    assert (curve.source, curve.series["loss"]) == ("JSON file a.jsonl", [2.5])
+
+
+def test_a_loss_without_a_value_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", ["step,loss,grad_norm", "0,,1", "1,NA,2"])
+    with pytest.raises(AnalysisError, match=r"column 'loss' of .*CSV file a.csv, has no value"):
+        read_curve(path)
+    assert read_curve(path, column="grad_norm").series == {"loss": [1.0, 2.0]}
 
 
 def test_nan_and_words_on_a_console(tmp_path: Path) -> None:

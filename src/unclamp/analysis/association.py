@@ -70,7 +70,8 @@ class Association(Shown):
         spikes_needed: Of the spikes, how many must have clamping before them for a typical site
             to be named; None where all would not do.
         loss_needed: Mean change of the loss after clamping at which a typical site is named, as
-            `loss_change`; None where no change would do.
+            `loss_change`; None where no change would do, as where it clamps in fewer than nine
+            places.
         is_relative: Whether changes of the loss are fractions; else in the loss's own unit.
         is_observed: Whether nothing was cast in the training: clamping is what FP8 would have
             done, and cannot have moved the loss.
@@ -341,8 +342,9 @@ def _verdict(
         return "none"
     if power is None:
         return "cannot tell"
-    # Without enough spikes the loss alone answers, and it must answer for every site.
-    by_loss = power[1] is not None and (spikes == 0 or all(site.cleared for site in sites))
+    # Without enough spikes the loss alone answers: without any by what it would have shown, else
+    # by clearing every site.
+    by_loss = (spikes == 0 and power[1] is not None) or all(site.cleared for site in sites)
     return "none" if power[0] is not None or by_loss else "cannot tell"
 
 

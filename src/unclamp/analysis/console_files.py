@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from unclamp.analysis.curve_files import (
+    EPOCH_NAMES,
     EVALUATION,
     STEP_NAMES,
     Recorded,
@@ -27,6 +28,10 @@ _PAIR = re.compile(
     rf"(?P<value>[-+]?(?:{_NUMBER}|nan|inf(?:inity)?))(?:\s*/\s*\d+)?(?=[\s,;:|)\]]|$)",
     re.IGNORECASE,
 )
+_EVALUATES = re.compile(
+    r"(?<![\w./-])(?:eval\w*|val|valid\w*|test|testing|dev)(?![\w./-])", re.IGNORECASE
+)
+"""A word of its own, not a part of a path or of a name."""
 _LEVEL_WORD = re.compile(r"^(?:(?:debug|info|warning|error)\s+)+", re.IGNORECASE)
 _DICT = re.compile(r"\{['\"].*\}")
 _BARE_NAN = re.compile(r"(:\s*)(-?(?:nan|inf))(?=\s*[,}])")
@@ -37,16 +42,19 @@ def read_console_file(path: Path) -> Recorded | None:
 
     A line's names and numbers are the record's. Of several numbers of one name on a line the
     first counts. Lines without a number that is called a loss are passed over; those with the
-    loss of an evaluation too, unless there are no others.
+    loss of an evaluation too, unless there are no others. A line is of an evaluation where its
+    loss is called so ("val loss"), or where a word before its numbers says so ("Test: [0/3]").
     """
     trained, evaluated = [], []
     with path.open(encoding="utf-8-sig") as file:
         for i, line in enumerate(file.read().splitlines(), start=1):
             if "loss" not in line.lower():
                 continue
-            row = _read_line(_COLOURS.sub("", line))
+            plain_line = _COLOURS.sub("", line)
+            row = _read_line(plain_line)
             losses = [plain for name in row if "loss" in (plain := plain_name(name))]
-            if any(EVALUATION.search(name) for name in losses):
+            is_evaluation = any(EVALUATION.search(name) for name in losses)
+            if losses and (is_evaluation or _EVALUATES.search(_before(plain_line))):
                 evaluated.append((f"line {i}", row))
             elif any(name.endswith("loss") for name in losses):
                 trained.append((f"line {i}", row))
@@ -64,6 +72,18 @@ def read_console_file(path: Path) -> Recorded | None:
         path,
         notes=notes,
     )
+
+
+def _before(line: str) -> str:
+    """Return what a line says before its first number or dict, with the words before a step."""
+    if (found := _DICT.search(line)) is not None:
+        return line[: found.start()]
+    first = _PAIR.search(line)
+    if first is None:
+        return ""
+    words = first["name"].split()
+    counts = plain_name(words[-1]) in (*STEP_NAMES, *EPOCH_NAMES)
+    return line[: first.start("name")] + (" ".join(words[:-1]) if counts else "")
 
 
 def _read_line(line: str) -> dict[str, object]:

@@ -139,12 +139,53 @@ def read_csv_file(path: Path) -> Recorded:
 
 
 def is_csv_file(path: Path) -> bool:
-    """Return whether the first line names columns, one of them a step or a loss."""
+    """Return whether the first line names columns, one of them a step or a loss, with numbers.
+
+    The next line has as many cells, and a number or nothing in those of steps and losses. A header
+    alone is a CSV file too, one in which nothing was recorded.
+    """
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
-    delimiter = max(_DELIMITERS, key=header.count)
+        delimiter = max(_DELIMITERS, key=header.count)
+        row = next((row for row in csv.reader(file, delimiter=delimiter) if _has_text(row)), None)
     plain = [plain_name(name) for name in next(csv.reader([header], delimiter=delimiter), [])]
-    return any(name in STEP_NAMES or name.endswith("loss") for name in plain)
+    asked = [i for i, name in enumerate(plain) if name in STEP_NAMES or name.endswith("loss")]
+    if row is None or not asked:
+        return bool(asked)
+    return len(row) == len(plain) and all(_is_cell(row[i]) for i in asked)
+
+
+def _has_text(row: Sequence[str]) -> bool:
+    return any(cell.strip() for cell in row)
+
+
+def _is_cell(text: str) -> bool:
+    """Return whether a cell holds a number or says that there is none."""
+    return text.strip().lower() in _MISSING or _is_number(text)
+
+
+def is_json_throughout(path: Path) -> bool:
+    """Return whether what begins as JSON goes on so; a console may print a dict first.
+
+    A second line that is cut off is JSON still, and so is every line of one document.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) < 2 or lines[1].lstrip().startswith("{"):
+        return True
+    try:
+        json.loads(text)
+    except ValueError:
+        return _is_json(lines[1])
+    return True
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_json_file(path: Path) -> bool:
@@ -155,11 +196,7 @@ def is_json_file(path: Path) -> bool:
             return begin[1:].lstrip()[:1] != "'"
         if not begin.startswith("["):
             return False
-        try:
-            json.loads(begin + file.read())
-        except ValueError:
-            return False
-    return True
+        return _is_json(begin + file.read())
 
 
 def read_json_file(path: Path) -> Recorded:

@@ -20,6 +20,7 @@ from unclamp.analysis.curve_files import (
     Recorded,
     is_csv_file,
     is_json_file,
+    is_json_throughout,
     plain_name,
     read_csv_file,
     read_json_file,
@@ -108,6 +109,12 @@ def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Cu
     if column is not None and chosen.get("grad_norm") == column:
         del chosen["grad_norm"]  # once, as what was asked for
     parts = {name: _in_order(*recorded.numbers(found, path)) for name, found in chosen.items()}
+    main = next(iter(parts))  # the loss, if there is one
+    if len(parts[main][0]) == 0:
+        raise AnalysisError(
+            f"the column {chosen[main]!r} of {path}, read as {recorded.source}, has no value at "
+            "any step"
+        )
     curve = _curve(parts, chosen, recorded.source)
     return _by_record(replace(curve, notes=recorded.notes), recorded)
 
@@ -205,7 +212,8 @@ def _read_file(path: Path) -> Recorded:
         return read_event_files(path)
     try:
         if is_json_file(path):
-            return read_json_file(path)
+            printed = None if is_json_throughout(path) else read_console_file(path)
+            return read_json_file(path) if printed is None else printed
         printed = None if is_csv_file(path) else read_console_file(path)
         return read_csv_file(path) if printed is None else printed
     except UnicodeDecodeError as error:

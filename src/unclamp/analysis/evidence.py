@@ -23,7 +23,7 @@ SHORT_LAGS = 2
 MIN_HITS = 3
 """Fewer spikes preceded by clamping, or fewer clamped steps, are coincidences to us."""
 JOINT = 0.95
-"""Chance with which the upper bounds of all sites hold at once."""
+"""Chance with which the upper bounds of all cleared sites hold at once."""
 CHUNK_ELEMENTS = 8_000_000
 
 

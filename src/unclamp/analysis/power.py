@@ -6,6 +6,7 @@ The weights are those of `evidence`; what is concluded from them is for `associa
 import numpy as np
 
 from unclamp.analysis.evidence import MIN_HITS, Clamping, Weights, tail_weights
+from unclamp.analysis.schedules import LEAST_PLACES, places
 from unclamp.analysis.shifts import Shifts
 
 
@@ -19,7 +20,9 @@ def smallest_effects(
 ) -> tuple[int | None, float | None]:
     """Return the smallest effects by which a typical site is named: spikes, and loss.
 
-    The typical site clamps as often, and has the spread, of the median of those that clamped.
+    The typical site clamps as often, in as many places, and has the spread, of the median of those
+    that clamped. In fewer than nine places no rise of the loss names it, however large: a schedule
+    would be doubted.
     """
     asked = clamping.counts() >= MIN_HITS
     rank = int(level * len(shifts.offsets)) - 1
@@ -31,6 +34,8 @@ def smallest_effects(
         chance = np.clip(np.median(weights.expected[asked]) / spikes, 1e-4, 1 - 1e-6)
         enough = np.flatnonzero(tail_weights(np.array([chance]), spikes)[0] > bar)
         needed = int(enough[0]) if len(enough) else None
+    if np.median(places(clamping)[asked]) < LEAST_PLACES:
+        return needed, None
     sd = weights.excess_sd[asked]
     sd = sd[sd > 0]
     # -log of a normal tail is near z^2 / 2 + log(z) + 0.92: two steps of iteration do.

@@ -38,8 +38,9 @@ class SiteEvidence:
         low: Lower end of its 95 % interval.
         high: Upper end of it.
         bound: What the loss rose by at most, against steps around without clamping, in the unit of
-            `loss_change`: an upper bound that holds for all sites of the run at once with a
-            chance of 95 %. None where unknown, and for a site that clamps too densely.
+            `loss_change`: an upper bound that holds for all cleared sites at once with a chance
+            of 95 %; that of a site that is not cleared can be too low. None where unknown, and for
+            a site that clamps too densely.
         clamp_error: Mean clamp error over the clamped steps.
         sqnr_db: Least signal-to-noise ratio seen, decibel; None where none was measured.
         cleared: Whether the run shows it harmless: not named, `low` at most 0, `bound` at most
@@ -121,7 +122,7 @@ def rank_sites(
 
 
 def _bounds(weights: Weights, clamping: Clamping, is_relative: bool) -> list[float | None]:
-    """Return the bound of each site, which hold all at once; None where there is none.
+    """Return the bound of each site, joint for those that get cleared; None where there is none.
 
     A rise at the clamped steps shows as that times the share of steps around without clamping.
     """

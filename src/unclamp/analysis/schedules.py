@@ -34,6 +34,7 @@ PLACE_STEPS = LEVEL_STEPS
 """The loss is measured against a median over so many steps: one change moves as many."""
 MIN_PLACES_Z = 3.0
 """Places count one each at most, so that nine have to agree."""
+LEAST_PLACES = round(MIN_PLACES_Z**2)
 JUMP = 0.05
 """A change of the learning rate from a step to the next, as a share of its largest nearby."""
 NEAR_STEPS = 50
@@ -170,6 +171,17 @@ def places_z(
     parts = np.bincount(steps // PLACE_STEPS, weights=weights * (news[steps] - news.mean()))
     size = float(np.sqrt(parts @ parts))
     return float(parts.sum()) / size if size > 0 else 0.0
+
+
+def places(clamping: Clamping) -> NDArray[np.int64]:
+    """Return in how many places each site clamps."""
+    place = clamping.steps // PLACE_STEPS
+    is_new = np.ones(len(place), dtype=bool)
+    is_new[1:] = place[1:] != place[:-1]
+    # Where a site begins in the place in which the one before it ends, that is another's place.
+    is_new[clamping.starts[:-1][clamping.counts() > 0]] = True
+    before = np.concatenate([[0], np.cumsum(is_new)])
+    return before[clamping.starts[1:]] - before[clamping.starts[:-1]]
 
 
 def _clamped(clamping: Clamping, site: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from unclamp.analysis.ranking import SiteEvidence
+from unclamp.analysis.schedules import LEAST_PLACES, PLACE_STEPS
 from unclamp.written import counted
 
 MOST_NAMED = 5
@@ -152,13 +153,16 @@ def _why_not(finding: Finding) -> str:
         )
     if any(site.doubt for site in finding.sites):
         return "Only a shared schedule or place links them."
-    if finding.spikes and finding.loss_needed is not None:
+    if finding.spikes and any(site.loss_change is not None for site in finding.sites):
         left = sum(not site.cleared for site in finding.sites)
         return (
             f"Clamping before {_every(finding.spikes)} would not be enough to name a typical site, "
             f"and the loss after clamping does not clear {counted(left, 'site')}."
         )
-    return "It takes three spikes or a varying loss, and a site that clamped at three steps."
+    return (
+        "It takes three spikes and a site that clamped at three steps, or a varying loss and sites "
+        f"that clamped in {LEAST_PLACES} stretches of {PLACE_STEPS} steps."
+    )
 
 
 def _named(finding: Finding) -> list[str]:
@@ -231,7 +235,7 @@ def _cleared(finding: Finding) -> list[str]:
         f"Harmless as far as this run can show: {casts:,} clamped casts at "
         f"{len(rest):,}{other} site{'' if len(rest) == 1 else 's'}. The loss just after them rose "
         f"by at most {_change(max(_highest(worst), 0.0), finding)}, at {worst.fqn} {worst.role}; "
-        "such bounds hold for all sites of this run at once in 95 % of runs."
+        "such bounds hold for all cleared sites at once in 95 % of runs."
     ]
 
 
