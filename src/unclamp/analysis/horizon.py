@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from unclamp.analysis.reading import Reading
+from unclamp.analysis.shares import gone
 from unclamp.names import ROLES, SiteName
 from unclamp.runlog import RunLog
 from unclamp.written import counted
@@ -20,6 +21,7 @@ Stop = Literal[
     "nothing clamped",
     "no older snapshot",
     "budget",
+    "chaos",
     "not reproduced",
     "scaling changed",
     "unreadable",
@@ -29,6 +31,7 @@ _REASONS = {
     "no older snapshot": "there is no older snapshot that leads up to the spike",
     "budget": "the budget of replays was spent",
     "not reproduced": "the losses from the next older snapshot did not come back",
+    "chaos": "what goes of it from further back is not told from chaos",
     "scaling changed": "the next older snapshot was taken under another scaling",
     "unreadable": "the next older snapshot could not be used",
 }
@@ -120,11 +123,14 @@ class Horizon:
         asked: The starts from which nothing clamped, the latest first; at least one.
         clamped: What the log says was clamped before the earliest; None where there is no log.
         stop: Why nothing older was asked.
+        hidden: The answer from an older start that could not be used, as chaos moves as much or
+            the budget did not suffice to ask how much it moves; None where there is none.
     """
 
     asked: tuple[Asked, ...]
     clamped: Clamped | None = None
     stop: Stop = ""
+    hidden: Asked | None = None
 
     @property
     def first_step(self) -> int:
@@ -153,17 +159,35 @@ class Horizon:
             asked=tuple(map(Asked.from_dict, read.items("asked"))),
             clamped=Clamped.from_dict(read.item("clamped")) if read.has("clamped") else None,
             stop=read.choice("stop", get_args(Stop), ""),
+            hidden=Asked.from_dict(read.item("hidden")) if read.has("hidden") else None,
         )
 
     def before(self) -> str:
         """Say what is known of the steps before the first that was asked."""
+        if self.hidden is not None:
+            known = "" if self.clamped is None else f" {self._logged()}"
+            return f"{self._about_hidden(self.hidden)}{known}"
         if not self.is_open:
             return Clamped().words()
         reason = _REASONS.get(self.stop, "")
         said = f"Steps before {self.first_step} were not replayed{': ' if reason else ''}{reason}."
+        return f"{said} {self._logged()}"
+
+    def _about_hidden(self, hidden: Asked) -> str:
+        why = (
+            "the budget of replays was spent before it was asked how much of that is chaos"
+            if self.stop == "budget"
+            else "chaos moves too much from there for that to tell anything"
+        )
+        return (
+            f"With nothing clamped from step {hidden.step} on {gone(hidden.removed)}, but {why}: "
+            f"whether clamping before step {self.first_step} is the cause is not known."
+        )
+
+    def _logged(self) -> str:
         if self.clamped is None:
-            return f"{said} Whether anything clamped in them is not known."
-        return f"{said} {self.clamped.words()}"
+            return "Whether anything clamped in them is not known."
+        return self.clamped.words()
 
     def cost(self) -> str:
         """Say what an older start costs; empty where only one was asked."""
