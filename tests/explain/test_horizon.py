@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,7 @@ from unclamp.analysis import Spike
 from unclamp.analysis.explanation import Explanation
 from unclamp.analysis.horizon import Asked, Clamped, Horizon, clamped_before
 from unclamp.explain import Snapshots
-from unclamp.explain.backwards import Answer, Backwards
-from unclamp.explain.game import BudgetSpent, Game, Window
-from unclamp.explain.noise import Noise
+from unclamp.explain.game import Game, Window
 from unclamp.explain.replay import Trace
 from unclamp.explain.store import FACTS_FILE, SKELETON_FILE, find_snapshots, read_facts
 from unclamp.explain.watch import trains
@@ -151,63 +148,23 @@ def test_a_log_with_few_casts_does_not_show_that_nothing_clamped(tmp_path: Path)
     assert "lacks the casts of many steps" in found.words()
 
 
-# ---- what is taken from an older start --------------------------------------------------------
-
-
-def planted_start(
-    step: int, gone: float, moved: tuple[float, ...] = (0.0, 0.0), *, is_spent: bool = False
-) -> Any:
-    def noise() -> Noise:
-        if is_spent:
-            raise BudgetSpent
-        return Noise(moved=moved)
-
-    return SimpleNamespace(
-        snapshot=SimpleNamespace(step=step, facts={"sites": []}),
-        steps=100 - step,
-        without_clamping=lambda: gone,
-        noise=noise,
-        plain=lambda: None,
-        comes_back=lambda plain: True,
+def test_a_log_that_begins_late_does_not_show_that_nothing_clamped_before(tmp_path: Path) -> None:
+    training = Case().build()
+    with unclamp.Recorder(training.model, tmp_path) as recorder:
+        for n, batch in enumerate(Case().batches()):
+            recorder.step(n + 35, loss=Case().step(training, batch))
+            if n == 9:
+                break
+    found = clamped_before(tmp_path, 40)
+    assert (found.begins, found.covers(35), found.covers(34)) == (35, True, False)
+    horizon = Horizon(asked=(Asked(step=40, steps=9, removed=0.0),), clamped=found)
+    assert horizon.is_open
+    assert "The log, which begins at step 35, shows" in horizon.before()
+    earlier = Horizon(
+        asked=(Asked(step=30, steps=19, removed=0.0),), clamped=clamped_before(tmp_path, 30)
     )
-
-
-CHAOS = (0.6, 0.55, 0.3, 0.4, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("near", "older", "best", "reach", "stop", "hidden"),
-    [
-        (0.02, planted_start(40, 0.95, CHAOS), 90, 90, "chaos", 0.95),
-        (0.02, planted_start(40, 0.09, (0.9, 0.9)), 90, 90, "chaos", 0.09),
-        (0.02, planted_start(40, 0.95, is_spent=True), 90, 90, "budget", 0.95),
-        (0.02, planted_start(40, 0.02, is_spent=True), 90, 90, "budget", 0.02),
-        (0.02, planted_start(40, 0.95), 40, 40, "found", None),
-        (0.095, planted_start(40, 0.19), 40, 40, "no older snapshot", None),
-        (0.85, planted_start(40, 0.91), 40, 40, "found", None),
-        (0.02, planted_start(40, 0.03), 90, 40, "no older snapshot", None),
-        (0.3, planted_start(40, 0.31, is_spent=True), 90, 40, "no older snapshot", None),
-    ],
-)
-def test_an_answer_that_chaos_hides_carries_no_verdict_further_back(
-    near: float, older: Any, best: int, reach: int, stop: str, hidden: float | None
-) -> None:
-    start = planted_start(90, near)
-    backwards = Backwards(
-        Answer(start=start, gone=near, noise=Noise(moved=(0.0, 0.0))),
-        clamped_before=None,
-        begin=lambda snapshot: older,
-        on_answer=lambda horizon: None,
-    )
-    backwards.ask([older.snapshot])
-    found = backwards.horizon
-    assert (backwards.best.start.snapshot.step, found.first_step) == (best, reach)
-    assert found.stop == stop
-    assert (found.hidden and found.hidden.removed) == hidden
-    if hidden is not None:
-        assert "whether clamping before step 90 is the cause is not known" in found.before()
-        assert f"from step 40 on {100 * hidden:.0f} % of it is gone, but" in found.before()
-    assert Horizon.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert earlier.is_open
+    assert earlier.before().endswith(" The log begins at step 35.")
 
 
 # ---- in a training loop ----------------------------------------------------------------------

@@ -81,13 +81,16 @@ class Backwards:
         self._reach_to("found" if self.best.gone >= ENOUGH else self._ask(older))
 
     def _ask(self, older: Iterable[Snapshot]) -> Stop:
+        is_free = False
         try:
             for snapshot in older:
                 clamped = self.horizon.clamped
                 if not self.horizon.is_open:
                     return "nothing clamped"
-                if clamped is not None and clamped.is_complete and _last(clamped) < snapshot.step:
+                if clamped is not None and _is_free_from(clamped, snapshot.step):
+                    is_free = clamped.last is None
                     continue
+                is_free = False
                 if snapshot.facts["sites"] != self._first.snapshot.facts["sites"]:
                     return "scaling changed"
                 start = self._begin(snapshot)
@@ -101,7 +104,7 @@ class Backwards:
             return "budget"
         except ReplayError:
             return "unreadable"
-        return "no older snapshot"
+        return "nothing clamped" if is_free else "no older snapshot"
 
     def _hear(self, start: Start) -> bool:
         """Take an older answer, and return whether chaos lets it be used.
@@ -152,5 +155,6 @@ def _asked(start: Start, gone: float) -> Asked:
     return Asked(step=start.snapshot.step, steps=start.steps, removed=gone)
 
 
-def _last(clamped: Clamped) -> float:
-    return float("-inf") if clamped.last is None else clamped.last
+def _is_free_from(clamped: Clamped, step: int) -> bool:
+    """Whether the log shows that nothing clamped between a step and what was asked."""
+    return clamped.covers(step) and (clamped.last is None or clamped.last < step)
