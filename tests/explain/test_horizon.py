@@ -148,6 +148,25 @@ def test_a_log_with_few_casts_does_not_show_that_nothing_clamped(tmp_path: Path)
     assert "lacks the casts of many steps" in found.words()
 
 
+def test_a_log_that_begins_late_does_not_show_that_nothing_clamped_before(tmp_path: Path) -> None:
+    training = Case().build()
+    with unclamp.Recorder(training.model, tmp_path) as recorder:
+        for n, batch in enumerate(Case().batches()):
+            recorder.step(n + 35, loss=Case().step(training, batch))
+            if n == 9:
+                break
+    found = clamped_before(tmp_path, 40)
+    assert (found.begins, found.covers(35), found.covers(34)) == (35, True, False)
+    horizon = Horizon(asked=(Asked(step=40, steps=9, removed=0.0),), clamped=found)
+    assert horizon.is_open
+    assert "The log, which begins at step 35, shows" in horizon.before()
+    earlier = Horizon(
+        asked=(Asked(step=30, steps=19, removed=0.0),), clamped=clamped_before(tmp_path, 30)
+    )
+    assert earlier.is_open
+    assert earlier.before().endswith(" The log begins at step 35.")
+
+
 # ---- in a training loop ----------------------------------------------------------------------
 
 

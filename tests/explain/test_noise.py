@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from unclamp.explain.investigate import judged
+from unclamp.explain.backwards import judged
 from unclamp.explain.noise import LEAST_SHARE, NORMAL_FACTORS, QUIET, Noise
 from unclamp.explain.shapley import exact_shares, sampled_pair, shares_of_pairs
 

@@ -11,7 +11,9 @@ import unclamp
 from truths.redundant import RedundantCase
 from truths.trainings import explain, losses_with, record
 from truths.underflows import OUTLIER, UnderflowCase, trained
-from unclamp.explain import Explanation
+from unclamp.analysis.counterfactual import Override, Underflow
+from unclamp.analysis.explanation import Explanation, Verdict
+from unclamp.analysis.horizon import Asked, Horizon
 from unclamp.names import SiteName
 from unclamp.recipe import Recipe
 from unclamp.scaling import Dynamic, PerBlock, Scaling
@@ -123,6 +125,59 @@ def test_where_either_of_two_sites_mends_it_both_are_told(tmp_path: Path) -> Non
     assert {*found.named, *found.override.instead} == set(case.culprits)
     assert "either alone removes it" in found.words()
     assert Explanation.from_dict(found.to_dict()) == found
+
+
+@pytest.mark.parametrize(
+    ("verdict", "removed", "sites", "said"),
+    [
+        ("clamping", 0.95, "b",
+         "Un-clamping b input in its place does too: either alone removes it."),
+        ("partly clamping", 0.28, "b",
+         "Un-clamping b input in its place removes as much: either alone does."),
+        ("underflow", 0.95, "bc",
+         "Putting b input, c input into blocks in its place does too: any one alone removes it."),
+    ],
+)  # fmt: skip
+def test_what_else_mends_it_is_said_as_what_it_is(
+    verdict: Verdict, removed: float, sites: str, said: str
+) -> None:
+    found = in_words(
+        verdict,
+        removed,
+        override=Override(
+            sites=(SiteName("a", "input"),),
+            scaling="dynamic",
+            removed=removed,
+            toml="",
+            python=None,
+            instead=tuple(SiteName(site, "input") for site in sites),
+        ),
+        underflow=Underflow(by_step={7: removed}, elevated=3, removed=removed),
+    )
+    assert said in found.words()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "share", "said"),
+    [
+        ("underflow", 0.45, "45 % of it is gone: from step 5 on clamping is a part of the cause."),
+        ("underflow", 0.05, "5 % of it is gone: from step 5 on clamping is not the cause."),
+        ("not clamping", 0.15, "15 % of it is gone: from step 5 on clamping is not the cause."),
+    ],
+)
+def test_clamping_is_a_part_of_a_spike_of_underflow_where_a_part_goes_with_it(
+    verdict: Verdict, share: float, said: str
+) -> None:
+    horizon = Horizon(asked=(Asked(step=5, steps=5, removed=share),))
+    assert said in in_words(verdict, share, horizon=horizon, noise=0.01).words()
+
+
+def in_words(verdict: Verdict, share: float, **changes: Any) -> Explanation:
+    given: dict[str, Any] = {
+        "run": "run", "onset": 7, "last": 9, "height": 2.5, "level": 2.0, "snapshot_step": 5,
+        "others": {}, "underflowed": {}, "reproduced": True,
+    }  # fmt: skip
+    return Explanation(**given, **changes, verdict=verdict, clamping_share=share)
 
 
 def test_a_training_goes_back_from_underflow_too() -> None:

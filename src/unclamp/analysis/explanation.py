@@ -316,12 +316,21 @@ class Explanation(Shown):
     def _about_no_clamping(self, share: float) -> list[str]:
         horizon = self.horizon
         if horizon is None:
-            return [f"With nothing clamped {gone(share)}: clamping is not the cause."]
+            return [f"With nothing clamped {gone(share)}: {self._blame(share)}."]
         shares = [f"from step {each.step} on {gone(each.removed)}" for each in horizon.asked]
-        verdict = f"from step {horizon.first_step} on clamping is not the cause"
+        start = self.snapshot_step if self._is_partly_clamped(share) else horizon.first_step
+        verdict = f"from step {start} on {self._blame(share)}"
         said = f"With nothing clamped {', '.join(shares)}: {verdict}."
         told = self._told_by_step("unclamped")
         return [said, *told, horizon.before(), *filter(None, [horizon.cost()])]
+
+    def _is_partly_clamped(self, share: float) -> bool:
+        """Whether a part of a spike of underflow goes with the clamps, more than chaos moves."""
+        return self.verdict == "underflow" and share >= max(NOT_CLAMPING, self.noise or 0.0)
+
+    def _blame(self, share: float) -> str:
+        is_part = self._is_partly_clamped(share)
+        return f"clamping is {_part(share)}" if is_part else "clamping is not the cause"
 
     def _free(self, share: float) -> str:
         """Return what goes with nothing clamped, from the start that the answer is about."""
@@ -349,8 +358,13 @@ class Explanation(Shown):
             parts += self._told(Question(kind=override.scaling, sites=override.sites))
         if override is not None and override.instead:
             others = ", ".join(map(str, override.instead[:SHOWN_SITES]))
-            which = "either" if len(override.instead) == 1 else "any"
-            parts.append(f"Un-clamping {others} in its place does too: {which} alone removes it.")
+            which = "either" if len(override.instead) == 1 else "any one"
+            is_whole = (override.removed or 0.0) >= CLAMPING
+            does = "does too" if is_whole else "removes as much"
+            change = "Putting" if self.verdict == "underflow" else "Un-clamping"
+            into = " into blocks" if self.verdict == "underflow" else ""
+            alone = f": {which} alone {'removes it' if is_whole else 'does'}"
+            parts.append(f"{change} {others}{into} in its place {does}{alone}.")
         return parts
 
     def _about_others(self) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from unclamp.analysis.reading import Reading
+from unclamp.analysis.shares import gone
 from unclamp.names import ROLES, SiteName
 from unclamp.runlog import RunLog
 from unclamp.written import counted
@@ -20,6 +21,7 @@ Stop = Literal[
     "nothing clamped",
     "no older snapshot",
     "budget",
+    "chaos",
     "not reproduced",
     "scaling changed",
     "unreadable",
@@ -29,10 +31,13 @@ _REASONS = {
     "no older snapshot": "there is no older snapshot that leads up to the spike",
     "budget": "the budget of replays was spent",
     "not reproduced": "the losses from the next older snapshot did not come back",
+    "chaos": "what goes of it from further back is not told from chaos",
     "scaling changed": "the next older snapshot was taken under another scaling",
     "unreadable": "the next older snapshot could not be used",
 }
 LISTED_SITES = 8
+FIRST_NUMBERS = (0, 1)
+"""Trainings number their first step so; a log that begins later may lack steps before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,7 @@ class Clamped:
         sites: The sites, that cast's first, by their largest clamp error; the first of many.
         is_complete: Whether the log holds every step in which anything clamped; not so where only
             every n-th step's casts were recorded.
+        begins: The first step in the log; 0 where nothing was trained before it.
     """
 
     steps: int = 0
@@ -53,6 +59,11 @@ class Clamped:
     hardest: int | None = None
     sites: tuple[SiteName, ...] = ()
     is_complete: bool = True
+    begins: int = 0
+
+    def covers(self, step: int) -> bool:
+        """Whether the log holds every step from this one on in which anything clamped."""
+        return self.is_complete and self.begins <= step
 
     @classmethod
     def from_dict(cls, data: object) -> Self:
@@ -69,11 +80,15 @@ class Clamped:
             hardest=read.maybe_whole("hardest"),
             sites=tuple(SiteName(s.text("fqn"), s.choice("role", ROLES)) for s in sites),
             is_complete=bool(read.maybe_flag("is_complete")),
+            begins=read.whole("begins", 0),
         )
 
     def words(self) -> str:
         """Return a sentence."""
-        where = "The log" if self.is_complete else "The log, which lacks the casts of many steps,"
+        lacks = () if self.is_complete else ("lacks the casts of many steps",)
+        begins = (f"begins at step {self.begins}",) if self.begins else ()
+        which = " and ".join((*begins, *lacks))
+        where = f"The log, which {which}," if which else "The log"
         if self.last is None:
             return f"{where} shows nothing clamped before."
         site = f" ({self.sites[0]})" if self.sites else ""
@@ -120,11 +135,14 @@ class Horizon:
         asked: The starts from which nothing clamped, the latest first; at least one.
         clamped: What the log says was clamped before the earliest; None where there is no log.
         stop: Why nothing older was asked.
+        hidden: The answer from an older start that could not be used, as chaos moves as much or
+            the budget did not suffice to ask how much it moves; None where there is none.
     """
 
     asked: tuple[Asked, ...]
     clamped: Clamped | None = None
     stop: Stop = ""
+    hidden: Asked | None = None
 
     @property
     def first_step(self) -> int:
@@ -135,7 +153,9 @@ class Horizon:
     def is_open(self) -> bool:
         """Whether something may have clamped before, that was not asked about."""
         clamped = self.clamped
-        return clamped is None or clamped.last is not None or not clamped.is_complete
+        if self.first_step == 0:  # numbers of steps begin here
+            return False
+        return clamped is None or clamped.last is not None or not clamped.covers(0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -153,17 +173,38 @@ class Horizon:
             asked=tuple(map(Asked.from_dict, read.items("asked"))),
             clamped=Clamped.from_dict(read.item("clamped")) if read.has("clamped") else None,
             stop=read.choice("stop", get_args(Stop), ""),
+            hidden=Asked.from_dict(read.item("hidden")) if read.has("hidden") else None,
         )
 
     def before(self) -> str:
         """Say what is known of the steps before the first that was asked."""
+        if self.hidden is not None:
+            known = "" if self.clamped is None else f" {self._logged()}"
+            return f"{self._about_hidden(self.hidden)}{known}"
         if not self.is_open:
-            return Clamped().words()
+            is_known = self.clamped is not None and self.clamped.covers(0)
+            return Clamped().words() if is_known else "No step comes before."
         reason = _REASONS.get(self.stop, "")
         said = f"Steps before {self.first_step} were not replayed{': ' if reason else ''}{reason}."
+        return f"{said} {self._logged()}"
+
+    def _about_hidden(self, hidden: Asked) -> str:
+        why = (
+            "the budget of replays was spent before it was asked how much of that is chaos"
+            if self.stop == "budget"
+            else "chaos moves too much from there for that to tell anything"
+        )
+        return (
+            f"With nothing clamped from step {hidden.step} on {gone(hidden.removed)}, but {why}: "
+            f"whether clamping before step {self.first_step} is the cause is not known."
+        )
+
+    def _logged(self) -> str:
         if self.clamped is None:
-            return f"{said} Whether anything clamped in them is not known."
-        return f"{said} {self.clamped.words()}"
+            return "Whether anything clamped in them is not known."
+        if self.clamped.begins >= self.first_step > 0:
+            return f"The log begins at step {self.clamped.begins}."
+        return self.clamped.words()
 
     def cost(self) -> str:
         """Say what an older start costs; empty where only one was asked."""
@@ -191,6 +232,7 @@ def clamped_before(run: Path, step: int) -> Clamped:
             "WHERE saturated > 0 AND step < $step GROUP BY ALL ORDER BY error DESC, fqn, role",
             step=step,
         ).to_pylist()
+        (logged,) = log.sql("SELECT min(step) AS first FROM steps").to_pylist()
         (total,) = log.sql(
             "SELECT count(DISTINCT step) AS steps FROM casts WHERE saturated > 0 AND step < $step",
             step=step,
@@ -202,4 +244,9 @@ def clamped_before(run: Path, step: int) -> Clamped:
         hardest=rows[0]["hardest"] if rows else None,
         sites=tuple(sites[:LISTED_SITES]),
         is_complete=cadence is None or cadence.casts.or_clamped or not cadence.is_sparse,
+        begins=_first_unless_of_training(step if logged["first"] is None else logged["first"]),
     )
+
+
+def _first_unless_of_training(step: int) -> int:
+    return 0 if step in FIRST_NUMBERS else step

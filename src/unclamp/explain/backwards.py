@@ -8,9 +8,9 @@ from. Those between which the log shows nothing clamped are passed over: nothing
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from unclamp.analysis.explanation import NOT_CLAMPING
+from unclamp.analysis.explanation import CLAMPING, MOST, NOT_CLAMPING, Verdict
 from unclamp.analysis.horizon import Asked, Clamped, Horizon, Stop
 from unclamp.errors import ReplayError
 from unclamp.explain.attribution import ENOUGH
@@ -30,6 +30,22 @@ class Answer:
     start: Start
     gone: float
     noise: Noise
+
+
+def judged(gone: float, noise: Noise) -> Verdict:
+    """Return what follows from the share that goes with nothing clamped.
+
+    What placebos move may hide a share as large, so less than that is no sign of clamping; nor is
+    it a sign of another cause, if it could hide most of the spike. A spike that does not come back
+    with most placebos is chance itself.
+    """
+    if noise.typical >= MOST:
+        return "cannot tell"
+    if gone < max(NOT_CLAMPING, noise.limit):
+        return "cannot tell" if gone + noise.limit >= MOST else "not clamping"
+    if gone >= CLAMPING:
+        return "clamping"
+    return "mostly clamping" if gone >= MOST else "partly clamping"
 
 
 class Backwards:
@@ -65,38 +81,63 @@ class Backwards:
         self._reach_to("found" if self.best.gone >= ENOUGH else self._ask(older))
 
     def _ask(self, older: Iterable[Snapshot]) -> Stop:
+        is_free = False
         try:
             for snapshot in older:
                 clamped = self.horizon.clamped
                 if not self.horizon.is_open:
                     return "nothing clamped"
-                if clamped is not None and clamped.is_complete and _last(clamped) < snapshot.step:
+                if clamped is not None and _is_free_from(clamped, snapshot.step):
+                    is_free = clamped.last is None
                     continue
+                is_free = False
                 if snapshot.facts["sites"] != self._first.snapshot.facts["sites"]:
                     return "scaling changed"
                 start = self._begin(snapshot)
                 if not start.comes_back(start.plain()):
                     return "not reproduced"
-                self._hear(start)
+                if not self._hear(start):
+                    return "chaos"
                 if self.best.gone >= ENOUGH:
                     return "found"
         except BudgetSpent:
             return "budget"
         except ReplayError:
             return "unreadable"
-        return "no older snapshot"
+        return "nothing clamped" if is_free else "no older snapshot"
 
-    def _hear(self, start: Start) -> None:
-        gone = start.without_clamping()
-        is_much = gone >= self.best.gone + NOT_CLAMPING
-        answer = Answer(start=start, gone=gone, noise=start.noise() if is_much else NO_NOISE)
-        if is_much and gone > self.best.gone + answer.noise.limit:
+    def _hear(self, start: Start) -> bool:
+        """Take an older answer, and return whether chaos lets it be used.
+
+        An answer that would change the verdict counts if placebos do not move as much. A negative
+        verdict reaches as far back as this start only if it follows from this answer too.
+        """
+        gone, best = start.without_clamping(), self.best.gone
+        is_much = (
+            gone >= best + NOT_CLAMPING or gone >= NOT_CLAMPING > best or gone >= CLAMPING > best
+        )
+        is_negative = judged(best, self.best.noise) == "not clamping"
+        noise = NO_NOISE
+        if is_much or is_negative:
+            self._hide(start, gone)  # what was seen is not lost where no placebo can be afforded
+            noise = start.noise()
+        answer = Answer(start=start, gone=gone, noise=noise)
+        verdict = judged(gone, noise)
+        if is_much and gone > best + noise.limit and verdict not in ("cannot tell", "not clamping"):
             self.best = answer
+        elif is_much or is_negative:
+            is_told = verdict == "not clamping" if is_negative else gone <= best + NOT_CLAMPING
+            if not is_told:
+                return False
         self._extend(answer)
+        return True
+
+    def _hide(self, start: Start, gone: float) -> None:
+        self.horizon = replace(self.horizon, hidden=_asked(start, gone))
+        self._on_answer(self.horizon)
 
     def _extend(self, answer: Answer) -> None:
-        start = answer.start
-        asked = Asked(step=start.snapshot.step, steps=start.steps, removed=answer.gone)
+        asked = _asked(answer.start, answer.gone)
         before = self._clamped_before
         self.horizon = Horizon(
             asked=(*self.horizon.asked, asked),
@@ -106,13 +147,14 @@ class Backwards:
 
     def _reach_to(self, stop: Stop) -> None:
         is_closed = stop == "no older snapshot" and not self.horizon.is_open
-        self.horizon = Horizon(
-            asked=self.horizon.asked,
-            clamped=self.horizon.clamped,
-            stop="nothing clamped" if is_closed else stop,
-        )
+        self.horizon = replace(self.horizon, stop="nothing clamped" if is_closed else stop)
         self._on_answer(self.horizon)
 
 
-def _last(clamped: Clamped) -> float:
-    return float("-inf") if clamped.last is None else clamped.last
+def _asked(start: Start, gone: float) -> Asked:
+    return Asked(step=start.snapshot.step, steps=start.steps, removed=gone)
+
+
+def _is_free_from(clamped: Clamped, step: int) -> bool:
+    """Whether the log shows that nothing clamped between a step and what was asked."""
+    return clamped.covers(step) and (clamped.last is None or clamped.last < step)

@@ -22,12 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from unclamp.analysis.counterfactual import ACTUAL, Change
-from unclamp.analysis.explanation import CLAMPING, MOST, NOT_CLAMPING, Explanation, Verdict
+from unclamp.analysis.explanation import Explanation, Verdict
 from unclamp.analysis.horizon import Clamped
 from unclamp.analysis.spikes import Spike
 from unclamp.errors import ReplayError, UnclampError
 from unclamp.explain.attribution import Attribution
-from unclamp.explain.backwards import Answer, Backwards
+from unclamp.explain.backwards import Answer, Backwards, judged
 from unclamp.explain.facts import differing, recipe_of
 from unclamp.explain.findings import Findings
 from unclamp.explain.game import BudgetSpent, Window
@@ -327,22 +327,6 @@ class _Investigation:
 
     def _in_blocks(self) -> Trace:
         return self._game.ask("blocks", self._replay.sites)
-
-
-def judged(gone: float, noise: Noise) -> Verdict:
-    """Return what follows from the share that goes with nothing clamped.
-
-    What placebos move may hide a share as large, so less than that is no sign of clamping; nor is
-    it a sign of another cause, if it could hide most of the spike. A spike that does not come back
-    with most placebos is chance itself.
-    """
-    if noise.typical >= MOST:
-        return "cannot tell"
-    if gone < max(NOT_CLAMPING, noise.limit):
-        return "cannot tell" if gone + noise.limit >= MOST else "not clamping"
-    if gone >= CLAMPING:
-        return "clamping"
-    return "mostly clamping" if gone >= MOST else "partly clamping"
 
 
 def _underflow(trace: Trace) -> float:
