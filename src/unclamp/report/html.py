@@ -1,17 +1,14 @@
 """The report as one self-contained page: no network, no server."""
 
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
-from unclamp.files import to_json, write_atomically
+from unclamp.files import to_json
 from unclamp.report.arms import ScenarioView
 from unclamp.report.charts import (
     COLOURS,
@@ -24,6 +21,7 @@ from unclamp.report.charts import (
 )
 from unclamp.report.evidence import CAUTION, PAPER, caution_of
 from unclamp.report.glossary import GLOSSARY, term_of
+from unclamp.report.rendering import asset, render_page
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
@@ -48,10 +46,9 @@ LISTED_SITES = 12
 
 def write_page(view: View, path: Path) -> Path:
     """Write a report's page and return its path; replaces an older one at once."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("unclamp.report"), autoescape=True, trim_blocks=True
-    )
-    page = environment.get_template("page.html.j2").render(
+    return render_page(
+        "page.html.j2",
+        path,
         view=view,
         scenarios=[]
         if view.run
@@ -62,18 +59,8 @@ def write_page(view: View, path: Path) -> Path:
         glossary_terms=[term for term in GLOSSARY if term.is_on("run" if view.run else "study")],
         term_of=term_of,
         caution=CAUTION if any(a.saturated for s in view.scenarios for a in s.arms) else None,
-        theme=_asset("theme.js"),
-        style=_asset("style.css"),
-        script=_asset("sites.js"),
-        plotly_js=Markup(get_plotlyjs()),
+        script=asset("sites.js"),
     )
-    write_atomically(path, page.encode())
-    return path
-
-
-def _asset(name: str) -> Markup:
-    text = files("unclamp.report").joinpath("templates", name).read_text(encoding="utf-8")
-    return Markup(text)
 
 
 def _json(data: object) -> Markup:

@@ -1,16 +1,13 @@
 """A comparison of runs as one self-contained page: no network, no server."""
 
-from importlib.resources import files
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
-from unclamp.files import write_atomically
 from unclamp.names import shown
 from unclamp.report.charts import embed
 from unclamp.report.glossary import GLOSSARY
+from unclamp.report.rendering import render_page
 from unclamp.report.side_by_side.chart import colours_of, losses_figure
 from unclamp.report.side_by_side.comparison import Comparison
 from unclamp.report.side_by_side.words import (
@@ -33,12 +30,11 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
     Raises:
         OSError: The disk refuses.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("unclamp.report"), autoescape=True, trim_blocks=True
-    )
     telling = [row for row in comparison.sites if row.is_clamped]
     has_losses = any(curve.step for curve in comparison.curves.values())
-    page = environment.get_template("sides.html.j2").render(
+    return render_page(
+        "sides.html.j2",
+        path,
         comparison=comparison,
         arms=list(comparison.arms),
         chart=Markup(embed(losses_figure(comparison), "losses")) if has_losses else "",
@@ -58,14 +54,4 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
         ],
         more_sites=max(0, len(telling) - MOST_SITES),
         terms=[term for term in GLOSSARY if term.word in TERMS],
-        style=_asset("style.css"),
-        theme=_asset("theme.js"),
-        plotly_js=Markup(get_plotlyjs()),
     )
-    write_atomically(path, page.encode())
-    return path
-
-
-def _asset(name: str) -> Markup:
-    text = files("unclamp.report").joinpath("templates", name).read_text(encoding="utf-8")
-    return Markup(text)
