@@ -106,7 +106,7 @@ def transformer_engines(amax: np.ndarray, fmt: Format) -> np.ndarray:
     return np.where(np.isinf(scale), np.finfo(np.float32).max, scale)
 
 
-@pytest.mark.parametrize("fmt", [E4M3FN, E5M2], ids=str)
+@pytest.mark.parametrize("fmt", [E4M3FN, E5M2], ids=lambda fmt: fmt.name)
 def test_scales_are_transformer_engines_but_for_tiny_tensors_whose_inverse_it_lets_be_subnormal(
     fmt: Format,
 ) -> None:
