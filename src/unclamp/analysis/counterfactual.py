@@ -268,6 +268,8 @@ class Override:
         scaling: What to make them: "dynamic", or "guarded" where dynamic did not do; against
             underflow also "short history" (delayed by one update alone) or "blocks".
         removed: Share of the spike that is gone with it, by a replay; None if not replayed.
+        added: What it adds at other steps in that replay, as a share of the spike's rise; 0 from an
+            earlier version.
         instead: Other sites each of which alone does the same, where it is of one site.
         toml: Overrides for a recipe file, to go before those it has (`PASTE`).
         python: The same as code; None where rules of the recipe would come before it.
@@ -279,6 +281,7 @@ class Override:
     toml: str
     python: str | None
     instead: tuple[SiteName, ...] = ()
+    added: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -299,6 +302,7 @@ class Override:
             toml=read.text("toml"),
             python=read.maybe_text("python"),
             instead=_sites(read, "instead"),
+            added=read.number("added", 0.0),
         )
 
 

@@ -255,6 +255,9 @@ class Explanation(Shown):
             return [*parts, *self._about_others(), *rest]
         if self.verdict == "cannot tell":
             return [f"{self._free(share)}.", *self._about_noise(), *self._about_others()]
+        if self.verdict == "unknown":
+            before = [] if self.horizon is None else [self.horizon.before()]
+            return [f"{self._free(share)}.", *self._about_noise(), *before, *self._about_others()]
         said = f"{self._free(share)}: clamping is {_part(share)}."
         parts = [*self._about_start(), said, *self._told_by_step("unclamped")]
         parts += self._about_noise()
@@ -307,11 +310,10 @@ class Explanation(Shown):
         if horizon is None or horizon.asked[0].step == self.snapshot_step:
             return []
         near = horizon.asked[0]
-        said = (
-            f"With nothing clamped from step {near.step} on {gone(near.removed)}; the clamping "
-            "that matters lies before."
-        )
-        return [said, horizon.cost()]
+        is_little = near.removed < NOT_CLAMPING
+        rest = "clamping that matters lies before" if is_little else "rest lies before, or is not"
+        said = f"With nothing clamped from step {near.step} on {gone(near.removed)}; the {rest}"
+        return [f"{said}{'' if is_little else ' clamping'}.", horizon.cost()]
 
     def _about_no_clamping(self, share: float) -> list[str]:
         horizon = self.horizon
@@ -353,7 +355,7 @@ class Explanation(Shown):
             )
             parts.append(
                 f"Making {which} {SCALED[override.scaling]} removes {percent(override.removed)} "
-                f"{whole}, by a replay."
+                f"{whole}, by a replay{_on_top(override)}."
             )
             parts += self._told(Question(kind=override.scaling, sites=override.sites))
         if override is not None and override.instead:
@@ -388,6 +390,12 @@ def _part(share: float) -> str:
     if share >= CLAMPING:
         return "the cause"
     return "most of the cause" if share >= MOST else "a part of the cause"
+
+
+def _on_top(override: Override) -> str:
+    if percent(override.added) == "0 %":
+        return ""
+    return f", and adds {percent(override.added)} as much at other steps"
 
 
 def _fp8(share: float) -> str:

@@ -20,6 +20,7 @@ Stop = Literal[
     "found",
     "nothing clamped",
     "no older snapshot",
+    "no calm step",
     "budget",
     "chaos",
     "not reproduced",
@@ -29,6 +30,10 @@ Stop = Literal[
 """Why nothing older was asked; empty while there is no reason yet."""
 _REASONS = {
     "no older snapshot": "there is no older snapshot that leads up to the spike",
+    "no calm step": (
+        "no step between an older snapshot and the spike is calm, so that a part of the spike is "
+        "not told from a better training"
+    ),
     "budget": "the budget of replays was spent",
     "not reproduced": "the losses from the next older snapshot did not come back",
     "chaos": "what goes of it from further back is not told from chaos",

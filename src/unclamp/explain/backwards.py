@@ -56,6 +56,8 @@ class Backwards:
         clamped_before: What the log says was clamped before a step; None if it is not known.
         begin: Makes a start of a snapshot.
         on_answer: Called with the horizon after each answer.
+        is_measurable: Whether calm steps lie between a step and the spike. Without one a part of
+            the spike is not told from a better training, so that no start before it is asked.
 
     Attributes:
         best: The answer by which most goes; of like ones the latest.
@@ -69,8 +71,10 @@ class Backwards:
         clamped_before: Callable[[int], Clamped] | None,
         begin: Callable[[Snapshot], Start],
         on_answer: Callable[[Horizon], None],
+        is_measurable: Callable[[int], bool] = lambda step: True,
     ) -> None:
         self.best = first
+        self._is_measurable = is_measurable
         self._first, self._begin = first.start, begin
         self._clamped_before, self._on_answer = clamped_before, on_answer
         self.horizon = Horizon(asked=())
@@ -81,7 +85,7 @@ class Backwards:
         self._reach_to("found" if self.best.gone >= ENOUGH else self._ask(older))
 
     def _ask(self, older: Iterable[Snapshot]) -> Stop:
-        is_free = False
+        is_free, is_measured = False, True
         try:
             for snapshot in older:
                 clamped = self.horizon.clamped
@@ -90,7 +94,9 @@ class Backwards:
                 if clamped is not None and _is_free_from(clamped, snapshot.step):
                     is_free = clamped.last is None
                     continue
-                is_free = False
+                is_free, is_measured = False, self._is_measurable(snapshot.step)
+                if not is_measured:
+                    continue
                 if snapshot.facts["sites"] != self._first.snapshot.facts["sites"]:
                     return "scaling changed"
                 start = self._begin(snapshot)
@@ -104,7 +110,9 @@ class Backwards:
             return "budget"
         except ReplayError:
             return "unreadable"
-        return "nothing clamped" if is_free else "no older snapshot"
+        if is_free:
+            return "nothing clamped"
+        return "no older snapshot" if is_measured else "no calm step"
 
     def _hear(self, start: Start) -> bool:
         """Take an older answer, and return whether chaos lets it be used.

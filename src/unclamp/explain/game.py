@@ -23,7 +23,8 @@ from unclamp.policy import unclamped
 from unclamp.scaling import HighPrecision, Scaling
 
 CAP = 100.0
-"""A loss counts at most so many times the level: Inf and NaN become this."""
+"""A loss counts at most so many times the level: Inf and NaN become this. Where the spike itself
+is higher, as above a level of next to nothing, they count as twice its rise."""
 ELEVATED = 0.1
 """A step has a share of its own if its loss is above the level by this fraction of it, and"""
 TINY = 0.01
@@ -40,14 +41,16 @@ class Window:
 
     `calm` are steps before the spike in which a replay from further back may take another level;
     a spike counts from there (`Game.share_gone`). `only` are the steps that count where not all do.
+    `peak` is the highest finite loss of the spike; NaN before it is known, and where there is none.
     """
 
     first: int
     last: int
     level: float
     # Decided by the others and the snapshot, so no part of what identifies the answers.
-    calm: range = field(default=range(0), repr=False)
+    calm: Sequence[int] = field(default=(), repr=False)
     only: tuple[int, ...] = field(default=(), repr=False)
+    peak: float = field(default=math.nan, repr=False)
 
     @property
     def steps(self) -> Sequence[int]:
@@ -58,10 +61,17 @@ class Window:
         """Return the mean loss over the spike's steps; what is not finite counts as the cap."""
         return sum(self.capped(losses[n]) for n in self.steps) / len(self.steps)
 
+    @property
+    def top(self) -> float:
+        """The cap: above the level, whatever that is, and above every finite loss of the spike."""
+        top = CAP * abs(self.level)
+        if math.isfinite(self.peak):
+            top = max(top, self.level + 2 * (self.peak - self.level))
+        return top if top > self.level else self.level + 1.0
+
     def capped(self, loss: float) -> float:
         """Return a loss, or the cap where it is higher or not finite."""
-        top = CAP * abs(self.level)
-        return min(loss, top) if math.isfinite(loss) else top
+        return min(loss, self.top) if math.isfinite(loss) else self.top
 
 
 class Game:
@@ -106,6 +116,8 @@ class Game:
         if ACTUAL in earlier and _exact(earlier[ACTUAL]) == _exact(actual):
             self.answers = earlier
         self.answers[ACTUAL] = actual
+        finite = [loss for n in self.window.steps if math.isfinite(loss := actual.losses[n])]
+        self.window = replace(self.window, peak=max(finite, default=math.nan))
         self._actual, self._floor = self._loss(actual), self.window.level
         self._keep()
 
@@ -176,29 +188,34 @@ class Game:
     def by_step(self, trace: Trace) -> dict[int, float]:
         """Return the share that is gone of each step in which the loss is well above the level."""
         window, plain = self.window, self.answers[ACTUAL].losses
-        rises = {n: window.capped(plain[n]) - window.level for n in window.steps}
-        least = max(ELEVATED * abs(window.level), TINY * max(rises.values()))
         return {
             n: (window.capped(plain[n]) - window.capped(trace.losses[n])) / rise
-            for n, rise in rises.items()
-            if rise > 0 and rise >= least
+            for n, rise in self._rises().items()
+            if rise > 0 and rise >= self._least
         }
 
-    def share_left_over(self, trace: Trace) -> float:
-        """Return the share that is gone, less what came on top of steps that do not count.
+    def share_added(self, trace: Trace) -> float:
+        """Return what a replay adds at steps that do not count, as a share of the rise.
 
-        Nothing is taken off where all steps of the spike count.
+        Those are the steps before the spike, and where not all of its own count, the others.
         """
         window, plain = self.window, self.answers[ACTUAL].losses
-        if not window.only:
-            return self.share_gone(trace)
         added = [
             window.capped(loss) - window.capped(plain[n])
             for n, loss in trace.losses.items()
-            if n not in window.only
+            if n not in window.steps
         ]
-        harm = sum(each for each in added if each >= ELEVATED * abs(window.level))
-        return self.share_gone(trace) - harm / (self.rise * len(window.only))
+        harm = sum(each for each in added if each > 0 and each >= self._least)
+        return harm / (self.rise * len(window.steps))
+
+    @property
+    def _least(self) -> float:
+        """By how much the loss of a step has to differ for that step to be told from others."""
+        return max(ELEVATED * abs(self.window.level), TINY * max(self._rises().values()))
+
+    def _rises(self) -> dict[int, float]:
+        window, plain = self.window, self.answers[ACTUAL].losses
+        return {n: window.capped(plain[n]) - window.level for n in window.steps}
 
     def _loss(self, trace: Trace) -> float:
         """Return the loss of the spike's steps, less what the calm steps before moved by."""

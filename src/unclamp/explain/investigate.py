@@ -40,7 +40,6 @@ from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.start import Start
 from unclamp.explain.training import Step, Training
 from unclamp.explain.underflow import find_underflow, underflowing_sites
-from unclamp.explain.watch import LEVEL_POINTS
 
 MAX_STEPS = 8
 """Steps of a spike that count: later ones are consequences of consequences."""
@@ -53,6 +52,7 @@ def investigate(
     *,
     spike: Spike,
     level: float,
+    calm: Sequence[int],
     run: Path,
     older: Iterable[Snapshot] = (),
     clamped_before: Callable[[int], Clamped] | None = None,
@@ -67,7 +67,8 @@ def investigate(
         step: The step function.
         snapshot: Of a step at or before the spike's onset.
         spike: The spike.
-        level: The loss that it rises from.
+        level: The loss that it rises from; NaN where no calm step comes before it.
+        calm: The latest steps before it that lie in no spike.
         run: Where RUN/explain-<onset>.json and the cache of answers go.
         older: Snapshots of earlier steps with all batches up to the spike, the latest first.
         clamped_before: What the run's log says was clamped before a step; None if not known.
@@ -81,7 +82,9 @@ def investigate(
     Raises:
         ReplayError: The snapshot does not reach the spike or does not fit the training.
     """
-    asked = _Investigation(training, step, snapshot, spike, level, run, limits, notes, on_progress)
+    asked = _Investigation(
+        training, step, snapshot, spike, level, calm, run, limits, notes, on_progress
+    )
     return asked.run(older, clamped_before)
 
 
@@ -93,6 +96,7 @@ class _Investigation:
         snapshot: Snapshot,
         spike: Spike,
         level: float,
+        calm: Sequence[int],
         run: Path,
         limits: Limits,
         notes: Sequence[str],
@@ -106,6 +110,7 @@ class _Investigation:
         last = min(spike.end, spike.onset + MAX_STEPS - 1, snapshot.last_step)
         self._training, self._step, self._run, self._limits = training, step, run, limits
         self._window = Window(first=spike.onset, last=last, level=level)
+        self._calm = calm
         found = Explanation(
             run=str(run),
             onset=spike.onset,
@@ -147,9 +152,10 @@ class _Investigation:
         findings = self._findings
         if not self._reproduces() and not self._limits.anyway:
             return
-        if not self._game.rise > 0:
-            findings.note("In the replay the loss does not rise: there is nothing to explain.")
-            findings.publish(verdict="not reproduced")
+        unmeasured = self._unmeasured()
+        if unmeasured:
+            findings.note(unmeasured)
+            findings.publish(verdict="unknown" if findings.found.reproduced else "not reproduced")
             return
         answer = self._without_clamping(older, clamped_before)
         if findings.found.verdict != "clamping":
@@ -197,8 +203,7 @@ class _Investigation:
         """
         if self._limits.replays - self._findings.replays < 2:
             raise BudgetSpent
-        first = self._window.first
-        calm = range(max(snapshot.step, first - LEVEL_POINTS), first)
+        calm = tuple(n for n in self._calm if n >= snapshot.step)
         return self._begin(snapshot, replace(self._window, calm=calm))
 
     def _from(self, start: Start) -> None:
@@ -240,6 +245,24 @@ class _Investigation:
         findings.publish(reproduced=False, differences=tuple(told), verdict=verdict)
         return False
 
+    def _unmeasured(self) -> str:
+        """Say why no share of the spike can be told; empty where it can."""
+        if math.isnan(self._window.level):
+            return (
+                "No calm step comes before the spike, so there is no level to count its rise from, "
+                "and whether clamping is the cause cannot be measured."
+            )
+        if self._game.rise > 0:
+            return ""
+        if not self._findings.found.reproduced:
+            return "In the replay the loss does not rise: there is nothing to explain."
+        loss = self._window.loss(self._game.answers[ACTUAL].losses)
+        return (
+            f"The mean loss of these steps, {loss:.4g}, is not above the level, "
+            f"{self._window.level:.4g}, the median of the latest calm steps before: there is no "
+            "rise of which a share could be told."
+        )
+
     # ---- is it clamping --------------------------------------------------------------------
 
     def _without_clamping(
@@ -254,22 +277,24 @@ class _Investigation:
             clamped_before=clamped_before,
             begin=self._begin_earlier,
             on_answer=lambda horizon: findings.publish(horizon=horizon),
+            is_measurable=lambda step: any(n >= step for n in self._calm),
         )
         backwards.ask(older)
         self._from(backwards.best.start)
-        self._judge(backwards.best)
+        self._judge(backwards.best, is_measured=backwards.horizon.stop != "no calm step")
         return backwards.best
 
-    def _judge(self, answer: Answer) -> None:
-        """Publish what follows from an answer."""
+    def _judge(self, answer: Answer, *, is_measured: bool = True) -> None:
+        """Publish what follows from an answer; nothing negative where older ones lack a measure."""
         start, gone, noise = answer.start, answer.gone, answer.noise
         self._clamped = start.clamped()
+        verdict = judged(gone, noise)
         self._findings.publish(
             snapshot_step=start.snapshot.step,
             clamping_share=gone,
             noise=noise.largest,
             placebos=len(noise.moved),
-            verdict=judged(gone, noise),
+            verdict="unknown" if verdict == "not clamping" and not is_measured else verdict,
             underflowed={"actual": _underflow(start.game.answers[ACTUAL])},
             clamped_sites=len(self._clamped),
         )
@@ -310,6 +335,7 @@ class _Investigation:
         is_cause = found is not None and findings.found.verdict in (
             "not clamping",
             "partly clamping",
+            "unknown",
         )
         verdict = "underflow" if is_cause else findings.found.verdict
         findings.publish(underflow=found, verdict=verdict)

@@ -35,6 +35,7 @@ def make_override(
     *,
     recipe: Recipe | None,
     removed: float | None,
+    added: float = 0.0,
     instead: Iterable[SiteName] = (),
 ) -> Override:
     """Return the overrides that scale sites otherwise.
@@ -57,6 +58,7 @@ def make_override(
         sites=ordered,
         scaling=scaling,
         removed=removed,
+        added=added,
         toml="\n".join(map(_as_toml, rules)),
         python="".join(lines) if is_first else None,
         instead=tuple(sorted(instead)),

@@ -1,7 +1,7 @@
 """What mends a spike: the smallest set of sites that removes it, replayed as it is recommended."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from unclamp.analysis.counterfactual import Change, ScalingName
 from unclamp.explain.attribution import ENOUGH
@@ -60,20 +60,31 @@ def recommend(
             replace(row, named=frozenset(row.members) in named) for row in findings.found.sites
         )
     )
-    scaling, removed = _verified(game, findings, REMEDIES[kind], joined(chosen), target)
-    if removed is not None and removed < target:
+    remedy = _verified(game, findings, REMEDIES[kind], joined(chosen), target)
+    if remedy.is_none:
+        named_sites = ", ".join(map(str, sorted(joined(chosen))))
+        findings.note(
+            f"No change of scaling is recommended: each that was tried at {named_sites} removes "
+            "nothing, or adds as much at other steps."
+        )
+        findings.publish(override=None)
+        return
+    if remedy.removed is not None and remedy.removed < target:
         findings.note(f"That is less than the {100 * target:.0f} % aimed at.")
     if whole < ENOUGH:
-        goes = "with the clamps" if kind == "unclamped" else "in blocks"
+        is_narrow = kind == "blocks"
+        goes = "in blocks" if is_narrow else "with the clamps"
+        of = "of the rise of these steps" if is_narrow else "of the spike"
         findings.note(
-            f"As {100 * whole:.0f} % of the spike goes {goes}, the set is the smallest that "
+            f"As {100 * whole:.0f} % {of} goes {goes}, the set is the smallest that "
             f"removes {100 * ENOUGH:.0f} % of that."
         )
     override = make_override(
         joined(chosen),
-        scaling,
+        remedy.scaling,
         recipe=recipe,
-        removed=removed,
+        removed=remedy.removed,
+        added=remedy.added,
         instead=_instead(game, kind, causes, chosen, target - noise.slack),
     )
     findings.publish(override=override)
@@ -96,22 +107,42 @@ def _verified(
     scalings: tuple[ScalingName, ...],
     sites: frozenset[SiteName],
     target: float,
-) -> tuple[ScalingName, float | None]:
-    """Return the scaling to recommend, and what it removes in a replay.
+) -> "_Remedy":
+    """Return what to recommend: the first scaling that suffices, or else the best that was tried.
 
     What it does to other steps counts against it: an outlier that no longer clamps may ruin its
     own step.
     """
-    tried: dict[ScalingName, float] = {}
+    tried: list[_Remedy] = []
     for scaling in scalings:
         try:
-            tried[scaling] = game.share_left_over(game.ask(scaling, sites))
+            trace = game.ask(scaling, sites)
         except BudgetSpent:
             break
-        if tried[scaling] >= target:
-            return scaling, tried[scaling]
+        remedy = _Remedy(
+            scaling=scaling, removed=game.share_gone(trace), added=game.share_added(trace)
+        )
+        if remedy.left_over >= target:
+            return remedy
+        tried.append(remedy)
     if not tried:
         findings.note("The recommended change was not replayed: the budget is spent.")
-        return scalings[0], None
-    best = max(tried, key=lambda scaling: tried[scaling])
-    return best, game.removed(best, sites)
+        return _Remedy(scaling=scalings[0])
+    return max(tried, key=lambda remedy: remedy.left_over)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Remedy:
+    """A scaling, and what it removes of the spike and adds elsewhere; None if not replayed."""
+
+    scaling: ScalingName
+    removed: float | None = None
+    added: float = 0.0
+
+    @property
+    def left_over(self) -> float:
+        return (self.removed or 0.0) - self.added
+
+    @property
+    def is_none(self) -> bool:
+        return self.removed is not None and self.left_over <= 0

@@ -329,7 +329,7 @@ class Snapshots:
             sites=[site.to_dict() for site in explanation.sites[:EVENT_SITES]],
         )
         override = explanation.override
-        if override is None or not _mends(override.removed) or self._rewinds_left <= 0:
+        if override is None or not _mends(override.removed, override.added) or self._rewinds_left <= 0:
             return None
         self._rewinds_left -= 1
         if explanation.snapshot_step != start:
@@ -363,6 +363,7 @@ class Snapshots:
                 snapshot,
                 spike=self._watch.spike_at(onset),
                 level=self._watch.level_before(onset),
+                calm=self._watch.calm_before(onset),
                 run=self._path,
                 older=older,
                 limits=Limits(replays=self._replays),
@@ -404,6 +405,9 @@ def _numbered(path: str | Path, recorder: Events | None) -> Path:
     return chosen
 
 
-def _mends(removed: float | None) -> bool:
-    """Whether a change is worth going back for: by a replay it removes most of the spike."""
-    return removed is not None and removed >= MOST
+def _mends(removed: float | None, added: float = 0.0) -> bool:
+    """Whether a change is worth going back for: by a replay it removes most of the spike.
+
+    What it adds at other steps counts against it: those come again too.
+    """
+    return removed is not None and removed - added >= MOST

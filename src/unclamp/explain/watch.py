@@ -71,6 +71,10 @@ class SpikeWatch:
         """Return the level that the spike rises from."""
         return level_before(self._steps, self._values, onset)
 
+    def calm_before(self, onset: int) -> list[int]:
+        """Return the steps whose losses are that level."""
+        return calm_before(self._steps, self._values, onset)
+
     def forget_from(self, step: int) -> None:
         """Drop losses from a step on: they will come again."""
         kept = [(n, value) for n, value in zip(self._steps, self._values, strict=True) if n < step]
@@ -80,15 +84,22 @@ class SpikeWatch:
             self._judge(value)
 
 
-def level_before(steps: list[int], values: list[float], onset: int) -> float:
-    """Return the median of the latest calm losses before an onset; NaN where there is none."""
+def calm_before(steps: list[int], values: list[float], onset: int) -> list[int]:
+    """Return the latest steps before an onset that lie in no spike: `LEVEL_POINTS` at most."""
     spikes = find_spikes(values, steps=steps)
     calm = [
-        value
-        for step, value in zip(steps, values, strict=True)
+        step
+        for step in steps
         if step < onset and not any(spike.onset <= step <= spike.end for spike in spikes)
     ]
-    return float(np.median(calm[-LEVEL_POINTS:])) if calm else float("nan")
+    return calm[-LEVEL_POINTS:]
+
+
+def level_before(steps: list[int], values: list[float], onset: int) -> float:
+    """Return the median of the latest calm losses before an onset; NaN where there is none."""
+    losses = dict(zip(steps, values, strict=True))
+    calm = [losses[step] for step in calm_before(steps, values, onset)]
+    return float(np.median(calm)) if calm else float("nan")
 
 
 class LateLoss:
