@@ -208,3 +208,49 @@ def step(training: Training, batch: Batch) -> Tensor:
     (loss + (batch["term"] * harmed).sum()).backward()
     training.optimizer.step()
     return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCase(DelayCase):
+    """One far clamp behind two spikes: a long one, in which some tokens are rare, and that of all.
+
+    In the long one nothing is learnt, so that the weights stay as bent as they are.
+    """
+
+    through: Through = "grad_output"
+    delay: int = 16
+    seed: int = 11
+    long: range = range(50, 58)
+    rare_then: int = 24
+
+    def batch(self, teacher: Branches, number: int) -> Batch:
+        faster = 3.0 if number >= self.harm else 1.0
+        rate = 0.0 if number in self.long else faster
+        return {**super().batch(teacher, number), "rate": torch.tensor(rate)}
+
+    def _rare(self, number: int) -> int:
+        return self.rare_then if number in self.long else super()._rare(number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftCase(DelayCase):
+    """A far clamp behind a spike on top of a loss that rose for good, 72 steps earlier."""
+
+    through: Through = "grad_output"
+    delay: int = 12
+    seed: int = 3
+    before: int = 40
+    risen: int = 28
+
+    @property
+    def spike(self) -> int:
+        return SPIKE + self.before
+
+    def batches(self) -> Iterator[Batch]:
+        teacher = Branches(self)
+        for number in range(self.before + STEPS):
+            batch = self.batch(teacher, number - self.before)
+            if number >= self.risen:
+                generator = torch.Generator().manual_seed(number)
+                batch["target"] += NOISE * torch.randn(TOKENS, WIDTH, generator=generator)
+            yield batch

@@ -18,7 +18,7 @@ from unclamp.explain.script import changes_of
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import read_all_facts, read_snapshot
 from unclamp.explain.training import Build, Step, keeping_random_state
-from unclamp.explain.watch import calm_before, level_before, trains
+from unclamp.explain.watch import level_before, trains
 from unclamp.runlog import RunLog, starting_no_run
 
 LEAD = 4
@@ -78,7 +78,7 @@ def explain_spike(
             snapshot,
             spike=chosen,
             level=level_before(steps, losses, chosen.onset),
-            calm=calm_before(steps, losses, chosen.onset),
+            spikes=spikes,
             run=run,
             older=earlier_snapshots([*found], snapshot),
             clamped_before=partial(clamped_before, run),

@@ -40,6 +40,7 @@ from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.start import Start
 from unclamp.explain.training import Step, Training
 from unclamp.explain.underflow import find_underflow, underflowing_sites
+from unclamp.explain.watch import calm_steps
 
 MAX_STEPS = 8
 """Steps of a spike that count: later ones are consequences of consequences."""
@@ -52,7 +53,7 @@ def investigate(
     *,
     spike: Spike,
     level: float,
-    calm: Sequence[int],
+    spikes: Sequence[Spike],
     run: Path,
     older: Iterable[Snapshot] = (),
     clamped_before: Callable[[int], Clamped] | None = None,
@@ -68,7 +69,7 @@ def investigate(
         snapshot: Of a step at or before the spike's onset.
         spike: The spike.
         level: The loss that it rises from; NaN where no calm step comes before it.
-        calm: The latest steps before it that lie in no spike.
+        spikes: All spikes of the loss: a step in another one is not calm.
         run: Where RUN/explain-<onset>.json and the cache of answers go.
         older: Snapshots of earlier steps with all batches up to the spike, the latest first.
         clamped_before: What the run's log says was clamped before a step; None if not known.
@@ -83,7 +84,7 @@ def investigate(
         ReplayError: The snapshot does not reach the spike or does not fit the training.
     """
     asked = _Investigation(
-        training, step, snapshot, spike, level, calm, run, limits, notes, on_progress
+        training, step, snapshot, spike, level, spikes, run, limits, notes, on_progress
     )
     return asked.run(older, clamped_before)
 
@@ -96,7 +97,7 @@ class _Investigation:
         snapshot: Snapshot,
         spike: Spike,
         level: float,
-        calm: Sequence[int],
+        spikes: Sequence[Spike],
         run: Path,
         limits: Limits,
         notes: Sequence[str],
@@ -110,7 +111,7 @@ class _Investigation:
         last = min(spike.end, spike.onset + MAX_STEPS - 1, snapshot.last_step)
         self._training, self._step, self._run, self._limits = training, step, run, limits
         self._window = Window(first=spike.onset, last=last, level=level)
-        self._calm = calm
+        self._spikes = spikes
         found = Explanation(
             run=str(run),
             onset=spike.onset,
@@ -203,8 +204,12 @@ class _Investigation:
         """
         if self._limits.replays - self._findings.replays < 2:
             raise BudgetSpent
-        calm = tuple(n for n in self._calm if n >= snapshot.step)
-        return self._begin(snapshot, replace(self._window, calm=calm))
+        calm = self._calm_from(snapshot.step)
+        return self._begin(snapshot, replace(self._window, calm=tuple(calm)))
+
+    def _calm_from(self, step: int) -> list[int]:
+        """Return the steps by which a replay from a step tells a better training from a spike."""
+        return calm_steps(range(step, self._window.first), self._spikes)
 
     def _from(self, start: Start) -> None:
         """Ask from this start on, within what is left of the budget."""
@@ -277,7 +282,7 @@ class _Investigation:
             clamped_before=clamped_before,
             begin=self._begin_earlier,
             on_answer=lambda horizon: findings.publish(horizon=horizon),
-            is_measurable=lambda step: any(n >= step for n in self._calm),
+            is_measurable=lambda step: bool(self._calm_from(step)),
         )
         backwards.ask(older)
         self._from(backwards.best.start)

@@ -329,7 +329,11 @@ class Snapshots:
             sites=[site.to_dict() for site in explanation.sites[:EVENT_SITES]],
         )
         override = explanation.override
-        if override is None or not _mends(override.removed, override.added) or self._rewinds_left <= 0:
+        if (
+            override is None
+            or not _mends(override.removed, override.added)
+            or self._rewinds_left <= 0
+        ):
             return None
         self._rewinds_left -= 1
         if explanation.snapshot_step != start:
@@ -363,7 +367,7 @@ class Snapshots:
                 snapshot,
                 spike=self._watch.spike_at(onset),
                 level=self._watch.level_before(onset),
-                calm=self._watch.calm_before(onset),
+                spikes=self._watch.spikes,
                 run=self._path,
                 older=older,
                 limits=Limits(replays=self._replays),

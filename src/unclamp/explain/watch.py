@@ -1,6 +1,6 @@
 """Losses as they come: read without making a GPU wait, and watched for spikes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -62,18 +62,18 @@ class SpikeWatch:
         self._number = self._detector.spike
         return self._is_open and (not was_open or self._number > number >= 0)
 
+    @property
+    def spikes(self) -> list[Spike]:
+        """All spikes, as far as they are known."""
+        return find_spikes(self._values, steps=self._steps)
+
     def spike_at(self, onset: int) -> Spike:
         """Return the spike that began at a step, as far as it is known."""
-        spikes = find_spikes(self._values, steps=self._steps)
-        return next(spike for spike in spikes if spike.onset == onset)
+        return next(spike for spike in self.spikes if spike.onset == onset)
 
     def level_before(self, onset: int) -> float:
         """Return the level that the spike rises from."""
         return level_before(self._steps, self._values, onset)
-
-    def calm_before(self, onset: int) -> list[int]:
-        """Return the steps whose losses are that level."""
-        return calm_before(self._steps, self._values, onset)
 
     def forget_from(self, step: int) -> None:
         """Drop losses from a step on: they will come again."""
@@ -84,21 +84,23 @@ class SpikeWatch:
             self._judge(value)
 
 
-def calm_before(steps: list[int], values: list[float], onset: int) -> list[int]:
-    """Return the latest steps before an onset that lie in no spike: `LEVEL_POINTS` at most."""
-    spikes = find_spikes(values, steps=steps)
+def calm_steps(steps: Iterable[int], spikes: Sequence[Spike]) -> list[int]:
+    """Return the latest of steps that lie in no spike: `LEVEL_POINTS` at most.
+
+    A spike that has lasted `SETTLED` steps is the new level, to the detector and here.
+    """
     calm = [
         step
         for step in steps
-        if step < onset and not any(spike.onset <= step <= spike.end for spike in spikes)
+        if not any(s.onset <= step <= min(s.end, s.onset + SETTLED - 1) for s in spikes)
     ]
     return calm[-LEVEL_POINTS:]
 
 
 def level_before(steps: list[int], values: list[float], onset: int) -> float:
     """Return the median of the latest calm losses before an onset; NaN where there is none."""
-    losses = dict(zip(steps, values, strict=True))
-    calm = [losses[step] for step in calm_before(steps, values, onset)]
+    losses = {n: loss for n, loss in zip(steps, values, strict=True) if n < onset}
+    calm = [losses[step] for step in calm_steps(losses, find_spikes(values, steps=steps))]
     return float(np.median(calm)) if calm else float("nan")
 
 
