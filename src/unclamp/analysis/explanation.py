@@ -99,11 +99,15 @@ class Explanation(Shown):
         clamped_sites: How many sites clamped, or would have.
         override: The recommended change of the recipe.
         counterfactuals: The loss of each step under each replay.
-        replays: Replays so far.
+        replays: Replays so far, from whatever snapshot.
         budget: Most replays allowed.
+        steps: Steps of all replays together: one from an older snapshot takes more of them. 0 of
+            an earlier version.
         replay_s: Seconds of all replays.
         step_s: Seconds of one step of a replay.
         notes: What else a reader must know.
+        identity: What identifies the question, whatever the budget: an answer to another one
+            replaces this one; empty if any does.
     """
 
     run: str
@@ -131,9 +135,11 @@ class Explanation(Shown):
     counterfactuals: tuple[Counterfactual, ...] = ()
     replays: int = 0
     budget: int = 0
+    steps: int = 0
     replay_s: float = 0.0
     step_s: float = 0.0
     notes: tuple[str, ...] = ()
+    identity: str = ""
 
     @property
     def named(self) -> list[SiteName]:
@@ -205,9 +211,11 @@ class Explanation(Shown):
             counterfactuals=tuple(map(Counterfactual.from_dict, read.items("counterfactuals"))),
             replays=read.whole("replays", 0),
             budget=read.whole("budget", 0),
+            steps=read.whole("steps", 0),
             replay_s=read.number("replay_s", 0.0),
             step_s=read.number("step_s", 0.0),
             notes=read.texts("notes"),
+            identity=read.text("identity", ""),
         )
 
     # ---- in words --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from unclamp.explain.game import BudgetSpent, Game
 from unclamp.explain.limits import Limits
 from unclamp.explain.noise import LEAST_SHARE, Noise
 from unclamp.explain.players import Player, joined
-from unclamp.explain.screening import Screening, free_gradients
+from unclamp.explain.screening import screened
 from unclamp.explain.shapley import Shares, exact_shares, sampled_pair, shares_of_pairs
 
 ENOUGH = 0.9
@@ -102,14 +102,8 @@ class Attribution:
         findings, replay = self._findings, self._game.replay
         if self._kind != "unclamped":
             return sorted(players, key=lambda p: (-findings.underflow(p), p.name))
-        if self._game.spent >= self._game.budget:
-            raise BudgetSpent
-        self._game.budget -= 1  # the pass is a replay, though none whose answer is kept
-        screening = Screening(replay.training.model)
-        changes = free_gradients(replay)
-        replay.run(changes, last=self._game.window.last, watching=screening.watching)
-        findings.extra_replays += 1
-        findings.effects = screening.effects
+        game = self._game
+        findings.effects = game.screen(lambda: screened(replay, last=game.window.last)).effects
         findings.publish()
         by_effect = sorted(players, key=lambda p: (-abs(findings.effect(p) or 0.0), p.name))
         by_error = sorted(players, key=lambda p: (-findings.clamp_error(p), p.name))

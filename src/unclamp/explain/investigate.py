@@ -37,7 +37,7 @@ from unclamp.explain.players import Player, group_sites
 from unclamp.explain.remedy import recommend
 from unclamp.explain.replay import Trace, same_losses
 from unclamp.explain.snapshot import Snapshot
-from unclamp.explain.start import Start
+from unclamp.explain.start import Start, identity_of
 from unclamp.explain.training import Step, Training
 from unclamp.explain.underflow import find_underflow, underflowing_sites
 from unclamp.explain.watch import LEVEL_POINTS
@@ -115,6 +115,7 @@ class _Investigation:
             kind=spike.kind,
             snapshot_step=snapshot.step,
             budget=limits.replays,
+            identity=identity_of(snapshot, self._window, limits),
             notes=tuple(notes),
             others={},
             underflowed={},
@@ -126,8 +127,13 @@ class _Investigation:
     def run(
         self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
     ) -> Explanation:
-        """Ask until all is answered, the budget is spent or Ctrl-C comes."""
+        """Ask until all is answered, the budget is spent or Ctrl-C comes.
+
+        Nothing is asked for less than a whole answer from before has cost.
+        """
         findings = self._findings
+        if (stored := findings.stored()) is not None:
+            return stored
         try:
             try:
                 self._ask(older, clamped_before)
@@ -136,10 +142,9 @@ class _Investigation:
                     f"The budget of {self._limits.replays} replays is spent; a larger one goes on "
                     "from here."
                 )
-            findings.publish(status="finished")
+            return findings.end("finished")
         except KeyboardInterrupt:
-            findings.publish(status="interrupted")
-        return findings.found
+            return findings.end("interrupted")
 
     def _ask(
         self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
