@@ -4,7 +4,6 @@ An answer that was written before is replaced only by one that asked more, or so
 """
 
 import json
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -167,9 +167,7 @@ class _Investigation:
 
     def _attribute(self, kind: Change, players: list[Player], whole: float, noise: Noise) -> None:
         """Find who caused how much, and the smallest set that mends it."""
-        attribution = Attribution(
-            self._game, self._findings, self._limits, kind=kind, whole=whole, noise=noise
-        )
+        attribution = Attribution(self._game, self._findings, self._limits, kind=kind, whole=whole)
         causes = attribution.share_out(players)
         recipe = recipe_of(self._snapshot.facts)
         recommend(self._game, self._findings, kind, causes, whole=whole, noise=noise, recipe=recipe)
