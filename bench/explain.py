@@ -3,8 +3,8 @@
 The truth is found without a replay: each case is trained from its start with every subset of the
 planted sites un-clamped by the recipe. The true set is the smallest that removes 90 % of what the
 planted sites cause together. `python -m bench.explain` runs all cases, and with `--only delayed`
-those with that in their name; `--table underflow`, `nulls`, `families` or `chaos` runs cases that the others
-have not.
+those with that in their name; `--table underflow`, `nulls`, `families` or `chaos` runs cases that
+the others have not.
 """
 
 import argparse

@@ -142,11 +142,14 @@ class Underflow:
             at which that takes away most of the rise, and un-clamping alone does not.
         elevated: In how many steps of the spike the loss is above the level.
         removed: Share of the rise of those steps together.
+        share: Share of the rise of all elevated steps that goes beyond what goes with nothing
+            clamped, at those steps and at those that un-clamping mends; None of an earlier version.
     """
 
     by_step: Mapping[int, float]
     elevated: int
     removed: float
+    share: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; what JSON has no number for is still a number."""
@@ -164,6 +167,7 @@ class Underflow:
             by_step=_by_step(read, "by_step"),
             elevated=read.whole("elevated"),
             removed=read.number("removed"),
+            share=read.maybe_number("share"),
         )
 
 

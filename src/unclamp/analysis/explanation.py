@@ -42,6 +42,7 @@ Verdict = Literal[
     "partly clamping",
     "not clamping",
     "underflow",
+    "clamping and underflow",
     "cannot tell",
     "not reproduced",
     "unknown",
@@ -88,7 +89,9 @@ class Explanation(Shown):
         verdict: What follows from it, as far back as the horizon.
         horizon: From which steps on nothing clamped in the replays, and what clamped before; None
             before it was asked, and from an earlier version.
-        underflow: The steps at which it does harm; None where it does not, or was not asked.
+        underflow: The steps at which it does harm; None where it does not, or was not asked. With
+            the verdict "clamping and underflow" its `share` is the one, and `clamping_share` the
+            other.
             Where it is the verdict, shares of sites, of the override and of counterfactuals are
             of these steps.
         others: Shares gone under other questions: "blocks" (next to nothing underflows),
@@ -153,7 +156,10 @@ class Explanation(Shown):
 
     @property
     def stated(self) -> str:
-        """The verdict for people: a negative one holds from a step on."""
+        """The verdict for people: a negative one holds from a step on, of two causes with both."""
+        if self.verdict == "clamping and underflow" and self.underflow and self.clamping_share:
+            shares = percent(self.clamping_share), percent(self.underflow.share or 0.0)
+            return f"clamping ({shares[0]}) and underflow ({shares[1]})"
         if self.verdict != "not clamping":
             return self.verdict
         return f"not clamping from step {self.first_step} on"
@@ -270,6 +276,8 @@ class Explanation(Shown):
             parts.append(self.horizon.before())
         if self.clamped_sites:
             parts.append(f"{counted(self.clamped_sites, 'site')} clamped, or would have.")
+        if self.verdict == "clamping and underflow":
+            return [*parts, *self._about_others(), *self._about_both(), *self._about_sites()]
         parts += self._about_sites()
         return parts + self._about_others()
 
@@ -294,6 +302,17 @@ class Explanation(Shown):
             f"{counted(found.elevated, 'step')} above the level, {percent(found.removed)} of the "
             "rise goes in blocks and un-clamping does not help: underflow is the cause there.",
             *self._about_sites("of the rise of these steps"),
+        ]
+
+    def _about_both(self) -> list[str]:
+        """Say what underflow does beside clamping."""
+        found = self.underflow
+        if found is None or found.share is None:
+            return []
+        return [
+            f"In blocks {percent(found.share)} of it goes beyond what goes with nothing clamped, "
+            f"also at {listed_steps(found.by_step)}, which un-clamping does not mend: underflow is "
+            "a cause too."
         ]
 
     def _told_by_step(self, kind: QuestionKind) -> list[str]:
@@ -369,8 +388,8 @@ class Explanation(Shown):
             which = "either" if len(override.instead) == 1 else "any one"
             is_whole = (override.removed or 0.0) >= CLAMPING
             does = "does too" if is_whole else "removes as much"
-            change = "Putting" if self.verdict == "underflow" else "Un-clamping"
-            into = " into blocks" if self.verdict == "underflow" else ""
+            is_in_blocks = self.verdict in ("underflow", "clamping and underflow")
+            change, into = ("Putting", " into blocks") if is_in_blocks else ("Un-clamping", "")
             alone = f": {which} alone {'removes it' if is_whole else 'does'}"
             parts.append(f"{change} {others}{into} in its place {does}{alone}.")
         return parts

@@ -92,18 +92,20 @@ class Attribution:
     def _ranked(self, players: list[Player]) -> list[Player]:
         """Return players by first-order effect, and every third by clamp error instead.
 
-        Those that underflow are ranked by how much of them does, which costs no replay.
+        Where they may underflow, by how much of them does, and every third by clamp error; this
+        costs no replay.
 
         Raises:
             BudgetSpent: No replay is left.
         """
         findings, replay = self._findings, self._game.replay
-        if self._kind != "unclamped":
-            return sorted(players, key=lambda p: (-findings.underflow(p), p.name))
-        game = self._game
-        findings.effects = game.screen(lambda: screened(replay, last=game.window.last)).effects
-        findings.publish()
-        by_effect = sorted(players, key=lambda p: (-abs(findings.effect(p) or 0.0), p.name))
+        if self._kind == "unclamped":
+            game = self._game
+            findings.effects = game.screen(lambda: screened(replay, last=game.window.last)).effects
+            findings.publish()
+            by_effect = sorted(players, key=lambda p: (-abs(findings.effect(p) or 0.0), p.name))
+        else:
+            by_effect = sorted(players, key=lambda p: (-findings.underflow(p), p.name))
         by_error = sorted(players, key=lambda p: (-findings.clamp_error(p), p.name))
         turns: dict[Player, int] = {}
         for n, player in enumerate(by_effect):
