@@ -47,6 +47,7 @@ def test_of_two_causes_both_are_named_with_their_shares(case: BothCase, tmp_path
     assert found.verdict == "clamping and underflow"
     assert found.clamping_share == pytest.approx(clamping, abs=0.03)
     assert found.underflow is not None
+    assert found.underflow.share is not None
     assert found.underflow.share == pytest.approx(underflow, abs=0.03)
     shares = {SiteName(row.fqn, row.role): row.share for row in found.sites if row.role != "*"}
     assert shares[case.clamping] == pytest.approx(clamping, abs=0.03)
@@ -78,7 +79,7 @@ def test_where_one_is_next_to_nothing_the_other_is_the_cause(tmp_path: Path) -> 
     """A clamp that the loss hardly reads, beside underflow; and the other way round."""
     for case, verdict in (
         (BothCase(weight=0.1, seed=7), "underflow"),
-        (BothCase(weight=20.0, seed=8), "clamping"),
+        (BothCase(weight=2.5, parts=(0.3,), seed=8), "clamping"),
     ):
         losses, found = explained(case, tmp_path / f"run-{verdict}")
         free = trained(case, {case.clamping: FREE})

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from scipy.special import ndtr
 
 from unclamp.explain.game import BudgetSpent, Game
@@ -111,7 +111,13 @@ def family_factor(placebos: int, sites: int) -> float:
         beside = weights @ alone
         return float(1 - weights @ (largest * alone) @ beside)
 
-    return float(brentq(lambda factor: passing(factor) - RATE, 0.1, MOST_FACTOR, xtol=1e-3))
+    found = root_scalar(
+        lambda factor: passing(factor) - RATE,
+        bracket=(0.1, MOST_FACTOR),
+        method="brentq",
+        xtol=1e-3,
+    )
+    return float(found.root)
 
 
 def placebo_noise(game: Game, *, sites: int = 0) -> Noise:
