@@ -16,6 +16,13 @@ from unclamp.names import ROLES, Role, SiteName
 
 ScalingName = Literal["dynamic", "guarded", "short history", "blocks"]
 """What may be recommended; "short history" is delayed scaling that remembers one update."""
+SCALED: Mapping[ScalingName, str] = {
+    "dynamic": "dynamic",
+    "guarded": "guarded",
+    "short history": "delayed with a history of one update",
+    "blocks": "dynamic with a scale for every 32 elements",
+}
+"""Recommended scalings for people."""
 Change = Literal["unclamped", "dynamic", "guarded", "short history", "blocks", "high_precision"]
 QuestionKind = Literal["actual", "placebo"] | Change
 KINDS: tuple[QuestionKind, ...] = ("actual", "placebo", *get_args(Change))

@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
+from unclamp.analysis.blame import CLAMPING, NOT_CLAMPING, part_of_cause, part_of_fp8
+from unclamp.analysis.blame import MOST as MOST
 from unclamp.analysis.counterfactual import (
     ACTUAL,
     PASTE,
+    SCALED,
     Counterfactual,
     Override,
     Question,
     QuestionKind,
-    ScalingName,
     SiteShare,
     Underflow,
 )
@@ -49,19 +51,6 @@ Verdict = Literal[
 ]
 Status = Literal["running", "finished", "interrupted"]
 
-CLAMPING = 0.9
-"""Least share of a spike that goes with the clamps for clamping to be the cause."""
-MOST = 0.5
-"""Least share for it to be most of the cause; below it is a part."""
-NOT_CLAMPING = 0.1
-"""A spike of which less goes with the clamps has another cause."""
-SCALED: Mapping[ScalingName, str] = {
-    "dynamic": "dynamic",
-    "guarded": "guarded",
-    "short history": "delayed with a history of one update",
-    "blocks": "dynamic with a scale for every 32 elements",
-}
-"""Recommended scalings for people."""
 TOLD_NOISE = 0.05
 """Chaos is told where placebos move more."""
 SHOWN_SITES = 4
@@ -269,7 +258,7 @@ class Explanation(Shown):
             return [*parts, *self._about_others(), *rest]
         if self.verdict == "cannot tell":
             return [f"{self._free(share)}.", *self._about_noise(), *self._about_others()]
-        said = f"{self._free(share)}: clamping is {_part(share)}."
+        said = f"{self._free(share)}: clamping is {part_of_cause(share)}."
         parts = [*self._about_start(), said, *self._told_by_step("unclamped")]
         parts += self._about_noise()
         if self.horizon is not None and self.horizon.stop not in ("", "found"):
@@ -357,7 +346,7 @@ class Explanation(Shown):
 
     def _blame(self, share: float) -> str:
         is_part = self._is_partly_clamped(share)
-        return f"clamping is {_part(share)}" if is_part else "clamping is not the cause"
+        return f"clamping is {part_of_cause(share)}" if is_part else "clamping is not the cause"
 
     def _free(self, share: float) -> str:
         """Return what goes with nothing clamped, from the start that the answer is about."""
@@ -406,21 +395,9 @@ class Explanation(Shown):
         if "high_precision" in self.others:
             share = self.others["high_precision"]
             told = self._told_by_step("high_precision")
-            meaning = "" if told else f": {_fp8(share)}"
+            meaning = "" if told else f": {part_of_fp8(share)}"
             parts += [f"In high precision everywhere {gone(share)}{meaning}.", *told]
         return parts
-
-
-def _part(share: float) -> str:
-    if share >= CLAMPING:
-        return "the cause"
-    return "most of the cause" if share >= MOST else "a part of the cause"
-
-
-def _fp8(share: float) -> str:
-    if share >= CLAMPING:
-        return "it is FP8"
-    return "most of it is FP8" if share >= MOST else "most of it is not FP8 at all"
 
 
 def _kind_before(read: Reading) -> SpikeKind:
