@@ -3,8 +3,8 @@
 The truth is found without a replay: each case is trained from its start with every subset of the
 planted sites un-clamped by the recipe. The true set is the smallest that removes 90 % of what the
 planted sites cause together. `python -m bench.explain` runs all cases, and with `--only delayed`
-those with that in their name; `--table underflow`, `nulls` or `chaos` runs cases that the others
-have not.
+those with that in their name; `--table underflow`, `nulls`, `families` or `chaos` runs cases that
+the others have not.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 
 import unclamp
 from bench.chaos import chaos
-from bench.nulls import nulls
+from bench.nulls import families, nulls
 from bench.timing import compare
 from bench.underflow import underflow
 from truths.delays import RATES, DelayCase, Through
@@ -40,7 +40,7 @@ from unclamp.study.loop import build, do_step, tokenize
 
 ENOUGH = 0.9
 AnyCase = Case | LlamaCase | DelayCase
-OTHER_TABLES = {"underflow": underflow, "nulls": nulls, "chaos": chaos}
+OTHER_TABLES = {"underflow": underflow, "nulls": nulls, "families": families, "chaos": chaos}
 HARMLESS = ((0.0,), (0.0,))
 """Paths whose outlier meets a column of zeros."""
 

@@ -1,10 +1,13 @@
 """How often is chaos taken for a cause, and how often does an interval hold? 200 replays each.
 
 Trainings at the edge of stability with a bad batch, among decoys that clamp: whatever moves there
-is noise. A *null replay* is one more placebo, or a decoy un-clamped.
-`python -m bench.explain --table nulls`.
+is noise. A *null replay* is one more placebo, or a decoy un-clamped. `families` asks how often some
+of ten sites without effect would pass: one more placebo stands for each un-clamped alone, and what
+a repetition of the replay with nothing clamped moves for each clamped alone.
+`python -m bench.explain --table nulls`, or `families`.
 """
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 from truths.chaos import ChaosCase
 from truths.trainings import SPIKE, record
 from unclamp.explain.game import Window
-from unclamp.explain.noise import Noise
+from unclamp.explain.noise import Noise, family_factor
 from unclamp.explain.start import Start
 from unclamp.explain.store import find_snapshots, read_facts, read_snapshot
 from unclamp.explain.watch import level_before
@@ -21,6 +24,7 @@ from unclamp.policy import unclamped
 RUNS = 20
 EACH = 10
 PLACEBOS = 19
+FAMILIES = 18
 FIRST_SEED = 1000
 """No case of the tests or of other tables has seeds from here on."""
 
@@ -104,11 +108,31 @@ def nulls() -> None:
         )
 
 
-def _pairs() -> Iterator[tuple[Start, Start]]:
-    for n in range(RUNS):
+def families() -> None:
+    """Print the table of docs/explain.md on families of sites."""
+    beyond = {count: [0, 0] for count in (2, 5, PLACEBOS)}
+    tried = 0
+    for start in itertools.chain.from_iterable(_pairs(FAMILIES // 2, apart=50)):
+        moved = tuple(placebos_of(start, PLACEBOS + EACH))
+        most = max(map(abs, (*moved[PLACEBOS:], *repeated_of(start))))
+        tried += 1
+        for count, passed in beyond.items():
+            noise = Noise(moved=moved[:count])
+            passed[0] += most > noise.limit
+            passed[1] += most > family_factor(count, EACH) * noise.largest
+        print(f"{tried} of {FAMILIES}: {beyond}", flush=True)
+    print(f"\n{tried} trainings, {EACH} sites each, asked both ways")
+    print("\n| placebos | some site passes, each judged for itself | judged together |")
+    print("|---|---|---|")
+    for count, (single, together) in beyond.items():
+        print(f"| {count} | {single} of {tried} | {together} of {tried} |")
+
+
+def _pairs(runs: int = RUNS, *, apart: int = RUNS) -> Iterator[tuple[Start, Start]]:
+    for n in range(runs):
         seed = FIRST_SEED + n
         bad = ChaosCase(seed=seed, other="bad batch", paths=((0.0,), (0.0,)), decoys=3, amount=0.5)
-        clamped = ChaosCase(seed=seed + RUNS, decoys=2, amount=0.5)
+        clamped = ChaosCase(seed=seed + apart, decoys=2, amount=0.5)
         with tempfile.TemporaryDirectory() as scratch:
             yield (
                 start_of(bad, Path(scratch) / "bad"),

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import unclamp
-from truths.trainings import SPIKE, STEPS, Case, explain, record
+from truths.trainings import SPIKE, STEPS, Case, counting_steps, explain, record
 from unclamp.errors import ReplayError, UnclampWarning
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
 from unclamp.explain.text import print_explanation
@@ -124,15 +124,10 @@ def test_a_larger_budget_goes_on_and_gives_what_it_would_have_given_at_once(
     small = explain(case, tmp_path / "one", replays=9)
     assert small.replays <= 9
     assert any("budget of 9 replays is spent" in note for note in small.notes)
-    steps: list[int] = []
-    larger = explain_spike(
-        tmp_path / "one",
-        build=partial(case.build),
-        step=case.step,
-        limits=Limits(replays=60),
-        on_progress=lambda found: steps.append(found.replays),
-    )
-    assert steps[0] >= 8  # nothing of it is asked again
+    with counting_steps() as done:
+        larger = explain(case, tmp_path / "one", replays=60)
+    again = small.steps // small.replays  # of the plain replay, which says whether others hold
+    assert done[0] == larger.steps - small.steps + again
     at_once = explain(case, tmp_path / "two", replays=60)
     assert [(s.name, s.share) for s in larger.sites] == [(s.name, s.share) for s in at_once.sites]
     assert larger.named == at_once.named == case.culprits
@@ -148,14 +143,9 @@ def test_answers_that_the_version_before_kept_are_used(tmp_path: Path) -> None:
     before = {one["question"]["name"]: one for one in kept}
     assert "unclamped: paths.0.1 input" in before
     cache.write_text(json.dumps({"answers": before}))
-    replays: list[int] = []
-    again = explain_spike(
-        run,
-        build=partial(case.build),
-        step=case.step,
-        on_progress=lambda found: replays.append(found.replays),
-    )
-    assert replays[0] == len(before)
+    with counting_steps() as done:
+        again = explain(case, run)
+    assert done == [2 * first.steps // first.replays]  # plain, and screening, which it did not keep
     assert again.sites == first.sites
 
 
@@ -165,6 +155,7 @@ def test_sampling_stays_within_the_budget_and_near_the_truth(tmp_path: Path) -> 
     record(case, tmp_path / "run")
     exact = explain(case, tmp_path / "run", replays=150)
     (tmp_path / "run" / "explain-cache").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / f"explain-{SPIKE}.json").unlink()
     sampled = explain(case, tmp_path / "run", replays=60)
     assert sampled.replays <= 60
     truth = {site.name: site.share for site in exact.sites if site.named}

@@ -8,6 +8,7 @@ lie side by side in the target: parallel causes. A *decoy* is a path whose resul
 zero: it clamps as much, and harms nothing.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -230,6 +231,21 @@ def losses_with(case: AnyCase, unclamped: list[SiteName]) -> list[float]:
 def explain(case: AnyCase, run: Path, **limits: Any) -> Explanation:
     """Explain the spike of a recorded case, within limits as those of `Limits`."""
     return explain_spike(run, build=partial(case.build), step=case.step, limits=Limits(**limits))
+
+
+@contextlib.contextmanager
+def counting_steps() -> Iterator[list[int]]:
+    """Count the steps that are done in this context, by the forwards of `Paths`."""
+    done = [0]
+
+    def hear(module: nn.Module, *_: object) -> None:
+        done[0] += isinstance(module, Paths)
+
+    handle = nn.modules.module.register_module_forward_hook(hear)
+    try:
+        yield done
+    finally:
+        handle.remove()
 
 
 def default_build() -> Training:

@@ -16,6 +16,13 @@ from unclamp.names import ROLES, Role, SiteName
 
 ScalingName = Literal["dynamic", "guarded", "short history", "blocks"]
 """What may be recommended; "short history" is delayed scaling that remembers one update."""
+SCALED: Mapping[ScalingName, str] = {
+    "dynamic": "dynamic",
+    "guarded": "guarded",
+    "short history": "delayed with a history of one update",
+    "blocks": "dynamic with a scale for every 32 elements",
+}
+"""Recommended scalings for people."""
 Change = Literal["unclamped", "dynamic", "guarded", "short history", "blocks", "high_precision"]
 QuestionKind = Literal["actual", "placebo"] | Change
 KINDS: tuple[QuestionKind, ...] = ("actual", "placebo", *get_args(Change))
@@ -142,11 +149,14 @@ class Underflow:
             at which that takes away most of the rise, and un-clamping alone does not.
         elevated: In how many steps of the spike the loss is above the level.
         removed: Share of the rise of those steps together.
+        share: Share of the rise of all elevated steps that goes beyond what goes with nothing
+            clamped, at those steps and at those that un-clamping mends; None of an earlier version.
     """
 
     by_step: Mapping[int, float]
     elevated: int
     removed: float
+    share: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; what JSON has no number for is still a number."""
@@ -164,6 +174,7 @@ class Underflow:
             by_step=_by_step(read, "by_step"),
             elevated=read.whole("elevated"),
             removed=read.number("removed"),
+            share=read.maybe_number("share"),
         )
 
 

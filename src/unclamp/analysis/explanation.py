@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
+from unclamp.analysis.blame import CLAMPING, NOT_CLAMPING, part_of_cause, part_of_fp8
+from unclamp.analysis.blame import MOST as MOST
 from unclamp.analysis.counterfactual import (
     ACTUAL,
     PASTE,
+    SCALED,
     Counterfactual,
     Override,
     Question,
     QuestionKind,
-    ScalingName,
     SiteShare,
     Underflow,
 )
@@ -42,25 +44,13 @@ Verdict = Literal[
     "partly clamping",
     "not clamping",
     "underflow",
+    "clamping and underflow",
     "cannot tell",
     "not reproduced",
     "unknown",
 ]
 Status = Literal["running", "finished", "interrupted"]
 
-CLAMPING = 0.9
-"""Least share of a spike that goes with the clamps for clamping to be the cause."""
-MOST = 0.5
-"""Least share for it to be most of the cause; below it is a part."""
-NOT_CLAMPING = 0.1
-"""A spike of which less goes with the clamps has another cause."""
-SCALED: Mapping[ScalingName, str] = {
-    "dynamic": "dynamic",
-    "guarded": "guarded",
-    "short history": "delayed with a history of one update",
-    "blocks": "dynamic with a scale for every 32 elements",
-}
-"""Recommended scalings for people."""
 TOLD_NOISE = 0.05
 """Chaos is told where placebos move more."""
 SHOWN_SITES = 4
@@ -88,7 +78,9 @@ class Explanation(Shown):
         verdict: What follows from it, as far back as the horizon.
         horizon: From which steps on nothing clamped in the replays, and what clamped before; None
             before it was asked, and from an earlier version.
-        underflow: The steps at which it does harm; None where it does not, or was not asked.
+        underflow: The steps at which it does harm; None where it does not, or was not asked. With
+            the verdict "clamping and underflow" its `share` is the one, and `clamping_share` the
+            other.
             Where it is the verdict, shares of sites, of the override and of counterfactuals are
             of these steps.
         others: Shares gone under other questions: "blocks" (next to nothing underflows),
@@ -99,11 +91,15 @@ class Explanation(Shown):
         clamped_sites: How many sites clamped, or would have.
         override: The recommended change of the recipe.
         counterfactuals: The loss of each step under each replay.
-        replays: Replays so far.
+        replays: Replays so far, from whatever snapshot.
         budget: Most replays allowed.
+        steps: Steps of all replays together: one from an older snapshot takes more of them. 0 of
+            an earlier version.
         replay_s: Seconds of all replays.
         step_s: Seconds of one step of a replay.
         notes: What else a reader must know.
+        identity: What identifies the question, whatever the budget: an answer to another one
+            replaces this one; empty if any does.
     """
 
     run: str
@@ -131,9 +127,11 @@ class Explanation(Shown):
     counterfactuals: tuple[Counterfactual, ...] = ()
     replays: int = 0
     budget: int = 0
+    steps: int = 0
     replay_s: float = 0.0
     step_s: float = 0.0
     notes: tuple[str, ...] = ()
+    identity: str = ""
 
     @property
     def named(self) -> list[SiteName]:
@@ -147,7 +145,10 @@ class Explanation(Shown):
 
     @property
     def stated(self) -> str:
-        """The verdict for people: a negative one holds from a step on."""
+        """The verdict for people: a negative one holds from a step on, of two causes with both."""
+        if self.verdict == "clamping and underflow" and self.underflow and self.clamping_share:
+            shares = percent(self.clamping_share), percent(self.underflow.share or 0.0)
+            return f"clamping ({shares[0]}) and underflow ({shares[1]})"
         if self.verdict != "not clamping":
             return self.verdict
         return f"not clamping from step {self.first_step} on"
@@ -205,9 +206,11 @@ class Explanation(Shown):
             counterfactuals=tuple(map(Counterfactual.from_dict, read.items("counterfactuals"))),
             replays=read.whole("replays", 0),
             budget=read.whole("budget", 0),
+            steps=read.whole("steps", 0),
             replay_s=read.number("replay_s", 0.0),
             step_s=read.number("step_s", 0.0),
             notes=read.texts("notes"),
+            identity=read.text("identity", ""),
         )
 
     # ---- in words --------------------------------------------------------------------------
@@ -258,13 +261,15 @@ class Explanation(Shown):
         if self.verdict == "unknown":
             before = [] if self.horizon is None else [self.horizon.before()]
             return [f"{self._free(share)}.", *self._about_noise(), *before, *self._about_others()]
-        said = f"{self._free(share)}: clamping is {_part(share)}."
+        said = f"{self._free(share)}: clamping is {part_of_cause(share)}."
         parts = [*self._about_start(), said, *self._told_by_step("unclamped")]
         parts += self._about_noise()
         if self.horizon is not None and self.horizon.stop not in ("", "found"):
             parts.append(self.horizon.before())
         if self.clamped_sites:
             parts.append(f"{counted(self.clamped_sites, 'site')} clamped, or would have.")
+        if self.verdict == "clamping and underflow":
+            return [*parts, *self._about_others(), *self._about_both(), *self._about_sites()]
         parts += self._about_sites()
         return parts + self._about_others()
 
@@ -289,6 +294,17 @@ class Explanation(Shown):
             f"{counted(found.elevated, 'step')} above the level, {percent(found.removed)} of the "
             "rise goes in blocks and un-clamping does not help: underflow is the cause there.",
             *self._about_sites("of the rise of these steps"),
+        ]
+
+    def _about_both(self) -> list[str]:
+        """Say what underflow does beside clamping."""
+        found = self.underflow
+        if found is None or found.share is None:
+            return []
+        return [
+            f"In blocks {percent(found.share)} of it goes beyond what goes with nothing clamped, "
+            f"also at {listed_steps(found.by_step)}, which un-clamping does not mend: underflow is "
+            "a cause too."
         ]
 
     def _told_by_step(self, kind: QuestionKind) -> list[str]:
@@ -332,7 +348,7 @@ class Explanation(Shown):
 
     def _blame(self, share: float) -> str:
         is_part = self._is_partly_clamped(share)
-        return f"clamping is {_part(share)}" if is_part else "clamping is not the cause"
+        return f"clamping is {part_of_cause(share)}" if is_part else "clamping is not the cause"
 
     def _free(self, share: float) -> str:
         """Return what goes with nothing clamped, from the start that the answer is about."""
@@ -363,8 +379,8 @@ class Explanation(Shown):
             which = "either" if len(override.instead) == 1 else "any one"
             is_whole = (override.removed or 0.0) >= CLAMPING
             does = "does too" if is_whole else "removes as much"
-            change = "Putting" if self.verdict == "underflow" else "Un-clamping"
-            into = " into blocks" if self.verdict == "underflow" else ""
+            is_in_blocks = self.verdict in ("underflow", "clamping and underflow")
+            change, into = ("Putting", " into blocks") if is_in_blocks else ("Un-clamping", "")
             alone = f": {which} alone {'removes it' if is_whole else 'does'}"
             parts.append(f"{change} {others}{into} in its place {does}{alone}.")
         return parts
@@ -381,27 +397,15 @@ class Explanation(Shown):
         if "high_precision" in self.others:
             share = self.others["high_precision"]
             told = self._told_by_step("high_precision")
-            meaning = "" if told else f": {_fp8(share)}"
+            meaning = "" if told else f": {part_of_fp8(share)}"
             parts += [f"In high precision everywhere {gone(share)}{meaning}.", *told]
         return parts
-
-
-def _part(share: float) -> str:
-    if share >= CLAMPING:
-        return "the cause"
-    return "most of the cause" if share >= MOST else "a part of the cause"
 
 
 def _on_top(override: Override) -> str:
     if percent(override.added) == "0 %":
         return ""
     return f", and adds {percent(override.added)} as much at other steps"
-
-
-def _fp8(share: float) -> str:
-    if share >= CLAMPING:
-        return "it is FP8"
-    return "most of it is FP8" if share >= MOST else "most of it is not FP8 at all"
 
 
 def _kind_before(read: Reading) -> SpikeKind:

@@ -39,7 +39,8 @@ def named_counterfactuals(found: Explanation) -> list[tuple[str, Counterfactual]
 
 def ways(verdict: Verdict | None) -> tuple[str, str]:
     """Return what a site is where it is mended and where it is not, after "only it"."""
-    return ("in blocks", "as it was") if verdict == "underflow" else ("free", "clamped")
+    is_mended_by_blocks = verdict in ("underflow", "clamping and underflow")
+    return ("in blocks", "as it was") if is_mended_by_blocks else ("free", "clamped")
 
 
 _WHOLE = {

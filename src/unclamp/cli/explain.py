@@ -24,7 +24,11 @@ def explain(
         ),
     ] = None,
     budget: Annotated[
-        int, typer.Option(help="Most replays; a larger one goes on where a smaller one ended.")
+        int,
+        typer.Option(
+            help="Most replays, however many steps each takes (from an older snapshot more); a "
+            "larger budget goes on where a smaller one ended."
+        ),
     ] = 100,
     group: Annotated[
         str, typer.Option(help="What is un-clamped together: site, layer, role or projection.")

@@ -15,9 +15,9 @@ from unclamp.analysis.counterfactual import Change
 from unclamp.explain.findings import Findings
 from unclamp.explain.game import BudgetSpent, Game
 from unclamp.explain.limits import Limits
-from unclamp.explain.noise import LEAST_SHARE, Noise
+from unclamp.explain.noise import LEAST_SHARE, placebo_noise
 from unclamp.explain.players import Player, joined
-from unclamp.explain.screening import Screening, free_gradients
+from unclamp.explain.screening import screened
 from unclamp.explain.shapley import Shares, exact_shares, sampled_pair, shares_of_pairs
 
 ENOUGH = 0.9
@@ -41,7 +41,6 @@ class Attribution:
         limits: How much to ask.
         kind: How sites are mended.
         whole: Share that is gone with all of them mended: what there is to share out.
-        noise: What placebos move.
     """
 
     def __init__(
@@ -52,11 +51,10 @@ class Attribution:
         *,
         kind: Change,
         whole: float,
-        noise: Noise,
     ) -> None:
         self._game, self._findings, self._limits = game, findings, limits
         self._kind: Change = kind
-        self._whole, self._noise = whole, noise
+        self._whole = whole
         self._ways: dict[Player, Ways] = {}
 
     def share_out(self, players: list[Player]) -> list[Player]:
@@ -94,24 +92,20 @@ class Attribution:
     def _ranked(self, players: list[Player]) -> list[Player]:
         """Return players by first-order effect, and every third by clamp error instead.
 
-        Those that underflow are ranked by how much of them does, which costs no replay.
+        Where they may underflow, by how much of them does, and every third by clamp error; this
+        costs no replay.
 
         Raises:
             BudgetSpent: No replay is left.
         """
         findings, replay = self._findings, self._game.replay
-        if self._kind != "unclamped":
-            return sorted(players, key=lambda p: (-findings.underflow(p), p.name))
-        if self._game.spent >= self._game.budget:
-            raise BudgetSpent
-        self._game.budget -= 1  # the pass is a replay, though none whose answer is kept
-        screening = Screening(replay.training.model)
-        changes = free_gradients(replay)
-        replay.run(changes, last=self._game.window.last, watching=screening.watching)
-        findings.extra_replays += 1
-        findings.effects = screening.effects
-        findings.publish()
-        by_effect = sorted(players, key=lambda p: (-abs(findings.effect(p) or 0.0), p.name))
+        if self._kind == "unclamped":
+            game = self._game
+            findings.effects = game.screen(lambda: screened(replay, last=game.window.last)).effects
+            findings.publish()
+            by_effect = sorted(players, key=lambda p: (-abs(findings.effect(p) or 0.0), p.name))
+        else:
+            by_effect = sorted(players, key=lambda p: (-findings.underflow(p), p.name))
         by_error = sorted(players, key=lambda p: (-findings.clamp_error(p), p.name))
         turns: dict[Player, int] = {}
         for n, player in enumerate(by_effect):
@@ -128,21 +122,32 @@ class Attribution:
         """Replay each leading player by itself; return those that matter, the rest, and the idle.
 
         The idle are out of the game: they do nothing by themselves, nor together without the
-        others, nor together beside the others.
+        others, nor together beside the others. All of this is one family of questions: among
+        players without effect one passes in 5 % of cases, however many there are.
         """
-        everyone = [*leading, *rest]
+        everyone, least = [*leading, *rest], self._least_of(len(leading) + 1)
         for player in leading:
             only = self._removed([player])
             last = self._whole - self._removed([p for p in everyone if p is not player])
             self._ways[player] = (only, last)
             self._tell(leading)
-        active = [p for p in leading if max(map(abs, self._ways[p])) > self._noise.least]
+        active = [p for p in leading if max(map(abs, self._ways[p])) > least]
         idle = [p for p in everyone if p not in active]
         if not active:
             return leading, rest, []
-        is_all = abs(self._removed(active) - self._whole) <= self._noise.least
-        is_idle = abs(self._removed(idle)) <= self._noise.least
+        is_all = abs(self._removed(active) - self._whole) <= least
+        is_idle = abs(self._removed(idle)) <= least
         return (active, [], idle) if is_all and is_idle else (leading, rest, [])
+
+    def _least_of(self, players: int) -> float:
+        """Return the smallest share that counts for so many players, by as many placebos as need.
+
+        Raises:
+            BudgetSpent: No placebo was made before, and none can be.
+        """
+        noise = placebo_noise(self._game, sites=players)
+        self._findings.publish(noise=noise.largest, placebos=len(noise.moved))
+        return noise.least_of(players)
 
     def _tell(
         self,

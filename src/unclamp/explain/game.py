@@ -1,23 +1,22 @@
 """What a spike would have been with some sites un-clamped: replays, counted and kept.
 
 A *question* is how the sites are scaled otherwise, and which sites. Its answer is a replay, which
-is written to a file before anybody uses it: asked again, also by a later process, it costs
-nothing. The budget bounds the answers that are replays.
+is written to a file before anybody uses it: asked again, also by a later process, it takes no
+time. The budget bounds the answers that are used, wherever they come from, so that an answer under
+a budget is the same whatever was asked before.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from unclamp.analysis.counterfactual import ACTUAL, Change, Question
+from unclamp.explain.kept import Kept, Screened, exact, read_kept, write_kept
 from unclamp.explain.mend import SCALINGS
-from unclamp.explain.replay import Replay, SiteCount, Trace
-from unclamp.files import write_json
+from unclamp.explain.replay import Replay, Trace
 from unclamp.names import SiteName
 from unclamp.policy import unclamped
 from unclamp.scaling import HighPrecision, Scaling
@@ -80,9 +79,13 @@ class Game:
     Args:
         replay: Makes the replays.
         window: The spike.
-        budget: Most answers that are replays; those of earlier processes count.
+        budget: Most replays whose answers are used, those of earlier processes included.
         cache: The file that keeps answers.
         on_replay: Called after each replay.
+
+    Attributes:
+        answers: Those that were used.
+        screened: What a screening pass found; None before there was one.
     """
 
     def __init__(
@@ -96,26 +99,28 @@ class Game:
     ) -> None:
         self.replay, self.window, self.budget = replay, window, budget
         self.answers: dict[Question, Trace] = {}
+        self.screened: Screened | None = None
+        self._kept = Kept()
         self._cache, self._on_replay = cache, on_replay
         self._actual = self._floor = math.nan
 
     @property
     def spent(self) -> int:
-        """Replays so far, those of earlier processes that are of use here included."""
-        return len(self.answers)
+        """Replays that were used so far, those of earlier processes included."""
+        return len(self.answers) + (self.screened is not None)
 
     @property
     def seconds(self) -> float:
-        """Time of all replays."""
-        return sum(trace.seconds for trace in self.answers.values())
+        """Time of all replays that were used."""
+        screening = 0.0 if self.screened is None else self.screened.seconds
+        return screening + sum(trace.seconds for trace in self.answers.values())
 
     def begin(self, actual: Trace) -> None:
-        """Take the plain replay; keep earlier answers if they started from the same one."""
-        self.answers = {}
-        earlier = _read(self._cache)
-        if ACTUAL in earlier and _exact(earlier[ACTUAL]) == _exact(actual):
-            self.answers = earlier
-        self.answers[ACTUAL] = actual
+        """Take the plain replay; use earlier answers if they started from the same one."""
+        earlier = read_kept(self._cache)
+        before = earlier.answers.get(ACTUAL)
+        self._kept = earlier if before is not None and exact(before) == exact(actual) else Kept()
+        self.answers, self.screened = {ACTUAL: actual}, None
         finite = [loss for n in self.window.steps if math.isfinite(loss := actual.losses[n])]
         self.window = replace(self.window, peak=max(finite, default=math.nan))
         self._actual, self._floor = self._loss(actual), self.window.level
@@ -163,12 +168,27 @@ class Game:
             question, lambda: self.replay.run({}, last=self.window.last, perturb=seed)
         )
 
+    def screen(self, run: Callable[[], Screened]) -> Screened:
+        """Return what the screening pass found, which is a replay too.
+
+        Raises:
+            BudgetSpent: It would be one too many.
+        """
+        if self.screened is None:
+            if self.spent >= self.budget:
+                raise BudgetSpent
+            self.screened = self._kept.screened
+            if self.screened is None:
+                self.screened = run()
+                self._keep()
+        return self.screened
+
     def removed(self, kind: Change, sites: Iterable[SiteName]) -> float:
         """Return the share of the spike that is gone with these sites scaled otherwise."""
         return self.share_gone(self.ask(kind, sites))
 
     def known(self, kind: Change, sites: Iterable[SiteName]) -> float | None:
-        """Return what `removed` does if no replay is needed for it, else None."""
+        """Return what `removed` does if its answer was used already, else None."""
         budget, self.budget = self.budget, 0
         try:
             return self.removed(kind, sites)
@@ -236,63 +256,16 @@ class Game:
         if question not in self.answers:
             if self.spent >= self.budget:
                 raise BudgetSpent
-            self.answers[question] = run()
-            self._keep()
+            kept = self._kept.answers.get(question)
+            self.answers[question] = run() if kept is None else kept
+            if kept is None:
+                self._keep()
         return self.answers[question]
 
     def _keep(self) -> None:
-        self._cache.parent.mkdir(parents=True, exist_ok=True)
-        answers = [_to_data(question, trace) for question, trace in self.answers.items()]
-        write_json(self._cache, {"answers": answers})
+        """Write what was used and what was kept before, also for other questions, and tell."""
+        answers = {**self._kept.answers, **self.answers}
+        screened = self._kept.screened if self.screened is None else self.screened
+        self._kept = Kept(answers=answers, screened=screened)
+        write_kept(self._cache, self._kept)
         self._on_replay()
-
-
-def _exact(trace: Trace) -> dict[int, str]:
-    """Return losses as text that is equal only for equal bits; NaN equals NaN."""
-    return {step: float(loss).hex() for step, loss in trace.losses.items()}
-
-
-def _to_data(question: Question, trace: Trace) -> dict[str, Any]:
-    return {
-        "question": question.to_dict(),
-        "losses": {str(step): text for step, text in _exact(trace).items()},
-        "sites": [[site.fqn, site.role, asdict(count)] for site, count in trace.sites.items()],
-        "underflowed": trace.underflowed,
-        "elements": trace.elements,
-        "seconds": trace.seconds,
-        "underflow": [[site.fqn, site.role, share] for site, share in trace.underflow.items()],
-    }
-
-
-def _read(path: Path) -> dict[Question, Trace]:
-    """Return the answers of a file; none where there is no such file or it is no longer ours."""
-    try:
-        kept = json.loads(path.read_bytes())["answers"]
-        return {Question.from_dict(question): _to_trace(data) for question, data in _pairs(kept)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _pairs(kept: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield questions and answers; an earlier version kept answers by the question's name."""
-    if isinstance(kept, Mapping):
-        yield from (({"name": name}, data) for name, data in kept.items())
-    else:
-        yield from ((data["question"], data) for data in kept)
-
-
-def _to_trace(data: Mapping[str, Any]) -> Trace:
-    return Trace(
-        losses={int(step): float.fromhex(text) for step, text in data["losses"].items()},
-        sites={
-            SiteName.from_dict({"fqn": fqn, "role": role}): SiteCount(**count)
-            for fqn, role, count in data["sites"]
-        },
-        underflowed=data["underflowed"],
-        elements=data["elements"],
-        seconds=data["seconds"],
-        underflow={
-            SiteName.from_dict({"fqn": fqn, "role": role}): share
-            for fqn, role, share in data.get("underflow", [])
-        },
-    )

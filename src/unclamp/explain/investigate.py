@@ -11,7 +11,7 @@
 6. The smallest set that removes the spike, replayed with the scaling that is recommended.
 
 Underflow is attributed in the same way, with blocks in place of un-clamping, and over the steps at
-which it does harm.
+which it does harm; clamping and underflow together with blocks too, which end both, over all steps.
 
 After every replay the answer so far is written.
 """
@@ -37,9 +37,9 @@ from unclamp.explain.players import Player, group_sites
 from unclamp.explain.remedy import recommend
 from unclamp.explain.replay import Trace, same_losses
 from unclamp.explain.snapshot import Snapshot
-from unclamp.explain.start import Start
+from unclamp.explain.start import Start, identity_of
 from unclamp.explain.training import Step, Training
-from unclamp.explain.underflow import find_underflow, underflowing_sites
+from unclamp.explain.underflow import find_underflow, is_too, underflowing_sites
 from unclamp.explain.watch import calm_steps
 
 MAX_STEPS = 8
@@ -121,6 +121,7 @@ class _Investigation:
             kind=spike.kind,
             snapshot_step=snapshot.step,
             budget=limits.replays,
+            identity=identity_of(snapshot, self._window, limits),
             notes=tuple(notes),
             others={},
             underflowed={},
@@ -132,8 +133,13 @@ class _Investigation:
     def run(
         self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
     ) -> Explanation:
-        """Ask until all is answered, the budget is spent or Ctrl-C comes."""
+        """Ask until all is answered, the budget is spent or Ctrl-C comes.
+
+        Nothing is asked for less than a whole answer from before has cost.
+        """
         findings = self._findings
+        if (stored := findings.stored()) is not None:
+            return stored
         try:
             try:
                 self._ask(older, clamped_before)
@@ -142,10 +148,9 @@ class _Investigation:
                     f"The budget of {self._limits.replays} replays is spent; a larger one goes on "
                     "from here."
                 )
-            findings.publish(status="finished")
+            return findings.end("finished")
         except KeyboardInterrupt:
-            findings.publish(status="interrupted")
-        return findings.found
+            return findings.end("interrupted")
 
     def _ask(
         self, older: Iterable[Snapshot], clamped_before: Callable[[int], Clamped] | None
@@ -164,14 +169,14 @@ class _Investigation:
             self._judge_underflow(answer)
         if findings.found.verdict == "underflow":
             self._attribute_underflow(answer)
+        elif findings.found.verdict == "clamping and underflow":
+            self._attribute_both(answer)
         elif findings.found.verdict in ("clamping", "mostly clamping", "partly clamping"):
             self._attribute("unclamped", self._players(), answer.gone, answer.noise)
 
     def _attribute(self, kind: Change, players: list[Player], whole: float, noise: Noise) -> None:
         """Find who caused how much, and the smallest set that mends it."""
-        attribution = Attribution(
-            self._game, self._findings, self._limits, kind=kind, whole=whole, noise=noise
-        )
+        attribution = Attribution(self._game, self._findings, self._limits, kind=kind, whole=whole)
         causes = attribution.share_out(players)
         recipe = recipe_of(self._snapshot.facts)
         recommend(self._game, self._findings, kind, causes, whole=whole, noise=noise, recipe=recipe)
@@ -337,13 +342,26 @@ class _Investigation:
             free=self._start.free(),
             placebos=[game.placebo(seed) for seed in range(len(answer.noise.moved))],
         )
-        is_cause = found is not None and findings.found.verdict in (
-            "not clamping",
-            "partly clamping",
-            "unknown",
-        )
-        verdict = "underflow" if is_cause else findings.found.verdict
+        verdict = findings.found.verdict
+        gone = game.share_gone(self._in_blocks())
+        if found is None or verdict == "cannot tell":
+            pass
+        elif is_too(found, freed=answer.gone, gone=gone, noise=answer.noise):
+            verdict = "clamping and underflow"
+        elif verdict != "mostly clamping" and 2 * len(found.by_step) >= found.elevated:
+            verdict = "underflow"
         findings.publish(underflow=found, verdict=verdict)
+
+    def _attribute_both(self, answer: Answer) -> None:
+        """Share the spike out among who clamps or underflows: blocks end both."""
+        game, blocks = self._game, self._in_blocks()
+        either = {
+            *underflowing_sites(game, blocks),
+            *(site for player in self._players() for site in player.sites),
+        }
+        ordered = [site for site in self._replay.sites if site in either]
+        players = group_sites(ordered, self._limits.group)
+        self._attribute("blocks", players, game.share_gone(blocks), answer.noise)
 
     def _attribute_underflow(self, answer: Answer) -> None:
         """Count the steps of underflow alone, and share their rise out among who underflows."""

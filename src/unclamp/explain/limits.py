@@ -16,7 +16,9 @@ class Limits:
     """How much to ask.
 
     Attributes:
-        replays: Most replays, those of earlier processes included.
+        replays: Most replays, those of earlier processes included. One from an older snapshot
+            counts as one, and takes more steps (`Explanation.steps`). If a whole answer from before
+            had more, it is returned instead.
         leading: Sites that are replayed by themselves.
         group: What is un-clamped together.
         seed: Of the orders that are drawn.

@@ -5,7 +5,8 @@ with respect to the operand, un-clamping changes the loss by about <g, x - c(x)>
 weights have that. What a gradient's clamp removes cannot change the loss of its own step, and acts
 through the optimizer later: such sites are ranked by clamp error.
 
-First order is good for a ranking and not for an attribution: the outliers are large.
+First order is good for a ranking and not for an attribution: the outliers are large. The effects
+are kept with the answers of replays.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unclamp.explain.kept import Screened
 from unclamp.explain.replay import Replay
 from unclamp.names import Role, SiteName
 from unclamp.nn import Converted
@@ -85,6 +87,13 @@ class Screening:
                 weights.clear()
 
         return hook
+
+
+def screened(replay: Replay, *, last: int) -> Screened:
+    """Return the effects of what the steps up to `last` clamp, in one pass over them."""
+    screening = Screening(replay.training.model)
+    trace = replay.run(free_gradients(replay), last=last, watching=screening.watching)
+    return Screened(effects=screening.effects, seconds=trace.seconds)
 
 
 def free_gradients(replay: Replay) -> dict[SiteName, Scaling]:

@@ -12,12 +12,14 @@ from pathlib import Path
 from unclamp.analysis.counterfactual import ACTUAL
 from unclamp.explain.facts import MACHINE
 from unclamp.explain.game import Game, Window
+from unclamp.explain.limits import Limits
 from unclamp.explain.noise import Noise, placebo_noise
 from unclamp.explain.replay import Replay, Trace, same_losses
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training
 from unclamp.names import SiteName
 from unclamp.policy import unclamped
+from unclamp.version import __version__
 
 
 class Start:
@@ -108,4 +110,17 @@ def _digest(snapshot: Snapshot, window: Window) -> str:
     """Return what identifies the questions: answers of others are of no use."""
     kept = {name: snapshot.facts.get(name) for name in ("code", "sites", "recipe", *MACHINE)}
     text = json.dumps([snapshot.step, kept, repr(window)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def identity_of(snapshot: Snapshot, window: Window, limits: Limits) -> str:
+    """Return what identifies the whole question: run, spike, code and settings but the budget.
+
+    Empty where the code may have changed (`Limits.anyway`): such a question is like no other.
+    """
+    if limits.anyway:
+        return ""
+    losses = {step: float(loss).hex() for step, loss in snapshot.losses.items()}
+    settings = [limits.group, limits.leading, limits.seed, __version__]
+    text = json.dumps([_digest(snapshot, window), losses, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -26,8 +26,13 @@ def print_explanation(found: Explanation, console: Console) -> None:
     if found.override is not None:
         console.print(Text(f"\n{PASTE}", style="bold"))
         console.print(Text(found.override.toml), soft_wrap=True)
-    spent = f"{counted(found.replays, 'replay')} of at most {found.budget}, {found.replay_s:.1f} s"
-    console.print(Text(f"{spent}; a step takes {1e3 * found.step_s:.0f} ms.", style="dim"))
+    console.print(Text(_spent(found), style="dim"))
+
+
+def _spent(found: Explanation) -> str:
+    steps = f" with {counted(found.steps, 'step')} in all" if found.steps else ""
+    replays = f"{counted(found.replays, 'replay')} of at most {found.budget}{steps}"
+    return f"{replays}, {found.replay_s:.1f} s; a step takes {1e3 * found.step_s:.0f} ms."
 
 
 def _table(found: Explanation) -> Table:
