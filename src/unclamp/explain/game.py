@@ -46,7 +46,7 @@ class Window:
     last: int
     level: float
     # Decided by the others and the snapshot, so no part of what identifies the answers.
-    calm: range = field(default=range(0), repr=False)
+    calm: Sequence[int] = field(default=range(0), repr=False)
     only: tuple[int, ...] = field(default=(), repr=False)
 
     @property

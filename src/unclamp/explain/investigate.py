@@ -53,6 +53,7 @@ def investigate(
     *,
     spike: Spike,
     level: float,
+    kin: frozenset[int] | None = None,
     run: Path,
     older: Iterable[Snapshot] = (),
     clamped_before: Callable[[int], Clamped] | None = None,
@@ -68,6 +69,7 @@ def investigate(
         snapshot: Of a step at or before the spike's onset.
         spike: The spike.
         level: The loss that it rises from.
+        kin: Steps whose batch is of the spike's kind, which alone count; None where all are.
         run: Where RUN/explain-<onset>.json and the cache of answers go.
         older: Snapshots of earlier steps with all batches up to the spike, the latest first.
         clamped_before: What the run's log says was clamped before a step; None if not known.
@@ -81,7 +83,9 @@ def investigate(
     Raises:
         ReplayError: The snapshot does not reach the spike or does not fit the training.
     """
-    asked = _Investigation(training, step, snapshot, spike, level, run, limits, notes, on_progress)
+    asked = _Investigation(
+        training, step, snapshot, spike, level, kin, run, limits, notes, on_progress
+    )
     return asked.run(older, clamped_before)
 
 
@@ -93,6 +97,7 @@ class _Investigation:
         snapshot: Snapshot,
         spike: Spike,
         level: float,
+        kin: frozenset[int] | None,
         run: Path,
         limits: Limits,
         notes: Sequence[str],
@@ -104,8 +109,13 @@ class _Investigation:
                 f"{snapshot.last_step}, which leaves out the spike at step {spike.onset}"
             )
         last = min(spike.end, spike.onset + MAX_STEPS - 1, snapshot.last_step)
+        only: tuple[int, ...] = ()
+        if kin is not None:
+            only = tuple(n for n in range(spike.onset, last + 1) if n in kin)
+            last = only[-1]
         self._training, self._step, self._run, self._limits = training, step, run, limits
-        self._window = Window(first=spike.onset, last=last, level=level)
+        self._kin = kin
+        self._window = Window(first=spike.onset, last=last, level=level, only=only)
         found = Explanation(
             run=str(run),
             onset=spike.onset,
@@ -197,9 +207,14 @@ class _Investigation:
         """
         if self._limits.replays - self._findings.replays < 2:
             raise BudgetSpent
-        first = self._window.first
-        calm = range(max(snapshot.step, first - LEVEL_POINTS), first)
+        calm = self._calm_since(snapshot.step)
         return self._begin(snapshot, replace(self._window, calm=calm))
+
+    def _calm_since(self, start: int) -> Sequence[int]:
+        """Return the last steps of the spike's kind before it; of any kind where there is none."""
+        first, kin = self._window.first, self._kin
+        own = [] if kin is None else [n for n in range(start, first) if n in kin]
+        return own[-LEVEL_POINTS:] or range(max(start, first - LEVEL_POINTS), first)
 
     def _from(self, start: Start) -> None:
         """Ask from this start on, within what is left of the budget."""
