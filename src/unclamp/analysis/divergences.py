@@ -229,7 +229,7 @@ def find_divergences(
         raise ValueError(
             f"expected a group a value, got {len(groups)} groups, {len(values)} values"
         )
-    kinds = split_places(groups) if has_kinds(groups) else {None: np.arange(len(values))}
+    kinds = split_places(groups) if has_kinds(groups) else {None: list(range(len(values)))}
     found = [
         replace(each, group=group)
         for group, places in kinds.items()

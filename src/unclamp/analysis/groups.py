@@ -6,25 +6,22 @@ kind too. What is judged within a kind is for `spikes`, `divergences` and `respo
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 Group = str | None
 JOINT = "+"
 """Between the names that the ranks of one step give."""
 
 
-def split_places(groups: Sequence[Group]) -> dict[Group, NDArray[np.int64]]:
+def split_places(groups: Sequence[Group]) -> dict[Group, list[int]]:
     """Return the places of each kind, in the order in which the kinds appear.
 
     Example:
-        >>> {kind: places.tolist() for kind, places in split_places(["a", None, "a"]).items()}
+        >>> split_places(["a", None, "a"])
         {'a': [0, 2], None: [1]}
     """
     places: dict[Group, list[int]] = {}
     for i, group in enumerate(groups):
         places.setdefault(group, []).append(i)
-    return {group: np.array(own, dtype=np.int64) for group, own in places.items()}
+    return places
 
 
 def has_kinds(groups: Sequence[Group]) -> bool:

@@ -193,8 +193,9 @@ def _kinds(
         raise ValueError(
             f"expected a group a value, got {len(groups)} groups, {len(values)} values"
         )
+    every: list[Any] = list(values)
     return [
-        (group, [values[i] for i in places], at[places])
+        (group, [every[i] for i in places], at[places])
         for group, places in split_places(groups).items()
     ]
 
