@@ -1,12 +1,15 @@
 """Runs of two kinds of batches, one of which has a higher loss, clamps, and spikes of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from unclamp.analysis.evidence import Clamping
 from unclamp.analysis.groups import Group
 from unclamp.analysis.spikes import find_spikes
+from unclamp.runlog import Header, RunLogWriter
 
 SITES = 40
 CULPRIT = 7
@@ -60,3 +63,31 @@ def kind_run(
         clamping=clamping,
         names=[(i, f"layers.{i}", "grad_output" if i % 2 else "input") for i in range(SITES)],
     )
+
+
+def write_losses(
+    path: Path,
+    losses: Sequence[float],
+    groups: Sequence[str | None],
+    *,
+    steps: Sequence[int] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    **metadata: object,
+) -> Path:
+    """Write a run of losses and kinds alone."""
+    header = Header(
+        unclamp_version="0.1.0", world_size=world_size, run_id="one", plain=True, metadata=metadata
+    )
+    with RunLogWriter(path, header=header, rank=rank) as writer:
+        count = len(losses)
+        writer.add(
+            "steps",
+            {
+                "step": list(range(count) if steps is None else steps),
+                "loss": [float(loss) for loss in losses],
+                "time_s": [0.0] * count,
+                "group": list(groups),
+            },
+        )
+    return path

@@ -8,7 +8,7 @@ lie side by side in the target: parallel causes. A *decoy* is a path whose resul
 zero: it clamps as much, and harms nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -189,7 +189,13 @@ class AnyCase(Protocol):
     def batches(self) -> Iterator[Any]: ...
 
 
-def record(case: AnyCase, run: Path, **settings: object) -> list[float]:
+def record(
+    case: AnyCase,
+    run: Path,
+    *,
+    group_of: Callable[[int], str | None] = lambda n: None,
+    **settings: object,
+) -> list[float]:
     """Train a case into a run folder with snapshots; return its losses."""
     training = case.build()
     losses: list[float] = []
@@ -205,8 +211,8 @@ def record(case: AnyCase, run: Path, **settings: object) -> list[float]:
     ):
         for n, one in snapshots.follow(case.batches()):
             loss = case.step(training, one)
-            recorder.step(n, loss=loss)
-            snapshots.after(n, loss)
+            recorder.step(n, loss=loss, group=group_of(n))
+            snapshots.after(n, loss, group=group_of(n))
             losses.append(loss.item())
     return losses
 

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from truths.curves import two_kinds
+from truths.kinds import write_losses
 from unclamp.analysis import (
     find_divergences,
     find_spikes,
@@ -21,33 +22,9 @@ from unclamp.analysis import (
 from unclamp.analysis.curves import run_losses
 from unclamp.cli import app
 from unclamp.errors import AnalysisError
-from unclamp.runlog import Header, RunLog, RunLogWriter
+from unclamp.runlog import RunLog
 
 EVERY = 20
-
-
-def run_of(
-    path: Path,
-    losses: Sequence[float],
-    groups: Sequence[str | None],
-    *,
-    steps: Sequence[int] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Path:
-    header = Header(unclamp_version="0.1.0", world_size=world_size, run_id="one")
-    with RunLogWriter(path, header=header, rank=rank) as writer:
-        count = len(losses)
-        writer.add(
-            "steps",
-            {
-                "step": list(range(count) if steps is None else steps),
-                "loss": list(losses),
-                "time_s": [0.0] * count,
-                "group": list(groups),
-            },
-        )
-    return path
 
 
 def test_a_kind_with_a_higher_level_is_no_spike_of_another() -> None:
@@ -157,7 +134,7 @@ def test_kinds_of_different_levels_are_no_slow_rise_where_their_mixture_changes(
 def test_a_runs_groups_reach_its_curve_losses_spikes_and_rises(tmp_path: Path) -> None:
     losses, groups = two_kinds(1)
     losses[1200] *= 2
-    with RunLog.open(run_of(tmp_path / "run", losses.tolist(), groups)) as log:
+    with RunLog.open(write_losses(tmp_path / "run", losses.tolist(), groups)) as log:
         assert list(run_curve(log).groups) == groups
         assert run_losses(log).groups == groups
         assert [(s.onset, s.group) for s in run_spikes(log)] == [(1200, "answers")]
@@ -165,21 +142,21 @@ def test_a_runs_groups_reach_its_curve_losses_spikes_and_rises(tmp_path: Path) -
 
 
 def test_a_run_without_groups_has_none(tmp_path: Path) -> None:
-    with RunLog.open(run_of(tmp_path / "run", [1.0, 2.0], [None, None])) as log:
+    with RunLog.open(write_losses(tmp_path / "run", [1.0, 2.0], [None, None])) as log:
         assert run_curve(log).groups == ()
         assert run_losses(log).groups == []
 
 
 def test_ranks_that_call_a_step_differently_are_joined_by_a_plus(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    run_of(path, [1.0, 1.0, 1.0], ["text", "text", None], world_size=2)
-    run_of(path, [2.0, 2.0, 2.0], ["text", "answers", None], rank=1, world_size=2)
+    write_losses(path, [1.0, 1.0, 1.0], ["text", "text", None], world_size=2)
+    write_losses(path, [2.0, 2.0, 2.0], ["text", "answers", None], rank=1, world_size=2)
     with RunLog.open(path) as log:
         assert list(run_curve(log).groups) == ["text", "answers+text", None]
 
 
 def test_where_a_run_went_back_the_last_records_group_counts(tmp_path: Path) -> None:
-    path = run_of(
+    path = write_losses(
         tmp_path / "run",
         [1.0, 2.0, 3.0, 2.5, 3.5],
         ["a", "b", "b", None, "c"],
@@ -220,7 +197,7 @@ def test_a_column_of_groups_that_is_not_there_is_an_error_with_a_hint(tmp_path: 
 
 
 def test_a_column_of_groups_is_not_named_for_a_run(tmp_path: Path) -> None:
-    path = run_of(tmp_path / "run", [1.0], ["a"])
+    path = write_losses(tmp_path / "run", [1.0], ["a"])
     with pytest.raises(AnalysisError, match="named for files only"):
         read_curve(path, group="a")
 
