@@ -69,7 +69,8 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_losses_are_those_of_the_way_to_the_last_weights(run: Path) -> None:
     with RunLog.open(run) as log:
-        steps, losses = run_losses(log)
+        losses = run_losses(log)
+        steps, losses = losses.steps, losses.values
         history = read_history(log)
     assert list(zip(steps, losses, strict=True)) == final_way()
     assert list(zip(history.steps.tolist(), history.loss.tolist(), strict=True)) == final_way()

@@ -203,3 +203,13 @@ def shifting(seed: int, *, height: float, width: int, noise: float = 0.02) -> np
     curve = _trend(rng, 3000) * (1 + noise * rng.standard_normal(3000))
     done = np.clip((np.arange(3000) - onset + 1) / width, 0, 1)
     return curve * height**done
+
+
+def two_kinds(
+    seed: int, *, steps: int = 2000, every: int = 20, noise: float = 0.03
+) -> tuple[np.ndarray, list[str | None]]:
+    """Return losses of two kinds of batches, and the kinds: at 2.0, and each `every`-th at 3.5."""
+    rng = np.random.default_rng([seed, 211])
+    groups: list[str | None] = ["answers" if i % every == 0 else None for i in range(steps)]
+    levels = np.array([2.0 if group is None else 3.5 for group in groups])
+    return levels * np.exp(noise * rng.standard_normal(steps)), groups

@@ -9,7 +9,7 @@ zero: it clamps as much, and harms nothing.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -190,7 +190,13 @@ class AnyCase(Protocol):
     def batches(self) -> Iterator[Any]: ...
 
 
-def record(case: AnyCase, run: Path, **settings: object) -> list[float]:
+def record(
+    case: AnyCase,
+    run: Path,
+    *,
+    group_of: Callable[[int], str | None] = lambda n: None,
+    **settings: object,
+) -> list[float]:
     """Train a case into a run folder with snapshots; return its losses."""
     training = case.build()
     losses: list[float] = []
@@ -206,8 +212,8 @@ def record(case: AnyCase, run: Path, **settings: object) -> list[float]:
     ):
         for n, one in snapshots.follow(case.batches()):
             loss = case.step(training, one)
-            recorder.step(n, loss=loss)
-            snapshots.after(n, loss)
+            recorder.step(n, loss=loss, group=group_of(n))
+            snapshots.after(n, loss, group=group_of(n))
             losses.append(loss.item())
     return losses
 

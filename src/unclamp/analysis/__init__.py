@@ -19,6 +19,7 @@ from unclamp.analysis.spikes import (
     run_spikes,
     smallest_height,
 )
+from unclamp.analysis.unjudged import is_judged, unjudged_in_words
 
 __all__ = [
     "DEFINITIONS",
@@ -34,6 +35,7 @@ __all__ = [
     "associate",
     "find_divergences",
     "find_spikes",
+    "is_judged",
     "paired_difference",
     "read_curve",
     "run_curve",
@@ -41,4 +43,5 @@ __all__ = [
     "run_spikes",
     "smallest_height",
     "spike_score",
+    "unjudged_in_words",
 ]

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unclamp.analysis.evidence import Clamping, Weights, weigh
+from unclamp.analysis.groups import Group, has_kinds, kind_in_words, split_places
 from unclamp.analysis.history import has_casts, read_history
+from unclamp.analysis.kind_shifts import make_kind_shifts
 from unclamp.analysis.power import smallest_effects
 from unclamp.analysis.ranking import SiteEvidence, rank_sites
 from unclamp.analysis.response import Response, make_response
@@ -35,7 +37,7 @@ from unclamp.errors import AnalysisError
 from unclamp.files import strict
 from unclamp.runlog import RunLog
 from unclamp.shown import Shown
-from unclamp.written import counted
+from unclamp.written import counted, listed
 
 MAX_LAG = 8
 SHIFTS = 501
@@ -44,6 +46,8 @@ GUARD = 0.4
 """Share of alpha that is spent: shifts stay local and are sampled, so the bound is approximate."""
 CLEARED = 0.02
 """A site whose `bound` is at or below this rise of the loss is cleared; a share of it."""
+MOST_KINDS = 6
+"""Kinds of batches that a sentence tells of."""
 LARGEST_LAG_SHARE = 10
 """Beyond one in so many steps a window of lags leaves too little of the run to compare with."""
 
@@ -131,7 +135,7 @@ def associate(
     history = read_history(log)
     steps = history.steps
     if spikes is None:
-        spikes = find_spikes(history.loss.tolist(), steps=steps.tolist())
+        spikes = find_spikes(history.loss.tolist(), steps=steps.tolist(), groups=history.groups)
     return associate_series(
         history.clamping,
         history.loss,
@@ -142,6 +146,7 @@ def associate(
         notes=history.notes,
         is_observed=log.header.observed,
         lr=history.lr,
+        groups=history.groups,
         max_lag=max_lag,
         shifts=shifts,
         alpha=alpha,
@@ -160,6 +165,7 @@ def associate_series(
     notes: Sequence[str] = (),
     is_observed: bool = False,
     lr: NDArray[np.float64] | None = None,
+    groups: Sequence[Group] = (),
     max_lag: int = MAX_LAG,
     shifts: int = SHIFTS,
     alpha: float = ALPHA,
@@ -177,6 +183,8 @@ def associate_series(
         notes: Further sentences for the answer.
         is_observed: Whether the clamping is only what FP8 would have done.
         lr: Learning rate of each step, NaN where it is not known: its jumps are a schedule.
+        groups: The kind of each step's batch: a loss is compared with those of its own kind.
+            Without them all are of one kind.
         max_lag: As for `associate`, and so are the others.
         shifts: At most so many.
         alpha: Bound on the chance to name anybody without a link.
@@ -195,11 +203,14 @@ def associate_series(
         )
     max_lag = _fitting_lag(max_lag, len(loss))
     onsets = np.array(sorted(onset for onset, _ in spikes), dtype=np.int64)
-    in_spike = np.zeros(len(loss), dtype=bool)
-    for onset, end in spikes:
-        in_spike[onset : end + 1] = True
-    response = make_response(loss, in_spike)
-    moves = make_shifts(onsets, clamping.activity(), limit=shifts, seed=seed)
+    in_spike = _in_spikes(spikes, groups, len(loss))
+    response = make_response(loss, in_spike, groups)
+    activity = clamping.activity()
+    if has_kinds(groups):
+        moves = make_kind_shifts(onsets, activity, groups, limit=shifts, seed=seed)
+        notes = [*notes, *_about_kinds(groups, level=GUARD * alpha)]
+    else:
+        moves = make_shifts(onsets, activity, limit=shifts, seed=seed)
     weights = weigh(clamping, onsets, response, moves, max_lag=max_lag)
     level = GUARD * alpha
     is_relative = response is not None and response.is_relative
@@ -241,6 +252,37 @@ def associate_series(
         notes=list(notes),
     )
     return Association(**fields, alpha=alpha, level=level, sentences=describe(finding))
+
+
+def _in_spikes(
+    spikes: Sequence[tuple[int, int]], groups: Sequence[Group], length: int
+) -> NDArray[np.bool_]:
+    """Return which steps belong to a spike: only those whose batch is of its kind."""
+    inside = np.zeros(length, dtype=bool)
+    for onset, end in spikes:
+        for i in range(onset, end + 1):
+            inside[i] |= not groups or groups[i] == groups[onset]
+    return inside
+
+
+def _about_kinds(groups: Sequence[Group], *, level: float) -> list[str]:
+    """Say that losses are compared within kinds, and of which kinds nothing can be told."""
+    sizes = {group: len(places) for group, places in split_places(groups).items()}
+    few = [group for group, size in sizes.items() if size * level < 1]
+    said = [
+        "Each loss was compared with those of its own kind of batch "
+        f"({listed([f'{kind_in_words(g)}: {n:,}' for g, n in sizes.items()])})."
+        if len(sizes) <= MOST_KINDS
+        else f"Each loss was compared with those of its own kind of batch, of {len(sizes)} kinds."
+    ]
+    if few:
+        which = listed([kind_in_words(group) for group in few[:MOST_KINDS]])
+        more = "" if len(few) <= MOST_KINDS else f" and of {len(few) - MOST_KINDS} more kinds"
+        said.append(
+            f"Of {which}{more} there are fewer than {int(np.ceil(1 / level))}: a link with "
+            "clamping that is only among these cannot be told from chance."
+        )
+    return said
 
 
 def _without_casts(log: RunLog, *, max_lag: int, alpha: float) -> Association:

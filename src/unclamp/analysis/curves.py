@@ -27,6 +27,7 @@ from unclamp.analysis.curve_files import (
     to_number,
 )
 from unclamp.analysis.event_files import read_event_files
+from unclamp.analysis.groups import Group, has_kinds, joined
 from unclamp.errors import AnalysisError, did_you_mean
 from unclamp.runlog import RunLog, find_runs, is_run
 
@@ -56,6 +57,7 @@ class Curve:
             it counts steps anew in each epoch; the steps are then records, from 0. Empty
             otherwise.
         notes: What was left out or could not be told, a sentence each.
+        groups: The kind of each step's batch, None where it has none; empty where no step has one.
     """
 
     steps: np.ndarray
@@ -64,9 +66,27 @@ class Curve:
     source: str
     places: Sequence[str] = ()
     notes: Sequence[str] = ()
+    groups: Sequence[Group] = ()
 
 
-def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Curve:
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """A run's losses.
+
+    Attributes:
+        steps: Step numbers with a loss, rising.
+        values: The loss of each; NaN and Inf stay.
+        groups: The kind of each one's batch; empty where no step has one.
+    """
+
+    steps: list[int]
+    values: list[float]
+    groups: list[Group]
+
+
+def read_curve(
+    path: str | os.PathLike[str], *, column: str | None = None, group: str | None = None
+) -> Curve:
     """Return the curve that a file or folder holds.
 
     Reads the folder of a run log; CSV with a header line; JSON lines, nested or not; a Hugging
@@ -81,13 +101,20 @@ def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Cu
     Args:
         path: What to read.
         column: Column or tag to take for the loss; without it, one that is called like a loss.
+        group: Column that holds the kind of each step's batch, as any text. A run log has its own.
 
     Raises:
-        AnalysisError: Nothing readable, no such column, or several that could be the loss.
+        AnalysisError: Nothing readable, no such column, or several that could be the loss; or a
+            group's column was named for a run log.
         RunLogError: A run that this version cannot read.
     """
     path = Path(path)
     if path.is_dir() and is_run(path):
+        if group is not None:
+            raise AnalysisError(
+                f"{path} is a run log, which holds the groups that recorder.step(group=...) was "
+                f"given; a column of them, here {group!r}, is named for files only"
+            )
         with RunLog.open(path) as log:
             return run_curve(log, column=column)
     recorded = _read_folder(path) if path.is_dir() else _read_file(path)
@@ -96,11 +123,12 @@ def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Cu
         for name in SERIES
         if (found := column if name == "loss" and column else _choose(recorded, name)) is not None
     }
-    if column is not None and column not in recorded.columns:
-        hint = did_you_mean(column, recorded.columns)
-        raise AnalysisError(
-            f"{path} has no column {column!r}; it has {_listed(recorded.columns)}{hint}"
-        )
+    for name in (column, group):
+        if name is not None and name not in recorded.columns:
+            hint = did_you_mean(name, recorded.columns)
+            raise AnalysisError(
+                f"{path} has no column {name!r}; it has {_listed(recorded.columns)}{hint}"
+            )
     if not chosen:
         raise AnalysisError(
             f"{path} has no column that is called like a loss; name one with --column: "
@@ -116,6 +144,9 @@ def read_curve(path: str | os.PathLike[str], *, column: str | None = None) -> Cu
             "any step"
         )
     curve = _curve(parts, chosen, recorded.source)
+    if group is not None:
+        at, cells = recorded.columns[group]
+        curve = _with_groups(curve, [_groups_in_order(at, list(map(_to_group, cells)))])
     return _by_record(replace(curve, notes=recorded.notes), recorded)
 
 
@@ -138,7 +169,7 @@ def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
     """
     is_scalar = column is not None and column not in SERIES
     others = ", scalars" if is_scalar else ""
-    rows = log.sql(f"SELECT step, rank, loss, grad_norm{others} FROM steps").to_pydict()
+    rows = log.sql(f'SELECT step, rank, loss, grad_norm, "group"{others} FROM steps').to_pydict()
     values: dict[str, list[Any]] = {name: rows[name] for name in SERIES}
     if is_scalar:
         scalars = [dict(pairs or ()) for pairs in rows["scalars"]]
@@ -162,11 +193,18 @@ def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
             "pass them to recorder.step(loss=..., grad_norm=...)"
         )
     columns = {name: column if name == "loss" and column else name for name in parts}
-    return _curve(parts, columns, "run log")
+    curve = _curve(parts, columns, "run log")
+    if not has_kinds(rows["group"]):
+        return curve
+    of_ranks = [
+        _groups_in_order([rows["step"][i] for i in own], [rows["group"][i] for i in own])
+        for own in _rows_by_rank(rows["rank"])
+    ]
+    return _with_groups(curve, of_ranks)
 
 
-def run_losses(log: RunLog) -> tuple[list[int], list[float]]:
-    """Return the steps and losses of a run's curve; steps without a loss are left out.
+def run_losses(log: RunLog) -> Losses:
+    """Return the losses of a run's curve; steps without one are left out.
 
     This is the series whose spikes `unclamp spikes` numbers and `unclamp explain` replays.
 
@@ -175,8 +213,12 @@ def run_losses(log: RunLog) -> tuple[list[int], list[float]]:
     """
     curve = run_curve(log)
     losses = curve.series.get(SERIES[0], [])
-    known = [(n, v) for n, v in zip(curve.steps.tolist(), losses, strict=False) if v is not None]
-    return [n for n, _ in known], [value for _, value in known]
+    known = [i for i, value in enumerate(losses) if value is not None]
+    return Losses(
+        steps=curve.steps[known].tolist(),
+        values=[value for value in losses if value is not None],
+        groups=[curve.groups[i] for i in known] if curve.groups else [],
+    )
 
 
 def _read_folder(path: Path) -> Recorded:
@@ -250,7 +292,29 @@ def _choose(recorded: Recorded, series: str) -> str | None:
 
 def _in_order(steps: Sequence[int], values: Sequence[Any]) -> tuple[np.ndarray, list[float | None]]:
     """Bring records into rising steps; what a later record went back behind is dropped."""
-    there = [i for i, value in enumerate(values) if value is not None]
+    at, kept = _last_records(steps, [i for i, value in enumerate(values) if value is not None])
+    return at, [to_number(values[i]) for i in kept]
+
+
+def _groups_in_order(steps: Sequence[int], groups: Sequence[Group]) -> dict[int, Group]:
+    """Return the kind of each step by the record that counts, also where that has none."""
+    at, kept = _last_records(steps, list(range(len(steps))))
+    return dict(zip(at.tolist(), [groups[i] for i in kept], strict=True))
+
+
+def _to_group(cell: Any) -> Group:
+    """Return what a cell calls the kind of a batch; a number is a name like another."""
+    return None if cell is None or not str(cell).strip() else str(cell).strip()
+
+
+def _with_groups(curve: Curve, of_ranks: Sequence[dict[int, Group]]) -> Curve:
+    """Return the curve with the kind of each step, joined over the ranks."""
+    groups = [joined(own.get(step) for own in of_ranks) for step in curve.steps.tolist()]
+    return replace(curve, groups=groups if has_kinds(groups) else ())
+
+
+def _last_records(steps: Sequence[int], there: list[int]) -> tuple[np.ndarray, list[int]]:
+    """Return rising steps and the record of each that counts, of the records `there`."""
     at = np.asarray([steps[i] for i in there], dtype=np.int64)
     if len(at) > 1 and np.all(np.diff(at) < 0):  # newest first
         there, at = there[::-1], at[::-1]
@@ -258,19 +322,17 @@ def _in_order(steps: Sequence[int], values: Sequence[Any]) -> tuple[np.ndarray, 
         return at, []
     later = np.concatenate([np.minimum.accumulate(at[::-1])[::-1][1:], [np.iinfo(np.int64).max]])
     kept = np.flatnonzero(at < later)
-    return at[kept], [to_number(values[there[i]]) for i in kept.tolist()]
+    return at[kept], [there[i] for i in kept.tolist()]
 
 
 def _mean_over_ranks(
     steps: Sequence[int], ranks: Sequence[int], values: Sequence[float | None]
 ) -> tuple[np.ndarray, list[float | None]]:
-    of_rank: dict[int, list[int]] = {}
-    for i, rank in enumerate(ranks):
-        of_rank.setdefault(rank, []).append(i)
-    if len(of_rank) == 1:
+    of_ranks = _rows_by_rank(ranks)
+    if len(of_ranks) == 1:
         return _in_order(steps, values)
     totals: dict[int, list[float]] = {}
-    for rows in of_rank.values():
+    for rows in of_ranks:
         at, numbers = _in_order([steps[i] for i in rows], [values[i] for i in rows])
         for step, number in zip(at.tolist(), numbers, strict=True):
             if number is not None:
@@ -279,6 +341,13 @@ def _mean_over_ranks(
     with np.errstate(invalid="ignore"):  # Inf and -Inf of two ranks are NaN
         means = [float(np.mean(totals[step])) for step in order]
     return np.asarray(order, dtype=np.int64), list(means)
+
+
+def _rows_by_rank(ranks: Sequence[int]) -> list[list[int]]:
+    of_rank: dict[int, list[int]] = {}
+    for i, rank in enumerate(ranks):
+        of_rank.setdefault(rank, []).append(i)
+    return list(of_rank.values())
 
 
 def _curve(

@@ -14,12 +14,13 @@ Causal, as `robust` is: nothing at a step depends on later ones.
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from unclamp.analysis.curves import run_losses
+from unclamp.analysis.groups import Group, has_kinds, kind_in_words, split_places
 from unclamp.analysis.resolution import Resolution
 from unclamp.analysis.robust import NORMAL_IQR, RunningWindow
 from unclamp.files import strict
@@ -59,6 +60,7 @@ class Divergence:
         level: Lowest level before the onset, in the unit of the series.
         rate: Mean relative rise a step from the onset to where it was found: 0.003 is 0.3 %.
         series: "loss", or what the caller named it.
+        group: The kind of batches that it is of; None for batches without a group.
     """
 
     onset: int
@@ -71,6 +73,7 @@ class Divergence:
     rate: float
     series: str = "loss"
     kind: Literal["drift"] = "drift"
+    group: Group = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for strict JSON, with all keys of a spike; `number` is None.
@@ -91,8 +94,9 @@ def divergence_in_words(
         at: Returns what people call a step.
     """
     back = "It did not come back" if found.recovery is None else f"Back at {at(found.recovery)}"
+    among = "" if found.group is None else f" among {kind_in_words(found.group)}"
     return (
-        f"{name or found.series}: slow divergence from {at(found.onset)} on, by "
+        f"{name or found.series}{among}: slow divergence from {at(found.onset)} on, by "
         f"{100 * found.rate:.2g} % a step: from {found.level:.4g} to {times(found.height)} that at "
         f"{at(found.peak)}. Found at {at(found.found)}. {back}."
     )
@@ -191,9 +195,10 @@ def find_divergences(
     values: Sequence[float | None] | np.ndarray,
     *,
     steps: Sequence[int] | np.ndarray | None = None,
+    groups: Sequence[Group] = (),
     series: str = "loss",
 ) -> list[Divergence]:
-    """Return the slow rises of a positive series, in order.
+    """Return the slow rises of a positive series, in the order of their onsets.
 
     They are no spikes: `find_spikes` counts none of them, and a rise that both find is told by
     both, each in its own way. Meant for a loss: a healthy gradient norm may rise slowly.
@@ -201,13 +206,15 @@ def find_divergences(
     Args:
         values: One a step, such as losses. None is a missing value and left out.
         steps: Their step numbers, in order; 0, 1, ... without them.
+        groups: The kind of each step's batch; each kind is judged as a series of its own. Without
+            them all are of one kind.
         series: Name written into the divergences.
 
     Raises:
-        ValueError: `steps` and `values` differ in length.
+        ValueError: `steps` or `groups` and `values` differ in length.
 
-    Numerics: NaN and Inf are left out. Series of fewer than 160 values, and what follows a value
-    of zero or below, have none.
+    Numerics: NaN and Inf are left out. Series, or kinds, of fewer than 160 values, and what
+    follows a value of zero or below, have none.
 
     Example:
         >>> loss = [2.0 + 0.01 * (i % 7) for i in range(600)]
@@ -218,9 +225,24 @@ def find_divergences(
     at = range(len(values)) if steps is None else [int(step) for step in steps]
     if len(at) != len(values):
         raise ValueError(f"expected a step a value, got {len(at)} steps, {len(values)} values")
+    if groups and len(groups) != len(values):
+        raise ValueError(
+            f"expected a group a value, got {len(groups)} groups, {len(values)} values"
+        )
+    kinds = split_places(groups) if has_kinds(groups) else {None: list(range(len(values)))}
+    found = [
+        replace(each, group=group)
+        for group, places in kinds.items()
+        for each in _find([at[i] for i in places], [values[i] for i in places], series)
+    ]
+    return sorted(found, key=lambda each: each.onset)
+
+
+def _find(steps: Sequence[int], values: Sequence[float | None], series: str) -> list[Divergence]:
+    """Return the slow rises of batches of one kind."""
     known = [
         (step, float(value))
-        for step, value in zip(at, values, strict=True)
+        for step, value in zip(steps, values, strict=True)
         if value is not None and math.isfinite(value)
     ]
     detector = DivergenceDetector()
@@ -243,8 +265,8 @@ def run_divergences(log: RunLog) -> list[Divergence]:
     Raises:
         AnalysisError: The run recorded neither loss nor gradient norm.
     """
-    steps, losses = run_losses(log)
-    return find_divergences(losses, steps=steps)
+    losses = run_losses(log)
+    return find_divergences(losses.values, steps=losses.steps, groups=losses.groups)
 
 
 def _divergence(

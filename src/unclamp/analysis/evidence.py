@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unclamp.analysis.response import LEVEL_STEPS, Response
-from unclamp.analysis.shifts import Shifts
+from unclamp.analysis.shifts import Moves
 
 TOP_SHARES = (1.0, 0.25, 0.0625)
 """A site's clamping counts at three levels: all of it, its largest quarter, its sixteenth."""
@@ -108,7 +108,7 @@ def weigh(
     clamping: Clamping,
     onsets: NDArray[np.int64],
     response: Response | None,
-    shifts: Shifts,
+    shifts: Moves,
     *,
     max_lag: int,
 ) -> Weights:
@@ -204,7 +204,7 @@ def tail_weights(chance: NDArray[np.float64], trials: int) -> NDArray[np.float64
 
 
 def _weigh_loss(
-    clamping: Clamping, response: Response, shifts: Shifts, max_lag: int
+    clamping: Clamping, response: Response, shifts: Moves, max_lag: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64], float]:
     weights = np.zeros((clamping.sites, len(shifts.offsets)), dtype=np.float32)
     lowest = np.zeros(1)
@@ -240,7 +240,7 @@ def _products(
     clamping: Clamping,
     rows: NDArray[np.int64],
     news: NDArray[np.float32],
-    shifts: Shifts,
+    shifts: Moves,
     make_weights: Callable[[NDArray[np.float64]], NDArray[np.float32]],
     *,
     every: int = 1,

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from unclamp.analysis.curves import run_losses
+from unclamp.analysis.curves import Losses, run_losses
 from unclamp.analysis.evidence import Clamping
+from unclamp.analysis.groups import Group
 from unclamp.errors import AnalysisError
 from unclamp.runlog import PLACES_SQL, RunLog, SiteInfo
 from unclamp.written import counted
@@ -36,6 +37,7 @@ class History:
     Attributes:
         steps: Those with a loss, rising.
         loss: One for each of them, the mean over ranks; NaN and Inf stay.
+        groups: The kind of each step's batch; empty where no step has one.
         lr: Learning rate of each, NaN where it is not known; None without any. Ranks share it.
         clamping: At those steps, one row a site.
         names: Id, fqn and role of each site, ranks taken together; of several ids the lowest.
@@ -46,6 +48,7 @@ class History:
 
     steps: NDArray[np.int64]
     loss: NDArray[np.float64]
+    groups: list[Group]
     lr: NDArray[np.float64] | None
     clamping: Clamping
     names: list[tuple[int, str, str]]
@@ -75,7 +78,8 @@ def read_history(log: RunLog) -> History:
         AnalysisError: There are no losses or no sites.
         RunLogError: The run cannot be read.
     """
-    steps, loss = _read_loss(log)
+    losses = _read_loss(log)
+    steps, loss = np.array(losses.steps, dtype=np.int64), np.array(losses.values, dtype=np.float64)
     sites = log.named_sites()
     if not sites:
         raise AnalysisError(
@@ -90,6 +94,7 @@ def read_history(log: RunLog) -> History:
     return History(
         steps=steps,
         loss=loss,
+        groups=losses.groups,
         lr=_read_lr(log, steps),
         clamping=_to_clamping(clamped, known, steps, sites),
         names=[(site.site, site.fqn, site.role) for site in sites],
@@ -99,14 +104,13 @@ def read_history(log: RunLog) -> History:
     )
 
 
-def _read_loss(log: RunLog) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _read_loss(log: RunLog) -> Losses:
     if not log.sql("SELECT 1 FROM steps WHERE loss IS NOT NULL LIMIT 1").num_rows:
         raise AnalysisError(
             f"expected losses in {log.path}, but it has none: give them to "
             "`recorder.step(loss=...)`"
         )
-    steps, losses = run_losses(log)
-    return np.array(steps, dtype=np.int64), np.array(losses, dtype=np.float64)
+    return run_losses(log)
 
 
 def _read_lr(log: RunLog, steps: NDArray[np.int64]) -> NDArray[np.float64] | None:

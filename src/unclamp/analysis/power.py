@@ -7,14 +7,14 @@ import numpy as np
 
 from unclamp.analysis.evidence import MIN_HITS, Clamping, Weights, tail_weights
 from unclamp.analysis.schedules import LEAST_PLACES, places
-from unclamp.analysis.shifts import Shifts
+from unclamp.analysis.shifts import Moves
 
 
 def smallest_effects(
     weights: Weights,
     spikes: int,
     clamping: Clamping,
-    shifts: Shifts,
+    shifts: Moves,
     level: float,
     is_relative: bool,
 ) -> tuple[int | None, float | None]:

@@ -5,12 +5,15 @@ spike does not decide. Both are against the local median, so that neither the de
 nor a level that changed with the data counts as an effect.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+
+from unclamp.analysis.groups import Group, has_kinds, split_places
 
 LEVEL_STEPS = 51
 SPREAD_STEPS = 201
@@ -67,12 +70,46 @@ class Response:
         return np.where(calm, mean - slope * before, 0.0)
 
 
-def make_response(loss: NDArray[np.float64], in_spike: NDArray[np.bool_]) -> Response | None:
-    """Return the detrended loss; None where it is constant or has under 20 finite values."""
+def make_response(
+    loss: NDArray[np.float64], in_spike: NDArray[np.bool_], groups: Sequence[Group] = ()
+) -> Response | None:
+    """Return the detrended loss; None where it is constant or has under 20 finite values.
+
+    Args:
+        loss: One a step.
+        in_spike: Where a spike is.
+        groups: The kind of each step's batch. Each loss is measured against those of its own kind,
+            and scored among them; a kind that is constant or has under 20 finite values counts as
+            what was expected of it, 0. Without them all are of one kind.
+    """
     finite = np.isfinite(loss)
-    if finite.sum() < MIN_FINITE or np.ptp(loss[finite]) == 0:
-        return None
     is_relative = bool(np.all(loss[finite] > 0))
+    excess, scores = np.zeros((2, len(loss)))
+    kinds = split_places(groups) if has_kinds(groups) else {None: list(range(len(loss)))}
+    told = []
+    for places in kinds.values():
+        own = loss[places]
+        known = own[np.isfinite(own)]
+        if len(known) < MIN_FINITE or np.ptp(known) == 0:
+            continue
+        told.append(places)
+        excess[places], scores[places] = _against_level(own, is_relative)
+    if not told:
+        return None
+    return Response(
+        excess=excess,
+        scores=scores,
+        in_spike=in_spike,
+        high=in_spike | (scores > HIGH_SCORE),
+        is_relative=is_relative,
+    )
+
+
+def _against_level(
+    loss: NDArray[np.float64], is_relative: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return excess and scores of the losses of one kind."""
+    finite = np.isfinite(loss)
     values = np.where(finite, loss, 1.0)
     values = np.log(values) if is_relative else values
     values = np.where(finite, values, np.nan)
@@ -84,14 +121,7 @@ def make_response(loss: NDArray[np.float64], in_spike: NDArray[np.bool_]) -> Res
     # than any step of it, and small enough to divide by.
     size = max(float(np.max(np.abs(excess))), float(np.max(np.abs(values[finite]))))
     floor = max(float(np.median(spread)) * 1e-3, size * np.finfo(float).eps, np.finfo(float).tiny)
-    scores = _normal_scores(excess / np.maximum(spread, floor), ~finite)
-    return Response(
-        excess=excess,
-        scores=scores,
-        in_spike=in_spike,
-        high=in_spike | (scores > HIGH_SCORE),
-        is_relative=is_relative,
-    )
+    return excess, _normal_scores(excess / np.maximum(spread, floor), ~finite)
 
 
 def _later(values: NDArray, lag: int) -> NDArray:

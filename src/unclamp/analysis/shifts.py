@@ -16,6 +16,7 @@ leaving them out would make the test name too many.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,23 @@ MIN_REGULAR = 3
 CHANCE_OF_RHYTHM = 0.01
 MIN_PERIOD = 10
 """A shorter rhythm is no rhythm to a window of some lags."""
+
+
+class Moves(Protocol):
+    """What an association needs of shifts; the first one is what happened."""
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """One a shift."""
+        ...
+
+    def move(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where `positions` are after each shift."""
+        ...
+
+    def steps_before(self, which: slice = ...) -> NDArray[np.int32]:
+        """Return which step each shift moves to a step."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +78,7 @@ class Shifts:
         low = _lowest(ticks, self.width, self.clock)[..., None]
         return _step_at(low + (ticks[..., None] - low + self.offsets) % self.width, self.clock)
 
-    def steps_before(self, which: slice = slice(None)) -> NDArray[np.int32]:
+    def steps_before(self, which: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.int32]:
         """Return, steps by shifts, which step each shift moves to a step: evenly, in steps.
 
         For a series that is even by itself. The clock would stretch it where little is clamped

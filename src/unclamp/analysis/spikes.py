@@ -22,6 +22,7 @@ from unclamp.analysis.definitions import (
     judge_olmo_core,
     judge_zclip,
 )
+from unclamp.analysis.groups import Group, has_kinds, split_places
 from unclamp.analysis.resolution import has_ratios
 from unclamp.analysis.robust import THRESHOLD, judge_robust
 from unclamp.errors import AnalysisError, did_you_mean
@@ -52,6 +53,9 @@ class Spike:
         level: The value that was expected at the onset; NaN if too little came before it.
         kind: "rise", or "nonfinite" if any value is NaN or Inf.
         series: "loss", "grad_norm", or what the caller named it.
+        group: The kind of batches among which it is a spike: level, end and recovery are of that
+            kind, and steps of other kinds between onset and end do not belong to it. None for
+            batches without a group, which are a kind too.
         number: Its place among the spikes of the loss, 1 for the first: the K that
             `unclamp explain RUN --spike K` takes. None for another series, and for spikes by
             another definition or threshold than the default, which explain does not count.
@@ -66,6 +70,7 @@ class Spike:
     level: float
     kind: SpikeKind
     series: str = "loss"
+    group: Group = None
     # Not compared: a spike is the same one whatever came before it.
     number: int | None = field(default=None, compare=False)
 
@@ -137,25 +142,28 @@ def find_spikes(
     values: Values,
     *,
     steps: Sequence[int] | np.ndarray | None = None,
+    groups: Sequence[Group] = (),
     method: str = DEFAULT,
     threshold: float | None = None,
     series: str = "loss",
 ) -> list[Spike]:
-    """Return the upward spikes of a series, in order.
+    """Return the upward spikes of a series, in the order of their onsets.
 
     Args:
         values: One a step, such as losses. None is a missing value and left out.
         steps: Their step numbers, in order; 0, 1, ... without them.
+        groups: The kind of each step's batch. Each kind is judged as a series of its own, from
+            its own beginning on. Without them all are of one kind.
         method: Name of one of `DEFINITIONS`.
         threshold: In the definition's unit; its own by default.
         series: Name written into the spikes.
 
     Raises:
         AnalysisError: No such definition, or a threshold that is not above 0.
-        ValueError: `steps` and `values` differ in length.
+        ValueError: `steps` or `groups` and `values` differ in length.
 
-    Numerics: each run of NaN or Inf is a spike, or part of the one it touches, whatever the
-    definition; it enters no level. Empty and short series have no others.
+    Numerics: each run of NaN or Inf of a kind is a spike, or part of the one it touches, whatever
+    the definition; it enters no level. Empty and short series have no others.
 
     Example:
         >>> loss = [2.0 + 0.01 * (i % 7) for i in range(100)]
@@ -163,6 +171,43 @@ def find_spikes(
         >>> [(spike.onset, round(spike.height, 1)) for spike in find_spikes(loss)]
         [(60, 1.5)]
     """
+    found = []
+    for group, own, at in _kinds(values, steps, groups):
+        spikes = _find(own, at, method, threshold, series)
+        found += [replace(spike, group=group) for spike in spikes]
+    found.sort(key=lambda spike: spike.onset)
+    is_counted = series == SERIES[0] and method == DEFAULT and threshold in (None, THRESHOLD)
+    return [replace(s, number=i) for i, s in enumerate(found, 1)] if is_counted else found
+
+
+def _kinds(
+    values: Values, steps: Sequence[int] | np.ndarray | None, groups: Sequence[Group]
+) -> list[tuple[Group, Values, np.ndarray]]:
+    """Return the values of each kind with their steps."""
+    at = np.arange(len(values)) if steps is None else np.asarray(steps, dtype=np.int64)
+    if len(at) != len(values):
+        raise ValueError(f"expected a step a value, got {len(at)} steps, {len(values)} values")
+    if not has_kinds(groups):
+        return [(None, values, at)]
+    if len(groups) != len(values):
+        raise ValueError(
+            f"expected a group a value, got {len(groups)} groups, {len(values)} values"
+        )
+    every: list[Any] = list(values)
+    return [
+        (group, [every[i] for i in places], at[places])
+        for group, places in split_places(groups).items()
+    ]
+
+
+def _find(
+    values: Values,
+    steps: np.ndarray,
+    method: str,
+    threshold: float | None,
+    series: str,
+) -> list[Spike]:
+    """Return the spikes of batches of one kind."""
     numbers, at = _present(values, steps)
     finite = np.flatnonzero(np.isfinite(numbers))
     judged = _judge(numbers[finite], method, threshold)
@@ -175,8 +220,7 @@ def find_spikes(
         found.append(
             _spike(numbers, at, slice(begin, stop), level, spread, series, has_ratio=has_ratio)
         )
-    is_counted = series == SERIES[0] and method == DEFAULT and threshold in (None, THRESHOLD)
-    return [replace(s, number=i) for i, s in enumerate(found, 1)] if is_counted else found
+    return found
 
 
 def run_spikes(
@@ -195,7 +239,12 @@ def run_spikes(
         for name in SERIES
         if name in curve.series
         for spike in find_spikes(
-            curve.series[name], steps=curve.steps, method=method, threshold=threshold, series=name
+            curve.series[name],
+            steps=curve.steps,
+            groups=curve.groups,
+            method=method,
+            threshold=threshold,
+            series=name,
         )
     ]
     return sorted(spikes, key=lambda spike: (spike.onset, spike.series != SERIES[0]))

@@ -12,6 +12,7 @@ from rich.console import Console
 from unclamp.cli.app import JsonFlag, app
 from unclamp.errors import AnalysisError
 from unclamp.files import to_json
+from unclamp.written import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +56,14 @@ def spikes(
     column: Annotated[
         str | None, typer.Option(help="Column or tag to take for the loss.", show_default=False)
     ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            help="Column that holds the kind of each step's batch, each judged by itself; a run "
+            "has its own.",
+            show_default=False,
+        ),
+    ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(help="In the method's unit; its own by default.", show_default=False),
@@ -67,7 +76,7 @@ def spikes(
     """
     from unclamp.analysis import find_divergences, find_spikes, read_curve  # noqa: PLC0415
 
-    curve = read_curve(path, column=column)
+    curve = read_curve(path, column=column, group=group)
     names = [name for name in curve.series if series in (Series.BOTH, name)]
     if not names:
         raise AnalysisError(f"{path} has no {series}; it has {list(curve.series)}")
@@ -77,6 +86,7 @@ def spikes(
         name: find_spikes(
             curve.series[name],
             steps=curve.steps,
+            groups=curve.groups,
             method=method,
             threshold=threshold,
             series=labels[name],
@@ -89,7 +99,9 @@ def spikes(
         drift
         for name in names
         if name == "loss"
-        for drift in find_divergences(curve.series[name], steps=curve.steps, series=labels[name])
+        for drift in find_divergences(
+            curve.series[name], steps=curve.steps, groups=curve.groups, series=labels[name]
+        )
     ]
     if as_json:
         each = sorted([*ordered, *drifts], key=lambda one: one.onset)
@@ -103,7 +115,9 @@ def spikes(
     for drift in drifts:
         typer.echo(_drift_in_words(curve, drift))
     for name in names:
-        typer.echo(_in_words(labels[name], curve.series[name], found[name], method, threshold))
+        values = curve.series[name]
+        for line in _lines(labels[name], values, curve.groups, found[name], method, threshold):
+            typer.echo(line)
 
 
 def _place(curve: "Curve", found: "Spike | Divergence") -> dict[str, str]:
@@ -128,6 +142,8 @@ def _print_table(found: "list[Spike]", curve: "Curve") -> None:
     for name in ("onset", "peak", "end", "recovery", "height", "sigmas"):
         table.add_column(name, justify="right")
     table.add_column("kind")
+    if curve.groups:
+        table.add_column("group")
     if curve.places:
         table.add_column("place of the onset")
     for spike in found:
@@ -140,6 +156,7 @@ def _print_table(found: "list[Spike]", curve: "Curve") -> None:
             _times(spike.height) if math.isfinite(spike.height) else "-",
             f"{spike.sigmas:.1f}" if math.isfinite(spike.sigmas) else "-",
             spike.kind,
+            *([spike.group or "-"] if curve.groups else []),
             *_place(curve, spike).values(),
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
@@ -149,6 +166,34 @@ def _times(height: float) -> str:
     return f"{height:.2f}x" if height < MOST_DECIMAL else f"{height:.3g}x"
 
 
+def _lines(
+    label: str,
+    values: "Sequence[float | None]",
+    groups: "Sequence[str | None]",
+    found: "list[Spike]",
+    method: Method,
+    threshold: float | None,
+) -> list[str]:
+    """Return the last lines, one for each kind of batches."""
+    from unclamp.analysis import is_judged  # noqa: PLC0415
+    from unclamp.analysis.groups import kind_in_words, split_places  # noqa: PLC0415
+
+    if not groups:
+        return [_in_words(label, values, found, method, threshold)]
+    said = []
+    for group, places in split_places(groups).items():
+        own = [values[i] for i in places]
+        name = f"{label}, {kind_in_words(group)}"
+        spikes = [spike for spike in found if spike.group == group]
+        if is_judged(own, method=method, threshold=threshold):
+            said.append(_in_words(name, own, spikes, method, threshold))
+        else:
+            count = counted(sum(value is not None for value in own), "batch", "batches")
+            broken = f"; {len(spikes)} with NaN or Inf" if spikes else ""
+            said.append(f"{name}: not judged: only {count}{broken} (method {method}).")
+    return said
+
+
 def _in_words(
     label: str,
     series: "Sequence[float | None]",
@@ -156,7 +201,7 @@ def _in_words(
     method: Method,
     threshold: float | None,
 ) -> str:
-    """Return the last line: how many spikes in how many steps, and what could have been missed."""
+    """Return a last line: how many spikes in how many steps, and what could have been missed."""
     from unclamp.analysis import DEFINITIONS, smallest_height, spike_score  # noqa: PLC0415
 
     values = [value for value in series if value is not None]

@@ -18,7 +18,7 @@ from unclamp.explain.script import changes_of
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import read_all_facts, read_snapshot
 from unclamp.explain.training import Build, Step, keeping_random_state
-from unclamp.explain.watch import level_before, trains
+from unclamp.explain.watch import about_kind, kin_of, level_before, trains
 from unclamp.runlog import RunLog, starting_no_run
 
 LEAD = 4
@@ -58,10 +58,11 @@ def explain_spike(
     """
     run = Path(run)
     with RunLog.open(run) as log:
-        steps, losses = run_losses(log)
-    spikes = find_spikes(losses, steps=steps)
+        losses = run_losses(log)
+    spikes = find_spikes(losses.values, steps=losses.steps, groups=losses.groups)
     found, unreadable = read_all_facts(run)
     chosen, path = _choose(run, spikes, spike, found, unreadable)
+    kin = kin_of(chosen, losses.steps, losses.groups)
     snapshot = read_snapshot(path)
     with keeping_random_state():
         arguments = snapshot.facts["arguments"] if build is None else {}
@@ -77,13 +78,19 @@ def explain_spike(
             stepper,
             snapshot,
             spike=chosen,
-            level=level_before(steps, losses, chosen.onset),
+            level=level_before(losses.steps, losses.values, chosen.onset, losses.groups),
             spikes=spikes,
+            kin=kin,
             run=run,
             older=earlier_snapshots([*found], snapshot),
             clamped_before=partial(clamped_before, run),
             limits=limits,
-            notes=(*changes, *unreadable, *_about_train(spikes, chosen)),
+            notes=(
+                *changes,
+                *unreadable,
+                *_about_train(spikes, chosen),
+                *about_kind(chosen, kin),
+            ),
             on_progress=on_progress,
         )
 

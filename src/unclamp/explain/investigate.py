@@ -54,6 +54,7 @@ def investigate(
     spike: Spike,
     level: float,
     spikes: Sequence[Spike],
+    kin: frozenset[int] | None = None,
     run: Path,
     older: Iterable[Snapshot] = (),
     clamped_before: Callable[[int], Clamped] | None = None,
@@ -70,6 +71,7 @@ def investigate(
         spike: The spike.
         level: The loss that it rises from; NaN where no calm step comes before it.
         spikes: All spikes of the loss: a step in another one is not calm.
+        kin: Steps whose batch is of the spike's kind, which alone count; None where all are.
         run: Where RUN/explain-<onset>.json and the cache of answers go.
         older: Snapshots of earlier steps with all batches up to the spike, the latest first.
         clamped_before: What the run's log says was clamped before a step; None if not known.
@@ -84,7 +86,7 @@ def investigate(
         ReplayError: The snapshot does not reach the spike or does not fit the training.
     """
     asked = _Investigation(
-        training, step, snapshot, spike, level, spikes, run, limits, notes, on_progress
+        training, step, snapshot, spike, level, spikes, kin, run, limits, notes, on_progress
     )
     return asked.run(older, clamped_before)
 
@@ -98,6 +100,7 @@ class _Investigation:
         spike: Spike,
         level: float,
         spikes: Sequence[Spike],
+        kin: frozenset[int] | None,
         run: Path,
         limits: Limits,
         notes: Sequence[str],
@@ -109,9 +112,14 @@ class _Investigation:
                 f"{snapshot.last_step}, which leaves out the spike at step {spike.onset}"
             )
         last = min(spike.end, spike.onset + MAX_STEPS - 1, snapshot.last_step)
+        only: tuple[int, ...] = ()
+        if kin is not None:
+            only = tuple(n for n in range(spike.onset, last + 1) if n in kin)
+            last = only[-1]
         self._training, self._step, self._run, self._limits = training, step, run, limits
-        self._window = Window(first=spike.onset, last=last, level=level)
-        self._spikes = spikes
+        self._spikes, self._kin = spikes, kin
+        self._of_kind = [other for other in spikes if other.group == spike.group]
+        self._window = Window(first=spike.onset, last=last, level=level, only=only)
         found = Explanation(
             run=str(run),
             onset=spike.onset,
@@ -213,8 +221,13 @@ class _Investigation:
         return self._begin(snapshot, replace(self._window, calm=tuple(calm)))
 
     def _calm_from(self, step: int) -> list[int]:
-        """Return the steps by which a replay from a step tells a better training from a spike."""
-        return calm_steps(range(step, self._window.first), self._spikes)
+        """Return the steps by which a replay from a step tells a better training from a spike.
+
+        They are of the spike's kind, or of any where there is none.
+        """
+        before, kin = range(step, self._window.first), self._kin
+        own = [] if kin is None else calm_steps([n for n in before if n in kin], self._of_kind)
+        return own or calm_steps(before, self._spikes)
 
     def _from(self, start: Start) -> None:
         """Ask from this start on, within what is left of the budget."""

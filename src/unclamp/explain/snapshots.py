@@ -41,7 +41,7 @@ from unclamp.explain.training import (
     keeping_random_state,
     put_state,
 )
-from unclamp.explain.watch import LateLoss, SpikeWatch
+from unclamp.explain.watch import LateLoss, SpikeWatch, about_kind
 from unclamp.files import strict
 from unclamp.runlog import NUMBER, starting_no_run
 
@@ -222,10 +222,15 @@ class Snapshots:
         self._ring.add_batch(step, batch)
         self._open = step
 
-    def after(self, step: int, loss: Tensor | float) -> Rewind | None:
+    def after(self, step: int, loss: Tensor | float, *, group: str | None = None) -> Rewind | None:
         """Hear the loss of a step; write or explain if a spike is complete.
 
         A loss on a GPU is looked at one step later, so that nothing waits for it.
+
+        Args:
+            step: Its number.
+            loss: Its loss.
+            group: The kind of its batch, as in `Recorder.step`.
 
         Returns:
             Where the training is now if it went back; else None. `follow` does the rest.
@@ -237,6 +242,7 @@ class Snapshots:
             raise ReplayError(f"call snapshots.before({step}, batch) at the start of the step")
         self._open, self._next = None, step + 1
         self._tell_failure()
+        self._watch.name(step, group)
         for number, value in self._late.put(step, loss):
             rewind = self._hear(number, value)
             if rewind is not None:
@@ -361,13 +367,17 @@ class Snapshots:
         with keeping_random_state():
             with starting_no_run("a training for replays is being built"):
                 twin = self._build(**self._arguments)
+            spike = self._watch.spike_at(onset)
+            kin = self._watch.kin_of(spike)
             return investigate(
                 twin,
                 self._step,
                 snapshot,
-                spike=self._watch.spike_at(onset),
+                spike=spike,
                 level=self._watch.level_before(onset),
                 spikes=self._watch.spikes,
+                kin=kin,
+                notes=about_kind(spike, kin),
                 run=self._path,
                 older=older,
                 limits=Limits(replays=self._replays),

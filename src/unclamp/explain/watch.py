@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unclamp.analysis import Spike, SpikeDetector, find_spikes
+from unclamp.analysis.groups import Group, has_kinds, kind_in_words
 from unclamp.analysis.robust import DELAY, SETTLED
 from unclamp.errors import ReplayError
 
@@ -37,35 +38,47 @@ def _reach(before: Spike, spike: Spike) -> int:
     return DELAY if is_back else SETTLED
 
 
-class SpikeWatch:
-    """Finds spikes in losses as they come: those that `find_spikes` finds afterwards."""
+class _KindWatch:
+    """Watches the losses of one kind of batches."""
 
     def __init__(self) -> None:
-        self._steps: list[int] = []
-        self._values: list[float] = []
-        self._begin()
-
-    def _begin(self) -> None:
         self._detector = SpikeDetector()
         self._is_open, self._number = False, -1
 
-    def hear(self, step: int, value: float) -> int | None:
-        """Return the onset if a spike begins with this loss; None otherwise."""
-        self._steps.append(step)
-        self._values.append(value)
-        return step if self._judge(value) else None
-
-    def _judge(self, value: float) -> bool:
+    def judge(self, value: float) -> bool:
         """Return whether a spike begins with this value."""
         was_open, number = self._is_open, self._number
         self._is_open = self._detector.update(value)
         self._number = self._detector.spike
         return self._is_open and (not was_open or self._number > number >= 0)
 
+
+class SpikeWatch:
+    """Finds spikes in losses as they come: those that `find_spikes` finds afterwards."""
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._values: list[float] = []
+        self._groups: list[Group] = []
+        self._kinds: dict[Group, _KindWatch] = {}
+        self._named: dict[int, Group] = {}
+
+    def name(self, step: int, group: Group) -> None:
+        """Take the kind of a step's batch, before its loss is heard."""
+        self._named[step] = group
+
+    def hear(self, step: int, value: float) -> int | None:
+        """Return the onset if a spike begins with this loss; None otherwise."""
+        group = self._named.pop(step, None)
+        self._steps.append(step)
+        self._values.append(value)
+        self._groups.append(group)
+        return step if self._kinds.setdefault(group, _KindWatch()).judge(value) else None
+
     @property
     def spikes(self) -> list[Spike]:
         """All spikes, as far as they are known."""
-        return find_spikes(self._values, steps=self._steps)
+        return find_spikes(self._values, steps=self._steps, groups=self._groups)
 
     def spike_at(self, onset: int) -> Spike:
         """Return the spike that began at a step, as far as it is known."""
@@ -73,15 +86,20 @@ class SpikeWatch:
 
     def level_before(self, onset: int) -> float:
         """Return the level that the spike rises from."""
-        return level_before(self._steps, self._values, onset)
+        return level_before(self._steps, self._values, onset, self._groups)
+
+    def kin_of(self, spike: Spike) -> frozenset[int] | None:
+        """Return the steps of the spike's kind, as `kin_of`."""
+        return kin_of(spike, self._steps, self._groups)
 
     def forget_from(self, step: int) -> None:
         """Drop losses from a step on: they will come again."""
-        kept = [(n, value) for n, value in zip(self._steps, self._values, strict=True) if n < step]
-        self._steps, self._values = [n for n, _ in kept], [value for _, value in kept]
-        self._begin()
-        for value in self._values:
-            self._judge(value)
+        heard = list(zip(self._steps, self._values, self._groups, strict=True))
+        self._steps, self._values, self._groups, self._kinds = [], [], [], {}
+        for n, value, group in heard:
+            if n < step:
+                self.name(n, group)
+                self.hear(n, value)
 
 
 def calm_steps(steps: Iterable[int], spikes: Sequence[Spike]) -> list[int]:
@@ -97,11 +115,37 @@ def calm_steps(steps: Iterable[int], spikes: Sequence[Spike]) -> list[int]:
     return calm[-LEVEL_POINTS:]
 
 
-def level_before(steps: list[int], values: list[float], onset: int) -> float:
-    """Return the median of the latest calm losses before an onset; NaN where there is none."""
-    losses = {n: loss for n, loss in zip(steps, values, strict=True) if n < onset}
-    calm = [losses[step] for step in calm_steps(losses, find_spikes(values, steps=steps))]
+def level_before(
+    steps: Sequence[int], values: Sequence[float], onset: int, groups: Sequence[Group] = ()
+) -> float:
+    """Return the median of the latest calm losses of the same kind before an onset.
+
+    NaN where there is none. Without groups all losses are of one kind.
+    """
+    kinds = list(groups) if has_kinds(groups) else [None] * len(steps)
+    own = next((kind for step, kind in zip(steps, kinds, strict=True) if step == onset), None)
+    of_kind = [i for i, kind in enumerate(kinds) if kind == own]
+    steps, values = [steps[i] for i in of_kind], [values[i] for i in of_kind]
+    before = {n: loss for n, loss in zip(steps, values, strict=True) if n < onset}
+    calm = [before[step] for step in calm_steps(before, find_spikes(values, steps=steps))]
     return float(np.median(calm)) if calm else float("nan")
+
+
+def kin_of(spike: Spike, steps: Sequence[int], groups: Sequence[Group]) -> frozenset[int] | None:
+    """Return the steps whose batch is of the spike's kind; None where all are of one kind."""
+    if not has_kinds(groups):
+        return None
+    return frozenset(n for n, kind in zip(steps, groups, strict=True) if kind == spike.group)
+
+
+def about_kind(spike: Spike, kin: frozenset[int] | None) -> tuple[str, ...]:
+    """Say what a spike is compared with where batches are of several kinds."""
+    if kin is None:
+        return ()
+    return (
+        f"It is a spike among {kind_in_words(spike.group)}: its level is that of such batches "
+        "before it, and steps of other kinds count neither for the level nor for the spike.",
+    )
 
 
 class LateLoss:

@@ -25,6 +25,7 @@ from unclamp.report.bands import (
     loss_band,
     mean,
 )
+from unclamp.report.kinds import KindLoss, kind_losses, log_ratio, pairs_at
 from unclamp.report.recorded import (
     RunRecord,
     SiteRecord,
@@ -73,6 +74,7 @@ class ArmView:
         precision: "FP8" where anything was cast; "high precision" where nothing was, by
             design; "nothing cast" where a recipe asks for it; "not known" where neither is said.
         notes: What a reader must know beside the figures, distinct over seeds.
+        kinds: The loss by kind of batch, most batches first; empty without groups.
     """
 
     name: str
@@ -94,6 +96,7 @@ class ArmView:
     nonfinite_seeds: int = 0
     precision: Precision = "FP8"
     notes: list[str] = field(default_factory=list)
+    kinds: list[KindLoss] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +184,8 @@ def others_of(scenario: ScenarioView) -> list[ArmView]:
 
 def comparisons_of(arm: ArmView) -> list[PairedDifference]:
     """Return the differences of an arm from the baseline that have an interval."""
-    both = arm.planted_log_ratio, arm.final_gap
-    return [gap for gap in both if gap is not None and gap.interval is not None]
+    every = arm.planted_log_ratio, arm.final_gap, *(kind.log_ratio for kind in arm.kinds)
+    return [gap for gap in every if gap is not None and gap.interval is not None]
 
 
 def _intervals(arm: ArmView) -> int:
@@ -204,7 +207,9 @@ def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunReco
         final_loss=mean(finals) if finals else None,
         final_gap=None if name == BASELINE else _final_gap(runs, baseline),
         planted_ratio=_planted_ratio(runs, baseline),
-        planted_log_ratio=None if name == BASELINE else _planted_log_ratio(runs, baseline),
+        planted_log_ratio=None
+        if name == BASELINE
+        else log_ratio(runs, baseline, lambda run: run.planted),
         planted_spikes=len(at_planted),
         other_spikes=spikes - len(at_planted),
         extent=next((run.extent for run in whole.values() if run.extent), ""),
@@ -219,6 +224,11 @@ def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunReco
         ),
         precision=precision,
         notes=_notes(runs) + ([NOTHING_CAST] if precision == "nothing cast" else []),
+        # Marked steps are a kind that is compared already: a second time would count it twice.
+        kinds=kind_losses(
+            runs,
+            None if name == BASELINE or any(run.planted for run in runs.values()) else baseline,
+        ),
     )
 
 
@@ -252,7 +262,9 @@ def _final_gap(
 def _planted_ratio(
     runs: dict[int, RunRecord], baseline: dict[int, RunRecord]
 ) -> tuple[float, float, float] | None:
-    pairs = [pair for seed in runs for pair in _at_planted_steps(runs, baseline, seed)]
+    pairs = [
+        p for seed, run in runs.items() for p in pairs_at(run, baseline.get(seed), run.planted)
+    ]
     ratios = [own / other for own, other in pairs]
     if not all(map(math.isfinite, ratios)):
         return math.nan, math.nan, math.nan
@@ -261,38 +273,6 @@ def _planted_ratio(
     is_positive = min(ratios) > 0
     average = math.exp(mean([math.log(r) for r in ratios])) if is_positive else mean(ratios)
     return average, min(ratios), max(ratios)
-
-
-def _planted_log_ratio(
-    runs: dict[int, RunRecord], baseline: dict[int, RunRecord]
-) -> PairedDifference | None:
-    """Compare the logarithms of the losses at planted steps, a mean a seed.
-
-    Steps of one seed are not independent of each other, so a seed is one value.
-    """
-    own, other = [], []
-    for seed in runs:
-        pairs = _at_planted_steps(runs, baseline, seed)
-        if pairs:
-            own.append(mean([_log(mine) for mine, _ in pairs]))
-            other.append(mean([_log(theirs) for _, theirs in pairs]))
-    return paired_difference(own, other) if own else None
-
-
-def _at_planted_steps(
-    runs: dict[int, RunRecord], baseline: dict[int, RunRecord], seed: int
-) -> list[tuple[float, float]]:
-    """Return the losses of both at the seed's planted steps that both recorded."""
-    if seed not in baseline:
-        return []
-    own, other = by_step(runs[seed]), by_step(baseline[seed])
-    # A loss of 0 has no ratio to it.
-    return [(own[s], other[s]) for s in runs[seed].planted if s in own and other.get(s)]
-
-
-def _log(loss: float) -> float:
-    """Return the logarithm of a loss; NaN of one that has none."""
-    return math.log(loss) if 0 < loss < math.inf else math.nan
 
 
 def _worst(runs: list[RunRecord]) -> list[SiteRow]:

@@ -16,6 +16,8 @@ from unclamp.written import percent
 
 COLOURS = ("#6b7280", "#3b82f6", "#ef4444", "#059669", "#a855f7", "#d97706", "#0891b2", "#db2777")
 """Of arms: each has a contrast of 3 to 1 or more with white and with a dark page."""
+KIND_COLOURS = ("#3b82f6", "#d97706", "#059669", "#a855f7", "#0891b2", "#db2777", "#6b7280")
+"""Of kinds of batches; red is for spikes."""
 CLEAR = "rgba(0,0,0,0)"
 PLANTED, SPIKE_LINE = "#9ca3af", "#ef4444"
 HEAT = "Plasma"
@@ -39,7 +41,15 @@ _SERIES = {"loss": ("loss", "y", "#3b82f6"), "grad_norm": ("gradient norm", "y2"
 def run_figure(run: RunView) -> go.Figure:
     """Draw the loss, the gradient norm below it, and a lane of events above, over one axis."""
     figure = go.Figure()
+    for i, (kind, curve) in enumerate(run.kind_curves.items()):
+        figure.add_scatter(
+            x=curve.step, y=curve.value, name=escaped(kind), mode="lines",
+            line={"color": KIND_COLOURS[i % len(KIND_COLOURS)], "width": 1.5},
+            hovertemplate="step %{x}<br>%{y:.4g}<extra>" + escaped(kind) + "</extra>",
+        )  # fmt: skip
     for name, curve in run.curves.items():
+        if name == "loss" and run.kind_curves:
+            continue
         title, axis, colour = _SERIES[name]
         figure.add_scatter(
             x=curve.step, y=curve.value, name=title, yaxis=axis, mode="lines",

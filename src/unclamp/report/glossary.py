@@ -110,6 +110,12 @@ GLOSSARY = (
         "and left out of the final loss.",
     ),
     Term(
+        word="kind of batch",
+        short="steps with one group, the name that recorder.step(group=...) was given",
+        meaning="Steps whose batch was given one name by recorder.step(group=...); those without "
+        "a name are a kind too. A loss is judged among those of its own kind.",
+    ),
+    Term(
         word="final loss",
         short="mean over the last tenth of the steps of finished runs, planted ones left out",
         meaning="Mean over the last tenth of the steps of finished runs, planted steps left out; "
@@ -139,6 +145,7 @@ _OF_HEADING = {
     "difference from dynamic": "difference",
     "loss at planted steps vs dynamic": "planted",
     "spikes, all seeds: planted + other": "spike",
+    "kind of batch": "kind of batch",
     "clamped elements": "clamped",
     "clamped casts": "clamped",
     "clamped": "clamped",

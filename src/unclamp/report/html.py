@@ -26,6 +26,7 @@ from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
     ASSOCIATION_COLUMNS,
+    KIND_COLUMNS,
     SERIES,
     SITE_COLUMNS,
     TABLE_COLUMNS,
@@ -35,6 +36,7 @@ from unclamp.report.words import (
     association_row,
     explanation_columns,
     explanation_row,
+    kind_rows,
     site_row,
     spike_text,
 )
@@ -55,6 +57,7 @@ def write_page(view: View, path: Path) -> Path:
         else [_scenario(scenario, view, place=i) for i, scenario in enumerate(view.scenarios)],
         run=None if view.run is None else _run(view.run, view.path),
         site_columns=SITE_COLUMNS,
+        kind_columns=KIND_COLUMNS,
         association_columns=ASSOCIATION_COLUMNS,
         glossary_terms=[term for term in GLOSSARY if term.is_on("run" if view.run else "study")],
         term_of=term_of,
@@ -83,6 +86,7 @@ def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, An
         "has_differences": bool(scenario.differences),
         "is_cut": difference_range(scenario) is not None,
         "arm_rows": [arm_row(arm, scenario) for arm in scenario.arms],
+        "kind_rows": kind_rows(scenario),
         "colours": list(colours.values()),
         "loss": Markup(embed(arms_figure(scenario, colours), f"loss-{place}")),
         "heats": [

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from unclamp.analysis import Spike, find_spikes, run_curve
+from unclamp.analysis.groups import Group
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.runlog import Cut, RunLog, SiteInfo, Windows
@@ -43,6 +44,7 @@ class RunRecord:
         steps: Step numbers of `loss` and `grad_norm`, rising; a step counts once.
         loss: Mean over ranks; None where none was recorded, which NaN is not.
         grad_norm: The same of the gradient norm; empty if it was never recorded.
+        groups: The kind of each step's batch; empty where no step has one.
         planted: Steps whose batch was planted.
         spikes: Of the loss and the gradient norm, by onset.
         cut: How the steps are cut into windows, for what is told of sites over time.
@@ -69,6 +71,7 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     has_recipe: bool = False
     is_plain: bool = False
+    groups: list[Group] = field(default_factory=list)
 
     @property
     def extent(self) -> str:
@@ -122,11 +125,11 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
     with ThreadPoolExecutor(1) as pool:  # DuckDB cuts while Python looks for spikes
         cutting = pool.submit(log.windows)
         with RunLog.open(log.path) as another:  # a connection is for one thread
-            steps, series = _series(another)
+            steps, series, groups = _series(another)
         spikes = [
             spike
             for name, values in series.items()
-            for spike in find_spikes(values, steps=steps, series=name)
+            for spike in find_spikes(values, steps=steps, groups=groups, series=name)
         ]
         windows = cutting.result()
     sites = [
@@ -151,6 +154,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         notes=list(dict.fromkeys(log.header.notes)),
         has_recipe=log.header.recipe is not None,
         is_plain=log.header.plain,
+        groups=groups,
     )
     return record, windows
 
@@ -188,13 +192,13 @@ def _recorded_steps(log: RunLog) -> int | None:
     return _column(log, "SELECT count(DISTINCT step) FROM casts")[0]
 
 
-def _series(log: RunLog) -> tuple[list[int], dict[str, list[float | None]]]:
-    """Return steps and series of a run; without any that recorded neither."""
+def _series(log: RunLog) -> tuple[list[int], dict[str, list[float | None]], list[Group]]:
+    """Return steps, series and groups of a run; without series where it recorded neither."""
     try:
         curve = run_curve(log)
     except AnalysisError:  # neither loss nor gradient norm
-        return _column(log, "SELECT DISTINCT step FROM steps ORDER BY step"), {}
-    return curve.steps.tolist(), curve.series
+        return _column(log, "SELECT DISTINCT step FROM steps ORDER BY step"), {}, []
+    return curve.steps.tolist(), curve.series, list(curve.groups)
 
 
 def _shares(sites: list[SiteRecord], windows: Windows) -> dict[SiteName, np.ndarray]:

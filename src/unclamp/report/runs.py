@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unclamp.analysis import Divergence, find_divergences
+from unclamp.analysis import Divergence, find_divergences, unjudged_in_words
 from unclamp.analysis.divergences import divergence_in_words
+from unclamp.analysis.groups import kind_in_words
 from unclamp.names import SiteName, shown
 from unclamp.report.bands import final_loss
 from unclamp.report.evidence import (
@@ -21,6 +22,7 @@ from unclamp.report.evidence import (
     read_association,
     read_explanations,
 )
+from unclamp.report.kinds import kind_sentences, kind_steps, kinds_data
 from unclamp.report.panels import Panel, choose_sites, read_panels, rounded
 from unclamp.report.recorded import (
     RunRecord,
@@ -36,6 +38,8 @@ from unclamp.written import counted, loss_text, percent, times
 
 EVENTS_A_KIND = 200
 SITES_IN_TEXT = 3
+DRAWN_KINDS = 7
+NO_GROUP, OTHER_KINDS = "without a group", "other kinds"
 _EVENTS = f"""
 SELECT step, kind, data, count(*) OVER (PARTITION BY kind) AS of_kind
 FROM (SELECT DISTINCT step, kind, data FROM events)
@@ -98,6 +102,8 @@ class RunView:
         sentences: What the figures say.
         curves: By series, thinned so that every peak stays.
         spikes: As `Spike.to_dict`, by onset.
+        kind_curves: The loss of each kind of batches, by its name; empty without groups.
+        kinds: As `kinds_data`, most batches first.
         divergences: Slow rises of the loss, which no spike tells, as `Divergence.to_dict`.
         events: Of a kind with very many, evenly some.
         events_left_out: How many events are not in `events`, by kind.
@@ -128,6 +134,8 @@ class RunView:
     notes: list[str] = field(default_factory=list)
     planted: list[int] = field(default_factory=list)
     divergences: list[dict[str, Any]] = field(default_factory=list)
+    kind_curves: dict[str, Curve] = field(default_factory=dict)
+    kinds: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_run_view(
@@ -149,7 +157,7 @@ def read_run_view(
     chosen = choose_sites(record, globs=globs, named=named_sites(association))
     switched = _switched(log)
     events, left_out = _read_events(log)
-    drifts = find_divergences(record.loss, steps=record.steps)
+    drifts = find_divergences(record.loss, steps=record.steps, groups=record.groups)
     return RunView(
         name=log.path.resolve().name,
         sentences=run_sentences(record, switched, drifts),
@@ -167,6 +175,8 @@ def read_run_view(
         notes=record.notes,
         planted=record.planted,
         divergences=[drift.to_dict() for drift in drifts],
+        kind_curves=_kind_curves(record),
+        kinds=kinds_data(record),
     )
 
 
@@ -208,7 +218,8 @@ def run_sentences(
     """
     final = final_loss(record)
     risen = [divergence_in_words(drift, name="The loss") for drift in drifts]
-    finals, spikes = _final_sentence(record, final), _spike_sentences(record)
+    finals = [*_final_sentence(record, final), *kind_sentences(record)]
+    spikes = _spike_sentences(record)
     clamps = _clamp_sentences(record)
     if final is not None and not math.isfinite(final):
         said = [*finals, *risen, *spikes, *clamps]
@@ -238,14 +249,17 @@ def _spike_sentences(record: RunRecord) -> list[str]:
             continue
         steps = counted(len(values), "step")
         spikes = [spike for spike in record.spikes if spike.series == series]
+        few = unjudged_in_words(given, record.groups)
+        but = f" ({'; '.join(few)})" if few else ""
         if not spikes:
-            said.append(f"No spike of the {name} in {steps}.")
+            said.append(f"No spike of the {name} in {steps}{but}.")
             continue
         worst = max(spikes, key=lambda spike: spike.height if spike.height == spike.height else 0)
         how = "not finite" if worst.kind == "nonfinite" else f"{times(worst.height)} its level"
+        among = f" among {kind_in_words(worst.group)}" if record.groups else ""
         said.append(
-            f"{counted(len(spikes), 'spike')} of the {name} in {steps}; the highest, at step "
-            f"{worst.peak:,}, is {how}."
+            f"{counted(len(spikes), 'spike')} of the {name} in {steps}{but}; the highest, at step "
+            f"{worst.peak:,}{among}, is {how}."
         )
     return said
 
@@ -338,12 +352,29 @@ def _curves(record: RunRecord) -> dict[str, Curve]:
     for name, given in (("loss", record.loss), ("grad_norm", record.grad_norm)):
         pairs = [(s, v) for s, v in zip(record.steps, given, strict=False) if v is not None]
         if pairs:
-            steps, values = zip(*pairs, strict=True)
-            kept = kept_places(values)
-            curves[name] = Curve(
-                step=[steps[i] for i in kept], value=[rounded(values[i]) for i in kept]
-            )
+            curves[name] = _curve(pairs)
     return curves
+
+
+def _kind_curves(record: RunRecord) -> dict[str, Curve]:
+    """Return the loss of each kind, thinned; of very many kinds the most frequent, and the rest."""
+    losses = dict(zip(record.steps, record.loss, strict=True))
+    kinds = {group or NO_GROUP: steps for group, steps in kind_steps(record).items()}
+    names = list(kinds)
+    if len(names) > DRAWN_KINDS:
+        rest = [step for name in names[DRAWN_KINDS - 1 :] for step in kinds[name]]
+        kinds = {name: kinds[name] for name in names[: DRAWN_KINDS - 1]}
+        kinds[OTHER_KINDS] = sorted(rest)
+    return {
+        name: _curve([(s, v) for s in steps if (v := losses[s]) is not None])
+        for name, steps in kinds.items()
+    }
+
+
+def _curve(pairs: Sequence[tuple[int, float]]) -> Curve:
+    steps, values = zip(*pairs, strict=True)
+    kept = kept_places(values)
+    return Curve(step=[steps[i] for i in kept], value=[rounded(values[i]) for i in kept])
 
 
 def _site(site: SiteRecord, switched: list[int]) -> RunSiteRow:

@@ -14,10 +14,12 @@ from unclamp.report.recorded import SiteRow
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
 from unclamp.report.words import (
+    KIND_COLUMNS,
     SERIES,
     arm_columns,
     arm_notes,
     arm_row,
+    kind_rows,
     shortened,
     site_row,
     spike_text,
@@ -98,6 +100,11 @@ def _run(run: RunView, width: int) -> RenderableType:
 def _scenario(scenario: ScenarioView, width: int) -> RenderableType:
     title = Text.assemble("\n", (scenario.name, "bold"), f"  {scenario.description}")
     parts: list[RenderableType] = [title, _arms(scenario, width)]
+    kinds = kind_rows(scenario)
+    if kinds:
+        title = "\nloss by kind of batch"
+        table = table_of(KIND_COLUMNS, kinds, width, longest_name=ARM_WIDTH)
+        parts += [Text(title, style="bold"), table]
     parts += [Text(note, style="yellow") for note in arm_notes(scenario)]
     parts += [_bullet(finding) for finding in scenario.findings]
     for name, sites in scenario.worst.items():

@@ -11,6 +11,7 @@ sentence are in `arms`.
 import math
 from collections.abc import Iterable, Sequence
 
+from unclamp.analysis.groups import kind_in_words
 from unclamp.analysis.paired import comparisons_in_words
 from unclamp.report.arms import (
     BASELINE,
@@ -49,7 +50,8 @@ def _scenario(scenario: ScenarioView, made: int) -> list[str]:
     if not any(arm.name == BASELINE for arm in scenario.arms) or len(scenario.arms) == 1:
         return [_alone(scenario, where), *_diverged(scenario)]
     planted = _at_planted(scenario, where, made)
-    return [*_diverged(scenario), *planted, *final_losses(scenario, where, made)]
+    kinds = _by_kind(scenario, where, made)
+    return [*_diverged(scenario), *planted, *kinds, *final_losses(scenario, where, made)]
 
 
 def _alone(scenario: ScenarioView, where: str) -> str:
@@ -276,6 +278,24 @@ def _without_fp8(scenario: ScenarioView, made: int) -> list[str]:
         for arm in plain
         if _is_hurt(arm, made)
     ]
+
+
+def _by_kind(scenario: ScenarioView, where: str, made: int) -> list[str]:
+    """Say among which kinds of batches an arm's loss differs from the baseline's."""
+    said = []
+    for arm in scenario.arms:
+        for kind in arm.kinds:
+            gap = kind.log_ratio
+            if gap is None or gap.interval is None or gap.verdict != "differs":
+                continue
+            low, high = map(_exp, gap.interval)
+            chance = f", which among {made} comparisons may be chance"
+            said.append(
+                f"Among {kind_in_words(kind.group)} ({where}) {arm.name} has "
+                f"{times(_exp(gap.mean))} the loss of {BASELINE}; 95 %: {_range(low, high)} over "
+                f"{counted(gap.pairs, 'seed')}{'' if gap.differs_among(made) else chance}."
+            )
+    return said
 
 
 # What to mind -------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class View:
         for scenario in data["scenarios"]:
             del scenario["heat"]
         if data["run"] is not None:
-            for drawn in ("heat", "panels", "window_steps", "window_size"):
+            for drawn in ("heat", "panels", "window_steps", "window_size", "kind_curves"):
                 del data["run"][drawn]
         return strict(data)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from unclamp.analysis.counterfactual import SiteShare
 from unclamp.analysis.explanation import Verdict
+from unclamp.analysis.groups import kind_in_words
 from unclamp.analysis.labels import ways
 from unclamp.analysis.paired import PairedDifference
 from unclamp.analysis.shares import interval, spike_share
@@ -32,6 +33,7 @@ ARM_COLUMNS = (
     "largest overshoot",
     "underflow",
 )
+KIND_COLUMNS = ("arm", "kind of batch", "batches a run", "mean loss", "loss vs dynamic")
 SITE_COLUMNS = (
     "site",
     "role",
@@ -101,6 +103,33 @@ def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
         "underflow": percent(arm.underflow_share) if arm.casts else "-",
     }
     return [cells[column] for column in arm_columns(scenario)]
+
+
+def kind_rows(scenario: ScenarioView) -> list[list[str]]:
+    """Return the losses by kind of batch as cells under `KIND_COLUMNS`; none without groups."""
+    return [
+        [
+            arm.name,
+            kind.group or "without a group",
+            f"{kind.batches:,.0f}",
+            loss_text(kind.loss),
+            _ratio_cell(kind.log_ratio, scenario.comparisons),
+        ]
+        for arm in scenario.arms
+        for kind in arm.kinds
+    ]
+
+
+def _ratio_cell(gap: PairedDifference | None, comparisons: int) -> str:
+    """Return a difference of logarithms as a ratio, with its interval if it has one."""
+    if gap is None or not math.isfinite(gap.mean):
+        return "-" if gap is None else "not finite"
+    ratio = times(math.exp(gap.mean))
+    if gap.interval is None:
+        return f"{ratio} ({'one seed' if gap.pairs == 1 else 'no spread'})"
+    low, high = (times(math.exp(end))[:-1] for end in gap.interval)
+    word = " differs" if gap.differs_among(comparisons) else " may be chance"
+    return f"{ratio} ({low} to {high}){word if gap.verdict == 'differs' else ''}"
 
 
 def _arm_cell(arm: ArmView) -> str:
@@ -209,9 +238,10 @@ def spike_text(spike: Mapping[str, Any]) -> str:
     recovery = "never" if spike["recovery"] is None else f"{spike['recovery']:,}"
     how = "" if spike["height"] is None else f", {times(spike['height'])} its level"
     how = ", not finite" if spike["kind"] == "nonfinite" else how
+    among = f", among {kind_in_words(spike['group'])}" if spike.get("group") else ""
     return (
         f"onset {spike['onset']:,}, peak {spike['peak']:,}, end {spike['end']:,}, "
-        f"recovery {recovery}{how}"
+        f"recovery {recovery}{how}{among}"
     )
 
 

@@ -10,6 +10,7 @@ from unclamp.errors import UnclampError
 from unclamp.files import strict
 from unclamp.report.arms import Band, final_loss
 from unclamp.report.side_by_side.groups import Arm, find_arm, group_runs
+from unclamp.report.side_by_side.kinds import KindDifference, kind_differences, kinds_in_words
 from unclamp.report.side_by_side.limits import limits_in_words
 from unclamp.report.side_by_side.losses import LossDifference, loss_band, loss_difference
 from unclamp.report.side_by_side.pairing import pair_runs
@@ -64,6 +65,7 @@ class Comparison:
         baseline: The arm that the others are compared with.
         arms: Names of each arm's runs.
         differences: Of each other arm's loss from the baseline's.
+        kinds: The same by kind of batch; empty without groups.
         settings: In which the arms differ; what is equal is not listed.
         sites: Largest difference of clamp error first.
         curves: Loss by arm; of a single arm, by run.
@@ -77,6 +79,7 @@ class Comparison:
     arms: dict[str, list[str]]
     runs: list[RunRow]
     differences: list[LossDifference]
+    kinds: list[KindDifference]
     settings: list[Setting]
     sites: list[SiteRowOfArms]
     curves: dict[str, Band]
@@ -116,18 +119,19 @@ def compare_runs(
         raise UnclampError(f"no arm and no run is called {baseline!r}; the arms are {known}")
     arms = [base, *(arm for arm in arms if arm is not base)]
     others = arms[1:]
-    differences = [
-        loss_difference(arm, base, pair_runs(arm, base, paired=paired)) for arm in others
-    ]
+    pairings = [pair_runs(arm, base, paired=paired) for arm in others]
+    differences = [loss_difference(a, base, p) for a, p in zip(others, pairings, strict=True)]
+    kinds = [k for a, p in zip(others, pairings, strict=True) for k in kind_differences(a, base, p)]
     settings, sites = differing_settings(arms), compare_sites(arms)
     lines = arms if others else [Arm(name=run.name, runs=(run,)) for run in base.runs]
     return Comparison(
-        verdict=verdict_in_words(arms, differences, settings, sites),
+        verdict=[*verdict_in_words(arms, differences, settings, sites), *kinds_in_words(kinds)],
         limits=[*notes, *lost, *limits_in_words(arms, differences, settings, sites)],
         baseline=base.name,
         arms={arm.name: [run.name for run in arm.runs] for arm in arms},
         runs=[_run_row(run, arm.name) for arm in arms for run in arm.runs],
         differences=differences,
+        kinds=kinds,
         settings=settings,
         sites=sites,
         curves={line.name: loss_band(line.runs) for line in lines},

@@ -12,9 +12,11 @@ from unclamp.report.side_by_side.chart import colours_of, losses_figure
 from unclamp.report.side_by_side.comparison import Comparison
 from unclamp.report.side_by_side.words import (
     DIFFERENCE_COLUMNS,
+    KIND_COLUMNS,
     RUN_COLUMNS,
     SITE_FIGURES,
     difference_row,
+    kind_row,
     run_row,
     site_figures,
 )
@@ -41,6 +43,8 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
         colours=colours_of(comparison),
         difference_columns=DIFFERENCE_COLUMNS,
         difference_rows=[difference_row(found) for found in comparison.differences],
+        kind_columns=KIND_COLUMNS,
+        kind_rows=[kind_row(found) for found in comparison.kinds],
         run_columns=RUN_COLUMNS,
         run_rows=[(run, run_row(run)) for run in comparison.runs],
         site_columns=SITE_FIGURES,

@@ -11,9 +11,11 @@ from unclamp.report.side_by_side.settings import Setting
 from unclamp.report.side_by_side.sites import SiteRowOfArms
 from unclamp.report.side_by_side.words import (
     DIFFERENCE_COLUMNS,
+    KIND_COLUMNS,
     RUN_COLUMNS,
     SITE_FIGURES,
     difference_row,
+    kind_row,
     run_row,
     site_figures,
 )
@@ -38,6 +40,10 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         parts.append(_title(f"loss against {comparison.baseline}, at common steps"))
         rows = [difference_row(found) for found in comparison.differences]
         parts.append(table_of(DIFFERENCE_COLUMNS, rows, width, longest_name=NAME_WIDTH))
+    if comparison.kinds:
+        parts.append(_title(f"loss by kind of batch against {comparison.baseline}, common steps"))
+        rows = [kind_row(found) for found in comparison.kinds]
+        parts.append(table_of(KIND_COLUMNS, rows, width, longest_name=NAME_WIDTH))
     parts.append(_title("runs"))
     runs = [run_row(run) for run in comparison.runs]
     parts.append(table_of(RUN_COLUMNS, runs, width, longest_name=NAME_WIDTH))

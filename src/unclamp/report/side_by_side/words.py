@@ -1,6 +1,9 @@
 """How the figures of a comparison are written: the same in the terminal and on the page."""
 
+import math
+
 from unclamp.report.side_by_side.comparison import RunRow
+from unclamp.report.side_by_side.kinds import KindDifference
 from unclamp.report.side_by_side.losses import LossDifference
 from unclamp.report.side_by_side.sites import SiteLoss
 from unclamp.report.side_by_side.verdict import count
@@ -8,6 +11,15 @@ from unclamp.written import counted, loss_text, percent, signed, times
 
 DIFFERENCE_COLUMNS = ("arm", "runs", "steps", "loss", "baseline", "difference", "95 %")
 RUN_COLUMNS = ("run", "seed", "status", "steps", "final loss", "spikes", "clamped")
+KIND_COLUMNS = (
+    "arm",
+    "kind of batch",
+    "batches",
+    "loss",
+    "baseline",
+    "ratio",
+    "fell, times as fast",
+)
 SITE_FIGURES = ("clamped casts", "elements", "clamp error", "overshoot", "underflow")
 
 
@@ -29,6 +41,29 @@ def difference_row(found: LossDifference) -> list[str]:
         _loss(found.other_loss),
         "-" if shown is None else signed(shown.mean),
         "-" if ends is None else f"{signed(ends[0])} to {signed(ends[1])}",
+    ]
+
+
+def kind_row(found: KindDifference) -> list[str]:
+    """Return an arm against the baseline among one kind's batches, under `KIND_COLUMNS`."""
+    shown = found.paired or found.unpaired
+    ratio = pace = "-"
+    if shown is not None and math.isfinite(shown.mean):
+        ratio = times(math.exp(shown.mean))
+        if shown.interval is not None:
+            low, high = (times(math.exp(end))[:-1] for end in shown.interval)
+            ratio += f" ({low} to {high})"
+    if found.pace is not None and found.pace.interval is not None:
+        low, high = found.pace.interval
+        pace = f"{found.pace.ratio:.2g} ({low:.2g} to {high:.2g})"
+    return [
+        found.arm,
+        found.group or "without a group",
+        f"{found.batches:,}",
+        _loss(found.own_loss),
+        _loss(found.other_loss),
+        ratio,
+        pace,
     ]
 
 
