@@ -9,6 +9,7 @@ from unclamp.analysis.divergences import (
     find_divergences,
     run_divergences,
 )
+from unclamp.analysis.gradients import ClampedGradients, clamped_gradients
 from unclamp.analysis.paired import PairedDifference, paired_difference
 from unclamp.analysis.robust import SpikeDetector
 from unclamp.analysis.spikes import (
@@ -23,6 +24,7 @@ from unclamp.analysis.spikes import (
 __all__ = [
     "DEFINITIONS",
     "Association",
+    "ClampedGradients",
     "Curve",
     "Definition",
     "Divergence",
@@ -32,6 +34,7 @@ __all__ = [
     "Spike",
     "SpikeDetector",
     "associate",
+    "clamped_gradients",
     "find_divergences",
     "find_spikes",
     "paired_difference",
