@@ -86,9 +86,9 @@ def together(planted: Sequence[Planted]) -> tuple[float, float, float]:
     """Return error, cosine and ratio of the gradients as one long vector."""
     computed = np.concatenate([p.computed for p in planted])
     unclamped = np.concatenate([p.unclamped for p in planted])
-    norms = np.linalg.norm(computed), np.linalg.norm(unclamped)
-    error = np.linalg.norm(unclamped - computed) / norms[1]
-    return float(error), float(computed @ unclamped / (norms[0] * norms[1])), norms[0] / norms[1]
+    norms = float(np.linalg.norm(computed)), float(np.linalg.norm(unclamped))
+    error = float(np.linalg.norm(unclamped - computed)) / norms[1]
+    return error, float(computed @ unclamped) / (norms[0] * norms[1]), norms[0] / norms[1]
 
 
 def figures(change: GradientChange) -> tuple[float, float, float]:
@@ -176,7 +176,8 @@ def test_sentences_say_by_how_much_and_where(tmp_path):
 def test_a_gradient_may_grow_or_keep_its_direction():
     def change(computed, unclamped):
         a, b = np.array(computed), np.array(unclamped)
-        return GradientChange.of(computed=a @ a, change=(b - a) @ (b - a), product=a @ (b - a))
+        sums = (float(x @ y) for x, y in ((a, a), (b - a, b - a), (a, b - a)))
+        return GradientChange.of(**dict(zip(("computed", "change", "product"), sums, strict=True)))
 
     assert change_in_words(change([1.0, 1.0], [1.0, 0.5])).endswith(
         "turned the weight's gradient by 18.4 degrees and made it 26.5 % larger"

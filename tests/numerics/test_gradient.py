@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from unclamp import E4M3FN, E5M2, PerBlock, PerRow, PerTensor
 from unclamp.numerics import CastPlan, GemmOperand, dequantize, quantize
-from unclamp.numerics.gradient import look_at_gradient
+from unclamp.numerics.gradient import change_of, look_at_gradient
 from unclamp.numerics.inspection import (
     CHANGE_PRODUCT,
     CHANGE_SQUARE,
@@ -98,6 +99,35 @@ def test_an_input_in_high_precision_is_multiplied_as_it_is():
     assert change.tolist() == [[0, 0, 0], [-15, -18, -21]]
     assert float(looked[CHANGE_SQUARE]) == 15**2 + 18**2 + 21**2
     assert float(looked[CHANGE_PRODUCT]) == float((grad * change).sum())
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_tokens_give_what_those_with_a_clamped_element_give(granularity, dtype):
+    """A device whose elements the host does not see gets all of them."""
+    torch.manual_seed(0)
+    dy, x = torch.randn(12, 8).to(dtype), torch.randn(12, 5)
+    plan = CastPlan(format=E5M2, granularity=granularity)
+    grid = quantize(dy, E5M2, granularity=granularity, axis=0).scale_inv.shape
+    q = quantize_by(dy, plan, torch.full(grid, 2.0**15), 0)
+    operand = quantize(x, E4M3FN, axis=0).along(0)
+    assert q.stats[Stat.SATURATED] > 5
+    some, every = (
+        change_of(dy, q.scale_inv, plan, 0, operand, whole=whole) for whole in (False, True)
+    )
+    rounding = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (some - every).norm() <= rounding * some.norm()
+
+
+def test_where_all_tokens_are_multiplied_the_host_asks_for_no_element():
+    """A tensor without data refuses whoever would wait for them."""
+    plan = CastPlan(format=E5M2)
+    with FakeTensorMode():
+        dy, x, scale_inv = torch.empty(6, 4), torch.empty(6, 3), torch.empty(())
+        operand = GemmOperand(x.to(torch.float8_e4m3fn), scale_inv, axis=0)
+        assert change_of(dy, scale_inv, plan, 1, operand, whole=True).shape == (4, 3)
+        with pytest.raises(DynamicOutputShapeException):
+            change_of(dy, scale_inv, plan, 1, operand, whole=False)
 
 
 # ---- what the sums mean ---------------------------------------------------------------------

@@ -25,13 +25,7 @@ from torch import Tensor
 from unclamp.numerics.blocks import orient, spread
 from unclamp.numerics.cast import dequantize_codes
 from unclamp.numerics.gemm import values_of
-from unclamp.numerics.inspection import (
-    CHANGE_PRODUCT,
-    CHANGE_SQUARE,
-    DETAILS,
-    GRADIENT_SQUARE,
-    GRADIENTS,
-)
+from unclamp.numerics.inspection import GRADIENTS
 from unclamp.numerics.record import CastPlan, GemmOperand
 from unclamp.numerics.stats import Stat
 
@@ -61,29 +55,37 @@ def look_at_gradient(
     Numerics: Inf and NaN elements were not clamped and take nothing away. A weight's gradient that
     is not finite makes its sums NaN or Inf.
     """
-    details = torch.zeros(DETAILS, dtype=torch.float64, device=dy.device)
-    details[GRADIENTS] = 1
     on_cpu = dy.device.type == "cpu"
     if on_cpu and not stats[Stat.SATURATED] > 0:
-        return details
-    with torch.autocast(dy.device.type, enabled=False):
-        change = _change(dy.detach(), _each(scale_inv, dy, plan, axis), plan, x, on_cpu=on_cpu)
-    change = change.double()
+        return _vector(torch.zeros(3, dtype=torch.float64))
+    change = change_of(dy.detach(), scale_inv, plan, axis, x, whole=not on_cpu).double()
     if smooth is not None:
         change = change / smooth
     computed = grad.detach().double()
     sums = torch.stack([computed.square().sum(), change.square().sum(), (computed * change).sum()])
     # A call that clamped nothing adds nothing, whatever the device.
-    sums = torch.where(stats[Stat.SATURATED] > 0, sums, 0)
-    details[GRADIENT_SQUARE], details[CHANGE_SQUARE], details[CHANGE_PRODUCT] = sums.unbind()
-    return details
+    return _vector(torch.where(stats[Stat.SATURATED] > 0, sums, 0))
 
 
-def _change(
-    dy: Tensor, each_inv: Tensor, plan: CastPlan, x: GemmOperand, *, on_cpu: bool
+def _vector(sums: Tensor) -> Tensor:
+    """Return a closer look that holds these sums and nothing else."""
+    looked = torch.ones(1, dtype=torch.float64, device=sums.device)
+    return torch.cat([looked.new_zeros(GRADIENTS), looked, sums])
+
+
+def change_of(
+    dy: Tensor, scale_inv: Tensor, plan: CastPlan, axis: int, x: GemmOperand, *, whole: bool
 ) -> Tensor:
-    """Return what clamping took from the weight's gradient, `[N, K]`."""
-    if not on_cpu:
+    """Return what clamping took from the weight's gradient, `[N, K]`.
+
+    With `whole` all tokens are multiplied and no element is looked at by the host, else those that
+    have a clamped element.
+    """
+    if torch.is_autocast_enabled(dy.device.type):  # the product would leave float32
+        with torch.autocast(dy.device.type, enabled=False):
+            return change_of(dy, scale_inv, plan, axis, x, whole=whole)
+    each_inv = _each(scale_inv, dy, plan, axis)
+    if whole:
         dtype = torch.float32 if dy.dtype in (torch.float32, torch.float64) else torch.bfloat16
         taken = _taken(dy, each_inv, plan).to(dtype)
         return taken.t() @ values_of(x).t().to(dtype)

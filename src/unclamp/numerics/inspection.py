@@ -30,7 +30,7 @@ MAGNITUDES = slice(EXPONENTS.stop, EXPONENTS.stop + 128)
 GRADIENTS, GRADIENT_SQUARE, CHANGE_SQUARE, CHANGE_PRODUCT = range(
     MAGNITUDES.stop, MAGNITUDES.stop + 4
 )
-"""0 in the look at a cast itself."""
+"""Last of all, and 0 in the look at a cast itself."""
 DETAILS = CHANGE_PRODUCT + 1
 """Length of the vector."""
 
