@@ -66,6 +66,82 @@ def headroom_bits(scaled: float, format_max: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradientChange:
+    """What clamping did to gradients of weights, as sums of squares; `a + b` is of both together.
+
+    With C the gradient as it was computed and U the one without clamping:
+
+    Attributes:
+        computed: Sum of squares of C.
+        unclamped: Sum of squares of U.
+        change: Sum of squares of U - C.
+        product: Sum of products of C and U.
+    """
+
+    computed: float = 0.0
+    unclamped: float = 0.0
+    change: float = 0.0
+    product: float = 0.0
+
+    @classmethod
+    def of(cls, *, computed: float, change: float, product: float) -> "GradientChange":
+        """Return it from what a look measures: `product` is that of C and the change."""
+        unclamped = computed + 2 * product + change
+        return cls(
+            computed=computed,
+            unclamped=max(0.0, unclamped),
+            change=change,
+            product=computed + product,
+        )
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether clamping changed nothing."""
+        return self.change == 0
+
+    @property
+    def error(self) -> float:
+        """Norm of the change over that of U; 0 where nothing was clamped, NaN where U is 0."""
+        return 0.0 if self.is_nothing else _root_ratio(self.change, self.unclamped)
+
+    @property
+    def ratio(self) -> float:
+        """Norm of C over that of U; 1 where nothing was clamped, NaN where U is 0."""
+        return 1.0 if self.is_nothing else _root_ratio(self.computed, self.unclamped)
+
+    @property
+    def cosine(self) -> float:
+        """Cosine between C and U; 1 where nothing was clamped, NaN where one of them is 0."""
+        if self.is_nothing:
+            return 1.0
+        norms = math.sqrt(self.computed) * math.sqrt(self.unclamped)
+        return min(1.0, max(-1.0, self.product / norms)) if norms > 0 else math.nan
+
+    @property
+    def norm(self) -> float:
+        """Norm of U."""
+        return math.sqrt(self.unclamped)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether error, ratio and cosine are numbers; not where the gradient was NaN or Inf."""
+        return all(map(math.isfinite, (self.error, self.ratio, self.cosine)))
+
+    def __add__(self, other: "GradientChange") -> "GradientChange":
+        """Return that of both."""
+        return GradientChange(
+            computed=self.computed + other.computed,
+            unclamped=self.unclamped + other.unclamped,
+            change=self.change + other.change,
+            product=self.product + other.product,
+        )
+
+
+def _root_ratio(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole > 0 else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteTotals:
     """What the casts of one site added up to; `a + b` is what both did.
 

@@ -114,6 +114,18 @@ def test_the_least_sqnr_leaves_out_what_was_not_inspected(recorded, expected) ->
     assert numbers.get("unclamp/sqnr_db_min") == expected
 
 
+@pytest.mark.parametrize(
+    ("recorded", "expected"), [([None, None, 0.4, None], 0.4), ([None] * 4, None)]
+)
+def test_the_largest_change_of_a_weights_gradient_is_sent_where_it_was_measured(
+    recorded, expected
+) -> None:
+    numbers = summarise(SITES, {"step": [7]}, {**CASTS, "grad_error": recorded})
+    assert numbers.get("unclamp/grad_error_max") == expected
+    assert numbers.get("unclamp/grad_output/grad_error_max") == expected
+    assert "unclamp/weight/grad_error_max" not in numbers
+
+
 def test_an_infinite_scale_of_an_all_zero_tensor_has_no_overshoot() -> None:
     one = {name: values[:1] for name, values in CASTS.items()}
     numbers = summarise(SITES, {"step": [7]}, {**one, "amax": [0.0], "scale": [math.inf]})

@@ -9,6 +9,7 @@ from unclamp.analysis.divergences import (
     find_divergences,
     run_divergences,
 )
+from unclamp.analysis.gradients import ClampedGradients, clamped_gradients
 from unclamp.analysis.paired import PairedDifference, paired_difference
 from unclamp.analysis.robust import SpikeDetector
 from unclamp.analysis.spikes import (
@@ -24,6 +25,7 @@ from unclamp.analysis.unjudged import is_judged, unjudged_in_words
 __all__ = [
     "DEFINITIONS",
     "Association",
+    "ClampedGradients",
     "Curve",
     "Definition",
     "Divergence",
@@ -33,6 +35,7 @@ __all__ = [
     "Spike",
     "SpikeDetector",
     "associate",
+    "clamped_gradients",
     "find_divergences",
     "find_spikes",
     "is_judged",

@@ -23,6 +23,7 @@ from unclamp.numerics.operators import (
     add_details,
     commit,
     inspect_operand,
+    look_at_weight_gradient,
     quantize_operand,
     raise_amax,
 )
@@ -200,7 +201,7 @@ class Operands:
         return Hat(x, {1: q, 0: q})
 
     def _inspected(self, x: Tensor, q: Quantized) -> Quantized:
-        if self.inspection == "never":
+        if self.inspection in ("never", "gradients"):
             return q
         only_clamped = self.inspection == "clamped"
         return q._replace(details=inspect_operand(x, q, only_clamped=only_clamped))
@@ -217,6 +218,29 @@ class Operands:
         looks = [q.details for q in made if q.details is not None]
         details = torch.stack(looks).sum(0) if len(looks) > 1 else looks[0] if looks else None
         return Seen(stats, details, blocks.get(1), blocks.get(0))
+
+    def with_gradient(
+        self, seen: "Seen", hat: Hat, x: GemmOperand, grad: Tensor, smooth: Tensor | None
+    ) -> "Seen":
+        """Return what was seen of a gradient, and what its clamping did to the weight's gradient.
+
+        Args:
+            seen: Of the casts of `hat`.
+            hat: The gradient of the output.
+            x: The input that it was multiplied with.
+            grad: The weight's gradient that this made.
+            smooth: What its columns were divided by.
+        """
+        q = hat.casts.get(0)
+        if q is None or self.inspection == "never":
+            return seen
+        if self.inspection == "gradients" and hat.tensor.device.type != "cpu":
+            return seen
+        only_clamped = self.inspection != "always"
+        look = look_at_weight_gradient(hat.tensor, q, x, grad, smooth, only_clamped=only_clamped)
+        if look is None:
+            return seen
+        return seen._replace(details=look if seen.details is None else seen.details + look)
 
     def commit(self, seen: Mapping[Role, "Seen"]) -> None:
         """Hand statistics, closer looks and amaxes of blocks to the ledger."""

@@ -196,6 +196,8 @@ class _Product(torch.autograd.Function):
                 grad_weight = _gemm(operands, "grad_weight", dy_hat.along(0), x_hat, None, dtype)
                 grad_weight = grad_weight if smooth is None else grad_weight / smooth
             grad_weight = _poisoned(grad_weight.to(weight_dtype), dy, wild)
+            if ctx.commit == "in backward" and not ctx.high["grad_weight"]:
+                seen = operands.with_gradient(seen, dy_hat, x_hat, grad_weight, smooth)
         if needs_bias:
             grad_bias = sum_tokens(dy).to(bias_dtype)
         if ctx.commit == "in backward":

@@ -8,6 +8,7 @@ vector, so that it travels and adds up as the statistics do (`stats`):
     ERROR_SQUARE           sum of (x - dequantised)**2 over finite x
     EXPONENTS              elements by floor(log2 |x|), finite and non-zero
     MAGNITUDES             finite elements by the code of their magnitude
+    GRADIENTS and after    what clamping did to a weight's gradient (`gradient`)
 """
 
 from functools import cache
@@ -26,7 +27,11 @@ LOWEST_EXPONENT = -149
 """That of the smallest float32."""
 EXPONENTS = slice(3, 3 + 128 - LOWEST_EXPONENT)
 MAGNITUDES = slice(EXPONENTS.stop, EXPONENTS.stop + 128)
-DETAILS = MAGNITUDES.stop
+GRADIENTS, GRADIENT_SQUARE, CHANGE_SQUARE, CHANGE_PRODUCT = range(
+    MAGNITUDES.stop, MAGNITUDES.stop + 4
+)
+"""Last of all, and 0 in the look at a cast itself."""
+DETAILS = CHANGE_PRODUCT + 1
 """Length of the vector."""
 
 
@@ -88,7 +93,7 @@ def _fused(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     exponents, magnitudes, sums = cpu.look(
         x.resolve_neg().contiguous(), codes.contiguous(), values.contiguous()
     )
-    details = np.empty(DETAILS)
+    details = np.zeros(DETAILS)
     details[INSPECTED] = 1
     details[INSPECTED_SQUARE], details[ERROR_SQUARE] = sums
     details[EXPONENTS], details[MAGNITUDES] = exponents, magnitudes

@@ -18,6 +18,7 @@ from unclamp.numerics.cast import is_memory
 from unclamp.numerics.fused import fused
 from unclamp.numerics.gemm import matmul
 from unclamp.numerics.gpu import goes_to_gpu
+from unclamp.numerics.gradient import look_at_gradient
 from unclamp.numerics.inspection import DETAILS, empty_details, inspect
 from unclamp.numerics.quantize import quantize_by
 from unclamp.numerics.record import (
@@ -76,6 +77,29 @@ def inspect_operand(x: Tensor, q: Quantized, *, only_clamped: bool) -> Tensor:
 
 def _has_clamped_nothing(stats: Tensor) -> bool:
     return stats.device.type == "cpu" and not stats[Stat.SATURATED] > 0
+
+
+def look_at_weight_gradient(
+    dy: Tensor,
+    q: Quantized,
+    x: GemmOperand,
+    grad: Tensor,
+    smooth: Tensor | None,
+    *,
+    only_clamped: bool,
+) -> Tensor | None:
+    """Return what clamping did to a weight's gradient, `unclamp.numerics.gradient`.
+
+    With `only_clamped` None for a cast on a CPU that clamped nothing; zero in a compiled graph.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.unclamp.look_at_gradient(
+            dy, q.scale_inv, q.stats, *q.plan.signature, q.axis, *_plain(x), grad, smooth,
+            only_clamped,
+        )  # fmt: skip
+    if only_clamped and _has_clamped_nothing(q.stats):
+        return None
+    return look_at_gradient(dy, q.scale_inv, q.stats, q.plan, q.axis, x, grad, smooth)
 
 
 def gemm(
@@ -172,6 +196,18 @@ def _inspect(
     return inspect(x, codes, scale_inv, granularity=parse_granularity(granularity), axis=axis)
 
 
+def _look_at_gradient(
+    dy: Tensor, scale_inv: Tensor, stats: Tensor, format: str, granularity: str, margin: int,
+    power_of_two: bool, guard: bool, axis: int, x: Tensor, x_scale_inv: Tensor | None,
+    x_granularity: str, x_axis: int, grad: Tensor, smooth: Tensor | None, only_clamped: bool,
+) -> Tensor:  # fmt: skip
+    if only_clamped and _has_clamped_nothing(stats):
+        return empty_details(1, stats.device)[0]
+    plan = plan_of((format, granularity, margin, power_of_two, guard))
+    operand = GemmOperand(x, x_scale_inv, parse_granularity(x_granularity), x_axis)
+    return look_at_gradient(dy, scale_inv, stats, plan, axis, operand, grad, smooth)
+
+
 def _raise_amax(pending: Tensor, amax: Tensor) -> None:
     torch.maximum(pending, amax, out=pending)
 
@@ -214,6 +250,12 @@ def _register() -> None:
         "inspect(Tensor x, Tensor codes, Tensor scale_inv, Tensor stats, str granularity, "
         "int axis, bool only_clamped) -> Tensor"
     )
+    LIBRARY.define(
+        "look_at_gradient(Tensor dy, Tensor scale_inv, Tensor stats, str format, "
+        "str granularity, int margin, bool power_of_two, bool guard, int axis, Tensor x, "
+        "Tensor? x_scale_inv, str x_granularity, int x_axis, Tensor grad, Tensor? smooth, "
+        "bool only_clamped) -> Tensor"
+    )
     LIBRARY.define("add_details(Tensor(a!) pending, Tensor details) -> ()")
     LIBRARY.define("commit(Tensor(a!) pending, Tensor stats) -> ()")
     LIBRARY.define("sum_tokens(Tensor x) -> Tensor")
@@ -223,6 +265,7 @@ def _register() -> None:
         "quantize_turned": (_quantize_turned, _fake_quantize_turned),
         "matmul": (_matmul, _fake_matmul),
         "inspect": (_inspect, _fake_inspect),
+        "look_at_gradient": (_look_at_gradient, _fake_inspect),
         "add_details": (_add_details_kernel, _fake_nothing),
         "sum_tokens": (_sum_tokens, _fake_sum_tokens),
         "commit": (_commit_kernel, _fake_nothing),
@@ -231,7 +274,8 @@ def _register() -> None:
     for name, (kernel, fake) in kernels.items():
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"unclamp::{name}", fake, lib=LIBRARY)
-    for name in ("quantize", "quantize_turned", "matmul", "inspect", "sum_tokens"):
+    results = ("quantize", "quantize_turned", "matmul", "inspect", "look_at_gradient", "sum_tokens")
+    for name in results:
         torch.library.register_autograd(f"unclamp::{name}", _refuse_backward, lib=LIBRARY)
 
 

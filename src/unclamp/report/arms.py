@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from unclamp.analysis import ClampedGradients
 from unclamp.analysis.paired import (
     PairedDifference,
     comparisons_in_words,
@@ -41,6 +42,8 @@ BASELINE = "dynamic"
 HURT = 1.05
 """Loss at planted steps over the baseline's, from which on an arm may be called hurt."""
 WORST_SITES = 12
+TAKEN = 0.05
+"""Gradient error of an arm from which on it is told in a sentence."""
 NOTHING_CAST = (
     "Not one cast was made although the arm has a recipe: its figures are those of a training "
     "without FP8."
@@ -75,6 +78,9 @@ class ArmView:
             design; "nothing cast" where a recipe asks for it; "not known" where neither is said.
         notes: What a reader must know beside the figures, distinct over seeds.
         kinds: The loss by kind of batch, most batches first; empty without groups.
+        grad_error: How much clamping changed the weights' gradients, a fraction of their norm
+            without clamping, over the casts that clamped; None where it was not measured.
+        gradients: What it did to them, in sentences, where that is much.
     """
 
     name: str
@@ -97,6 +103,8 @@ class ArmView:
     precision: Precision = "FP8"
     notes: list[str] = field(default_factory=list)
     kinds: list[KindLoss] = field(default_factory=list)
+    grad_error: float | None = None
+    gradients: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +208,7 @@ def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunReco
     at_planted = [s for run in whole.values() for s in run.loss_spikes if s in run.planted]
     spikes = sum(len(run.loss_spikes) for run in whole.values())
     precision = _precision(runs, total.casts)
+    gradients = _gradients(list(whole.values()))
     return ArmView(
         name=name,
         seeds=len(runs),
@@ -229,7 +238,21 @@ def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunReco
             runs,
             None if name == BASELINE or any(run.planted for run in runs.values()) else baseline,
         ),
+        grad_error=gradients.change.error if gradients.casts else None,
+        gradients=_taken(gradients),
     )
+
+
+def _gradients(runs: list[RunRecord]) -> ClampedGradients:
+    return sum((run.gradients for run in runs), ClampedGradients())
+
+
+def _taken(gradients: ClampedGradients) -> list[str]:
+    """Say what clamping took of the weights' gradients, where it is much."""
+    if not gradients.casts or not gradients.change.error >= TAKEN:
+        return []
+    said = [gradients.words("step of all seeds", "steps of all seeds"), *gradients.worst_words()]
+    return [sentence[0].lower() + sentence[1:] for sentence in said]
 
 
 def _precision(runs: dict[int, RunRecord], casts: int) -> Precision:
@@ -283,10 +306,12 @@ def _worst(runs: list[RunRecord]) -> list[SiteRow]:
         both = site if known is None else replace(known, totals=known.totals + site.totals)
         merged[site.name] = both
     clamped = [site for site in merged.values() if site.totals.saturated]
-    return [_site_row(site) for site in by_clamp_error(clamped)[:WORST_SITES]]
+    taken = {name: site.change.error for name, site in _gradients(runs).by_name.items()}
+    ranked = by_clamp_error(clamped)[:WORST_SITES]
+    return [_site_row(site, taken.get(site.name)) for site in ranked]
 
 
-def _site_row(site: SiteRecord) -> SiteRow:
+def _site_row(site: SiteRecord, grad_error: float | None) -> SiteRow:
     return SiteRow(
         fqn=site.info.fqn,
         role=site.info.role,
@@ -298,6 +323,7 @@ def _site_row(site: SiteRecord) -> SiteRow:
         clamp_error=site.totals.clamp_error,
         underflow_share=site.totals.underflow_share,
         worst_step=site.totals.worst_step,
+        grad_error=grad_error,
     )
 
 
@@ -305,13 +331,14 @@ def _findings(
     arms: list[ArmView], planted: int, switched: dict[str, list[str]], made: int
 ) -> list[str]:
     """Say in words what the figures show, and no more."""
-    said, harm = [], []
+    said, harm, taken = [], [], []
     for arm in arms:
         if arm.planted_ratio is not None and not 1 / HURT < arm.planted_ratio[0] < HURT:
             said.append(_at_planted(arm.name, planted, *arm.planted_ratio))
         if arm.saturated and arm.final_gap is not None:
             harm.append(_harm(arm, arm.final_gap, made))
-    said += harm
+        taken += [f"{arm.name}: {sentence}" for sentence in arm.gradients]
+    said += taken + harm
     if harm:
         # All that were made, not only those of arms that clamped: the page's JSON has them all.
         said += comparisons_in_words(made, BASELINE)

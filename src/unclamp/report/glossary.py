@@ -79,6 +79,15 @@ GLOSSARY = (
         "errors add up to most.",
     ),
     Term(
+        word="gradient error",
+        short="how much clamping changed a weight's gradient, relative to its size without it",
+        meaning="Of a grad_output: the norm of what its clamping changed in the gradient of the "
+        "weight, over the norm of that gradient without clamping, over the casts that clamped. "
+        "Clamping turns a gradient and takes of its size. '-' where it was not measured, as on a "
+        "GPU between inspected steps, and for other roles. The run log's column is called "
+        "grad_error.",
+    ),
+    Term(
         word="overshoot",
         short="largest element over the largest value that fits; only where anything was clamped",
         meaning="The largest element over the largest value that its scale can represent, shown "
@@ -155,6 +164,7 @@ _OF_HEADING = {
     "underflow": "underflow",
     "site": "site",
     "clamp error": "clamp error",
+    "gradient error": "gradient error",
     "SQNR dB, min": "SQNR",
     "SQNR dB, mean": "SQNR",
 }

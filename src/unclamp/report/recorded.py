@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from unclamp.analysis import Spike, find_spikes, run_curve
+from unclamp.analysis import (
+    ClampedGradients,
+    Spike,
+    clamped_gradients,
+    find_spikes,
+    run_curve,
+)
 from unclamp.analysis.groups import Group
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
@@ -55,6 +61,7 @@ class RunRecord:
         notes: Sentences of its header that a reader must see beside the figures.
         has_recipe: Whether its header names a recipe; a training in high precision has none.
         is_plain: Whether its header says that no layer was meant to be in FP8.
+        gradients: What clamping gradients did to those of the weights.
     """
 
     status: str
@@ -72,6 +79,7 @@ class RunRecord:
     has_recipe: bool = False
     is_plain: bool = False
     groups: list[Group] = field(default_factory=list)
+    gradients: ClampedGradients = field(default_factory=ClampedGradients)
 
     @property
     def extent(self) -> str:
@@ -102,6 +110,8 @@ class SiteRow:
         clamp_error: Mean clamp error of the recorded casts that clamped, a fraction.
         underflow_share: Non-zero elements that became zero, a fraction of all.
         worst_step: First step with the largest clamp error.
+        grad_error: How much clamping changed the weight's gradient, a fraction of its norm without
+            clamping, over the casts that clamped; None where that was not measured.
     """
 
     fqn: str
@@ -114,6 +124,7 @@ class SiteRow:
     clamp_error: float | None
     underflow_share: float | None
     worst_step: int | None
+    grad_error: float | None = None
 
 
 def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
@@ -155,6 +166,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         has_recipe=log.header.recipe is not None,
         is_plain=log.header.plain,
         groups=groups,
+        gradients=clamped_gradients(log),
     )
     return record, windows
 

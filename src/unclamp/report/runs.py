@@ -167,7 +167,7 @@ def read_run_view(
         events_left_out=left_out,
         window_steps=record.cut.steps,
         window_size=record.cut.size,
-        sites=[_site(site, switched.get(site.name, [])) for site in by_clamp_error(record.sites)],
+        sites=_sites(record, switched),
         heat={str(name): shares.tolist() for name, shares in record.shares.items()},
         panels=read_panels(log, windows, chosen),
         association=association,
@@ -278,6 +278,7 @@ def _clamp_sentences(record: RunRecord) -> list[str]:
             f"{counted(total.rows, 'recorded cast')}, at {len(clamped):,} of "
             f"{counted(len(sites), 'site')}{extent}.",
             *_worst_sentence(clamped[0]),
+            *_gradient_sentences(record),
         ]
     if total.recasts:
         share = percent(total.recasts / total.casts)
@@ -307,6 +308,12 @@ def _worst_sentence(site: SiteRecord) -> list[str]:
         f"Most clamp error: {site.name}, worst at step {totals.worst_step:,}, where clamping "
         f"removed {percent(totals.clamp_error_max)} of the tensor's squares."
     ]
+
+
+def _gradient_sentences(record: RunRecord) -> list[str]:
+    """Say what clamping gradients took of the weights', and where most; nothing where unknown."""
+    found = record.gradients
+    return [found.words(), *found.worst_words()] if found.casts else []
 
 
 def _switch_sentences(switched: Mapping[SiteName, list[int]]) -> list[str]:
@@ -378,6 +385,15 @@ def _curve(pairs: Sequence[tuple[int, float]]) -> Curve:
 
 
 def _site(site: SiteRecord, switched: list[int]) -> RunSiteRow:
+def _sites(record: RunRecord, switched: Mapping[SiteName, list[int]]) -> list[RunSiteRow]:
+    gradients = {name: site.change.error for name, site in record.gradients.by_name.items()}
+    return [
+        _site(site, switched.get(site.name, []), gradients.get(site.name))
+        for site in by_clamp_error(record.sites)
+    ]
+
+
+def _site(site: SiteRecord, switched: list[int], grad_error: float | None) -> RunSiteRow:
     """Return a site's row; means and shares that nothing was counted for are None."""
     info, totals = site.info, site.totals
     return RunSiteRow(
@@ -400,4 +416,5 @@ def _site(site: SiteRecord, switched: list[int]) -> RunSiteRow:
         recasts=totals.recasts,
         nonfinite=totals.nonfinite,
         worst_step=totals.worst_step,
+        grad_error=rounded(grad_error),
     )

@@ -32,8 +32,8 @@ LEAST_NAME = 8
 HEADING = 10
 GAP = 2
 """Columns between two columns of a table."""
-_SITE_NUMBERS = ("clamped\nelements", "clamped\ncasts", "overshoot", "clamp\nerror", "underflow",
-                 "worst\nstep")  # fmt: skip
+_SITE_NUMBERS = ("clamped\nelements", "clamped\ncasts", "overshoot", "clamp\nerror",
+                 "gradient\nerror", "underflow", "worst\nstep")  # fmt: skip
 
 
 def print_view(view: View, console: Console) -> None:

@@ -42,6 +42,7 @@ SITE_COLUMNS = (
     "clamped casts",
     "overshoot",
     "clamp error",
+    "gradient error",
     "underflow",
     "worst step",
 )
@@ -54,6 +55,8 @@ TABLE_COLUMNS = (
     ("clamped_casts", "clamped casts", "count", "recorded casts in which anything was clamped"),
     ("clamp_error", "clamp error", "share", "share of the tensor's squares that clamping removed, "
      "mean over the casts that clamped"),
+    ("grad_error", "gradient error", "share", "how much clamping changed the weight's gradient, of "
+     "its size without clamping, over the casts that clamped"),
     ("overshoot", "overshoot", "ratio", "largest amax over the largest representable value, where "
      "anything was clamped"),
     ("underflow_share", "underflow", "share", "non-zero elements that became zero"),
@@ -189,6 +192,7 @@ def site_row(site: SiteRow) -> list[str]:
         f"{site.clamped_casts:,}",
         "-" if site.overshoot is None else times(site.overshoot),
         percent(site.clamp_error or 0.0),
+        "-" if site.grad_error is None else percent(site.grad_error),
         percent(site.underflow_share or 0.0),
         "-" if site.worst_step is None else f"{site.worst_step:,}",
     ]

@@ -67,6 +67,37 @@ _INSPECTED = [
 ]
 """What costs a pass of its own: only at the steps that the recorder inspects, else null."""
 
+_GRADIENT = [
+    _column(
+        "grad_error",
+        pa.float64(),
+        "of a grad_output: norm of what its clamping changed in the weight's gradient over the "
+        "norm of that gradient without it, each over those of the step's casts that clamped; 0 "
+        "where nothing was clamped, null where it was not measured or is not finite",
+        nullable=True,
+    ),
+    _column(
+        "grad_cosine",
+        pa.float64(),
+        "cosine between the weight's gradient and the one without clamping; 1 and null likewise",
+        nullable=True,
+    ),
+    _column(
+        "grad_ratio",
+        pa.float64(),
+        "norm of the weight's gradient over that of the one without clamping; 1 and null likewise",
+        nullable=True,
+    ),
+    _column(
+        "weight_grad_norm",
+        pa.float64(),
+        "norm of the weight's gradient without clamping: root of the sum of squares over those "
+        "of the step's casts that clamped; null where none did",
+        nullable=True,
+    ),
+]
+"""What clamping a gradient did to the weight's: where it clamped and was measured, else null."""
+
 TABLES: Mapping[str, pa.Schema] = {
     "steps": pa.schema(
         [
@@ -124,6 +155,7 @@ TABLES: Mapping[str, pa.Schema] = {
             ),
             _column("microsteps", pa.int32(), "casts merged in this row, count"),
             *_INSPECTED,
+            *_GRADIENT,
         ]
     ),
     "events": pa.schema(

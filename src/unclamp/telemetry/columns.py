@@ -12,8 +12,12 @@ from unclamp.formats import Format
 from unclamp.nn.layout import Site
 from unclamp.nn.update import Update
 from unclamp.numerics.inspection import (
+    CHANGE_PRODUCT,
+    CHANGE_SQUARE,
     ERROR_SQUARE,
     EXPONENTS,
+    GRADIENT_SQUARE,
+    GRADIENTS,
     INSPECTED,
     INSPECTED_SQUARE,
     LOWEST_EXPONENT,
@@ -22,11 +26,12 @@ from unclamp.numerics.inspection import (
 )
 from unclamp.numerics.stats import Stat, merge_stats
 from unclamp.runlog import Columns
-from unclamp.totals import clamp_error, headroom_bits, scaled_amax
+from unclamp.totals import GradientChange, clamp_error, headroom_bits, scaled_amax
 
 Number = float | int | Tensor
 
 INSPECTED_COLUMNS = ("sqnr_db", "range_used", "headroom_bits", "scale_age", "exponents")
+GRADIENT_COLUMNS = ("grad_error", "grad_cosine", "grad_ratio", "weight_grad_norm")
 UNNUMBERED = -1
 """Stands for the id of a site that the log does not hold, since its module left the model."""
 COUNTS = (Stat.ELEMENTS, Stat.SATURATED, Stat.UNDERFLOWED, Stat.NONFINITE, Stat.RECAST)
@@ -108,12 +113,16 @@ def _part(ids: list[int], update: Update, formats: Mapping[int, Format]) -> dict
         # The tensor's own scale, taken by a guarded cast, is as new as can be.
         ages = np.where(columns["recast"] > 0, 0, ages)
         looks = [
-            _look(details[i], int(ages[i]), formats[int(sites[i])], columns, i)
-            if details[i, INSPECTED]
-            else {}
+            (
+                _look(details[i], int(ages[i]), formats[int(sites[i])], columns, i)
+                if details[i, INSPECTED]
+                else {}
+            )
+            | _gradient(details[i])
             for i in range(len(rows))
         ]
-    return columns | {name: [look.get(name) for look in looks] for name in INSPECTED_COLUMNS}
+    names = (*INSPECTED_COLUMNS, *GRADIENT_COLUMNS)
+    return columns | {name: [look.get(name) for look in looks] for name in names}
 
 
 def _look(
@@ -134,6 +143,25 @@ def _look(
     if age >= 0:
         look["scale_age"] = age
     return look
+
+
+def _gradient(details: np.ndarray) -> dict[str, float]:
+    """Return the columns that tell what clamping did to a weight's gradient, where it is known."""
+    if not details[GRADIENTS]:
+        return {}
+    change = GradientChange.of(
+        computed=float(details[GRADIENT_SQUARE]),
+        change=float(details[CHANGE_SQUARE]),
+        product=float(details[CHANGE_PRODUCT]),
+    )
+    if not change.is_known:
+        return {}
+    look = {
+        "grad_error": change.error,
+        "grad_cosine": change.cosine,
+        "grad_ratio": change.ratio,
+    }
+    return look if change.is_nothing else look | {"weight_grad_norm": change.norm}
 
 
 def _decibel(signal: float, noise: float) -> float:

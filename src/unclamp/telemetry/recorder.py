@@ -69,7 +69,9 @@ class Recorder:
         inspect: The steps whose casts get a closer look as well (SQNR, exponents, range in use,
             headroom, age of the scale), at the price of a pass over each tensor; None for
             none. In the steps between, `or_clamped` inspects only the casts that clamped. On a
-            device other than the CPU it inspects every cast, since only the device knows.
+            device other than the CPU it inspects every cast, since only the device knows. On a
+            CPU what a clamped gradient does to the weight's is measured at every step, unless
+            it is None; elsewhere at the inspected ones.
         sinks: Where else the numbers go: `TensorBoard(...)`, `WandB(...)`, `MLflow(...)`, a
             function of step and numbers, or an object with the methods of
             `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
@@ -285,7 +287,7 @@ class Recorder:
         """Have the casts of a coming step inspected if they are due."""
         if self._inspect is None:
             return
-        between = "clamped" if self._inspect.or_clamped else "never"
+        between = "clamped" if self._inspect.or_clamped else "gradients"
         is_due = self._inspect.is_due(step)
         for source in self._sources:
             source.inspect("always" if is_due else between, between=between)

@@ -60,8 +60,9 @@ def summarise(
         `unclamp/<name>` over all sites and as `unclamp/<role>/<name>`:
         `saturated` and `nonfinite` (elements), `clamped_casts` (sites that clamped anything),
         `recast` (casts), `underflow_share` (fraction of the elements), `clamp_error_max`
-        (fraction) and `overshoot_max` (amax over the largest representable value), and
-        `sqnr_db_min` where a cast was inspected.
+        (fraction) and `overshoot_max` (amax over the largest representable value),
+        `sqnr_db_min` where a cast was inspected, and `grad_error_max` (fraction) where it was
+        measured.
     """
     numbers = _own_numbers(steps)
     if casts is None or not len(casts.get("site", ())):
@@ -135,6 +136,8 @@ class _Rows:
         inspected = casts.get("sqnr_db")
         unknown = np.full(len(self.site), np.nan)
         self.sqnr_db = unknown if inspected is None else _floats(inspected)
+        changed = casts.get("grad_error")
+        self.grad_error = unknown if changed is None else _floats(changed)
 
 
 def _own_numbers(steps: Columns) -> dict[str, float]:
@@ -157,6 +160,7 @@ def _model_numbers(prefix: str, rows: _Rows, where: np.ndarray) -> dict[str, flo
         "clamp_error_max": _extreme(np.max, rows.clamp_error[where]),
         "overshoot_max": _extreme(np.max, rows.overshoot[where]),
         "sqnr_db_min": _extreme(np.min, rows.sqnr_db[where]),
+        "grad_error_max": _extreme(np.max, rows.grad_error[where]),
     }
     return {f"{prefix}/{n}": float(value) for n, value in numbers.items() if value is not None}
 

@@ -1,0 +1,245 @@
+"""How much of the weights' gradients clamping took: over a run, some of its steps, and each site.
+
+The run log has, for each cast of a gradient that clamped and was measured, what that changed in
+the gradient of the weight. Here these are added up as if they were one long vector: sums of
+squares, so that a large gradient counts for more than a small one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from unclamp.names import SiteName
+from unclamp.runlog import PLACES_SQL, RunLog
+from unclamp.totals import GradientChange
+from unclamp.written import counted, listed, percent
+
+MOST_SITES = 3
+"""Sites that a sentence names."""
+LEAST_DEGREES = 0.1
+"""Below it a gradient hardly turns."""
+
+_PLACES = f"WITH places AS MATERIALIZED (SELECT rank, site, role, place FROM ({PLACES_SQL}))"
+_CLAMPED = "FROM casts JOIN places USING (rank, site) WHERE role = 'grad_output' AND saturated > 0"
+_SOME_STEPS = "AND step IN (SELECT unnest($steps::BIGINT[]))"
+_KNOWN = "FILTER (weight_grad_norm IS NOT NULL)"
+_WORST = "(grad_error, ~step)"
+"""Of equal errors the first step wins."""
+_SUMS = f"""
+    count(*) {_KNOWN} AS casts,
+    coalesce(sum((grad_ratio * weight_grad_norm) ** 2), 0) AS computed,
+    coalesce(sum(weight_grad_norm ** 2), 0) AS unclamped,
+    coalesce(sum((grad_error * weight_grad_norm) ** 2), 0) AS change,
+    coalesce(sum(grad_cosine * grad_ratio * weight_grad_norm ** 2), 0) AS product,
+    max_by(step, {_WORST}) {_KNOWN} AS step, max(grad_error) {_KNOWN} AS error,
+    max_by(grad_cosine, {_WORST}) {_KNOWN} AS cosine,
+    max_by(grad_ratio, {_WORST}) {_KNOWN} AS ratio"""
+
+ONE = ("the weight's gradient", "its", "it")
+MANY = ("the gradients of weights", "their", "them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstGradient:
+    """The cast of a site whose clamping changed the weight's gradient most.
+
+    Attributes:
+        step: The first with the largest error.
+        error: Norm of the change over that of the gradient without clamping.
+        cosine: Between the gradient and the one without clamping.
+        ratio: Norm of the gradient over that of the one without clamping.
+    """
+
+    step: int
+    error: float
+    cosine: float
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteGradient:
+    """What clamping at one site of gradients did to the weight's gradient.
+
+    Attributes:
+        name: Of the site.
+        casts: Recorded casts that clamped and were measured.
+        change: What they changed, added up.
+        worst: The one that changed most.
+    """
+
+    name: SiteName
+    casts: int
+    change: GradientChange
+    worst: WorstGradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClampedGradients:
+    """What clamping gradients did to the gradients of weights; `a + b` is of two runs.
+
+    It is told of those casts that clamped: of a gradient that was not clamped nothing was taken.
+    What clamping in later layers had done to a gradient before it arrived is not in it.
+
+    Attributes:
+        asked: Steps that were asked about; None for all.
+        steps: Steps at which any clamped gradient was measured.
+        casts: Casts that clamped and were measured.
+        unmeasured: Casts of gradients that clamped and were not, or whose weight's gradient was
+            not finite.
+        change: What all of them changed.
+        sites: Those of them, largest error of the added up changes first.
+    """
+
+    asked: int | None = None
+    steps: int = 0
+    casts: int = 0
+    unmeasured: int = 0
+    change: GradientChange = field(default_factory=GradientChange)
+    sites: tuple[SiteGradient, ...] = ()
+
+    @property
+    def by_name(self) -> dict[SiteName, SiteGradient]:
+        """The sites by name."""
+        return {site.name: site for site in self.sites}
+
+    def words(self, step: str = "step", steps: str = "") -> str:
+        """Return it as a sentence; `step` and `steps` is what people call the steps.
+
+        Example:
+            >>> ClampedGradients(asked=40).words("'answers' batch", "'answers' batches")
+            "No gradient was clamped in 40 'answers' batches."
+        """
+        asked = "" if self.asked is None else f" in {counted(self.asked, step, steps)}"
+        if not self.casts:
+            if not self.unmeasured:
+                return f"No gradient was clamped{asked}."
+            return (
+                f"{counted(self.unmeasured, 'cast of a gradient', 'casts of gradients')} "
+                f"clamped{asked}; what that did to the gradients of the weights was not measured."
+            )
+        return (
+            f"Clamping of gradients {change_in_words(self.change, of_many=True)}, in "
+            f"{counted(self.steps, step, steps)}."
+        )
+
+    def worst_words(self) -> list[str]:
+        """Return what stands out: the worst cast, and the sites with the largest error."""
+        if not self.sites:
+            return []
+        name, worst = max(
+            ((site.name, site.worst) for site in self.sites), key=lambda pair: pair[1].error
+        )
+        said = [
+            f"Clamping changed the gradient of a weight most at {name}: at step {worst.step:,} it "
+            f"{_in_words(worst.cosine, worst.ratio, ONE)}."
+        ]
+        if len(self.sites) > 1:
+            ranked = [
+                f"{site.name} ({percent(site.change.error)})" for site in self.sites[:MOST_SITES]
+            ]
+            said.append(f"By gradient error over all clamped casts: {listed(ranked)}.")
+        return said
+
+    def __add__(self, other: ClampedGradients) -> ClampedGradients:
+        """Return what both did; steps of two runs are different ones."""
+        asked = [each.asked for each in (self, other) if each.asked is not None]
+        merged = self.by_name
+        for site in other.sites:
+            known = merged.get(site.name)
+            merged[site.name] = site if known is None else _both(known, site)
+        return ClampedGradients(
+            asked=sum(asked) if asked else None,
+            steps=self.steps + other.steps,
+            casts=self.casts + other.casts,
+            unmeasured=self.unmeasured + other.unmeasured,
+            change=self.change + other.change,
+            sites=_ranked(merged.values()),
+        )
+
+
+def clamped_gradients(log: RunLog, *, steps: Iterable[int] | None = None) -> ClampedGradients:
+    """Return how much clamping gradients took of the gradients of weights.
+
+    Args:
+        log: The run; its ranks are taken together.
+        steps: Only these, such as the batches of one kind; None for all. A step that was recorded
+            again, because the run went back, counts each time.
+
+    Raises:
+        RunLogError: The run cannot be read.
+
+    Numerics: Sums are kept to nine figures, since DuckDB adds in any order.
+    """
+    asked = None if steps is None else sorted({int(step) for step in steps})
+    some = "" if asked is None else _SOME_STEPS
+    params = {} if asked is None else {"steps": asked}
+    rows = log.sql(
+        f"{_PLACES} SELECT place, {_SUMS}, count(*) AS clamped {_CLAMPED} {some} "
+        "GROUP BY place ORDER BY place",
+        **params,
+    ).to_pylist()
+    (measured,) = log.sql(
+        f"{_PLACES} SELECT count(DISTINCT step) AS steps {_CLAMPED} {some} "
+        "AND weight_grad_norm IS NOT NULL",
+        **params,
+    ).to_pylist()
+    names = [site.name for site in log.named_sites()]
+    sites = [_site(names[row["place"]], row) for row in rows if row["casts"]]
+    return ClampedGradients(
+        asked=None if asked is None else len(asked),
+        steps=measured["steps"],
+        casts=sum(site.casts for site in sites),
+        unmeasured=sum(row["clamped"] - row["casts"] for row in rows),
+        change=sum((site.change for site in sites), GradientChange()),
+        sites=_ranked(sites),
+    )
+
+
+def change_in_words(change: GradientChange, *, of_many: bool = False) -> str:
+    """Return what clamping did to a weight's gradient, or to those `of_many`, as a predicate.
+
+    Example:
+        >>> change = GradientChange(computed=0.04, unclamped=1.0, change=0.72, product=0.16)
+        >>> change_in_words(change)
+        "turned the weight's gradient by 36.9 degrees and took 80 % of its size"
+        >>> change_in_words(change, of_many=True)
+        'turned the gradients of weights by 36.9 degrees and took 80 % of their size'
+    """
+    return _in_words(change.cosine, change.ratio, MANY if of_many else ONE)
+
+
+def _in_words(cosine: float, ratio: float, words: tuple[str, str, str]) -> str:
+    what, own, it = words
+    degrees = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+    turned = (
+        f"turned {what} by {degrees:.3g} degrees" if degrees >= 0.1 else f"hardly turned {what}"
+    )
+    if ratio > 1:
+        return f"{turned} and made {it} {percent(ratio - 1)} larger"
+    return f"{turned} and took {percent(1 - ratio)} of {own} size"
+
+
+def _site(name: SiteName, row: dict) -> SiteGradient:
+    sums = {key: float(f"{row[key]:.9g}") for key in ("computed", "unclamped", "change", "product")}
+    worst = {key: row[key] for key in ("step", "error", "cosine", "ratio")}
+    return SiteGradient(
+        name=name,
+        casts=row["casts"],
+        change=GradientChange(**sums),
+        worst=WorstGradient(**worst),
+    )
+
+
+def _both(one: SiteGradient, other: SiteGradient) -> SiteGradient:
+    return replace(
+        one,
+        casts=one.casts + other.casts,
+        change=one.change + other.change,
+        worst=max((one.worst, other.worst), key=lambda worst: worst.error),
+    )
+
+
+def _ranked(sites: Iterable[SiteGradient]) -> tuple[SiteGradient, ...]:
+    return tuple(sorted(sites, key=lambda site: (-site.change.error, site.name)))
