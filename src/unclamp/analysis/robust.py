@@ -14,7 +14,7 @@ consecutive steps beyond normal noise only the k-th root of that raise counts. A
 certain at its third step has its onset at its first.
 
 Errors of spikes do not count, nor do errors beyond the noise in either direction. The rest count
-with a delay, and are forgotten once the series is twice as long. Where values are written with
+with a delay; early ones no longer raise the limit once the series is twice as long. Where values are written with
 few decimals, a rise also has to exceed `GRID_STEPS` steps of the last one (`resolution`). Below
 `MIN_HEIGHT` nothing is a spike, however quiet the series.
 
@@ -43,10 +43,10 @@ DRIFT_POINTS = 9
 ERROR_POINTS = 400
 FIRST_ERRORS = 16
 LATEST_SHARE = 0.5
-"""Errors from before this share of the series are forgotten: a curve calms at that pace, and what
-its first steps did must not hold the limit up for hundreds of steps."""
+"""Errors of this share of the series, the latest, may lower the limit by themselves: a curve calms
+at that pace, and what its first steps did must not hold the limit up for hundreds of steps."""
 LATEST_ERRORS = 48
-"""So many are kept all the same: fewer say little of the noise."""
+"""So many at least: fewer say little of the noise."""
 SETTLED = 50
 MIN_HEIGHT = 1.2
 THRESHOLD = 5.0
@@ -174,6 +174,7 @@ class SpikeDetector:
         self._base = RunningWindow(BASE_POINTS)
         self._drift = RunningWindow(DRIFT_POINTS)
         self._errors = RunningWindow(ERROR_POINTS)
+        self._latest_errors = RunningWindow(ERROR_POINTS)
         self._waiting: deque[float] = deque()
         self._raw: deque[float] = deque(maxlen=ERROR_POINTS + LEVEL_POINTS)
 
@@ -242,9 +243,7 @@ class SpikeDetector:
                 self._waiting.append(number - expected)
             count = len(self._errors.sorted)
             while len(self._waiting) > min(count // 8, DELAY):
-                self._errors.add(self._waiting.popleft())
-                if len(self._errors.sorted) > max(LATEST_ERRORS, LATEST_SHARE * self._seen):
-                    self._errors.drop_oldest()
+                self._learn_error(self._waiting.popleft())
             if count < FIRST_ERRORS == len(self._errors.sorted):
                 self._clean()
         self._calm.add(number)
@@ -263,10 +262,17 @@ class SpikeDetector:
         if self._drift.sorted:
             expected += min(0.0, self._drift.median())
         expected = min(expected, self._base.median())
-        errors = self._errors.sorted
-        count = len(errors)
-        if count < FIRST_ERRORS:
+        errors, latest = self._errors.sorted, self._latest_errors.sorted
+        if len(errors) < FIRST_ERRORS:
             return expected, math.nan, math.inf, 1.0
+        noise = self._noise(errors, expected)
+        if len(latest) < len(errors):
+            noise = min(noise, self._noise(latest, expected), key=lambda n: n[1] * n[2])
+        return expected, *noise
+
+    def _noise(self, errors: list[float], expected: float) -> tuple[float, float, float]:
+        """Return what sorted errors say of the noise: the last three numbers of `_expect`."""
+        count = len(errors)
         spread, excess = _spread_and_excess(errors)
         grid = self._grid_at(expected)
         spread = max(spread, _ROUNDING_SPREAD * grid)
@@ -277,7 +283,7 @@ class SpikeDetector:
             raised = min(raised, LARGEST_TAIL_RISE * self.threshold / THRESHOLD)
         steps = math.log1p(GRID_STEPS * grid) if self._logarithmic else GRID_STEPS * grid
         normal = max(noise, steps, ROUNDING * abs(expected))
-        return expected, spread, normal, max(raised / normal, 1.0) if normal > 0 else 1.0
+        return spread, normal, max(raised / normal, 1.0) if normal > 0 else 1.0
 
     def _grid_at(self, expected: float) -> float:
         """Return the step of the last written digit, in a positive series as share of the level."""
@@ -293,8 +299,15 @@ class SpikeDetector:
         bound = 2 * self.threshold * spread
         kept = [error for error in self._errors.arrived if abs(error) <= bound]
         self._errors = RunningWindow(ERROR_POINTS)
+        self._latest_errors = RunningWindow(ERROR_POINTS)
         for error in kept:
-            self._errors.add(error)
+            self._learn_error(error)
+
+    def _learn_error(self, error: float) -> None:
+        self._errors.add(error)
+        self._latest_errors.add(error)
+        if len(self._latest_errors.sorted) > max(LATEST_ERRORS, LATEST_SHARE * self._seen):
+            self._latest_errors.drop_oldest()
 
     def _publish(self, expected: float, spread: float, rise: float) -> None:
         if math.isnan(spread):
