@@ -14,9 +14,9 @@ consecutive steps beyond normal noise only the k-th root of that raise counts. A
 certain at its third step has its onset at its first.
 
 Errors of spikes do not count, nor do errors beyond the noise in either direction. The rest count
-with a delay; early ones no longer raise the limit once the series is twice as long. Where values are written with
-few decimals, a rise also has to exceed `GRID_STEPS` steps of the last one (`resolution`). Below
-`MIN_HEIGHT` nothing is a spike, however quiet the series.
+with a delay. Once the series is twice as long, early ones no longer raise the limit. Where values
+are written with few decimals, a rise also has to exceed `GRID_STEPS` steps of the last one
+(`resolution`). Below `MIN_HEIGHT` nothing is a spike, however quiet the series.
 
 Positive series are judged in logarithms, where a ratio is a difference and noise is the same at
 every level. A series that has been zero or below has no ratios and is judged as it is.

@@ -1,5 +1,7 @@
 """Losses as they come: read without making a GPU wait, and watched for spikes."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
@@ -50,10 +52,18 @@ class SpikeWatch:
         self._is_open, self._number = False, -1
 
     def hear(self, step: int, value: float) -> int | None:
-        """Return the onset if a spike begins with this loss; None otherwise."""
+        """Return the onset if a spike begins with this loss, or is now certain; else None."""
         self._steps.append(step)
         self._values.append(value)
-        return step if self._judge(value) else None
+        return self._onset() if self._judge(value) else None
+
+    def _onset(self) -> int:
+        """Return where the spike at hand began; some steps prove it only together."""
+        if not math.isfinite(self._values[-1]):
+            return self._steps[-1]
+        numbers = zip(reversed(self._steps), reversed(self._values), strict=True)
+        finite = (step for step, value in numbers if math.isfinite(value))
+        return next(itertools.islice(finite, self._detector.length - 1, None))
 
     def _judge(self, value: float) -> bool:
         """Return whether a spike begins with this value."""
@@ -65,7 +75,7 @@ class SpikeWatch:
     def spike_at(self, onset: int) -> Spike:
         """Return the spike that began at a step, as far as it is known."""
         spikes = find_spikes(self._values, steps=self._steps)
-        return next(spike for spike in spikes if spike.onset == onset)
+        return next(spike for spike in spikes if spike.onset <= onset <= spike.end)
 
     def level_before(self, onset: int) -> float:
         """Return the level that the spike rises from."""
