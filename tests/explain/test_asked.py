@@ -69,7 +69,7 @@ def kept(tmp_path: Path, *, asked: int, at: int | None, lead: int = 4) -> list[t
     """Return first and last step of what a run without a spike has written."""
     training = CASE.build()
     with Snapshots(training, tmp_path / "run", every=5, after=3, lead=lead) as snapshots:
-        for n, batch in snapshots.follow(list(CASE.batches())[:30]):
+        for n, _ in snapshots.follow(list(CASE.batches())[:30]):
             if n == asked:
                 snapshots.keep(at)
             snapshots.after(n, 1.0)

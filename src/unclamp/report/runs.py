@@ -70,10 +70,11 @@ class RunSiteRow(SiteRow):
         site: Its id, the lowest of several ranks; the key of its panel.
         granularity: Which elements share a scale.
         switched: Steps at which it got another scaling.
-        rows: Recorded casts.
+        rows: Steps with recorded casts, counted on each rank.
         clamp_error_max: Largest clamp error, a fraction.
         sqnr_db_min: Least signal-to-noise ratio, decibel.
         sqnr_db_mean: Mean of the finite ones, decibel.
+        sqnr_row_db_min: Least median over rows, decibel.
         recasts: Casts that guarded scaling repeated.
         nonfinite: Inf and NaN elements.
     """
@@ -85,6 +86,7 @@ class RunSiteRow(SiteRow):
     clamp_error_max: float | None
     sqnr_db_min: float | None
     sqnr_db_mean: float | None
+    sqnr_row_db_min: float | None
     recasts: int
     nonfinite: int
 
@@ -366,6 +368,7 @@ def _site(site: SiteRecord, switched: list[int]) -> RunSiteRow:
         underflow_share=rounded(totals.underflow_share),
         sqnr_db_min=rounded(totals.sqnr_db_min),
         sqnr_db_mean=rounded(totals.sqnr_db_mean),
+        sqnr_row_db_min=rounded(site.sqnr_row_db_min),
         recasts=totals.recasts,
         nonfinite=totals.nonfinite,
         worst_step=totals.worst_step,

@@ -18,7 +18,9 @@ from unclamp.numerics.inspection import (
     INSPECTED_SQUARE,
     LOWEST_EXPONENT,
     MAGNITUDES,
+    ROW_SQNR,
     range_used,
+    row_median_db,
 )
 from unclamp.numerics.stats import Stat, merge_stats
 from unclamp.runlog import Columns
@@ -26,7 +28,14 @@ from unclamp.totals import clamp_error, headroom_bits, scaled_amax
 
 Number = float | int | Tensor
 
-INSPECTED_COLUMNS = ("sqnr_db", "range_used", "headroom_bits", "scale_age", "exponents")
+INSPECTED_COLUMNS = (
+    "sqnr_db",
+    "sqnr_row_median_db",
+    "range_used",
+    "headroom_bits",
+    "scale_age",
+    "exponents",
+)
 UNNUMBERED = -1
 """Stands for the id of a site that the log does not hold, since its module left the model."""
 COUNTS = (Stat.ELEMENTS, Stat.SATURATED, Stat.UNDERFLOWED, Stat.NONFINITE, Stat.RECAST)
@@ -124,6 +133,7 @@ def _look(
         "exponents": [(int(i) + LOWEST_EXPONENT, int(counts[i])) for i in present],
     }
     if details[INSPECTED_SQUARE] > 0:
+        look["sqnr_row_median_db"] = row_median_db(details[ROW_SQNR])
         look["sqnr_db"] = _decibel(details[INSPECTED_SQUARE], details[ERROR_SQUARE])
     scaled = scaled_amax(float(columns["amax"][row]), float(columns["scale"][row]))
     if scaled > 0:
