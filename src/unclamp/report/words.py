@@ -49,8 +49,8 @@ TABLE_COLUMNS = (
     ("role", "role", "text", "which operand: input, weight or grad_output"),
     ("scaling", "scaling, format", "scaling", "kind of scaling and FP8 format at the beginning"),
     ("saturated", "clamped elements", "count", "finite elements set to the largest value"),
-    ("clamped_casts", "clamped casts", "count", "recorded casts in which anything was clamped; those of a "
-     "site in one step and process count as one"),
+    ("clamped_casts", "clamped casts", "count", "recorded casts in which anything was clamped; "
+     "those of a site in one step and process count as one"),
     ("clamp_error", "clamp error", "share", "share of the tensor's squares that clamping removed, "
      "mean over the casts that clamped"),
     ("overshoot", "overshoot", "ratio", "largest amax over the largest representable value, where "
