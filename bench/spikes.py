@@ -16,6 +16,7 @@ from truths.curves import (
     HELD_OUT,
     SCHEDULES,
     diverging,
+    early,
     healthy,
     planted,
     shifting,
@@ -37,6 +38,17 @@ HEIGHTS_NEAR_ZERO = (1.3, 1.6, 2.0, 3.0, 5.0, 20.0)
 RATES = (0.001, 0.003, 0.01)
 RISES = (1.5, 2.0, 3.0)
 DRIFT_NOISES = (0.02, 0.05, 0.1)
+EARLY = {
+    "nothing": "plain",
+    "one step of 1.25 to 2 times, at 5 to 24": "outlier",
+    "three of 1.1 to 1.5 times, before 60": "outliers",
+    "a cliff from 9 to 12, at 10 to 80": "cliff",
+    "4 to 9 times the noise, over 10 to 40 steps": "noisy start",
+    "a level 10 to 60 % higher, at 30 to 99": "shift",
+    "5 times the noise in 12 steps, at 30 to 99": "burst",
+}
+EARLY_SPIKES = ((1.3, 1), (1.6, 1), (1.3, 5), (1.3, 20), (1.6, 3), (1.6, 20), (2.2, 20))
+EARLY_CURVES = 100
 
 
 def false_alarms(
@@ -248,6 +260,21 @@ def _print_shifts() -> None:
         _print_row(f"{height}x", *shares)
 
 
+def measure_early() -> None:
+    """Print what odd first steps hide of later spikes in runs of 400 steps."""
+    print(f"\nshare found of {EARLY_CURVES} spikes from step 120 on, by what the first steps did\n")
+    _print_head(1, "first steps", *(f"{height}x, {length}" for height, length in EARLY_SPIKES))
+    for words, kind in EARLY.items():
+        shares = []
+        for height, length in EARLY_SPIKES:
+            found = 0
+            for seed in range(HELD_OUT, HELD_OUT + EARLY_CURVES):
+                curve, onset = early(seed, kind=kind, height=height, length=length)
+                found += _holds(curve, onset, length, "robust")
+            shares.append(f"{found / EARLY_CURVES:.2f}")
+        _print_row(words, *shares)
+
+
 def measure_speed() -> None:
     """Print seconds by definition for 100,000 steps."""
     names = list(DEFINITIONS)
@@ -267,6 +294,7 @@ TABLES: dict[str, Callable[[], object]] = {
     "families": measure_families,
     "resolution": measure_resolution,
     "divergence": measure_divergence,
+    "early": measure_early,
     "speed": measure_speed,
 }
 

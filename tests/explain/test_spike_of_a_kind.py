@@ -65,7 +65,9 @@ def test_spikes_heard_as_they_come_are_those_found_afterwards() -> None:
     assert onsets == [spike.onset for spike in found]
     assert {(s.onset, s.group) for s in found} >= {(1000, "answers"), (1333, None)}
     spike = watch.spike_at(1000)
-    assert watch.kin_of(spike) == kin_of(spike, range(2000), groups) == set(range(0, 2000, 20))
+    assert (
+        watch.kin_of(spike) == kin_of(spike.group, range(2000), groups) == set(range(0, 2000, 20))
+    )
     watch.forget_from(1000)
     for step in range(1000, 2000):
         watch.name(step, groups[step])
@@ -77,7 +79,7 @@ def test_steps_of_other_kinds_within_the_spike_do_not_count(tmp_path: Path) -> N
     losses, groups = two_kinds(2, every=4)
     losses[1000:1012:4] *= 2
     (spike,) = [s for s in find_spikes(losses, groups=groups) if s.onset == 1000]
-    kin = kin_of(spike, range(2000), groups)
+    kin = kin_of(spike.group, range(2000), groups)
     assert kin is not None
     assert [n for n in range(spike.onset, spike.end + 1) if n in kin][:3] == [1000, 1004, 1008]
-    assert kin_of(spike, range(2000), [None] * 2000) is None
+    assert kin_of(spike.group, range(2000), [None] * 2000) is None

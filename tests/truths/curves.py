@@ -213,3 +213,34 @@ def two_kinds(
     groups: list[str | None] = ["answers" if i % every == 0 else None for i in range(steps)]
     levels = np.array([2.0 if group is None else 3.5 for group in groups])
     return levels * np.exp(noise * rng.standard_normal(steps)), groups
+
+
+def early(seed: int, *, kind: str, height: float, length: int) -> tuple[np.ndarray, int]:
+    """A decaying curve of 400 steps, odd in its first 100, with one spike from 120 on, and onset.
+
+    Of the kinds "plain", "outlier", "outliers", "cliff", "noisy start", "shift", "burst".
+    """
+    rng = np.random.default_rng([seed, 94])
+    steps = np.arange(400)
+    curve, noise = _trend(rng, 400), np.full(400, rng.uniform(0.01, 0.03))
+    if kind == "outlier":
+        curve[int(rng.integers(5, 25))] *= rng.uniform(1.25, 2.0)
+    elif kind == "outliers":
+        curve[rng.integers(3, 60, 3)] *= rng.uniform(1.1, 1.5, 3)
+    elif kind == "cliff":
+        fall = 1 / (1 + np.exp(-(steps - rng.uniform(10, 80)) / rng.uniform(0.5, 8)))
+        start = rng.uniform(9, 12)
+        curve = start + (curve - start) * fall
+    elif kind == "noisy start":
+        noise *= 1 + rng.uniform(3, 8) * np.exp(-steps / rng.uniform(10, 40))
+    elif kind == "shift":
+        curve[int(rng.integers(30, 100)) :] *= rng.uniform(1.1, 1.6)
+    elif kind == "burst":
+        at = int(rng.integers(30, 100))
+        noise[at : at + 12] *= 5
+    else:
+        assert kind == "plain"
+    curve *= np.exp(noise * rng.standard_normal(400))
+    onset = int(rng.integers(120, 360))
+    curve[onset : onset + length] *= height
+    return curve, onset

@@ -9,17 +9,21 @@ a learning-rate drop is a spike, and neither ten steps nor a slow rise become th
 
 Limit: the interquartile range of the last errors gives a standard deviation; how far the outer
 errors exceed those of a normal distribution raises the limit. So noise with heavy tails raises it
-by itself. Errors of spikes enter neither, nor do errors beyond the noise in either direction, and
-the rest enter with a delay. Where values are written with few decimals, a rise also has to exceed
-`GRID_STEPS` steps of the last one (`resolution`). Below `MIN_HEIGHT` nothing is a spike, however
-quiet the series.
+by itself. But outer errors are single, so steps are evidence together: at the k-th of k
+consecutive steps beyond normal noise only the k-th root of that raise counts. A spike that is
+certain at its third step has its onset at its first.
+
+Errors of spikes do not count, nor do errors beyond the noise in either direction. The rest count
+with a delay. Once the series is twice as long, early ones no longer raise the limit. Where values
+are written with few decimals, a rise also has to exceed `GRID_STEPS` steps of the last one
+(`resolution`). Below `MIN_HEIGHT` nothing is a spike, however quiet the series.
 
 Positive series are judged in logarithms, where a ratio is a difference and noise is the same at
 every level. A series that has been zero or below has no ratios and is judged as it is.
 
 A spike ends when the series is back within half the limit. One that has lasted `SETTLED` steps
 becomes the new level, so that spikes on top of it are still found; it is counted as the same
-spike until the old level is reached. Nothing at a step depends on later steps.
+spike until the old level is reached. Nothing that is said at a step depends on later steps.
 """
 
 import math
@@ -38,6 +42,11 @@ BASE_POINTS = 31
 DRIFT_POINTS = 9
 ERROR_POINTS = 400
 FIRST_ERRORS = 16
+LATEST_SHARE = 0.5
+"""Errors of this share of the series, the latest, may lower the limit by themselves: a curve calms
+at that pace, and what its first steps did must not hold the limit up for hundreds of steps."""
+LATEST_ERRORS = 48
+"""So many at least: fewer say little of the noise."""
 SETTLED = 50
 MIN_HEIGHT = 1.2
 THRESHOLD = 5.0
@@ -81,10 +90,13 @@ class RunningWindow:
     def add(self, number: float) -> None:
         """Take in a number; the oldest of more than `size` is forgotten."""
         if len(self.arrived) == self.size:
-            oldest = self.arrived.popleft()
-            del self.sorted[bisect_left(self.sorted, oldest)]
+            self.drop_oldest()
         self.arrived.append(number)
         insort(self.sorted, number)
+
+    def drop_oldest(self) -> None:
+        """Forget the number that arrived first."""
+        del self.sorted[bisect_left(self.sorted, self.arrived.popleft())]
 
     def median(self) -> float:
         """Return the median of what is there, one number at least."""
@@ -131,6 +143,8 @@ class SpikeDetector:
 
     Attributes:
         spike: Number of the spike that the last finite value belongs to, -1 for none.
+        length: Finite values of that spike so far; 0 for none. Where it was not certain at its
+            first value, those from there on count: the onset lies `length - 1` values back.
         level: The value that was expected of it; NaN while there were too few.
         limit: The value above which it is a spike; NaN likewise.
         spread: Standard deviation of the expectation's error; NaN likewise.
@@ -144,6 +158,7 @@ class SpikeDetector:
         """
         self.threshold = threshold
         self.spike = -1
+        self.length = 0
         self.level = self.limit = self.spread = math.nan
         self._count = 0
         self._resolution = Resolution()
@@ -152,13 +167,14 @@ class SpikeDetector:
         self._floor = math.nan
         self._open = self._settled = False
         self._last: deque[float] = deque(maxlen=LEVEL_POINTS)
-        self._length = 0
+        self._unsettled = self._streak = self._seen = 0
 
     def _forget(self) -> None:
         self._calm = RunningWindow(LEVEL_POINTS)
         self._base = RunningWindow(BASE_POINTS)
         self._drift = RunningWindow(DRIFT_POINTS)
         self._errors = RunningWindow(ERROR_POINTS)
+        self._latest_errors = RunningWindow(ERROR_POINTS)
         self._waiting: deque[float] = deque()
         self._raw: deque[float] = deque(maxlen=ERROR_POINTS + LEVEL_POINTS)
 
@@ -169,33 +185,40 @@ class SpikeDetector:
         """
         if not math.isfinite(value):
             return True
+        self._seen += 1
         self._resolution.add(value)
         value = self._resolution.unrounded(value) if self._logarithmic else value
         if self._logarithmic and value <= 0:
             self._leave_logarithms()
         number = math.log(value) if self._logarithmic else value
-        expected, spread, noise = self._expect()
-        rise = max(noise, self._least_rise(expected))
-        self._publish(expected, spread, rise)
+        expected, spread, noise, tail = self._expect()
+        least = self._least_rise(expected)
         above = number - expected
-        if above > rise and (not self._open or self._settled):
+        can_begin = not self._open or self._settled
+        self._streak = self._streak + 1 if can_begin and above > max(noise, least) else 0
+        rise = max(noise * tail ** (1 / max(self._streak, 1)), least)
+        self._publish(expected, spread, rise)
+        if can_begin and above > rise:
             self._begin(expected, rise)
         elif self._open and not number > self._floor:
             self._open = False
         if self._open and not self._settled:
             self._last.append(number)
-            self._length += 1
-            if self._length >= SETTLED:
+            self._unsettled += 1
+            if self._unsettled >= SETTLED:
                 self._settle()
         else:
-            self._learn(number, value, expected, noise)
+            self._learn(number, value, expected, noise * tail)
+        self.length = self.length + 1 if self._open else 0
         self.spike = self._count - 1 if self._open else -1
         return self._open
 
     def _begin(self, expected: float, rise: float) -> None:
         self._open, self._settled = True, False
         self._floor = expected + _END_SHARE * rise
-        self._length = 0
+        self.length = self._streak - 1
+        self._streak = 0
+        self._unsettled = 0
         self._last.clear()
         self._waiting.clear()
         self._count += 1
@@ -220,25 +243,36 @@ class SpikeDetector:
                 self._waiting.append(number - expected)
             count = len(self._errors.sorted)
             while len(self._waiting) > min(count // 8, DELAY):
-                self._errors.add(self._waiting.popleft())
+                self._learn_error(self._waiting.popleft())
             if count < FIRST_ERRORS == len(self._errors.sorted):
                 self._clean()
         self._calm.add(number)
         self._base.add(number)
         self._raw.append(value)
 
-    def _expect(self) -> tuple[float, float, float]:
-        """Return expectation, standard deviation of its error, and the largest error of noise."""
+    def _expect(self) -> tuple[float, float, float, float]:
+        """Return expectation, standard deviation of its error, and what noise makes at most.
+
+        The last two numbers are the largest error of normal noise, and the factor by which outer
+        errors raise it, 1 or more.
+        """
         if not self._calm.sorted:
-            return math.nan, math.nan, math.inf
+            return math.nan, math.nan, math.inf, 1.0
         expected = self._calm.median()
         if self._drift.sorted:
             expected += min(0.0, self._drift.median())
         expected = min(expected, self._base.median())
-        errors = self._errors.sorted
+        errors, latest = self._errors.sorted, self._latest_errors.sorted
+        if len(errors) < FIRST_ERRORS:
+            return expected, math.nan, math.inf, 1.0
+        noise = self._noise(errors, expected)
+        if len(latest) < len(errors):
+            noise = min(noise, self._noise(latest, expected), key=lambda n: n[1] * n[2])
+        return expected, *noise
+
+    def _noise(self, errors: list[float], expected: float) -> tuple[float, float, float]:
+        """Return what sorted errors say of the noise: the last three numbers of `_expect`."""
         count = len(errors)
-        if count < FIRST_ERRORS:
-            return expected, math.nan, math.inf
         spread, excess = _spread_and_excess(errors)
         grid = self._grid_at(expected)
         spread = max(spread, _ROUNDING_SPREAD * grid)
@@ -248,7 +282,8 @@ class SpikeDetector:
         if self._logarithmic:
             raised = min(raised, LARGEST_TAIL_RISE * self.threshold / THRESHOLD)
         steps = math.log1p(GRID_STEPS * grid) if self._logarithmic else GRID_STEPS * grid
-        return expected, spread, max(noise, raised, steps, ROUNDING * abs(expected))
+        normal = max(noise, steps, ROUNDING * abs(expected))
+        return spread, normal, max(raised / normal, 1.0) if normal > 0 else 1.0
 
     def _grid_at(self, expected: float) -> float:
         """Return the step of the last written digit, in a positive series as share of the level."""
@@ -264,8 +299,15 @@ class SpikeDetector:
         bound = 2 * self.threshold * spread
         kept = [error for error in self._errors.arrived if abs(error) <= bound]
         self._errors = RunningWindow(ERROR_POINTS)
+        self._latest_errors = RunningWindow(ERROR_POINTS)
         for error in kept:
-            self._errors.add(error)
+            self._learn_error(error)
+
+    def _learn_error(self, error: float) -> None:
+        self._errors.add(error)
+        self._latest_errors.add(error)
+        if len(self._latest_errors.sorted) > max(LATEST_ERRORS, LATEST_SHARE * self._seen):
+            self._latest_errors.drop_oldest()
 
     def _publish(self, expected: float, spread: float, rise: float) -> None:
         if math.isnan(spread):
@@ -285,7 +327,7 @@ class SpikeDetector:
         self._logarithmic = False
         self._forget()
         for value in past:
-            expected, _, _ = self._expect()
+            expected, _, _, _ = self._expect()
             self._learn(value, value, expected, math.inf)
         if was_open:
             self._floor = math.exp(min(floor, _LARGEST_EXPONENT))
@@ -301,9 +343,13 @@ def judge_robust(values: np.ndarray, threshold: float = THRESHOLD) -> Judged:
     """
     detector = SpikeDetector(threshold=threshold)
     spike = np.empty(len(values), dtype=np.int64)
+    last = -1
     level, limit, spread = np.empty((3, len(values)))
     for i, value in enumerate(values.tolist()):
         detector.update(value)
-        spike[i], level[i] = detector.spike, detector.level
+        begins = detector.spike > last
+        last = max(last, detector.spike)
+        spike[i - detector.length + 1 if begins else i : i + 1] = detector.spike
+        level[i] = detector.level
         limit[i], spread[i] = detector.limit, detector.spread
     return Judged(spike=spike, level=level, limit=limit, spread=spread)

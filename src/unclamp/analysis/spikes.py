@@ -275,6 +275,35 @@ def smallest_height(
     return float(np.median(judged.limit[known] / level * noise))
 
 
+def rise_at(values: Values, *, steps: Sequence[int] | np.ndarray, at: int, level: float) -> Spike:
+    """Return the step `at`, and those after it as long as they are above a level, as a spike.
+
+    It has no number, and `sigmas` is NaN: nobody detected it.
+
+    Args:
+        values: Losses, one a step. None is a missing value and left out.
+        steps: Their step numbers, in order.
+        at: The onset, whatever its loss.
+        level: The loss before it.
+
+    Raises:
+        AnalysisError: The step has no loss.
+
+    Numerics: NaN and Inf are above every level. Nothing finite is above a level of NaN.
+    """
+    numbers, present = _present(values, steps)
+    found = np.flatnonzero(present == at)
+    if len(found) == 0:
+        within = f"; it has those of {present[0]} to {present[-1]}" if len(present) else ""
+        raise AnalysisError(f"the run recorded no loss of step {at}{within}")
+    begin = int(found[0])
+    is_above = (numbers[begin:] > level) | ~np.isfinite(numbers[begin:])
+    length = len(is_above) if is_above.all() else int(np.argmin(is_above))
+    places = slice(begin, begin + max(length, 1))
+    has_ratio = has_ratios(numbers[np.isfinite(numbers)].tolist())
+    return _spike(numbers, present, places, level, math.nan, SERIES[0], has_ratio=has_ratio)
+
+
 def _judge(numbers: np.ndarray, method: str, threshold: float | None) -> Judged:
     if method not in DEFINITIONS:
         hint = did_you_mean(method, DEFINITIONS)

@@ -34,12 +34,22 @@ def explain(
         str, typer.Option(help="What is un-clamped together: site, layer, role or projection.")
     ] = "site",
     leading: Annotated[int, typer.Option(help="Sites replayed by themselves.")] = 12,
+    at: Annotated[
+        int | None,
+        typer.Option(
+            "--at",
+            help="Ask about this step, a spike or not, in place of --spike; also --step N.",
+        ),
+    ] = None,
     build: Annotated[
         str | None,
         typer.Option(help="MODULE:FUNCTION (or FILE.py:...) that makes the training."),
     ] = None,
     step: Annotated[
-        str | None, typer.Option(help="MODULE:FUNCTION (or FILE.py:...) that does a step.")
+        list[str] | None,
+        typer.Option(
+            help="MODULE:FUNCTION (or FILE.py:...) that does a step; or N, a step to ask about."
+        ),
     ] = None,
     anyway: Annotated[
         bool,
@@ -52,11 +62,12 @@ def explain(
     from unclamp.explain.limits import Limits  # noqa: PLC0415
     from unclamp.explain.text import print_explanation, with_progress  # noqa: PLC0415
 
+    at, step_function = _step_meant(at, step or [])
     limits = Limits(replays=budget, leading=leading, group=group, anyway=anyway)  # pyright: ignore
     sys.path.insert(0, os.getcwd())  # as `python -m` does: MODULE lies where the training runs
     found = with_progress(
         lambda show: explain_spike(
-            run, spike, build=build, step=step, limits=limits, on_progress=show
+            run, spike, at=at, build=build, step=step_function, limits=limits, on_progress=show
         ),
         budget=budget,
         console=Console(stderr=True),
@@ -67,3 +78,12 @@ def explain(
         print_explanation(found, Console(width=None if sys.stdout.isatty() else NARROW))
     if found.status == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def _step_meant(at: int | None, given: list[str]) -> tuple[int | None, str | None]:
+    """Return the step asked about and the step function, which is never a whole number."""
+    numbers = [int(text) for text in given if text.isdecimal()] + ([] if at is None else [at])
+    functions = [text for text in given if not text.isdecimal()]
+    if len(numbers) > 1 or len(functions) > 1:
+        raise typer.BadParameter(f"expected one step and one step function, got {given!r}")
+    return next(iter(numbers), None), next(iter(functions), None)

@@ -1,14 +1,15 @@
 """From a run's folder to an explanation: which spike, which snapshot, which code."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unclamp.analysis.curves import run_losses
+from unclamp.analysis.curves import Losses, run_losses
 from unclamp.analysis.explanation import Explanation
 from unclamp.analysis.horizon import clamped_before
-from unclamp.analysis.spikes import Spike, find_spikes
+from unclamp.analysis.spikes import Spike, find_spikes, rise_at
 from unclamp.errors import ReplayError, naming_arguments
 from unclamp.explain.chain import earlier_snapshots
 from unclamp.explain.facts import check_belongs, load_functions
@@ -31,6 +32,7 @@ def explain_spike(
     run: str | Path,
     spike: int | None = None,
     *,
+    at: int | None = None,
     build: Build | str | None = None,
     step: Step | str | None = None,
     limits: Limits = Limits(),
@@ -42,6 +44,8 @@ def explain_spike(
         run: The run's folder, with snapshots below it.
         spike: Its number as `unclamp spikes` shows it (`Spike.number`). Without it the highest
             that has a snapshot; where that follows closely on others, the first of them.
+        at: A step to ask about in place of a spike, detected or not: it and the steps after it,
+            as long as their losses are above the level before it. Not with `spike`.
         build: Makes the training as the run did: a function, "module:function", or
             "FILE.py:function" of a script, which is not run (`unclamp.explain.script`); what the
             snapshot names without it.
@@ -51,9 +55,10 @@ def explain_spike(
             RUN/explain-<onset>.json.
 
     Raises:
-        ReplayError: No spike, no snapshot before it, no batches, or code, recipe or model that
-            do not belong to the snapshot.
-        AnalysisError: The run recorded no loss.
+        ReplayError: No spike, no snapshot before it, no batches, both `spike` and `at`, a loss at
+            `at` that is not above the level before, or code, recipe or model that do not belong to
+            the snapshot.
+        AnalysisError: The run recorded no loss, or none of step `at`.
         RunLogError: The folder holds no run.
     """
     run = Path(run)
@@ -61,8 +66,14 @@ def explain_spike(
         losses = run_losses(log)
     spikes = find_spikes(losses.values, steps=losses.steps, groups=losses.groups)
     found, unreadable = read_all_facts(run)
-    chosen, path = _choose(run, spikes, spike, found, unreadable)
-    kin = kin_of(chosen, losses.steps, losses.groups)
+    if at is None:
+        chosen, path = _choose(run, spikes, spike, found, unreadable)
+    else:
+        if spike is not None:
+            raise ReplayError(f"expected a spike or a step, got both: spike {spike}, step {at}")
+        chosen = _asked(spikes, losses, at)
+        path = _reaching(f"step {at}", [chosen], found, unreadable, run)[1]
+    kin = kin_of(chosen.group, losses.steps, losses.groups)
     snapshot = read_snapshot(path)
     with keeping_random_state():
         arguments = snapshot.facts["arguments"] if build is None else {}
@@ -105,12 +116,6 @@ def _choose(
     """Return a spike and the snapshot to start from."""
     if not spikes:
         raise ReplayError(f"the loss of {run} has no spike, so there is nothing to explain")
-    if not found:
-        raise ReplayError(
-            f"{run} holds no snapshots, so nothing can be replayed: train with "
-            "unclamp.Snapshots(training, path, ...), as docs/explain.md shows; studies take them "
-            "by themselves"
-        )
     listed = "; ".join(
         f"{s.number} at step {s.onset} ({s.height:.2f}x)" for s in spikes[:SHOWN_SPIKES]
     )
@@ -120,15 +125,54 @@ def _choose(
         raise ReplayError(
             f"expected the number of a spike of the run, got {wanted}; it has {listed}"
         )
+    in_turn = _in_turn(spikes) if wanted is None else candidates
+    return _reaching(f"the spike ({listed})", in_turn, found, unreadable, run)
+
+
+def _asked(spikes: list[Spike], losses: Losses, at: int) -> Spike:
+    """Return what is asked about at a step: the spike that begins there, or any other rise."""
+    detected = next((spike for spike in spikes if spike.onset == at), None)
+    if detected is not None:
+        return detected
+    level = level_before(losses.steps, losses.values, at, losses.groups)
+    group = dict(zip(losses.steps, losses.groups, strict=False)).get(at)
+    kin = kin_of(group, losses.steps, losses.groups)
+    own = [(n, v) for n, v in zip(losses.steps, losses.values, strict=True) if not kin or n in kin]
+    steps, values = [n for n, _ in own], [v for _, v in own]
+    rise = replace(rise_at(values, steps=steps, at=at, level=level), group=group)
+    loss = values[steps.index(at)]
+    if loss <= level:
+        raise ReplayError(
+            f"the loss of step {at} is {loss:.6g}, not above the {level:.6g} of the "
+            "calm steps before it, so there is no rise to explain: ask about a step whose loss is"
+        )
+    return rise
+
+
+def _reaching(
+    what: str,
+    spikes: list[Spike],
+    found: Mapping[Path, Mapping[str, Any]],
+    unreadable: tuple[str, ...],
+    run: Path,
+) -> tuple[Spike, Path]:
+    """Return the first of some spikes that a snapshot reaches, and that snapshot."""
+    if not found:
+        raise ReplayError(
+            f"{run} holds no snapshots, so nothing can be replayed: train with "
+            "unclamp.Snapshots(training, path, ...), as docs/explain.md shows; studies take them "
+            "by themselves"
+        )
     ranges = {path: (facts["step"], facts["last_step"]) for path, facts in found.items()}
-    for spike in _in_turn(spikes) if wanted is None else candidates:
+    for spike in spikes:
         path = _snapshot_for(spike, ranges)
         if path is not None:
             return spike, path
     covered = ", ".join(f"{first} to {last}" for first, last in sorted(set(ranges.values())))
     raise ReplayError(
-        f"no snapshot reaches the spike ({listed}): the run has the state and batches of steps "
-        f"{covered}; take snapshots more often, Snapshots(..., every=..., keep=...), next time"
+        f"no snapshot reaches {what}: the run has the state and batches of steps {covered}; take "
+        "snapshots more often, Snapshots(..., every=..., keep=...), or name steps to keep, "
+        "Snapshots.keep(step), next time"
         + "".join(f". {note.removesuffix('.')}" for note in unreadable)
     )
 
@@ -141,7 +185,7 @@ def _in_turn(spikes: list[Spike]) -> list[Spike]:
 
 def _about_train(spikes: list[Spike], chosen: Spike) -> tuple[str, ...]:
     """Say that a spike is one of a train, if it is."""
-    train = next(train for train in trains(spikes) if chosen in train)
+    train = next((train for train in trains(spikes) if chosen in train), [chosen])
     if len(train) == 1:
         return ()
     shown = ", ".join(str(spike.onset) for spike in train[:SHOWN_SPIKES])

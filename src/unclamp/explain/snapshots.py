@@ -17,19 +17,21 @@ spike is explained on the spot, and the training goes on from before it, mended.
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from unclamp.analysis.explanation import MOST, Explanation
 from unclamp.errors import ReplayError, UnclampError, UnclampWarning, naming_arguments
+from unclamp.explain.asked import Asked
 from unclamp.explain.disk import Disk
+from unclamp.explain.events import Events, numbered
 from unclamp.explain.facts import code_facts, model_facts
 from unclamp.explain.limits import Limits, check_choice
 from unclamp.explain.mend import switch_sites
+from unclamp.explain.rewind import Rewind
 from unclamp.explain.ring import GIB, Ring
 from unclamp.explain.script import is_lost
 from unclamp.explain.snapshot import Snapshot
@@ -43,34 +45,12 @@ from unclamp.explain.training import (
 )
 from unclamp.explain.watch import LateLoss, SpikeWatch, about_kind
 from unclamp.files import strict
-from unclamp.runlog import NUMBER, starting_no_run
+from unclamp.runlog import starting_no_run
 
 FURTHEST_IN_PLACE = 4
 """While a training waits, replays are so many times as long as the shortest at most."""
 EVENT_SITES = 8
 """Sites that an event names; RUN/explain-<onset>.json has all."""
-
-
-class Events(Protocol):
-    """Takes events, as a Recorder does."""
-
-    def event(self, kind: str, step: int | None = None, **data: Any) -> None:
-        """Record that something happened."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rewind:
-    """The training is as it was before `step`, with some sites switched.
-
-    Attributes:
-        step: The step that comes next.
-        batches: The batches from that step on, as they were.
-        explanation: Why; what RUN/explain-<onset>.json says.
-    """
-
-    step: int
-    batches: Mapping[int, Batch]
-    explanation: Explanation
 
 
 class Snapshots:
@@ -151,7 +131,7 @@ class Snapshots:
                 UnclampWarning,
                 stacklevel=3,
             )
-        self._training, self._path = training, _numbered(path, recorder)
+        self._training, self._path = training, numbered(path, recorder)
         self._build, self._step = build, step
         self._arguments = dict(arguments or {})
         self._code = code_facts(build=build, step=step, arguments=self._arguments)
@@ -165,6 +145,7 @@ class Snapshots:
         self._late = LateLoss()
         self._spike: int | None = None
         self._start: int | None = None
+        self._asked = Asked()
         self._due: deque[int] = deque()
         self._is_due = False
         self._again: dict[int, Batch] = {}
@@ -220,6 +201,7 @@ class Snapshots:
                 self._due.append(step)
                 self._hold()
         self._ring.add_batch(step, batch)
+        self._asked.begin(step, self._ring, lead=self._lead)
         self._open = step
 
     def after(self, step: int, loss: Tensor | float, *, group: str | None = None) -> Rewind | None:
@@ -249,6 +231,31 @@ class Snapshots:
                 return rewind
         return None
 
+    def keep(self, step: int | None = None) -> None:
+        """Keep what is needed to ask about a step, a spike or not: `unclamp explain RUN --at N`.
+
+        The state some steps before it is written, with the batches up to `after` steps behind it,
+        and older states as for a spike.
+
+        Args:
+            step: A step to come, or one whose state is still in memory; without it the one that
+                was heard of last.
+
+        Raises:
+            ReplayError: No state from before the step is left, or the snapshots are closed.
+        """
+        if self._is_closed:
+            raise ReplayError("these snapshots are closed: call keep within the with block")
+        step = max(self._last, 0) if step is None else step
+        if step < self._next and self._ring.before(step, lead=0) is None:
+            held = self._ring.steps
+            raise ReplayError(
+                f"no state from before step {step} is left; the oldest is of step "
+                f"{held[0] if held else 'none'}: call keep earlier, or raise keep or every"
+            )
+        self._asked.add(step)
+        self._asked.begin(self._next - 1, self._ring, lead=self._lead)
+
     def close(self) -> None:
         """Write what is due and wait for the disk. Later calls do nothing."""
         if self._is_closed:
@@ -258,6 +265,7 @@ class Snapshots:
         if self._spike is not None:
             self._write(self._ring.before(self._spike, lead=self._lead), self._spike)
             self._spike = None
+        self._write_asked(self._last)
         while self._due:
             self._write(self._due.popleft(), None)
         self._disk.close()
@@ -274,7 +282,12 @@ class Snapshots:
 
     def _hold(self) -> None:
         """Let no state go that is still to be written: a spike's is only some steps later."""
-        self._ring.hold({*self._due} if self._start is None else {*self._due, self._start})
+        spike = set[int]() if self._start is None else {self._start}
+        self._ring.hold({*self._due} | spike | self._asked.starts)
+
+    def _write_asked(self, last: int) -> None:
+        for wanted, start in self._asked.done(last):
+            self._write(start, wanted)
 
     def _note(self, step: int, value: float) -> None:
         self._ring.add_loss(step, value)
@@ -289,6 +302,7 @@ class Snapshots:
         self._note(step, value)
         while self._due and step >= self._due[0] + self._every + self._after:
             self._write(self._due.popleft(), None)
+        self._write_asked(step - self._after)
         if self._spike is None or step < self._spike + self._after:
             return None
         onset, self._spike, self._start = self._spike, None, None
@@ -350,6 +364,7 @@ class Snapshots:
         self._again = self._ring.batches_from(start)
         self._ring = self._ring.emptied()
         self._watch.forget_from(start)
+        self._asked.again_from(start)
         self._due.clear()
         self._disk.forget()
         self._late = LateLoss()
@@ -405,18 +420,6 @@ class Snapshots:
     def _tell(self, kind: str, step: int, **data: Any) -> None:
         if self._recorder is not None:
             self._recorder.event(kind, step, **{key: strict(value) for key, value in data.items()})
-
-
-def _numbered(path: str | Path, recorder: Events | None) -> Path:
-    if NUMBER not in str(path):
-        return Path(path)
-    chosen = getattr(recorder, "path", None)
-    if not isinstance(chosen, Path):
-        raise ReplayError(
-            f"a recorder chooses the number of {str(path)!r}: give it too, recorder=..., or its "
-            "folder, recorder.path"
-        )
-    return chosen
 
 
 def _mends(removed: float | None, added: float = 0.0) -> bool:

@@ -1,5 +1,6 @@
 """Losses as they come: read without making a GPU wait, and watched for spikes."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsFloat
 
@@ -44,8 +45,19 @@ class _KindWatch:
     def __init__(self) -> None:
         self._detector = SpikeDetector()
         self._is_open, self._number = False, -1
+        self._finite: list[int] = []
 
-    def judge(self, value: float) -> bool:
+    def hear(self, step: int, value: float) -> int | None:
+        """Return the onset if a spike begins with this loss, or is now certain; else None."""
+        is_finite = math.isfinite(value)
+        if is_finite:
+            self._finite.append(step)
+        if not self._judge(value):
+            return None
+        # Some steps prove a spike only together: it began at the first of them.
+        return self._finite[-self._detector.length] if is_finite else step
+
+    def _judge(self, value: float) -> bool:
         """Return whether a spike begins with this value."""
         was_open, number = self._is_open, self._number
         self._is_open = self._detector.update(value)
@@ -68,12 +80,12 @@ class SpikeWatch:
         self._named[step] = group
 
     def hear(self, step: int, value: float) -> int | None:
-        """Return the onset if a spike begins with this loss; None otherwise."""
+        """Return the onset if a spike begins with this loss, or is now certain; else None."""
         group = self._named.pop(step, None)
         self._steps.append(step)
         self._values.append(value)
         self._groups.append(group)
-        return step if self._kinds.setdefault(group, _KindWatch()).judge(value) else None
+        return self._kinds.setdefault(group, _KindWatch()).hear(step, value)
 
     @property
     def spikes(self) -> list[Spike]:
@@ -82,7 +94,8 @@ class SpikeWatch:
 
     def spike_at(self, onset: int) -> Spike:
         """Return the spike that began at a step, as far as it is known."""
-        return next(spike for spike in self.spikes if spike.onset == onset)
+        group = self._groups[self._steps.index(onset)]
+        return next(s for s in self.spikes if s.group == group and s.onset <= onset <= s.end)
 
     def level_before(self, onset: int) -> float:
         """Return the level that the spike rises from."""
@@ -90,7 +103,7 @@ class SpikeWatch:
 
     def kin_of(self, spike: Spike) -> frozenset[int] | None:
         """Return the steps of the spike's kind, as `kin_of`."""
-        return kin_of(spike, self._steps, self._groups)
+        return kin_of(spike.group, self._steps, self._groups)
 
     def forget_from(self, step: int) -> None:
         """Drop losses from a step on: they will come again."""
@@ -131,11 +144,11 @@ def level_before(
     return float(np.median(calm)) if calm else float("nan")
 
 
-def kin_of(spike: Spike, steps: Sequence[int], groups: Sequence[Group]) -> frozenset[int] | None:
-    """Return the steps whose batch is of the spike's kind; None where all are of one kind."""
+def kin_of(group: Group, steps: Sequence[int], groups: Sequence[Group]) -> frozenset[int] | None:
+    """Return the steps whose batch is of a kind; None where all are of one."""
     if not has_kinds(groups):
         return None
-    return frozenset(n for n, kind in zip(steps, groups, strict=True) if kind == spike.group)
+    return frozenset(n for n, kind in zip(steps, groups, strict=True) if kind == group)
 
 
 def about_kind(spike: Spike, kin: frozenset[int] | None) -> tuple[str, ...]:

@@ -34,8 +34,8 @@ class ObservedSite:
     Attributes:
         fqn: Dotted name of the layer.
         role: Which operand.
-        casts: Casts counted.
-        elements: Elements in them.
+        casts: Casts counted: of a layer that is called several times a step, each of them.
+        elements: Elements in all of them.
         saturated: Elements that would have been clamped.
         clamped_steps: Optimizer steps in which any would have been.
         underflowed: Non-zero elements that would have become zero.

@@ -35,6 +35,7 @@ from unclamp.numerics.kernels import (
     cast_range,
     decode_range,
     look_range,
+    look_rows,
 )
 from unclamp.numerics.layout import layout
 from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
@@ -316,6 +317,25 @@ def look(x: Tensor, codes: Tensor, values: Tensor) -> tuple[np.ndarray, np.ndarr
     return exponents.sum(0), magnitudes.sum(0), sums.sum(0)
 
 
+def look_by_row(x: Tensor, values: Tensor, *, a_decibel: int, lowest: int, bins: int) -> np.ndarray:
+    """Return how many rows of a cast have which ratio of signal to error, as `look_rows` counts.
+
+    Both are contiguous, and not empty.
+    """
+    width = x.shape[-1] if x.ndim else 1
+    rows = x.numel() // width
+    bits, kind = _data(x, Blocks(1, x.numel(), 1, x.numel()))
+    flat = array_of(values, np.float32)
+    step = max(TASK // width, 1)
+    tasks = range(0, rows, step)
+    counts = np.zeros((len(tasks), bins), np.int64)
+    run([
+        (look_rows, bits[0], kind, flat, width, i, min(i + step, rows), a_decibel, lowest, out)
+        for i, out in zip(tasks, counts, strict=True)
+    ])  # fmt: skip
+    return counts.sum(0)
+
+
 @cache
 def decode_table(fmt: Format) -> np.ndarray:
     """Return the value of each code, float32."""
@@ -367,6 +387,7 @@ def warm_up() -> None:
         block_amax(x.to(dtype), blocks)
         cast(x.to(dtype), one, one, blocks, E4M3FN, values=x.clone())
         look(x.to(dtype), x.to(torch.uint8), x)
+        look_by_row(x.to(dtype), x, a_decibel=1, lowest=0, bins=2)
     stats = quantize(x, PLAN, None, -1).stats
     merge(torch.zeros(3, len(Stat), dtype=torch.float64, device=CPU), [stats, None, None])
     codes = x.to(torch.float8_e4m3fn)

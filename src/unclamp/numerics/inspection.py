@@ -8,9 +8,14 @@ vector, so that it travels and adds up as the statistics do (`stats`):
     ERROR_SQUARE           sum of (x - dequantised)**2 over finite x
     EXPONENTS              elements by floor(log2 |x|), finite and non-zero
     MAGNITUDES             finite elements by the code of their magnitude
+    ROW_SQNR               rows by their own signal over error, in steps of half a decibel
     GRADIENTS and after    what clamping did to a weight's gradient (`gradient`)
+
+A row is what lies along the last axis: a token of an input or gradient, an output feature of a
+weight. One huge element decides the ratio of the whole tensor, and that of its own row only.
 """
 
+import math
 from functools import cache
 
 import numpy as np
@@ -27,9 +32,13 @@ LOWEST_EXPONENT = -149
 """That of the smallest float32."""
 EXPONENTS = slice(3, 3 + 128 - LOWEST_EXPONENT)
 MAGNITUDES = slice(EXPONENTS.stop, EXPONENTS.stop + 128)
-GRADIENTS, GRADIENT_SQUARE, CHANGE_SQUARE, CHANGE_PRODUCT = range(
-    MAGNITUDES.stop, MAGNITUDES.stop + 4
-)
+A_DECIBEL = 2
+"""Bins of `ROW_SQNR` a decibel; each is centred on a multiple of half a decibel."""
+LOWEST_ROW_DB, HIGHEST_ROW_DB = -20, 80
+"""Rows beyond these count as these; an exact row has a bin of its own, the last."""
+ROW_BINS = (HIGHEST_ROW_DB - LOWEST_ROW_DB) * A_DECIBEL + 2
+ROW_SQNR = slice(MAGNITUDES.stop, MAGNITUDES.stop + ROW_BINS)
+GRADIENTS, GRADIENT_SQUARE, CHANGE_SQUARE, CHANGE_PRODUCT = range(ROW_SQNR.stop, ROW_SQNR.stop + 4)
 """Last of all, and 0 in the look at a cast itself."""
 DETAILS = CHANGE_PRODUCT + 1
 """Length of the vector."""
@@ -66,6 +75,7 @@ def inspect(
 
 def inspect_plain(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     """Return the vector of a cast with torch's own operations, on any device, without a sync."""
+    width = x.shape[-1] if x.ndim else 1
     x = x.detach().to(torch.float32).reshape(-1)
     finite = x.isfinite()
     kept = torch.where(finite, x, 0)
@@ -77,9 +87,18 @@ def inspect_plain(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     details[INSPECTED] = 1
     details[INSPECTED_SQUARE] = wide.square_().sum()
     details[ERROR_SQUARE] = error.square_().sum()
+    if width:
+        details[ROW_SQNR] = _rows(wide.reshape(-1, width).sum(1), error.reshape(-1, width).sum(1))
     details[EXPONENTS] = _counts(exponents.to(torch.int64), kept != 0, EXPONENTS)
     details[MAGNITUDES] = _counts(magnitudes, finite, MAGNITUDES)
     return details
+
+
+def _rows(signal: Tensor, noise: Tensor) -> Tensor:
+    """Count rows by the ratio of their sums of squares; those without a signal are left out."""
+    place = torch.round(10 * A_DECIBEL * torch.log10(signal / noise)) - LOWEST_ROW_DB * A_DECIBEL
+    place = torch.where(noise > 0, place.clamp(0, ROW_BINS - 2), ROW_BINS - 1)
+    return _counts(place.nan_to_num().to(torch.int64), signal > 0, ROW_SQNR)
 
 
 def _counts(bins: Tensor, wanted: Tensor, place: slice) -> Tensor:
@@ -90,19 +109,37 @@ def _counts(bins: Tensor, wanted: Tensor, place: slice) -> Tensor:
 
 def _fused(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     cpu = fused()
-    exponents, magnitudes, sums = cpu.look(
-        x.resolve_neg().contiguous(), codes.contiguous(), values.contiguous()
-    )
+    x, values = x.resolve_neg().contiguous(), values.contiguous()
+    exponents, magnitudes, sums = cpu.look(x, codes.contiguous(), values)
     details = np.zeros(DETAILS)
     details[INSPECTED] = 1
     details[INSPECTED_SQUARE], details[ERROR_SQUARE] = sums
     details[EXPONENTS], details[MAGNITUDES] = exponents, magnitudes
+    details[ROW_SQNR] = cpu.look_by_row(
+        x, values, a_decibel=A_DECIBEL, lowest=LOWEST_ROW_DB * A_DECIBEL, bins=ROW_BINS
+    )
     return torch.from_numpy(details)
 
 
 def empty_details(rows: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the neutral element of adding, float64 `[rows, DETAILS]`."""
     return torch.zeros(rows, DETAILS, dtype=torch.float64, device=device)
+
+
+def row_median_db(rows: np.ndarray) -> float | None:
+    """Return the median ratio of signal to error over rows, decibel, to a quarter of one.
+
+    Args:
+        rows: How many rows have which, `[ROW_BINS]`.
+
+    Numerics: of an even number of rows the lower of the two in the middle; Inf where that row is
+    exact, None where no row had a non-zero element.
+    """
+    total = int(rows.sum())
+    if not total:
+        return None
+    place = int(np.searchsorted(np.cumsum(rows), (total + 1) // 2))
+    return math.inf if place == ROW_BINS - 1 else place / A_DECIBEL + LOWEST_ROW_DB
 
 
 def range_used(magnitudes: np.ndarray, fmt: Format) -> np.ndarray:

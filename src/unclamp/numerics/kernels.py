@@ -279,3 +279,33 @@ def look_range(
                     size >>= 1
                     place += 1
                 exponents[place] += 1
+
+
+@_compiled
+def look_rows(
+    x: Any, kind: int, values: Any, width: int, first: int, last: int,
+    a_decibel: int, lowest: int, counts: Any,
+) -> None:  # fmt: skip
+    """Count rows of `width` elements by signal over error: bins `1 / a_decibel` dB wide, then Inf.
+
+    The first bin is around `lowest` of these; rows beyond the bins go to the outermost.
+    """
+    loaded = np.empty(CHUNK, np.float32)
+    bits = loaded.view(np.int32)
+    for row in range(first, last):
+        signal = noise = 0.0
+        for start in range(row * width, (row + 1) * width, CHUNK):
+            count = min(CHUNK, (row + 1) * width - start)
+            _load(x[start : start + count], kind, count, bits, loaded)
+            for i in range(count):
+                if bits[i] & _ABS >= _INF:
+                    continue
+                wide = np.float64(loaded[i])
+                error = wide - np.float64(values[start + i])
+                signal += wide * wide
+                noise += error * error
+        if noise > 0.0 and signal > 0.0:
+            place = int(np.rint(10 * a_decibel * np.log10(signal / noise))) - lowest
+            counts[min(max(place, 0), len(counts) - 2)] += 1
+        elif signal > 0.0:
+            counts[len(counts) - 1] += 1

@@ -17,7 +17,7 @@ class Stat(IntEnum):
     AMAX = 0
     """Largest absolute finite element; -1 where no finite element was seen."""
     SCALE_INV = 1
-    """1 / scale of the cast; over merged casts the largest, which is that of the largest amax."""
+    """1 / scale of the cast; over merged casts the largest, so that of the smallest scale."""
     ELEMENTS = 2
     SATURATED = 3
     """Finite elements beyond the overflow limit."""

@@ -62,7 +62,10 @@ GLOSSARY = (
         word="cast",
         short="the conversion of one tensor to FP8",
         meaning="The conversion of one tensor to FP8: it is scaled, rounded and, where it does "
-        "not fit, clamped. Of accumulated microsteps the log keeps one merged record a step.",
+        "not fit, clamped. Of one operand's casts in a step the log keeps one merged record: with "
+        "microbatches, or where a module is called several times a step, it stands for several "
+        "casts (column microsteps), with the largest amax and the smallest scale of them. "
+        "'clamped casts' and means over casts count such a record once; elements are of all.",
     ),
     Term(
         word="clamped",
@@ -142,8 +145,11 @@ GLOSSARY = (
         word="SQNR",
         short="signal to quantisation noise, decibel, of inspected casts only",
         meaning="Sum of squares of the tensor over that of the cast's errors, in decibel: "
-        "rounding, underflow and clamping together. Only casts of inspected steps have one, and "
-        "exponents; '-' where there was none.",
+        "rounding, underflow and clamping together. One huge element decides it: a tensor with "
+        "one may have 60 dB while the rest of it underflows. 'SQNR dB, rows' does not mislead so: "
+        "each row (a token; of a weight an output feature) has its own ratio, and it is the "
+        "median over rows. Only casts of inspected steps have either, and exponents; '-' where "
+        "there was none.",
         where="run",
     ),
 )  # fmt: skip
@@ -167,6 +173,7 @@ _OF_HEADING = {
     "gradient error": "gradient error",
     "SQNR dB, min": "SQNR",
     "SQNR dB, mean": "SQNR",
+    "SQNR dB, rows": "SQNR",
 }
 _BY_WORD = {term.word: term for term in GLOSSARY}
 

@@ -30,11 +30,14 @@ class SiteRecord:
         place: Of the site in the run's windows.
         info: What the log says of it.
         totals: Over the whole run.
+        sqnr_row_db_min: Least median over rows of the signal-to-noise ratio, decibel; Inf where
+            half of the rows were exact each time, None where none was measured.
     """
 
     place: int
     info: SiteInfo
     totals: SiteTotals
+    sqnr_row_db_min: float | None = None
 
     @property
     def name(self) -> SiteName:
@@ -143,8 +146,9 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
             for spike in find_spikes(values, steps=steps, groups=groups, series=name)
         ]
         windows = cutting.result()
+    by_row = _least_by_row(log)
     sites = [
-        SiteRecord(place=place, info=info, totals=totals)
+        SiteRecord(place=place, info=info, totals=totals, sqnr_row_db_min=by_row.get(info.name))
         for place, (info, totals) in enumerate(zip(windows.sites, windows.totals, strict=True))
         if totals.rows
     ]
@@ -175,6 +179,15 @@ _TOKENS_PER_S = """
 SELECT median(map_extract(scalars, 'tokens')[1] / step_ms * 1e3) AS speed FROM steps
 WHERE step_ms > 0 AND step > (SELECT min(step) FROM steps)
 """
+
+
+def _least_by_row(log: RunLog) -> dict[SiteName, float]:
+    """Return the least `sqnr_row_median_db` of each site; logs of earlier versions have none."""
+    found = log.sql(
+        "SELECT fqn, role, min(sqnr_row_median_db) AS least FROM casts JOIN sites USING (site) "
+        "WHERE sqnr_row_median_db IS NOT NULL GROUP BY ALL"
+    )
+    return {SiteName(row["fqn"], row["role"]): row["least"] for row in found.to_pylist()}
 
 
 def by_clamp_error(sites: list[SiteRecord]) -> list[SiteRecord]:

@@ -74,10 +74,11 @@ class RunSiteRow(SiteRow):
         site: Its id, the lowest of several ranks; the key of its panel.
         granularity: Which elements share a scale.
         switched: Steps at which it got another scaling.
-        rows: Recorded casts.
+        rows: Steps with recorded casts, counted on each rank.
         clamp_error_max: Largest clamp error, a fraction.
         sqnr_db_min: Least signal-to-noise ratio, decibel.
         sqnr_db_mean: Mean of the finite ones, decibel.
+        sqnr_row_db_min: Least median over rows, decibel.
         recasts: Casts that guarded scaling repeated.
         nonfinite: Inf and NaN elements.
     """
@@ -89,6 +90,7 @@ class RunSiteRow(SiteRow):
     clamp_error_max: float | None
     sqnr_db_min: float | None
     sqnr_db_mean: float | None
+    sqnr_row_db_min: float | None
     recasts: int
     nonfinite: int
 
@@ -384,7 +386,6 @@ def _curve(pairs: Sequence[tuple[int, float]]) -> Curve:
     return Curve(step=[steps[i] for i in kept], value=[rounded(values[i]) for i in kept])
 
 
-def _site(site: SiteRecord, switched: list[int]) -> RunSiteRow:
 def _sites(record: RunRecord, switched: Mapping[SiteName, list[int]]) -> list[RunSiteRow]:
     gradients = {name: site.change.error for name, site in record.gradients.by_name.items()}
     return [
@@ -413,6 +414,7 @@ def _site(site: SiteRecord, switched: list[int], grad_error: float | None) -> Ru
         underflow_share=rounded(totals.underflow_share),
         sqnr_db_min=rounded(totals.sqnr_db_min),
         sqnr_db_mean=rounded(totals.sqnr_db_mean),
+        sqnr_row_db_min=rounded(site.sqnr_row_db_min),
         recasts=totals.recasts,
         nonfinite=totals.nonfinite,
         worst_step=totals.worst_step,

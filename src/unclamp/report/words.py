@@ -52,7 +52,8 @@ TABLE_COLUMNS = (
     ("role", "role", "text", "which operand: input, weight or grad_output"),
     ("scaling", "scaling, format", "scaling", "kind of scaling and FP8 format at the beginning"),
     ("saturated", "clamped elements", "count", "finite elements set to the largest value"),
-    ("clamped_casts", "clamped casts", "count", "recorded casts in which anything was clamped"),
+    ("clamped_casts", "clamped casts", "count", "recorded casts in which anything was clamped; "
+     "those of a site in one step and process count as one"),
     ("clamp_error", "clamp error", "share", "share of the tensor's squares that clamping removed, "
      "mean over the casts that clamped"),
     ("grad_error", "gradient error", "share", "how much clamping changed the weight's gradient, of "
@@ -63,6 +64,8 @@ TABLE_COLUMNS = (
     ("sqnr_db_min", "SQNR dB, min", "decibel", "signal to quantisation noise, smallest of the "
      "inspected casts"),
     ("sqnr_db_mean", "SQNR dB, mean", "decibel", "mean over the inspected casts"),
+    ("sqnr_row_db_min", "SQNR dB, rows", "decibel", "median over the tensor's rows, smallest of "
+     "the inspected casts: what one huge element does not decide"),
     ("recasts", "re-cast", "count", "casts that guarded scaling repeated"),
     ("nonfinite", "Inf, NaN", "count", "elements that were not finite"),
     ("worst_step", "worst step", "step", "step with the largest clamp error"),

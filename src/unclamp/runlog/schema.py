@@ -40,6 +40,14 @@ _INSPECTED = [
         nullable=True,
     ),
     _column(
+        "sqnr_row_median_db",
+        pa.float64(),
+        "median over rows of the ratio of each row alone, decibel, to 0.25: a row is a token of an "
+        "input or grad_output, an output feature of a weight; rows without a non-zero element are "
+        "left out; Inf where half of them are exact, null likewise",
+        nullable=True,
+    ),
+    _column(
         "range_used",
         pa.float64(),
         "share of the format's powers of two that at least one code lies in, fraction",
@@ -140,9 +148,18 @@ TABLES: Mapping[str, pa.Schema] = {
             _STEP,
             _RANK,
             _SITE,
-            _column("amax", pa.float32(), "largest absolute finite element, in the tensor's unit"),
-            _column("scale", pa.float32(), "factor the tensor was multiplied by before the cast"),
-            _column("elements", pa.int64(), "elements cast, count"),
+            _column(
+                "amax",
+                pa.float32(),
+                "largest absolute finite element of all the step's casts, in the tensor's unit",
+            ),
+            _column(
+                "scale",
+                pa.float32(),
+                "factor the tensor was multiplied by before the cast; of several casts in a step "
+                "(microsteps), or several scales of one cast, the smallest",
+            ),
+            _column("elements", pa.int64(), "elements cast, of all the step's casts, count"),
             _column("saturated", pa.int64(), "finite elements clamped to +-max, count"),
             _column("underflowed", pa.int64(), "non-zero elements that became zero, count"),
             _column("nonfinite", pa.int64(), "Inf and NaN elements, count"),
@@ -153,7 +170,12 @@ TABLES: Mapping[str, pa.Schema] = {
                 "sum of squares removed by saturation over the sum of squares of the tensor, "
                 "fraction; 0 where nothing is saturated",
             ),
-            _column("microsteps", pa.int32(), "casts merged in this row, count"),
+            _column(
+                "microsteps",
+                pa.int32(),
+                "casts that this row stands for, count: a microbatch, or a call of a module that "
+                "is called several times a step, makes one of each operand, or one along each axis",
+            ),
             *_INSPECTED,
             *_GRADIENT,
         ]
@@ -184,13 +206,13 @@ VIEWS: Mapping[str, pa.Schema] = {
             _RANK,
             _SITE,
             _count("steps", "rows of casts in this one"),
-            _count("microsteps", "casts"),
+            _count("microsteps", "casts; a row of casts may stand for several"),
             _count("elements", "elements cast"),
             _count("saturated", "finite elements clamped to +-max"),
             _count("underflowed", "non-zero elements that became zero"),
             _count("nonfinite", "Inf and NaN elements"),
             _count("recast", "casts repeated with the true scale"),
-            _count("clamped", "rows of casts with anything saturated"),
+            _count("clamped", "rows of casts with anything saturated, however many casts in it"),
             _column("amax_max", pa.float32(), "largest amax, in the tensor's unit"),
             _column("amax_mean", pa.float64(), "mean amax, in the tensor's unit"),
             _column(

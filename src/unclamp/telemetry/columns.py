@@ -22,7 +22,9 @@ from unclamp.numerics.inspection import (
     INSPECTED_SQUARE,
     LOWEST_EXPONENT,
     MAGNITUDES,
+    ROW_SQNR,
     range_used,
+    row_median_db,
 )
 from unclamp.numerics.stats import Stat, merge_stats
 from unclamp.runlog import Columns
@@ -30,7 +32,14 @@ from unclamp.totals import GradientChange, clamp_error, headroom_bits, scaled_am
 
 Number = float | int | Tensor
 
-INSPECTED_COLUMNS = ("sqnr_db", "range_used", "headroom_bits", "scale_age", "exponents")
+INSPECTED_COLUMNS = (
+    "sqnr_db",
+    "sqnr_row_median_db",
+    "range_used",
+    "headroom_bits",
+    "scale_age",
+    "exponents",
+)
 GRADIENT_COLUMNS = ("grad_error", "grad_cosine", "grad_ratio", "weight_grad_norm")
 UNNUMBERED = -1
 """Stands for the id of a site that the log does not hold, since its module left the model."""
@@ -136,6 +145,7 @@ def _look(
         "exponents": [(int(i) + LOWEST_EXPONENT, int(counts[i])) for i in present],
     }
     if details[INSPECTED_SQUARE] > 0:
+        look["sqnr_row_median_db"] = row_median_db(details[ROW_SQNR])
         look["sqnr_db"] = _decibel(details[INSPECTED_SQUARE], details[ERROR_SQUARE])
     scaled = scaled_amax(float(columns["amax"][row]), float(columns["scale"][row]))
     if scaled > 0:
