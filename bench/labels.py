@@ -12,15 +12,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from unclamp.analysis.paired import LEVEL, paired_difference
 from unclamp.recipe import Recipe
-from unclamp.runlog import RunLog, is_run, read_header
+from unclamp.runlog import is_run, read_header
 from unclamp.scaling import Delayed, Dynamic, Guarded
 from unclamp.study.config import (
     ArmConfig,
@@ -31,7 +28,6 @@ from unclamp.study.config import (
     StudyConfig,
 )
 from unclamp.study.loop import RunPlan, train
-from unclamp.written import percent, signed
 
 SEEDS = tuple(range(100, 108))
 STEPS, AFTER = 360, 100
