@@ -83,6 +83,12 @@ TABLES: Mapping[str, pa.Schema] = {
                 "whatever else the user records: name to value, in the user's unit",
                 nullable=True,
             ),
+            _column(
+                "group",
+                pa.string(),
+                "the user's name for the kind of the step's batch; null where none was given",
+                nullable=True,
+            ),
         ]
     ),
     "sites": pa.schema(

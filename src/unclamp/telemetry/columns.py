@@ -32,11 +32,14 @@ UNNUMBERED = -1
 COUNTS = (Stat.ELEMENTS, Stat.SATURATED, Stat.UNDERFLOWED, Stat.NONFINITE, Stat.RECAST)
 
 
-def step_columns(step: int, values: Mapping[str, Number], timing: Columns) -> dict[str, Any]:
+def step_columns(
+    step: int, values: Mapping[str, Number], timing: Columns, group: str | None = None
+) -> dict[str, Any]:
     """Return the row of a step; this is where a loss on a device is waited for."""
     numbers = {name: float(value) for name, value in values.items()}
     known = {name: [numbers.pop(name, None)] for name in ("loss", "grad_norm", "lr")}
-    return {"step": [step], **known, **timing, "scalars": [list(numbers.items())]}
+    return {"step": [step], **known, **timing, "scalars": [list(numbers.items())],
+            "group": [group]}  # fmt: skip
 
 
 def site_columns(sites: Sequence[Site], ids: Sequence[int]) -> dict[str, Any]:

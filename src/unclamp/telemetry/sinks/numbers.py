@@ -14,7 +14,7 @@ from unclamp.rule import matches
 from unclamp.runlog import Columns, SiteInfo
 from unclamp.totals import overshoot, scaled_amax, share
 
-_NOT_NUMBERS = ("step", "rank", "time_s", "scalars")
+_NOT_NUMBERS = ("step", "rank", "time_s", "scalars", "group")
 """Columns of `steps` that are not one number of the step under its own name."""
 
 
@@ -56,7 +56,8 @@ def summarise(
 
     Returns:
         `loss`, `grad_norm`, `lr`, `step_ms` (milliseconds) and the user's scalars, those that
-        are known. Then, as `unclamp/<name>` over all sites and as `unclamp/<role>/<name>`:
+        are known; of a step with a group its loss once more, as `loss/<group>`. Then, as
+        `unclamp/<name>` over all sites and as `unclamp/<role>/<name>`:
         `saturated` and `nonfinite` (elements), `clamped_casts` (sites that clamped anything),
         `recast` (casts), `underflow_share` (fraction of the elements), `clamp_error_max`
         (fraction) and `overshoot_max` (amax over the largest representable value), and
@@ -139,6 +140,9 @@ class _Rows:
 def _own_numbers(steps: Columns) -> dict[str, float]:
     known = {name: steps[name][0] for name in steps if name not in _NOT_NUMBERS}
     known |= dict((steps.get("scalars") or [None])[0] or [])
+    group = (steps.get("group") or [None])[0]
+    if group is not None:
+        known[f"loss/{group}"] = known.get("loss")
     return {name: float(value) for name, value in known.items() if value is not None}
 
 
