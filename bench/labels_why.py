@@ -1,6 +1,6 @@
 """How few labels make gradients clamp, and what the clamp does. Plain torch, without our casts.
 
-    .venv/bin/python -m bench.labels --table why [--seeds 100]
+    .venv/bin/python -m bench.labels runs/labels --why --seeds 100
 
 A model of `bench.labels` is trained in high precision, as arm `hp` is. Before some of its few-label
 steps, and without taking a step:

@@ -26,7 +26,8 @@ FONT = "system-ui, sans-serif"
 SPIKE, RECOVERY = "rgba(220,38,38,0.22)", "rgba(220,38,38,0.07)"
 DRIFT, DRIFT_HEIGHT = "rgba(217,119,6,0.6)", 0.025
 EVENT_COLOURS = {"planted": PLANTED, "few-label": PLANTED, "switch": "#059669",
-                 "snapshot": "#93c5fd", "explain": "#9333ea", "rewind": "#d97706", "nonfinite": "#dc2626"}  # fmt: skip
+                 "snapshot": "#93c5fd", "explain": "#9333ea", "rewind": "#d97706",
+                 "nonfinite": "#dc2626"}  # fmt: skip
 USUAL = 1.6
 """Differences are shown up to so many times those that 95 % of the steps stay within."""
 MOST_BANDS = 200

@@ -2,10 +2,10 @@
 
 A claim needs an interval over seeds: one seed is reported as seen, and nothing is claimed of it.
 An arm is called hurt where its loss at marked steps, planted or with few labels, is above the
-baseline's by more than 5 % with the whole of its interval and with all comparisons of the study counted, and not hurt where
-the whole interval stays below that. "No arm" and "every arm" are said only where each other arm was
-compared: one that diverged, or has no common seed yet, is none of them. The figures behind each
-sentence are in `arms`.
+baseline's by more than 5 % with the whole of its interval and with all comparisons of the study
+counted, and not hurt where the whole interval stays below that. "No arm" and "every arm" are said
+only where each other arm was compared: one that diverged, or has no common seed yet, is none of
+them. The figures behind each sentence are in `arms`.
 """
 
 import math

@@ -199,7 +199,9 @@ def _train_steps(
             snapshots.before(step, batch)
             lr = training.optimizer.param_groups[0]["lr"]
             loss, norm = _do_step(training, batch)
-            recorder.step(step, loss=loss, grad_norm=norm, lr=lr, tokens=batch[0].numel())
+            group = plan.mark.group if step in plan.marked_steps else None
+            scalars = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": batch[0].numel()}
+            recorder.step(step, group=group, **scalars)
             snapshots.after(step, loss)
             on_step(step, loss.item())
 

@@ -14,14 +14,19 @@ class Mark:
     Attributes:
         word: Before "step": the kind of their events, and the word in every sentence.
         what: What their batches have, for the event.
+        group: The kind of their batches in the run's log, where they are to be judged among
+            themselves. Planted steps have none: their losses are to be compared with the others.
     """
 
     word: str
     what: str = ""
+    group: str | None = None
 
 
 PLANTED = Mark(word="planted", what="rare tokens that drive two SwiGLU channels")
-FEW_LABELS = Mark(word="few-label", what="a loss that is the mean over few labels")
+FEW_LABELS = Mark(
+    word="few-label", what="a loss that is the mean over few labels", group="few labels"
+)
 MARKS = {"outlier": PLANTED, "labels": FEW_LABELS}
 """By scenario; one that is not here has no marked steps."""
 WORDS = tuple(mark.word for mark in MARKS.values())
