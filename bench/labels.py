@@ -50,23 +50,25 @@ ARMS: dict[str, Recipe | None] = {
 BASELINE = "dynamic"
 
 
-def config(seeds: Sequence[int] = SEEDS) -> StudyConfig:
+QUESTION = "\nHow many words? "
+
+
+def config(seeds: Sequence[int] = SEEDS, *, question: str = "", steps: int = STEPS) -> StudyConfig:
     """Return the study, whose batches have 512 labelled bytes, and every 20th has 8."""
     return StudyConfig(
         scenarios=("labels",),
         seeds=tuple(seeds),
-        steps=STEPS,
+        steps=steps,
         data=DataConfig(batch_size=4, seq_len=128),
         model=ModelConfig(layers=4, hidden_size=128),
         optimizer=OptimizerConfig(lr=3e-3, grad_clip=1.0),
-        labels=LabelsConfig(every=20, labels=8),
+        labels=LabelsConfig(every=20, labels=8, question=question),
         arms={name: ArmConfig(recipe=recipe) for name, recipe in ARMS.items()},
     )
 
 
-def train_missing(out: Path, seeds: Sequence[int], arms: Sequence[str]) -> None:
+def train_missing(out: Path, study: StudyConfig, arms: Sequence[str]) -> None:
     """Train the runs that are not finished, seed by seed, so that every seed has all arms."""
-    study = config(seeds)
     plans = [
         RunPlan(
             config=study,
@@ -76,7 +78,7 @@ def train_missing(out: Path, seeds: Sequence[int], arms: Sequence[str]) -> None:
             recipe=ARMS[arm],
             path=out / arm / f"seed-{seed}",
         )
-        for seed in seeds
+        for seed in study.seeds
         for arm in arms
     ]
     todo = [plan for plan in plans if not _is_finished(plan.path)]
@@ -176,12 +178,16 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--question", action="store_true", help="few-label batches ask a question")
     parser.add_argument("--why", action="store_true", help="measure the mechanism instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    question = QUESTION if arguments.question else ""
+    study = config(arguments.seeds, question=question, steps=arguments.steps)
     if arguments.why:
         for seed in arguments.seeds:
-            why(config(), seed)
+            why(study, seed)
     else:
-        train_missing(arguments.out, arguments.seeds, arguments.arms)
+        train_missing(arguments.out, study, arguments.arms)
         table(arguments.out)

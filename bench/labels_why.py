@@ -131,7 +131,7 @@ def moments(
             yield step, made, batches
         batch = batches.batch(step)
         if step in few:
-            batch = with_few_labels(batch, labels=study.labels.labels)
+            batch = _few(study, batch)
         for group in made.optimizer.param_groups:
             group["lr"] = study.optimizer.lr * min(1.0, (step + 1) / study.optimizer.warmup_steps)
         made.gradients(batch)
@@ -141,12 +141,18 @@ def moments(
         made.optimizer.step()
 
 
+def _few(study: StudyConfig, batch: Batch) -> Batch:
+    return with_few_labels(batch, labels=study.labels.labels, question=study.labels.question)
+
+
 def _mean(values: list[float]) -> float:
     """Return the geometric mean."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def overshoots(made: Watched, batches: Batches) -> dict[int, tuple[float, float, float, float]]:
+def overshoots(
+    made: Watched, batches: Batches, question: str
+) -> dict[int, tuple[float, float, float, float]]:
     """Return by label count: overshoot of all layers, of those that write, of all at most, norm.
 
     The last is the norm of all gradients over that of the same batches wholly labelled.
@@ -160,7 +166,7 @@ def overshoots(made: Watched, batches: Batches) -> dict[int, tuple[float, float,
             batch = batches.batch(1_000_000 + n)
             made.gradients(batch)
             whole = _norm(made.model)
-            made.gradients(with_few_labels(batch, labels=labels))
+            made.gradients(with_few_labels(batch, labels=labels, question=question))
             norms.append(_norm(made.model) / whole)
             for name in limits:
                 ratios[name].append(made.seen[name] / limits[name])
@@ -265,14 +271,14 @@ def why(study: StudyConfig, seed: int) -> None:
         print(f"\nseed {seed}, before step {step}")
         print("| labels | overshoot | of o_proj and down_proj | largest | norm of all gradients |")
         print("|---|---|---|---|---|")
-        found = overshoots(made, batches)
+        found = overshoots(made, batches, study.labels.question)
         for labels, (every, writes, top, norm) in found.items():
             print(f"| {labels} | {every:.2f} | {writes:.2f} | {top:.1f} | {norm:.2f} |")
         for place, what in ((0, "overshoot"), (1, "of those that write"), (3, "norm")):
             logs = [math.log(found[n][place]) for n in COUNTS]
             slope = np.polyfit(np.log(COUNTS), logs, 1)[0]
             print(f"{what} goes as labels ** {slope:.2f}")
-        batch = with_few_labels(batches.batch(step), labels=study.labels.labels)
+        batch = _few(study, batches.batch(step))
         for how, effects in zip(("alone", "in the chain"), clamp_effects(made, batch), strict=True):
             for group, is_in in (("o_proj, down_proj", True), ("the others", False)):
                 some = [e for e in effects if e.name.endswith(WRITES) is is_in]

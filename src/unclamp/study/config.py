@@ -4,6 +4,7 @@ Torch-free, so that a report can be made of a study's folder without torch.
 """
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -23,8 +24,8 @@ from unclamp.written import counted
 SCENARIOS = {
     "text": "real text, nothing planted",
     "outlier": "real text; at the marked steps planted rare tokens drive two SwiGLU channels",
-    "labels": "real text, nothing planted; at the marked steps few bytes are labelled, and the "
-    "loss is their mean",
+    "labels": "real text, nothing planted; at the marked steps a few bytes are labels, answers "
+    "that no other batch teaches, and the loss is the mean over them",
 }
 ARM_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 """What an arm may be called: its name is a folder of the study, and on its page."""
@@ -85,10 +86,14 @@ class OutlierConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsConfig:
-    """When the batches with few labels of scenario `labels` come, and how many labels they have."""
+    """When the batches with few labels of scenario `labels` come, and what their labels are.
+
+    With a `question` they are answers, which no other batch teaches; with "" the text's own bytes.
+    """
 
     every: int = 20
     labels: int = 8
+    question: str = "\nHow many words? "
 
     def few_label_steps(self, steps: int) -> list[int]:
         """Return the steps with few labels of a run of so many steps; step 0 is none."""
@@ -191,6 +196,23 @@ class StudyConfig:
                 f"expected labels.labels to be fewer than the {most} targets of an ordinary batch "
                 f"({counted(self.data.batch_size, 'sequence')} of {self.data.seq_len}, whose first "
                 f"token is no target), got {labels}"
+            )
+        self._check_question()
+
+    def _check_question(self) -> None:
+        asked, rows = self.labels.question, self.data.batch_size
+        if not asked:
+            return
+        if self.model.hf_model:
+            raise StudyError(
+                "the question of scenario 'labels' is in bytes, which are not the tokens of "
+                f"{self.model.hf_model!r}: set labels.question to ''"
+            )
+        room = self.data.seq_len - len(asked) - math.ceil(self.labels.labels / rows)
+        if not asked.isascii() or room < 1:
+            raise StudyError(
+                "expected labels.question in ASCII, and to leave room for a text before it and "
+                f"its answer in sequences of {self.data.seq_len}, got {asked!r}"
             )
 
     def _has_recipe(self, arm: str) -> bool:

@@ -211,5 +211,6 @@ def _batch(plan: RunPlan, batches: Batches, step: int) -> Batch:
     if step not in plan.marked_steps:
         return batch
     if plan.scenario == "labels":
-        return with_few_labels(batch, labels=plan.config.labels.labels)
+        few = plan.config.labels
+        return with_few_labels(batch, labels=few.labels, question=few.question)
     return plant_batch(batch, seed=plan.seed, step=step, share=plan.config.outlier.share)
