@@ -10,13 +10,12 @@ steps, and without taking a step:
 - The same batch once more with each layer's incoming gradient clamped to that history, by a hook:
   size and direction of the gradient of each weight against those without; alone, with only this
   layer's gradient clamped, and in the chain, where every layer clamps what the others left.
-- Adam's moments after either step.
+- What of it enters Adam's moments, after gradient clipping, and for how long.
 """
 
-import copy
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -31,7 +30,7 @@ from unclamp.study.models import build_model
 
 HISTORY = 16
 COUNTS = (8, 16, 32, 64, 128, 256)
-AT = (120, 240, 340)
+AT = (120, 220)
 BATCHES = 8
 WRITES = ("o_proj", "down_proj")
 """Layers that write to the residual stream."""
@@ -150,12 +149,11 @@ def _mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def overshoots(
-    made: Watched, batches: Batches, question: str
-) -> dict[int, tuple[float, float, float, float]]:
+def overshoots(made: Watched, batches: Batches) -> dict[int, tuple[float, float, float, float]]:
     """Return by label count: overshoot of all layers, of those that write, of all at most, norm.
 
-    The last is the norm of all gradients over that of the same batches wholly labelled.
+    The last is the norm of all gradients over that of the same batches wholly labelled. Labels are
+    the text's own bytes, so that there is nothing but their number between one row and the next.
     """
     limits = made.limits()
     found = {}
@@ -166,7 +164,7 @@ def overshoots(
             batch = batches.batch(1_000_000 + n)
             made.gradients(batch)
             whole = _norm(made.model)
-            made.gradients(with_few_labels(batch, labels=labels, question=question))
+            made.gradients(with_few_labels(batch, labels=labels))
             norms.append(_norm(made.model) / whole)
             for name in limits:
                 ratios[name].append(made.seen[name] / limits[name])
@@ -216,53 +214,71 @@ def clamp_effects(made: Watched, batch: Batch) -> tuple[list[Effect], list[Effec
     return _effects(alone, true), _effects(made.weight_gradients(), true)
 
 
-def moment_ratios(
-    made: Watched, batch: Batch, grad_clip: float
-) -> dict[str, tuple[float, float, float]]:
-    """Return of layers that write, of the others, and of what is not in FP8: three ratios.
+@dataclass(frozen=True, kw_only=True)
+class Entering:
+    """What a step with clamped gradients puts into Adam's moments, of a group of parameters.
 
-    Those of the norms after a step with clamped gradients over one without: of exp_avg, of
-    exp_avg_sq, and of the update itself. Weights and optimizer are those of copies.
+    Attributes:
+        norm: Of the gradient after gradient clipping, over that of a step without clamping.
+        cosine: Between the two.
+        first: Share of exp_avg after the step that is this batch's, norms: clamped, not clamped.
+        second: The same of exp_avg_sq, sums.
     """
-    before = copy.deepcopy((made.model.state_dict(), made.optimizer.state_dict()))
-    ends = []
-    for limits in ({}, made.limits()):
-        made.model.load_state_dict(before[0])
-        made.optimizer.load_state_dict(copy.deepcopy(before[1]))
+
+    norm: float
+    cosine: float
+    first: tuple[float, float]
+    second: tuple[float, float]
+
+
+def entering(study: StudyConfig, made: Watched, batch: Batch) -> dict[str, Entering]:
+    """Compute what a step would put into the moments, without taking it."""
+    given = []
+    for limits in (made.limits(), {}):
         with clamped(made, limits):
             made.gradients(batch)
-        nn.utils.clip_grad_norm_(made.model.parameters(), grad_clip)
-        made.optimizer.step()
-        ends.append(
-            {
-                name: (
-                    made.optimizer.state[weight]["exp_avg"].clone(),
-                    made.optimizer.state[weight]["exp_avg_sq"].clone(),
-                    weight.detach() - before[0][name],
-                )
-                for name, weight in made.model.named_parameters()
-            }
-        )
-    made.model.load_state_dict(before[0])
-    made.optimizer.load_state_dict(before[1])
+        nn.utils.clip_grad_norm_(made.model.parameters(), study.optimizer.grad_clip)
+        gradients = {}
+        for name, weight in made.model.named_parameters():
+            assert weight.grad is not None
+            gradients[name] = weight.grad.clone()
+        given.append(gradients)
+    state = {name: made.optimizer.state[w] for name, w in made.model.named_parameters()}
     layers = {f"{name}.weight" for name in made.layers}
     writes = {name for name in layers if name.removesuffix(".weight").endswith(WRITES)}
     groups = {
-        "write to the residual stream": writes,
-        "other layers in FP8": layers - writes,
-        "not in FP8": ends[0].keys() - layers,
+        "o_proj, down_proj": writes,
+        "the other layers in FP8": layers - writes,
+        "not in FP8": given[0].keys() - layers,
     }
-    return {
-        group: tuple(
-            _together([ends[1][n][i] for n in names]) / _together([ends[0][n][i] for n in names])
-            for i in range(3)
-        )
-        for group, names in groups.items()
-    }  # pyright: ignore[reportReturnType]
+    return {group: _entering(given, state, names, study) for group, names in groups.items()}
 
 
-def _together(tensors: list[Tensor]) -> float:
-    return torch.stack([t.square().sum() for t in tensors]).sum().sqrt().item()
+def _entering(
+    given: list[dict[str, Tensor]],
+    state: Mapping[str, Mapping[str, Tensor]],
+    names: Collection[str],
+    study: StudyConfig,
+) -> Entering:
+    kept, squares_kept = study.optimizer.betas
+    own, true = (torch.cat([each[name].flatten() for name in names]) for each in given)
+    mean = torch.cat([state[name]["exp_avg"].flatten() for name in names])
+    square = torch.cat([state[name]["exp_avg_sq"].flatten() for name in names])
+
+    def first(gradient: Tensor) -> float:
+        new = (1 - kept) * gradient
+        return (new.norm() / (kept * mean + new).norm()).item()
+
+    def second(gradient: Tensor) -> float:
+        new = (1 - squares_kept) * gradient.square().sum()
+        return (new / (squares_kept * square.sum() + new)).item()
+
+    return Entering(
+        norm=(own.norm() / true.norm()).item(),
+        cosine=torch.cosine_similarity(own, true, dim=0).item(),
+        first=(first(own), first(true)),
+        second=(second(own), second(true)),
+    )
 
 
 def why(study: StudyConfig, seed: int) -> None:
@@ -271,7 +287,7 @@ def why(study: StudyConfig, seed: int) -> None:
         print(f"\nseed {seed}, before step {step}")
         print("| labels | overshoot | of o_proj and down_proj | largest | norm of all gradients |")
         print("|---|---|---|---|---|")
-        found = overshoots(made, batches, study.labels.question)
+        found = overshoots(made, batches)
         for labels, (every, writes, top, norm) in found.items():
             print(f"| {labels} | {every:.2f} | {writes:.2f} | {top:.1f} | {norm:.2f} |")
         for place, what in ((0, "overshoot"), (1, "of those that write"), (3, "norm")):
@@ -290,13 +306,22 @@ def why(study: StudyConfig, seed: int) -> None:
                 )
         made.gradients(batch)
         few = _norm(made.model)
+        # The mean over few labels times their share of 508 is the sum over them by all labels.
+        share = study.labels.labels / (batch[1].shape[0] * (batch[1].shape[1] - 1))
+        top = max(made.seen[name] / limit for name, limit in made.limits().items())
+        print(
+            f"overshoot, largest: {top:.1f}; normalised by the labels of a whole batch "
+            f"{top * share:.2f}"
+        )
         made.gradients(batches.batch(step))
         print(f"norm of all gradients: {few:.2f} with few labels, {_norm(made.model):.2f} with all")
-        for group, (first, second, update) in moment_ratios(
-            made, batch, study.optimizer.grad_clip
-        ).items():
+        for group, put in entering(study, made, batch).items():
+            first, second = put.first, put.second
             print(
-                f"after the step, clamped over not, {group}: exp_avg {first:.3f}, exp_avg_sq "
-                f"{second:.3f}, update {update:.3f}",
+                f"into Adam, clamped over not, {group}: norm {put.norm:.3f}, cosine "
+                f"{put.cosine:.3f}; share of exp_avg {first[0]:.2f} (not clamped "
+                f"{first[1]:.2f}), of exp_avg_sq {second[0]:.2f} (not clamped {second[1]:.2f})",
                 flush=True,
             )
+    for beta in study.optimizer.betas:
+        print(f"half-life with beta {beta}: {math.log(0.5) / math.log(beta):.1f} steps")

@@ -59,6 +59,30 @@ def test_the_batch_that_it_is_made_of_keeps_its_labels() -> None:
     assert torch.equal(labels, tokens)
 
 
+@pytest.mark.parametrize(("labels", "digits"), [(4, (2, 2)), (3, (2, 1)), (1, (1, 0))])
+def test_with_a_question_the_labels_are_the_last_digits_of_how_many_words_come_before_it(
+    labels: int, digits: tuple[int, int]
+) -> None:
+    texts = [b"one two\nthree  4 five six seven " * 3, b" a bb c d e f g h i j k l mm" * 3]
+    tokens = torch.tensor([list(text[:80]) for text in texts])
+    asked, masked = with_few_labels((tokens, tokens.clone()), labels=labels, question=" N? ")
+    for row, number in enumerate(digits):
+        shown = bytes(asked[row].tolist())
+        if not number:
+            assert torch.equal(asked[row], tokens[row])
+            assert masked[row].tolist() == [IGNORED] * 80
+            continue
+        before, answer = shown[:-number], shown[-number:]
+        text = texts[row][: 80 - 4 - number]
+        assert before == text + b" N? "
+        words = 0
+        for at, byte in enumerate(text):  # a word begins at a letter after a gap
+            words += byte not in b" \n" and (at == 0 or text[at - 1] in b" \n")
+        assert int(answer) == words % 10**number
+        assert masked[row].tolist() == [IGNORED] * (80 - number) + list(answer)
+    assert torch.equal(tokens, torch.tensor([list(text[:80]) for text in texts]))
+
+
 @pytest.mark.parametrize(
     ("steps", "labels", "message"),
     [
@@ -66,6 +90,8 @@ def test_the_batch_that_it_is_made_of_keeps_its_labels() -> None:
         (3, {"every": 3}, "no step with few labels in 3 steps.*--steps 4 or more"),
         (9, {"every": 1}, "expected 2 or more"),
         (21, {"labels": 8 * 127}, "fewer than the 1016 targets of an ordinary batch.*got 1016"),
+        (21, {"question": "How many wörds?"}, "in ASCII"),
+        (21, {"question": "?" * 127}, "leave room for a text before it"),
     ],
 )
 def test_a_scenario_without_few_label_steps_or_few_labels_is_refused(
@@ -77,7 +103,9 @@ def test_a_scenario_without_few_label_steps_or_few_labels_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("labels", [{}, {"every": 2}, {"labels": 8 * 127 - 1}])
+@pytest.mark.parametrize(
+    "labels", [{}, {"every": 2}, {"question": "?" * 126}, {"labels": 8 * 127 - 1, "question": ""}]
+)
 def test_the_nearest_settings_that_are_not_refused(labels: dict[str, int]) -> None:
     check_study(config(scenarios=["labels"], steps=21, labels=labels))
 
@@ -121,7 +149,7 @@ def test_a_few_label_loss_is_that_of_the_model_before_the_step_at_these_labels(
     tmp_path: Path,
 ) -> None:
     """By hand: plain torch on the first weights, and the cross entropy of two bytes."""
-    study = small(scenarios=["labels"], labels={"every": 1, "labels": 2})
+    study = small(scenarios=["labels"], labels={"every": 1, "labels": 2, "question": ""})
     torch.manual_seed(0)
     model = build_model(study.model)
     text = np.frombuffer(read_text((), seq_len=32), dtype=np.uint8)
