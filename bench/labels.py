@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from bench.labels_why import why
+from bench.labels_why import AT, why
 from unclamp.analysis.paired import paired_difference
 from unclamp.recipe import Recipe
 from unclamp.report.words import difference_cell
@@ -180,6 +180,7 @@ if __name__ == "__main__":
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--question", action="store_true", help="few-label batches ask a question")
+    parser.add_argument("--at", type=int, nargs="*", default=AT, help="steps of --why")
     parser.add_argument("--why", action="store_true", help="measure the mechanism instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -187,7 +188,7 @@ if __name__ == "__main__":
     study = config(arguments.seeds, question=question, steps=arguments.steps)
     if arguments.why:
         for seed in arguments.seeds:
-            why(study, seed)
+            why(study, seed, at=arguments.at)
     else:
         train_missing(arguments.out, study, arguments.arms)
         table(arguments.out)

@@ -15,7 +15,7 @@ steps, and without taking a step:
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -117,7 +117,7 @@ def clamped(made: Watched, limits: Mapping[str, float]) -> Iterator[None]:
 
 
 def moments(
-    study: StudyConfig, seed: int, *, at: tuple[int, ...] = AT
+    study: StudyConfig, seed: int, *, at: Sequence[int] = AT
 ) -> Iterator[tuple[int, Watched, Batches]]:
     """Train, and yield before each of these steps; what is done there must leave weights alone."""
     made = watched(study, seed)
@@ -281,9 +281,9 @@ def _entering(
     )
 
 
-def why(study: StudyConfig, seed: int) -> None:
-    """Print the three tables of a seed."""
-    for step, made, batches in moments(study, seed):
+def why(study: StudyConfig, seed: int, *, at: Sequence[int] = AT) -> None:
+    """Print the tables of a seed, before each of these few-label steps."""
+    for step, made, batches in moments(study, seed, at=at):
         print(f"\nseed {seed}, before step {step}")
         print("| labels | overshoot | of o_proj and down_proj | largest | norm of all gradients |")
         print("|---|---|---|---|---|")
