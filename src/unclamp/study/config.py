@@ -24,8 +24,8 @@ from unclamp.written import counted
 SCENARIOS = {
     "text": "real text, nothing planted",
     "outlier": "real text; at the marked steps planted rare tokens drive two SwiGLU channels",
-    "labels": "real text, nothing planted; at the marked steps a few bytes are labels, answers "
-    "that no other batch teaches, and the loss is the mean over them",
+    "labels": "real text, nothing planted; at the marked steps only a few bytes are labels, and "
+    "the loss is the mean over them",
 }
 ARM_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 """What an arm may be called: its name is a folder of the study, and on its page."""
@@ -88,12 +88,12 @@ class OutlierConfig:
 class LabelsConfig:
     """When the batches with few labels of scenario `labels` come, and what their labels are.
 
-    With a `question` they are answers, which no other batch teaches; with "" the text's own bytes.
+    With a `question` they are answers, which no other batch teaches; without, the text's own bytes.
     """
 
     every: int = 20
     labels: int = 8
-    question: str = "\nHow many words? "
+    question: str = ""
 
     def few_label_steps(self, steps: int) -> list[int]:
         """Return the steps with few labels of a run of so many steps; step 0 is none."""
