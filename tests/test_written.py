@@ -122,7 +122,7 @@ def test_an_overshoot_is_shown_only_where_something_was_clamped(tmp_path: Path) 
 
 def _one_step_study() -> str:
     with pytest.raises(StudyError) as caught:
-        replace(StudyConfig.from_toml(default_toml()), steps=1).check_plants()
+        replace(StudyConfig.from_toml(default_toml()), steps=1).check_marks()
     return str(caught.value)
 
 

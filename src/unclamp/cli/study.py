@@ -44,7 +44,7 @@ def study(
         Path | None, typer.Option(help="Study file in TOML, as --print-config prints it.")
     ] = None,
     scenario: Annotated[
-        list[str] | None, typer.Option(help="text or outlier; may be repeated.")
+        list[str] | None, typer.Option(help="text, outlier or labels; may be repeated.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps a run.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = None,

@@ -34,6 +34,7 @@ from unclamp.report.recorded import (
     by_clamp_error,
     shown_overshoot,
 )
+from unclamp.study.marks import PLANTED
 from unclamp.totals import SiteTotals
 from unclamp.written import counted, percent, times
 
@@ -112,6 +113,8 @@ class ScenarioView:
     """One scenario: its arms side by side, and what the plots show.
 
     Attributes:
+        planted: Marked steps: those whose batch the study made different from the others.
+        mark: What they are called, as in "planted step".
         comparisons: Intervals that were looked at in the whole study, of which any could stand
             out by chance, count: what is called a difference remains one with all of them.
     """
@@ -128,6 +131,7 @@ class ScenarioView:
     switched: dict[str, list[str]]
     differences: dict[str, Band] = field(default_factory=dict)
     comparisons: int = 0
+    mark: str = PLANTED.word
 
 
 def scenario_view(
@@ -147,13 +151,16 @@ def scenario_view(
     records = {arm: runs for arm, runs in records.items() if runs}
     baseline = records.get(BASELINE, {})
     arms = [_arm_view(arm, runs, baseline) for arm, runs in records.items()]
-    planted = sorted({s for runs in records.values() for run in runs.values() for s in run.planted})
+    every = [run for runs in records.values() for run in runs.values()]
+    planted = sorted({step for run in every for step in run.planted})
+    mark = next((run.mark for run in every if run.planted), PLANTED.word)
     made = sum(map(_intervals, arms))
     return ScenarioView(
         name=name,
         description=description,
-        findings=_findings(arms, len(planted), switched, made),
+        findings=_findings(arms, planted_steps(len(planted), mark), switched, made),
         planted=planted,
+        mark=mark,
         arms=arms,
         curves={arm: loss_band(runs.values()) for arm, runs in records.items()},
         spikes={
@@ -179,7 +186,7 @@ def counted_together(scenarios: Sequence[ScenarioView]) -> list[ScenarioView]:
         replace(
             scenario,
             comparisons=made,
-            findings=_findings(scenario.arms, len(scenario.planted), scenario.switched, made),
+            findings=_findings(scenario.arms, marked_steps(scenario), scenario.switched, made),
         )
         for scenario in scenarios
     ]
@@ -328,13 +335,13 @@ def _site_row(site: SiteRecord, grad_error: float | None) -> SiteRow:
 
 
 def _findings(
-    arms: list[ArmView], planted: int, switched: dict[str, list[str]], made: int
+    arms: list[ArmView], steps: str, switched: dict[str, list[str]], made: int
 ) -> list[str]:
     """Say in words what the figures show, and no more."""
     said, harm, taken = [], [], []
     for arm in arms:
         if arm.planted_ratio is not None and not 1 / HURT < arm.planted_ratio[0] < HURT:
-            said.append(_at_planted(arm.name, planted, *arm.planted_ratio))
+            said.append(_at_planted(arm.name, steps, *arm.planted_ratio))
         if arm.saturated and arm.final_gap is not None:
             harm.append(_harm(arm, arm.final_gap, made))
         taken += [f"{arm.name}: {sentence}" for sentence in arm.gradients]
@@ -354,13 +361,17 @@ def _findings(
     return said
 
 
-def planted_steps(number: int) -> str:
-    """Return how many steps were planted, to follow "the": "planted step", "2 planted steps"."""
-    return "planted step" if number == 1 else counted(number, "planted step")
+def planted_steps(number: int, mark: str = PLANTED.word) -> str:
+    """Return how many steps were marked, to follow "the": "planted step", "2 planted steps"."""
+    return f"{mark} step" if number == 1 else counted(number, f"{mark} step")
 
 
-def _at_planted(arm: str, planted: int, average: float, low: float, high: float) -> str:
-    steps = planted_steps(planted)
+def marked_steps(scenario: ScenarioView) -> str:
+    """Return how many marked steps a scenario has, in its own word, to follow "the"."""
+    return planted_steps(len(scenario.planted), scenario.mark)
+
+
+def _at_planted(arm: str, steps: str, average: float, low: float, high: float) -> str:
     if math.isnan(average):
         return f"{arm}: at the {steps} a loss, or its ratio to {BASELINE}, is not finite."
     return (

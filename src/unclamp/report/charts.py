@@ -27,8 +27,9 @@ LIGHT_HEAT, DARK_HEAT = (0.82, 0.0), (0.32, 1.0)
 FONT = "system-ui, sans-serif"
 SPIKE, RECOVERY = "rgba(220,38,38,0.22)", "rgba(220,38,38,0.07)"
 DRIFT, DRIFT_HEIGHT = "rgba(217,119,6,0.6)", 0.025
-EVENT_COLOURS = {"planted": PLANTED, "switch": "#059669", "snapshot": "#93c5fd",
-                 "explain": "#9333ea", "rewind": "#d97706", "nonfinite": "#dc2626"}  # fmt: skip
+EVENT_COLOURS = {"planted": PLANTED, "few-label": PLANTED, "switch": "#059669",
+                 "snapshot": "#93c5fd", "explain": "#9333ea", "rewind": "#d97706",
+                 "nonfinite": "#dc2626"}  # fmt: skip
 USUAL = 1.6
 """Differences are shown up to so many times those that 95 % of the steps stay within."""
 MOST_BANDS = 200
@@ -195,7 +196,7 @@ def arms_figure(scenario: ScenarioView, colours: Mapping[str, str]) -> go.Figure
         figure.update_layout(yaxis2_range=difference_range(scenario))
     if scenario.planted:
         figure.add_annotation(
-            x=scenario.planted[0], y=1, yref="paper", text="planted", showarrow=False,
+            x=scenario.planted[0], y=1, yref="paper", text=scenario.mark, showarrow=False,
             xanchor="left", yanchor="top", font={"size": 11},
         )  # fmt: skip
     return figure

@@ -18,7 +18,8 @@ def final_losses(scenario: ScenarioView, where: str, made: int) -> list[str]:
     """
     gaps = {arm.name: arm.final_gap for arm in scenario.arms if arm.final_gap is not None}
     gaps = {name: gap for name, gap in gaps.items() if gap.verdict != "not finite"}
-    what = f"In the final loss{', planted steps left out' if scenario.planted else ''} ({where})"
+    but = f", {scenario.mark} steps left out" if scenario.planted else ""
+    what = f"In the final loss{but} ({where})"
     if not gaps:
         return [f"{what} nothing can be compared yet."] if _is_waiting(scenario) else []
     is_all = len(gaps) == len(others_of(scenario))

@@ -128,10 +128,16 @@ GLOSSARY = (
         "a name are a kind too. A loss is judged among those of its own kind.",
     ),
     Term(
+        word="few-label",
+        short="steps with a batch of which only a few bytes are labels",
+        meaning="Steps whose batch has only a few labels, over which the loss is the mean. Nothing "
+        "is planted. They are compared apart and left out of the final loss.",
+    ),
+    Term(
         word="final loss",
         short="mean over the last tenth of the steps of finished runs, planted ones left out",
-        meaning="Mean over the last tenth of the steps of finished runs, planted steps left out; "
-        "then mean over seeds.",
+        meaning="Mean over the last tenth of the steps of finished runs, planted steps and those "
+        "with few labels left out; then mean over seeds.",
     ),
     Term(
         word="difference",
@@ -161,6 +167,8 @@ _OF_HEADING = {
     "loss at planted steps vs dynamic": "planted",
     "spikes, all seeds: planted + other": "spike",
     "kind of batch": "kind of batch",
+    "loss at few-label steps vs dynamic": "few-label",
+    "spikes, all seeds: few-label + other": "spike",
     "clamped elements": "clamped",
     "clamped casts": "clamped",
     "clamped": "clamped",

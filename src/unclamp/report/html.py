@@ -83,6 +83,7 @@ def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, An
         "arm_columns": arm_columns(scenario),
         "notes": arm_notes(scenario),
         "planted": scenario.planted,
+        "mark": scenario.mark,
         "has_differences": bool(scenario.differences),
         "is_cut": difference_range(scenario) is not None,
         "arm_rows": [arm_row(arm, scenario) for arm in scenario.arms],

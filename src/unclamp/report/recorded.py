@@ -1,5 +1,6 @@
 """What one run recorded, read from its log: curves, spikes, totals of sites. Torch-free."""
 
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from unclamp.analysis.groups import Group
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.runlog import Cut, RunLog, SiteInfo, Windows
+from unclamp.study.marks import PLANTED, WORDS
 from unclamp.totals import SiteTotals
 from unclamp.written import counted
 
@@ -54,7 +56,8 @@ class RunRecord:
         loss: Mean over ranks; None where none was recorded, which NaN is not.
         grad_norm: The same of the gradient norm; empty if it was never recorded.
         groups: The kind of each step's batch; empty where no step has one.
-        planted: Steps whose batch was planted.
+        planted: Marked steps: those whose batch the study made different from the others.
+        mark: What they are called, a word of `unclamp.study.marks`.
         spikes: Of the loss and the gradient norm, by onset.
         cut: How the steps are cut into windows, for what is told of sites over time.
         recorded: Steps that have rows of casts, where not every step was to have them; else None.
@@ -83,6 +86,7 @@ class RunRecord:
     is_plain: bool = False
     groups: list[Group] = field(default_factory=list)
     gradients: ClampedGradients = field(default_factory=ClampedGradients)
+    mark: str = PLANTED.word
 
     @property
     def extent(self) -> str:
@@ -152,14 +156,14 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         for place, (info, totals) in enumerate(zip(windows.sites, windows.totals, strict=True))
         if totals.rows
     ]
-    planted = _column(log, "SELECT DISTINCT step FROM events WHERE kind = 'planted'")
-    recorded = set(steps)
+    planted, mark = _marked(log, set(steps))
     record = RunRecord(
         status=log.header.status,
         steps=steps,
         loss=series.get("loss", [None] * len(steps)),
         grad_norm=series.get("grad_norm", []),
-        planted=sorted(step for step in planted if step in recorded),
+        planted=planted,
+        mark=mark,
         spikes=sorted(spikes, key=lambda spike: (spike.onset, spike.series != "loss")),
         tokens_per_s=_column(log, _TOKENS_PER_S)[0],
         cut=windows.cut,
@@ -207,6 +211,14 @@ def shown_overshoot(totals: SiteTotals) -> float | None:
 def _column(log: RunLog, query: str) -> list:
     """Return the only column that a query gives."""
     return log.sql(query).column(0).to_pylist()
+
+
+def _marked(log: RunLog, recorded: Container[int]) -> tuple[list[int], str]:
+    """Return the marked steps that recorded anything, rising, and what they are called."""
+    rows = log.sql("SELECT DISTINCT step, kind FROM events ORDER BY step").to_pylist()
+    marks = [(row["step"], row["kind"]) for row in rows if row["kind"] in WORDS]
+    steps = sorted({step for step, _ in marks if step in recorded})
+    return steps, marks[0][1] if marks else PLANTED.word
 
 
 def _recorded_steps(log: RunLog) -> int | None:

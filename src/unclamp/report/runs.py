@@ -33,6 +33,7 @@ from unclamp.report.recorded import (
 )
 from unclamp.report.thinning import kept_places
 from unclamp.runlog import RunLog, Windows
+from unclamp.study.marks import PLANTED
 from unclamp.totals import SiteTotals
 from unclamp.written import counted, loss_text, percent, times
 
@@ -117,7 +118,8 @@ class RunView:
         association: As `Association.to_dict`, None where nobody looked.
         explanations: Replays of this run's spikes.
         notes: Sentences of its header that must stand beside the figures.
-        planted: Steps whose batch was planted.
+        planted: Marked steps: those whose batch the study made different from the others.
+        mark: What they are called, as in "planted step".
     """
 
     name: str
@@ -135,6 +137,7 @@ class RunView:
     explanations: list[ExplanationView]
     notes: list[str] = field(default_factory=list)
     planted: list[int] = field(default_factory=list)
+    mark: str = PLANTED.word
     divergences: list[dict[str, Any]] = field(default_factory=list)
     kind_curves: dict[str, Curve] = field(default_factory=dict)
     kinds: list[dict[str, Any]] = field(default_factory=list)
@@ -176,6 +179,7 @@ def read_run_view(
         explanations=read_explanations(log.path),
         notes=record.notes,
         planted=record.planted,
+        mark=record.mark,
         divergences=[drift.to_dict() for drift in drifts],
         kind_curves=_kind_curves(record),
         kinds=kinds_data(record),
@@ -235,7 +239,7 @@ def run_sentences(
 def _final_sentence(record: RunRecord, final: float | None) -> list[str]:
     if final is None:
         return []
-    but = ", planted ones left out" if record.planted else ""
+    but = f", {record.mark} ones left out" if record.planted else ""
     if not math.isfinite(final):
         return [f"The final loss is not finite: it is not in the last tenth of the steps{but}."]
     return [f"The final loss is {loss_text(final)}: mean over the last tenth of the steps{but}."]

@@ -1,11 +1,11 @@
 """What a study's figures answer, in a few sentences that come first. Computed; torch-free.
 
 A claim needs an interval over seeds: one seed is reported as seen, and nothing is claimed of it.
-An arm is called hurt where its loss at planted steps is above the baseline's by more than 5 %
-with the whole of its interval and with all comparisons of the study counted, and not hurt where
-the whole interval stays below that. "No arm" and "every arm" are said only where each other arm was
-compared: one that diverged, or has no common seed yet, is none of them. The figures behind each
-sentence are in `arms`.
+An arm is called hurt where its loss at marked steps, planted or with few labels, is above the
+baseline's by more than 5 % with the whole of its interval and with all comparisons of the study
+counted, and not hurt where the whole interval stays below that. "No arm" and "every arm" are said
+only where each other arm was compared: one that diverged, or has no common seed yet, is none of
+them. The figures behind each sentence are in `arms`.
 """
 
 import math
@@ -19,8 +19,8 @@ from unclamp.report.arms import (
     ArmView,
     ScenarioView,
     comparisons_of,
+    marked_steps,
     others_of,
-    planted_steps,
 )
 from unclamp.report.final_losses import final_losses
 from unclamp.written import counted, listed, percent, times
@@ -97,7 +97,7 @@ def _lost_seeds(arm: ArmView) -> str:
 def _at_planted(scenario: ScenarioView, where: str, made: int) -> list[str]:
     if not scenario.planted:
         return []
-    steps = planted_steps(len(scenario.planted))
+    steps = marked_steps(scenario)
     found = [arm for arm in scenario.arms if arm.planted_log_ratio is not None]
     finite = [arm for arm in found if math.isfinite(_mean(arm))]
     if not finite:
@@ -268,13 +268,14 @@ def _without_fp8(scenario: ScenarioView, made: int) -> list[str]:
     """Say what the training without FP8 shows too, which therefore is no doing of FP8."""
     plain = [arm for arm in scenario.arms if arm.precision == "high precision"]
     said = [
-        f"{arm.name}, which has no FP8, has {counted(arm.planted_spikes, 'spike')} at planted "
-        "steps too: a spike there is not by itself the doing of FP8."
+        f"{arm.name}, which has no FP8, has {counted(arm.planted_spikes, 'spike')} at "
+        f"{scenario.mark} steps too: a spike there is not by itself the doing of FP8."
         for arm in plain
         if arm.planted_spikes
     ]
     return said + [
-        f"{arm.name}, which has no FP8, has {_ratio(arm)} the loss of {BASELINE} at planted steps."
+        f"{arm.name}, which has no FP8, has {_ratio(arm)} the loss of {BASELINE} at "
+        f"{scenario.mark} steps."
         for arm in plain
         if _is_hurt(arm, made)
     ]

@@ -86,6 +86,11 @@ ASSOCIATION_COLUMNS = (
 
 def arm_columns(scenario: ScenarioView) -> list[str]:
     """Return the arm table's headings; what no arm can have is left out."""
+    return [column.replace("planted", scenario.mark) for column in _columns(scenario)]
+
+
+def _columns(scenario: ScenarioView) -> list[str]:
+    """Return those of `ARM_COLUMNS` that a scenario has."""
     return [c for c in ARM_COLUMNS if scenario.planted or "planted steps" not in c]
 
 
@@ -108,7 +113,7 @@ def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
         "largest overshoot": "-" if arm.overshoot is None else times(arm.overshoot, 1),
         "underflow": percent(arm.underflow_share) if arm.casts else "-",
     }
-    return [cells[column] for column in arm_columns(scenario)]
+    return [cells[column] for column in _columns(scenario)]
 
 
 def kind_rows(scenario: ScenarioView) -> list[list[str]]:

@@ -48,7 +48,7 @@ def run_study(
 
 def _run(config: StudyConfig, out: Path, jobs: int, listener: Listener, ctrl_c: CtrlC) -> None:
     text = read_text(config.data.text, seq_len=config.data.seq_len)
-    config.check_plants()
+    config.check_marks()
     bases = {arm.from_arm for arm in config.arms.values() if arm.from_arm is not None}
     first = [name for name, arm in config.arms.items() if arm.from_arm is None]
     first.sort(key=lambda name: name not in bases)

@@ -4,6 +4,7 @@ Torch-free, so that a report can be made of a study's folder without torch.
 """
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from unclamp.written import counted
 SCENARIOS = {
     "text": "real text, nothing planted",
     "outlier": "real text; at the marked steps planted rare tokens drive two SwiGLU channels",
+    "labels": "real text, nothing planted; at the marked steps only a few bytes are labels, and "
+    "the loss is the mean over them",
 }
 ARM_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 """What an arm may be called: its name is a folder of the study, and on its page."""
@@ -82,6 +85,22 @@ class OutlierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelsConfig:
+    """When the batches with few labels of scenario `labels` come, and what their labels are.
+
+    With a `question` they are answers, which no other batch teaches; without, the text's own bytes.
+    """
+
+    every: int = 20
+    labels: int = 8
+    question: str = ""
+
+    def few_label_steps(self, steps: int) -> list[int]:
+        """Return the steps with few labels of a run of so many steps; step 0 is none."""
+        return list(range(self.every, steps, self.every))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArmConfig:
     """One way to train: high precision, a recipe, or another arm's recipe mended.
 
@@ -107,6 +126,7 @@ class StudyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     outlier: OutlierConfig = field(default_factory=OutlierConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
     arms: Mapping[str, ArmConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -132,18 +152,67 @@ class StudyConfig:
         if not self.arms:
             raise StudyError("expected at least one arm, got none")
 
-    def check_plants(self) -> None:
-        """Refuse a scenario that plants nothing; a study that was run before may be one.
+    def marked_steps(self, scenario: str) -> list[int]:
+        """Return the steps of a scenario whose batches differ from the others."""
+        if scenario == "outlier":
+            return self.outlier.planted_steps(self.steps)
+        if scenario == "labels":
+            return self.labels.few_label_steps(self.steps)
+        return []
+
+    def check_marks(self) -> None:
+        """Refuse a scenario whose batches are all alike; a study that was run before may be one.
 
         Raises:
-            StudyError: The run ends before the first planted step of scenario `outlier`.
+            StudyError: The run ends before the first planted step of scenario `outlier`, or before
+                the first step with few labels of scenario `labels`; or those are not few.
         """
-        if "outlier" in self.scenarios and not self.outlier.planted_steps(self.steps):
+        if "outlier" in self.scenarios and not self.marked_steps("outlier"):
             first = self.outlier.first_step
             raise StudyError(
                 f"scenario 'outlier' plants nothing in {counted(self.steps, 'step')}, as its first "
                 f"planted step is step {first}: use --steps {first + 1} or more, a smaller "
                 "outlier.first_step, or --scenario text"
+            )
+        if "labels" in self.scenarios:
+            self._check_labels()
+
+    def _check_labels(self) -> None:
+        every, labels = self.labels.every, self.labels.labels
+        if not self.marked_steps("labels"):
+            raise StudyError(
+                f"scenario 'labels' has no step with few labels in {counted(self.steps, 'step')}, "
+                f"as the first one is step {every}: use --steps {every + 1} or more, a smaller "
+                "labels.every, or --scenario text"
+            )
+        if every == 1:
+            raise StudyError(
+                "scenario 'labels' has few labels at every step but the first with labels.every = "
+                "1, so that no step is left to compare with: expected 2 or more"
+            )
+        most = self.data.batch_size * (self.data.seq_len - 1)
+        if labels >= most:
+            raise StudyError(
+                f"expected labels.labels to be fewer than the {most} targets of an ordinary batch "
+                f"({counted(self.data.batch_size, 'sequence')} of {self.data.seq_len}, whose first "
+                f"token is no target), got {labels}"
+            )
+        self._check_question()
+
+    def _check_question(self) -> None:
+        asked, rows = self.labels.question, self.data.batch_size
+        if not asked:
+            return
+        if self.model.hf_model:
+            raise StudyError(
+                "the question of scenario 'labels' is in bytes, which are not the tokens of "
+                f"{self.model.hf_model!r}: set labels.question to ''"
+            )
+        room = self.data.seq_len - len(asked) - math.ceil(self.labels.labels / rows)
+        if not asked.isascii() or room < 1:
+            raise StudyError(
+                "expected labels.question in ASCII, and to leave room for a text before it and "
+                f"its answer in sequences of {self.data.seq_len}, got {asked!r}"
             )
 
     def _has_recipe(self, arm: str) -> bool:
@@ -171,6 +240,7 @@ class StudyConfig:
             "model": ModelConfig,
             "optimizer": OptimizerConfig,
             "outlier": OutlierConfig,
+            "labels": LabelsConfig,
         }
         arms = _expect(data["arms"], dict, "arms")
         return cls(

@@ -13,6 +13,8 @@ from unclamp.explain.training import Training
 from unclamp.recipe import Recipe
 from unclamp.study.config import StudyConfig
 from unclamp.study.data import Batch, Batches, read_text
+from unclamp.study.labels import with_few_labels
+from unclamp.study.marks import MARKS, PLANTED, Mark
 from unclamp.study.models import (
     build_model,
     bytes_note,
@@ -50,7 +52,7 @@ class RunPlan:
             "seed": self.seed,
             "steps": config.steps,
             "recipe": None if self.recipe is None else self.recipe.to_dict(),
-            "planted_steps": self.planted_steps,
+            f"{self.mark.word.replace('-', '_')}_steps": self.marked_steps,
             "model": asdict(config.model) | {"skip": list(config.model.skip)},
         }
 
@@ -65,10 +67,14 @@ class RunPlan:
         }
 
     @property
-    def planted_steps(self) -> list[int]:
-        """Return the steps whose batch is planted."""
-        outlier = self.scenario == "outlier"
-        return self.config.outlier.planted_steps(self.config.steps) if outlier else []
+    def mark(self) -> Mark:
+        """Return how the marked steps are named; a scenario without any has none planted."""
+        return MARKS.get(self.scenario, PLANTED)
+
+    @property
+    def marked_steps(self) -> list[int]:
+        """Return the steps whose batch differs from the others."""
+        return self.config.marked_steps(self.scenario)
 
 
 INSPECT = Every(20, or_clamped=True)
@@ -108,8 +114,8 @@ def train(
         plain=plan.recipe is None,
     )
     with recorder:
-        for step in plan.planted_steps:
-            recorder.event("planted", step, what="rare tokens that drive two SwiGLU channels")
+        for step in plan.marked_steps:
+            recorder.event(plan.mark.word, step, what=plan.mark.what)
         try:
             _train_steps(plan, training, batches, recorder, on_step, should_stop)
         except Stopped:
@@ -193,13 +199,18 @@ def _train_steps(
             snapshots.before(step, batch)
             lr = training.optimizer.param_groups[0]["lr"]
             loss, norm = _do_step(training, batch)
-            recorder.step(step, loss=loss, grad_norm=norm, lr=lr, tokens=batch[0].numel())
+            group = plan.mark.group if step in plan.marked_steps else None
+            scalars = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": batch[0].numel()}
+            recorder.step(step, group=group, **scalars)
             snapshots.after(step, loss)
             on_step(step, loss.item())
 
 
 def _batch(plan: RunPlan, batches: Batches, step: int) -> Batch:
     batch = batches.batch(step)
-    if step not in plan.planted_steps:
+    if step not in plan.marked_steps:
         return batch
+    if plan.scenario == "labels":
+        few = plan.config.labels
+        return with_few_labels(batch, labels=few.labels, question=few.question)
     return plant_batch(batch, seed=plan.seed, step=step, share=plan.config.outlier.share)

@@ -56,7 +56,7 @@ def check_study(config: StudyConfig) -> None:
             nothing; an arm with a recipe would have no layer in FP8.
         ConvertError: As `convert`.
     """
-    config.check_plants()
+    config.check_marks()
     text = read_text(config.data.text, seq_len=config.data.seq_len)
     model = build_model(config.model)
     check_length(len(tokenize(config.model, model, text)), seq_len=config.data.seq_len)
