@@ -117,11 +117,11 @@ def test_the_chart_has_a_line_for_each_kind_that_the_legend_toggles(tmp_path: Pa
     losses = falling(0)
     view = build_view(write_losses(tmp_path / "run", losses.tolist(), GROUPS))
     assert view.run is not None
-    traces = {trace.name: trace for trace in run_figure(view.run).data}
+    traces = {trace["name"]: trace for trace in run_figure(view.run).to_dict()["data"]}
     assert set(traces) == {"without a group", "answers"}
-    assert list(traces["answers"].x) == np.flatnonzero(ANSWERS).tolist()
-    assert traces["answers"].y == pytest.approx(losses[ANSWERS], rel=1e-3)
-    assert all(trace.showlegend is not False for trace in traces.values())
+    assert list(traces["answers"]["x"]) == np.flatnonzero(ANSWERS).tolist()
+    assert traces["answers"]["y"] == pytest.approx(losses[ANSWERS], rel=1e-3)
+    assert all(trace.get("showlegend") is not False for trace in traces.values())
     page = write_page(view, tmp_path / "page.html").read_text(encoding="utf-8")
     assert "A line is a kind of batches" in page
 

@@ -13,7 +13,7 @@ The interval is over the batches of these runs. What another seed would give is 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from unclamp.analysis.paired import LEVEL
 from unclamp.written import counted, percent, times
 
+Numbers = Sequence[float] | NDArray[Any]
 LEAST_BATCHES = 20
 CURVE_TERMS = 4
 """Terms of the smooth curve, a cubic in the logarithm of time: a fall is steep at first."""
@@ -82,7 +83,7 @@ class _Line:
     noise: NDArray[np.float64]
 
 
-def measure_fall(steps: Sequence[int], losses: Sequence[float]) -> Fall | None:
+def measure_fall(steps: Numbers, losses: Numbers) -> Fall | None:
     """Return how fast a loss fell; None for fewer than 20 losses, or one not above 0 or not finite.
 
     Args:
@@ -94,10 +95,10 @@ def measure_fall(steps: Sequence[int], losses: Sequence[float]) -> Fall | None:
 
 
 def compare_falls(
-    steps: Sequence[int],
-    losses: Sequence[float],
-    other_steps: Sequence[int],
-    other_losses: Sequence[float],
+    steps: Numbers,
+    losses: Numbers,
+    other_steps: Numbers,
+    other_losses: Numbers,
 ) -> Pace | None:
     """Return how fast a loss fell compared with another; None where one has no slope.
 
@@ -148,7 +149,7 @@ def _fell(fall: Fall) -> str:
     return f"by {percent(fall.share)}" if fall.share >= 0 else f"a rise by {percent(-fall.share)}"
 
 
-def _line(steps: Sequence[int], losses: Sequence[float]) -> _Line | None:
+def _line(steps: Numbers, losses: Numbers) -> _Line | None:
     values = np.asarray(losses, dtype=np.float64)
     if len(values) < LEAST_BATCHES or not np.all(np.isfinite(values) & (values > 0)):
         return None
