@@ -132,16 +132,20 @@ def test_column_heads_sort_both_ways_with_missing_values_last(planted_page: Path
     tab.goto(planted_page.as_uri())
     tab.click("#sites th button[data-key=overshoot]")
     # Only one site clamped, and an overshoot is shown only where anything was.
-    assert tab.locator("#sites tr.site td:nth-child(7)").all_inner_texts() == ["2.00x", "-", "-"]
+    assert tab.locator("#sites tr.site td:nth-child(8)").all_inner_texts() == ["2.00x", "-", "-"]
     tab.click("#sites th button[data-key=underflow_share]")
-    values = tab.locator("#sites tr.site td:nth-child(8)").all_inner_texts()
+    values = tab.locator("#sites tr.site td:nth-child(9)").all_inner_texts()
     assert values == ["1 %", "0 %", "0 %"]
     tab.click("#sites th button[data-key=underflow_share]")
-    again = tab.locator("#sites tr.site td:nth-child(8)").all_inner_texts()
+    again = tab.locator("#sites tr.site td:nth-child(9)").all_inner_texts()
     assert again == values[::-1]
     for _ in range(2):
         tab.click("#sites th button[data-key=sqnr_db_min]")
-        assert tab.locator("#sites tr.site td:nth-child(9)").all_inner_texts() == ["20.0", "-", "-"]
+        assert tab.locator("#sites tr.site td:nth-child(10)").all_inner_texts() == [
+            "20.0",
+            "-",
+            "-",
+        ]
     assert tab.locator("th[aria-sort=ascending]").count() == 1
 
 
