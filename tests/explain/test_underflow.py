@@ -2,18 +2,19 @@
 
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import unclamp
 from truths.redundant import RedundantCase
 from truths.trainings import explain, losses_with, record
 from truths.underflows import OUTLIER, UnderflowCase, trained
 from unclamp.analysis.counterfactual import Override, Underflow
 from unclamp.analysis.explanation import Explanation, Verdict
 from unclamp.analysis.horizon import Asked, Horizon
+from unclamp.explain.rewind import mends
 from unclamp.names import SiteName
 from unclamp.recipe import Recipe
 from unclamp.scaling import Dynamic, PerBlock, Scaling
@@ -181,5 +182,7 @@ def in_words(verdict: Verdict, share: float, **changes: Any) -> Explanation:
 
 
 def test_a_training_goes_back_from_underflow_too() -> None:
-    assert unclamp.explain.snapshots._mends(0.86)  # pyright: ignore
-    assert not unclamp.explain.snapshots._mends(0.4)  # pyright: ignore
+    override = Override(sites=(), scaling="dynamic", removed=0.86, toml="", python=None)
+    assert mends(override)
+    assert not mends(replace(override, removed=0.4))
+    assert not mends(replace(override, added=0.4))

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from scipy.stats import ttest_rel
 
+import unclamp
 from truths.curves import two_kinds
 from truths.kinds import write_losses
 from unclamp.report.arms import ScenarioView, scenario_view
@@ -230,3 +232,25 @@ def test_runs_without_groups_have_no_table_of_kinds(tmp_path: Path) -> None:
         for arm in ("dynamic", "delayed")
     ]
     assert compare_runs(paths).kinds == []
+
+
+# ---- what clamping took from a kind --------------------------------------------------------------
+def test_a_report_says_what_clamping_took_from_the_gradients_of_a_kind(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(16, 16)
+    unclamp.convert(model, unclamp.Recipe())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with unclamp.Recorder(model, tmp_path / "run") as recorder:
+        for step in range(80):
+            is_few = step % 20 == 19  # the mean of 8 losses in place of 256
+            losses = model(torch.randn(256, 16)).square().mean(1)
+            loss = losses[:8].mean() if is_few else losses.mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step(loss=loss, group="few labels" if is_few else None)
+    view = build_view(tmp_path / "run")
+    words = printed(print_view, view)
+    assert "Clamping of gradients turned the gradients of weights by" in words
+    assert "of their size, in 4 batches of kind 'few labels'." in words
+    assert "in 76 batches" not in words

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unclamp.analysis.explanation import Explanation
+from unclamp.analysis.explanation import MOST, Explanation, Override
 from unclamp.explain.training import Batch
 
 
@@ -20,3 +20,11 @@ class Rewind:
     step: int
     batches: Mapping[int, Batch]
     explanation: Explanation
+
+
+def mends(override: Override) -> bool:
+    """Whether a change is worth going back for: by a replay it removes most of the spike.
+
+    What it adds at other steps counts against it: those come again too.
+    """
+    return override.removed is not None and override.removed - override.added >= MOST

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from unclamp.analysis.explanation import MOST, Explanation
+from unclamp.analysis.explanation import Explanation
 from unclamp.errors import ReplayError, UnclampError, UnclampWarning, naming_arguments
 from unclamp.explain.asked import Asked
 from unclamp.explain.disk import Disk
@@ -31,7 +31,7 @@ from unclamp.explain.events import Events, numbered
 from unclamp.explain.facts import code_facts, model_facts
 from unclamp.explain.limits import Limits, check_choice
 from unclamp.explain.mend import switch_sites
-from unclamp.explain.rewind import Rewind
+from unclamp.explain.rewind import Rewind, mends
 from unclamp.explain.ring import GIB, Ring
 from unclamp.explain.script import is_lost
 from unclamp.explain.snapshot import Snapshot
@@ -349,11 +349,7 @@ class Snapshots:
             sites=[site.to_dict() for site in explanation.sites[:EVENT_SITES]],
         )
         override = explanation.override
-        if (
-            override is None
-            or not _mends(override.removed, override.added)
-            or self._rewinds_left <= 0
-        ):
+        if override is None or not mends(override) or self._rewinds_left <= 0:
             return None
         self._rewinds_left -= 1
         if explanation.snapshot_step != start:
@@ -420,11 +416,3 @@ class Snapshots:
     def _tell(self, kind: str, step: int, **data: Any) -> None:
         if self._recorder is not None:
             self._recorder.event(kind, step, **{key: strict(value) for key, value in data.items()})
-
-
-def _mends(removed: float | None, added: float = 0.0) -> bool:
-    """Whether a change is worth going back for: by a replay it removes most of the spike.
-
-    What it adds at other steps counts against it: those come again too.
-    """
-    return removed is not None and removed - added >= MOST

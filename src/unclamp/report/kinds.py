@@ -139,17 +139,27 @@ def kind_sentences(run: RunRecord) -> list[str]:
 
 
 def _pace_sentences(run: RunRecord, kinds: Mapping[Group, list[int]]) -> list[str]:
-    """Compare how fast each rarer kind's loss fell with the most frequent kind's, meanwhile."""
+    """Say of each rarer kind what clamping took from its gradients, and how fast its loss fell.
+
+    The pace is that of the most frequent kind, meanwhile.
+    """
     usual, *others = list(kinds)[: MOST_KINDS + 1]
-    paces = [(group, _pace_within(run, kinds[group], kinds[usual])) for group in others]
-    told = [
-        (pace, pace_in_words(pace, own=kind_in_words(group), other=kind_in_words(usual)))
-        for group, pace in paces
-        if pace is not None
-    ]
-    said = [f"{words[0].upper()}{words[1:]}." for _, words in told]
-    apart = any(pace.verdict in ("slower", "faster") for pace, _ in told)
+    said, apart = [], False
+    for group in others:
+        gradients = run.kind_gradients.get(group)
+        if gradients is not None and gradients.casts:
+            said.append(gradients.words(*_batches(group)))
+        pace = _pace_within(run, kinds[group], kinds[usual])
+        if pace is not None:
+            words = pace_in_words(pace, own=kind_in_words(group), other=kind_in_words(usual))
+            said.append(f"{words[0].upper()}{words[1:]}.")
+            apart = apart or pace.verdict in ("slower", "faster")
     return [*said, NO_PROOF] if apart else said
+
+
+def _batches(group: Group) -> tuple[str, str]:
+    several = kind_in_words(group)
+    return several.replace("batches", "batch", 1), several
 
 
 def _pace_within(run: RunRecord, own: list[int], usual: list[int]) -> Pace | None:

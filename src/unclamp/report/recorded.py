@@ -13,7 +13,7 @@ from unclamp.analysis import (
     find_spikes,
     run_curve,
 )
-from unclamp.analysis.groups import Group
+from unclamp.analysis.groups import Group, has_kinds, split_places
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.runlog import Cut, RunLog, SiteInfo, Windows
@@ -68,6 +68,7 @@ class RunRecord:
         has_recipe: Whether its header names a recipe; a training in high precision has none.
         is_plain: Whether its header says that no layer was meant to be in FP8.
         gradients: What clamping gradients did to those of the weights.
+        kind_gradients: The same at the batches of each kind; empty where there are no kinds.
     """
 
     status: str
@@ -86,6 +87,7 @@ class RunRecord:
     is_plain: bool = False
     groups: list[Group] = field(default_factory=list)
     gradients: ClampedGradients = field(default_factory=ClampedGradients)
+    kind_gradients: dict[Group, ClampedGradients] = field(default_factory=dict)
     mark: str = PLANTED.word
 
     @property
@@ -175,6 +177,10 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         is_plain=log.header.plain,
         groups=groups,
         gradients=clamped_gradients(log),
+        kind_gradients={
+            group: clamped_gradients(log, steps=[steps[i] for i in places])
+            for group, places in split_places(groups if has_kinds(groups) else []).items()
+        },
     )
     return record, windows
 
