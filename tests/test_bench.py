@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_S
+
 ROOT = Path(__file__).parent.parent
 RUN_BY_THEMSELVES = [
     path for path in sorted((ROOT / "bench").glob("*.py")) if "__main__" in path.read_text()
@@ -18,7 +20,7 @@ def test_help_is_printed_and_nothing_is_measured(module: str) -> None:
     before = results.stat().st_mtime_ns if results.exists() else None
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: python -m {module}")

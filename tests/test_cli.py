@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from patience import PATIENCE_S
 from unclamp import Recorder
 from unclamp.cli import app
 
 
 def unclamp(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "unclamp", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:

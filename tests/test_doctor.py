@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from oracles import ML_DTYPES
+from patience import PATIENCE_S
 from unclamp.doctor import DeviceAnswer, Diagnosis, probe_cast, probe_device
 from unclamp.doctor.casts import every_bfloat16, fate, fate_of_ties, reference_codes
 from unclamp.doctor.device import accumulation
@@ -203,7 +204,7 @@ def test_a_few_rejected_pairs_are_named(cpu: DeviceAnswer) -> None:
 
 def unclamp_doctor(*arguments: str) -> str:
     command = [sys.executable, "-m", "unclamp", "doctor", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     said = [line for line in done.stderr.splitlines() if "compiling the CPU kernels" not in line]
     assert (done.returncode, said) == (0, [])
     return done.stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import unclamp
+from patience import PATIENCE_S
 
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
@@ -23,7 +24,7 @@ notebook = nbformat.read(sys.argv[1], as_version=4)
 cells = notebook.cells
 again = nbformat.from_dict([cell | {"id": f"{cell['id']}-again"} for cell in cells])
 notebook.cells = [*cells, *again]
-NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
+NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
 nbformat.write(notebook, sys.argv[2])
 """
 """Executes all cells twice in one kernel; a process of its own, for what Jupyter warns of."""
@@ -71,7 +72,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

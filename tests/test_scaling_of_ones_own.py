@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import unclamp
+from patience import PATIENCE_S
 from unclamp import Dynamic, Recipe, Recorder, RunLog
 from unclamp.nn import find_ledgers
 from unclamp.reference import float32
@@ -122,10 +123,12 @@ def test_the_log_holds_the_recipe_and_says_the_kind(run: Path) -> None:
 
 def test_a_process_that_does_not_know_it_reports_the_run(run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "unclamp", "report", str(run)]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    text = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    ).stdout
     assert "quantile" in text
     done = subprocess.run(
-        [*command, "--json"], capture_output=True, text=True, timeout=120, check=True
+        [*command, "--json"], capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     page = Path(json.loads(done.stdout)["page"]).read_text(encoding="utf-8")
     assert "quantile" in page

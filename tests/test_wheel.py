@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_S
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
 
@@ -51,7 +53,13 @@ def environ() -> dict[str, str]:
 
 def run(command: list[str], folder: Path) -> str:
     done = subprocess.run(
-        command, cwd=folder, env=environ(), capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=folder,
+        env=environ(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

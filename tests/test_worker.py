@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_S
 from unclamp.worker import Worker
 
 
@@ -139,7 +140,7 @@ def test_ctrl_c_in_close_can_be_closed_again() -> None:
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_work_is_done_and_the_interpreter_ends_though_nobody_closed(tmp_path: Path) -> None:

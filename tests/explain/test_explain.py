@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 import unclamp
+from patience import PATIENCE_S
 from truths.trainings import SPIKE, STEPS, Case, counting_steps, explain, record
 from unclamp.errors import ReplayError, UnclampWarning
 from unclamp.explain import Explanation, Limits, Snapshots, explain_spike
@@ -295,7 +296,7 @@ BUILD, STEP = "truths.trainings:default_build", "truths.trainings:step"
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "unclamp", "explain", *map(str, arguments)]
     return subprocess.run(
-        line, capture_output=True, text=True, timeout=120, check=False, env=environment()
+        line, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment()
     )
 
 
@@ -349,7 +350,7 @@ def test_an_interrupted_command_leaves_the_answer_so_far_and_goes_on(tmp_path: P
             break
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
-    out, stderr = process.communicate(timeout=60)
+    out, stderr = process.communicate(timeout=PATIENCE_S)
     assert b"Traceback" not in stderr
     assert process.returncode == 130
     assert json.loads(out)["status"] == json.loads(path.read_text())["status"] == "interrupted"

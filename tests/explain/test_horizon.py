@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import unclamp
+from patience import PATIENCE_S
 from truths.delays import SPIKE, STEPS, DelayCase
 from truths.trainings import Case, explain, losses_with, record
 from unclamp.analysis import Spike
@@ -37,10 +38,10 @@ def time_out() -> Iterator[None]:
     """End a search that goes on and on."""
 
     def end(*_: object) -> None:
-        raise TimeoutError("expected an answer within two minutes")
+        raise TimeoutError(f"expected an answer within {PATIENCE_S} s")
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(120)
+    signal.alarm(PATIENCE_S)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

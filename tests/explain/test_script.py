@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import unclamp
+from patience import PATIENCE_S
 from truths.trainings import Case, record
 from unclamp import ReplayError
 from unclamp.explain.facts import load_functions
@@ -118,7 +119,7 @@ def run(folder: Path, *line: str, stdin: str | None = None) -> subprocess.Comple
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
 

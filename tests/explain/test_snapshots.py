@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import unclamp
+from patience import PATIENCE_S
 from truths.trainings import SPIKE, STEPS, Case, record
 from unclamp.errors import ReplayError, UnclampWarning
 from unclamp.explain import Snapshots, Training
@@ -350,7 +351,7 @@ def test_a_program_that_forgets_to_close_ends_and_has_the_snapshot(tmp_path: Pat
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": paths},
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE_S
 from truths.redundant import RedundantCase
 from truths.trainings import explain, losses_with, record
 from truths.underflows import OUTLIER, UnderflowCase, trained
@@ -30,10 +31,10 @@ def time_out() -> Iterator[None]:
     """End a search that goes on and on."""
 
     def end(*_: object) -> None:
-        raise TimeoutError("expected an answer within two minutes")
+        raise TimeoutError(f"expected an answer within {PATIENCE_S} s")
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(120)
+    signal.alarm(PATIENCE_S)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -11,6 +11,7 @@ from hypothesis import settings as run
 from hypothesis import strategies as st
 from torch import Tensor
 
+from patience import PATIENCE_S
 from unclamp import E4M3FN, FORMATS, MX, PerBlock, PerRow, PerTensor, dequantize, quantize
 from unclamp.numerics import Stat, cpu
 from unclamp.numerics.cast import Quantized, quantize_plain
@@ -180,8 +181,8 @@ def test_a_forked_child_casts_too():
         "assert os.waitpid(child, 0)[1] == 7 * 256\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60,
-        check=False,
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True,
+        timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

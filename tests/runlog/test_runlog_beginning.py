@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_S
 from unclamp.errors import RunLogError
 from unclamp.runlog import Header, RunLog, RunLogWriter
 
@@ -163,7 +164,7 @@ def test_a_run_that_another_process_writes_is_not_replaced(tmp_path: Path) -> No
             write(tmp_path / "run", 2.0, overwrite=True)
         assert (tmp_path / "run" / "run.json").exists()
         writer.stdin.close()
-        writer.wait(timeout=60)
+        writer.wait(timeout=PATIENCE_S)
     # Killed: its header says "running" for ever, and nobody writes.
     write(tmp_path / "run", 2.0, overwrite=True)
     assert loss_of(tmp_path / "run") == 2.0

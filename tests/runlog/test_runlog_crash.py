@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from patience import PATIENCE_S
 from truths.rows import assert_summaries_are_those_of_casts
 from unclamp.runlog import RunLog
 
@@ -38,7 +39,7 @@ def start(path: Path, code: str, *, flush_s: float) -> subprocess.Popen[str]:
 
 def test_an_exit_without_close_loses_nothing_and_is_interrupted(tmp_path: Path):
     process = start(tmp_path / "run", "for step in range(500): record(step)", flush_s=60)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (0, "")
     with RunLog.open(tmp_path / "run") as log:
         assert log.header.status == "interrupted"
@@ -47,7 +48,7 @@ def test_an_exit_without_close_loses_nothing_and_is_interrupted(tmp_path: Path):
 
 def test_an_uncaught_exception_loses_nothing(tmp_path: Path):
     process = start(tmp_path / "run", "record(0)\n1 / 0", flush_s=60)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert "ZeroDivisionError" in errors
     with RunLog.open(tmp_path / "run") as log:
         assert (log.header.status, log.steps().num_rows) == ("interrupted", 1)
@@ -65,7 +66,7 @@ record(1)
 writer.close()
 """
     process = start(tmp_path / "run", code, flush_s=60)
-    header, _ = process.communicate(timeout=30)
+    header, _ = process.communicate(timeout=PATIENCE_S)
     assert '"status": "running"' in header
     with RunLog.open(tmp_path / "run") as log:
         assert (log.header.status, log.steps().num_rows) == ("finished", 2)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_S
 from truths.rows import parts_of, step
 from unclamp.errors import UnclampWarning
 from unclamp.runlog import Header, RunLog, RunLogWriter
@@ -62,7 +63,7 @@ def train(path: Path, rank: int, fault: str) -> str:
         [sys.executable, "-c", TRAIN.format(fault=fault), str(path), str(rank)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_S
 from truths.rows import step
 from unclamp.errors import RunLogError
 from unclamp.runlog import Header, RunLog, RunLogWriter, folder
@@ -47,7 +48,7 @@ def test_of_processes_that_race_for_a_folder_one_wins(tmp_path: Path):
         assert racer.stdin is not None
         racer.stdin.write("go\n")
         racer.stdin.flush()
-    answers = sorted(racer.communicate(timeout=30)[0] for racer in racers)
+    answers = sorted(racer.communicate(timeout=PATIENCE_S)[0] for racer in racers)
     assert answers[2] == "won\n"
     for refusal in answers[:2]:
         assert refusal.startswith(f"{tmp_path / 'run'} already holds a run")

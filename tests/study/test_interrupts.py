@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_S
 from unclamp.runlog import RunLog
 
 STUDY = (
@@ -22,7 +23,6 @@ STUDY = (
 )
 COMPILES = "compiling the CPU kernels"
 STOPS = "Interrupted: stopping"
-PATIENCE_S = 120
 
 
 def with_ctrl_c() -> None:
@@ -74,7 +74,7 @@ class Study:
         self.leaves_no_process()
 
     def leaves_no_process(self) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             try:
                 os.killpg(self.process.pid, 0)

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE_S
 from unclamp.study.config import StudyConfig
 
 
 def unclamp(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "unclamp", "study", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def printed(*arguments: object) -> dict[str, Any]:

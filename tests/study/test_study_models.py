@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from patience import PATIENCE_S
 from unclamp.errors import ConvertError, StudyError, UnclampWarning
 from unclamp.runlog import RunLog
 from unclamp.study.arms import run_study
@@ -143,7 +144,12 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_leaves_nothing(tmp_path: P
     command = [sys.executable, "-m", "unclamp", "study", "--hf-model", "no-such/model"]
     command += ["--out", str(tmp_path / "out"), "--scenario", "text"]
     done = subprocess.run(
-        command, env=refusing(tmp_path), capture_output=True, text=True, timeout=120, check=False
+        command,
+        env=refusing(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
@@ -173,7 +179,7 @@ def load_fetched(tmp_path: Path) -> subprocess.CompletedProcess[str]:
         env=refusing(tmp_path),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
 

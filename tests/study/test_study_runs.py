@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from patience import PATIENCE_S
 from unclamp.recipe import Recipe
 from unclamp.runlog import RunLog
 from unclamp.scaling import Delayed, Dynamic, HighPrecision
@@ -47,7 +48,7 @@ def losses(path: Path) -> list[float]:
 
 def unclamp(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "unclamp", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_same_run_twice_gives_the_same_losses_bit_for_bit(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_interrupted_study_is_readable_and_resumes(tmp_path: Path) -> None:
     while not list(run.glob("steps/*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
     if process.returncode == 0:
         pytest.skip("the run ended before the signal came")
     assert process.returncode == 130

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import unclamp
+from patience import PATIENCE_S
 from unclamp import RunLog
 from unclamp.telemetry.rank import Place, find_place
 
@@ -119,7 +120,7 @@ def test_two_processes_of_torchrun_record_one_run(tmp_path: Path, how: str):
     (tmp_path / "train.py").write_text(TRAIN)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, str(tmp_path / "train.py"), str(tmp_path / "run"), how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
     with RunLog.open(tmp_path / "run") as log:
         assert (log.header.status, log.header.world_size) == ("finished", 2)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import unclamp
+from patience import PATIENCE_S
 from unclamp import Delayed, Dynamic, Recipe, Recorder, RunLog
 from unclamp.errors import RunLogError
 from unclamp.formats import get_format
@@ -224,7 +225,7 @@ def test_a_slow_sink_delays_neither_log_nor_training(tmp_path: Path) -> None:
     heard: list[int] = []
 
     def wait(step: int, numbers: dict[str, float]) -> None:
-        go_on.wait(timeout=30)
+        go_on.wait(timeout=PATIENCE_S)
         heard.append(step)
 
     with Recorder(tiny(), tmp_path / "run", plain=True, sinks=[wait]) as recorder:
