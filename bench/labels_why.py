@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def watched(study: StudyConfig, seed: int) -> Watched:
     """Return a fresh training, whose layers note the largest gradient of their outputs."""
     torch.manual_seed(seed)
     model = build_model(study.model)
-    layers = {
+    layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name != "lm_head"
@@ -92,7 +93,7 @@ def watched(study: StudyConfig, seed: int) -> Watched:
 
 
 def _noting(made: Watched, name: str):
-    def note(module: nn.Module, gradients: tuple[Tensor, ...]) -> None:
+    def note(module: nn.Module, gradients: Any) -> None:
         made.seen[name] = gradients[0].abs().max().item()
 
     return note
