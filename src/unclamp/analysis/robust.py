@@ -48,6 +48,10 @@ at that pace, and what its first steps did must not hold the limit up for hundre
 LATEST_ERRORS = 48
 """So many at least: fewer say little of the noise."""
 SETTLED = 50
+USUAL_STREAK = 2
+MOST_STREAKS = 2
+"""After more runs of so many steps that only together exceed the noise, among the last
+`ERROR_POINTS`, no run is evidence: they are usual."""
 MIN_HEIGHT = 1.2
 THRESHOLD = 5.0
 SMALL_SAMPLE = 6.0
@@ -168,6 +172,7 @@ class SpikeDetector:
         self._open = self._settled = False
         self._last: deque[float] = deque(maxlen=LEVEL_POINTS)
         self._unsettled = self._streak = self._seen = 0
+        self._streaks: deque[int] = deque()
 
     def _forget(self) -> None:
         self._calm = RunningWindow(LEVEL_POINTS)
@@ -196,7 +201,7 @@ class SpikeDetector:
         above = number - expected
         can_begin = not self._open or self._settled
         self._streak = self._streak + 1 if can_begin and above > max(noise, least) else 0
-        rise = max(noise * tail ** (1 / max(self._streak, 1)), least)
+        rise = max(noise * tail ** (1 / self._evidence(above, noise * tail)), least)
         self._publish(expected, spread, rise)
         if can_begin and above > rise:
             self._begin(expected, rise)
@@ -212,6 +217,18 @@ class SpikeDetector:
         self.length = self.length + 1 if self._open else 0
         self.spike = self._count - 1 if self._open else -1
         return self._open
+
+    def _evidence(self, above: float, single: float) -> int:
+        """Return how many consecutive steps are evidence together: 1 where such runs are usual.
+
+        `single` is the limit for single steps. What a run of steps reaches again and again is how
+        the series is, as the crests of one that oscillates.
+        """
+        if self._streak == USUAL_STREAK and above <= single:
+            self._streaks.append(self._seen)
+        while self._streaks and self._streaks[0] <= self._seen - ERROR_POINTS:
+            self._streaks.popleft()
+        return 1 if len(self._streaks) > MOST_STREAKS else max(self._streak, 1)
 
     def _begin(self, expected: float, rise: float) -> None:
         self._open, self._settled = True, False
