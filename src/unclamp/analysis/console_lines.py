@@ -22,7 +22,8 @@ _WORD = r"[A-Za-z][\w/.-]*"
 _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
 _NOT_FINITE = r"nan(?:\(\w*\))?|inf(?:inity)?|1\.#\w+"
 _PAIR = re.compile(
-    rf"(?<![\w.])(?P<name>{_WORD}(?: {_WORD})*(?: ?\([A-Za-z][\w -]*\))?)[\"']?\s*[:=#]{{0,2}}\s*"
+    rf"(?<![\w.])(?P<name>{_WORD}(?: {_WORD})*(?:(?<!epoch)(?<!iter) ?\([A-Za-z][\w -]*\))?)"
+    r"[\"']?\s*[:=#]{0,2}\s*"
     rf"(?:tensor\(|[\[(]\s*)?(?P<value>[-+]?(?:{_NOT_FINITE}|{_NUMBER}))"
     r"(?P<of>\s*/\s*\d+)?(?=[\s;:|)\]}<]|,(?!\d)|\.?$|\.\s)",
     re.IGNORECASE,
@@ -39,10 +40,18 @@ _DICT = re.compile(r"\{\s*['\"].*\}")
 _BARE_NUMBER = re.compile(r"([:\[,]\s*)(-?(?:nan|inf))(?=\s*[,}\]])")
 _COUNT = re.compile(r"(?<![\d/.:\w-])(\d+)\s*/\s*(\d+)(?![\d/.\w]|\s+\d+:\d\d:\d\d)")
 """`10/100`, and no date: that has a year, or a time behind it."""
-_PAIR_OF_COUNTS = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*\]")
+_PAIR_OF_COUNTS = re.compile(r"\[\s*(?P<epoch>\d+)\s*,\s*(?P<step>\d+)\s*\]")
 _TIMM = re.compile(
-    r"^\W*(train|test|val\w*|eval\w*):\s*(\d+)\s*\[\s*(\d+)\s*/\s*\d+", re.IGNORECASE
+    r"^\W*(?:train|test|val\w*|eval\w*):\s*(?P<epoch>\d+)\s*\[\s*(?P<step>\d+)\s*/\s*\d+",
+    re.IGNORECASE,
 )
+_EPOCH_THEN_COUNT = re.compile(
+    r"epoch(?:\(\w+\))?\s*[:=]?\s*[\[(]?\s*(?P<epoch>\d+)(?:\s*/\s*\d+)?\s*[\])]?\s*[:|,]?\s*"
+    r"\[\s*(?P<step>\d+)\s*(?:/\s*\d+|\])",
+    re.IGNORECASE,
+)
+"""`Epoch [1][50/7330]`, `Epoch(train) [1][10/25]`, `Epoch: [0]  [ 10/1251]`,
+`Train Epoch: 1 [640/60000 (1%)]`."""
 _BRACKETED_RANK = re.compile(r"\[(?:rank|default|trainer|gpu)\s*[:=]?(\d+)\]", re.IGNORECASE)
 _SRUN_LABEL = re.compile(r"^\s*(\d+):\s")
 
@@ -135,28 +144,16 @@ def _unnamed_counts(text: str, row: dict[str, object]) -> dict[str, object]:
     plain = {plain_name(name) for name in row}
     if plain & set(STEP_NAMES):
         return {}
-    if (timm := _TIMM.search(text)) is not None:
-        return {"epoch": timm[2], "step": timm[3]}
-    if (both := _PAIR_OF_COUNTS.search(text)) is not None and not plain & set(EPOCH_NAMES):
-        return {"epoch": both[1], "step": both[2]}
-    found = _EPOCH_THEN_COUNT.search(text)
-    if found is not None:
-        return {"epoch": found[1], "step": found[2]}
+    for shape in (_TIMM, _PAIR_OF_COUNTS, _EPOCH_THEN_COUNT):
+        if (found := shape.search(text)) is not None:
+            epoch = {} if plain & set(EPOCH_NAMES) else {"epoch": found["epoch"]}
+            return epoch | {"step": found["step"]}
     named = [(m.start("name"), m.end()) for m in _PAIR.finditer(text)]
     for count in _COUNT.finditer(text):
         inside = any(begin <= count.start() < end for begin, end in named)
         if not inside and int(count[1]) <= int(count[2]):
             return {"step": count[1]}
     return {}
-
-
-_EPOCH_THEN_COUNT = re.compile(
-    r"epoch(?:\(\w+\))?\s*[:=]?\s*[\[(]?\s*(\d+)(?:\s*/\s*\d+)?\s*[\])]?\s*[:|,]?\s*"
-    r"\[\s*(\d+)\s*(?:/\s*\d+|\])",
-    re.IGNORECASE,
-)
-"""`Epoch [1][50/7330]`, `Epoch(train) [1][10/25]`, `Epoch: [0]  [ 10/1251]`,
-`Train Epoch: 1 [640/60000 (1%)]`."""
 
 
 def _rank(text: str, row: dict[str, object]) -> dict[str, object]:

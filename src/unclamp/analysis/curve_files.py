@@ -17,6 +17,7 @@ from unclamp.errors import AnalysisError
 from unclamp.written import counted
 
 _DELIMITERS = ",\t;"
+_MESSAGE_NAMES = ("log", "message", "msg")
 _METRIC_LINE = re.compile(r"\d{10,16}\s+(?P<value>\S+)\s+(?P<step>\d+)")
 """A line of a metric's file in MLflow's folder: time in ms, value, step."""
 
@@ -142,6 +143,26 @@ def is_json(text: str) -> bool:
     if begin.startswith("{"):
         return begin[1:].lstrip()[:1] != "'"
     return begin.startswith("[") and _is_json(text)
+
+
+def messages(text: str) -> str:
+    """Return what a program printed, where a logger made each line an object; "" elsewhere.
+
+    Docker has the line in `log`, others in `message` or `msg`. Objects with a loss of their own
+    are records themselves.
+    """
+    begin = text.lstrip().partition("\n")[0]
+    if not begin.startswith("{") or not _is_json(begin):
+        return ""
+    found = []
+    for line in text.splitlines():
+        if not _is_json(line):
+            continue
+        record = json.loads(line)
+        if not isinstance(record, dict) or any(LOSS.search(plain_name(name)) for name in record):
+            return ""
+        found += [str(record[name]).rstrip("\n") for name in _MESSAGE_NAMES if name in record]
+    return "\n".join(found)
 
 
 def read_json(text: str, path: Path, choice: Choice) -> Recorded:

@@ -17,7 +17,6 @@ from unclamp.analysis.records import Recorded, to_number
 from unclamp.analysis.selections import Choice
 from unclamp.analysis.series import SERIES, choose_column, notes_of
 from unclamp.analysis.sources import read_as_text, read_source
-from unclamp.analysis.texts import to_text
 from unclamp.errors import AnalysisError, did_you_mean
 from unclamp.runlog import RunLog, is_run
 
@@ -91,9 +90,9 @@ def read_curve(
     return _chosen_curve(read_source(path, choice), path, choice)
 
 
-def read_text_curve(data: bytes, path: Path, choice: Choice) -> Curve:
-    """Return the curve in the bytes of a text file, `path` as it is called; as `read_curve`."""
-    return _chosen_curve(read_as_text(to_text(data, path), path, choice), path, choice)
+def read_text_curve(text: str, path: Path, choice: Choice) -> Curve:
+    """Return the curve in the text of a file, `path` as it is called; as `read_curve`."""
+    return _chosen_curve(read_as_text(text, path, choice), path, choice)
 
 
 def _chosen_curve(recorded: Recorded, path: Path, choice: Choice) -> Curve:

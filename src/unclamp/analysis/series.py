@@ -24,6 +24,8 @@ SERIES_NAMES = {
 WHOLE_LOSSES = ("loss", "train_loss", "training_loss", "loss_train", "train_loss_step",
                 "total_loss", "train_total_loss")  # fmt: skip
 """Names of all that is minimised; where two of them differ, one is not what it is called."""
+_TENSORBOARD_CSV = {"wall_time", "value"}
+"""The columns besides the step in the CSV of one tag that TensorBoard's page downloads."""
 _EXTREME = re.compile(r"(^|_)(min|max)(_|$)")
 
 
@@ -93,6 +95,8 @@ def choose_column(recorded: Recorded, series: str) -> str | None:
         for column in columns
         if is_training_loss(name) and not _EXTREME.search(name)
     ]
+    if not likely and set(plain) == _TENSORBOARD_CSV:
+        likely = plain["value"]
     if len(likely) > 1:
         runs = runs_of_columns(recorded.columns)
         or_run = f"; or a run with --run: {runs}" if len(runs) > 1 else ""

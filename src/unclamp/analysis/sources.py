@@ -4,6 +4,7 @@ The parsing of each format is in `curve_files`, `console_files` and `event_files
 the loss is for `series`; the curve is for `curves`.
 """
 
+import re
 from pathlib import Path
 
 from unclamp.analysis.console_files import read_console
@@ -11,6 +12,7 @@ from unclamp.analysis.curve_files import (
     is_csv,
     is_json,
     is_json_throughout,
+    messages,
     read_csv,
     read_json,
     read_metric_file,
@@ -24,6 +26,7 @@ from unclamp.runlog import RunLog, find_runs
 from unclamp.written import listed
 
 _SHOWN = 12
+_DECIMAL_COMMA = re.compile(r"loss[ :=]{1,3}\d+,\d+", re.IGNORECASE)
 
 
 def read_source(path: Path, choice: Choice) -> Recorded:
@@ -81,14 +84,17 @@ def read_as_text(text: str, path: Path, choice: Choice) -> Recorded:
     """Find out what a text is, and read it."""
     if choice.pattern is None:
         if is_json(text) and is_json_throughout(text):
-            return read_json(text, path, choice)
+            printed = read_console(messages(text), path, choice)
+            return read_json(text, path, choice) if printed is None else printed
         if (metric := read_metric_file(text, path, choice)) is not None:
             return metric
         if not is_json(text) and is_csv(text):
             return read_csv(text, path, choice)
-    printed = read_console(text, path, choice)
+    printed = read_console(messages(text) or text, path, choice)
     if printed is not None:
         return printed
+    if (comma := _DECIMAL_COMMA.search(text)) is not None:
+        raise AnalysisError(f"expected numbers with a decimal point in {path}, got {comma[0]!r}")
     return read_json(text, path, choice) if is_json(text) else read_csv(text, path, choice)
 
 
