@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,10 +65,10 @@ class Watch:
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[Path]:
+def log(tmp_path: Path) -> Path:
     path = tmp_path / "log"
     path.write_text(lines(0, ONSET), encoding="utf-8")
-    yield path
+    return path
 
 
 def append(path: Path, text: str) -> None:

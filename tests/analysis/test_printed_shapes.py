@@ -19,6 +19,8 @@ THROUGH: list[tuple[Shape, int, int]] = [
     (printed.fairseq_json, 1, 1), (printed.fairseq_simple, 1, 1), (printed.olmo, 0, 1),
     (printed.olmo_core, 0, 1), (printed.litgpt, 1, 1), (printed.lit_gpt, 0, 1),
     (printed.tensors, 0, 1), (printed.loguru, 0, 1), (printed.epochs_only, 0, 1),
+    (printed.composer, 0, 1), (printed.estimator, 0, 1), (printed.maxtext, 0, 1),
+    (printed.detectron2, 0, 1), (printed.sentence, 0, 1), (printed.parts, 0, 1),
 ]  # fmt: skip
 """Shape, its first step, and the distance between steps."""
 ANEW: list[tuple[Shape, str]] = [
@@ -27,6 +29,7 @@ ANEW: list[tuple[Shape, str]] = [
     (printed.torchvision, "epoch 3, step 20"), (printed.imagenet, "epoch 3, step 20"),
     (printed.timm, "epoch 3, step 20"), (printed.mnist, "epoch 4, step 12800"),
     (printed.cifar, "epoch 4, step 42000"), (printed.tutorial, "epoch 4, Step 21"),
+    (printed.lightning_rich, "epoch 3, step 20"),
     (printed.headed, "epoch 4, batch 20"), (printed.keras_bar, "epoch 4, step 21"),
 ]  # fmt: skip
 """Shape that counts steps anew in each epoch, and what it calls record 200."""
@@ -35,7 +38,8 @@ NO_LINES_LEFT_OUT = {
     printed.tqdm_description, printed.lightning_bar, printed.mmengine, printed.mmcv_by_iteration,
     printed.olmo, printed.olmo_core, printed.cifar, printed.tutorial, printed.headed,
     printed.keras_bar, printed.tensors, printed.loguru, printed.epochs_only,
-    printed.trainer_with_bar,
+    printed.trainer_with_bar, printed.composer, printed.maxtext, printed.detectron2,
+    printed.lightning_rich,
 }  # fmt: skip
 """Shapes without lines of evaluations that have a loss."""
 

@@ -129,10 +129,10 @@ def test_columns_that_could_be_the_loss_are_a_choice(tmp_path: Path) -> None:
     path = write(tmp_path / "log.csv", text)
     with pytest.raises(AnalysisError, match=r"--column: \['loss', 'train_loss'\]"):
         read_curve(path)
-    check(path, column="loss")
+    assert check(path, column="loss") == []
     parts = table("step,loss,lm_loss,aux_loss", lambda x, i: f"{i},{x},{x - 1},1")
     notes = check(write(tmp_path / "parts.csv", parts))
-    assert notes == ["'loss' is taken for the loss, not 'lm_loss'."]
+    assert notes == ["'loss' is taken for the loss, not 'lm_loss' or 'aux_loss'."]
 
 
 @pytest.mark.parametrize("label", ["[rank{}]: ", "{}: ", "[default{}]:", "rank {} "])

@@ -328,3 +328,55 @@ def loguru(x: float, i: int) -> str:
 def epochs_only(x: float, i: int) -> str:
     """One line an epoch, with both losses."""
     return f"Epoch {i}: train_loss={x:.4f}, val_loss={x + 1:.4f}, time per epoch: 0.5"
+
+
+def composer(x: float, i: int) -> str:
+    """Composer: a block of lines for each batch, and one for an evaluation."""
+    other = "\n[Eval batch=1/10] Eval on eval data:\n\t Eval metrics/eval/CrossEntropy: 9.1"
+    return (
+        f"[batch={i}/4800]:\n\t Train time/batch: {i}\n\t Train loss/train/total: {x:.4f}\n"
+        f"\t Train metrics/train/CrossEntropy: {x:.4f}\n\t Train throughput/batches_per_sec: 1.2"
+    ) + (other if ends_epoch(i) else "")
+
+
+def estimator(x: float, i: int) -> str:
+    """TensorFlow's Estimator."""
+    other = f"\nINFO:tensorflow:Saving dict for global step {i}: global_step = {i}, loss = 9.4"
+    return f"INFO:tensorflow:loss = {x:.6f}, step = {i} (1.234 sec)" + (
+        other if ends_epoch(i) else "")  # fmt: skip
+
+
+def maxtext(x: float, i: int) -> str:
+    """MaxText."""
+    return (
+        f"completed step: {i}, seconds: 1.234, TFLOP/s/device: 123.4, Tokens/s/device: 1234.5, "
+        f"total_weights: 8192, loss: {x:.3f}"
+    )
+
+
+def detectron2(x: float, i: int) -> str:
+    """Detectron2."""
+    return (
+        f"[03/01 10:00:00 d2.utils.events]:  eta: 1:00:00  iter: {i}  total_loss: {x:.4f}  "
+        "loss_cls: 0.9  loss_box_reg: 0.5  time: 0.1  lr: 1e-4  max_mem: 1234M"
+    )
+
+
+def sentence(x: float, i: int) -> str:
+    """A loss at a step, in which the number behind the loss's name is the step."""
+    other = f"\nValidation loss at iteration {i}: 9.0" if ends_epoch(i) else ""
+    return f"Training loss at iteration {i}: {x:.4f}{other}"
+
+
+def parts(x: float, i: int) -> str:
+    """A mode between bars, after a first pair."""
+    other = f"\nEpoch 0 | step {i} | val | loss 9.0" if ends_epoch(i) else ""
+    return f"Epoch 0 | step {i} | train | loss {x:.4f}{other}"
+
+
+def lightning_rich(x: float, i: int) -> str:
+    """Lightning's rich bar."""
+    return (
+        f"Epoch {i // EPOCH}/4 ━━━━━━━━━━━━━━ {i % EPOCH}/{EPOCH} 0:00:01 • 0:00:09 9.5it/s "
+        f"v_num: 0 train_loss: {x:.3f}"
+    )

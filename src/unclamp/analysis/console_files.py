@@ -27,8 +27,9 @@ _EPOCH_HEADING = re.compile(
     r"[\W_]*(?:(?:starting|begin|beginning|training)\s+)?epoch\W*(\d+)(?:\s*(?:/|of)\s*\d+)?[\W_]*",
     re.IGNORECASE,
 )
-_BLOCK_LINE = re.compile(r"\s+(?P<name>[A-Za-z][^=]*?)=(?P<value>\S+)\s*")
-"""A line of a block, as OLMo prints one below the line that names the step."""
+_BLOCK_LINE = re.compile(r"\s+(?P<name>[A-Za-z][^=:]*?)(?:=|:\s+)(?P<value>\S+)\s*")
+"""A line of a block, as OLMo and Composer print one below the line that names the step."""
+_OF_INTEREST = re.compile(r"loss|\btrl:|step|iter|batch", re.IGNORECASE)
 _SUMMARY = re.compile(r"\|\s*train\s*\|")
 _INNER = "train_inner"
 
@@ -86,9 +87,11 @@ def read_console(text: str, path: Path, choice: Choice) -> Recorded | None:
     if not used:
         return None
     notes = _left_out(trained, evaluated, summaries, wants_evaluation=wants_evaluation)
-    if wants_evaluation or (choice.split or "").lower() in TRAINING_WORDS:
-        choice = replace(choice, split=None, column=choice.column or _evaluation_column(used))
     rows = [record.line.row for record in used]
+    if wants_evaluation or (choice.split or "").lower() in TRAINING_WORDS:
+        choice = replace(choice, split=None)
+    if wants_evaluation and choice.column is None:
+        rows = [_as_loss(row) for row in rows]
     places = [record.place for record in used]
     return from_rows(rows, places, f"console log {path.name}", path, choice=choice, notes=notes)
 
@@ -109,10 +112,10 @@ def _left_out(
     return notes
 
 
-def _evaluation_column(records: list[_Record]) -> str | None:
-    """Return the name of an evaluation's loss, if all lines have the same."""
-    names = {n for r in records for n in r.line.row if is_evaluation_loss(plain_name(n))}
-    return names.pop() if len(names) == 1 and not any(r.training for r in records) else None
+def _as_loss(row: dict[str, object]) -> dict[str, object]:
+    """Return an evaluation's row whose loss, if it is called "val loss", is called "loss"."""
+    own = next((name for name in row if is_evaluation_loss(plain_name(name))), None)
+    return row if own is None else {"loss" if n == own else n: v for n, v in row.items()}
 
 
 def _records(text: str) -> Iterator[_Record]:
@@ -130,9 +133,8 @@ def _records(text: str) -> Iterator[_Record]:
         if (heading := _EPOCH_HEADING.fullmatch(plain)) is not None:
             epoch = heading[1]
             continue
-        lower = plain.lower()
         block = None
-        if "loss" not in lower and "trl:" not in lower and "step" not in lower:
+        if _OF_INTEREST.search(plain) is None:
             continue
         line = read_line(plain)
         if not line.losses and "trl" not in line.row:

@@ -18,18 +18,19 @@ COLOURS = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\]8;;[^\x1b\a]*(?:\x1b\\|\a)|\[(?:\d{1,3};)*\d{1,2}m"
 )
 """Also without the escape character, which copying a terminal's text may lose."""
-_WORD = r"[A-Za-z][\w/.-]*"
+_WORD = r"[A-Za-z][\w/.-]{0,99}"
 _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
 _NOT_FINITE = r"nan(?:\(\w*\))?|inf(?:inity)?|1\.#\w+"
 _PAIR = re.compile(
-    rf"(?<![\w.])(?P<name>{_WORD}(?: {_WORD})*(?:(?<!epoch)(?<!iter) ?\([A-Za-z][\w -]*\))?)"
-    r"[\"']?\s*[:=#]{0,2}\s*"
+    rf"(?<![\w.])(?P<name>{_WORD}(?: {_WORD}){{0,7}}(?:(?<!epoch)(?<!iter) ?\([A-Za-z][\w -]*\))?)"
+    r"[\"']?\s*(?:[:=#]{0,2}|[-=]>|→)\s*"
     rf"(?:tensor\(|[\[(]\s*)?(?P<value>[-+]?(?:{_NOT_FINITE}|{_NUMBER}))"
     r"(?P<of>\s*/\s*\d+)?(?=[\s;:|)\]}<]|,(?!\d)|\.?$|\.\s)",
     re.IGNORECASE,
 )
 _EVALUATES = re.compile(
-    rf"(?<![\w./-])(?:eval\w*|valid\w*|{'|'.join(EVALUATION_WORDS)})(?![\w/-]|\.\w)", re.IGNORECASE
+    rf"(?<![\w./\\-])(?:eval\w*|valid\w*|saving dict|{'|'.join(EVALUATION_WORDS)})(?![\w/-]|\.\w)",
+    re.IGNORECASE,
 )
 """A word of its own, not a part of a path or of a name."""
 _LEVEL_WORD = re.compile(r"^(?:(?:debug|info|warning|error)\s+)+", re.IGNORECASE)
@@ -38,7 +39,7 @@ _NO_STEP = re.compile(r"\b(?:per|time|ms|sec|s|max|total|num|warmup|every|avg|av
 """Words before "step" that make it something else's unit or bound."""
 _DICT = re.compile(r"\{\s*['\"].*\}")
 _BARE_NUMBER = re.compile(r"([:\[,]\s*)(-?(?:nan|inf))(?=\s*[,}\]])")
-_COUNT = re.compile(r"(?<![\d/.:\w-])(\d+)\s*/\s*(\d+)(?![\d/.\w]|\s+\d+:\d\d:\d\d)")
+_COUNT = re.compile(r"(?<![\d/.:\w-])(\d+)\s*/\s*(\d+)(?![\d/.\w]|\s+\d\d:\d\d:\d\d)")
 """`10/100`, and no date: that has a year, or a time behind it."""
 _PAIR_OF_COUNTS = re.compile(r"\[\s*(?P<epoch>\d+)\s*,\s*(?P<step>\d+)\s*\]")
 _TIMM = re.compile(
@@ -52,6 +53,12 @@ _EPOCH_THEN_COUNT = re.compile(
 )
 """`Epoch [1][50/7330]`, `Epoch(train) [1][10/25]`, `Epoch: [0]  [ 10/1251]`,
 `Train Epoch: 1 [640/60000 (1%)]`."""
+_LOSS_AT = re.compile(
+    r"(?P<name>(?:[A-Za-z]+ ){0,3}loss) (?:at|after|for|in) (?:\w+ )?"
+    r"(?P<at>step|iteration|iter|epoch|batch)\s*[:#]?\s*(?P<value>\d+)\s*[:=|,-]\s*(?=[-+\dni])",
+    re.IGNORECASE,
+)
+"""`Average loss at step 100: 2.31`, in which the number behind the loss is the step."""
 _BRACKETED_RANK = re.compile(r"\[(?:rank|default|trainer|gpu)\s*[:=]?(\d+)\]", re.IGNORECASE)
 _SRUN_LABEL = re.compile(r"^\s*(\d+):\s")
 
@@ -93,6 +100,7 @@ def read_line(text: str) -> Line:
         if record is not None:
             row = flat(record)
             return Line(row=row | _rank(text[: found.start()], row), words=text[: found.start()])
+    text = _LOSS_AT.sub(r"\g<at> \g<value> \g<name>: ", text)
     words, at = [], 0
     past_loss = False
     for name, value, begin, end in _pairs(text):
@@ -146,8 +154,8 @@ def _unnamed_counts(text: str, row: dict[str, object]) -> dict[str, object]:
         return {}
     for shape in (_TIMM, _PAIR_OF_COUNTS, _EPOCH_THEN_COUNT):
         if (found := shape.search(text)) is not None:
-            epoch = {} if plain & set(EPOCH_NAMES) else {"epoch": found["epoch"]}
-            return epoch | {"step": found["step"]}
+            counts: dict[str, object] = {"step": found["step"]}
+            return counts if plain & set(EPOCH_NAMES) else {"epoch": found["epoch"]} | counts
     named = [(m.start("name"), m.end()) for m in _PAIR.finditer(text)]
     for count in _COUNT.finditer(text):
         inside = any(begin <= count.start() < end for begin, end in named)

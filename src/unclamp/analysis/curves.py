@@ -124,7 +124,7 @@ def _chosen_curve(recorded: Recorded, path: Path, choice: Choice) -> Curve:
             "any step"
         )
     curve = _curve(parts, chosen, recorded.source)
-    notes = [*recorded.notes, *notes_of(recorded, chosen[main], len(parts[main][0]))]
+    notes = [*recorded.notes, *notes_of(recorded, chosen[main], len(parts[main][0]), choice)]
     return _by_record(replace(curve, notes=notes), recorded)
 
 

@@ -26,10 +26,11 @@ from unclamp.errors import AnalysisError
 from unclamp.written import counted
 
 STEP_NAMES = ("step", "global_step", "trainer_global_step", "train_global_step", "train_step",
-              "training_step", "iteration", "iter", "train_iter", "steps", "iterations", "iters",
+              "training_step", "iteration", "iter", "train_iter", "steps", "current_steps",
+              "current_step", "iterations", "iters",
               "num_updates", "update", "updates", "iter_num", "n_iter", "it", "itr", "batch",
               "batch_idx", "s")  # fmt: skip
-SURE_STEPS = 10
+SURE_STEPS = 12
 """So many of the names are a step's whatever they hold; the others only if they are whole."""
 EPOCH_NAMES = ("epoch", "epochs", "train_epoch", "current_epoch")
 MISSING = {"", "na", "n/a", "none", "null", "-"}

@@ -4,6 +4,7 @@ What tells them apart is a column (`split`, `mode`, `run`, ...) or a column's na
 left out without a sentence that says so, and where nothing tells what is wanted, the choices are.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +18,11 @@ from unclamp.written import counted, listed
 Table = Mapping[str, Sequence[Any]]
 """By name, a cell a record; None is missing."""
 EVALUATION_WORDS = ("eval", "evals", "evaluate", "evaluation", "val", "valid", "validate",
-                    "validation", "test", "testing", "dev", "heldout", "holdout")  # fmt: skip
+                    "validation", "test", "testing", "dev", "cv", "heldout", "holdout")  # fmt: skip
 TRAINING_WORDS = ("train", "training", "trn", "fit", "learn")
 EVALUATION = re.compile(rf"(^|_)({'|'.join(EVALUATION_WORDS)}|held_out|hold_out)\d*(_|$)")
 """In a plain name: a quantity of an evaluation."""
-LOSS = re.compile(r"loss(_(train|training|step|value|avg|average|mean|batch|iter|total))?$|^trl$")
+LOSS = re.compile(r"loss(_(train|training|step|value|avg|average|mean|batch|iter|total))*$|^trl$")
 """At the end of a plain name: a loss. `trl` is llm.c's in its main.log."""
 NORM = re.compile(r"grad\w*norm|^gnorm$")
 SPLIT_NAMES = ("split", "mode", "phase", "stage", "subset", "partition", "set", "dataset", "type",
@@ -59,6 +60,7 @@ class Choice:
     pattern: str | None = None
 
 
+@functools.lru_cache(maxsize=4096)
 def plain_name(column: str) -> str:
     """Return a column's name without case and punctuation: `train/Grad-Norm`, train_grad_norm."""
     return re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_")
@@ -70,11 +72,13 @@ def named(columns: Iterable[str], names: Sequence[str]) -> str | None:
     return next((plain[name] for name in names if name in plain), None)
 
 
+@functools.lru_cache(maxsize=4096)
 def is_training_loss(plain: str) -> bool:
     """Return whether a plain name is that of a loss, and of no evaluation's."""
     return LOSS.search(plain) is not None and not EVALUATION.search(plain)
 
 
+@functools.lru_cache(maxsize=4096)
 def is_evaluation_loss(plain: str) -> bool:
     """Return whether a plain name is that of an evaluation's loss."""
     return "loss" in plain and EVALUATION.search(plain) is not None
@@ -157,7 +161,7 @@ def trained_rows(
         if choice.split is not None and choice.split not in TRAINING_WORDS:
             raise AnalysisError(
                 f"{path} has no column that tells splits apart, such as 'split' or 'mode'; "
-                f"--split {choice.split} chooses nothing. The columns are "
+                f"--split {choice.split} chooses nothing. Name one of its columns with --column: "
                 f"{listed([repr(one) for one in table], most=12)}"
             )
         return _flagged(table, rows, notes)
@@ -295,17 +299,25 @@ def _run_column(table: Table, rows: Sequence[int], asked: str) -> tuple[str | No
     column, _, value = asked.partition("=")
     if column in table and any(_text(table[column][i]) == value for i in rows):
         return column, value
-    names = [name for plain in RUN_NAMES if (name := named(table, (plain,))) is not None]
-    names += [name for name in table if name not in names and _is_text(table[name], rows)]
-    for name in names:
+    for name in _run_columns(table, rows):
         if any(_text(table[name][i]) == asked for i in rows):
             return name, asked
     return None, asked
 
 
 def _runs_in_words(table: Table, rows: Sequence[int]) -> list[str]:
-    name = named(table, RUN_NAMES)
-    return [] if name is None else list(dict.fromkeys(_text(table[name][i]) for i in rows))
+    """Return the values of the first column that can tell runs apart."""
+    for name in _run_columns(table, rows):
+        runs = list(dict.fromkeys(_text(table[name][i]) for i in rows))
+        if 1 < len(runs) <= _MOST_RUNS:
+            return runs
+    return []
+
+
+def _run_columns(table: Table, rows: Sequence[int]) -> list[str]:
+    """Return the columns that are called like a run, and then those of text."""
+    called = [name for plain in RUN_NAMES if (name := named(table, (plain,))) is not None]
+    return [*called, *(n for n in table if n not in called and _is_text(table[n], rows))]
 
 
 def refuse_runs(

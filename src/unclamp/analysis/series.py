@@ -6,6 +6,7 @@ import re
 from unclamp.analysis.records import Recorded
 from unclamp.analysis.selections import (
     AmbiguousCurveError,
+    Choice,
     is_training_loss,
     plain_name,
     runs_of_columns,
@@ -16,7 +17,7 @@ SERIES = ("loss", "grad_norm")
 SERIES_NAMES = {
     "loss": ("loss", "train_loss", "training_loss", "loss_train", "train_loss_step", "lm_loss",
              "lm_loss_training_lm_loss", "total_loss", "train_total_loss", "train_cross_entropy",
-             "ce_loss", "train_ce_loss", "optim_loss"),
+             "train_crossentropyloss", "ce_loss", "train_ce_loss", "optim_loss"),
     "grad_norm": ("grad_norm", "train_grad_norm", "gradient_norm", "train_gradient_norm",
                   "total_grad_norm", "optim_total_grad_norm", "gradnorm", "gnorm", "norm"),
 }  # fmt: skip
@@ -24,17 +25,19 @@ SERIES_NAMES = {
 WHOLE_LOSSES = ("loss", "train_loss", "training_loss", "loss_train", "train_loss_step",
                 "total_loss", "train_total_loss")  # fmt: skip
 """Names of all that is minimised; where two of them differ, one is not what it is called."""
+_PART = re.compile(r"(^|_)(z|aux|auxiliary|load_balanc\w*|router|moe\w*|mtp_\d+|kl)_?loss(_|$)")
+"""A part of a loss, or what is added to it."""
 _TENSORBOARD_CSV = {"wall_time", "value"}
 """The columns besides the step in the CSV of one tag that TensorBoard's page downloads."""
 _EXTREME = re.compile(r"(^|_)(min|max)(_|$)")
 
 
-def notes_of(recorded: Recorded, column: str, count: int) -> list[str]:
+def notes_of(recorded: Recorded, column: str, count: int, choice: Choice) -> list[str]:
     """Say what of a column's records does not count by itself; `count` steps are left."""
     steps, cells = recorded.columns[column]
     there = [step for step, cell in zip(steps, cells, strict=True) if cell is not None]
     notes = []
-    others = _other_losses(recorded, column)
+    others = _other_losses(recorded, column) if choice.column is None else []
     if others:
         notes.append(f"{column!r} is taken for the loss, not {listed(others, 'or', most=6)}.")
     if missing := len(cells) - len(there):
@@ -62,14 +65,15 @@ def notes_of(recorded: Recorded, column: str, count: int) -> list[str]:
 
 
 def _other_losses(recorded: Recorded, column: str) -> list[str]:
-    """Return the other columns that are called like all of a loss, or like a language model's."""
-    if plain_name(column) not in SERIES_NAMES["loss"]:
+    """Return the other columns that are called like a loss of training."""
+    if not is_training_loss(plain_name(column)):
         return []
     return [
         repr(other)
         for other, (_, cells) in recorded.columns.items()
         if other != column
-        and plain_name(other) in SERIES_NAMES["loss"]
+        and is_training_loss(plain_name(other))
+        and not _EXTREME.search(plain_name(other))
         and any(cell is not None for cell in cells)
     ]
 
@@ -95,6 +99,7 @@ def choose_column(recorded: Recorded, series: str) -> str | None:
         for column in columns
         if is_training_loss(name) and not _EXTREME.search(name)
     ]
+    likely = [one for one in likely if not _PART.search(plain_name(one))] or likely
     if not likely and set(plain) == _TENSORBOARD_CSV:
         likely = plain["value"]
     if len(likely) > 1:
