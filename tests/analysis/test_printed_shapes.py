@@ -21,6 +21,7 @@ THROUGH: list[tuple[Shape, int, int]] = [
     (printed.tensors, 0, 1), (printed.loguru, 0, 1), (printed.epochs_only, 0, 1),
     (printed.composer, 0, 1), (printed.estimator, 0, 1), (printed.maxtext, 0, 1),
     (printed.detectron2, 0, 1), (printed.sentence, 0, 1), (printed.parts, 0, 1),
+    (printed.below_heading, 0, 1),
 ]  # fmt: skip
 """Shape, its first step, and the distance between steps."""
 ANEW: list[tuple[Shape, str]] = [

@@ -135,6 +135,24 @@ def test_columns_that_could_be_the_loss_are_a_choice(tmp_path: Path) -> None:
     assert notes == ["'loss' is taken for the loss, not 'lm_loss' or 'aux_loss'."]
 
 
+def test_losses_of_several_models_are_a_choice(tmp_path: Path) -> None:
+    text = "".join(f"[{i // 60}/5][{i % 60}/60] Loss_D: 0.5 Loss_G: {x:.4f}\n"
+                   for i, x in enumerate(LOSS))  # fmt: skip
+    path = write(tmp_path / "log", text)
+    with pytest.raises(AnalysisError, match=r"--column: \['Loss_D', 'Loss_G'\]"):
+        read_curve(path)
+    check(path, column="Loss_G")
+
+
+def test_runs_with_labels_on_one_console_are_a_choice(tmp_path: Path) -> None:
+    text = "".join(f"[fp8] step {i} loss {x:.4f}\n[bf16] step {i} loss 9.0\n"
+                   for i, x in enumerate(LOSS))  # fmt: skip
+    path = write(tmp_path / "log", text)
+    with pytest.raises(AnalysisError, match=r"--run: 'fp8' and 'bf16'"):
+        read_curve(path)
+    check(path, run="fp8")
+
+
 @pytest.mark.parametrize("label", ["[rank{}]: ", "{}: ", "[default{}]:", "rank {} "])
 def test_the_mean_counts_of_what_several_ranks_printed(tmp_path: Path, label: str) -> None:
     lines = [f"{label.format(r)}step {i} loss {x + 2 * r - 1:.4f}"

@@ -380,3 +380,9 @@ def lightning_rich(x: float, i: int) -> str:
         f"Epoch {i // EPOCH}/4 ━━━━━━━━━━━━━━ {i % EPOCH}/{EPOCH} 0:00:01 • 0:00:09 9.5it/s "
         f"v_num: 0 train_loss: {x:.3f}"
     )
+
+
+def below_heading(x: float, i: int) -> str:
+    """An evaluation that prints like a step, below a heading."""
+    other = f"\n*** Evaluation ***\n  step {i} loss 9.0" if ends_epoch(i) else ""
+    return f"step {i} loss {x:.4f}{other}"

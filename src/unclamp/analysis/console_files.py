@@ -17,6 +17,7 @@ from unclamp.analysis.selections import (
     TRAINING_WORDS,
     Choice,
     is_evaluation_loss,
+    is_like_loss,
     is_training_loss,
     plain_name,
 )
@@ -25,6 +26,11 @@ from unclamp.written import counted
 
 _EPOCH_HEADING = re.compile(
     r"[\W_]*(?:(?:starting|begin|beginning|training)\s+)?epoch\W*(\d+)(?:\s*(?:/|of)\s*\d+)?[\W_]*",
+    re.IGNORECASE,
+)
+_EVALUATION_HEADING = re.compile(
+    rf"[\W_]*(?:(?:starting|running|begin)\s+)?(?:{'|'.join(EVALUATION_WORDS)}|evaluating|validating)"
+    r"(?:\s+(?:loop|set|results?|epoch\W*\d+))?[\W_]*",
     re.IGNORECASE,
 )
 _BLOCK_LINE = re.compile(r"\s+(?P<name>[A-Za-z][^=:]*?)(?:=|:\s+)(?P<value>\S+)\s*")
@@ -36,18 +42,42 @@ _INNER = "train_inner"
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
+    """A line with a loss.
+
+    Attributes:
+        place: Where it is.
+        line: Its names and values.
+        text: The line.
+        below_evaluation: Whether a heading such as "*** Evaluation ***" stands above, and none of
+            an epoch between.
+        takes_all: Whether each name with something of a loss in it will do.
+    """
+
     place: str
     line: Line
     text: str
+    below_evaluation: bool = False
+    takes_all: bool = False
 
     @property
     def training(self) -> set[str]:
         """The names of its training losses."""
-        return {plain_name(name) for name in self.line.row if is_training_loss(plain_name(name))}
+        is_loss = is_like_loss if self.takes_all else is_training_loss
+        return {plain for name in self.line.row if is_loss(plain := plain_name(name))}
 
     @property
     def has_evaluation_loss(self) -> bool:
+        """Whether one of its losses is called an evaluation's."""
         return any(is_evaluation_loss(plain_name(name)) for name in self.line.row)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether its words say that it is of an evaluation."""
+        return self.line.says_evaluation
+
+    def is_at(self, other: "_Record") -> bool:
+        """Return whether it is of the same step as another."""
+        return self.line.step is not None and self.line.step == other.line.step
 
 
 def read_console(text: str, path: Path, choice: Choice) -> Recorded | None:
@@ -64,23 +94,7 @@ def read_console(text: str, path: Path, choice: Choice) -> Recorded | None:
     """
     if choice.pattern is not None:
         return _read_pattern(text, path, choice, choice.pattern)
-    records = list(_records(text))
-    plainly = [r for r in records if r.training and not r.has_evaluation_loss
-               and not r.line.says_evaluation]  # fmt: skip
-    names = set().union(*(record.training for record in plainly))
-    trained, evaluated, summaries = [], [], 0
-    has_inner = any(_INNER in record.text for record in plainly)
-    for record in records:
-        if has_inner and _SUMMARY.search(record.text):
-            summaries += 1
-        elif (
-            record.line.says_evaluation
-            or not record.training
-            or (record.has_evaluation_loss and names and not record.training & names)
-        ):
-            evaluated.append(record)
-        else:
-            trained.append(record)
+    trained, evaluated, summaries = _sorted_out(list(_records(text)), choice)
     evaluated = [r for r in evaluated if r.has_evaluation_loss or r.training]
     wants_evaluation = choice.split is not None and choice.split.lower() in EVALUATION_WORDS
     used = evaluated if wants_evaluation else trained or evaluated
@@ -94,6 +108,31 @@ def read_console(text: str, path: Path, choice: Choice) -> Recorded | None:
         rows = [_as_loss(row) for row in rows]
     places = [record.place for record in used]
     return from_rows(rows, places, f"console log {path.name}", path, choice=choice, notes=notes)
+
+
+def _sorted_out(records: list[_Record], choice: Choice) -> tuple[list[_Record], list[_Record], int]:
+    """Return the records of training, those of evaluations, and how many sum up epochs."""
+    if choice.column is not None or not any(record.training for record in records):
+        records = [replace(record, takes_all=True) for record in records]
+    plainly = [r for r in records if r.training and not (r.has_evaluation_loss or r.evaluates)]
+    names = set().union(*(record.training for record in plainly))
+    has_inner = any(_INNER in record.text for record in plainly)
+    trained: list[_Record] = []
+    evaluated: list[_Record] = []
+    summaries = 0
+    for record in records:
+        if has_inner and _SUMMARY.search(record.text):
+            summaries += 1
+        elif (
+            record.evaluates
+            or not record.training
+            or (record.has_evaluation_loss and names and not record.training & names)
+            or (record.below_evaluation and trained and record.is_at(trained[-1]))
+        ):
+            evaluated.append(record)
+        else:
+            trained.append(record)
+    return trained, evaluated, summaries
 
 
 def _left_out(
@@ -122,17 +161,19 @@ def _records(text: str) -> Iterator[_Record]:
     """Yield the lines with a loss; epochs told on lines of their own go with those below."""
     epoch: str | None = None
     block: Line | None = None
+    below = False
     for i, raw in enumerate(_lines(text), start=1):
         plain = COLOURS.sub("", raw)
         if block is not None and (part := _BLOCK_LINE.fullmatch(plain)) is not None:
             has_loss = bool(block.losses)
             block.row.setdefault(part["name"], part["value"].rstrip(",").replace(",", ""))
             if block.losses and not has_loss:
-                yield _Record(place=f"line {i}", line=block, text=plain)
+                yield _Record(place=f"line {i}", line=block, text=plain, below_evaluation=below)
             continue
         if (heading := _EPOCH_HEADING.fullmatch(plain)) is not None:
-            epoch = heading[1]
+            epoch, below = heading[1], False
             continue
+        below |= _EVALUATION_HEADING.fullmatch(plain) is not None
         block = None
         if _OF_INTEREST.search(plain) is None:
             continue
@@ -142,7 +183,7 @@ def _records(text: str) -> Iterator[_Record]:
             continue
         if epoch is not None and not any("epoch" in plain_name(name) for name in line.row):
             line.row["epoch"] = epoch
-        yield _Record(place=f"line {i}", line=line, text=plain)
+        yield _Record(place=f"line {i}", line=line, text=plain, below_evaluation=below)
 
 
 def _lines(text: str) -> list[str]:

@@ -42,6 +42,7 @@ _BARE_NUMBER = re.compile(r"([:\[,]\s*)(-?(?:nan|inf))(?=\s*[,}\]])")
 _COUNT = re.compile(r"(?<![\d/.:\w-])(\d+)\s*/\s*(\d+)(?![\d/.\w]|\s+\d\d:\d\d:\d\d)")
 """`10/100`, and no date: that has a year, or a time behind it."""
 _PAIR_OF_COUNTS = re.compile(r"\[\s*(?P<epoch>\d+)\s*,\s*(?P<step>\d+)\s*\]")
+_TWO_COUNTS = re.compile(r"\[\s*(?P<epoch>\d+)\s*/\s*\d+\s*\]\s*\[\s*(?P<step>\d+)\s*/\s*\d+\s*\]")
 _TIMM = re.compile(
     r"^\W*(?:train|test|val\w*|eval\w*):\s*(?P<epoch>\d+)\s*\[\s*(?P<step>\d+)\s*/\s*\d+",
     re.IGNORECASE,
@@ -60,6 +61,9 @@ _LOSS_AT = re.compile(
 )
 """`Average loss at step 100: 2.31`, in which the number behind the loss is the step."""
 _BRACKETED_RANK = re.compile(r"\[(?:rank|default|trainer|gpu)\s*[:=]?(\d+)\]", re.IGNORECASE)
+_LABEL = re.compile(r"\s*[\[(<]([A-Za-z][\w.-]*)[\])>]\s")
+"""What may tell the runs apart that print on one console: `[bf16] step 5 loss 2.3`."""
+_LEVEL = re.compile(r"rank\d*|default\d*|debug|info|warn\w*|error|train\w*", re.IGNORECASE)
 _SRUN_LABEL = re.compile(r"^\s*(\d+):\s")
 
 
@@ -110,6 +114,8 @@ def read_line(text: str) -> Line:
         past_loss |= "loss" in name.lower()
         at = end
     row |= _unnamed_counts(text, row)
+    if (label := _LABEL.match(text)) is not None and not _LEVEL.fullmatch(label[1]):
+        row.setdefault("label", label[1])
     return Line(row=row | _rank(text, row), words=" ".join(words))
 
 
@@ -152,7 +158,7 @@ def _unnamed_counts(text: str, row: dict[str, object]) -> dict[str, object]:
     plain = {plain_name(name) for name in row}
     if plain & set(STEP_NAMES):
         return {}
-    for shape in (_TIMM, _PAIR_OF_COUNTS, _EPOCH_THEN_COUNT):
+    for shape in (_TWO_COUNTS, _TIMM, _PAIR_OF_COUNTS, _EPOCH_THEN_COUNT):
         if (found := shape.search(text)) is not None:
             counts: dict[str, object] = {"step": found["step"]}
             return counts if plain & set(EPOCH_NAMES) else {"epoch": found["epoch"]} | counts

@@ -24,6 +24,8 @@ EVALUATION = re.compile(rf"(^|_)({'|'.join(EVALUATION_WORDS)}|held_out|hold_out)
 """In a plain name: a quantity of an evaluation."""
 LOSS = re.compile(r"loss(_(train|training|step|value|avg|average|mean|batch|iter|total))*$|^trl$")
 """At the end of a plain name: a loss. `trl` is llm.c's in its main.log."""
+LIKE_LOSS = re.compile(r"(^|_)loss(es)?(_(?!scale|weight|mask|fn)|$)")
+"""Anywhere in a plain name: something of a loss, such as one of several (`loss_d`, `loss_g`)."""
 NORM = re.compile(r"grad\w*norm|^gnorm$")
 SPLIT_NAMES = ("split", "mode", "phase", "stage", "subset", "partition", "set", "dataset", "type",
                "event", "kind", "job", "prefix", "loop")  # fmt: skip
@@ -78,6 +80,11 @@ def is_training_loss(plain: str) -> bool:
     return LOSS.search(plain) is not None and not EVALUATION.search(plain)
 
 
+def is_like_loss(plain: str) -> bool:
+    """Return whether a plain name has something of a loss in it, and of no evaluation's."""
+    return LIKE_LOSS.search(plain) is not None and not EVALUATION.search(plain)
+
+
 @functools.lru_cache(maxsize=4096)
 def is_evaluation_loss(plain: str) -> bool:
     """Return whether a plain name is that of an evaluation's loss."""
@@ -123,6 +130,7 @@ def wanted_rows(table: Table, count: int, choice: Choice, notes: list[str]) -> l
     wanted = [name for name in table if name == choice.column]
     if not wanted and choice.column is None:
         wanted = [name for name in table if is_training_loss(plain[name])]
+        wanted = wanted or [name for name in table if is_like_loss(plain[name])]
         wanted += [name for name in table if NORM.search(plain[name])] if wanted else []
     if not wanted:
         return list(range(count))

@@ -7,6 +7,7 @@ from unclamp.analysis.records import Recorded
 from unclamp.analysis.selections import (
     AmbiguousCurveError,
     Choice,
+    is_like_loss,
     is_training_loss,
     plain_name,
     runs_of_columns,
@@ -98,6 +99,12 @@ def choose_column(recorded: Recorded, series: str) -> str | None:
         for name, columns in plain.items()
         for column in columns
         if is_training_loss(name) and not _EXTREME.search(name)
+    ]
+    likely = likely or [
+        column
+        for name, columns in plain.items()
+        for column in columns
+        if is_like_loss(name) and not _EXTREME.search(name)
     ]
     likely = [one for one in likely if not _PART.search(plain_name(one))] or likely
     if not likely and set(plain) == _TENSORBOARD_CSV:

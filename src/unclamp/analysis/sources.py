@@ -95,7 +95,16 @@ def read_as_text(text: str, path: Path, choice: Choice) -> Recorded:
         return printed
     if (comma := _DECIMAL_COMMA.search(text)) is not None:
         raise AnalysisError(f"expected numbers with a decimal point in {path}, got {comma[0]!r}")
-    return read_json(text, path, choice) if is_json(text) else read_csv(text, path, choice)
+    if is_json(text):
+        return read_json(text, path, choice)
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    if first and not any(divides in first for divides in ",\t;"):
+        raise AnalysisError(
+            f"{path} is no CSV, which has a first line that names the columns, and no line of it "
+            "has a number that is called a loss; say where it stands with --pattern, such as "
+            "'(?P<step>\\d+) (?P<loss>\\S+)'"
+        )
+    return read_csv(text, path, choice)
 
 
 def _listed(names: list[str]) -> str:
