@@ -246,5 +246,6 @@ def test_the_options_on_the_command_line_and_a_pipe() -> None:
     text = table("run,split,step,loss", lambda x, i: f"b,train,{i},{x}\na,train,{i},9\nb,val,{i},9")
     done = CliRunner().invoke(app, arguments, input=text)
     assert [spike["onset"] for spike in json.loads(done.stdout)] == [ONSET]
+    assert "300 records of other runs left out." in done.stderr
     done = CliRunner().invoke(app, ["spikes", "-", "--pattern", "loss (?P<loss>.*)"], input=PLAIN)
     assert "1 spike in 300 steps" in done.stdout

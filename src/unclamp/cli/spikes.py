@@ -135,6 +135,8 @@ def spikes(
         for drift in find_divergences(curve.series[name], steps=curve.steps, series=labels[name])
     ]
     if as_json:
+        for note in curve.notes:
+            typer.echo(note, err=True)
         each = sorted([*ordered, *drifts], key=lambda one: one.onset)
         typer.echo(to_json([one.to_dict() | _place(curve, one) for one in each]))
         return
