@@ -54,12 +54,14 @@ class Choice:
         split: The split to read, as the file calls it.
         run: The run to read; a value of the column that tells runs apart, or `COLUMN=VALUE`.
         pattern: Regular expression with the groups `loss` and, as there are, `step` and others.
+        group: Column of the kinds of batches, which tells neither splits nor runs apart.
     """
 
     column: str | None = None
     split: str | None = None
     run: str | None = None
     pattern: str | None = None
+    group: str | None = None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -164,7 +166,7 @@ def trained_rows(
         AmbiguousCurveError: Several splits, none of which is called training.
         AnalysisError: No such split, or no column of splits.
     """
-    name = _split_column(table, rows)
+    name = _split_column({n: c for n, c in table.items() if n != choice.group}, rows)
     if name is None:
         if choice.split is not None and choice.split not in TRAINING_WORDS:
             raise AnalysisError(
@@ -343,7 +345,8 @@ def refuse_runs(
     if choice.run is not None or rises:
         return
     asked = [name for plain in RUN_NAMES if (name := named(table, (plain,))) is not None]
-    others = [name for name in table if name not in asked and _is_text(table[name], rows)]
+    others = [name for name in table if name not in (*asked, choice.group)
+              and _is_text(table[name], rows)]  # fmt: skip
     for name in (*asked, *others):
         firsts: dict[str, int] = {}
         lasts: dict[str, int] = {}
