@@ -1,121 +1,39 @@
 """Columns of numbers from CSV and JSON, in the order in which they were recorded.
 
-Which column is a loss, and what repeated steps mean, is for `curves`.
+Which records count is for `records`; which column is a loss, and what repeated steps mean, is for
+`curves`.
 """
 
 import csv
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unclamp.analysis.records import MISSING, STEP_NAMES, Recorded, from_rows, recorded
+from unclamp.analysis.selections import LOSS, Choice, plain_name
 from unclamp.errors import AnalysisError
+from unclamp.written import counted
 
-STEP_NAMES = ("step", "global_step", "trainer_global_step", "train_global_step", "iteration",
-              "iter", "train_iter", "steps")  # fmt: skip
-EPOCH_NAMES = ("epoch", "epochs", "train_epoch", "current_epoch")
-EVALUATION = re.compile(r"(^|_)(eval|evaluation|val|valid|validation|test|dev)(_|$)")
-"""In a plain name: a quantity of an evaluation."""
-_MODE_NAMES = ("mode", "split", "phase", "stage", "subset")
-_EVALUATION_MODES = {"eval", "evaluation", "val", "valid", "validate", "validation", "test", "dev"}
-_MISSING = {"", "na", "n/a", "none", "null", "-"}
 _DELIMITERS = ",\t;"
+_MESSAGE_NAMES = ("log", "message", "msg")
+_METRIC_LINE = re.compile(r"\d{10,16}\s+(?P<value>\S+)\s+(?P<step>\d+)")
+"""A line of a metric's file in MLflow's folder: time in ms, value, step."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recorded:
-    """Columns as recorded.
+def read_csv(text: str, path: Path, choice: Choice) -> Recorded:
+    """Return the columns of CSV text; its first line names them.
 
-    Attributes:
-        columns: By name, the step and the value of each record, in order; None is missing.
-        source: What it was read from, in words.
-        places: Where in the file each record is, such as "line 7"; empty where there are no such.
-        same: Names that one header gives to several columns, which are told apart by place.
-        restarts: Epoch and step of each step number, where the file counts steps anew in each
-            epoch; the step numbers here then only give the order. Empty otherwise.
-        step_name: What the file calls a step.
-        notes: What was left out, a sentence each.
-    """
-
-    columns: dict[str, tuple[Sequence[int], Sequence[Any]]]
-    source: str
-    places: Sequence[str] = ()
-    same: Mapping[str, str] = field(default_factory=dict)
-    restarts: Sequence[tuple[int, int]] = ()
-    step_name: str = "step"
-    notes: Sequence[str] = ()
-
-    def numbers(self, name: str, path: Path) -> tuple[Sequence[int], list[float | None]]:
-        """Return the steps and numbers of a column; None for a missing one.
-
-        Raises:
-            AnalysisError: A cell is no number; it names the place, the column and `path`.
-        """
-        at, cells = self.columns[name]
-        found = []
-        for i, cell in enumerate(cells):
-            place = self.places[i] if self.places else f"record {i + 1}"
-            found.append(_number_at(cell, f"column {name!r}, {place} of {path}"))
-        return at, found
-
-
-def to_number(value: Any) -> float | None:
-    """Return what a cell holds: a number, None if nothing.
-
-    Raises:
-        AnalysisError: Text that is no number.
-
-    Numerics: "nan", "inf" and "-Infinity" are the numbers they name.
-    """
-    if value is None or isinstance(value, bool):
-        return None
-    if isinstance(value, str):
-        text = value.strip()
-        if text.lower() in _MISSING:
-            return None
-        try:
-            return float(text)
-        except ValueError as error:
-            raise AnalysisError(f"expected a number, got {text!r}") from error
-    return float(value)
-
-
-def _number_at(cell: Any, place: str) -> float | None:
-    try:
-        return to_number(cell)
-    except (AnalysisError, TypeError) as error:
-        hint = ""
-        if isinstance(cell, str) and re.fullmatch(r"[-+]?\d+,\d+", cell.strip()):
-            hint = "; decimals need a point"
-        raise AnalysisError(f"expected a number in {place}, got {cell!r}{hint}") from error
-
-
-def plain_name(column: str) -> str:
-    """Return a column's name without case and punctuation: `train/Grad-Norm`, train_grad_norm."""
-    return re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_")
-
-
-def read_csv_file(path: Path) -> Recorded:
-    """Return the columns of a CSV file; its first line names them.
-
-    Commas, tabs or semicolons separate cells. Empty cells, NA, null and None are missing.
+    Commas, tabs, semicolons or blanks separate cells. Empty cells, NA, null and None are missing.
+    Blank lines, those that begin with `#`, and the header again are passed over.
 
     Raises:
         AnalysisError: No header, no rows, or a step that is no whole number.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        delimiter = max(_DELIMITERS, key=header.count)
-        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-        reader = csv.reader(file, delimiter=delimiter)
-        lines, rows = [], []
-        for row in reader:
-            if row:
-                lines.append(f"line {reader.line_num + 1}")
-                rows.append(row)
+    names, rows, lines = _cells(text)
     if not names or all(_is_number(name) for name in names):
+        header = (text.strip().splitlines() or [""])[0]
         raise AnalysisError(
             f"expected the first line of {path} to name the columns, such as 'step,loss', "
             f"got {header.strip()[:60]!r}"
@@ -130,29 +48,61 @@ def read_csv_file(path: Path) -> Recorded:
         for i, name in enumerate(names, start=1)
     ]
     table = {
-        name: [row[i] if i < len(row) and row[i].strip().lower() not in _MISSING else None
+        name: [row[i] if i < len(row) and row[i].strip().lower() not in MISSING else None
                for row in rows]
         for i, name in enumerate(shown)
     }  # fmt: skip
     same = {one: name for one, name in zip(shown, names, strict=True) if one != name}
-    return _recorded(table, lines, f"CSV file {path.name}", path, same=same)
+    return recorded(table, lines, f"CSV file {path.name}", path, choice=choice, same=same)
 
 
-def is_csv_file(path: Path) -> bool:
+def is_csv(text: str) -> bool:
     """Return whether the first line names columns, one of them a step or a loss, with numbers.
 
     The next line has as many cells, and a number or nothing in those of steps and losses. A header
-    alone is a CSV file too, one in which nothing was recorded.
+    alone is CSV too, in which nothing was recorded.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        delimiter = max(_DELIMITERS, key=header.count)
-        row = next((row for row in csv.reader(file, delimiter=delimiter) if _has_text(row)), None)
-    plain = [plain_name(name) for name in next(csv.reader([header], delimiter=delimiter), [])]
-    asked = [i for i, name in enumerate(plain) if name in STEP_NAMES or name.endswith("loss")]
-    if row is None or not asked:
-        return bool(asked)
+    begin = "".join(text.splitlines(keepends=True)[:_LOOKED_AT])
+    names, rows, _ = _cells(begin)
+    plain = [plain_name(name) for name in names]
+    asked = [i for i, name in enumerate(plain) if name in STEP_NAMES or LOSS.search(name)]
+    if not rows or not asked:
+        return bool(asked) and not rows and _delimiter(begin.strip()) != " "
+    row = rows[0]
     return len(row) == len(plain) and all(_is_cell(row[i]) for i in asked)
+
+
+_LOOKED_AT = 50
+
+
+def _cells(text: str) -> tuple[list[str], list[list[str]], list[str]]:
+    """Return the names, the rows under them and where those are."""
+    every = text.splitlines()
+    first = next((i for i, line in enumerate(every) if line.strip() and line[0] != "#"), None)
+    if first is None:
+        return [], [], []
+    delimiter = _delimiter(every[first])
+    reader = csv.reader(every[first:], delimiter=delimiter, skipinitialspace=delimiter == " ")
+    names = [name.strip() for name in next(reader, [])]
+    rows, places = [], []
+    for row in reader:
+        cells = [cell for cell in row if cell] if delimiter == " " else row
+        if not _has_text(cells) or cells[0].startswith("#") or _strip(cells) == names:
+            continue
+        rows.append(cells)
+        places.append(f"line {first + reader.line_num}")
+    names = [name for name in names if name] if delimiter == " " else names
+    return names, rows, places
+
+
+def _strip(cells: Sequence[str]) -> list[str]:
+    return [cell.strip() for cell in cells]
+
+
+def _delimiter(header: str) -> str:
+    """Return what separates the names; blanks if nothing else does."""
+    likely = max(_DELIMITERS, key=header.count)
+    return likely if likely in header or " " not in header.strip() else " "
 
 
 def _has_text(row: Sequence[str]) -> bool:
@@ -161,15 +111,14 @@ def _has_text(row: Sequence[str]) -> bool:
 
 def _is_cell(text: str) -> bool:
     """Return whether a cell holds a number or says that there is none."""
-    return text.strip().lower() in _MISSING or _is_number(text)
+    return text.strip().lower() in MISSING or _is_number(text)
 
 
-def is_json_throughout(path: Path) -> bool:
+def is_json_throughout(text: str) -> bool:
     """Return whether what begins as JSON goes on so; a console may print a dict first.
 
     A second line that is cut off is JSON still, and so is every line of one document.
     """
-    text = path.read_text(encoding="utf-8-sig")
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) < 2 or lines[1].lstrip().startswith("{"):
         return True
@@ -188,183 +137,117 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def is_json_file(path: Path) -> bool:
-    """Return whether a file is meant as JSON; a Python dict or a bracketed word is none."""
-    with path.open(encoding="utf-8-sig") as file:
-        begin = file.read(4096).lstrip()
-        if begin.startswith("{"):
-            return begin[1:].lstrip()[:1] != "'"
-        if not begin.startswith("["):
-            return False
-        return _is_json(begin + file.read())
+def is_json(text: str) -> bool:
+    """Return whether a text is meant as JSON; a Python dict or a bracketed word is none."""
+    begin = text.lstrip()
+    if begin.startswith("{"):
+        return begin[1:].lstrip()[:1] != "'"
+    return begin.startswith("[") and _is_json(text)
 
 
-def read_json_file(path: Path) -> Recorded:
-    """Return the columns of a JSON file.
+def messages(text: str) -> str:
+    """Return what a program printed, where a logger made each line an object; "" elsewhere.
+
+    Docker has the line in `log`, others in `message` or `msg`. Objects with a loss of their own
+    are records themselves.
+    """
+    begin = text.lstrip().partition("\n")[0]
+    if not begin.startswith("{") or not _is_json(begin):
+        return ""
+    found = []
+    for line in text.splitlines():
+        if not _is_json(line):
+            continue
+        record = json.loads(line)
+        if not isinstance(record, dict) or any(LOSS.search(plain_name(name)) for name in record):
+            return ""
+        found += [str(record[name]).rstrip("\n") for name in _MESSAGE_NAMES if name in record]
+    return "\n".join(found)
+
+
+def read_json(text: str, path: Path, choice: Choice) -> Recorded:
+    """Return the columns of JSON text.
 
     JSON lines, an object a record; a trainer's state, whose `log_history` has an object a record;
     a list of objects; or an object of lists. Nested names are joined by a slash. A last line that
-    is cut off, as of a killed run, is left out.
+    is cut off, as of a killed run, is left out; lines that do not begin as JSON are too, and said.
 
     Raises:
         AnalysisError: None of those.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    notes: list[str] = []
     try:
         document = json.loads(text)
     except ValueError:
-        document = _json_lines(text, path)
+        document = _json_lines(text, path, notes)
     source = f"JSON file {path.name}"
     if isinstance(document, dict) and isinstance(document.get("log_history"), list):
         document, source = document["log_history"], f"Hugging Face trainer state {path.name}"
     elif isinstance(document, dict):
-        lists = {key: value for key, value in document.items() if isinstance(value, list)}
+        lists = _lists(document)
         count = max((len(value) for value in lists.values()), default=0)
         if count:
             table = {k: v + [None] * (count - len(v)) for k, v in lists.items()}
-            return _recorded(table, _records(count), source, path)
+            return recorded(table, _records(count), source, path, choice=choice)
         document = [document]
-    rows = [_flat(row) for row in document if isinstance(row, dict)]
+    rows = [flat(row) for row in document if isinstance(row, dict)]
     if not rows:
         raise AnalysisError(f"expected records with a loss in {path}, found none")
-    return from_rows(rows, _records(len(rows)), source, path)
+    return from_rows(rows, _records(len(rows)), source, path, choice=choice, notes=notes)
 
 
-def from_rows(
-    rows: Sequence[Mapping[str, Any]],
-    places: Sequence[str],
-    source: str,
-    path: Path,
-    *,
-    notes: Sequence[str] = (),
-) -> Recorded:
-    """Return records as columns; None where a record lacks a name."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = {name: [row.get(name) for row in rows] for name in names}
-    return _recorded(table, places, source, path, notes=notes)
+def read_metric_file(text: str, path: Path, choice: Choice) -> Recorded | None:
+    """Return the column of a metric's file in MLflow's folder, called as the file; None if none."""
+    found = [_METRIC_LINE.fullmatch(line.strip()) for line in text.splitlines() if line.strip()]
+    rows = [{"step": match["step"], path.name: match["value"]} for match in found if match]
+    if not rows or len(rows) < len(found):
+        return None
+    return from_rows(rows, _records(len(rows)), f"MLflow metric {path.name}", path, choice=choice)
 
 
 def _records(count: int) -> list[str]:
     return [f"record {i + 1}" for i in range(count)]
 
 
-def _json_lines(text: str, path: Path) -> list[Any]:
+def _json_lines(text: str, path: Path, notes: list[str]) -> list[Any]:
     lines = [(i, line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    rows = []
+    rows, others = [], 0
     for i, line in lines:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
             if i == lines[-1][0] and rows:
                 break
+            if rows and line.lstrip()[0] not in "{[":
+                others += 1
+                continue
             raise AnalysisError(f"line {i} of {path} is no JSON: {error}") from error
+    if others:
+        notes.append(f"{counted(others, 'line')} that {'is' if others == 1 else 'are'} no JSON "
+                     "passed over.")  # fmt: skip
     return rows
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the numbers of a record, nested ones under joined names."""
-    flat: dict[str, Any] = {}
+def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a record, nested ones under joined names; lists are left out."""
+    found: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}/")
+            found |= flat(value, f"{prefix}{key}/")
         elif not isinstance(value, list):
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
-def _recorded(
-    table: Mapping[str, Sequence[Any]],
-    places: Sequence[str],
-    source: str,
-    path: Path,
-    *,
-    same: Mapping[str, str] | None = None,
-    notes: Sequence[str] = (),
-) -> Recorded:
-    """Pair each column with the table's steps, or with row numbers if it has none."""
-    name = _named(table, STEP_NAMES)
-    steps: Sequence[int | None] = range(len(places))
-    if name is not None:
-        where = [f"column {name!r}, {place} of {path}" for place in places]
-        steps = [_whole(cell, place) for cell, place in zip(table[name], where, strict=True)]
-    trained = _trained(table, len(places))
-    rows = [i for i, step in enumerate(steps) if step is not None and trained[i]]
-    at = [step for i in rows if (step := steps[i]) is not None]
-    restarts: list[tuple[int, int]] = []
-    if name is not None and (epochs := _epochs(table, rows)) and _starts_anew(epochs, at):
-        pairs = list(zip(epochs, at, strict=True))
-        restarts = sorted(set(pairs))
-        order = {pair: i for i, pair in enumerate(restarts)}
-        at = [order[pair] for pair in pairs]
-    evaluations = trained.count(False)
-    if evaluations:
-        records = "record of an evaluation was" if evaluations == 1 else (
-            "records of evaluations were")  # fmt: skip
-        notes = [*notes, f"{evaluations:,} {records} left out."]
-    columns: dict[str, tuple[Sequence[int], Sequence[Any]]] = {
-        other: (at, [cells[i] for i in rows]) for other, cells in table.items() if other != name
-    }
-    return Recorded(
-        columns=columns,
-        source=source,
-        places=[places[i] for i in rows],
-        same=same or {},
-        restarts=restarts,
-        step_name=name or "step",
-        notes=notes,
-    )
-
-
-def _trained(table: Mapping[str, Sequence[Any]], count: int) -> list[bool]:
-    """Return which records are of training, by a column that says so; all without one."""
-    name = _named(table, _MODE_NAMES)
-    cells = table[name] if name is not None else [None] * count
-    return [str(cell).strip().lower() not in _EVALUATION_MODES for cell in cells]
-
-
-def _epochs(table: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> list[int]:
-    """Return the epoch of each row; empty if they are not all known, whole numbers."""
-    name = _named(table, EPOCH_NAMES)
-    if name is None:
-        return []
-    epochs = []
-    for i in rows:
-        try:
-            number = to_number(table[name][i])
-        except (AnalysisError, TypeError):
-            return []
-        if number is None or not number.is_integer():
-            return []
-        epochs.append(int(number))
-    return epochs
-
-
-def _starts_anew(epochs: Sequence[int], steps: Sequence[int]) -> bool:
-    """Return whether steps are counted from the beginning in each epoch.
-
-    Where a run is resumed, steps go back too, but then the epoch does not rise.
-    """
-    rises = [i for i in range(1, len(epochs)) if epochs[i] > epochs[i - 1]]
-    back = sum(steps[i] <= steps[i - 1] for i in rises)
-    return 2 * back > len(rises)
-
-
-def _named(columns: Iterable[str], names: Sequence[str]) -> str | None:
-    """Return the column that is called by the first of some plain names, None if there is none."""
-    plain = {plain_name(column): column for column in columns}
-    return next((plain[name] for name in names if name in plain), None)
-
-
-def _whole(cell: Any, place: str) -> int | None:
-    number = _number_at(cell, place)
-    try:
-        if number is None:
-            return None
-        if number != int(number):
-            raise ValueError
-    except (ValueError, OverflowError) as error:
-        raise AnalysisError(f"expected a whole step in {place}, got {cell!r}") from error
-    return int(number)
+def _lists(document: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:
+    """Return the lists of an object, nested ones under joined names."""
+    found: dict[str, list[Any]] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            found |= _lists(value, f"{prefix}{key}/")
+        elif isinstance(value, list):
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _is_number(text: str) -> bool:

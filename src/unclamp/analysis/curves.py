@@ -1,12 +1,11 @@
 """Loss curves from wherever they were written: a run log, CSV, JSON, a trainer, TensorBoard.
 
 `read_curve` finds out what a path holds, which column is the loss and which the gradient norm,
-and brings the records into one order of steps. The parsing of each format is in `curve_files` and
-`event_files`; what the curve means is for `spikes`.
+and brings the records into one order of steps. What a path holds is found out in `sources`, which
+column is the loss in `series`; what the curve means is for `spikes`.
 """
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,33 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from unclamp.analysis.console_files import read_console_file
-from unclamp.analysis.curve_files import (
-    EVALUATION,
-    Recorded,
-    is_csv_file,
-    is_json_file,
-    is_json_throughout,
-    plain_name,
-    read_csv_file,
-    read_json_file,
-    to_number,
-)
-from unclamp.analysis.event_files import read_event_files
 from unclamp.analysis.groups import Group, has_kinds, joined
+from unclamp.analysis.records import Recorded, to_number
+from unclamp.analysis.selections import Choice
+from unclamp.analysis.series import SERIES, choose_column, notes_of
+from unclamp.analysis.sources import read_as_text, read_source
 from unclamp.errors import AnalysisError, did_you_mean
-from unclamp.runlog import RunLog, find_runs, is_run
+from unclamp.runlog import RunLog, is_run
 
-SERIES = ("loss", "grad_norm")
-SERIES_NAMES = {
-    "loss": ("loss", "train_loss", "training_loss", "loss_train", "train_loss_step", "lm_loss",
-             "lm_loss_training_lm_loss", "total_loss", "train_total_loss", "train_cross_entropy",
-             "ce_loss", "train_ce_loss", "optim_loss"),
-    "grad_norm": ("grad_norm", "train_grad_norm", "gradient_norm", "train_gradient_norm",
-                  "total_grad_norm", "optim_total_grad_norm", "gradnorm", "gnorm", "norm"),
-}  # fmt: skip
-"""What a series is called elsewhere, the likeliest first; case and punctuation do not count."""
-_EXTREME = re.compile(r"(^|_)(min|max)(_|$)")
 _SHOWN = 12
 
 
@@ -85,31 +65,46 @@ class Losses:
 
 
 def read_curve(
-    path: str | os.PathLike[str], *, column: str | None = None, group: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    column: str | None = None,
+    split: str | None = None,
+    run: str | None = None,
+    pattern: str | None = None,
+    group: str | None = None,
 ) -> Curve:
     """Return the curve that a file or folder holds.
 
     Reads the folder of a run log; CSV with a header line; JSON lines, nested or not; a Hugging
     Face `trainer_state.json`, or a folder or checkpoint with one; a TensorBoard event file, or a
-    folder with those of one run; what a trainer printed, a line a step.
+    folder with those of one run; a metric's file in MLflow's folder; what a trainer printed, a line
+    a step. Text may be gzip, UTF-8 or UTF-16; "-" is the standard input.
 
     Records are taken in the order in which they were written. Where the step goes back (a resumed
     run), what was recorded before from that step on is dropped; a step recorded twice counts as it
-    was recorded last. Without a column of steps the rows are numbered from 0; so are they where
-    steps are counted anew in each epoch. Records of an evaluation are left out, and said.
+    was recorded last; of several ranks the mean counts. Without a column of steps the rows are
+    numbered from 0; so are they where steps are counted anew in each epoch. What does not count,
+    such as records of an evaluation, is said in `notes`.
 
     Args:
         path: What to read.
         column: Column or tag to take for the loss; without it, one that is called like a loss.
+        split: Split to read, as the file calls it; without it, what is called training.
+        run: Run to read, where a file holds several: as the file calls it, `COLUMN=VALUE`, or
+            "all" for records that one run wrote under several names.
+        pattern: Regular expression for text: a line in which it is found is a record, its groups
+            `loss` and, as there are, `step`, `grad_norm`, `epoch` and others are the values.
         group: Column that holds the kind of each step's batch, as any text. A run log has its own.
 
     Raises:
-        AnalysisError: Nothing readable, no such column, or several that could be the loss; or a
-            group's column was named for a run log.
+        AnalysisError: Nothing readable, no such column, split or run; or several that could be
+            meant, with the choices; or a group's column was named for a run log.
         RunLogError: A run that this version cannot read.
     """
     path = Path(path)
+    choice = Choice(column=column, split=split, run=run, pattern=pattern, group=group)
     if path.is_dir() and is_run(path):
+        _refuse_for_runs(choice, path)
         if group is not None:
             raise AnalysisError(
                 f"{path} is a run log, which holds the groups that recorder.step(group=...) was "
@@ -117,11 +112,22 @@ def read_curve(
             )
         with RunLog.open(path) as log:
             return run_curve(log, column=column)
-    recorded = _read_folder(path) if path.is_dir() else _read_file(path)
+    return _chosen_curve(read_source(path, choice), path, choice)
+
+
+def read_text_curve(text: str, path: Path, choice: Choice) -> Curve:
+    """Return the curve in the text of a file, `path` as it is called; as `read_curve`."""
+    return _chosen_curve(read_as_text(text, path, choice), path, choice)
+
+
+def _chosen_curve(recorded: Recorded, path: Path, choice: Choice) -> Curve:
+    """Return the curve of the columns that were asked for, or are called like one."""
+    column, group = choice.column, choice.group
     chosen = {
         name: found
         for name in SERIES
-        if (found := column if name == "loss" and column else _choose(recorded, name)) is not None
+        if (found := column if name == "loss" and column else choose_column(recorded, name))
+        is not None
     }
     for name in (column, group):
         if name is not None and name not in recorded.columns:
@@ -136,7 +142,7 @@ def read_curve(
         )
     if column is not None and chosen.get("grad_norm") == column:
         del chosen["grad_norm"]  # once, as what was asked for
-    parts = {name: _in_order(*recorded.numbers(found, path)) for name, found in chosen.items()}
+    parts = {name: _ordered(recorded, found, path) for name, found in chosen.items()}
     main = next(iter(parts))  # the loss, if there is one
     if len(parts[main][0]) == 0:
         raise AnalysisError(
@@ -147,7 +153,8 @@ def read_curve(
     if group is not None:
         at, cells = recorded.columns[group]
         curve = _with_groups(curve, [_groups_in_order(at, list(map(_to_group, cells)))])
-    return _by_record(replace(curve, notes=recorded.notes), recorded)
+    notes = [*recorded.notes, *notes_of(recorded, chosen[main], len(parts[main][0]), choice)]
+    return _by_record(replace(curve, notes=notes), recorded)
 
 
 def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
@@ -221,73 +228,23 @@ def run_losses(log: RunLog) -> Losses:
     )
 
 
-def _read_folder(path: Path) -> Recorded:
-    """Read what a folder holds that is no run."""
-    states = [path / "trainer_state.json"] if (path / "trainer_state.json").is_file() else []
-    checkpoints = {
-        int(state.parent.name.rpartition("-")[2]): state
-        for state in path.glob("checkpoint-*/trainer_state.json")
-        if state.parent.name.rpartition("-")[2].isdigit()
-    }
-    if states or checkpoints:
-        return read_json_file(states[0] if states else checkpoints[max(checkpoints)])
-    events = sorted({file.parent for file in path.rglob("*tfevents*") if file.is_file()})
-    if len(events) > 1:
-        raise AnalysisError(
-            f"{path} holds TensorBoard events of several runs; give one of "
-            f"{_listed([str(folder) for folder in events])}"
-        )
-    if events:
-        return read_event_files(events[0])
-    if (path / "study.json").is_file() or find_runs(path):
-        RunLog.open(path)  # raises, and names the runs in it
-    raise AnalysisError(
-        f"{path} holds no run log, trainer_state.json or TensorBoard events; "
-        "give a run's folder, or a CSV or JSON file"
-    )
+def _refuse_for_runs(choice: Choice, path: Path) -> None:
+    """Refuse options that say nothing of a run log."""
+    asked = {"--split": choice.split, "--run": choice.run, "--pattern": choice.pattern}
+    for option, value in asked.items():
+        if value is not None:
+            raise AnalysisError(
+                f"{path} is the log of one run's training; {option} {value!r} is for files of "
+                "other programs"
+            )
 
 
-def _read_file(path: Path) -> Recorded:
-    if not path.exists():
-        raise AnalysisError(f"expected a run or a file with a loss curve, but {path} is not there")
-    if "tfevents" in path.name:
-        return read_event_files(path)
-    try:
-        if is_json_file(path):
-            printed = None if is_json_throughout(path) else read_console_file(path)
-            return read_json_file(path) if printed is None else printed
-        printed = None if is_csv_file(path) else read_console_file(path)
-        return read_csv_file(path) if printed is None else printed
-    except UnicodeDecodeError as error:
-        raise AnalysisError(
-            f"{path} is no text; expected CSV, JSON lines, trainer_state.json, a console log or "
-            "an event file"
-        ) from error
-    except OSError as error:
-        raise AnalysisError(f"cannot read {path}: {error}") from error
-
-
-def _choose(recorded: Recorded, series: str) -> str | None:
-    """Return the column that holds a series, None if there is none.
-
-    Raises:
-        AnalysisError: Several that could be the loss.
-    """
-    plain: dict[str, list[str]] = {}
-    for column in recorded.columns:
-        plain.setdefault(plain_name(recorded.same.get(column, column)), []).append(column)
-    likely = next((plain[name] for name in SERIES_NAMES[series] if name in plain), [])
-    if series != "loss":
-        return likely[0] if len(likely) == 1 else None
-    likely = likely or [
-        column
-        for name, columns in plain.items()
-        for column in columns
-        if name.endswith("loss") and not EVALUATION.search(name) and not _EXTREME.search(name)
-    ]
-    if len(likely) > 1:
-        raise AnalysisError(f"several columns could be the loss; name one with --column: {likely}")
-    return likely[0] if likely else None
+def _ordered(recorded: Recorded, column: str, path: Path) -> tuple[np.ndarray, list[float | None]]:
+    """Return rising steps and their values: the mean over ranks, where several wrote."""
+    steps, values = recorded.numbers(column, path)
+    if recorded.ranks:
+        return _mean_over_ranks(steps, recorded.ranks, values)
+    return _in_order(steps, values)
 
 
 def _in_order(steps: Sequence[int], values: Sequence[Any]) -> tuple[np.ndarray, list[float | None]]:

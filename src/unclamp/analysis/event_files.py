@@ -3,7 +3,7 @@
 import warnings
 from pathlib import Path
 
-from unclamp.analysis.curve_files import Recorded
+from unclamp.analysis.records import Recorded
 from unclamp.errors import AnalysisError
 
 

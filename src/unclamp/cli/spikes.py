@@ -48,7 +48,7 @@ def spikes(
         Path,
         typer.Argument(
             help="Folder of a run; or CSV, JSON lines, trainer_state.json, TensorBoard events, "
-            "a console log."
+            "a console log, also as .gz; - for what comes through a pipe."
         ),
     ],
     method: Annotated[Method, typer.Option(help="Definition of a spike.")] = Method.ROBUST,
@@ -64,6 +64,36 @@ def spikes(
             show_default=False,
         ),
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split to read, such as val; what is called training by default.",
+            show_default=False,
+        ),
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            help="Run to read, where a file holds several: its name, or COLUMN=VALUE.",
+            show_default=False,
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="For text: finds a record in a line; its groups (?P<loss>...), (?P<step>...), "
+            "(?P<grad_norm>...) are the values.",
+            show_default=False,
+        ),
+    ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow",
+            help="Go on reading as the file grows, and tell each new spike; until Ctrl-C.",
+        ),
+    ] = False,
     threshold: Annotated[
         float | None,
         typer.Option(help="In the method's unit; its own by default.", show_default=False),
@@ -76,7 +106,20 @@ def spikes(
     """
     from unclamp.analysis import find_divergences, find_spikes, read_curve  # noqa: PLC0415
 
-    curve = read_curve(path, column=column, group=group)
+    if follow:
+        from unclamp.analysis.selections import Choice  # noqa: PLC0415
+        from unclamp.cli.following import follow_spikes  # noqa: PLC0415
+
+        curve = follow_spikes(
+            path,
+            Choice(column=column, split=split, run=run, pattern=pattern, group=group),
+            lambda growing: _spikes_so_far(growing, column, method, series, threshold),
+            tell=_tell_as_json if as_json else None,
+        )
+        if as_json:
+            return
+    else:
+        curve = read_curve(path, column=column, split=split, run=run, pattern=pattern, group=group)
     names = [name for name in curve.series if series in (Series.BOTH, name)]
     if not names:
         raise AnalysisError(f"{path} has no {series}; it has {list(curve.series)}")
@@ -104,6 +147,8 @@ def spikes(
         )
     ]
     if as_json:
+        for note in curve.notes:
+            typer.echo(note, err=True)
         each = sorted([*ordered, *drifts], key=lambda one: one.onset)
         typer.echo(to_json([one.to_dict() | _place(curve, one) for one in each]))
         return
@@ -118,6 +163,33 @@ def spikes(
         values = curve.series[name]
         for line in _lines(labels[name], values, curve.groups, found[name], method, threshold):
             typer.echo(line)
+
+
+def _spikes_so_far(
+    curve: "Curve", column: str | None, method: Method, series: Series, threshold: float | None
+) -> "list[Spike]":
+    """Return the spikes of a growing curve, by onset."""
+    from unclamp.analysis import find_spikes  # noqa: PLC0415
+
+    found = [
+        spike
+        for name in curve.series
+        if series in (Series.BOTH, name)
+        for spike in find_spikes(
+            curve.series[name],
+            steps=curve.steps,
+            groups=curve.groups,
+            method=method,
+            threshold=threshold,
+            series=curve.columns[name] if column and name == "loss" else name,
+        )
+    ]
+    return sorted(found, key=lambda spike: spike.onset)
+
+
+def _tell_as_json(curve: "Curve", spike: "Spike") -> None:
+    """Print one spike as a line of JSON."""
+    typer.echo(to_json(spike.to_dict() | _place(curve, spike), indent=None))
 
 
 def _place(curve: "Curve", found: "Spike | Divergence") -> dict[str, str]:
