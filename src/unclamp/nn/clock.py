@@ -104,7 +104,7 @@ class Clock:
 
     def after_step(self, optimizer: Optimizer, ledger: Ticking) -> None:
         """Update what an optimizer's step was for. Of an unknown model every step is for all."""
-        self.unseen.is_in_step = False
+        self.unseen.is_in_step, self._asked = False, 0
         if not ledger.is_due or _is_skipped(optimizer):
             return
         model = self.model
@@ -157,10 +157,12 @@ class Clock:
         """Return the products of a ledger, with their modules in the model as it is now known."""
         if self._found_for is not ledger.sites:
             model = self.model
+            everything = () if model is None else model.modules()
+            operands: dict[nn.Module, Any] = {m: m.__dict__.get("sites") for m in everything}
             modules = {
-                operands.indices[ROLES[0]] // len(ROLES): weakref.ref(module)
-                for module in ([] if model is None else model.modules())
-                if getattr(operands := module.__dict__.get("sites"), "ledger", None) is ledger
+                own.indices[ROLES[0]] // len(ROLES): weakref.ref(module)
+                for module, own in operands.items()
+                if getattr(own, "ledger", None) is ledger
             }
             self._products = [
                 Product(number=number, module=modules.get(number))
@@ -169,14 +171,14 @@ class Clock:
             self._found_for = ledger.sites
         return self._products
 
-    def someone_trains(self) -> bool:
+    def someone_trains(self, ledger: Ticking) -> bool:
         """Whether a parameter of the model wants a gradient.
 
         Asked at each product, and looked up once in as many questions as there are products.
         """
         if self._asked <= 0:
             model = self.model
-            self._asked = max(len(self._products), 1)
+            self._asked = len(ledger.sites) // len(ROLES)
             self._someone_trains = model is not None and any(
                 p.requires_grad for p in model.parameters()
             )

@@ -109,7 +109,7 @@ def when_to_commit(
         return "in backward"
     if torch.compiler.is_compiling():
         return "now" if training else None
-    if not (training or operands.ledger.clock.someone_trains()):
+    if not (training or operands.ledger.clock.someone_trains(operands.ledger)):
         return None
     # Without a backward of its own, a forward that backward re-computes must not count again.
     return "now" if torch._C._current_graph_task_id() == -1 else None
