@@ -1,6 +1,8 @@
 """Every way to train makes one update a step: by itself, or where it is told; or it is said."""
 
 import gc
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -246,3 +248,36 @@ def test_a_part_can_be_told_alone() -> None:
 def test_a_step_of_no_module_is_refused() -> None:
     with pytest.raises(unclamp.ConvertError, match=r"expected a module for unclamp\.step"):
         unclamp.step(torch.optim.SGD([torch.ones(1, requires_grad=True)]))  # pyright: ignore
+
+
+FSDP2 = """
+import sys, warnings
+import torch, torch.distributed as dist, unclamp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from unclamp.nn import find_ledgers
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+warnings.filterwarnings("error", category=unclamp.UnclampWarning)
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+unclamp.convert(model, unclamp.Recipe.uniform(unclamp.Delayed(history_len=8)))
+fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(6):
+    model(torch.full((2, 8), 1.0 + step)).square().mean().backward()
+    model.unshard()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.reshard()
+(ledger,) = find_ledgers(model)
+print(ledger.updates, ledger.history_of(0).tolist())
+"""
+
+
+def test_fsdp2_that_steps_between_unshard_and_reshard_is_followed(tmp_path: Path) -> None:
+    """The optimizer holds the shards, and the model the whole parameters, at every step."""
+    done = subprocess.run(
+        [sys.executable, "-c", FSDP2, str(tmp_path / "store")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "6 [6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0, 0.0]\n", done.stderr

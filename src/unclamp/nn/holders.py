@@ -6,9 +6,10 @@ pending until its own optimizer steps. A product that nobody holds, such as the 
 an adapter, goes with every optimizer of the model.
 
 An optimizer holds a parameter that is in its groups, and one whose copy is, where a plain link
-leads to it: `param.main_param` (Megatron-LM), `param._hp_mapping` (DeepSpeed), and apex's
-`optimizer._amp_stash`. One that held something once is remembered for as long as it lives, because
-parameters may have another identity when it steps (FSDP2 between `unshard` and `reshard`).
+leads to it: `param.main_param` (Megatron-LM), `param._hp_mapping` (DeepSpeed), apex's
+`optimizer._amp_stash`, and the shards of a module that FSDP2 has put together (`unshard`). One that
+held something once is remembered for as long as it lives, because parameters may have another
+identity when it steps.
 """
 
 import itertools
@@ -54,19 +55,28 @@ class Product:
 class _Grip:
     """The tensors that an optimizer holds."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+        self._model = model
         self._groups = [group["params"] for group in optimizer.param_groups]
         self._ids = {id(p) for group in self._groups for p in group}
         stash = getattr(optimizer, "_amp_stash", None)  # apex: half-precision models of its masters
         self._ids |= {id(p) for p in getattr(stash, "all_fp16_params", ())}
         self._memory: set[int] | None = None
+        self._shards: dict[int, Tensor] | None = None
 
     def holds(self, parameters: Iterable[Tensor]) -> bool:
         """Whether it holds one of these, or a copy of one."""
         return any(
-            id(p) in self._ids or any(self._holds_copy(copy) for copy in copies_of(p))
+            id(p) in self._ids
+            or any(self._holds_copy(copy) for copy in copies_of(p))
+            or id(self._shard_of(p)) in self._ids
             for p in parameters
         )
+
+    def _shard_of(self, whole: Tensor) -> Tensor | None:
+        if self._shards is None:
+            self._shards = _shards(self._model)
+        return self._shards.get(id(whole))
 
     def _holds_copy(self, copy: Tensor) -> bool:
         if id(copy) in self._ids:
@@ -84,6 +94,21 @@ def copies_of(parameter: Tensor) -> Iterator[Tensor]:
     fragment = getattr(getattr(parameter, "_hp_mapping", None), "hp_fragment", None)
     if isinstance(fragment, Tensor):
         yield fragment
+
+
+def _shards(model: nn.Module) -> dict[int, Tensor]:
+    """Return the shards of FSDP2's whole parameters, by the id of the whole one.
+
+    torch has no public way from one to the other; where its own names change, nothing is found.
+    """
+    states = [m._get_fsdp_state() for m in model.modules() if hasattr(type(m), "_get_fsdp_state")]
+    groups = [getattr(state, "_fsdp_param_group", None) for state in states]
+    return {
+        id(parameter._unsharded_param): parameter.sharded_param
+        for group in groups
+        for parameter in getattr(group, "fsdp_params", ())
+        if hasattr(parameter, "_unsharded_param") and hasattr(parameter, "sharded_param")
+    }
 
 
 def _memory_of(x: Tensor) -> int:
@@ -115,7 +140,7 @@ class Holders:
         own optimizer may be about to make its first step. If it is still nobody's at this
         optimizer's next step, it goes with it from then on.
         """
-        grip = _Grip(optimizer)
+        grip = _Grip(optimizer, model)
         own = frozenset(p.number for p in products if grip.holds(p.parameters()))
         if own or grip.holds(model.parameters()):
             self._held[optimizer] = own
