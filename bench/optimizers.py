@@ -186,6 +186,25 @@ def flat(*, has_link: bool) -> Callable[[nn.Linear], Step]:
     return make
 
 
+def views(layer: nn.Linear) -> Step:
+    """Train one flat buffer of which the parameters are views."""
+    own = list(layer.parameters())
+    buffer = torch.cat([p.detach().reshape(-1) for p in own]).requires_grad_()
+    pieces = buffer.detach().split([p.numel() for p in own])
+    for parameter, piece in zip(own, pieces, strict=True):
+        parameter.data = piece.view_as(parameter)
+    optimizer = torch.optim.AdamW([buffer], lr=1e-3)
+
+    def step(loss: Loss) -> None:
+        loss().backward()
+        buffer.grad = torch.cat([g.reshape(-1) for p in own if (g := p.grad) is not None])
+        optimizer.step()
+        for parameter in own:
+            parameter.grad = None
+
+    return step
+
+
 @dataclass
 class _Mapping:
     """As DeepSpeed's `tensor_fragment`, of which one field counts here."""
@@ -336,9 +355,10 @@ CASES = (
     Case(name="float32 copies, `param.main_param` (as Megatron-LM)", make=masters(megatron)),
     Case(name="flat float32 copy, `param._hp_mapping` (as DeepSpeed)", make=flat(has_link=True)),
     Case(name="float32 copies, `optimizer._amp_stash` (as apex)", make=apex),
+    Case(name="a flat buffer of which the parameters are views", make=views),
     Case(name="float32 copies without a link", make=masters(None), is_followed=False),
     Case(name="copies on the host, an optimizer each", make=offloaded, is_followed=False),
-    Case(name="flat buffer without a link", make=flat(has_link=False), is_followed=False),
+    Case(name="a flat copy without a link", make=flat(has_link=False), is_followed=False),
     Case(name="updates in gradient hooks (as LOMO)", make=lomo, is_followed=False),
     Case(name="updates by hand", make=by_hand, is_followed=False),
     Case(name="a frozen model behind a trained probe", make=prompt, is_followed=False),

@@ -62,7 +62,7 @@ def test_what_no_hook_sees_is_said_once_without_a_recorder(case: Case) -> None:
     reason = {
         "float32 copies without a link": "the optimizer AdamW holds other tensors",
         "copies on the host, an optimizer each": "the optimizer AdamW holds other tensors",
-        "flat buffer without a link": "the optimizer AdamW holds other tensors",
+        "a flat copy without a link": "the optimizer AdamW holds other tensors",
         "a frozen model behind a trained probe": "its weights are frozen, and what trains by AdamW",
     }.get(case.name, "its weights change without a step of a torch.optim optimizer")
     assert reason in text

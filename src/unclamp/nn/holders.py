@@ -5,11 +5,11 @@ such as the two halves of a GAN, update each its own half; what the other half's
 pending until its own optimizer steps. A product that nobody holds, such as the frozen base under
 an adapter, goes with every optimizer of the model.
 
-An optimizer holds a parameter that is in its groups, and one whose copy is, where a plain link
-leads to it: `param.main_param` (Megatron-LM), `param._hp_mapping` (DeepSpeed), apex's
-`optimizer._amp_stash`, and the shards of a module that FSDP2 has put together (`unshard`). One that
-held something once is remembered for as long as it lives, because parameters may have another
-identity when it steps.
+An optimizer holds a parameter that is in its groups, one that lies in the memory of a tensor in
+them (a view of a flat buffer), and one whose copy is there, where a plain link leads to it:
+`param.main_param` (Megatron-LM), `param._hp_mapping` (DeepSpeed), apex's `optimizer._amp_stash`,
+and the shards of a module that FSDP2 has put together (`unshard`). One that held something once is
+remembered for as long as it lives, because parameters may have another identity when it steps.
 """
 
 import itertools
@@ -68,7 +68,7 @@ class _Grip:
         """Whether it holds one of these, or a copy of one."""
         return any(
             id(p) in self._ids
-            or any(self._holds_copy(copy) for copy in copies_of(p))
+            or any(self._holds_memory_of(x) for x in (p, *copies_of(p)))
             or id(self._shard_of(p)) in self._ids
             for p in parameters
         )
@@ -78,12 +78,12 @@ class _Grip:
             self._shards = _shards(self._model)
         return self._shards.get(id(whole))
 
-    def _holds_copy(self, copy: Tensor) -> bool:
-        if id(copy) in self._ids:
+    def _holds_memory_of(self, x: Tensor) -> bool:
+        if id(x) in self._ids:
             return True
-        if self._memory is None:  # a copy may be a piece of one flat tensor
+        if self._memory is None:
             self._memory = {_memory_of(p) for p in itertools.chain(*self._groups)}
-        return _memory_of(copy) in self._memory
+        return _memory_of(x) in self._memory
 
 
 def copies_of(parameter: Tensor) -> Iterator[Tensor]:
@@ -125,6 +125,9 @@ class Holders:
         self._passed: weakref.WeakKeyDictionary[Optimizer, frozenset[int]] = (
             weakref.WeakKeyDictionary()
         )
+        self._lists: weakref.WeakKeyDictionary[Optimizer, tuple[int, ...]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._idle: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 
     def __bool__(self) -> bool:
@@ -140,20 +143,34 @@ class Holders:
         own optimizer may be about to make its first step. If it is still nobody's at this
         optimizer's next step, it goes with it from then on.
         """
-        grip = _Grip(optimizer, model)
-        own = frozenset(p.number for p in products if grip.holds(p.parameters()))
-        if own or grip.holds(model.parameters()):
-            self._held[optimizer] = own
-        elif optimizer in self._held:
-            own = self._held[optimizer]
-        else:
+        own = self._own(optimizer, model, products)
+        if own is None:
             return None
         self._idle[optimizer] = 0
+        if len(own) == len(products):
+            return own
         free = [p for p in products if p.number not in own and not self._is_held(p.number)]
         waiting = frozenset(p.number for p in free if p.is_trainable)
         passed = self._passed.get(optimizer, frozenset())
         self._passed[optimizer] = waiting
         return own | (frozenset(p.number for p in free) - waiting) | (waiting & passed)
+
+    def _own(
+        self, optimizer: Optimizer, model: nn.Module, products: list[Product]
+    ) -> frozenset[int] | None:
+        """Return the products that an optimizer holds; None if it is not the model's.
+
+        Looked up anew where its lists of parameters, or the products, are others than before.
+        """
+        groups = [group["params"] for group in optimizer.param_groups]
+        lists = (id(products), *(number for each in groups for number in (id(each), len(each))))
+        if self._lists.get(optimizer) == lists and optimizer in self._held:
+            return self._held[optimizer]
+        grip = _Grip(optimizer, model)
+        own = frozenset(p.number for p in products if grip.holds(p.parameters()))
+        if own or grip.holds(model.parameters()):
+            self._held[optimizer], self._lists[optimizer] = own, lists
+        return self._held.get(optimizer)
 
     def left_over(self, products: Iterable[Product]) -> frozenset[int]:
         """Return the products that no living optimizer holds: those of a step that was told.
