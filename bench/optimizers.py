@@ -257,7 +257,8 @@ def by_hand(layer: nn.Linear) -> Step:
         loss().backward()
         with torch.no_grad():
             for parameter in layer.parameters():
-                parameter -= 1e-3 * parameter.grad  # pyright: ignore[reportOptionalOperand]
+                assert parameter.grad is not None
+                parameter.sub_(parameter.grad, alpha=1e-3)
                 parameter.grad = None
 
     return step

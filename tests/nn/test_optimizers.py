@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,29 @@ def test_what_no_hook_sees_is_said_once_without_a_recorder(case: Case) -> None:
     assert reason in text
 
 
+def test_float32_copies_of_a_compiled_model_are_said_too() -> None:
+    layer = made()
+    compiled: Any = torch.compile(layer, backend="aot_eager")
+    step = next(case for case in UNSEEN if "without a link" in case.name).make(layer)
+    with pytest.warns(UnclampWarning, match="AdamW holds other tensors") as caught:  # noqa: PT031
+        for number in range(20):
+            x = torch.full((4, WIDTH), 1.0 + number)
+            step(lambda x=x: compiled(x).square().mean())
+    assert len(caught) == 1
+
+
+def test_steps_of_another_models_optimizer_are_no_sign_while_gradients_accumulate() -> None:
+    layer, other = made(), nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(40):
+            accumulate(layer, 1)
+            other(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+    assert find_ledgers(layer)[0].updates == 0
+
+
 @pytest.mark.parametrize("case", UNSEEN, ids=name)
 def test_a_recorder_updates_where_nothing_else_does(case: Case, tmp_path: Path) -> None:
     layer = made()
@@ -122,7 +146,7 @@ def test_a_fused_optimizer_that_a_gradient_scaler_skips_updates_nothing() -> Non
 # ---- what must not be taken for a step -----------------------------------------------------
 
 
-def accumulate(layer: nn.Linear, microsteps: int, *, frees: bool = False) -> None:
+def accumulate(layer: nn.Module, microsteps: int, *, frees: bool = False) -> None:
     for _ in range(microsteps):
         layer(torch.ones(2, WIDTH)).sum().backward()
         if frees:  # as Megatron-LM, which adds gradients up elsewhere
@@ -177,8 +201,10 @@ def test_an_optimizer_that_matched_once_is_remembered_where_parameters_change_id
     """As FSDP2 does, which registers whole parameters in place of its shards to compute."""
     layer = made()
     (ledger,) = find_ledgers(layer)
-    sharded, whole = layer.weight, nn.Parameter(layer.weight.detach().clone())
-    bias = layer.bias
+    sharded, bias = layer._parameters["weight"], layer._parameters["bias"]
+    assert sharded is not None
+    assert bias is not None
+    whole = nn.Parameter(sharded.detach().clone())
     optimizer = torch.optim.SGD([sharded], lr=0.1)
     for number in range(4):
         accumulate(layer, 1)
@@ -233,8 +259,8 @@ def test_a_part_can_be_told_alone() -> None:
     unclamp.convert(model, Recipe.uniform(Delayed(history_len=4)))
     (ledger,) = find_ledgers(model)
     with torch.no_grad():
-        model[0].weight.copy_(torch.eye(4))
-        model[0].bias.zero_()
+        model[0].get_parameter("weight").copy_(torch.eye(4))
+        model[0].get_parameter("bias").zero_()
     for amax in (1.0, 3.0):
         model(torch.full((2, 4), amax)).sum().backward()
         unclamp.step(model[1])

@@ -1,10 +1,12 @@
 """Whether a forward trains is a matter of gradients, and not of the module's mode."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import unclamp
 from unclamp import Delayed, Recipe, Recorder, RunLog
@@ -29,6 +31,10 @@ class Adapted(nn.Module):
         return self.base(x) + x @ self.down.t() @ self.up.t()
 
 
+def keep(kept: list[Tensor]) -> Any:
+    return lambda _module, arguments: kept.append(arguments[0].detach())
+
+
 def adapted() -> tuple[nn.Sequential, dict[str, list[Tensor]]]:
     """Return a model whose base is frozen and in evaluation mode, and the inputs that pass."""
     torch.manual_seed(0)
@@ -39,7 +45,7 @@ def adapted() -> tuple[nn.Sequential, dict[str, list[Tensor]]]:
     for fqn, module in model.named_modules():
         if isinstance(module, nn.Linear):
             kept = passed.setdefault(fqn, [])
-            module.register_forward_pre_hook(lambda _, x, kept=kept: kept.append(x[0].detach()))
+            module.register_forward_pre_hook(keep(kept))
     return model, passed
 
 
@@ -116,7 +122,7 @@ def test_a_forward_that_backward_makes_again_counts_once_in_evaluation_mode() ->
     model, _ = adapted()
     (ledger,) = find_ledgers(model)
     x = torch.randn(4, 16)
-    y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    y: Any = checkpoint(model, x, use_reentrant=False)
     y.sum().backward()
     assert ledger.pending[::3, unclamp.numerics.Stat.CASTS].tolist() == [1, 1]
 

@@ -213,7 +213,7 @@ def chain(count: int = 3) -> tuple[nn.Sequential, Ledger]:
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(count)))
     with torch.no_grad():
         for layer in model:
-            layer.weight.copy_(torch.eye(4))
+            layer.get_parameter("weight").copy_(torch.eye(4))
     unclamp.convert(model, Recipe.uniform(Delayed(history_len=4, margin=4)))
     return model, find_ledgers(model)[0]
 
@@ -302,7 +302,8 @@ def test_optimizers_in_backward_make_one_step_and_one_update_of_each_product() -
     model, ledger = chain()
     for layer in model:
         optimizer = sgd(layer)
-        layer.weight.register_post_accumulate_grad_hook(lambda _, o=optimizer: o.step())
+        weight = layer.get_parameter("weight")
+        weight.register_post_accumulate_grad_hook(lambda _, o=optimizer: o.step())
     for amax in (1.0, 2.0, 4.0):
         backward(model, amax)
     assert histories(ledger) == [[4, 2, 1]] * 3

@@ -16,6 +16,7 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
@@ -101,7 +102,8 @@ def _shards(model: nn.Module) -> dict[int, Tensor]:
 
     torch has no public way from one to the other; where its own names change, nothing is found.
     """
-    states = [m._get_fsdp_state() for m in model.modules() if hasattr(type(m), "_get_fsdp_state")]
+    modules: list[Any] = [m for m in model.modules() if hasattr(type(m), "_get_fsdp_state")]
+    states = [module._get_fsdp_state() for module in modules]
     groups = [getattr(state, "_fsdp_param_group", None) for state in states]
     return {
         id(parameter._unsharded_param): parameter.sharded_param

@@ -12,7 +12,7 @@ steps at all, a number of forwards that no accumulation reaches.
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,13 @@ class Watched(Protocol):
         ...
 
 
+class _Print(NamedTuple):
+    """What the weights of a model that want gradients are like: versions, and some elements."""
+
+    versions: list[int]
+    elements: Tensor
+
+
 @dataclass
 class _Look:
     """What a product's weight was like when it was last looked at."""
@@ -90,7 +97,8 @@ class Unseen:
         self._missed_between = (-1, -1)
         self._missed_name: str | None = None
         self._missed_since = 0
-        self._print: tuple[list[int], Tensor | None] | None = None
+        self._print: _Print | None = None
+        self._missed_print: _Print | None = None
 
     # ---- at each forward that trains -------------------------------------------------------
 
@@ -151,8 +159,16 @@ class Unseen:
             self._missed = 0
         if before[1] != commits:  # something was trained in between
             self._missed += 1
-        if self._missed >= STEPS_OF_OTHERS and not any(p.is_trainable for p in products):
+        if self._missed < STEPS_OF_OTHERS - 1:
+            return
+        # Twice at most: what is compiled as a whole is looked at nowhere else.
+        before, self._missed_print = self._missed_print, _print_of(products)
+        if self._missed_print is None:
             self._tell(WHY_FROZEN.format(by=self._by()))
+        elif _differ(before, self._missed_print):
+            self._tell(WHY_COPIES.format(name=self._missed_name))
+        if self._missed >= STEPS_OF_OTHERS:
+            self._missed, self._missed_print = 0, None
 
     def has_stepped(self, products: list[Product]) -> bool:
         """Whether a step was made since the last call; False at the first, which only looks.
@@ -161,20 +177,8 @@ class Unseen:
         for: in trainings that no hook sees, once a step.
         """
         missed, self._missed_since = self._missed_since, 0
-        weights = [w for p in products if (w := _trained_weight(p)) is not None]
-        if not weights:
-            return missed > 0
-        some = weights[:: -(-len(weights) // WEIGHTS)]
-        here = some[0].device
-        now = (
-            [w._version for w in weights],
-            torch.cat([_some_of(w).to(here, torch.float32) for w in some]),
-        )
-        before, self._print = self._print, now
-        if before is None or len(before[0]) != len(now[0]):
-            return False
-        assert before[1] is not None
-        return before[0] != now[0] or not torch.equal(before[1], now[1])
+        before, self._print = self._print, _print_of(products)
+        return missed > 0 if self._print is None else _differ(before, self._print)
 
     def _by(self) -> str:
         return "" if self._missed_name is None else f" by {self._missed_name}"
@@ -188,6 +192,22 @@ class Unseen:
             UnclampWarning,
             stacklevel=4,
         )
+
+
+def _print_of(products: Iterable[Product]) -> _Print | None:
+    """Return what the weights are like; None where all of them are frozen."""
+    weights = [w for p in products if (w := _trained_weight(p)) is not None]
+    if not weights:
+        return None
+    some = weights[:: -(-len(weights) // WEIGHTS)]
+    elements = [_some_of(w).to(some[0].device, torch.float32) for w in some]
+    return _Print([w._version for w in weights], torch.cat(elements))
+
+
+def _differ(before: _Print | None, now: _Print) -> bool:
+    if before is None or len(before.versions) != len(now.versions):
+        return False
+    return before.versions != now.versions or not torch.equal(before.elements, now.elements)
 
 
 def _trained_weight(product: Product) -> Tensor | None:
