@@ -106,15 +106,21 @@ def clamped_of(ledger: Ledger) -> Callable[[], dict[str, tuple[int, int]]]:
     }
 
 
+@pytest.mark.parametrize("generator_first", [False, True])
 @pytest.mark.parametrize("critic_steps", [1, 3])
-def test_each_half_of_a_gan_clamps_what_its_own_scales_say(critic_steps: int) -> None:
+def test_each_half_of_a_gan_clamps_what_its_own_scales_say(
+    critic_steps: int, generator_first: bool
+) -> None:
     gan = Gan()
     (ledger,) = gan.ledgers
     counted = clamped_of(ledger)
     for _ in range(10):
+        if generator_first:
+            gan.train_generator()
         for _ in range(critic_steps):
             gan.train_critic()
-        gan.train_generator()
+        if not generator_first:
+            gan.train_generator()
     truth = {fqn: (t.clamped, t.elements) for fqn, t in gan.truths.items()}
     assert counted() == truth
     # What scales that follow both optimizers clamp is thousands in the same iterations.

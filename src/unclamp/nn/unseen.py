@@ -140,7 +140,7 @@ class Unseen:
         """Whether elements of one product's weight have changed since the last look at them."""
         if self._watched_closely is None:
             self._watched_closely = product
-        if self._watched_closely != product or is_capturing():
+        if self._watched_closely != product or is_capturing() or _is_fake(weight):
             return False
         before, self._sample = self._sample, _some_of(weight)
         return before is not None and not torch.equal(before, self._sample)
@@ -211,7 +211,13 @@ def _differ(before: _Print | None, now: _Print) -> bool:
 
 
 def _trained_weight(product: Product) -> Tensor | None:
-    return next((p for p in product.parameters() if p.requires_grad and not p.is_inference()), None)
+    usable = (p for p in product.parameters() if not (p.is_inference() or _is_fake(p)))
+    return next((p for p in usable if p.requires_grad), None)
+
+
+def _is_fake(weight: Tensor) -> bool:
+    """Whether a tensor has no elements that could be looked at."""
+    return weight.is_meta or hasattr(weight, "fake_mode")
 
 
 @torch.no_grad()
