@@ -164,7 +164,8 @@ class Unseen:
         # Twice at most: what is compiled as a whole is looked at nowhere else.
         before, self._missed_print = self._missed_print, _print_of(products)
         if self._missed_print is None:
-            self._tell(WHY_FROZEN.format(by=self._by()))
+            if self._missed >= STEPS_OF_OTHERS:
+                self._tell(WHY_FROZEN.format(by=self._by()))
         elif _differ(before, self._missed_print):
             self._tell(WHY_COPIES.format(name=self._missed_name))
         if self._missed >= STEPS_OF_OTHERS:
