@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         first_and_last,
         observe,
         revert,
+        step,
         switch,
         weights_only,
     )
@@ -65,6 +66,7 @@ _LAZY = {
     "observe": "unclamp.nn",
     "SwitchReport": "unclamp.nn",
     "switch": "unclamp.nn",
+    "step": "unclamp.nn",
     "first_and_last": "unclamp.nn",
     "weights_only": "unclamp.nn",
     "Quantized": "unclamp.numerics",
@@ -137,6 +139,7 @@ __all__ = [
     "quantize",
     "revert",
     "scale_from_amax",
+    "step",
     "switch",
     "weights_only",
 ]

@@ -56,12 +56,37 @@ def test_listeners_hear_of_a_replay_when_the_recorder_asks():
 def test_replays_write_into_the_same_tensors():
     layer, ledger, _ = made()
     replay(layer, ledger, 3.0)
-    first = ledger.captured._seen
-    assert first is not None
+    first = ledger.captured._seen[None]
     replay(layer, ledger, 5.0)
-    second = ledger.captured._seen
-    assert second is not None
+    second = ledger.captured._seen[None]
     assert second[0] is first[0]
+
+
+def test_two_updates_in_one_graph_are_heard_each_and_count_as_one_step():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    convert(model, Recipe.uniform(Delayed(history_len=4)))
+    (ledger,) = find_ledgers(model)
+    heard: list[Update] = []
+    ledger.subscribe(heard.append)
+    for amax in (1.0, 2.0):
+        model(torch.full((2, 4), amax)).sum().backward()
+        for product in (0, 1):  # each optimizer's
+            ledger.update(frozenset({product}), captured=True)
+        ledger.replayed()
+    assert [update.stats[:, Stat.CASTS].tolist() for update in heard] == [
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1],
+    ] * 2
+    assert ledger.amax_history[0, :2].tolist() == [2.0, 1.0]
+    assert ledger.count() == 2
+
+
+def test_no_number_is_looked_at_where_weights_have_no_data():
+    _, ledger, _ = made()
+    with FakeTensorMode():
+        weight = nn.Linear(4, 3).weight
+        for _ in range(6):
+            ledger.clock.unseen.look(0, weight, ledger)
 
 
 def test_replays_are_counted_on_the_device_and_saved():

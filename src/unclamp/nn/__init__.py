@@ -15,6 +15,7 @@ from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.observe import Observation, ObservedSite, observe
+from unclamp.nn.step import step
 from unclamp.nn.switch import SwitchReport, switch
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "first_and_last",
     "observe",
     "revert",
+    "step",
     "switch",
     "weights_only",
 ]

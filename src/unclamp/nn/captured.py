@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unclamp.nn.turns import Turn
+
 
 class Captured:
     """Statistics of the last replay, and the number of replays.
@@ -23,27 +25,28 @@ class Captured:
     def __init__(self, device: torch.device) -> None:
         self.is_in_graph = False
         self._replays = torch.zeros((), dtype=torch.int64, device=device)
-        self._seen: list[Tensor | None] | None = None
+        self._seen: dict[Turn, list[Tensor | None]] = {}
 
-    def keep(self, seen: Sequence[Tensor | None]) -> None:
-        """Write what an update sees where `seen` finds it, and count; to be captured."""
+    def keep(self, turn: Turn, seen: Sequence[Tensor | None], *, counts: bool = True) -> None:
+        """Write what an update sees where `seen` finds it; to be captured.
+
+        A graph may hold several updates, each for a turn of its own. One that `counts` is a step.
+        """
         self.is_in_graph = True
-        kept = self._seen or [None] * len(seen)
-        self._seen = [
+        kept = self._seen.get(turn) or [None] * len(seen)
+        self._seen[turn] = [
             given if given is None or old is None else old.copy_(given)
             for given, old in zip(seen, kept, strict=True)
         ]
-        self._replays += 1
+        self._replays += counts
 
-    def seen(self) -> list[Tensor | None] | None:
-        """Return copies of what the last replay saw; None where no update was captured."""
-        if self._seen is None:
-            return None
-        return [None if t is None else t.clone() for t in self._seen]
+    def seen(self) -> list[list[Tensor | None]]:
+        """Return copies of what the updates of the last replay saw, in their order."""
+        return [[None if t is None else t.clone() for t in seen] for seen in self._seen.values()]
 
     def count(self) -> int:
         """Return the number of replays; waits for the device if an update was captured."""
-        return 0 if self._seen is None else int(self._replays)
+        return int(self._replays) if self._seen else 0
 
     def forget_count(self) -> None:
         """Start counting anew."""

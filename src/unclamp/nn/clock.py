@@ -1,22 +1,60 @@
 """When a ledger updates: right after the optimizers' steps, once for each.
 
-There is no call for a user to forget. An optimizer that holds a parameter of the model makes an
-update if something is pending, so two optimizers on one model still make one update a step.
-Optimizers that step within one backward (one a parameter) make an update each, and one step in
-all. What a CUDA graph holds is counted by `unclamp.nn.captured`.
+What torch's hook can see there is no call for a user to forget: an optimizer that holds
+parameters of the model updates their products (`nn.holders`) if something is pending, so two
+optimizers on one model still make one update a step. Optimizers that step within one backward (one
+a parameter) make an update each, and one step in all. What no hook sees is told by
+`unclamp.step(model)` (`nn.step`), and `nn.unseen` notices where nobody does. What a CUDA graph
+holds is counted by `unclamp.nn.captured`.
 """
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
+from unclamp.names import ROLES
 from unclamp.nn.alive import Alive
+from unclamp.nn.holders import Holders, Product
+from unclamp.nn.turns import Turn, Turns
+from unclamp.nn.unseen import Unseen
 
 NO_TASK = -1
 """What torch calls the backward that runs, when none does."""
+
+
+class Ticking(Protocol):
+    """What a clock drives: a ledger."""
+
+    clock: "Clock"
+    turns: Turns
+    pending: Tensor
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to update."""
+        ...
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether anything was committed that no update has taken."""
+        ...
+
+    @property
+    def sites(self) -> list[Any]:
+        """The sites; each product has `len(ROLES)` of them."""
+        ...
+
+    def update(self, turn: Turn = None) -> None:
+        """Do what a step of these products asks for."""
+        ...
 
 
 class Clock:
@@ -24,7 +62,16 @@ class Clock:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._root = None if model is None else weakref.ref(model)
+        self._begin()
+
+    def _begin(self) -> None:
         self._counted_in = NO_TASK
+        self.holders = Holders()
+        self.unseen = Unseen()
+        self._products: list[Product] = []
+        self._found_for: Any = None
+        self._asked = 0
+        self._someone_trains = False
 
     @property
     def model(self) -> nn.Module | None:
@@ -41,6 +88,7 @@ class Clock:
     def extend_to(self, model: nn.Module) -> None:
         """Follow the optimizers of a whole model, where the clock's own is a part of it."""
         own = self.model
+        self._found_for = None
         if own is None or any(module is own for module in model.modules()):
             self._root = weakref.ref(model)
 
@@ -52,33 +100,106 @@ class Clock:
         own = self.model
         return model if own is None else next((m for m in model.modules() if m is own), None)
 
-    def follows(self, optimizer: Optimizer) -> bool:
-        """Whether a step of this optimizer is one of the model; of an unknown model every is."""
+    # ---- steps -----------------------------------------------------------------------------
+
+    def after_step(self, optimizer: Optimizer, ledger: Ticking) -> None:
+        """Update what an optimizer's step was for. Of an unknown model every step is for all."""
+        self.unseen.is_in_step, self._asked = False, 0
+        if not ledger.is_due or _is_skipped(optimizer):
+            return
         model = self.model
         if model is None:
-            return True
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return any(id(p) in held for p in model.parameters())
+            ledger.update()
+            return
+        turn = self.holders.turn_of(optimizer, model, self.products(ledger))
+        if turn is None:
+            self.unseen.miss(optimizer, ledger, self.products(ledger))
+        elif turn:
+            ledger.update(turn)
+
+    def told(self, ledger: Ticking, modules: Iterable[nn.Module]) -> None:
+        """Update the products of some modules that no optimizer's step is for."""
+        self.unseen.is_told = True
+        if not ledger.is_due:
+            return
+        if self.model is None:
+            ledger.update()
+            return
+        there = {id(module) for module in modules}
+        products = [
+            p for p in self.products(ledger) if p.module is not None and id(p.module()) in there
+        ]
+        if turn := self.holders.left_over(products):
+            ledger.update(turn)
+
+    def catch_up(self, ledger: Ticking) -> None:
+        """Update where a step was made that nobody told of; called once after every step.
+
+        Only where no optimizer of the model was ever seen, nobody calls `unclamp.step`, and the
+        weights have changed since the last call: after a step that a gradient scaler skipped they
+        have not. For a frozen model, which has no such weights, where an optimizer of something
+        else has stepped.
+        """
+        if self.unseen.is_told or not self.is_blind():
+            return
+        if self.unseen.has_stepped(self.products(ledger)) and ledger.is_due:
+            ledger.update()
+
+    def look_at_weights(self, ledger: Ticking) -> None:
+        """Look at the weights, so that the first `catch_up` can tell whether they changed."""
+        self.unseen.has_stepped(self.products(ledger))
+
+    def is_blind(self) -> bool:
+        """Whether no optimizer of the model, which is known, was ever seen."""
+        return self.model is not None and not self.holders
+
+    def products(self, ledger: Ticking) -> list[Product]:
+        """Return the products of a ledger, with their modules in the model as it is now known."""
+        if self._found_for is not ledger.sites:
+            model = self.model
+            everything = () if model is None else model.modules()
+            operands: dict[nn.Module, Any] = {m: m.__dict__.get("sites") for m in everything}
+            modules = {
+                own.indices[ROLES[0]] // len(ROLES): weakref.ref(module)
+                for module, own in operands.items()
+                if getattr(own, "ledger", None) is ledger
+            }
+            self._products = [
+                Product(number=number, module=modules.get(number))
+                for number in range(len(ledger.sites) // len(ROLES))
+            ]
+            self._found_for = ledger.sites
+        return self._products
+
+    def someone_trains(self, ledger: Ticking) -> bool:
+        """Whether a parameter of the model wants a gradient.
+
+        Asked at each product, and looked up once in as many questions as there are products.
+        """
+        if self._asked <= 0:
+            model = self.model
+            self._asked = len(ledger.sites) // len(ROLES)
+            self._someone_trains = model is not None and any(
+                p.requires_grad for p in model.parameters()
+            )
+        self._asked -= 1
+        return self._someone_trains
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_root": None, "_counted_in": NO_TASK}
+        return {"_root": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
 
-class Ticking(Protocol):
-    """What a clock drives: a ledger."""
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler had a fused optimizer skip the step, where the host knows it.
 
-    @property
-    def is_due(self) -> bool:
-        """Whether there is something to update."""
-        ...
-
-    def follows(self, optimizer: Optimizer) -> bool:
-        """Whether a step of this optimizer is one of its model."""
-        ...
-
-    def update(self) -> None:
-        """Do what a step asks for."""
-        ...
+    On another device only the kernel knows, and the host does not wait for it.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and found.device.type == "cpu" and bool(found > 0)
 
 
 ticking: Alive[Ticking] = Alive()
@@ -90,12 +211,18 @@ def follow_optimizers(ledger: Ticking) -> None:
     """Have every optimizer's step update this ledger for as long as it lives."""
     if not _hooks:
         # Traced into a compiled step, the update would be no side effect of it.
-        hook: Any = torch.compiler.disable(_after_optimizer_step)
-        _hooks.append(register_optimizer_step_post_hook(hook))
+        before: Any = torch.compiler.disable(_before_optimizer_step)
+        after: Any = torch.compiler.disable(_after_optimizer_step)
+        _hooks.append(register_optimizer_step_pre_hook(before))
+        _hooks.append(register_optimizer_step_post_hook(after))
     ticking.add(ledger)
+
+
+def _before_optimizer_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    for ledger in ticking:  # a closure may change weights many times within one step
+        ledger.clock.unseen.is_in_step = True
 
 
 def _after_optimizer_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     for ledger in ticking:
-        if ledger.is_due and ledger.follows(optimizer):
-            ledger.update()
+        ledger.clock.after_step(optimizer, ledger)

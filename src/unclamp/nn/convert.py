@@ -178,7 +178,7 @@ def attach(
     report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
     _warn(model, report, kept)  # which may raise: the model is as it was
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
-    ledger.extend_to(model)
+    ledger.clock.extend_to(model)
     ledger.observes = observes
     if converted:
         ledger.recipe = recipe
@@ -278,7 +278,7 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
     so that a wrapper changes no name, and within `model` where two would have the same name.
     """  # noqa: D205
     ledgers = list(dict.fromkeys(m.sites.ledger for _, m in _converted_layers(model)))
-    roots = {ledger: ledger.root_in(model) for ledger in ledgers}
+    roots = {ledger: ledger.clock.root_in(model) for ledger in ledgers}
     names = {ledger: _names(ledger, root) for ledger, root in roots.items() if root is not None}
     every = [name for each in names.values() for name in each.values()]
     if len(set(every)) < len(every):  # copies of one block, or parts that were converted apart

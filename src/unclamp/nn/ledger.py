@@ -9,7 +9,7 @@ one layer), so an update is a handful of kernels whatever the model's size:
     pending     [sites, len(Stat)]         float64, statistics since the last update
 
 `nn.layout` says which row belongs to which site, `unclamp.policy` which scale follows from a
-history, and `nn.clock` when there is an update.
+history, `nn.clock` when there is an update, and `nn.turns` for which products.
 
 Casts *commit* their statistics to `pending`. An update folds the pending amaxes into the
 histories and makes the next scales. If nothing is pending, which the version of the tensor
@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 
 from unclamp.names import SiteName
 from unclamp.nn.alive import Alive
@@ -40,6 +39,7 @@ from unclamp.nn.captured import Captured
 from unclamp.nn.clock import Clock, follow_optimizers
 from unclamp.nn.layout import Layout, Site
 from unclamp.nn.ring import Ring
+from unclamp.nn.turns import Turn, Turns, clear, taken
 from unclamp.nn.update import INSPECTIONS, Bound, Inspection, Listener, SwitchListener, Update
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.numerics.gpu import is_capturing
@@ -65,6 +65,8 @@ class Ledger:
         ring: Amax histories.
         updates: Updates so far that were steps; those of a graph's replays aside.
         layers: The layers that have views of the tensors.
+        clock: When it updates.
+        turns: Which products its updates are for.
         gone: Sites whose modules are no longer in the model, when it was last looked at.
         share: With whom the newest amaxes are agreed on, in each update; None: with nobody.
         unmatched: Rules and skip globs that decided nothing in the conversion, and why.
@@ -77,6 +79,7 @@ class Ledger:
         self.kept: list[str] = []
         self.updates = 0
         self.layers: Alive[Bound] = Alive()
+        self.clock, self.turns = Clock(model), Turns()
         self.observes = False
         self.inspection: Inspection = "never"
         self.share: Share | None = None
@@ -85,7 +88,6 @@ class Ledger:
         self._inspections: dict[int, Inspection] = {}
         self._listeners: list[Listener] = []
         self._switch_listeners: list[SwitchListener] = []
-        self._clock = Clock(model)
         self._allocate(Layout.of([], device=torch.device("cpu")))
         follow_optimizers(self)
 
@@ -148,6 +150,7 @@ class Ledger:
         if self.details is not None:
             self._allocate_details()
         self.captured = Captured(device)  # a graph of other tensors is of no use any more
+        self.turns.lay_out(len(layout.sites), device)
         self._mark(pending=False)
 
     @torch.inference_mode(False)
@@ -174,9 +177,14 @@ class Ledger:
     # ---- a step ----------------------------------------------------------------------------
 
     @property
-    def has_pending(self) -> bool:
+    def is_fresh(self) -> bool:
         """Whether anything was committed since the last update. Needs no look at the device."""
         return self.pending._version != self._clean_version
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether anything was committed that no update has taken, as far as the host knows."""
+        return self.is_fresh or bool(self.turns.left)
 
     def _mark(self, *, pending: bool) -> None:
         self._clean_version = self.pending._version - int(pending)
@@ -193,24 +201,33 @@ class Ledger:
         return self.observes or is_early
 
     @torch.no_grad()
-    def update(self, *, captured: bool | None = None) -> None:
+    def update(self, turn: Turn = None, *, captured: bool | None = None) -> None:
         """Fold the pending amaxes into histories and scales, tell listeners, start afresh.
 
-        Where it is `captured` in a CUDA graph (by default it looks), listeners are told by
-        `replayed`.
+        Of a `turn` of products only theirs; what the others' casts saw stays pending. Where it is
+        `captured` in a CUDA graph (by default it looks), listeners are told by `replayed`.
 
         Numerics: a site that cast nothing, or saw no finite element, keeps its history and
         scale. An amax of 0 enters the history; a window of zeros keeps the scale. Where a
         reduce function gives NaN or Inf the scale is kept too.
         """
         captured = is_capturing() if captured is None else captured
-        details, age = self._take_details()
+        is_fresh = self.is_fresh or self.captured.is_in_graph
+        turn = self.turns.narrowed(turn, is_fresh=is_fresh)
+        if turn is not None and not turn:
+            return
+        sites = self.turns.chosen(turn)  # and which rows; None: all
+        rows = None if sites is None else sites[self.layout.site_of_row]
+        stats = taken(self.pending, sites, self._nothing_pending)
+        details, age = self._take_details(sites)
+        counts = self.turns.is_next_step(turn, self.clock.is_a_step)
         if captured:
-            self.captured.keep((self.pending.clone(), details, age))
+            self.captured.keep(turn, (stats.clone(), details, age), counts=counts)
         for listener in [] if captured else self._listeners:
             look = None if details is None else details.clone()
-            listener(Update(self.pending.clone(), look, age))
-        newest = self.layout.newest(self.pending[:, Stat.AMAX], self.block_amax)
+            listener(Update(stats.clone(), look, age))
+        newest = self.layout.newest(stats[:, Stat.AMAX], self.block_amax)
+        newest = newest if rows is None else torch.where(rows, newest, -1)
         # The seat of `shared`: what enters a history is what those who hold the product agree on.
         # One vector for all sites; whoever sits here has to see to it that every rank comes by.
         if self.share is not None:
@@ -219,34 +236,35 @@ class Ledger:
         self.ring.push(newest, measured)
         scale = next_scales(self.ring, self.layout.settings, self.scale, xp=torch)
         self.scale.copy_(torch.where(measured, scale, self.scale))
-        self.block_amax.fill_(-1)
-        self.pending.copy_(self._nothing_pending)
+        clear(self.block_amax, rows, -1)
+        clear(self.pending, sites, self._nothing_pending)
         self._mark(pending=False)
-        if not captured and self._clock.is_a_step():
+        self.turns.note(turn, is_fresh=is_fresh)
+        if counts and not captured:
             self._count(self.updates + 1)
 
     def replayed(self) -> None:
-        """Tell listeners what the last replay of a captured update saw; once after each replay.
+        """Tell listeners what the last replay of captured updates saw; once after each replay.
 
         `Recorder.step` does it. Without a captured update it does nothing.
         """
-        seen = self.captured.seen()
-        for listener in [] if seen is None else self._listeners:
-            stats, *others = seen or []
+        for stats, *others in self.captured.seen() if self._listeners else []:
             assert stats is not None
-            listener(Update(stats.clone(), *others))
+            for listener in self._listeners:
+                listener(Update(stats.clone(), *others))
 
     def count(self) -> int:
         """Return the number of updates; waits for the device if some are replayed."""
         return self.updates + self.captured.count()
 
-    def _take_details(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the closer looks since the last update, and start afresh."""
+    def _take_details(self, sites: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the closer looks since the last update at some sites, and start afresh there."""
         if self.details is None or self.details._version == self._details_version:
             return None, None
-        details = self.details.clone()
-        self.details.zero_()
-        self._details_version = self.details._version
+        details = taken(self.details, sites, torch.zeros_like(self.details)).clone()
+        clear(self.details, sites, 0)
+        if sites is None:  # else the rest may hold some
+            self._details_version = self.details._version
         return details, self.layout.scale_age(self.ring, self.scale)
 
     def inspect(self, inspection: Inspection, *, by: object = None) -> None:
@@ -371,7 +389,7 @@ class Ledger:
         self._count(updates)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ledger":
-        twin = Ledger(memo.get(id(self._clock.model)))
+        twin = Ledger(memo.get(id(self.clock.model)))
         memo[id(self)] = twin
         twin.recipe, twin.updates, twin.observes = self.recipe, self.count(), self.observes
         twin.unmatched, twin.kept = dict(self.unmatched), list(self.kept)
@@ -388,29 +406,12 @@ class Ledger:
         state = {**self.__dict__, "_listeners": [], "_switch_listeners": [], "share": None}
         # Closer looks are asked for by those who listen.
         state |= {"inspection": "never", "_inspections": {}, "details": None}
-        del state["layers"]
+        for name in ("layers", "clock", "turns"):
+            del state[name]
         return {**state, "_clean_version": self.has_pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({"unmatched": {}, "kept": []} | state)
-        self.layers = Alive()
+        self.layers, self.clock, self.turns = Alive(), Clock(), Turns()
         self._mark(pending=state["_clean_version"])
         follow_optimizers(self)
-
-    # ---- optimizers ------------------------------------------------------------------------
-
-    def root_in(self, model: nn.Module) -> nn.Module | None:
-        """Return the ledger's own model where it lies in this one; this one if it is unknown."""
-        return self._clock.root_in(model)
-
-    def extend_to(self, model: nn.Module) -> None:
-        """Follow the optimizers of a whole model, where the ledger's own is a part of it."""
-        self._clock.extend_to(model)
-
-    def follows(self, optimizer: Optimizer) -> bool:
-        """Whether a step of this optimizer is a step of this ledger's model.
-
-        A ledger whose model is unknown (unpickled, or a layer copied out of its model) follows
-        every optimizer.
-        """
-        return self._clock.follows(optimizer)

@@ -80,6 +80,7 @@ class Operands:
 
     Attributes:
         indices: Each role's index among the ledger's sites.
+        number: The product's place among the ledger's.
         plans: How each role is cast; None in high precision.
         modes: How each GEMM adds, or "high_precision".
         smooth: Whether the input is scaled by channel, and the weight by the inverse.
@@ -109,6 +110,7 @@ class Operands:
     def bind(self) -> None:
         """Take the plan and the views anew: after anything in the ledger but numbers changed."""
         ledger, first = self.ledger, self.indices["input"]
+        self.number = first // len(ROLES)
         sites: dict[Role, Site] = {r: ledger.sites[index] for r, index in self.indices.items()}
         self.plans: dict[Role, CastPlan | None] = {r: s.cast_plan for r, s in sites.items()}
         self.square = {r: s.operand.scaling.granularity.is_square for r, s in sites.items()}

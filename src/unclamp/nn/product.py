@@ -16,7 +16,7 @@ optimizer step.
 Statistics are kept with the graph node and committed to the ledger when its backward runs,
 once. So an evaluation forward changes nothing, and a forward that runs twice for one backward
 counts once. A product that takes part in training without needing a gradient itself (frozen, at
-the bottom of the model) has no backward: it commits in the forward.
+the bottom of the model) has no backward: it commits in the forward (`when_to_commit`).
 
 Where casts are only counted (warm-up, an observed model) autograd's own graph computes, and the
 counting hangs on it: second derivatives, vmap and jvp work as for the plain layer. A compiled
@@ -74,7 +74,9 @@ def multiply(
             f"{shown(operands.fqn)}: expected an input of the weight's dtype, {weight.dtype}, got "
             f"{x.dtype}; convert one of them, or compute under torch.autocast"
         )
-    commit = when_to_commit(x, weight, bias, training=training)
+    commit = when_to_commit(operands, x, weight, bias, training=training)
+    if commit is not None and not torch.compiler.is_compiling():
+        operands.ledger.clock.unseen.look(operands.number, weight, operands.ledger)
     if operands.counts_only and not torch.compiler.is_compiling():
         output = F.linear(x, weight, bias)
         return output if commit is None else count(operands, output, x, weight, commit=commit)
@@ -91,16 +93,26 @@ def multiply(
     return output.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def when_to_commit(x: Tensor, weight: Tensor, bias: Tensor | None, *, training: bool) -> Commit:
-    """Return when what a forward's casts saw is to count."""
-    if not (training and torch.is_grad_enabled()):
+def when_to_commit(
+    operands: Operands, x: Tensor, weight: Tensor, bias: Tensor | None, *, training: bool
+) -> Commit:
+    """Return when what a forward's casts saw is to count.
+
+    Gradients decide whether a forward trains, and not the module's mode: a frozen base in `eval()`
+    under an adapter trains like any other. Only where a product sees no gradient itself, at the
+    bottom of such a base, something else has to tell: a parameter of the model that wants one,
+    or else the mode.
+    """
+    if not torch.is_grad_enabled():
         return None
     if any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return "in backward"
+    if torch.compiler.is_compiling():
+        return "now" if training else None
+    if not (training or operands.ledger.clock.someone_trains(operands.ledger)):
+        return None
     # Without a backward of its own, a forward that backward re-computes must not count again.
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        return "now"
-    return None
+    return "now" if torch._C._current_graph_task_id() == -1 else None
 
 
 class _Product(torch.autograd.Function):

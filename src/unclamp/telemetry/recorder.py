@@ -51,7 +51,8 @@ SILENT_STEPS = 8
 class Recorder:
     """Write loss, scalars and the statistics of every cast of a model to a run folder.
 
-    Call `step` once per optimizer step, after `optimizer.step()`. Of a model without converted
+    Call `step` once per optimizer step, after `optimizer.step()`; with several optimizers, after
+    all of them. Of a model without converted
     layers it records loss and scalars only, warns, and notes in the header that no layer was in
     FP8; for a baseline that is meant so, say `plain=True`. Use it as a context manager: the run
     is closed as finished, failed (an exception) or interrupted (Ctrl-C), and stays readable in
@@ -133,7 +134,7 @@ class Recorder:
             before_replacing=lambda: _close_recorder_of(path),
         )
         _OPEN[self.path.resolve()] = self
-        self._sources = [Source(ledger) for ledger in ledgers]
+        self._sources = [Source(ledger, self._note_commits) for ledger in ledgers]
         self._formats: dict[int, Format] = {}
         # No other rank counts in the same numbers: an id is one of its run.
         self._free_ids = itertools.count(place.rank, place.world_size)
@@ -167,6 +168,10 @@ class Recorder:
         **scalars: Number,
     ) -> None:
         """Record an optimizer step that has just been made.
+
+        Where no optimizer of the model was seen so far and nobody calls `unclamp.step`, this
+        updates the scales too, if the weights have changed since the last call: they have not
+        where a gradient scaler skipped the step.
 
         Args:
             step: Its number; one more than the last one without it, 0 at first.
@@ -309,6 +314,10 @@ class Recorder:
 
         return record
 
+    def _note_commits(self) -> None:
+        for source in self._sources:
+            source.note_commits()
+
     def _mind_order(self, *, heard: bool) -> None:
         """Tell of casts that come a step late, or never, once."""
         model, is_first, self._is_first = self._model(), self._is_first, False
@@ -319,7 +328,7 @@ class Recorder:
             )
         if self._is_told_of_order:
             return
-        if heard and any(source.ledger.has_pending for source in self._sources):
+        if heard and any(source.has_later_commits() for source in self._sources):
             self._is_told_of_order = True
             _warn(
                 "Recorder.step was called between backward and optimizer.step, so that casts are "
@@ -335,7 +344,8 @@ class Recorder:
             _warn(
                 f"{SILENT_STEPS} recorded steps without an optimizer step of this model: scales "
                 "are not updated and casts not recorded. unclamp follows torch.optim optimizers "
-                "that hold the model's parameters, and counts casts whose backward ran."
+                "that hold the model's parameters, and counts casts whose backward ran. Of other "
+                "steps tell it by unclamp.step(model)."
             )
 
 

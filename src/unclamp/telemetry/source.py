@@ -1,7 +1,7 @@
 """What a recorder hears from one ledger: its updates since the last step, and its sites."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
@@ -15,7 +15,8 @@ MOST_UPDATES = 2
 class Source:
     """One ledger, heard. Updates between two steps are merged: they take no more room than one."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, told: Callable[[], None]) -> None:
+        """Listen to a ledger, and call `told` at each of its updates."""
         self.ledger = ledger
         self.ids: list[int] = []
         self._looked_at: tuple[int, frozenset[int]] = (0, frozenset())
@@ -23,7 +24,11 @@ class Source:
         self._updates_at_step = ledger.updates
         self._between: Inspection = "never"
         self._is_closed = False
+        self._tell = told
+        self._commits = 0
         self._end = ledger.subscribe(self._hear)
+        if ledger.clock.is_blind():
+            ledger.clock.look_at_weights(ledger)
 
     def number_new_sites(self, free: Iterator[int]) -> tuple[list[Site], list[int]]:
         """Give sites that have no id yet the next `free` ones; return both.
@@ -55,8 +60,18 @@ class Source:
         """
         if self._waiting is None:
             self.ledger.replayed()  # in a CUDA graph no listener is called
+        if self._waiting is None:
+            self.ledger.clock.catch_up(self.ledger)
         update, self._waiting = self._waiting, None
         return None if update is None else (self.ids[: len(update.stats)], update)
+
+    def note_commits(self) -> None:
+        """Remember what was committed until now: an update of some ledger is being made."""
+        self._commits = self.ledger.pending._version
+
+    def has_later_commits(self) -> bool:
+        """Whether casts were committed since the last update of any ledger that is heard."""
+        return self.ledger.is_fresh and self.ledger.pending._version != self._commits
 
     def close(self) -> None:
         """Hear no more, and ask for nothing; later calls do nothing."""
@@ -68,5 +83,6 @@ class Source:
 
     def _hear(self, update: Update) -> None:
         self._waiting = merged_update(self._waiting, update)
+        self._tell()
         if self.ledger.updates - self._updates_at_step >= MOST_UPDATES:
             self.ledger.inspect(self._between, by=self)
