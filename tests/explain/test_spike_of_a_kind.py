@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import unclamp
 from truths.curves import two_kinds
 from truths.trainings import SPIKE, STEPS, Batch, Case, batch, explain, losses_with, record
 from unclamp.analysis import find_spikes
+from unclamp.explain import Snapshots, Training
 from unclamp.explain.watch import SpikeWatch, kin_of, level_before
 
 
@@ -83,3 +86,42 @@ def test_steps_of_other_kinds_within_the_spike_do_not_count(tmp_path: Path) -> N
     assert kin is not None
     assert [n for n in range(spike.onset, spike.end + 1) if n in kin][:3] == [1000, 1004, 1008]
     assert kin_of(spike.group, range(2000), [None] * 2000) is None
+
+
+class Told:
+    """A recorder that has just recorded each step with its group."""
+
+    def __init__(self, groups: list[str | None]) -> None:
+        self.groups = groups
+        self.events: list[tuple[str, int | None]] = []
+
+    def group_of(self, step: int) -> str | None:
+        return self.groups[step]
+
+    def event(self, kind: str, step: int | None = None, **data: object) -> None:
+        self.events.append((kind, step))
+
+
+def test_snapshots_take_the_group_that_the_recorder_was_given(tmp_path: Path) -> None:
+    """A group given to the recorder alone must not make every other kind's batch a spike."""
+    losses, groups = two_kinds(3, steps=200)
+    model = torch.nn.Linear(2, 2)
+    training = Training(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    recorder = Told(groups)
+    with Snapshots(training, tmp_path / "run", recorder=recorder, every=10) as snapshots:
+        for step, loss in enumerate(losses):
+            snapshots.before(step, torch.zeros(1))
+            snapshots.after(step, float(loss))
+    assert [step for kind, step in recorder.events if kind == "snapshot"] == []
+    assert recorder.group_of(20) == "answers"
+
+
+def test_a_recorder_knows_the_group_of_its_latest_step(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    unclamp.convert(model, unclamp.Recipe())
+    with unclamp.Recorder(model, tmp_path / "run") as recorder:
+        recorder.step(4, loss=1.0, group="answers")
+        assert recorder.group_of(4) == "answers"
+        assert recorder.group_of(3) is None
+        recorder.step(5, loss=1.0)
+        assert recorder.group_of(5) is None

@@ -29,6 +29,7 @@ spike until the old level is reached. Nothing that is said at a step depends on 
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
@@ -49,6 +50,9 @@ LATEST_ERRORS = 48
 """So many at least: fewer say little of the noise."""
 SETTLED = 50
 USUAL_STREAK = 2
+MOST_ALIKE = 0.55
+"""Share of neighbouring errors of one sign up to which they count as independent; half are by
+chance."""
 MOST_STREAKS = 2
 """After more runs of so many steps that only together exceed the noise, among the last
 `ERROR_POINTS`, no run is evidence: they are usual."""
@@ -228,7 +232,18 @@ class SpikeDetector:
             self._streaks.append(self._seen)
         while self._streaks and self._streaks[0] <= self._seen - ERROR_POINTS:
             self._streaks.popleft()
-        return 1 if len(self._streaks) > MOST_STREAKS else max(self._streak, 1)
+        if self._streak < 2 or len(self._streaks) > MOST_STREAKS or not self._is_independent():
+            return 1
+        return self._streak
+
+    def _is_independent(self) -> bool:
+        """Return whether neighbouring errors are on one side of zero about as often as not.
+
+        Of a series that is smoothed, or swings, they are; then a run of them is one event.
+        """
+        signs = [error > 0 for error in self._errors.arrived]
+        alike = sum(one == other for one, other in pairwise(signs))
+        return alike <= MOST_ALIKE * max(len(signs) - 1, 1)
 
     def _begin(self, expected: float, rise: float) -> None:
         self._open, self._settled = True, False

@@ -1,4 +1,4 @@
-"""What snapshots need of a recorder: it takes events, and may have chosen the run's folder."""
+"""What snapshots need of a recorder: it takes events, and may know the run's folder and groups."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,3 +29,9 @@ def numbered(path: str | Path, recorder: Events | None) -> Path:
             "folder, recorder.path"
         )
     return chosen
+
+
+def group_of(recorder: Events | None, step: int) -> str | None:
+    """Return the group that a recorder was given for a step that it has just recorded."""
+    ask = getattr(recorder, "group_of", None)
+    return None if ask is None else ask(step)

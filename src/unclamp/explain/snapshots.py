@@ -27,7 +27,7 @@ from unclamp.analysis.explanation import Explanation
 from unclamp.errors import ReplayError, UnclampError, UnclampWarning, naming_arguments
 from unclamp.explain.asked import Asked
 from unclamp.explain.disk import Disk
-from unclamp.explain.events import Events, numbered
+from unclamp.explain.events import Events, group_of, numbered
 from unclamp.explain.facts import code_facts, model_facts
 from unclamp.explain.limits import Limits, check_choice
 from unclamp.explain.mend import switch_sites
@@ -212,7 +212,7 @@ class Snapshots:
         Args:
             step: Its number.
             loss: Its loss.
-            group: The kind of its batch, as in `Recorder.step`.
+            group: The kind of its batch; by default what `recorder.step` was just given.
 
         Returns:
             Where the training is now if it went back; else None. `follow` does the rest.
@@ -224,7 +224,7 @@ class Snapshots:
             raise ReplayError(f"call snapshots.before({step}, batch) at the start of the step")
         self._open, self._next = None, step + 1
         self._tell_failure()
-        self._watch.name(step, group)
+        self._watch.name(step, group_of(self._recorder, step) if group is None else group)
         for number, value in self._late.put(step, loss):
             rewind = self._hear(number, value)
             if rewind is not None:
@@ -287,7 +287,7 @@ class Snapshots:
 
     def _write_asked(self, last: int) -> None:
         for wanted, start in self._asked.done(last):
-            self._write(start, wanted)
+            self._write(start, wanted, "what was asked about")
 
     def _note(self, step: int, value: float) -> None:
         self._ring.add_loss(step, value)
@@ -312,9 +312,9 @@ class Snapshots:
             return None
         return self._explain(onset, start, step)
 
-    def _write(self, start: int | None, onset: int | None) -> None:
+    def _write(self, start: int | None, onset: int | None, what: str = "the spike") -> None:
         if start is None or start not in self._ring.steps:
-            self._tell_loss(onset)
+            self._tell_loss(onset, what)
             return
         snapshot = self._ring.snapshot(start, last=self._last)
         self._disk.put(snapshot)
@@ -394,12 +394,12 @@ class Snapshots:
                 limits=Limits(replays=self._replays),
             )
 
-    def _tell_loss(self, onset: int | None) -> None:
-        """Record that no state was left from before a spike, and warn of the first."""
+    def _tell_loss(self, onset: int | None, what: str) -> None:
+        """Record that no state was left from before a step, and warn of the first."""
         if onset is None:
             return
         said = (
-            f"the spike at step {onset} has no snapshot: the states from before it were dropped to "
+            f"{what} at step {onset} has no snapshot: the states from before it were dropped to "
             "stay within budget_gib, or none was taken; raise budget_gib"
         )
         self._tell("snapshot", onset, error=said)

@@ -142,6 +142,7 @@ class Recorder:
         self._is_first = True
         self._is_told_of_order = False
         self._next_step = 0
+        self._latest: tuple[int, str | None] = (-1, None)
         self._began = self._last = time.perf_counter()
         pieces = self._record_new_sites()
         self._switches = [
@@ -193,6 +194,7 @@ class Recorder:
         values = {n: _checked(n, v) for n, v in (given | scalars).items() if v is not None}
         step = self._next_step if step is None else step
         self._next_step = step + 1
+        self._latest = (step, group)
         now = time.perf_counter()
         timing = {"time_s": [now - self._began], "step_ms": [(now - self._last) * 1e3]}
         self._last = now
@@ -209,6 +211,11 @@ class Recorder:
         self._inspect_at(step + 1)
         self._mind_order(heard=bool(updates))
         self._mind_silence(heard=bool(updates))
+
+    def group_of(self, step: int) -> str | None:
+        """Return the group that a step was recorded with if it is the latest; None otherwise."""
+        latest, group = self._latest
+        return group if latest == step else None
 
     def event(self, kind: str, step: int | None = None, **data: Any) -> None:
         """Record that something happened, with JSON data; at the coming step by default.
