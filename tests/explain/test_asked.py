@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -111,3 +112,10 @@ def test_the_command_takes_a_step(run: Path) -> None:
         assert "no loss of step 999" in str(done.exception)
     done = CliRunner().invoke(app, ["explain", str(run), "--step", "3", "--step", "4"])
     assert done.exit_code == 2
+
+
+@pytest.mark.parametrize("step", [2.5, "3", -1, True])
+def test_what_is_no_step_is_not_kept(tmp_path: Path, step: Any) -> None:
+    snapshots = Snapshots(CASE.build(), tmp_path / "run")
+    with snapshots, pytest.raises(ReplayError, match="expected the number of a step"):
+        snapshots.keep(step)

@@ -371,3 +371,34 @@ def test_each_command_line_has_a_module_of_its_own_and_seeds_are_set(tmp_path: P
         generator = torch.Generator().manual_seed(3)
         assert argument == given
         assert torch.equal(drawn, torch.randn(2, generator=generator))
+
+
+# ---- functions of a module -----------------------------------------------------------------------
+PARSES = """
+import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("--width", type=int, required=True)
+WIDTH = parser.parse_args().width
+def build():
+    return WIDTH
+"""
+
+
+def test_a_module_is_imported_with_the_command_line_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parses_as_the_run.py").write_text(PARSES, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["unclamp", "explain", "RUN"])
+    names = {"build": "parses_as_the_run:build"}
+    assert load_functions(names, argv=["--width", "7"])["build"]() == 7
+    assert sys.argv == ["unclamp", "explain", "RUN"]
+
+
+def test_a_module_that_ends_the_program_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parses_and_ends.py").write_text(PARSES, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ReplayError, match="importing parses_and_ends ends the program"):
+        load_functions({"build": "parses_and_ends:build"})

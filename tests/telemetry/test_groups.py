@@ -101,3 +101,15 @@ def test_a_log_from_before_there_were_groups_has_none(tmp_path: Path) -> None:
     pq.write_table(old, part)
     with RunLog.open(tmp_path / "run") as log:
         assert log.steps()["group"].to_pylist() == [None, None]
+
+
+def test_a_negative_step_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    unclamp.convert(model, unclamp.Recipe())
+    with unclamp.Recorder(model, tmp_path / "run") as recorder:
+        recorder.step(loss=1.0)
+        with pytest.raises(RunLogError, match="0 or above, got -3"):
+            recorder.step(-3, loss=1.0)
+        recorder.step(loss=2.0)
+    with RunLog.open(tmp_path / "run") as log:
+        assert log.sql("SELECT step FROM steps ORDER BY step").column(0).to_pylist() == [0, 1]

@@ -339,6 +339,8 @@ class Explanation(Shown):
         start = self.snapshot_step if self._is_partly_clamped(share) else horizon.first_step
         verdict = f"from step {start} on {self._blame(share)}"
         said = f"With nothing clamped {', '.join(shares)}: {verdict}."
+        if self.verdict == "not clamping" and any(a.removed >= NOT_CLAMPING for a in horizon.asked):
+            said += " What goes is no more than chaos moves."
         told = self._told_by_step("unclamped")
         return [said, *told, horizon.before(), *filter(None, [horizon.cost()])]
 

@@ -5,6 +5,7 @@ What keeps the states is `ring`; when they are written is for `snapshots`.
 
 from collections.abc import Iterator
 
+from unclamp.errors import ReplayError
 from unclamp.explain.ring import Ring
 
 
@@ -19,6 +20,17 @@ class Asked:
     def starts(self) -> set[int]:
         """The steps before which a state is needed."""
         return {start for start in self._starts.values() if start is not None}
+
+    @staticmethod
+    def checked(step: object) -> int:
+        """Return a step's number.
+
+        Raises:
+            ReplayError: It is none.
+        """
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ReplayError(f"expected the number of a step, 0 or above, got {step!r}")
+        return step
 
     def add(self, step: int) -> None:
         """Want to ask about a step."""

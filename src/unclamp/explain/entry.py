@@ -221,5 +221,6 @@ def _functions(
                 "function of a module or of the script's top level"
             )
     named = {what: name for what, name in found.items() if isinstance(name, str)}
-    found |= load_functions(named, script=snapshot.facts.get("script"))
+    facts = snapshot.facts
+    found |= load_functions(named, script=facts.get("script"), argv=facts.get("argv", ()))
     return found["build"], found["step"]

@@ -8,11 +8,12 @@ import ast
 import hashlib
 import inspect
 import platform
+import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ def code_facts(
         "step_function": _name_of(step),
         "arguments": dict(arguments),
         "code": fingerprint(build, step),
+        "argv": list(sys.argv[1:]),
     }
     scripts = [path for f in (build, step) if f is not None and (path := script_of(f)) is not None]
     return facts | ({"script": script_facts(scripts[0])} if scripts else {})
@@ -203,13 +205,17 @@ def fingerprint(*functions: Callable[..., Any] | None) -> str | None:
 
 
 def load_functions(
-    names: Mapping[str, str], *, script: Mapping[str, Any] | None = None
+    names: Mapping[str, str],
+    *,
+    script: Mapping[str, Any] | None = None,
+    argv: Sequence[str] = (),
 ) -> dict[str, Callable[..., Any]]:
     """Return the functions that are named "module:function", or "FILE.py:function".
 
     Args:
         names: By what each is: "build", "step".
         script: The facts of the run's script, if it was one.
+        argv: The run's command line, which a module may read while it is imported.
 
     Raises:
         ReplayError: There is no such function, or it cannot be had without training again.
@@ -235,13 +241,15 @@ def load_functions(
         )
         for file, wanted in files.items()
     }
-    return {what: _function(name, what, modules) for what, name in names.items()}
+    return {what: _function(name, what, modules, argv) for what, name in names.items()}
 
 
-def _function(name: str, what: str, scripts: Mapping[str, Any]) -> Callable[..., Any]:
+def _function(
+    name: str, what: str, scripts: Mapping[str, Any], argv: Sequence[str]
+) -> Callable[..., Any]:
     module, _, path = name.rpartition(":")
     try:
-        found: Any = scripts[module] if module in scripts else import_module(module)
+        found: Any = scripts[module] if module in scripts else _imported(module, argv)
         for part in path.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
@@ -257,6 +265,21 @@ def _function(name: str, what: str, scripts: Mapping[str, Any]) -> Callable[...,
             "runs, or name it with --build and --step"
         ) from error
     return found
+
+
+def _imported(module: str, argv: Sequence[str]) -> ModuleType:
+    """Import a module as the run did: with its command line, which is not that of `unclamp`."""
+    own, sys.argv = sys.argv, [module, *argv]
+    try:
+        return import_module(module)
+    except SystemExit as error:
+        raise ReplayError(
+            f"importing {module} ends the program (exit code {error.code}), as a command line that "
+            'is parsed at its top level does: parse it under `if __name__ == "__main__":`, or name '
+            "the functions as FILE.py:FUNCTION, which is read and not run"
+        ) from error
+    finally:
+        sys.argv = own
 
 
 def _name_of(function: Callable[..., Any] | None) -> str | None:

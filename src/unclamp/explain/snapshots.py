@@ -242,11 +242,12 @@ class Snapshots:
                 was heard of last.
 
         Raises:
-            ReplayError: No state from before the step is left, or the snapshots are closed.
+            ReplayError: No state from before the step is left, it is no step, or the snapshots are
+                closed.
         """
         if self._is_closed:
             raise ReplayError("these snapshots are closed: call keep within the with block")
-        step = max(self._last, 0) if step is None else step
+        step = self._asked.checked(max(self._last, 0) if step is None else step)
         if step < self._next and self._ring.before(step, lead=0) is None:
             held = self._ring.steps
             raise ReplayError(

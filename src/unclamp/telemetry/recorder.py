@@ -186,13 +186,15 @@ class Recorder:
             **scalars: Whatever else to record under its name.
 
         Raises:
-            RunLogError: Something is neither a number nor a tensor of one, or the group is no
-                name; nothing is recorded.
+            RunLogError: Something is neither a number nor a tensor of one, the group is no name,
+                or the step is negative; nothing is recorded.
         """
         check_group(group)
         given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         values = {n: _checked(n, v) for n, v in (given | scalars).items() if v is not None}
         step = self._next_step if step is None else step
+        if step < 0:
+            raise RunLogError(f"expected the number of a step, 0 or above, got {step}")
         self._next_step = step + 1
         self._latest = (step, group)
         now = time.perf_counter()
