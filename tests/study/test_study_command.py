@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from patience import PATIENCE_S
+from unclamp.cli import app
 from unclamp.study.config import StudyConfig
 
 
@@ -101,3 +103,13 @@ def test_a_first_look_shows_the_spikes_of_delayed_scaling(tmp_path: Path) -> Non
     assert ratios["delayed"][0] > 1.3
     assert ratios["guarded"][0] < 1.05
     assert "With one seed" in done.stderr
+
+
+def test_arms_without_the_one_they_are_compared_with_are_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unclamp.cli.study._run_study", lambda *_: False)
+    told = "without the arm dynamic no arm is called better or worse"
+    line = ["study", "--out", str(tmp_path / "study"), "--arm", "guarded", "--arm"]
+    assert told in CliRunner().invoke(app, [*line, "delayed"]).stderr
+    assert told not in CliRunner().invoke(app, [*line, "dynamic"]).stderr

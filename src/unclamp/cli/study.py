@@ -49,7 +49,10 @@ def study(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps a run.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = None,
     arm: Annotated[
-        list[str] | None, typer.Option("--arm", help="Only these arms; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--arm", help="Only these arms; may be repeated. The others are compared with dynamic."
+        ),
     ] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="File to train on, of any kind; may be repeated.")
@@ -93,6 +96,7 @@ def study(
         folder = out or (QUICK_OUT if quick else WHOLE_OUT)
         if quick:
             _say_quick(made)
+        _say_if_nothing_is_compared(made)
         is_finished = _run_study(made, folder, jobs)
     if not is_finished:
         raise typer.Exit(INTERRUPTED)
@@ -184,3 +188,13 @@ def _run_study(config: "StudyConfig", out: Path, jobs: int | None) -> bool:
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+def _say_if_nothing_is_compared(made: "StudyConfig") -> None:
+    from unclamp.report.arms import BASELINE  # noqa: PLC0415 - scipy takes a while
+
+    if BASELINE not in made.arms and len(made.arms) > 1:
+        _say(
+            f"unclamp: without the arm {BASELINE} no arm is called better or worse; add --arm "
+            f"{BASELINE} to compare them."
+        )
