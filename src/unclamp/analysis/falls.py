@@ -9,9 +9,10 @@ curve, neighbours that move together counted as such.
 
 The slope of such a line through a curved fall depends on where the steps lie: a curve is steep at
 first. So only losses at the same steps are compared, those of two runs. Two kinds of batches of one
-run lie at different steps, and their slopes would differ on one and the same curve. The ratio of two slopes has Fieller's
-interval (1954), which is wider the less the other slope is known, and none where the other loss
-did not clearly fall.
+run lie at different steps, and their slopes would differ on one and the same curve.
+
+The ratio of two slopes has Fieller's interval (1954), which is wider the less the other slope is
+known, and none where the other loss did not clearly fall.
 
 The interval is over the batches of these runs. What another seed would give is not in it.
 """

@@ -17,6 +17,7 @@ spike is explained on the spot, and the training goes on from before it, mended.
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -46,6 +47,7 @@ from unclamp.explain.training import (
 from unclamp.explain.watch import LateLoss, SpikeWatch, about_kind
 from unclamp.files import strict
 from unclamp.runlog import starting_no_run
+from unclamp.telemetry.group import group_name
 
 FURTHEST_IN_PLACE = 4
 """While a training waits, replays are so many times as long as the shortest at most."""
@@ -204,7 +206,9 @@ class Snapshots:
         self._asked.begin(step, self._ring, lead=self._lead)
         self._open = step
 
-    def after(self, step: int, loss: Tensor | float, *, group: str | None = None) -> Rewind | None:
+    def after(
+        self, step: int, loss: Tensor | float, *, group: str | int | Enum | None = None
+    ) -> Rewind | None:
         """Hear the loss of a step; write or explain if a spike is complete.
 
         A loss on a GPU is looked at one step later, so that nothing waits for it.
@@ -219,12 +223,14 @@ class Snapshots:
 
         Raises:
             ReplayError: `before` was not called, or the loss is no number.
+            RunLogError: The group is no name.
         """
         if self._open != step:
             raise ReplayError(f"call snapshots.before({step}, batch) at the start of the step")
+        kind = group_name(group)
         self._open, self._next = None, step + 1
         self._tell_failure()
-        self._watch.name(step, group)
+        self._watch.name(step, kind)
         for number, value in self._late.put(step, loss):
             rewind = self._hear(number, value)
             if rewind is not None:

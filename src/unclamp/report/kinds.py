@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unclamp.analysis.groups import Group, kind_in_words, split_places
+from unclamp.analysis.groups import MOST_KINDS, Group, kind_in_words, largest_kinds
 from unclamp.analysis.paired import PairedDifference, paired_difference
 from unclamp.report.bands import by_step, mean
 from unclamp.report.recorded import RunRecord
 from unclamp.written import counted, listed, loss_text
-
-MOST_KINDS = 4
-"""Kinds that a sentence tells of, those with the most batches; tables and JSON have all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ def kind_steps(run: RunRecord) -> dict[Group, list[int]]:
         return {}
     of_kind = {
         group: steps
-        for group, places in split_places(run.groups).items()
+        for group, places in largest_kinds(run.groups).items()
         if (steps := [run.steps[i] for i in places if run.loss[i] is not None])
     }
     return dict(sorted(of_kind.items(), key=lambda pair: -len(pair[1])))

@@ -11,7 +11,8 @@ LONGEST = 80
 def group_name(group: object) -> str | None:
     """Return what the kind of a batch is called: a line of text that is not blank; None of None.
 
-    An int, a bool and a member of an enum are called what str() makes of them, as in files.
+    An int, a bool and a member of an enum are called what str() makes of them, as in files; a
+    member that is a str is called by its text.
 
     Raises:
         RunLogError: It is something else.
@@ -22,7 +23,7 @@ def group_name(group: object) -> str | None:
     """
     if group is None:
         return None
-    if isinstance(group, int | Enum):
+    if isinstance(group, int | Enum) and not isinstance(group, str):
         group = str(group)
     if not isinstance(group, str):
         raise RunLogError(
@@ -35,4 +36,4 @@ def group_name(group: object) -> str | None:
             f"expected group to be a name of 1 to {LONGEST} printable characters, not all blank, "
             f"got {group[: 2 * LONGEST]!r}; nothing is recorded"
         )
-    return group
+    return str.__str__(group)  # of a class of its own the text alone

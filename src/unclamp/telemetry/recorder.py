@@ -14,6 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Self, SupportsFloat, get_args
 
@@ -28,7 +29,7 @@ from unclamp.nn.update import SwitchListener, Update
 from unclamp.runlog import Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
 from unclamp.telemetry.columns import Number, cast_columns, site_columns, step_columns
-from unclamp.telemetry.group import check_group
+from unclamp.telemetry.group import group_name
 from unclamp.telemetry.header import make_header, scaling_data
 from unclamp.telemetry.rank import find_place
 from unclamp.telemetry.sinks import NumbersFunction, Sink, Sinks
@@ -164,7 +165,7 @@ class Recorder:
         loss: Number | None = None,
         grad_norm: Number | None = None,
         lr: Number | None = None,
-        group: str | None = None,
+        group: str | int | Enum | None = None,
         **scalars: Number,
     ) -> None:
         """Record an optimizer step that has just been made.
@@ -178,7 +179,7 @@ class Recorder:
             loss: Training loss. A tensor is read on the writer's thread.
             grad_norm: Norm of all gradients.
             lr: Learning rate.
-            group: The kind of the step's batch, under any name, such as "answers". Where kinds
+            group: The kind of the step's batch, under any name, such as "answers" or 3. Where kinds
                 differ in their usual loss, each loss is then judged among its own kind. It
                 belongs to the whole step: call a step whose microsteps were of two kinds by a
                 name of its own.
@@ -188,7 +189,7 @@ class Recorder:
             RunLogError: Something is neither a number nor a tensor of one, or the group is no
                 name; nothing is recorded.
         """
-        check_group(group)
+        group = group_name(group)
         given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         values = {n: _checked(n, v) for n, v in (given | scalars).items() if v is not None}
         step = self._next_step if step is None else step
