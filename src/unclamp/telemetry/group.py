@@ -4,6 +4,7 @@ from enum import Enum
 
 from unclamp.errors import RunLogError
 
+Name = str | int | Enum | None
 LONGEST = 80
 """Characters; a name stands in legends, tables and sentences."""
 

@@ -14,7 +14,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any, Self, SupportsFloat, get_args
 
@@ -29,7 +28,7 @@ from unclamp.nn.update import SwitchListener, Update
 from unclamp.runlog import Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
 from unclamp.telemetry.columns import Number, cast_columns, site_columns, step_columns
-from unclamp.telemetry.group import group_name
+from unclamp.telemetry.group import Name, group_name
 from unclamp.telemetry.header import make_header, scaling_data
 from unclamp.telemetry.rank import find_place
 from unclamp.telemetry.sinks import NumbersFunction, Sink, Sinks
@@ -165,7 +164,7 @@ class Recorder:
         loss: Number | None = None,
         grad_norm: Number | None = None,
         lr: Number | None = None,
-        group: str | int | Enum | None = None,
+        group: Name = None,
         **scalars: Number,
     ) -> None:
         """Record an optimizer step that has just been made.
@@ -189,7 +188,7 @@ class Recorder:
             RunLogError: Something is neither a number nor a tensor of one, or the group is no
                 name; nothing is recorded.
         """
-        group = group_name(group)
+        kind = group_name(group)
         given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         values = {n: _checked(n, v) for n, v in (given | scalars).items() if v is not None}
         step = self._next_step if step is None else step
@@ -199,7 +198,7 @@ class Recorder:
         self._last = now
         self._record_new_sites()
         updates = [heard for source in self._sources if (heard := source.take()) is not None]
-        row = functools.cache(lambda: step_columns(step, values, timing, group))
+        row = functools.cache(lambda: step_columns(step, values, timing, kind))
         self._writer.add("steps", row)
         if self._writer.failure is not None and self._sinks:  # the sinks go on without the log
             self._feed.put(lambda: self._tell_sinks(step, updates, row))
