@@ -92,6 +92,12 @@ def test_a_gradient_clamped_at_the_onset_alone_has_no_hits() -> None:
     assert by_site[8].hits < 3  # a gradient: it came after
 
 
+def test_groups_of_another_length_are_refused() -> None:
+    run = plant(5, sites=6, steps=200)
+    with pytest.raises(ValueError, match="a group a loss, got 1 groups, 200 losses"):
+        associate_series(run.clamping(), run.loss, spikes=[], names=run.names, groups=["a"])
+
+
 def test_harm_below_the_spike_threshold_is_found_in_the_loss() -> None:
     run = plant(5, sites=60, steps=2000)
     generator = np.random.default_rng(5)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from unclamp.analysis import ClampedGradients, clamped_gradients
+from unclamp.analysis import ClampedGradients, clamped_gradients, clamped_gradients_by
 from unclamp.analysis.gradients import change_in_words
 from unclamp.names import SiteName
 from unclamp.report import build_view
@@ -110,6 +110,20 @@ def test_each_site_has_its_own_and_the_largest_error_comes_first(tmp_path):
     assert up.casts == 3
     worst = (up.worst.error, up.worst.cosine, up.worst.ratio)
     assert (up.worst.step, worst) == (3, pytest.approx(together(ALL[:1]), rel=1e-9))
+
+
+def test_all_kinds_at_once_are_each_by_itself(tmp_path):
+    path = write(tmp_path / "run", [planted.row() for planted in ALL])
+    kinds: dict[int, str | None] = {3: "early", 7: "late", 0: None, 8: "late", 1: None}
+    with RunLog.open(path) as log:
+        found = clamped_gradients_by(log, kinds)
+    assert list(found) == ["early", "late", None]
+    for kind, own in found.items():
+        mine = [planted for planted in ALL if kinds[planted.step] == kind]
+        assert (own.casts, own.asked) == (len(mine), list(kinds.values()).count(kind))
+        assert own.steps == len({planted.step for planted in mine})
+        if mine:
+            assert figures(own.change) == pytest.approx(together(mine), rel=1e-7)
 
 
 def test_some_steps_are_told_apart(tmp_path):

@@ -1,6 +1,7 @@
 """Losses judged within their kind of batch: planted series of several kinds."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from unclamp.analysis import (
 from unclamp.analysis.curves import run_losses
 from unclamp.cli import app
 from unclamp.errors import AnalysisError
-from unclamp.runlog import RunLog
+from unclamp.runlog import Header, RunLog, RunLogWriter
 
 EVERY = 20
 
@@ -93,6 +94,31 @@ def test_a_kind_with_few_batches_is_not_judged_and_said() -> None:
         losses[place], groups[place] = loss, "x"
     assert find_spikes(losses, groups=groups) == []
     assert unjudged_in_words(losses, groups) == ["not judged: only 4 batches of kind 'x'"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "why"),
+    [
+        (500, 0, "none of 500 batches of kind 'x' is finite"),
+        (1, 0, "the only batch of kind 'x' is not finite"),
+        (100, 3, "only 3 of 103 batches of kind 'x' are finite"),
+        (100, 1, "only 1 of 101 batches of kind 'x' is finite"),
+        (0, 1, "only 1 batch of kind 'x'"),
+    ],
+)
+def test_why_a_kind_is_not_judged_is_said_by_its_finite_batches(
+    bad: int, good: int, why: str
+) -> None:
+    losses = [2.0 + 0.01 * (i % 7) for i in range(300)] + [math.nan] * bad + [3.0] * good
+    groups = ["text"] * 300 + ["x"] * (bad + good)
+    assert unjudged_in_words(losses, groups) == [f"not judged: {why}"]
+
+
+def test_of_very_many_kinds_the_largest_are_told_and_the_rest_counted() -> None:
+    groups = [f"k{i}" for i in range(300)] + ["k7"]
+    said = unjudged_in_words([2.0] * 301, groups)
+    assert said[0] == "not judged: only 2 batches of kind 'k7'"
+    assert said[4:] == ["and 296 more kinds"]
 
 
 def test_a_non_finite_loss_of_a_kind_with_few_batches_is_a_spike() -> None:
@@ -166,6 +192,16 @@ def test_where_a_run_went_back_the_last_records_group_counts(tmp_path: Path) -> 
         assert list(run_curve(log).groups) == ["a", None, "c"]
 
 
+def test_the_group_of_a_runs_step_is_that_of_the_record_with_its_loss(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunLogWriter(path, header=Header(unclamp_version="test")) as writer:
+        for step, loss, group in ((0, 2.0, "a"), (0, None, None), (1, 2.0, None), (1, None, "b")):
+            writer.add("steps", {"step": [step], "loss": [loss], "time_s": [0.0], "group": [group]})
+        writer.add("steps", {"step": [2], "loss": [2.0], "time_s": [0.0], "group": ["c"]})
+    with RunLog.open(path) as log:
+        assert list(run_curve(log).groups) == ["a", None, "c"]
+
+
 # ---- files ---------------------------------------------------------------------------------------
 def written(path: Path, losses: np.ndarray, groups: Sequence[str | None]) -> Path:
     rows = [
@@ -188,6 +224,29 @@ def test_a_number_is_the_name_of_a_group_too(tmp_path: Path) -> None:
     path = tmp_path / "loss.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert list(read_curve(path, group="source").groups) == ["0", "1", "0", "1"]
+
+
+def test_an_evaluation_of_the_same_step_does_not_take_its_group(tmp_path: Path) -> None:
+    rows: list[dict] = []
+    for i, kind in enumerate(["answers", "text", "answers"]):
+        rows += [{"step": i, "loss": 2.0, "kind": kind}, {"step": i, "eval_loss": 3.0}]
+    rows[3]["kind"] = "held out"
+    rows.append({"step": 3, "grad_norm": 1.0, "kind": "text"})  # a step without a loss
+    path = tmp_path / "loss.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert list(read_curve(path, group="kind").groups) == ["answers", "text", "answers", "text"]
+
+
+def test_ranks_of_a_file_that_call_a_step_differently_are_joined(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "rank": rank, "loss": 2.0, "kind": "answers" if step + rank == 2 else "text"}
+        for step in range(3)
+        for rank in range(2)
+    ]
+    path = tmp_path / "loss.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    groups = list(read_curve(path, group="kind").groups)
+    assert groups == ["text", "answers+text", "answers+text"]
 
 
 def test_a_column_of_groups_that_is_not_there_is_an_error_with_a_hint(tmp_path: Path) -> None:
@@ -214,6 +273,27 @@ def test_the_command_judges_each_kind_and_names_it(tmp_path: Path) -> None:
     assert "loss, batches of kind 'rare': not judged: only 2 batches" in result.output
     table = [line.split() for line in result.output.splitlines() if " rise " in f"{line} "]
     assert [(row[2], row[-1]) for row in table] == [("1005", "-"), ("1200", "answers")]
+
+
+def test_the_command_counts_batches_and_not_spikes(tmp_path: Path) -> None:
+    losses = np.append(2 + 0.02 * np.random.default_rng(0).standard_normal(200), [math.nan] * 110)
+    losses[-10:] = 3.0
+    path = written(tmp_path / "loss.csv", losses, [None] * 200 + ["x"] * 100 + ["y"] * 10)
+    result = CliRunner().invoke(app, ["spikes", str(path), "--group", "what"])
+    assert "kind 'x': not judged: none of 100 batches is finite (method robust)." in result.output
+    assert "kind 'y': not judged: only 10 batches (method robust)." in result.output
+
+
+def test_of_very_many_kinds_the_command_adds_up_the_rest(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    groups: list[str | None] = [f"k{i % 5}" for i in range(500)] + [f"k{i}" for i in range(5, 300)]
+    losses = 2 + 0.02 * rng.standard_normal(len(groups))
+    losses[484] = 4.0  # of k4, which has no line of its own
+    path = written(tmp_path / "loss.csv", losses, groups)
+    lines = CliRunner().invoke(app, ["spikes", str(path), "--group", "what"]).output.splitlines()
+    assert sum(line.startswith("loss, batches of kind") for line in lines) == 4
+    rest = "296 more kinds: 1 spike in 395 steps; 295 of the kinds not judged (method robust)."
+    assert lines[-1] == f"loss, and {rest}"
 
 
 def test_the_commands_json_names_the_group_of_a_spike(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from truths.trainings import SPIKE, STEPS, Batch, Case, batch, explain, losses_w
 from unclamp.analysis import find_spikes
 from unclamp.explain import Snapshots, Training
 from unclamp.explain.watch import SpikeWatch, kin_of, level_before
+from unclamp.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,15 @@ def test_the_spike_is_counted_from_the_level_of_its_own_kind(tmp_path: Path) -> 
     assert found.named == case.culprits
     assert found.clamping_share == pytest.approx(gone, abs=0.1)
     assert "It is a spike among batches without a group: its level is that of" in found.words()
+
+
+def test_snapshots_and_recorder_take_a_number_for_a_kind_alike(tmp_path: Path) -> None:
+    def number_of(step: int) -> int:
+        return int(step % 5 == 0)
+
+    record(TwoKinds(seed=1), tmp_path / "run", group_of=number_of)
+    with RunLog.open(tmp_path / "run") as log:
+        assert log.steps()["group"].to_pylist() == [str(number_of(n)) for n in range(STEPS)]
 
 
 def test_the_level_is_the_median_of_the_last_calm_losses_of_the_kind() -> None:

@@ -1,5 +1,6 @@
 """The kind of a step's batch: what may be given, and where it goes."""
 
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def test_a_step_without_a_group_has_none(tmp_path: Path) -> None:
         assert log.steps()["group"].to_pylist() == [None]
 
 
-@pytest.mark.parametrize("group", [3, 2.5, True, b"text", ["text"], torch.ones(())])
-def test_a_group_that_is_no_text_is_an_error_that_loses_nothing(tmp_path: Path, group: Any) -> None:
+@pytest.mark.parametrize("group", [2.5, b"text", ["text"], torch.ones((), dtype=torch.int64)])
+def test_a_group_that_is_no_name_is_an_error_that_loses_nothing(tmp_path: Path, group: Any) -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     unclamp.convert(model, Recipe())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -44,13 +45,42 @@ def test_a_group_that_is_no_text_is_an_error_that_loses_nothing(tmp_path: Path, 
         loss = model(torch.ones(4, 16)).square().mean()
         loss.backward()
         optimizer.step()
-        with pytest.raises(RunLogError, match=r"a str or None, got .*; nothing is recorded"):
+        with pytest.raises(RunLogError, match=r"a str, an int, .*, got .*; nothing is recorded"):
             recorder.step(loss=loss, group=group)
         recorder.step(loss=loss, group="text")
     with RunLog.open(tmp_path / "run") as log:
         (row,) = log.steps().to_pylist()
         assert (row["step"], row["group"]) == (0, "text")
         assert log.casts().num_rows == 3
+
+
+class Source(Enum):
+    TEXT = 1
+
+
+class Task(str, Enum):  # noqa: UP042  # as before Python 3.11
+    CODE = "code"
+
+
+class Kind(StrEnum):
+    ANSWERS = "answers"
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        (3, "3"),
+        (-1, "-1"),
+        (True, "True"),
+        (Source.TEXT, "Source.TEXT"),
+        (Task.CODE, "code"),
+        (Kind.ANSWERS, "answers"),
+    ],
+)
+def test_a_number_and_a_member_of_an_enum_are_names(tmp_path: Path, group: Any, name: str) -> None:
+    path = recorded(tmp_path / "run", [group, None, group])
+    with RunLog.open(path) as log:
+        assert log.steps()["group"].to_pylist() == [name, None, name]
 
 
 @pytest.mark.parametrize("group", ["", "  ", "two\nlines", "bell\a", "x" * 81])
@@ -86,6 +116,13 @@ def test_sinks_get_the_loss_under_the_name_of_its_group(tmp_path: Path) -> None:
     )
     own = [{n: v for n, v in numbers.items() if n.startswith("loss")} for _, numbers in sent]
     assert own == [{"loss": 2.0, "loss/text": 2.0}, {"loss": 3.0}, {"loss": 4.0, "loss/answers": 4}]
+
+
+def test_a_scalar_of_the_users_own_name_is_not_overwritten() -> None:
+    steps: Columns = {
+        "step": [7], "loss": [2.0], "group": ["text"], "scalars": [[("loss/text", 5.0)]],
+    }  # fmt: skip
+    assert summarise({}, steps, None) == {"loss": 2.0, "loss/text": 5.0}
 
 
 def test_a_group_without_a_loss_sends_nothing_of_its_own() -> None:

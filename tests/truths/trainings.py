@@ -194,7 +194,7 @@ def record(
     case: AnyCase,
     run: Path,
     *,
-    group_of: Callable[[int], str | None] = lambda n: None,
+    group_of: Callable[[int], str | int | None] = lambda n: None,
     **settings: object,
 ) -> list[float]:
     """Train a case into a run folder with snapshots; return its losses."""

@@ -9,7 +9,11 @@ from unclamp.analysis.divergences import (
     find_divergences,
     run_divergences,
 )
-from unclamp.analysis.gradients import ClampedGradients, clamped_gradients
+from unclamp.analysis.gradients import (
+    ClampedGradients,
+    clamped_gradients,
+    clamped_gradients_by,
+)
 from unclamp.analysis.paired import PairedDifference, paired_difference
 from unclamp.analysis.robust import SpikeDetector
 from unclamp.analysis.spikes import (
@@ -36,6 +40,7 @@ __all__ = [
     "SpikeDetector",
     "associate",
     "clamped_gradients",
+    "clamped_gradients_by",
     "find_divergences",
     "find_spikes",
     "is_judged",

@@ -194,13 +194,16 @@ def associate_series(
 
     Raises:
         AnalysisError: `max_lag` is above both 8 and a tenth of the steps.
-        ValueError: `max_lag` or `shifts` is below 1, or `alpha` not between 0 and 1.
+        ValueError: `max_lag` or `shifts` is below 1, `alpha` not between 0 and 1, or `groups` has
+            another length than `loss`.
     """
     if max_lag < 1 or shifts < 1 or not 0 < alpha < 1:
         raise ValueError(
             f"max_lag and shifts must be at least 1 and alpha between 0 and 1, got "
             f"{max_lag}, {shifts} and {alpha}"
         )
+    if groups and len(groups) != len(loss):
+        raise ValueError(f"expected a group a loss, got {len(groups)} groups, {len(loss)} losses")
     max_lag = _fitting_lag(max_lag, len(loss))
     onsets = np.array(sorted(onset for onset, _ in spikes), dtype=np.int64)
     in_spike = _in_spikes(spikes, groups, len(loss))

@@ -151,8 +151,7 @@ def _chosen_curve(recorded: Recorded, path: Path, choice: Choice) -> Curve:
         )
     curve = _curve(parts, chosen, recorded.source)
     if group is not None:
-        at, cells = recorded.columns[group]
-        curve = _with_groups(curve, [_groups_in_order(at, list(map(_to_group, cells)))])
+        curve = _with_groups(curve, _groups_of(recorded, group, list(chosen.values()), path))
     notes = [*recorded.notes, *notes_of(recorded, chosen[main], len(parts[main][0]), choice)]
     return _by_record(replace(curve, notes=notes), recorded)
 
@@ -203,11 +202,8 @@ def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
     curve = _curve(parts, columns, "run log")
     if not has_kinds(rows["group"]):
         return curve
-    of_ranks = [
-        _groups_in_order([rows["step"][i] for i in own], [rows["group"][i] for i in own])
-        for own in _rows_by_rank(rows["rank"])
-    ]
-    return _with_groups(curve, of_ranks)
+    series = [values[name] for name in parts]
+    return _with_groups(curve, _groups_by_rank(rows["step"], rows["rank"], rows["group"], series))
 
 
 def run_losses(log: RunLog) -> Losses:
@@ -253,10 +249,47 @@ def _in_order(steps: Sequence[int], values: Sequence[Any]) -> tuple[np.ndarray, 
     return at, [to_number(values[i]) for i in kept]
 
 
-def _groups_in_order(steps: Sequence[int], groups: Sequence[Group]) -> dict[int, Group]:
-    """Return the kind of each step by the record that counts, also where that has none."""
-    at, kept = _last_records(steps, list(range(len(steps))))
-    return dict(zip(at.tolist(), [groups[i] for i in kept], strict=True))
+def _groups_of(
+    recorded: Recorded, group: str, columns: Sequence[str], path: Path
+) -> list[dict[int, Group]]:
+    """Return the kind of each step of each rank, by the column `group` of a file."""
+    at, cells = recorded.columns[group]
+    groups = [_to_group(cell) for cell in cells]
+    numbers = [recorded.numbers(column, path) for column in columns]
+    series = [values for steps, values in numbers if list(steps) == list(at)]
+    # Tags of TensorBoard have records of their own: then those of the kind say it.
+    return _groups_by_rank(at, recorded.ranks or [0] * len(at), groups, series or [groups])
+
+
+def _groups_by_rank(
+    steps: Sequence[int],
+    ranks: Sequence[int],
+    groups: Sequence[Group],
+    series: Sequence[Sequence[Any]],
+) -> list[dict[int, Group]]:
+    return [
+        _groups_in_order(
+            [steps[i] for i in own],
+            [groups[i] for i in own],
+            [[values[i] for i in own] for values in series],
+        )
+        for own in _rows_by_rank(ranks)
+    ]
+
+
+def _groups_in_order(
+    steps: Sequence[int], groups: Sequence[Group], series: Sequence[Sequence[Any]]
+) -> dict[int, Group]:
+    """Return the kind of each step, also where that is none.
+
+    It is that of the record whose value counts; the first of the series, the loss, comes first.
+    An evaluation of the same step is another record, which need not name the kind.
+    """
+    found: dict[int, Group] = {}
+    for values in reversed(series):
+        at, kept = _last_records(steps, [i for i, value in enumerate(values) if value is not None])
+        found |= dict(zip(at.tolist(), [groups[i] for i in kept], strict=True))
+    return found
 
 
 def _to_group(cell: Any) -> Group:

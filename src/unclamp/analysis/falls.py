@@ -1,11 +1,18 @@
-"""How fast a loss fell, and how fast compared with another: slopes with intervals. Torch-free.
+"""How fast a loss fell, and how fast compared with another run's: slopes with intervals.
+
+Torch-free.
 
 A straight line is laid through the logarithms of the losses by least squares; its slope is how
 fast the loss fell, as a share of itself. A loss does not fall along a straight line, so what the
 interval is made of is not the distance from it. It is the noise of the batches around a smooth
-curve, neighbours that move together counted as such. The ratio of two slopes has Fieller's
-interval (1954), which is wider the less the other slope is known, and none where the other loss
-did not clearly fall.
+curve, neighbours that move together counted as such.
+
+The slope of such a line through a curved fall depends on where the steps lie: a curve is steep at
+first. So only losses at the same steps are compared, those of two runs. Two kinds of batches of one
+run lie at different steps, and their slopes would differ on one and the same curve.
+
+The ratio of two slopes has Fieller's interval (1954), which is wider the less the other slope is
+known, and none where the other loss did not clearly fall.
 
 The interval is over the batches of these runs. What another seed would give is not in it.
 """
@@ -94,22 +101,23 @@ def measure_fall(steps: Numbers, losses: Numbers) -> Fall | None:
     return None if line is None else line.fall
 
 
-def compare_falls(
-    steps: Numbers,
-    losses: Numbers,
-    other_steps: Numbers,
-    other_losses: Numbers,
-) -> Pace | None:
-    """Return how fast a loss fell compared with another; None where one has no slope.
+def compare_falls(steps: Numbers, losses: Numbers, other_losses: Numbers) -> Pace | None:
+    """Return how fast a loss fell compared with another at the same steps.
 
-    Losses at equal steps count as of the same batches, so that noise which both have falls out.
+    They count as of the same batches, so that noise which both have falls out.
+
+    Args:
+        steps: Rising.
+        losses: One for each.
+        other_losses: One for each.
+
+    Returns:
+        The comparison; None where one of them has no slope, as for `measure_fall`.
     """
-    own, other = _line(steps, losses), _line(other_steps, other_losses)
+    own, other = _line(steps, losses), _line(steps, other_losses)
     if own is None or other is None:
         return None
-    is_paired = list(steps) == list(other_steps)
-    shared = _covariance(own, other) if is_paired else 0.0
-    ratio, interval = _fieller(own.fall, other.fall, shared)
+    ratio, interval = _fieller(own.fall, other.fall, _covariance(own, other))
     return Pace(
         own=own.fall,
         other=other.fall,
@@ -127,7 +135,7 @@ def pace_in_words(pace: Pace, *, own: str, other: str) -> str:
         own: What the loss is of, as "batches of kind 'answers'".
         other: What the other is of.
     """
-    span = f"from step {max(pace.own.first, pace.other.first):,} on"
+    span = f"from step {pace.own.first:,} on"
     falls = f"{_fell(pace.own)} against {_fell(pace.other)} {span}"
     if pace.interval is None:
         return (
@@ -199,7 +207,7 @@ def _covariance(own: _Line, other: _Line) -> float:
 def _fieller(own: Fall, other: Fall, shared: float) -> tuple[float, tuple[float, float] | None]:
     from scipy.special import stdtrit  # noqa: PLC0415  # slow to load, seldom needed
 
-    free = min(own.batches, other.batches) - CURVE_TERMS
+    free = own.batches - CURVE_TERMS
     square = float(stdtrit(free, (1 + LEVEL) / 2)) ** 2
     a, b = own.slope, other.slope
     known = b * b - square * other.error**2

@@ -8,9 +8,11 @@ squares, so that a large gradient counts for more than a small one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from unclamp.analysis.groups import Group
 from unclamp.names import SiteName
 from unclamp.runlog import PLACES_SQL, RunLog
 from unclamp.totals import GradientChange
@@ -22,8 +24,11 @@ LEAST_DEGREES = 0.1
 """Below it a gradient hardly turns."""
 
 _PLACES = f"WITH places AS MATERIALIZED (SELECT rank, site, role, place FROM ({PLACES_SQL}))"
-_CLAMPED = "FROM casts JOIN places USING (rank, site) WHERE role = 'grad_output' AND saturated > 0"
-_SOME_STEPS = "AND step IN (SELECT unnest($steps::BIGINT[]))"
+_CASTS = "FROM casts JOIN places USING (rank, site)"
+_ALL_STEPS = "CROSS JOIN (SELECT 0 AS kind)"
+_BY_KIND = """
+    JOIN (SELECT unnest($steps::BIGINT[]) AS step, unnest($kinds::BIGINT[]) AS kind) USING (step)"""
+_CLAMPED = "WHERE role = 'grad_output' AND saturated > 0"
 _KNOWN = "FILTER (weight_grad_norm IS NOT NULL)"
 _WORST = "(grad_error, ~step)"
 """Of equal errors the first step wins."""
@@ -172,29 +177,74 @@ def clamped_gradients(log: RunLog, *, steps: Iterable[int] | None = None) -> Cla
 
     Numerics: Sums are kept to nine figures, since DuckDB adds in any order.
     """
-    asked = None if steps is None else sorted({int(step) for step in steps})
-    some = "" if asked is None else _SOME_STEPS
-    params = {} if asked is None else {"steps": asked}
+    if steps is None:
+        (found,) = _added_up(log, _ALL_STEPS, [None])
+        return found
+    return clamped_gradients_by(log, dict.fromkeys(map(int, steps))).get(None, _NO_STEPS)
+
+
+def clamped_gradients_by(log: RunLog, groups: Mapping[int, Group]) -> dict[Group, ClampedGradients]:
+    """Return the same as `clamped_gradients` of each kind's steps, in one pass over the log.
+
+    Args:
+        log: The run.
+        groups: The kind of each step.
+
+    Raises:
+        RunLogError: The run cannot be read.
+    """
+    sizes = Counter(groups.values())
+    numbers = {group: number for number, group in enumerate(sizes)}
+    found = _added_up(
+        log,
+        _BY_KIND,
+        list(sizes.values()),
+        steps=list(groups),
+        kinds=[numbers[group] for group in groups.values()],
+    )
+    return dict(zip(sizes, found, strict=True))
+
+
+def _added_up(
+    log: RunLog, kinds_sql: str, asked: Sequence[int | None], **params: list[int]
+) -> list[ClampedGradients]:
+    """Return what was clamped at the steps of each kind; `asked` is how many steps it has."""
     rows = log.sql(
-        f"{_PLACES} SELECT place, {_SUMS}, count(*) AS clamped {_CLAMPED} {some} "
-        "GROUP BY place ORDER BY place",
+        f"{_PLACES} SELECT kind, place, {_SUMS}, count(*) AS clamped {_CASTS} {kinds_sql} "
+        f"{_CLAMPED} GROUP BY kind, place ORDER BY kind, place",
         **params,
     ).to_pylist()
-    (measured,) = log.sql(
-        f"{_PLACES} SELECT count(DISTINCT step) AS steps {_CLAMPED} {some} "
-        "AND weight_grad_norm IS NOT NULL",
+    measured = log.sql(
+        f"{_PLACES} SELECT kind, count(DISTINCT step) AS steps {_CASTS} {kinds_sql} "
+        f"{_CLAMPED} AND weight_grad_norm IS NOT NULL GROUP BY kind",
         **params,
     ).to_pylist()
+    steps = {row["kind"]: row["steps"] for row in measured}
+    own: list[list[dict]] = [[] for _ in asked]
+    for row in rows:
+        own[row["kind"]].append(row)
     names = [site.name for site in log.named_sites()]
+    return [
+        _of_rows(own[kind], names, asked=size, steps=steps.get(kind, 0))
+        for kind, size in enumerate(asked)
+    ]
+
+
+def _of_rows(
+    rows: Sequence[dict], names: Sequence[SiteName], *, asked: int | None, steps: int
+) -> ClampedGradients:
     sites = [_site(names[row["place"]], row) for row in rows if row["casts"]]
     return ClampedGradients(
-        asked=None if asked is None else len(asked),
-        steps=measured["steps"],
+        asked=asked,
+        steps=steps,
         casts=sum(site.casts for site in sites),
         unmeasured=sum(row["clamped"] - row["casts"] for row in rows),
         change=sum((site.change for site in sites), GradientChange()),
         sites=_ranked(sites),
     )
+
+
+_NO_STEPS = ClampedGradients(asked=0)
 
 
 def change_in_words(change: GradientChange, *, of_many: bool = False) -> str:

@@ -7,6 +7,8 @@ kind too. What is judged within a kind is for `spikes`, `divergences` and `respo
 from collections.abc import Iterable, Sequence
 
 Group = str | None
+MOST_KINDS = 4
+"""Kinds that a text tells of, those with the most batches; tables and JSON have all."""
 JOINT = "+"
 """Between the names that the ranks of one step give."""
 
@@ -22,6 +24,16 @@ def split_places(groups: Sequence[Group]) -> dict[Group, list[int]]:
     for i, group in enumerate(groups):
         places.setdefault(group, []).append(i)
     return places
+
+
+def largest_kinds(groups: Sequence[Group]) -> dict[Group, list[int]]:
+    """Return the places of each kind, most batches first.
+
+    Example:
+        >>> largest_kinds(["a", None, None])
+        {None: [1, 2], 'a': [0]}
+    """
+    return dict(sorted(split_places(groups).items(), key=lambda pair: -len(pair[1])))
 
 
 def has_kinds(groups: Sequence[Group]) -> bool:

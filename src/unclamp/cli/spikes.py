@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -246,24 +247,46 @@ def _lines(
     method: Method,
     threshold: float | None,
 ) -> list[str]:
-    """Return the last lines, one for each kind of batches."""
-    from unclamp.analysis import is_judged  # noqa: PLC0415
-    from unclamp.analysis.groups import kind_in_words, split_places  # noqa: PLC0415
+    """Return the last lines, one for each of the largest kinds of batches, and one for the rest."""
+    from unclamp.analysis.groups import MOST_KINDS, kind_in_words, largest_kinds  # noqa: PLC0415
+    from unclamp.analysis.unjudged import is_judged, why_unjudged  # noqa: PLC0415
 
     if not groups:
         return [_in_words(label, values, found, method, threshold)]
-    said = []
-    for group, places in split_places(groups).items():
-        own = [values[i] for i in places]
-        name = f"{label}, {kind_in_words(group)}"
+    said, rest = [], _Rest()
+    for group, places in largest_kinds(groups).items():
+        own = [value for i in places if (value := values[i]) is not None]
         spikes = [spike for spike in found if spike.group == group]
-        if is_judged(own, method=method, threshold=threshold):
+        judged = is_judged(own, method=method, threshold=threshold)
+        name = f"{label}, {kind_in_words(group)}"
+        if len(said) == MOST_KINDS:
+            rest.add(steps=len(own), spikes=len(spikes), is_judged=judged)
+        elif judged:
             said.append(_in_words(name, own, spikes, method, threshold))
         else:
-            count = counted(sum(value is not None for value in own), "batch", "batches")
-            broken = f"; {len(spikes)} with NaN or Inf" if spikes else ""
-            said.append(f"{name}: not judged: only {count}{broken} (method {method}).")
-    return said
+            said.append(f"{name}: not judged: {why_unjudged(own)} (method {method}).")
+    return [*said, f"{label}, and {rest.words()} (method {method})."] if rest.kinds else said
+
+
+@dataclass
+class _Rest:
+    """The kinds that have no line of their own, added up."""
+
+    kinds: int = 0
+    unjudged: int = 0
+    steps: int = 0
+    spikes: int = 0
+
+    def add(self, *, steps: int, spikes: int, is_judged: bool) -> None:
+        self.kinds += 1
+        self.unjudged += not is_judged
+        self.steps += steps
+        self.spikes += spikes
+
+    def words(self) -> str:
+        spikes = counted(self.spikes, "spike") if self.spikes else "no spikes"
+        few = f"; {self.unjudged:,} of the kinds not judged" if self.unjudged else ""
+        return f"{counted(self.kinds, 'more kind')}: {spikes} in {counted(self.steps, 'step')}{few}"
 
 
 def _in_words(

@@ -46,6 +46,7 @@ from unclamp.explain.training import (
 from unclamp.explain.watch import LateLoss, SpikeWatch, about_kind
 from unclamp.files import strict
 from unclamp.runlog import starting_no_run
+from unclamp.telemetry.group import Name, group_name
 
 FURTHEST_IN_PLACE = 4
 """While a training waits, replays are so many times as long as the shortest at most."""
@@ -204,7 +205,7 @@ class Snapshots:
         self._asked.begin(step, self._ring, lead=self._lead)
         self._open = step
 
-    def after(self, step: int, loss: Tensor | float, *, group: str | None = None) -> Rewind | None:
+    def after(self, step: int, loss: Tensor | float, *, group: Name = None) -> Rewind | None:
         """Hear the loss of a step; write or explain if a spike is complete.
 
         A loss on a GPU is looked at one step later, so that nothing waits for it.
@@ -219,12 +220,13 @@ class Snapshots:
 
         Raises:
             ReplayError: `before` was not called, or the loss is no number.
+            RunLogError: The group is no name.
         """
         if self._open != step:
             raise ReplayError(f"call snapshots.before({step}, batch) at the start of the step")
-        self._open, self._next = None, step + 1
+        self._open, self._next, kind = None, step + 1, group_name(group)
         self._tell_failure()
-        self._watch.name(step, group_of(self._recorder, step) if group is None else group)
+        self._watch.name(step, group_of(self._recorder, step) if kind is None else kind)
         for number, value in self._late.put(step, loss):
             rewind = self._hear(number, value)
             if rewind is not None:

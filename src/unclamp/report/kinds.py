@@ -1,4 +1,4 @@
-"""Losses by kind of batch: of a run, of an arm beside the baseline, and how fast each fell.
+"""Losses by kind of batch: of a run, and of an arm beside the baseline.
 
 A kind is what the user called a group. Torch-free.
 """
@@ -8,19 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unclamp.analysis.falls import Pace, compare_falls, pace_in_words
-from unclamp.analysis.groups import Group, kind_in_words, split_places
+from unclamp.analysis.groups import MOST_KINDS, Group, kind_in_words, largest_kinds
 from unclamp.analysis.paired import PairedDifference, paired_difference
 from unclamp.report.bands import by_step, mean
 from unclamp.report.recorded import RunRecord
 from unclamp.written import counted, listed, loss_text
-
-MOST_KINDS = 4
-"""Kinds that a sentence tells of, those with the most batches; tables and JSON have all."""
-NO_PROOF = (
-    "Kinds may differ in how fast they can be learnt, and what else they have in common is not "
-    "told by a rate: that clamping is why, only a run without it shows."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +40,7 @@ def kind_steps(run: RunRecord) -> dict[Group, list[int]]:
         return {}
     of_kind = {
         group: steps
-        for group, places in split_places(run.groups).items()
+        for group, places in largest_kinds(run.groups).items()
         if (steps := [run.steps[i] for i in places if run.loss[i] is not None])
     }
     return dict(sorted(of_kind.items(), key=lambda pair: -len(pair[1])))
@@ -124,7 +116,10 @@ def _mean_at(run: RunRecord, steps: Sequence[int]) -> float:
 
 # In words -----------------------------------------------------------------------------------------
 def kind_sentences(run: RunRecord) -> list[str]:
-    """Say the mean loss of each kind of a run, and how fast the rarer ones fell."""
+    """Say the mean loss of each kind of a run, and what clamping took from the rarer ones.
+
+    How fast each fell is not said: kinds lie at different steps, and a fall is steep at first.
+    """
     kinds = kind_steps(run)
     if not kinds:
         return []
@@ -135,26 +130,18 @@ def kind_sentences(run: RunRecord) -> list[str]:
     ]
     more = len(kinds) - MOST_KINDS
     rest = f"; and {counted(more, 'more kind')}" if more > 0 else ""
-    return [f"Mean loss by kind of batch: {listed(shown)}{rest}.", *_pace_sentences(run, kinds)]
+    return [f"Mean loss by kind of batch: {listed(shown)}{rest}.", *_gradient_sentences(run, kinds)]
 
 
-def _pace_sentences(run: RunRecord, kinds: Mapping[Group, list[int]]) -> list[str]:
-    """Say of each rarer kind what clamping took from its gradients, and how fast its loss fell.
-
-    The pace is that of the most frequent kind, meanwhile.
-    """
-    usual, *others = list(kinds)[: MOST_KINDS + 1]
-    said, apart = [], False
-    for group in others:
-        gradients = run.kind_gradients.get(group)
-        if gradients is not None and gradients.casts:
-            said.append(gradients.words(*_batches(group)))
-        pace = _pace_within(run, kinds[group], kinds[usual])
-        if pace is not None:
-            words = pace_in_words(pace, own=kind_in_words(group), other=kind_in_words(usual))
-            said.append(f"{words[0].upper()}{words[1:]}.")
-            apart = apart or pace.verdict in ("slower", "faster")
-    return [*said, NO_PROOF] if apart else said
+def _gradient_sentences(run: RunRecord, kinds: Iterable[Group]) -> list[str]:
+    """Say of each rarer kind what clamping took from its gradients."""
+    _, *others = list(kinds)[: MOST_KINDS + 1]
+    found = [(group, run.kind_gradients.get(group)) for group in others]
+    return [
+        gradients.words(*_batches(group))
+        for group, gradients in found
+        if gradients is not None and gradients.casts
+    ]
 
 
 def _batches(group: Group) -> tuple[str, str]:
@@ -162,31 +149,9 @@ def _batches(group: Group) -> tuple[str, str]:
     return several.replace("batches", "batch", 1), several
 
 
-def _pace_within(run: RunRecord, own: list[int], usual: list[int]) -> Pace | None:
-    losses = by_step(run)
-    meanwhile = [step for step in usual if own[0] <= step <= own[-1]]
-    return compare_falls(own, [losses[s] for s in own], meanwhile, [losses[s] for s in meanwhile])
-
-
 def kinds_data(run: RunRecord) -> list[dict[str, Any]]:
-    """Return the kinds of a run as plain data: group, batches, mean loss, and pace.
-
-    `pace` is how fast the kind's loss fell over how fast that of the most frequent kind did;
-    null for that kind, and where nothing can be told.
-    """
-    kinds = kind_steps(run)
-    usual = next(iter(kinds.values()), [])
-    rows = []
-    for group, steps in kinds.items():
-        pace = None if steps is usual else _pace_within(run, steps, usual)
-        is_told = pace is not None and pace.interval is not None
-        rows.append(
-            {
-                "group": group,
-                "batches": len(steps),
-                "loss": _mean_at(run, steps),
-                "pace": pace.ratio if pace is not None and is_told else None,
-                "pace_interval": pace.interval if pace is not None and is_told else None,
-            }
-        )
-    return rows
+    """Return the kinds of a run as plain data: group, batches and mean loss."""
+    return [
+        {"group": group, "batches": len(steps), "loss": _mean_at(run, steps)}
+        for group, steps in kind_steps(run).items()
+    ]

@@ -10,10 +10,11 @@ from unclamp.analysis import (
     ClampedGradients,
     Spike,
     clamped_gradients,
+    clamped_gradients_by,
     find_spikes,
     run_curve,
 )
-from unclamp.analysis.groups import Group, has_kinds, split_places
+from unclamp.analysis.groups import Group, has_kinds
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.runlog import Cut, RunLog, SiteInfo, Windows
@@ -177,10 +178,9 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         is_plain=log.header.plain,
         groups=groups,
         gradients=clamped_gradients(log),
-        kind_gradients={
-            group: clamped_gradients(log, steps=[steps[i] for i in places])
-            for group, places in split_places(groups if has_kinds(groups) else []).items()
-        },
+        kind_gradients=clamped_gradients_by(log, dict(zip(steps, groups, strict=True)))
+        if has_kinds(groups)
+        else {},
     )
     return record, windows
 

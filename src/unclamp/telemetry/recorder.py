@@ -28,7 +28,7 @@ from unclamp.nn.update import SwitchListener, Update
 from unclamp.runlog import Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
 from unclamp.telemetry.columns import Number, cast_columns, site_columns, step_columns
-from unclamp.telemetry.group import check_group
+from unclamp.telemetry.group import Name, group_name
 from unclamp.telemetry.header import make_header, scaling_data
 from unclamp.telemetry.rank import find_place
 from unclamp.telemetry.sinks import NumbersFunction, Sink, Sinks
@@ -165,7 +165,7 @@ class Recorder:
         loss: Number | None = None,
         grad_norm: Number | None = None,
         lr: Number | None = None,
-        group: str | None = None,
+        group: Name = None,
         **scalars: Number,
     ) -> None:
         """Record an optimizer step that has just been made.
@@ -179,7 +179,7 @@ class Recorder:
             loss: Training loss. A tensor is read on the writer's thread.
             grad_norm: Norm of all gradients.
             lr: Learning rate.
-            group: The kind of the step's batch, under any name, such as "answers". Where kinds
+            group: The kind of the step's batch, under any name, such as "answers" or 3. Where kinds
                 differ in their usual loss, each loss is then judged among its own kind. It
                 belongs to the whole step: call a step whose microsteps were of two kinds by a
                 name of its own.
@@ -189,7 +189,7 @@ class Recorder:
             RunLogError: Something is neither a number nor a tensor of one, the group is no name,
                 or the step is negative; nothing is recorded.
         """
-        check_group(group)
+        kind = group_name(group)
         given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         values = {n: _checked(n, v) for n, v in (given | scalars).items() if v is not None}
         step = self._next_step if step is None else step
@@ -202,7 +202,7 @@ class Recorder:
         self._last = now
         self._record_new_sites()
         updates = [heard for source in self._sources if (heard := source.take()) is not None]
-        row = functools.cache(lambda: step_columns(step, values, timing, group))
+        row = functools.cache(lambda: step_columns(step, values, timing, kind))
         self._writer.add("steps", row)
         if self._writer.failure is not None and self._sinks:  # the sinks go on without the log
             self._feed.put(lambda: self._tell_sinks(step, updates, row))

@@ -66,7 +66,7 @@ def kind_differences(own: Arm, other: Arm, pairing: Pairing) -> list[KindDiffere
                 other_loss=losses[1],
                 paired=paired_difference(*logs) if pairing.pairs else None,
                 unpaired=None if pairing.pairs else unpaired_difference(*logs),
-                pace=compare_falls(steps, _curve(mine, steps), steps, _curve(theirs, steps)),
+                pace=compare_falls(steps, _curve(mine, steps), _curve(theirs, steps)),
             )
         )
     return found

@@ -56,7 +56,8 @@ def summarise(
 
     Returns:
         `loss`, `grad_norm`, `lr`, `step_ms` (milliseconds) and the user's scalars, those that
-        are known; of a step with a group its loss once more, as `loss/<group>`. Then, as
+        are known; of a step with a group its loss once more, as `loss/<group>`, unless
+        a scalar of the user has this name. Then, as
         `unclamp/<name>` over all sites and as `unclamp/<role>/<name>`:
         `saturated` and `nonfinite` (elements), `clamped_casts` (sites that clamped anything),
         `recast` (casts), `underflow_share` (fraction of the elements), `clamp_error_max`
@@ -145,7 +146,7 @@ def _own_numbers(steps: Columns) -> dict[str, float]:
     known |= dict((steps.get("scalars") or [None])[0] or [])
     group = (steps.get("group") or [None])[0]
     if group is not None:
-        known[f"loss/{group}"] = known.get("loss")
+        known.setdefault(f"loss/{group}", known.get("loss"))  # the user's own wins
     return {name: float(value) for name, value in known.items() if value is not None}
 
 
