@@ -147,7 +147,7 @@ def _pace_sentences(run: RunRecord, kinds: Mapping[Group, list[int]]) -> list[st
     said, apart = [], False
     for group in others:
         gradients = run.kind_gradients.get(group)
-        if gradients is not None and gradients.casts:
+        if gradients is not None and gradients.has_clamped:
             said.append(gradients.words(*_batches(group)))
         pace = _pace_within(run, kinds[group], kinds[usual])
         if pace is not None:
