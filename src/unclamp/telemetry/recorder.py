@@ -71,8 +71,8 @@ class Recorder:
             headroom, age of the scale), at the price of a pass over each tensor; None for
             none. In the steps between, `or_clamped` inspects only the casts that clamped. On a
             device other than the CPU it inspects every cast, since only the device knows. On a
-            CPU what a clamped gradient does to the weight's is measured at every step, unless
-            it is None; elsewhere at the inspected ones.
+            CPU what a clamped gradient does to the weight's is measured between them as well,
+            where at most an eighth of the tokens clamped, unless it is None.
         sinks: Where else the numbers go: `TensorBoard(...)`, `WandB(...)`, `MLflow(...)`, a
             function of step and numbers, or an object with the methods of
             `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
