@@ -88,8 +88,8 @@ GLOSSARY = (
         "weight, over the norm of that gradient without clamping, over the casts that clamped "
         "and were measured; other weights and steps are not in it. Clamping turns a gradient and "
         "takes of its size. '-' where it was not measured, as between inspected steps on a GPU or "
-        "where more than an eighth of the tokens clamped, and for other roles. The run log's column is called "
-        "grad_error.",
+        "where more than an eighth of the tokens clamped, and for other roles. The run log's "
+        "column is called grad_error.",
     ),
     Term(
         word="overshoot",
