@@ -149,12 +149,39 @@ def test_what_was_not_measured_is_counted_and_not_guessed(tmp_path):
     found = read(write(tmp_path / "run", rows))
     assert figures(found.change) == pytest.approx(together(ALL[:1]), rel=1e-7)
     assert (found.casts, found.unmeasured) == (1, 1)
+    assert found.words().startswith("Clamped gradients were measured at 1 of 2 weights, in 1 step:")
+    assert found.words().endswith("of their size; what 1 more clamped cast did was not measured.")
     unknown = read(write(tmp_path / "old", rows[1:]))
     assert unknown.words() == (
         "1 cast of a gradient clamped; what that did to the gradients of the weights was not "
         "measured."
     )
     assert unknown.worst_words() == []
+
+
+def test_of_many_weights_it_says_how_many_it_is_of(tmp_path):
+    """Two of forty weights lose four fifths in 3 of 15 batches: no four fifths of the update."""
+    names = [SiteName(f"layers.{i}", role) for i in range(40) for role in ("input", "grad_output")]
+    rows = [
+        Planted(step=step, site=site, computed=[0, 1], unclamped=[3, 4]).row()
+        for step in (2, 8, 14)
+        for site in (7, 31)
+    ]
+    path = tmp_path / "run"
+    with RunLogWriter(path, header=Header(unclamp_version="test"), rank=0) as writer:
+        writer.add("sites", {"site": list(range(80)), "fqn": [name.fqn for name in names],
+                             "role": [name.role for name in names], "format": ["e5m2"] * 80,
+                             "scaling": ["delayed"] * 80,
+                             "format_max": [57344.0] * 80})  # fmt: skip
+        for row in rows:
+            writer.add("casts", {name: [value] for name, value in row.items()})
+    found = read(path, steps=range(15))
+    assert found.words("'answers' batch", "'answers' batches") == (
+        "Gradients were clamped at 2 of 40 weights, in 3 of 15 'answers' batches: there clamping "
+        "turned the weights' gradients by 36.9 degrees and took 80 % of their size."
+    )
+    assert len((found + found).weights) == 40  # two runs of one model have its weights once
+    assert "at 2 of 40 weights, in 6 of 30 steps:" in (found + found).words()
 
 
 def test_a_clamped_input_is_no_clamped_gradient(tmp_path):
@@ -178,8 +205,8 @@ def test_sentences_say_by_how_much_and_where(tmp_path):
     row = Planted(step=5, site=2, computed=[0, 1], unclamped=[3, 4]).row()
     found = read(write(tmp_path / "run", [row]), steps=range(4, 8))
     assert found.words("'answers' batch", "'answers' batches") == (
-        "Clamping of gradients turned the gradients of weights by 36.9 degrees and took 80 % of "
-        "their size, in 1 'answers' batch."
+        "Gradients were clamped at 1 of 2 weights, in 1 of 4 'answers' batches: there clamping "
+        "turned the weights' gradients by 36.9 degrees and took 80 % of their size."
     )
     assert found.worst_words() == [
         "Clamping changed the gradient of a weight most at layers.1.down grad_output: at step 5 "
@@ -219,12 +246,26 @@ def test_the_report_of_a_run_tells_it_and_ranks_the_sites(tmp_path):
     assert view.run is not None
     said = " ".join(view.run.sentences)
     degrees = math.degrees(math.acos(together(ALL)[1]))
-    assert f"turned the gradients of weights by {degrees:.3g} degrees and took" in said
+    assert f"turned the weights' gradients by {degrees:.3g} degrees and took" in said
     assert "most at layers.0.up grad_output: at step 3 it turned" in said
     assert "By gradient error over all clamped casts: layers.0.up grad_output" in said
     errors = {SiteName.from_dict({"fqn": s.fqn, "role": s.role}): s for s in view.run.sites}
     mine = [planted for planted in ALL if planted.site == 1]
     assert errors[UP].grad_error == pytest.approx(together(mine)[0], rel=1e-4)
+
+
+def test_the_report_says_that_clamped_gradients_were_not_measured(tmp_path):
+    rows = [planted.counts(saturated=3) for planted in ALL]  # as on a GPU between inspected steps
+    view = build_view(write(tmp_path / "run", rows))
+    assert view.run is not None
+    unknown = (
+        "4 casts of gradients clamped; what that did to the gradients of the weights was not "
+        "measured."
+    )
+    assert unknown in view.run.sentences
+    with RunLog.open(tmp_path / "run") as log:
+        record, _ = read_run(log)
+    assert f"delayed: {unknown}" in scenario_view("text", "", {"delayed": {0: record}}, {}).findings
 
 
 def test_an_arm_tells_it_where_it_is_much(tmp_path):
@@ -238,8 +279,10 @@ def test_an_arm_tells_it_where_it_is_much(tmp_path):
         "text", "", {"delayed": {0: record, 1: record}, "dynamic": {0: hardly}}, {}
     )
     told = [line for line in view.findings if "gradient" in line]
-    assert told[0].startswith("delayed: clamping of gradients turned the gradients of weights by")
-    assert told[0].endswith("in 6 steps of all seeds.")
+    assert told[0].startswith(
+        "delayed: gradients were clamped at 2 of 2 weights, in 6 steps of all seeds: there "
+        "clamping turned the weights' gradients by"
+    )
     assert not any(line.startswith("dynamic") for line in told)
     arms = {arm.name: arm for arm in view.arms}
     assert arms["delayed"].grad_error == pytest.approx(together(ALL)[0], rel=1e-6)

@@ -5,6 +5,7 @@ exceed the largest value of the format: the truth needs no cast.
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -119,6 +120,56 @@ def test_microsteps_add_up_and_those_that_clamped_nothing_add_nothing(granularit
     ledger.update()
     assert found(heard[0]) == pytest.approx(truth(batches), rel=1e-6)
     assert looks(heard[0])[GRADIENT_ROW] == 3
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(("tokens", "few"), [(160, 20), (32, 16)])  # an eighth; or 16 of any batch
+def test_between_inspected_steps_a_gradient_is_measured_where_few_tokens_clamp(
+    tokens, few, is_compiled
+):
+    torch._dynamo.reset()
+    layer, ledger, heard = linear(recipe())
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if is_compiled else layer
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randint(-4, 5, (tokens, IN), generator=generator).float()
+    made = []
+    for clamped in (few, few + 1, tokens):
+        dy = torch.randint(-3, 4, (tokens, OUT), generator=generator).float()
+        dy[torch.randperm(tokens, generator=generator)[:clamped], 2] = 500
+        made.append(dy)
+        call(x).backward(dy)
+        ledger.update()
+    ledger.inspect("always")
+    call(x).backward(made[-1])
+    ledger.update()
+    at_most, above, every, inspected = map(found, heard)
+    assert at_most == pytest.approx(truth([(x, made[0])]), rel=1e-6)
+    assert all(map(math.isnan, (*above, *every)))
+    assert inspected == pytest.approx(truth([(x, made[-1])]), rel=1e-6)
+    torch._dynamo.reset()
+
+
+def test_a_step_of_which_a_part_was_not_measured_has_no_figure():
+    layer, ledger, heard = linear(recipe())
+    x, dy = batch(1, clamped=3)
+    layer(x).backward(dy)
+    layer(torch.ones(40, IN)).backward(torch.full((40, OUT), 500.0))
+    ledger.update()
+    assert math.isnan(found(heard[0])[1])
+
+
+def test_a_large_weight_is_added_up_in_parts():
+    torch.manual_seed(0)
+    layer = nn.Linear(300, 257)
+    ledger, heard = heard_by(layer, recipe(), "gradients")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-4, 5, (9, 300), generator=generator).float()
+    dy = torch.randint(-3, 4, (9, 257), generator=generator).float()
+    dy[3, 200], dy[8, 0] = 600, -333
+    layer(x).backward(dy)
+    ledger.update()
+    assert found(heard[0]) == pytest.approx(truth([(x, dy)]), rel=1e-9)
 
 
 def test_calls_of_a_shared_module_add_up():
@@ -240,13 +291,18 @@ def test_under_checkpointing_a_gradient_counts_once():
         assert found(update) == pytest.approx(truth([(x, dy)]), rel=1e-6)
 
 
-def test_an_evaluation_is_not_measured():
+def test_a_backward_is_measured_in_eval_mode_too_and_a_forward_alone_is_not():
+    """Gradients decide whether a forward trains, and not the module's mode."""
     layer, ledger, heard = linear(recipe())
     layer.eval()
     x, dy = batch(11, clamped=3)
+    with torch.no_grad():
+        layer(x)
+    ledger.update()
     layer(x).backward(dy)
     ledger.update()
-    assert [update.details for update in heard] == [None]
+    assert [update.details is None for update in heard[:-1]] == [True] * (len(heard) - 1)
+    assert found(heard[-1]) == pytest.approx(truth([(x, dy)]), rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
@@ -310,7 +366,7 @@ def test_the_gradient_with_the_gradients_guarded_is_the_unclamped_one():
     for each, scaling in ((model, unclamp.Delayed()), (twin, Guarded())):
         same = Dynamic()
         plan = Recipe(input=same, weight=same, grad_output=scaling)
-        _, heard = heard_by(each, plan, "gradients")
+        _, heard = heard_by(each, plan, "clamped")  # all tokens clamp, which are not few
         optimizer = SGD(each.parameters(), lr=0.01)
         for step in range(4):
             x = torch.randn(256, IN, generator=torch.Generator().manual_seed(step))

@@ -241,6 +241,25 @@ def test_a_report_says_what_clamping_took_from_the_gradients_of_a_kind(tmp_path:
             recorder.step(loss=loss, group="few labels" if is_few else None)
     view = build_view(tmp_path / "run")
     words = printed(print_view, view)
-    assert "Clamping of gradients turned the gradients of weights by" in words
-    assert "of their size, in 4 batches of kind 'few labels'." in words
-    assert "in 76 batches" not in words
+    told = "clamped at 1 of 1 weight, in 4 of 4 batches of kind 'few labels': there clamping turned"
+    assert told in words
+    assert "76 batches without a group:" not in words
+
+
+def test_a_report_says_of_a_kind_that_its_clamped_gradients_were_not_measured(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(16, 16)
+    unclamp.convert(model, unclamp.Recipe(grad_output=unclamp.Static(scale=2.0**15)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with unclamp.Recorder(model, tmp_path / "run", inspect=None) as recorder:
+        for step in range(40):
+            is_few = step % 10 == 9
+            gradient = torch.full((8, 16), 100.0 if is_few else 1.0)
+            model(torch.randn(8, 16)).backward(gradient)
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step(loss=1.0, group="few labels" if is_few else None)
+    words = printed(print_view, build_view(tmp_path / "run"))
+    assert "4 casts of gradients clamped in 4 batches of kind 'few labels'; what that did" in words

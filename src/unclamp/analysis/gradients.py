@@ -2,7 +2,8 @@
 
 The run log has, for each cast of a gradient that clamped and was measured, what that changed in
 the gradient of the weight. Here these are added up as if they were one long vector: sums of
-squares, so that a large gradient counts for more than a small one.
+squares, so that a large gradient counts for more than a small one. Weights whose gradients did
+not clamp are not in it: what these were is not in the log.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _SUMS = f"""
     max_by(grad_ratio, {_WORST}) {_KNOWN} AS ratio"""
 
 ONE = ("the weight's gradient", "its", "it")
-MANY = ("the gradients of weights", "their", "them")
+MANY = ("the weights' gradients", "their", "them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +85,22 @@ class SiteGradient:
 class ClampedGradients:
     """What clamping gradients did to the gradients of weights; `a + b` is of two runs.
 
-    It is told of those casts that clamped: of a gradient that was not clamped nothing was taken.
-    What clamping in later layers had done to a gradient before it arrived is not in it.
+    It is told of those casts that clamped and were measured, and is no share of the whole update:
+    other weights, and the same weights at other steps, are not in it, since the size of a gradient
+    that did not clamp is not recorded. What clamping in later layers had done to a gradient before
+    it arrived is not in it either. Steps count by the squares of their gradients, and these are of
+    the loss as it was scaled: where a gradient scaler doubles its scale, later steps count four
+    times as much.
 
     Attributes:
         asked: Steps that were asked about; None for all.
         steps: Steps at which any clamped gradient was measured.
         casts: Casts that clamped and were measured.
-        unmeasured: Casts of gradients that clamped and were not, or whose weight's gradient was
-            not finite.
-        change: What all of them changed.
+        unmeasured: Casts of gradients that clamped and were not, as between inspected steps where
+            many tokens clamp or off the CPU, or whose weight's gradient was not finite.
+        change: What those that were measured changed.
         sites: Those of them, largest error of the added up changes first.
+        weights: The sites of all gradients in the log, clamped or not.
     """
 
     asked: int | None = None
@@ -103,6 +109,12 @@ class ClampedGradients:
     unmeasured: int = 0
     change: GradientChange = field(default_factory=GradientChange)
     sites: tuple[SiteGradient, ...] = ()
+    weights: frozenset[SiteName] = frozenset()
+
+    @property
+    def has_clamped(self) -> bool:
+        """Whether any gradient was clamped, measured or not."""
+        return bool(self.casts or self.unmeasured)
 
     @property
     def by_name(self) -> dict[SiteName, SiteGradient]:
@@ -112,22 +124,36 @@ class ClampedGradients:
     def words(self, step: str = "step", steps: str = "") -> str:
         """Return it as a sentence; `step` and `steps` is what people call the steps.
 
+        It says how many weights and steps it is of, and how many casts were not measured.
+
         Example:
             >>> ClampedGradients(asked=40).words("'answers' batch", "'answers' batches")
             "No gradient was clamped in 40 'answers' batches."
         """
         asked = "" if self.asked is None else f" in {counted(self.asked, step, steps)}"
+        if not self.has_clamped:
+            return f"No gradient was clamped{asked}."
         if not self.casts:
-            if not self.unmeasured:
-                return f"No gradient was clamped{asked}."
             return (
                 f"{counted(self.unmeasured, 'cast of a gradient', 'casts of gradients')} "
                 f"clamped{asked}; what that did to the gradients of the weights was not measured."
             )
+        more = counted(self.unmeasured, "more clamped cast", "more clamped casts")
         return (
-            f"Clamping of gradients {change_in_words(self.change, of_many=True)}, in "
-            f"{counted(self.steps, step, steps)}."
+            f"{'Clamped gradients were measured' if self.unmeasured else 'Gradients were clamped'} "
+            f"at {self._which_weights()}, in {self._which_steps(step, steps)}: there clamping "
+            f"{change_in_words(self.change, of_many=True)}"
+            f"{f'; what {more} did was not measured' if self.unmeasured else ''}."
         )
+
+    def _which_weights(self) -> str:
+        every = len(self.weights | self.by_name.keys())
+        return f"{len(self.sites):,} of {counted(every, 'weight')}"
+
+    def _which_steps(self, step: str, steps: str) -> str:
+        if self.asked is None:
+            return counted(self.steps, step, steps)
+        return f"{self.steps:,} of {counted(self.asked, step, steps)}"
 
     def worst_words(self) -> list[str]:
         """Return what stands out: the worst cast, and the sites with the largest error."""
@@ -161,6 +187,7 @@ class ClampedGradients:
             unmeasured=self.unmeasured + other.unmeasured,
             change=self.change + other.change,
             sites=_ranked(merged.values()),
+            weights=self.weights | other.weights,
         )
 
 
@@ -241,6 +268,7 @@ def _of_rows(
         unmeasured=sum(row["clamped"] - row["casts"] for row in rows),
         change=sum((site.change for site in sites), GradientChange()),
         sites=_ranked(sites),
+        weights=frozenset(name for name in names if name.role == "grad_output"),
     )
 
 
@@ -255,7 +283,7 @@ def change_in_words(change: GradientChange, *, of_many: bool = False) -> str:
         >>> change_in_words(change)
         "turned the weight's gradient by 36.9 degrees and took 80 % of its size"
         >>> change_in_words(change, of_many=True)
-        'turned the gradients of weights by 36.9 degrees and took 80 % of their size'
+        "turned the weights' gradients by 36.9 degrees and took 80 % of their size"
     """
     return _in_words(change.cosine, change.ratio, MANY if of_many else ONE)
 

@@ -244,8 +244,7 @@ class Snapshots:
                 was heard of last.
 
         Raises:
-            ReplayError: No state from before the step is left, it is no step, or the snapshots are
-                closed.
+            ReplayError: No state from before it is left, it is no step, or they are closed.
         """
         if self._is_closed:
             raise ReplayError("these snapshots are closed: call keep within the with block")

@@ -238,8 +238,10 @@ class Operands:
             return seen
         if self.inspection == "gradients" and hat.tensor.device.type != "cpu":
             return seen
-        only_clamped = self.inspection != "always"
-        look = look_at_weight_gradient(hat.tensor, q, x, grad, smooth, only_clamped=only_clamped)
+        look = look_at_weight_gradient(
+            hat.tensor, q, x, grad, smooth,
+            only_clamped=self.inspection != "always", few_tokens=self.inspection == "gradients",
+        )  # fmt: skip
         if look is None:
             return seen
         return seen._replace(details=look if seen.details is None else seen.details + look)

@@ -10,9 +10,9 @@ from unclamp.scaling import Scaling
 Inspection = Literal["never", "gradients", "clamped", "always"]
 """Which casts get a closer look: none, those that clamped, or all.
 
-"gradients" takes none, and tells only of clamped gradients what that did to the weight's gradient;
-"clamped" and "always" tell it as well. Off the CPU "gradients" is "never", for the host would have
-to wait."""
+"gradients" takes none, and tells only of clamped gradients what that did to the weight's gradient,
+where few tokens clamped; "clamped" and "always" tell it of all. Off the CPU "gradients" is "never",
+for the host would have to wait."""
 INSPECTIONS: tuple[Inspection, ...] = get_args(Inspection)
 
 

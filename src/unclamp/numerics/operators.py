@@ -87,19 +87,23 @@ def look_at_weight_gradient(
     smooth: Tensor | None,
     *,
     only_clamped: bool,
+    few_tokens: bool = False,
 ) -> Tensor | None:
     """Return what clamping did to a weight's gradient, `unclamp.numerics.gradient`.
 
     With `only_clamped` None for a cast on a CPU that clamped nothing; zero in a compiled graph.
+    With `few_tokens` NaN where more than few tokens clamped.
     """
     if torch.compiler.is_compiling():
         return torch.ops.unclamp.look_at_gradient(
             dy, q.scale_inv, q.stats, *q.plan.signature, q.axis, *_plain(x), grad, smooth,
-            only_clamped,
+            only_clamped, few_tokens,
         )  # fmt: skip
     if only_clamped and _has_clamped_nothing(q.stats):
         return None
-    return look_at_gradient(dy, q.scale_inv, q.stats, q.plan, q.axis, x, grad, smooth)
+    return look_at_gradient(
+        dy, q.scale_inv, q.stats, q.plan, q.axis, x, grad, smooth, few_tokens=few_tokens
+    )
 
 
 def gemm(
@@ -200,12 +204,15 @@ def _look_at_gradient(
     dy: Tensor, scale_inv: Tensor, stats: Tensor, format: str, granularity: str, margin: int,
     power_of_two: bool, guard: bool, axis: int, x: Tensor, x_scale_inv: Tensor | None,
     x_granularity: str, x_axis: int, grad: Tensor, smooth: Tensor | None, only_clamped: bool,
+    few_tokens: bool,
 ) -> Tensor:  # fmt: skip
     if only_clamped and _has_clamped_nothing(stats):
         return empty_details(1, stats.device)[0]
     plan = plan_of((format, granularity, margin, power_of_two, guard))
     operand = GemmOperand(x, x_scale_inv, parse_granularity(x_granularity), x_axis)
-    return look_at_gradient(dy, scale_inv, stats, plan, axis, operand, grad, smooth)
+    return look_at_gradient(
+        dy, scale_inv, stats, plan, axis, operand, grad, smooth, few_tokens=few_tokens
+    )
 
 
 def _raise_amax(pending: Tensor, amax: Tensor) -> None:
@@ -254,7 +261,7 @@ def _register() -> None:
         "look_at_gradient(Tensor dy, Tensor scale_inv, Tensor stats, str format, "
         "str granularity, int margin, bool power_of_two, bool guard, int axis, Tensor x, "
         "Tensor? x_scale_inv, str x_granularity, int x_axis, Tensor grad, Tensor? smooth, "
-        "bool only_clamped) -> Tensor"
+        "bool only_clamped, bool few_tokens) -> Tensor"
     )
     LIBRARY.define("add_details(Tensor(a!) pending, Tensor details) -> ()")
     LIBRARY.define("commit(Tensor(a!) pending, Tensor stats) -> ()")

@@ -255,8 +255,8 @@ def _gradients(runs: list[RunRecord]) -> ClampedGradients:
 
 
 def _taken(gradients: ClampedGradients) -> list[str]:
-    """Say what clamping took of the weights' gradients, where it is much."""
-    if not gradients.casts or not gradients.change.error >= TAKEN:
+    """Say what clamping took of the weights' gradients, where it is much or not all is known."""
+    if not (gradients.unmeasured or (gradients.casts and gradients.change.error >= TAKEN)):
         return []
     said = [gradients.words("step of all seeds", "steps of all seeds"), *gradients.worst_words()]
     return [sentence[0].lower() + sentence[1:] for sentence in said]

@@ -85,10 +85,11 @@ GLOSSARY = (
         word="gradient error",
         short="how much clamping changed a weight's gradient, relative to its size without it",
         meaning="Of a grad_output: the norm of what its clamping changed in the gradient of the "
-        "weight, over the norm of that gradient without clamping, over the casts that clamped. "
-        "Clamping turns a gradient and takes of its size. '-' where it was not measured, as on a "
-        "GPU between inspected steps, and for other roles. The run log's column is called "
-        "grad_error.",
+        "weight, over the norm of that gradient without clamping, over the casts that clamped "
+        "and were measured; other weights and steps are not in it. Clamping turns a gradient and "
+        "takes of its size. '-' where it was not measured, as between inspected steps on a GPU or "
+        "where more than an eighth of the tokens clamped, and for other roles. The run log's "
+        "column is called grad_error.",
     ),
     Term(
         word="overshoot",

@@ -140,7 +140,7 @@ def _gradient_sentences(run: RunRecord, kinds: Iterable[Group]) -> list[str]:
     return [
         gradients.words(*_batches(group))
         for group, gradients in found
-        if gradients is not None and gradients.casts
+        if gradients is not None and gradients.has_clamped
     ]
 
 

@@ -17,7 +17,7 @@ from unclamp.analysis import (
 from unclamp.analysis.groups import Group, has_kinds
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
-from unclamp.runlog import Cut, RunLog, SiteInfo, Windows
+from unclamp.runlog import PLACES_SQL, Cut, RunLog, SiteInfo, Windows
 from unclamp.study.marks import PLANTED, WORDS
 from unclamp.totals import SiteTotals
 from unclamp.written import counted
@@ -194,7 +194,9 @@ WHERE step_ms > 0 AND step > (SELECT min(step) FROM steps)
 def _least_by_row(log: RunLog) -> dict[SiteName, float]:
     """Return the least `sqnr_row_median_db` of each site; logs of earlier versions have none."""
     found = log.sql(
-        "SELECT fqn, role, min(sqnr_row_median_db) AS least FROM casts JOIN sites USING (site) "
+        f"WITH places AS MATERIALIZED (SELECT rank, site, fqn, role FROM ({PLACES_SQL})) "
+        "SELECT fqn, role, min(sqnr_row_median_db) AS least "
+        "FROM casts JOIN places USING (rank, site) "  # ranks may number sites differently
         "WHERE sqnr_row_median_db IS NOT NULL GROUP BY ALL"
     )
     return {SiteName(row["fqn"], row["role"]): row["least"] for row in found.to_pylist()}

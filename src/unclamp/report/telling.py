@@ -118,9 +118,9 @@ def _worst_sentence(site: SiteRecord) -> list[str]:
 
 
 def _gradient_sentences(record: RunRecord) -> list[str]:
-    """Say what clamping gradients took of the weights', and where most; nothing where unknown."""
+    """Say what clamping gradients took of the weights', and where most, or that nobody knows."""
     found = record.gradients
-    return [found.words(), *found.worst_words()] if found.casts else []
+    return [found.words(), *found.worst_words()] if found.has_clamped else []
 
 
 def _switch_sentences(switched: Mapping[SiteName, list[int]]) -> list[str]:

@@ -99,8 +99,9 @@ _GRADIENT = [
     _column(
         "weight_grad_norm",
         pa.float64(),
-        "norm of the weight's gradient without clamping: root of the sum of squares over those "
-        "of the step's casts that clamped; null where none did",
+        "norm of the weight's gradient without clamping, of the loss as it was scaled: root of the "
+        "sum of squares over those of the step's casts that clamped; null where none did, or it "
+        "was not measured",
         nullable=True,
     ),
 ]

@@ -71,8 +71,8 @@ class Recorder:
             headroom, age of the scale), at the price of a pass over each tensor; None for
             none. In the steps between, `or_clamped` inspects only the casts that clamped. On a
             device other than the CPU it inspects every cast, since only the device knows. On a
-            CPU what a clamped gradient does to the weight's is measured at every step, unless
-            it is None; elsewhere at the inspected ones.
+            CPU what a clamped gradient does to the weight's is measured between them as well,
+            where at most an eighth of the tokens clamped, unless it is None.
         sinks: Where else the numbers go: `TensorBoard(...)`, `WandB(...)`, `MLflow(...)`, a
             function of step and numbers, or an object with the methods of
             `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
@@ -196,7 +196,7 @@ class Recorder:
         if step < 0:
             raise RunLogError(f"expected the number of a step, 0 or above, got {step}")
         self._next_step = step + 1
-        self._latest = (step, group)
+        self._latest = (step, kind)
         now = time.perf_counter()
         timing = {"time_s": [now - self._began], "step_ms": [(now - self._last) * 1e3]}
         self._last = now
