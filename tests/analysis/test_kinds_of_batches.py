@@ -286,7 +286,8 @@ def test_the_command_counts_batches_and_not_spikes(tmp_path: Path) -> None:
 
 def test_of_very_many_kinds_the_command_adds_up_the_rest(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    groups: list[str | None] = [f"k{i % 5}" for i in range(500)] + [f"k{i}" for i in range(5, 300)]
+    numbers = [*(i % 5 for i in range(500)), *range(5, 300)]
+    groups: list[str | None] = [f"k{number}" for number in numbers]
     losses = 2 + 0.02 * rng.standard_normal(len(groups))
     losses[484] = 4.0  # of k4, which has no line of its own
     path = written(tmp_path / "loss.csv", losses, groups)
