@@ -179,8 +179,7 @@ class _Product(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
-        dy_hat = operands.cast("grad_output", dy, [name for name, is_on in wanted.items() if is_on])
-        seen = operands.seen("grad_output", dy_hat)
+        dy_hat, seen = _cast_gradient(operands, dy, [g for g, is_on in wanted.items() if is_on])
         wild = None if seen.stats is None else seen.stats[Stat.NONFINITE]
 
         grad_input = grad_weight = grad_bias = None
@@ -194,10 +193,10 @@ class _Product(torch.autograd.Function):
                 grad_input = _plain_gemm(GemmOperand(dy), w_hat)
             else:
                 dtype = x_dtype if smooth is None else torch.float32
-                grad_input = _gemm(operands, "grad_input", dy_hat.along(1), w_hat, None, dtype)
+                grad_input = _gemm(operands, "grad_input", _visible(dy_hat.along(1), wild), w_hat, None, dtype)
                 # Smoothing comes after the sum, and before it is rounded.
                 grad_input = grad_input if smooth is None else grad_input * smooth
-            grad_input = _poisoned(grad_input.to(x_dtype), dy, wild)
+            grad_input = grad_input.to(x_dtype)
         if needs_weight:
             # grad_weight [N, K] = dy_hat [T, N].T @ x_hat [T, K], contracting T: axis 0 of both.
             x_hat = GemmOperand(x_codes, x_inv, ctx.grains[0], 0)
@@ -205,9 +204,9 @@ class _Product(torch.autograd.Function):
                 grad_weight = _plain_gemm(GemmOperand(dy, axis=0), x_hat)
             else:
                 dtype = weight_dtype if smooth is None else torch.float32
-                grad_weight = _gemm(operands, "grad_weight", dy_hat.along(0), x_hat, None, dtype)
+                grad_weight = _gemm(operands, "grad_weight", _visible(dy_hat.along(0), wild), x_hat, None, dtype)
                 grad_weight = grad_weight if smooth is None else grad_weight / smooth
-            grad_weight = _poisoned(grad_weight.to(weight_dtype), dy, wild)
+            grad_weight = grad_weight.to(weight_dtype)
         if needs_bias:
             grad_bias = sum_tokens(dy).to(bias_dtype)
         if ctx.commit == "in backward":
@@ -254,11 +253,29 @@ def _plain_gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None = None) -> T
         return F.linear(left, right.to(left.dtype), bias)
 
 
-def _poisoned(grad: Tensor, dy: Tensor, wild: Tensor | None) -> Tensor:
-    """Return NaN for a gradient made of a float16 one with an Inf: loss scaling must see it.
+def _cast_gradient(operands: Operands, dy: Tensor, gemms: list[Gemm]) -> tuple[Hat, Seen]:
+    """Cast a gradient; on a CPU with NaN for each Inf, so that it stays to be seen.
 
-    The cast saturates Inf, and a gradient scaler would take an overflow for a good step.
+    The cast saturates Inf, and whoever skips steps whose gradients are not finite would take an
+    overflow for a good step. NaN goes through a cast, and into the rows that it belongs to.
     """
-    if dy.dtype != torch.float16 or wild is None:
-        return grad
-    return torch.where(wild > 0, torch.nan, grad)
+    is_cpu = dy.device.type == "cpu"
+    if is_cpu and torch.compiler.is_compiling():
+        dy = torch.where(dy.isfinite(), dy, torch.nan)
+    hat = operands.cast("grad_output", dy, gemms)
+    seen = operands.seen("grad_output", hat)
+    if is_cpu and not torch.compiler.is_compiling() and seen.stats is not None:
+        if seen.stats[Stat.NONFINITE] > 0:  # which is rare: no pass to look for it
+            hat = operands.cast("grad_output", torch.where(dy.isfinite(), dy, torch.nan), gemms)
+    return hat, seen
+
+
+def _visible(dy: GemmOperand, wild: Tensor | None) -> GemmOperand:
+    """Return a gradient as its GEMM gets it: off the CPU with NaN for its scale if it is `wild`.
+
+    There nobody waits for the device to learn of an Inf, and a pass over each gradient would cost
+    as much as its cast. So all of the result is NaN, and not only the rows that it belongs to.
+    """
+    if wild is None or dy.scale_inv is None or wild.device.type == "cpu":
+        return dy
+    return dy._replace(scale_inv=torch.where(wild > 0, torch.nan, dy.scale_inv), values=None)
