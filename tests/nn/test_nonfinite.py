@@ -101,6 +101,7 @@ def test_a_finite_gradient_of_the_largest_numbers_stays_finite() -> None:
     assert model.weight.grad.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_a_compiled_model_shows_what_the_eager_one_shows() -> None:
     dy = torch.ones(6, 4)
     dy[2, 1] = math.inf

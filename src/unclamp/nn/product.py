@@ -44,6 +44,7 @@ from torch.autograd.function import once_differentiable
 
 from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.counting import count
+from unclamp.nn.nested import on_tokens
 from unclamp.nn.operands import Hat, Operands, Seen
 from unclamp.numerics import CastPlan, GemmOperand, Stat, channel_scale
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
@@ -60,7 +61,7 @@ def multiply(
 ) -> Tensor:
     """Return `x @ weight.T + bias` with the operands cast as their plan says.
 
-    Shapes: `x` `[..., K]`, any leading shape, empty included; `weight` `[N, K]`; the result
+    Shapes: `x` `[..., K]`, any leading shape, empty or nested too; `weight` `[N, K]`; the result
     `[..., N]` in the dtype of `x`, under autocast in autocast's.
 
     Raises:
@@ -69,6 +70,8 @@ def multiply(
     """
     if operands.is_plain:
         return F.linear(x, weight, bias)
+    if x.is_nested:
+        return on_tokens(x, lambda t: multiply(operands, t, weight, bias, training=training))
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(
             f"{shown(operands.fqn)}: expected an input of the weight's dtype, {weight.dtype}, got "

@@ -8,6 +8,7 @@ import numpy as np
 from unclamp.analysis import Spike, find_spikes, run_curve
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
+from unclamp.report.status import noted
 from unclamp.runlog import Cut, RunLog, SiteInfo, Windows
 from unclamp.totals import SiteTotals
 from unclamp.written import counted
@@ -148,7 +149,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         recorded=_recorded_steps(log),
         sites=sites,
         shares=_shares(sites, windows),
-        notes=list(dict.fromkeys(log.header.notes)),
+        notes=noted(log),
         has_recipe=log.header.recipe is not None,
         is_plain=log.header.plain,
     )
