@@ -1,4 +1,4 @@
-"""A gradient that is not finite stays to be seen, so that a loop that skips such steps skips them."""
+"""A gradient that is not finite stays to be seen: loops that skip such steps must skip it."""
 
 import math
 

@@ -46,7 +46,7 @@ from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.counting import count
 from unclamp.nn.nested import on_tokens
 from unclamp.nn.operands import Hat, Operands, Seen
-from unclamp.numerics import CastPlan, GemmOperand, Stat, channel_scale
+from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat, channel_scale
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
 WANTS_A_VIEW = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
@@ -183,7 +183,6 @@ class _Product(torch.autograd.Function):
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
         dy_hat, seen = _cast_gradient(operands, dy, [g for g, is_on in wanted.items() if is_on])
-        wild = None if seen.stats is None else seen.stats[Stat.NONFINITE]
 
         grad_input = grad_weight = grad_bias = None
         if needs_input:
@@ -196,7 +195,7 @@ class _Product(torch.autograd.Function):
                 grad_input = _plain_gemm(GemmOperand(dy), w_hat)
             else:
                 dtype = x_dtype if smooth is None else torch.float32
-                grad_input = _gemm(operands, "grad_input", _visible(dy_hat.along(1), wild), w_hat, None, dtype)
+                grad_input = _gemm(operands, "grad_input", dy_hat.along(1), w_hat, None, dtype)
                 # Smoothing comes after the sum, and before it is rounded.
                 grad_input = grad_input if smooth is None else grad_input * smooth
             grad_input = grad_input.to(x_dtype)
@@ -207,7 +206,7 @@ class _Product(torch.autograd.Function):
                 grad_weight = _plain_gemm(GemmOperand(dy, axis=0), x_hat)
             else:
                 dtype = weight_dtype if smooth is None else torch.float32
-                grad_weight = _gemm(operands, "grad_weight", _visible(dy_hat.along(0), wild), x_hat, None, dtype)
+                grad_weight = _gemm(operands, "grad_weight", dy_hat.along(0), x_hat, None, dtype)
                 grad_weight = grad_weight if smooth is None else grad_weight / smooth
             grad_weight = grad_weight.to(weight_dtype)
         if needs_bias:
@@ -257,28 +256,29 @@ def _plain_gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None = None) -> T
 
 
 def _cast_gradient(operands: Operands, dy: Tensor, gemms: list[Gemm]) -> tuple[Hat, Seen]:
-    """Cast a gradient; on a CPU with NaN for each Inf, so that it stays to be seen.
+    """Cast a gradient so that an Inf in it stays to be seen in what is made of it.
 
     The cast saturates Inf, and whoever skips steps whose gradients are not finite would take an
-    overflow for a good step. NaN goes through a cast, and into the rows that it belongs to.
+    overflow for a good step. On a CPU NaN takes its place before the cast, and ends in the rows
+    that it belongs to. Elsewhere nobody waits for the device to learn of an Inf, and a pass over
+    each gradient would cost as much as its cast: NaN takes the place of the scale, and ends in all
+    that is made of the gradient.
     """
-    is_cpu = dy.device.type == "cpu"
-    if is_cpu and torch.compiler.is_compiling():
+    is_cpu, is_compiling = dy.device.type == "cpu", torch.compiler.is_compiling()
+    if is_cpu and is_compiling:
         dy = torch.where(dy.isfinite(), dy, torch.nan)
     hat = operands.cast("grad_output", dy, gemms)
     seen = operands.seen("grad_output", hat)
-    if is_cpu and not torch.compiler.is_compiling() and seen.stats is not None:
-        if seen.stats[Stat.NONFINITE] > 0:  # which is rare: no pass to look for it
-            hat = operands.cast("grad_output", torch.where(dy.isfinite(), dy, torch.nan), gemms)
+    if seen.stats is None or (is_cpu and is_compiling):
+        return hat, seen
+    wild = seen.stats[Stat.NONFINITE] > 0
+    if not is_cpu:
+        return Hat(dy, {axis: _as_nan(q, wild) for axis, q in hat.casts.items()}), seen
+    if wild:  # which is rare, so that nothing is spent on it before
+        hat = operands.cast("grad_output", torch.where(dy.isfinite(), dy, torch.nan), gemms)
     return hat, seen
 
 
-def _visible(dy: GemmOperand, wild: Tensor | None) -> GemmOperand:
-    """Return a gradient as its GEMM gets it: off the CPU with NaN for its scale if it is `wild`.
-
-    There nobody waits for the device to learn of an Inf, and a pass over each gradient would cost
-    as much as its cast. So all of the result is NaN, and not only the rows that it belongs to.
-    """
-    if wild is None or dy.scale_inv is None or wild.device.type == "cpu":
-        return dy
-    return dy._replace(scale_inv=torch.where(wild > 0, torch.nan, dy.scale_inv), values=None)
+def _as_nan(q: Quantized, wild: Tensor) -> Quantized:
+    """Return a cast that stands for NaN alone if it is `wild`."""
+    return q._replace(scale_inv=torch.where(wild, torch.nan, q.scale_inv), values=None)

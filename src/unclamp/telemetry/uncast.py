@@ -27,23 +27,51 @@ class Uncast:
         self._heard = 0
         self._look_at = UNCAST_STEPS
         self._decided: set[str] = set()
+        self._versions: dict[tuple[int, int], int] = {}
         self._seen: set[int] = set()
         self._news: list[str] = []
 
     def candidates(self, sources: Iterable[Source]) -> dict[str, list[int]]:
         """Return products to look for after a step with updates, with the ids of their sites."""
         self._heard += 1
-        if self._heard < self._look_at:
+        if self._heard not in (1, self._look_at):
+            return {}
+        trained = {
+            source: products
+            for place, source in enumerate(sources)
+            if (products := self._trained(place, source))
+        }
+        if self._heard == 1:
             return {}
         self._look_at *= 2
         found = {
             fqn: ids
-            for source in sources
-            for fqn, ids in _trained(source, self._heard).items()
+            for source, products in trained.items()
+            for fqn, ids in _casting(source, products, self._heard).items()
             if fqn not in self._decided
         }
         self._decided |= found.keys()
         return found
+
+    def _trained(self, place: int, source: Source) -> frozenset[int]:
+        """Return the products whose weights have changed since they were first looked at.
+
+        A frozen one need not. An update alone is no sign: it takes along products that nobody is
+        known to hold, such as a half of a GAN whose turn has not come. Where no weight at all shows
+        a change (it is written through `.data`, or is not in the model) they count as trained.
+        """
+        ledger = source.ledger
+        products = ledger.clock.products(ledger)
+        changed = set[int]()
+        for product in products:
+            version = sum(p._version for p in product.parameters() if not p.is_inference())
+            if self._versions.setdefault((place, product.number), version) != version:
+                changed.add(product.number)
+        return frozenset(
+            product.number
+            for product in products
+            if not changed or product.number in changed or not product.is_trainable
+        )
 
     def saw(self, ids: Sequence[int]) -> None:
         """Take down the sites that cast in a step."""
@@ -70,8 +98,8 @@ class Uncast:
         )
 
 
-def _trained(source: Source, heard: int) -> dict[str, list[int]]:
-    """Return the products of a ledger that are to cast and were trained long enough, with ids."""
+def _casting(source: Source, trained: frozenset[int], heard: int) -> dict[str, list[int]]:
+    """Return those of a ledger's products that are to cast, after enough updates; with ids."""
     ledger, found = source.ledger, dict[str, list[int]]()
     for layer in ledger.layers:
         first = layer.number * len(ROLES)
@@ -79,7 +107,7 @@ def _trained(source: Source, heard: int) -> dict[str, list[int]]:
         made = heard if ledger.captured.is_in_graph else ledger.turns.made_for(layer.number)
         ids = [source.ids[index] for index in indices if index < len(source.ids)]
         is_there = len(ids) == len(ROLES) and UNNUMBERED not in ids
-        if layer.is_plain or made < UNCAST_STEPS or not is_there or first in ledger.gone:
-            continue
-        found[layer.fqn] = ids
+        is_due = made >= UNCAST_STEPS and layer.number in trained
+        if is_due and is_there and not layer.is_plain and first not in ledger.gone:
+            found[layer.fqn] = ids
     return found
