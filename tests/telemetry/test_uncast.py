@@ -62,7 +62,7 @@ def train(
     torch.manual_seed(0)
     model = Model(tied=tied)
     unclamp.convert(model, Recipe() if recipe is None else recipe)
-    calls = dict.fromkeys(("up", "lm_head"), 0)
+    calls: dict[str, int] = {"up": 0, "lm_head": 0}
 
     def counting(name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
@@ -170,13 +170,13 @@ def test_an_event_of_a_users_own_of_this_kind_does_no_harm(tmp_path: Path) -> No
 
 
 def test_a_frozen_layer_whose_weight_someone_else_reads_is_named(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0].requires_grad_(False)
+    frozen, head = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+    model = nn.Sequential(frozen, head)
     unclamp.convert(model, Recipe())
-    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     recorder = Recorder(model, tmp_path / "run")
     for _ in range(STEPS):
-        model[1](torch.randn(3, 4) @ model[0].weight.t()).sum().backward()
+        head(torch.randn(3, 4) @ frozen.weight.t()).sum().backward()
         optimizer.step()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whenever the writer's thread has come to it

@@ -4,6 +4,7 @@ A product of a nested tensor is one matrix product all the same: of the tokens o
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ def on_tokens(x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
     `[tokens, ..., N]`; the result has the layout and lengths of `x`.
     """
     if x.layout == torch.jagged:
+        jagged: Any = x
         # With the very offsets of `x`, so that torch knows both as of the same lengths.
-        values, lengths = act(x.values()), x.lengths()
         return torch.nested.nested_tensor_from_jagged(
-            values, x.offsets(), lengths, jagged_dim=x._ragged_idx
+            act(jagged.values()), jagged.offsets(), jagged.lengths(), jagged_dim=jagged._ragged_idx
         )
     sequences = x.unbind()
     tokens = [s.reshape(s.shape[:-1].numel(), s.shape[-1]) for s in sequences]

@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unclamp.errors import UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.counting import count
 from unclamp.nn.nested import on_tokens
@@ -84,6 +85,8 @@ def multiply(
         output = F.linear(x, weight, bias)
         return output if commit is None else count(operands, output, x, weight, commit=commit)
     # Not before: in a trace sizes are no numbers, and the plain layer has an error of its own.
+    if torch._C._is_tracing():
+        return _traced(operands, x, weight, bias)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{operands.fqn}: expected an input [..., {weight.shape[1]}], got {list(x.shape)}"
@@ -118,6 +121,49 @@ def when_to_commit(
     return "now" if torch._C._current_graph_task_id() == -1 else None
 
 
+def _traced(operands: Operands, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a product whose casts and GEMM are nodes of a `torch.jit` graph.
+
+    It is a forward for inference: nothing is counted, and its operators refuse a backward.
+
+    Raises:
+        UnsupportedError: The product is smoothed, for which such a graph has no operations.
+    """
+    if operands.smooth:
+        raise UnsupportedError(
+            f"{shown(operands.fqn)}: expected a layer that is not smoothed under torch.jit.trace; "
+            "use torch.export"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    tokens = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+    output, *_ = _forward(operands, tokens, weight, bias, ["output"], ["output"])
+    return output.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _forward(
+    operands: Operands,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_gemms: list[Gemm],
+    w_gemms: list[Gemm],
+) -> tuple[Tensor, Hat, Hat, Tensor | None]:
+    """Return the output, both operands after their casts for some GEMMs, and the smoothing."""
+    smooth = channel_scale(x) if operands.smooth else None
+    x_cast, w_cast = x, weight
+    if smooth is not None:  # float32 holds the products with a power of two exactly
+        x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
+    x_hat = operands.cast("input", x_cast, x_gemms)
+    w_hat = operands.cast("weight", w_cast, w_gemms)
+    # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
+    if operands.is_high("output"):
+        output = _plain_gemm(GemmOperand(x), GemmOperand(weight), bias)
+    else:
+        output = _gemm(operands, "output", x_hat.along(1), w_hat.along(1), bias, x.dtype)
+    return output, x_hat, w_hat, smooth
+
+
 class _Product(torch.autograd.Function):
     """Forward and backward as three GEMMs; see the module's equations."""
 
@@ -131,23 +177,12 @@ class _Product(torch.autograd.Function):
         commit: Commit,
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
-        smooth = channel_scale(x) if operands.smooth else None
         remakes = needs_input and operands.remakes_weight(weight, x.shape[0])
         x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
         w_gemms: list[Gemm] = (
             ["output", "grad_input"] if needs_input and not remakes else ["output"]
         )
-        x_cast, w_cast = x, weight
-        if smooth is not None:  # float32 holds the products with a power of two exactly
-            x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
-        x_hat = operands.cast("input", x_cast, x_gemms)
-        w_hat = operands.cast("weight", w_cast, w_gemms)
-
-        # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
-        if operands.is_high("output"):
-            output = _plain_gemm(GemmOperand(x), GemmOperand(weight), bias)
-        else:
-            output = _gemm(operands, "output", x_hat.along(1), w_hat.along(1), bias, x.dtype)
+        output, x_hat, w_hat, smooth = _forward(operands, x, weight, bias, x_gemms, w_gemms)
 
         # grad_weight will contract T, axis 0 of the input; grad_input N, axis 0 of the weight.
         kept_x = _kept(operands, "grad_weight", x, x_hat) if needs_weight else None

@@ -81,9 +81,8 @@ def dequantize_codes(
 
 
 def is_memory(x: Tensor) -> bool:
-    """Whether a tensor is memory of this process, and no stand-in for it, as in a trace."""
-    is_memory_of_cpu = x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
-    return is_memory_of_cpu and not torch._C._is_tracing()
+    """Whether a tensor is memory of this process, and no stand-in for it."""
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def quantize_plain(
