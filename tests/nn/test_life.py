@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,11 @@ def made(name: str) -> nn.Sequential:
         optimizer.step()
     optimizer.zero_grad()
     return model
+
+
+def in_a_trace(model: nn.Module) -> Any:
+    """Return a model's trace, which torch's stubs take for a tuple."""
+    return torch.jit.trace(model, torch.randn(4, 32))
 
 
 def result(model: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
@@ -102,7 +108,7 @@ def test_a_traced_model_infers_with_the_bits_of_eager_mode_for_any_batch(
     (ledger,) = find_ledgers(model)
     before = ledger.pending.clone()
     with torch.set_grad_enabled(with_gradients):
-        traced = torch.jit.trace(model, torch.randn(4, 32))
+        traced = in_a_trace(model)
     assert torch.equal(ledger.pending, before)
     file = io.BytesIO()
     torch.jit.save(traced, file)
@@ -121,14 +127,14 @@ def test_a_traced_model_infers_with_the_bits_of_eager_mode_for_any_batch(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_smoothed_layer_says_that_it_cannot_be_traced() -> None:
     with pytest.raises(UnsupportedError, match=r"0: expected a layer that is not smoothed"):
-        torch.jit.trace(made("smooth"), torch.randn(4, 32))
+        in_a_trace(made("smooth"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::unclamp.UnclampWarning")
 def test_a_trace_of_a_warm_up_is_that_of_the_plain_model() -> None:
     model = made("warm-up")
-    traced = torch.jit.trace(model, torch.randn(4, 32))
+    traced = in_a_trace(model)
     plain = copy.deepcopy(model)
     unclamp.revert(plain)
     x = torch.randn(9, 32)

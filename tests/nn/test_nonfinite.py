@@ -8,14 +8,19 @@ from torch import Tensor, nn
 
 import unclamp
 from unclamp import (
+    E5M2,
     Delayed,
     Dynamic,
     Guarded,
     HighPrecision,
     PerBlock,
     PerRow,
+    PerTensor,
     Recipe,
 )
+from unclamp.nn.product import _as_nan
+from unclamp.numerics import matmul, quantize
+from unclamp.scaling import Granularity
 
 RECIPES = {
     "delayed": Recipe(),
@@ -116,3 +121,39 @@ def test_a_compiled_model_shows_what_the_eager_one_shows() -> None:
         grads.append(model.weight.grad)
     assert not grads[0][1].isfinite().any()
     torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("accumulate", ["float32", "hopper"])
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerRow(), PerBlock(1, 4), PerBlock(4, 4)], ids=str
+)
+def test_off_the_cpu_nan_as_a_scale_makes_all_of_a_gemm_nan_and_changes_nothing_without_it(
+    granularity: Granularity, accumulate: str
+) -> None:
+    dy = torch.randn(6, 8)
+    dy[0] = 0  # zero times NaN is NaN
+    q, weight = quantize(dy, E5M2, granularity=granularity), quantize(torch.randn(5, 8), E5M2)
+    for is_wild in (False, True):
+        marked = _as_nan(q, torch.tensor(is_wild)).along(1)
+        output = matmul(marked, weight.along(1), accumulate=accumulate)
+        expected = matmul(q.along(1), weight.along(1), accumulate=accumulate)
+        assert expected.isfinite().all()
+        assert bool(output.isnan().all()) == is_wild
+        assert torch.equal(output, expected) != is_wild
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["delayed", "guarded", "rows"])
+def test_on_a_gpu_all_of_both_gradients_is_nan(name: str, dtype: torch.dtype, bad: float) -> None:
+    model = nn.Linear(128, 128, dtype=dtype, device="cuda")
+    unclamp.convert(model, RECIPES[name])
+    x = torch.randn(128, 128, dtype=dtype, device="cuda", requires_grad=True)
+    dy = torch.randn(128, 128, dtype=dtype, device="cuda")
+    dy[2, 1] = bad
+    model(x).backward(dy)
+    assert x.grad is not None
+    assert model.weight.grad is not None
+    assert x.grad.isnan().all()
+    assert model.weight.grad.isnan().all()
