@@ -85,7 +85,7 @@ def multiply(
         output = F.linear(x, weight, bias)
         return output if commit is None else count(operands, output, x, weight, commit=commit)
     # Not before: in a trace sizes are no numbers, and the plain layer has an error of its own.
-    if torch._C._is_tracing():
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
         return _traced(operands, x, weight, bias)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
