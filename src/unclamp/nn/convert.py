@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
 from unclamp.names import GEMMS, ROLES, SiteName, shown
 from unclamp.nn.converted import Converted
+from unclamp.nn.fastpath import keep_off
 from unclamp.nn.kinds import adapted, is_relative, kind_of, take_away
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
@@ -183,6 +184,7 @@ def attach(
     if converted:
         ledger.recipe = recipe
     _install(ledger, converted, plans)
+    keep_off(model)
     ledger.rebind()  # a warm-up is the whole model's
     find_ledgers(model)  # layers that were there may have other names in this model
     _remember(ledger, report, recipe, skip, kept)

@@ -15,6 +15,7 @@ from torch import nn
 
 from unclamp.nn.conv1d import Fp8Conv1D
 from unclamp.nn.converted import Converted
+from unclamp.nn.fastpath import allow
 from unclamp.nn.linear import Fp8Linear
 
 
@@ -61,6 +62,7 @@ def take_away(module: nn.Module) -> None:
 
     Whatever was put in front of it since (by FSDP, a parametrization) stays.
     """
+    allow(module)
     module.__class__ = _without(type(module))
 
 

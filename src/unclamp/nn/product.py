@@ -42,10 +42,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unclamp.errors import UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.counting import count
+from unclamp.nn.nested import on_tokens
 from unclamp.nn.operands import Hat, Operands, Seen
-from unclamp.numerics import CastPlan, GemmOperand, Stat, channel_scale
+from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat, channel_scale
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
 WANTS_A_VIEW = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
@@ -60,7 +62,7 @@ def multiply(
 ) -> Tensor:
     """Return `x @ weight.T + bias` with the operands cast as their plan says.
 
-    Shapes: `x` `[..., K]`, any leading shape, empty included; `weight` `[N, K]`; the result
+    Shapes: `x` `[..., K]`, any leading shape, empty or nested too; `weight` `[N, K]`; the result
     `[..., N]` in the dtype of `x`, under autocast in autocast's.
 
     Raises:
@@ -69,6 +71,8 @@ def multiply(
     """
     if operands.is_plain:
         return F.linear(x, weight, bias)
+    if x.is_nested:
+        return on_tokens(x, lambda t: multiply(operands, t, weight, bias, training=training))
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(
             f"{shown(operands.fqn)}: expected an input of the weight's dtype, {weight.dtype}, got "
@@ -81,6 +85,8 @@ def multiply(
         output = F.linear(x, weight, bias)
         return output if commit is None else count(operands, output, x, weight, commit=commit)
     # Not before: in a trace sizes are no numbers, and the plain layer has an error of its own.
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        return _traced(operands, x, weight, bias)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{operands.fqn}: expected an input [..., {weight.shape[1]}], got {list(x.shape)}"
@@ -115,6 +121,49 @@ def when_to_commit(
     return "now" if torch._C._current_graph_task_id() == -1 else None
 
 
+def _traced(operands: Operands, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a product whose casts and GEMM are nodes of a `torch.jit` graph.
+
+    It is a forward for inference: nothing is counted, and its operators refuse a backward.
+
+    Raises:
+        UnsupportedError: The product is smoothed, for which such a graph has no operations.
+    """
+    if operands.smooth:
+        raise UnsupportedError(
+            f"{shown(operands.fqn)}: expected a layer that is not smoothed under torch.jit.trace; "
+            "use torch.export"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    tokens = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+    output, *_ = _forward(operands, tokens, weight, bias, ["output"], ["output"])
+    return output.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _forward(
+    operands: Operands,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_gemms: list[Gemm],
+    w_gemms: list[Gemm],
+) -> tuple[Tensor, Hat, Hat, Tensor | None]:
+    """Return the output, both operands after their casts for some GEMMs, and the smoothing."""
+    smooth = channel_scale(x) if operands.smooth else None
+    x_cast, w_cast = x, weight
+    if smooth is not None:  # float32 holds the products with a power of two exactly
+        x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
+    x_hat = operands.cast("input", x_cast, x_gemms)
+    w_hat = operands.cast("weight", w_cast, w_gemms)
+    # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
+    if operands.is_high("output"):
+        output = _plain_gemm(GemmOperand(x), GemmOperand(weight), bias)
+    else:
+        output = _gemm(operands, "output", x_hat.along(1), w_hat.along(1), bias, x.dtype)
+    return output, x_hat, w_hat, smooth
+
+
 class _Product(torch.autograd.Function):
     """Forward and backward as three GEMMs; see the module's equations."""
 
@@ -128,23 +177,12 @@ class _Product(torch.autograd.Function):
         commit: Commit,
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
-        smooth = channel_scale(x) if operands.smooth else None
         remakes = needs_input and operands.remakes_weight(weight, x.shape[0])
         x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
         w_gemms: list[Gemm] = (
             ["output", "grad_input"] if needs_input and not remakes else ["output"]
         )
-        x_cast, w_cast = x, weight
-        if smooth is not None:  # float32 holds the products with a power of two exactly
-            x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
-        x_hat = operands.cast("input", x_cast, x_gemms)
-        w_hat = operands.cast("weight", w_cast, w_gemms)
-
-        # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
-        if operands.is_high("output"):
-            output = _plain_gemm(GemmOperand(x), GemmOperand(weight), bias)
-        else:
-            output = _gemm(operands, "output", x_hat.along(1), w_hat.along(1), bias, x.dtype)
+        output, x_hat, w_hat, smooth = _forward(operands, x, weight, bias, x_gemms, w_gemms)
 
         # grad_weight will contract T, axis 0 of the input; grad_input N, axis 0 of the weight.
         kept_x = _kept(operands, "grad_weight", x, x_hat) if needs_weight else None
@@ -179,9 +217,7 @@ class _Product(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
-        dy_hat = operands.cast("grad_output", dy, [name for name, is_on in wanted.items() if is_on])
-        seen = operands.seen("grad_output", dy_hat)
-        wild = None if seen.stats is None else seen.stats[Stat.NONFINITE]
+        dy_hat, seen = _cast_gradient(operands, dy, [g for g, is_on in wanted.items() if is_on])
 
         grad_input = grad_weight = grad_bias = None
         if needs_input:
@@ -197,7 +233,7 @@ class _Product(torch.autograd.Function):
                 grad_input = _gemm(operands, "grad_input", dy_hat.along(1), w_hat, None, dtype)
                 # Smoothing comes after the sum, and before it is rounded.
                 grad_input = grad_input if smooth is None else grad_input * smooth
-            grad_input = _poisoned(grad_input.to(x_dtype), dy, wild)
+            grad_input = grad_input.to(x_dtype)
         if needs_weight:
             # grad_weight [N, K] = dy_hat [T, N].T @ x_hat [T, K], contracting T: axis 0 of both.
             x_hat = GemmOperand(x_codes, x_inv, ctx.grains[0], 0)
@@ -207,7 +243,7 @@ class _Product(torch.autograd.Function):
                 dtype = weight_dtype if smooth is None else torch.float32
                 grad_weight = _gemm(operands, "grad_weight", dy_hat.along(0), x_hat, None, dtype)
                 grad_weight = grad_weight if smooth is None else grad_weight / smooth
-            grad_weight = _poisoned(grad_weight.to(weight_dtype), dy, wild)
+            grad_weight = grad_weight.to(weight_dtype)
             if ctx.commit == "in backward" and not ctx.high["grad_weight"]:
                 seen = operands.with_gradient(seen, dy_hat, x_hat, grad_weight, smooth)
         if needs_bias:
@@ -256,11 +292,30 @@ def _plain_gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None = None) -> T
         return F.linear(left, right.to(left.dtype), bias)
 
 
-def _poisoned(grad: Tensor, dy: Tensor, wild: Tensor | None) -> Tensor:
-    """Return NaN for a gradient made of a float16 one with an Inf: loss scaling must see it.
+def _cast_gradient(operands: Operands, dy: Tensor, gemms: list[Gemm]) -> tuple[Hat, Seen]:
+    """Cast a gradient so that an Inf in it stays to be seen in what is made of it.
 
-    The cast saturates Inf, and a gradient scaler would take an overflow for a good step.
+    The cast saturates Inf, and whoever skips steps whose gradients are not finite would take an
+    overflow for a good step. On a CPU NaN takes its place before the cast, and ends in the rows
+    that it belongs to. Elsewhere nobody waits for the device to learn of an Inf, and a pass over
+    each gradient would cost as much as its cast: NaN takes the place of the scale, and ends in all
+    that is made of the gradient.
     """
-    if dy.dtype != torch.float16 or wild is None:
-        return grad
-    return torch.where(wild > 0, torch.nan, grad)
+    is_cpu, is_compiling = dy.device.type == "cpu", torch.compiler.is_compiling()
+    if is_cpu and is_compiling:
+        dy = torch.where(dy.isfinite(), dy, torch.nan)
+    hat = operands.cast("grad_output", dy, gemms)
+    seen = operands.seen("grad_output", hat)
+    if seen.stats is None or (is_cpu and is_compiling):
+        return hat, seen
+    wild = seen.stats[Stat.NONFINITE] > 0
+    if not is_cpu:
+        return Hat(dy, {axis: _as_nan(q, wild) for axis, q in hat.casts.items()}), seen
+    if wild:  # which is rare, so that nothing is spent on it before
+        hat = operands.cast("grad_output", torch.where(dy.isfinite(), dy, torch.nan), gemms)
+    return hat, seen
+
+
+def _as_nan(q: Quantized, wild: Tensor) -> Quantized:
+    """Return a cast that stands for NaN alone if it is `wild`."""
+    return q._replace(scale_inv=torch.where(wild, torch.nan, q.scale_inv), values=None)

@@ -41,6 +41,7 @@ class Bound(Protocol):
 
     inspection: Inspection
     is_plain: bool
+    number: int
 
     @property
     def fqn(self) -> str:

@@ -34,6 +34,11 @@ from unclamp.scaling import parse_granularity
 LIBRARY = torch.library.Library("unclamp", "DEF")
 
 
+def is_graph_being_made() -> bool:
+    """Whether tensors are those of a graph: under `torch.compile`, export, or `torch.jit.trace`."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def quantize_operand(
     x: Tensor,
     scale: Tensor | None,
@@ -48,7 +53,7 @@ def quantize_operand(
 
     With `turned` the codes come in column-major memory too, on a GPU, where a GEMM wants them so.
     """
-    if not torch.compiler.is_compiling():
+    if not is_graph_being_made():
         turned = turned and goes_to_gpu(x)
         return quantize_by(x, plan, scale, axis, slot=slot, keeps_codes=keeps_codes, turned=turned)
     if turned and x.device.type == "cuda":
@@ -66,7 +71,7 @@ def inspect_operand(x: Tensor, q: Quantized, *, only_clamped: bool) -> Tensor:
     the CPU nobody asks whether it clamped, since that would make the host wait: every cast is
     inspected.
     """
-    if torch.compiler.is_compiling():
+    if is_graph_being_made():
         return torch.ops.unclamp.inspect(
             x, q.codes, q.scale_inv, q.stats, str(q.granularity), q.axis, only_clamped
         )
@@ -110,7 +115,7 @@ def gemm(
     a: GemmOperand, b: GemmOperand, bias: Tensor | None, accumulate: str, out_dtype: torch.dtype
 ) -> Tensor:
     """Multiply as `unclamp.numerics.matmul` does."""
-    if not torch.compiler.is_compiling():
+    if not is_graph_being_made():
         return matmul(a, b, bias, accumulate=accumulate, out_dtype=out_dtype)
     return torch.ops.unclamp.matmul(*_plain(a), *_plain(b), bias, accumulate, out_dtype)
 
@@ -336,8 +341,8 @@ def _fake_nothing(pending: Tensor, other: Tensor) -> None:
 
 def _refuse_backward(ctx: Any, *grads: Tensor) -> None:
     raise UnsupportedError(
-        "an exported graph of converted layers has no backward: expected to train the model "
-        "itself, eager or under torch.compile"
+        "an exported or traced graph of converted layers has no backward: expected to train the "
+        "model itself, eager or under torch.compile"
     )
 
 

@@ -17,6 +17,7 @@ from unclamp.analysis import (
 from unclamp.analysis.groups import Group, has_kinds
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
+from unclamp.report.status import noted
 from unclamp.runlog import PLACES_SQL, Cut, RunLog, SiteInfo, Windows
 from unclamp.study.marks import PLANTED, WORDS
 from unclamp.totals import SiteTotals
@@ -173,7 +174,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         recorded=_recorded_steps(log),
         sites=sites,
         shares=_shares(sites, windows),
-        notes=list(dict.fromkeys(log.header.notes)),
+        notes=noted(log),
         has_recipe=log.header.recipe is not None,
         is_plain=log.header.plain,
         groups=groups,

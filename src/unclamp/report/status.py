@@ -1,5 +1,6 @@
 """How a run or a study ended, and what is missing of it, in sentences. Torch-free."""
 
+import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from unclamp.errors import RunLogError
-from unclamp.runlog import RunLog, Status
+from unclamp.names import shown
+from unclamp.runlog import UNCAST_EVENT, RunLog, Status
 from unclamp.written import counted, listed
 
 QUIET_S = 60.0
@@ -42,7 +44,40 @@ def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
         for rank, what in log.missing.items()
     ]
     notes += [f"{part}." for part in log.damaged]
-    return notes + ([OBSERVED] if header.observed else []) + list(dict.fromkeys(header.notes))
+    return notes + ([OBSERVED] if header.observed else []) + noted(log)
+
+
+def noted(log: RunLog) -> list[str]:
+    """Return what must stand beside a run's figures: the notes of its header, and what never cast.
+
+    A product that is named in an event, and cast something later on, is not told of.
+    """
+    said = list(dict.fromkeys(log.header.notes))
+    events = log.sql("SELECT data FROM events WHERE kind = $kind", kind=UNCAST_EVENT)
+    named = dict.fromkeys(name for data in events.column(0).to_pylist() for name in _products(data))
+    if not named:
+        return said
+    cast = log.sql("SELECT DISTINCT fqn FROM sites SEMI JOIN casts USING (site)")
+    silent = [shown(name) for name in named if name not in set(cast.column(0).to_pylist())]
+    if not silent:
+        return said
+    its, it = ("its", "it was") if len(silent) == 1 else ("their", "they were")
+    return [
+        *said,
+        f"Converted, and no cast in the log although {it} trained: {listed(silent, most=12)}. "
+        f"Something else reads {its} weight, such as a fused loss or a tied layer, or {it} not "
+        f"called. What is computed with {its} weight was not in FP8, and is in no figure here.",
+    ]
+
+
+def _products(data: str) -> list[str]:
+    """Return the products that an event names; none where a user's own has this kind."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return []
+    names = found.get("products") if isinstance(found, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def damage_notes(runs: Mapping[str, Path]) -> list[str]:

@@ -11,7 +11,7 @@ from unclamp.runlog.damage import DamagedPart
 from unclamp.runlog.finder import find_runs, is_run, read_header
 from unclamp.runlog.header import SCHEMA_VERSION, Header, Status
 from unclamp.runlog.reader import RunLog
-from unclamp.runlog.schema import SUMMARY_STEPS, TABLES, VIEWS, Columns
+from unclamp.runlog.schema import SUMMARY_STEPS, TABLES, UNCAST_EVENT, VIEWS, Columns
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo
 from unclamp.runlog.windows import Cut, Windows
 from unclamp.runlog.writer import RunLogWriter
@@ -22,6 +22,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "SUMMARY_STEPS",
     "TABLES",
+    "UNCAST_EVENT",
     "VIEWS",
     "Cadence",
     "Columns",

@@ -15,6 +15,8 @@ import pyarrow as pa
 
 from unclamp.errors import RunLogError, did_you_mean
 
+UNCAST_EVENT = "uncast"
+"""The event that names products which cast nothing although they were trained."""
 SUMMARY_STEPS = 100
 """Steps that one row of `summaries` stands for."""
 
@@ -185,7 +187,7 @@ TABLES: Mapping[str, pa.Schema] = {
         [
             _STEP,
             _RANK,
-            _column("kind", pa.string(), "what happened: spike, switch, snapshot, nonfinite, ..."),
+            _column("kind", pa.string(), "what happened: spike, switch, snapshot, uncast, ..."),
             _column("data", pa.string(), "details, as JSON text"),
         ]
     ),

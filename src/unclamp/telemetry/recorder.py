@@ -34,6 +34,7 @@ from unclamp.telemetry.rank import find_place
 from unclamp.telemetry.sinks import NumbersFunction, Sink, Sinks
 from unclamp.telemetry.sinks.feed import SinkFeed
 from unclamp.telemetry.source import Source
+from unclamp.telemetry.uncast import Uncast
 
 Heard = tuple[list[int], Update]
 """An update, and the ids of the sites that it has rows of."""
@@ -135,6 +136,7 @@ class Recorder:
         )
         _OPEN[self.path.resolve()] = self
         self._sources = [Source(ledger, self._note_commits) for ledger in ledgers]
+        self._uncast = Uncast()
         self._formats: dict[int, Format] = {}
         # No other rank counts in the same numbers: an id is one of its run.
         self._free_ids = itertools.count(place.rank, place.world_size)
@@ -208,8 +210,9 @@ class Recorder:
             self._feed.put(lambda: self._tell_sinks(step, updates, row))
         elif updates or self._sinks:
             self._writer.add("casts", lambda: self._rows(step, updates, row))
-        self._sinks.warn()
-        self._feed.warn()
+        if updates and (candidates := self._uncast.candidates(self._sources)):
+            self._writer.add("events", lambda: self._uncast.columns(step, candidates))
+        self._warn_of_threads()
         self._inspect_at(step + 1)
         self._mind_order(heard=bool(updates))
         self._mind_silence(heard=bool(updates))
@@ -261,8 +264,7 @@ class Recorder:
         self._feed.close()
         self._sinks.close(status)
         atexit.unregister(self.close)  # not before: after Ctrl-C in here the exit closes the rest
-        self._sinks.warn()
-        self._feed.warn()
+        self._warn_of_threads()
 
     def __enter__(self) -> Self:
         return self
@@ -285,6 +287,7 @@ class Recorder:
     def _rows(self, step: int, updates: list[Heard], row: Callable[[], Columns]) -> Columns:
         """Return a step's casts to write, on the writer's thread, and have the sinks told."""
         columns = cast_columns(step, updates, self._formats) if updates else {}
+        self._uncast.saw(columns.get("site", ()))
         if self._sinks:
             self._feed.put(lambda: self._sinks.step(step, row(), columns or None))
         if not columns:
@@ -292,6 +295,13 @@ class Recorder:
         is_due = self._casts.is_due(step) or (self._casts.or_clamped and columns["saturated"].any())
         is_inspected = self._inspect is not None and self._inspect.is_due(step)
         return columns if is_due or is_inspected else {}
+
+    def _warn_of_threads(self) -> None:
+        """Warn of what the threads of the log and the sinks have found."""
+        self._sinks.warn()
+        self._feed.warn()
+        if (news := self._uncast.take_warning()) is not None:
+            _warn(news)
 
     def _tell_sinks(self, step: int, updates: list[Heard], row: Callable[[], Columns]) -> None:
         columns = cast_columns(step, updates, self._formats) if updates else None

@@ -138,7 +138,7 @@ def _read(name: str, path: Path) -> Side | str:
         with RunLog.open(path) as log:
             header = log.header
             record, _ = read_run(log)
-            notes = list(dict.fromkeys([*run_notes(log), *header.notes]))
+            notes = run_notes(log)
     except RunLogError as error:
         return " ".join(str(error).split())
     return Side(name=name, path=path, header=header, record=record, notes=notes)

@@ -1,0 +1,187 @@
+"""Products that were converted and never cast: warned of, and noted beside the run's figures."""
+
+import io
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+import unclamp
+from unclamp import HighPrecision, Recipe, Recorder, RunLog, UnclampWarning
+from unclamp.report.html import write_page
+from unclamp.report.text import print_view
+from unclamp.report.view import build_view
+
+STEPS = 12
+
+
+class Model(nn.Module):
+    """A model with a head that is called, or whose weight a fused loss takes."""
+
+    def __init__(self, *, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.up = nn.Linear(16, 16)
+        self.lm_head = nn.Linear(16, 32, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.up(self.embed(tokens)).relu()
+
+
+def called(model: Model, hidden: Tensor) -> Tensor:
+    return model.lm_head(hidden)
+
+
+def by_hand(model: Model, hidden: Tensor) -> Tensor:
+    return F.linear(hidden, model.lm_head.weight)
+
+
+def by_the_embedding(model: Model, hidden: Tensor) -> Tensor:
+    return hidden @ model.embed.weight.t()
+
+
+def train(
+    path: Path,
+    head: Callable[[Model, Tensor], Tensor],
+    *,
+    recipe: Recipe | None = None,
+    steps: int = STEPS,
+    tied: bool = False,
+    late: bool = False,
+    casts: int = 1,
+) -> dict[str, int]:
+    """Train and record a model; return how often a forward hook saw each layer called."""
+    torch.manual_seed(0)
+    model = Model(tied=tied)
+    unclamp.convert(model, Recipe() if recipe is None else recipe)
+    calls: dict[str, int] = {"up": 0, "lm_head": 0}
+
+    def counting(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            calls[name] += 1
+
+        return hook
+
+    for name in calls:
+        model.get_submodule(name).register_forward_hook(counting(name))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tokens = torch.arange(8)
+    with Recorder(model, path, casts=casts) as recorder:
+        for step in range(steps):
+            hidden = model(tokens)
+            use = called if late and step == steps - 1 else head
+            loss = F.cross_entropy(use(model, hidden), tokens)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss=loss)
+            if step == steps - 2:  # so that the last step knows what the writer's thread has found
+                recorder.flush()
+    return calls
+
+
+@pytest.mark.parametrize("head", [by_hand, by_the_embedding])
+@pytest.mark.parametrize("casts", [1, 100])
+def test_a_head_whose_weight_someone_else_reads_is_named(
+    tmp_path: Path, head: Callable[[Model, Tensor], Tensor], casts: int
+) -> None:
+    path = tmp_path / "run"
+    with pytest.warns(UnclampWarning, match="lm_head: converted, and cast nothing") as caught:
+        calls = train(path, head, tied=head is by_the_embedding, casts=casts)
+    assert calls == {"up": STEPS, "lm_head": 0}
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    view = build_view(path)
+    (note,) = [note for note in view.notes if "lm_head" in note]
+    assert note.startswith("Converted, and no cast in the log although it was trained: lm_head.")
+    assert "was not in FP8" in note
+    assert note in json.dumps(view.to_dict())
+    page = write_page(view, tmp_path / "page.html").read_text()
+    assert "no cast in the log although it was trained: lm_head" in page
+    text = io.StringIO()
+    print_view(view, Console(width=400, file=text))
+    assert "no cast in the log although it was trained: lm_head" in text.getvalue()
+
+
+def test_tied_weights_are_not_named_where_the_head_is_called(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(tmp_path / "run", called, tied=True) == {"up": STEPS, "lm_head": STEPS}
+    assert build_view(tmp_path / "run").notes == []
+
+
+def test_too_few_steps_tell_nothing(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(tmp_path / "run", by_hand, steps=7)
+    assert build_view(tmp_path / "run").notes == []
+
+
+def test_a_layer_in_high_precision_is_not_expected_to_cast(tmp_path: Path) -> None:
+    high = HighPrecision()
+    recipes = [
+        Recipe().override("lm_head", scaling=high),
+        Recipe().override("lm_head", output=high, grad_input=high, grad_weight=high),
+    ]
+    for number, recipe in enumerate(recipes):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(tmp_path / str(number), by_hand, recipe=recipe)
+        assert build_view(tmp_path / str(number)).notes == []
+
+
+def test_a_head_that_casts_later_is_not_in_the_report(tmp_path: Path) -> None:
+    with pytest.warns(UnclampWarning, match="lm_head"):
+        train(tmp_path / "run", by_hand, late=True)
+    assert build_view(tmp_path / "run").notes == []
+    with RunLog.open(tmp_path / "run") as log:
+        kinds = log.events().column("kind").to_pylist()
+    assert kinds == ["uncast"]
+
+
+def test_a_half_that_is_not_trained_yet_is_not_named(tmp_path: Path) -> None:
+    halves = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+    unclamp.convert(halves, Recipe())
+    optimizers = [torch.optim.SGD(half.parameters(), lr=0.1) for half in halves.values()]
+    with warnings.catch_warnings(), Recorder(halves, tmp_path / "run") as recorder:
+        warnings.simplefilter("error")
+        for half, optimizer in zip(halves.values(), optimizers, strict=True):
+            for _ in range(20):
+                half(torch.randn(3, 4)).sum().backward()
+                optimizer.step()
+                recorder.step()
+
+
+def test_an_event_of_a_users_own_of_this_kind_does_no_harm(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    unclamp.convert(model, Recipe())
+    with Recorder(model, tmp_path / "run") as recorder:
+        recorder.step(loss=1.0)
+        recorder.event("uncast", products=3)
+    assert build_view(tmp_path / "run").notes == []
+
+
+def test_a_frozen_layer_whose_weight_someone_else_reads_is_named(tmp_path: Path) -> None:
+    frozen, head = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+    model = nn.Sequential(frozen, head)
+    unclamp.convert(model, Recipe())
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    recorder = Recorder(model, tmp_path / "run")
+    for _ in range(STEPS):
+        head(torch.randn(3, 4) @ frozen.weight.t()).sum().backward()
+        optimizer.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whenever the writer's thread has come to it
+            recorder.step()
+            recorder.flush()
+    recorder.close()
+    (note,) = build_view(tmp_path / "run").notes
+    assert "trained: 0." in note
