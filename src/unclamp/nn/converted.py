@@ -103,6 +103,23 @@ class Converted(nn.Module):
         for name, value in self.scaling_state().items():
             destination[f"{prefix}{name}"] = value
 
+    def _restore(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Take the state over of which a state_dict speaks.
+
+        One that speaks of some operands only leaves the others as they are. One with the weight
+        alone is that of a plain model, of which no scale here need be right.
+        """
+        ledger, own = self.sites.ledger, f"{prefix}{STATE_PREFIX}"
+        knows_scales = any(key.startswith(own) for key in state_dict)
+        for role, index in self.sites.indices.items():
+            history = state_dict.get(f"{own}{role}_amax_history")
+            scale = state_dict.get(f"{own}{role}_scale")
+            is_other = role == "weight" and f"{prefix}weight" in state_dict
+            if is_other or not (knows_scales and history is scale is None):
+                ledger.restore(index, history, scale)
+        if f"{own}{UPDATES}" in state_dict:
+            ledger.restore_updates(float(state_dict[f"{own}{UPDATES}"]))
+
     def _load_from_state_dict(
         self,
         state_dict: Any,
@@ -116,14 +133,11 @@ class Converted(nn.Module):
         own = f"{prefix}{STATE_PREFIX}"
         # A state_dict that does not speak of this layer, such as an adapter's, changes nothing.
         if f"{prefix}weight" in state_dict or any(key.startswith(own) for key in state_dict):
-            ledger = self.sites.ledger
-            for role, index in self.sites.indices.items():
-                history = state_dict.get(f"{own}{role}_amax_history")
-                ledger.restore(index, history, state_dict.get(f"{own}{role}_scale"))
-            if f"{own}{UPDATES}" in state_dict:
-                ledger.restore_updates(round(float(state_dict[f"{own}{UPDATES}"])))
+            self._restore(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self.sites.ledger.move_to(self.weight.device)  # assign=True may bring another device
+        if f"{prefix}weight" in state_dict:
+            self.sites.note(self.weight)
         unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(own)]

@@ -89,7 +89,8 @@ def multiply(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     # Reshaped out here: an in-place operation on a view made inside the function would fail.
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    output = _Product.apply(tokens, weight, bias, operands, commit)
+    evaluates = is_evaluation(operands, commit, training=training)
+    output = _Product.apply(tokens, weight, bias, operands, commit, evaluates)
     return output.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -115,6 +116,20 @@ def when_to_commit(
     return "now" if torch._C._current_graph_task_id() == -1 else None
 
 
+def is_evaluation(operands: Operands, commit: Commit, *, training: bool) -> bool:
+    """Whether a forward is an evaluation, whose casts are counted apart.
+
+    Forwards that train nothing are, in `eval()`. In training mode they may be the first forward of
+    reentrant checkpointing; only a copy that never trained can do nothing but evaluate, and does
+    so with gradients enabled too.
+    """
+    if torch.compiler.is_compiling():
+        return commit is None and not training
+    if operands.ledger.evaluated.source is not None:
+        return commit is None or not training
+    return commit is None and not training and torch._C._current_graph_task_id() == -1
+
+
 class _Product(torch.autograd.Function):
     """Forward and backward as three GEMMs; see the module's equations."""
 
@@ -126,10 +141,12 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         operands: Operands,
         commit: Commit,
+        evaluates: bool,
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         smooth = channel_scale(x) if operands.smooth else None
-        remakes = needs_input and operands.remakes_weight(weight, x.shape[0])
+        doubt = operands.doubt(weight, evaluates=evaluates)
+        remakes = needs_input and doubt is None and operands.remakes_weight(weight, x.shape[0])
         x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
         w_gemms: list[Gemm] = (
             ["output", "grad_input"] if needs_input and not remakes else ["output"]
@@ -138,7 +155,7 @@ class _Product(torch.autograd.Function):
         if smooth is not None:  # float32 holds the products with a power of two exactly
             x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
         x_hat = operands.cast("input", x_cast, x_gemms)
-        w_hat = operands.cast("weight", w_cast, w_gemms)
+        w_hat = operands.cast("weight", w_cast, w_gemms, doubt=doubt)
 
         # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
         if operands.is_high("output"):
@@ -159,6 +176,8 @@ class _Product(torch.autograd.Function):
         }
         if commit == "now":
             operands.commit(seen)
+        if evaluates:
+            operands.evaluate(seen)
         # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
         ctx.save_for_backward(*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
         ctx.operands, ctx.commit, ctx.seen = operands, commit, seen
@@ -213,7 +232,7 @@ class _Product(torch.autograd.Function):
         if ctx.commit == "in backward":
             operands.commit({**ctx.seen, "grad_output": seen})
             ctx.seen = {}  # a graph that is kept makes one cast more, and not three
-        return grad_input, grad_weight, grad_bias, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None
 
 
 NOTHING: tuple[None, None] = (None, None)
