@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
 from unclamp.names import GEMMS, ROLES, SiteName, shown
 from unclamp.nn.converted import Converted
+from unclamp.nn.exports import leave_in, leave_out
 from unclamp.nn.kinds import adapted, is_relative, kind_of, take_away
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
@@ -183,6 +184,7 @@ def attach(
     if converted:
         ledger.recipe = recipe
     _install(ledger, converted, plans)
+    leave_out(model)
     ledger.rebind()  # a warm-up is the whole model's
     find_ledgers(model)  # layers that were there may have other names in this model
     _remember(ledger, report, recipe, skip, kept)
@@ -248,10 +250,10 @@ def _install_alone(layer: nn.Linear, plan: LayerPlan) -> None:
 def revert(model: nn.Module) -> RevertReport:
     """Turn every converted layer back into what it was.
 
-    Parameters keep their identity and the scaling state is dropped. Of a class that something
-    else extended since (FSDP, a parametrization) only the adaptor goes. A model without converted
-    layers is left as it is.
+    Parameters keep their identity, the scaling state is dropped. Of a class that something else
+    extended since (FSDP, a parametrization) only the adaptor goes. Other models stay as they are.
     """
+    leave_in(model)
     reverted = []
     for fqn, module in model.named_modules():
         if isinstance(module, Converted):

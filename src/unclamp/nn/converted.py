@@ -26,11 +26,12 @@ def weights_only(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Transformers' `save_pretrained(path, state_dict=weights_only(model.state_dict()))` writes a
     checkpoint for others in the middle of training.
     """
-    return {
-        key: value
-        for key, value in state_dict.items()
-        if not key.rpartition(".")[2].startswith(STATE_PREFIX)
-    }
+    return {key: value for key, value in state_dict.items() if not is_state_key(key)}
+
+
+def is_state_key(key: str) -> bool:
+    """Whether a key of a state_dict is one of scaling state."""
+    return key.rpartition(".")[2].startswith(STATE_PREFIX)
 
 
 class Converted(nn.Module):
@@ -80,6 +81,8 @@ class Converted(nn.Module):
         sites = self.__dict__.get("sites")
         if sites is None or sites.ledger.observes:  # the checkpoint is that of the plain model
             return {}
+        if not sites.is_saved:
+            return {}
         ledger = sites.ledger
         readers: dict[str, Callable[[], Tensor]] = {}
         for role, index in sites.indices.items():
@@ -100,8 +103,12 @@ class Converted(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if ".modules_to_save." in prefix:  # PEFT's copy of a layer, for the file of an adapter
+            return
         for name, value in self.scaling_state().items():
             destination[f"{prefix}{name}"] = value
+            for ignored in self.sites.ignored:
+                ignored.add(f"{prefix}{name}")
 
     def _restore(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Take the state over of which a state_dict speaks.

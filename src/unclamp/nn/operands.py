@@ -87,6 +87,10 @@ Doubt = Literal["guard", "own"] | None
 or in any case. None: by its scale."""
 
 
+KEPT = ("ledger", "indices", "smooth", "modes", "is_saved", "ignored")
+"""What copies and pickles of a product keep; the rest is views, taken anew."""
+
+
 class Operands:
     """One product's plan, and views of its state in the ledger.
 
@@ -110,10 +114,14 @@ class Operands:
         evaluated: View of the ledger's statistics of evaluations, `[3, len(Stat)]`.
         guarded_weight: How a weight is cast that must not clamp; None where its scale has no
             history that could be of another weight.
+        is_saved: Whether its state is part of a state_dict.
+        ignored: Sets of keys that a library leaves out of its files (`nn.exports`).
         noted: The weight when an optimizer's step, or a state_dict, last set it; None: unknown.
     """
 
     noted: Noted | None = None
+    is_saved = True
+    ignored: tuple[set[str], ...] = ()
 
     def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
         self.ledger = ledger
@@ -304,11 +312,13 @@ class Operands:
         twin = object.__new__(Operands)
         memo[id(self)] = twin
         twin.noted = Noted(None, 0)  # a copy of a parameter has no past
-        twin.__setstate__({**self.__getstate__(), "ledger": copy.deepcopy(self.ledger, memo)})
+        # Shared with what is copied beside it, whichever comes first.
+        shared = {key: copy.deepcopy(getattr(self, key), memo) for key in ("ledger", "ignored")}
+        twin.__setstate__({**self.__getstate__(), **shared})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("ledger", "indices", "smooth", "modes")}
+        return {key: getattr(self, key) for key in KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
