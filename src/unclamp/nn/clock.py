@@ -108,23 +108,23 @@ class Clock:
         self.unseen.is_in_step, self._asked = False, 0
         if _is_skipped(optimizer):
             return
-        if ledger.is_due:
-            self._update(optimizer, ledger)
-        self._note(ledger, self.holders.held_by(optimizer))
+        updated = self._update(optimizer, ledger) if ledger.is_due else frozenset()
+        self._note(ledger, updated | self.holders.held_by(optimizer))
 
-    def _update(self, optimizer: Optimizer, ledger: Ticking) -> None:
+    def _update(self, optimizer: Optimizer, ledger: Ticking) -> frozenset[int]:
+        """Update what a step was for; return which products that were, where they are known."""
         model = self.model
         if model is None:
             ledger.update()
             for layer in ledger.layers:  # whose weights nobody knows here
                 layer.noted = None
-            return
+            return frozenset()
         turn = self.holders.turn_of(optimizer, model, self.products(ledger))
         if turn is None:
             self.unseen.miss(optimizer, ledger, self.products(ledger))
         elif turn:
             ledger.update(turn)
-            self._note(ledger, turn)
+        return turn or frozenset()
 
     def _note(self, ledger: Ticking, numbers: frozenset[int] | None) -> None:
         """Note the weights of some products as a step has left them; None: of all."""

@@ -23,8 +23,7 @@ UPDATES = "updates"
 def weights_only(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state_dict without scaling state: what a model that is not converted can load.
 
-    Transformers' `save_pretrained(path, state_dict=weights_only(model.state_dict()))` writes a
-    checkpoint for others in the middle of training.
+    transformers' `save_pretrained` and PEFT's files hold nothing else anyway.
     """
     return {key: value for key, value in state_dict.items() if not is_state_key(key)}
 

@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unclamp.errors import ConvertError
 from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.counting import count
 from unclamp.nn.operands import Hat, Operands, Seen
@@ -65,10 +66,13 @@ def multiply(
 
     Raises:
         ValueError: The last dimension of `x` is not K.
+        ConvertError: The scaling state lies on another device than the weight.
         RuntimeError: `x` and weight differ in dtype outside of autocast, as for `nn.Linear`.
     """
     if operands.is_plain:
         return F.linear(x, weight, bias)
+    if not torch.compiler.is_compiling():
+        check_device(operands, weight)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(
             f"{shown(operands.fqn)}: expected an input of the weight's dtype, {weight.dtype}, got "
@@ -92,6 +96,17 @@ def multiply(
     evaluates = is_evaluation(operands, commit, training=training)
     output = _Product.apply(tokens, weight, bias, operands, commit, evaluates)
     return output.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def check_device(operands: Operands, weight: Tensor) -> None:
+    """Raise where a part of a model was moved: all layers of a ledger have its device."""
+    there = operands.pending.device
+    if weight.device != there and weight.device.type != "meta":
+        raise ConvertError(
+            f"{shown(operands.fqn)}: its weight is on {weight.device} and the scaling state of the "
+            f"model on {there}, so a part of the model was moved after unclamp.convert; move the "
+            "whole model, or move its parts first and convert each by itself"
+        )
 
 
 def when_to_commit(
