@@ -152,7 +152,8 @@ def test_a_copy_that_trains_has_scales_of_its_own() -> None:
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_torchs_average_has_the_right_weights_counts_and_follows(use_buffers: bool) -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    layer = nn.Linear(6, 8)
+    model = nn.Sequential(layer, nn.BatchNorm1d(8), nn.Linear(8, 4))
     unclamp.convert(model, Recipe.uniform(Delayed(history_len=4)))
     optimizer = SGD(model.parameters(), lr=0.1)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
@@ -162,10 +163,10 @@ def test_torchs_average_has_the_right_weights_counts_and_follows(use_buffers: bo
         optimizer.step()
         optimizer.zero_grad()
         average.update_parameters(model)
-        new = model[0].weight.detach()
+        new = layer.weight.detach()
         weight = new.clone() if weight is None else (weight + new) / 2
     assert weight is not None
-    assert torch.allclose(average.module[0].weight, weight)
+    assert torch.allclose(average.module.get_parameter("0.weight"), weight)
     unclamp.refresh(average, from_=model)
     with torch.no_grad():
         average.eval()(torch.full((4, 6), 3.9))

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,15 @@ from unclamp import Recipe
 
 
 def llama() -> LlamaForCausalLM:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 32}
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        vocab_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    return LlamaForCausalLM(config)
 
 
 def train(model: nn.Module) -> None:
@@ -52,7 +59,7 @@ def test_save_pretrained_writes_the_keys_of_the_plain_model(tmp_path: Path) -> N
 def test_modules_that_are_put_elsewhere_after_the_conversion_are_left_out_too(tmp_path) -> None:
     model = llama()
     plain = saved(model, tmp_path / "plain").keys()
-    attention = model.model.layers[0].self_attn
+    attention: Any = model.model.layers[0].self_attn
     attention.q_proj = nn.Sequential(attention.q_proj)
     unclamp.convert(nn.ModuleDict({"wrapped": model}), Recipe())
     attention.q_proj = attention.q_proj[0]

@@ -287,19 +287,18 @@ class Operands:
         own = _own(weight)
         self.noted = None if own is None else Noted(weakref.ref(own), own._version)
 
-    def doubt(self, weight: Tensor, *, evaluates: bool) -> Doubt:
-        """Return how to cast a weight that may not be the one that its scale was measured of.
+    def doubt(self, weight: Tensor) -> Doubt:
+        """Return how an evaluation casts a weight, which may not be the one its scale is of.
 
         It was written outside of an optimizer's step (an average put in its place, an adapter
-        merged) if its version says so. What is written through `.data` has no version, so an
-        evaluation, in which no history learns of it, does not clamp a weight in any case.
+        merged) if its version says so. What is written through `.data` has no version, so no
+        evaluation, of which no history learns, clamps a weight. A training does until the next
+        update: that is what delayed scaling is, and it is counted.
         """
         if self.guarded_weight is None:
             return None
         is_other = not torch.compiler.is_compiling() and self._is_other(weight)
-        if evaluates:
-            return "own" if is_other else "guard"
-        return "guard" if is_other and not self.ledger.clock.unseen.is_in_step else None
+        return "own" if is_other else "guard"
 
     def _is_other(self, weight: Tensor) -> bool:
         noted, own = self.noted, _own(weight)

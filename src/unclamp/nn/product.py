@@ -160,7 +160,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         smooth = channel_scale(x) if operands.smooth else None
-        doubt = operands.doubt(weight, evaluates=evaluates)
+        doubt = operands.doubt(weight) if evaluates else None
         remakes = needs_input and doubt is None and operands.remakes_weight(weight, x.shape[0])
         x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
         w_gemms: list[Gemm] = (
