@@ -231,3 +231,20 @@ def test_listeners_do_not_share_what_they_hear():
     assert more[0].details is not None
     heard[0].details.zero_()
     assert more[0].details.sum() > 0
+
+
+class Asking:
+    """Someone who asks for closer looks."""
+
+
+def test_the_wish_of_one_who_is_gone_is_not_taken_for_that_of_another():
+    _, ledger, _ = made()
+    asking = Asking()
+    ledger.inspect("always", by=asking)
+    old = id(asking)
+    del asking
+    others = [Asking() for _ in range(50)]
+    assert old not in {id(other) for other in others}  # nobody else has its number
+    for other in others:
+        ledger.inspect("never", by=other)
+    assert ledger.inspection == "always"

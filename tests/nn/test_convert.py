@@ -399,3 +399,14 @@ def test_tied_weights_are_cast_by_each_layer_that_uses_them():
     (ledger,) = find_ledgers(model)
     assert ledger.pending[:, Stat.CASTS].tolist() == [1] * 6
     assert embed.weight.grad is not None
+
+
+def test_a_layer_whose_state_lies_on_another_device_says_what_to_do():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    convert(model, Recipe())
+    (ledger,) = find_ledgers(model)
+    model[1].to("meta")  # a part of a model may be elsewhere without data
+    assert model[0](torch.ones(2, 4)).shape == (2, 4)
+    ledger._lay_out(ledger.sites, device=torch.device("meta"))  # stands for any second device
+    with pytest.raises(ConvertError, match=r"0: its weight is on cpu and .* on meta.*convert each"):
+        model[0](torch.ones(2, 4))

@@ -213,6 +213,32 @@ def test_a_partial_state_dict_leaves_the_scaling_of_other_layers():
     assert (find_ledgers(model)[0].scale[3:] == 0).all()
 
 
+def test_a_state_of_one_operand_leaves_the_others_as_they_are():
+    model, other = fresh(), fresh()
+    drive(model, 2.0, 9.0, 3.0)
+    drive(other, 5.0)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    some = {k: v for k, v in model.state_dict().items() if k.startswith("0.unclamp_weight_")}
+    other.load_state_dict(some, strict=False)
+    after = other.state_dict()
+    assert len(some) == 2
+    assert all(torch.equal(after[key], some.get(key, before[key])) for key in after)
+
+
+def test_weights_with_the_state_of_one_operand_forget_the_old_weights_state_alone():
+    model = fresh()
+    drive(model, 2.0, 9.0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    some = {"2.weight": torch.zeros(4, 8), "2.unclamp_input_scale": torch.tensor(3.0)}
+    model.load_state_dict(some, strict=False)
+    after = model.state_dict()
+    assert float(after["2.unclamp_input_scale"]) == 3
+    assert (after["2.unclamp_weight_amax_history"] == 0).all()
+    changed = {"2.weight", "2.unclamp_input_scale", "2.unclamp_weight_scale"}
+    changed.add("2.unclamp_weight_amax_history")
+    assert all(torch.equal(after[key], before[key]) for key in after.keys() - changed)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own, for want of a process group
 @pytest.mark.parametrize(
     "recipe",

@@ -11,6 +11,7 @@ from unclamp.nn.convert import (
     revert,
 )
 from unclamp.nn.converted import Converted, weights_only
+from unclamp.nn.copies import EvaluatedSite, EvaluationCounts, evaluation_counts, refresh
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
@@ -21,6 +22,8 @@ from unclamp.nn.switch import SwitchReport, switch
 __all__ = [
     "ConvertReport",
     "Converted",
+    "EvaluatedSite",
+    "EvaluationCounts",
     "Fp8Linear",
     "Ledger",
     "Observation",
@@ -29,9 +32,11 @@ __all__ = [
     "Site",
     "SwitchReport",
     "convert",
+    "evaluation_counts",
     "find_ledgers",
     "first_and_last",
     "observe",
+    "refresh",
     "revert",
     "step",
     "switch",

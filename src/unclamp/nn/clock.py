@@ -36,6 +36,7 @@ class Ticking(Protocol):
     clock: "Clock"
     turns: Turns
     pending: Tensor
+    layers: Any
 
     @property
     def is_due(self) -> bool:
@@ -105,17 +106,36 @@ class Clock:
     def after_step(self, optimizer: Optimizer, ledger: Ticking) -> None:
         """Update what an optimizer's step was for. Of an unknown model every step is for all."""
         self.unseen.is_in_step, self._asked = False, 0
-        if not ledger.is_due or _is_skipped(optimizer):
+        if _is_skipped(optimizer):
             return
+        updated = self._update(optimizer, ledger) if ledger.is_due else frozenset()
+        self._note(ledger, updated | self.holders.held_by(optimizer))
+
+    def _update(self, optimizer: Optimizer, ledger: Ticking) -> frozenset[int]:
+        """Update what a step was for; return which products that were, where they are known."""
         model = self.model
         if model is None:
             ledger.update()
-            return
+            for layer in ledger.layers:  # whose weights nobody knows here
+                layer.noted = None
+            return frozenset()
         turn = self.holders.turn_of(optimizer, model, self.products(ledger))
         if turn is None:
             self.unseen.miss(optimizer, ledger, self.products(ledger))
         elif turn:
             ledger.update(turn)
+        return turn or frozenset()
+
+    def _note(self, ledger: Ticking, numbers: frozenset[int] | None) -> None:
+        """Note the weights of some products as a step has left them; None: of all."""
+        if self.model is None or (numbers is not None and not numbers):
+            return
+        for product in self.products(ledger):
+            module = None if product.module is None else product.module()
+            if module is not None and (numbers is None or product.number in numbers):
+                weight = module._parameters.get("weight")
+                if weight is not None:
+                    module.__dict__["sites"].note(weight)
 
     def told(self, ledger: Ticking, modules: Iterable[nn.Module]) -> None:
         """Update the products of some modules that no optimizer's step is for."""
@@ -125,12 +145,13 @@ class Clock:
         if self.model is None:
             ledger.update()
             return
-        there = {id(module) for module in modules}
+        there = {id(module) for module in modules}  # which the caller holds
         products = [
             p for p in self.products(ledger) if p.module is not None and id(p.module()) in there
         ]
         if turn := self.holders.left_over(products):
             ledger.update(turn)
+            self._note(ledger, turn)
 
     def catch_up(self, ledger: Ticking) -> None:
         """Update where a step was made that nobody told of; called once after every step.
@@ -144,6 +165,7 @@ class Clock:
             return
         if self.unseen.has_stepped(self.products(ledger)) and ledger.is_due:
             ledger.update()
+            self._note(ledger, None)
 
     def look_at_weights(self, ledger: Ticking) -> None:
         """Look at the weights, so that the first `catch_up` can tell whether they changed."""

@@ -1,9 +1,8 @@
 """Put FP8 into a model and take it out again: the one place that changes a user's model.
 
 `convert` puts an adaptor in front of each layer's class *in place* (`nn.kinds`): the module object,
-its parameters, hooks and attributes stay, so an optimizer made before and references held
-elsewhere stay valid. `revert` takes the adaptor away. Both plan first and touch
-the model only when nothing can fail any more, and both report what they left alone.
+its parameters, hooks and attributes stay, so an optimizer made before stays valid. `revert` takes
+the adaptor away. Both plan first and touch the model only when nothing can fail any more.
 """
 
 import warnings
@@ -18,6 +17,7 @@ from torch.nn.utils import parametrize
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
 from unclamp.names import GEMMS, ROLES, SiteName, shown
 from unclamp.nn.converted import Converted
+from unclamp.nn.exports import leave_in, leave_out
 from unclamp.nn.fastpath import keep_off
 from unclamp.nn.kinds import adapted, is_relative, kind_of, take_away
 from unclamp.nn.layout import Site
@@ -185,6 +185,7 @@ def attach(
         ledger.recipe = recipe
     _install(ledger, converted, plans)
     keep_off(model)
+    leave_out(model)
     ledger.rebind()  # a warm-up is the whole model's
     find_ledgers(model)  # layers that were there may have other names in this model
     _remember(ledger, report, recipe, skip, kept)
@@ -250,10 +251,10 @@ def _install_alone(layer: nn.Linear, plan: LayerPlan) -> None:
 def revert(model: nn.Module) -> RevertReport:
     """Turn every converted layer back into what it was.
 
-    Parameters keep their identity and the scaling state is dropped. Of a class that something
-    else extended since (FSDP, a parametrization) only the adaptor goes. A model without converted
-    layers is left as it is.
+    Parameters keep their identity, the scaling state is dropped. Of a class that something else
+    extended since (FSDP, a parametrization) only the adaptor goes. Other models stay as they are.
     """
+    leave_in(model)
     reverted = []
     for fqn, module in model.named_modules():
         if isinstance(module, Converted):
@@ -305,11 +306,9 @@ def _names(ledger: Ledger, root: nn.Module) -> dict[int, SiteName]:
 
 
 def _check_not_both(model: nn.Module, *, observes: bool) -> None:
-    ledgers = find_ledgers(model)
+    ledgers, how = find_ledgers(model), "call stop() of its observation, or unclamp.revert"
     if any(ledger.observes for ledger in ledgers):
-        raise ConvertError(
-            "the model is observed already: call stop() of its observation, or unclamp.revert"
-        )
+        raise ConvertError(f"the model is observed already: {how}")
     if observes and ledgers:
         raise ConvertError(
             "expected a model that is not converted: the counts of one that is, a Recorder takes"

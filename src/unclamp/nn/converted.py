@@ -23,14 +23,14 @@ UPDATES = "updates"
 def weights_only(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state_dict without scaling state: what a model that is not converted can load.
 
-    Transformers' `save_pretrained(path, state_dict=weights_only(model.state_dict()))` writes a
-    checkpoint for others in the middle of training.
+    transformers' `save_pretrained` and PEFT's files hold nothing else anyway.
     """
-    return {
-        key: value
-        for key, value in state_dict.items()
-        if not key.rpartition(".")[2].startswith(STATE_PREFIX)
-    }
+    return {key: value for key, value in state_dict.items() if not is_state_key(key)}
+
+
+def is_state_key(key: str) -> bool:
+    """Whether a key of a state_dict is one of scaling state."""
+    return key.rpartition(".")[2].startswith(STATE_PREFIX)
 
 
 class Converted(nn.Module):
@@ -80,6 +80,8 @@ class Converted(nn.Module):
         sites = self.__dict__.get("sites")
         if sites is None or sites.ledger.observes:  # the checkpoint is that of the plain model
             return {}
+        if not sites.is_saved:
+            return {}
         ledger = sites.ledger
         readers: dict[str, Callable[[], Tensor]] = {}
         for role, index in sites.indices.items():
@@ -100,8 +102,29 @@ class Converted(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if ".modules_to_save." in prefix:  # PEFT's copy of a layer, for the file of an adapter
+            return
         for name, value in self.scaling_state().items():
             destination[f"{prefix}{name}"] = value
+            for ignored in self.sites.ignored:
+                ignored.add(f"{prefix}{name}")
+
+    def _restore(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Take the state over of which a state_dict speaks.
+
+        One that speaks of some operands only leaves the others as they are. One with the weight
+        alone is that of a plain model, of which no scale here need be right.
+        """
+        ledger, own = self.sites.ledger, f"{prefix}{STATE_PREFIX}"
+        knows_scales = any(key.startswith(own) for key in state_dict)
+        for role, index in self.sites.indices.items():
+            history = state_dict.get(f"{own}{role}_amax_history")
+            scale = state_dict.get(f"{own}{role}_scale")
+            is_other = role == "weight" and f"{prefix}weight" in state_dict
+            if is_other or not (knows_scales and history is scale is None):
+                ledger.restore(index, history, scale)
+        if f"{own}{UPDATES}" in state_dict:
+            ledger.restore_updates(float(state_dict[f"{own}{UPDATES}"]))
 
     def _load_from_state_dict(
         self,
@@ -116,14 +139,11 @@ class Converted(nn.Module):
         own = f"{prefix}{STATE_PREFIX}"
         # A state_dict that does not speak of this layer, such as an adapter's, changes nothing.
         if f"{prefix}weight" in state_dict or any(key.startswith(own) for key in state_dict):
-            ledger = self.sites.ledger
-            for role, index in self.sites.indices.items():
-                history = state_dict.get(f"{own}{role}_amax_history")
-                ledger.restore(index, history, state_dict.get(f"{own}{role}_scale"))
-            if f"{own}{UPDATES}" in state_dict:
-                ledger.restore_updates(round(float(state_dict[f"{own}{UPDATES}"])))
+            self._restore(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self.sites.ledger.move_to(self.weight.device)  # assign=True may bring another device
+        if f"{prefix}weight" in state_dict:
+            self.sites.note(self.weight)
         unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(own)]

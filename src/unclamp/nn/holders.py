@@ -136,6 +136,10 @@ class Holders:
         """Whether an optimizer that lives ever stepped for the model."""
         return len(self._held) > 0
 
+    def held_by(self, optimizer: Optimizer) -> frozenset[int]:
+        """Return the products that an optimizer is known to hold."""
+        return self._held.get(optimizer, frozenset())
+
     def turn_of(
         self, optimizer: Optimizer, model: nn.Module, products: list[Product]
     ) -> frozenset[int] | None:

@@ -110,6 +110,12 @@ def _plan(
     )
 
 
+@functools.cache
+def guarded(plan: CastPlan) -> CastPlan:
+    """Return the plan of a cast that clamps nothing: it casts again where it would."""
+    return plan if plan.guard else replace(plan, guard=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """The rows of some sites.

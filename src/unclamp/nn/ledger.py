@@ -37,22 +37,19 @@ from unclamp.names import SiteName
 from unclamp.nn.alive import Alive
 from unclamp.nn.captured import Captured
 from unclamp.nn.clock import Clock, follow_optimizers
+from unclamp.nn.evaluated import Evaluated, Stepping, Steps
 from unclamp.nn.layout import Layout, Site
 from unclamp.nn.ring import Ring
 from unclamp.nn.turns import Turn, Turns, clear, taken
-from unclamp.nn.update import INSPECTIONS, Bound, Inspection, Listener, SwitchListener, Update
+from unclamp.nn.update import Asked, Bound, Inspection, Listener, Share, SwitchListener, Update
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.numerics.gpu import is_capturing
 from unclamp.policy import Table, next_scales
 from unclamp.recipe import Recipe
 from unclamp.scaling import Scaling
 
-Share = Callable[[Tensor], Tensor]
-"""Makes of this process's newest amaxes, float32 `[scales]`, those that all processes agree on.
--1 stands for "measured nothing" and is less than every amax, so a maximum over ranks will do."""
 
-
-class Ledger:
+class Ledger(Stepping):
     """Amax histories, scales and pending statistics of a model's sites.
 
     Invariants: sites stay in the order they were added; tensors are only written in place, so a
@@ -63,7 +60,7 @@ class Ledger:
     Attributes:
         layout: Sites and their rows.
         ring: Amax histories.
-        updates: Updates so far that were steps; those of a graph's replays aside.
+        evaluated: What casts of evaluations saw, and how old the scales of a copy are.
         layers: The layers that have views of the tensors.
         clock: When it updates.
         turns: Which products its updates are for.
@@ -77,7 +74,7 @@ class Ledger:
         self.recipe: Recipe | None = None
         self.unmatched: dict[str, str] = {}
         self.kept: list[str] = []
-        self.updates = 0
+        self.steps, self.evaluated = Steps(), Evaluated()
         self.layers: Alive[Bound] = Alive()
         self.clock, self.turns = Clock(model), Turns()
         self.observes = False
@@ -85,7 +82,7 @@ class Ledger:
         self.share: Share | None = None
         self.gone: frozenset[int] = frozenset()
         self.details: Tensor | None = None
-        self._inspections: dict[int, Inspection] = {}
+        self._asked = Asked()
         self._listeners: list[Listener] = []
         self._switch_listeners: list[SwitchListener] = []
         self._allocate(Layout.of([], device=torch.device("cpu")))
@@ -151,6 +148,7 @@ class Ledger:
             self._allocate_details()
         self.captured = Captured(device)  # a graph of other tensors is of no use any more
         self.turns.lay_out(len(layout.sites), device)
+        self.evaluated.lay_out(len(layout.sites), device)
         self._mark(pending=False)
 
     @torch.inference_mode(False)
@@ -242,6 +240,7 @@ class Ledger:
         self.turns.note(turn, is_fresh=is_fresh)
         if counts and not captured:
             self._count(self.updates + 1)
+        self.evaluated.trained()
 
     def replayed(self) -> None:
         """Tell listeners what the last replay of captured updates saw; once after each replay.
@@ -272,10 +271,7 @@ class Ledger:
 
         Of several who ask, each named by `by`, the one who wants most decides.
         """
-        self._inspections.pop(id(by), None)
-        if inspection != "never":
-            self._inspections[id(by)] = inspection
-        inspection = max(["never", *self._inspections.values()], key=INSPECTIONS.index)
+        inspection = self._asked.note(inspection, by)
         if inspection == self.inspection:
             return
         self.inspection = inspection
@@ -326,7 +322,7 @@ class Ledger:
         for index, old in before.items():
             if old.fixed_scale is not None:
                 self.scale[self.layout.rows_of(index)] = 0
-        self._rescale(before)
+        self.rescale(before)
         changed = {self.sites[index].fqn for index in scalings}
         for layer in self.layers:
             if layer.fqn in changed:
@@ -335,7 +331,7 @@ class Ledger:
         for listener in self._switch_listeners:
             listener(switched)
 
-    def _rescale(self, indices: Iterable[int]) -> None:
+    def rescale(self, indices: Iterable[int]) -> None:
         """Take the scales of sites from their histories; where those say nothing they stay."""
         part = self.layout.part(indices)  # not all rows: a state_dict is loaded site by site
         past = Table(self.ring.newest(part.rows, part.longest), torch)
@@ -360,16 +356,17 @@ class Ledger:
 
     @torch.no_grad()
     def restore(self, index: int, history: Tensor | None, scale: Tensor | None) -> None:
-        """Set a site's state; None forgets it, and the next tensor seeds it.
+        """Set a site's state; None for both forgets it, and the next tensor seeds the scale.
 
         A history of another length keeps its newest entries. The scale follows from the history
         under the site's own format, margin and reduction, which may differ from those that saved
         it; the saved one serves only where the history says nothing. State of other blocks (saved
-        under another granularity) is forgotten. Pending statistics belong to the state that is
-        replaced and go with it.
+        under another granularity) is forgotten. A scale alone leaves the history. Pending
+        statistics belong to the state that is replaced and go with it.
         """
         rows, count = self.layout.rows_of(index), self.sites[index].scales
         was_pending = self.has_pending
+        is_scale_alone = history is None and scale is not None
         self.pending[index] = self._nothing_pending[index]
         self.block_amax[rows] = -1
         self.scale[rows] = 0
@@ -378,20 +375,23 @@ class Ledger:
             self.scale[rows] = torch.where(saved > 0, saved, 0)  # NaN means nothing measured
         if history is None or history.numel() // max(history.shape[-1], 1) != count:
             history = torch.zeros(count, 0)
-        newest = history.reshape(count, -1)[:, : self.layout.remembered[index]]
-        self.ring.write(self.layout.numbers_of([index]), newest)
+        if not is_scale_alone:
+            newest = history.reshape(count, -1)[:, : self.layout.remembered[index]]
+            self.ring.write(self.layout.numbers_of([index]), newest)
+            self.rescale([index])
         self._mark(pending=was_pending)
-        self._rescale([index])
 
-    def restore_updates(self, updates: int) -> None:
-        """Set how many updates there were, which decides where a warm-up stands."""
+    def restore_updates(self, updates: float) -> None:
+        """Set how many updates there were, for the warm-up; a fraction: the state is an average."""
         self.captured.forget_count()
-        self._count(updates)
+        self._count(round(updates))
+        self.evaluated.restored(updates)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ledger":
         twin = Ledger(memo.get(id(self.clock.model)))
         memo[id(self)] = twin
         twin.recipe, twin.updates, twin.observes = self.recipe, self.count(), self.observes
+        twin.evaluated.copied_from(self.steps, self.evaluated)
         twin.unmatched, twin.kept = dict(self.unmatched), list(self.kept)
         twin._allocate(
             Layout.of(list(self.sites), device=self.scale.device, remembered=self.layout.remembered)
@@ -405,7 +405,8 @@ class Ledger:
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_listeners": [], "_switch_listeners": [], "share": None}
         # Closer looks are asked for by those who listen.
-        state |= {"inspection": "never", "_inspections": {}, "details": None}
+        state |= {"inspection": "never", "_asked": Asked(), "details": None}
+        state["evaluated"] = self.evaluated.pickled()
         for name in ("layers", "clock", "turns"):
             del state[name]
         return {**state, "_clean_version": self.has_pending}

@@ -6,15 +6,16 @@ latter as inputs, and serve any product with the same plan.
 """
 
 import copy
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclamp.names import GEMMS, ROLES, Gemm, Role
-from unclamp.nn.layout import Axis, Site
+from unclamp.nn.layout import Axis, Site, guarded
 from unclamp.nn.update import Inspection
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
 from unclamp.numerics.gpu import architecture, goes_to_gpu, is_capturing
@@ -75,6 +76,22 @@ class Hat(NamedTuple):
         return GemmOperand(self.tensor, axis=axis) if q is None else q.along(axis)
 
 
+class Noted(NamedTuple):
+    """A weight as its scale knows it: the tensor, None for a new copy of it, and its version."""
+
+    weight: weakref.ref[Tensor] | None
+    version: int
+
+
+Doubt = Literal["guard", "own"] | None
+"""How a weight is cast whose scale may be another weight's: with its own scale if it would clamp,
+or in any case. None: by its scale."""
+
+
+KEPT = ("ledger", "indices", "smooth", "modes", "is_saved", "ignored")
+"""What copies and pickles of a product keep; the rest is views, taken anew."""
+
+
 class Operands:
     """One product's plan, and views of its state in the ledger.
 
@@ -95,7 +112,17 @@ class Operands:
         inspection: Which casts get a closer look.
         details: View of the ledger's closer looks, `[3, DETAILS]`; None until there is any.
         nothing: What a role without a cast commits, and without a closer look.
+        evaluated: View of the ledger's statistics of evaluations, `[3, len(Stat)]`.
+        guarded_weight: How a weight is cast that must not clamp; None where its scale has no
+            history that could be of another weight.
+        is_saved: Whether its state is part of a state_dict.
+        ignored: Sets of keys that a library leaves out of its files (`nn.exports`).
+        noted: The weight when an optimizer's step, or a state_dict, last set it; None: unknown.
     """
+
+    noted: Noted | None = None
+    is_saved = True
+    ignored: tuple[set[str], ...] = ()
 
     def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
         self.ledger = ledger
@@ -117,6 +144,8 @@ class Operands:
         self.counts_only = ledger.is_warming
         self.is_plain = all(not self._needs_cast(role) for role in ROLES)
         self.pending = ledger.pending[first : first + len(ROLES)]
+        self.evaluated = ledger.evaluated.stats[first : first + len(ROLES)]
+        self.guarded_weight = _guarded(sites["weight"])
         self.inspection: Inspection = ledger.inspection
         details = ledger.details
         self.details = None if details is None else details[first : first + len(ROLES)]
@@ -175,9 +204,9 @@ class Operands:
             return False
         return self.plans["weight"] is not None and self.square["weight"]
 
-    def cast(self, role: Role, x: Tensor, gemms: Iterable[Gemm]) -> Hat:
+    def cast(self, role: Role, x: Tensor, gemms: Iterable[Gemm], *, doubt: Doubt = None) -> Hat:
         """Cast an operand for these GEMMs: once where its blocks are square, else once an axis."""
-        plan = self.plans[role]
+        plan = self.plans[role] if doubt is None else self.guarded_weight
         axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
         if plan is None or not axes:
             return Hat(x, {})
@@ -188,7 +217,7 @@ class Operands:
                 axis: self._inspected(
                     x,
                     quantize_operand(
-                        x, self.scales[role, axis], plan, axis,
+                        x, None if doubt == "own" else self.scales[role, axis], plan, axis,
                         slot=f"{role} {axis}" if axis == 1 or at_once else None,
                     ),
                 )
@@ -196,7 +225,7 @@ class Operands:
             })  # fmt: skip
         # Codes of the gradient are gone with the backward that makes them.
         q = quantize_operand(
-            x, self.scales[role, 1], plan, 1,
+            x, None if doubt == "own" else self.scales[role, 1], plan, 1,
             slot=role, keeps_codes=not at_once, turned=0 in axes,
         )  # fmt: skip
         q = self._inspected(x, q)
@@ -265,19 +294,77 @@ class Operands:
             looks = [self.nothing[1] if one.details is None else one.details for one in rows]
             add_details(self.details, torch.stack(looks))
 
+    def evaluate(self, seen: Mapping[Role, "Seen"]) -> None:
+        """Count what an evaluation's casts saw."""
+        rows = [seen.get(role, NOTHING_SEEN).stats for role in ROLES]
+        if torch.compiler.is_compiling():
+            commit(self.evaluated, rows, self.nothing[0])
+            return
+        ledger = self.ledger
+        is_watched = ledger.evaluated.watches(ledger.updates)
+        commit(self.evaluated, rows, self.nothing[0])
+        if is_watched:
+            ledger.evaluated.look(ledger.sites, ledger.updates)
+
+    # ---- the weight that the scale is of ---------------------------------------------------
+
+    def note(self, weight: Tensor) -> None:
+        """Take the weight as it is for the one that the scales are to follow."""
+        own = _own(weight)
+        self.noted = None if own is None else Noted(weakref.ref(own), own._version)
+
+    def doubt(self, weight: Tensor) -> Doubt:
+        """Return how an evaluation casts a weight, which may not be the one its scale is of.
+
+        It was written outside of an optimizer's step (an average put in its place, an adapter
+        merged) if its version says so. What is written through `.data` has no version, so no
+        evaluation, of which no history learns, clamps a weight. A training does until the next
+        update: that is what delayed scaling is, and it is counted.
+        """
+        if self.guarded_weight is None:
+            return None
+        is_other = not torch.compiler.is_compiling() and self._is_other(weight)
+        return "own" if is_other else "guard"
+
+    def _is_other(self, weight: Tensor) -> bool:
+        noted, own = self.noted, _own(weight)
+        if noted is None or own is None:
+            return False
+        is_held = noted.weight is None or noted.weight() is own
+        return not is_held or own._version != noted.version
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Operands":
         twin = object.__new__(Operands)
         memo[id(self)] = twin
-        twin.__setstate__({**self.__getstate__(), "ledger": copy.deepcopy(self.ledger, memo)})
+        twin.noted = Noted(None, 0)  # a copy of a parameter has no past
+        # Shared with what is copied beside it, whichever comes first.
+        shared = {key: copy.deepcopy(getattr(self, key), memo) for key in ("ledger", "ignored")}
+        twin.__setstate__({**self.__getstate__(), **shared})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("ledger", "indices", "smooth", "modes")}
+        return {key: getattr(self, key) for key in KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.bind()
         self.ledger.layers.add(self)
+
+
+def _own(weight: Tensor) -> Tensor | None:
+    """Return the parameter that a weight is; None for a shard, a view of several, a subclass.
+
+    Their identity changes from forward to step, and no version says anything.
+    """
+    own = weight if weight._base is None else weight._base  # Conv1D's is turned
+    return own if type(own) is nn.Parameter and not own.is_inference() else None
+
+
+def _guarded(site: Site) -> CastPlan | None:
+    scaling, plan = site.operand.scaling, site.cast_plan
+    if plan is None or scaling.takes_own or scaling.fixed_scale is not None:
+        return None
+    return guarded(plan)
 
 
 class Seen(NamedTuple):

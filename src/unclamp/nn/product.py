@@ -42,11 +42,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unclamp.errors import UnsupportedError
+from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.counting import count
 from unclamp.nn.nested import on_tokens
-from unclamp.nn.operands import Hat, Operands, Seen
+from unclamp.nn.operands import Doubt, Hat, Operands, Seen
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat, channel_scale
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
@@ -67,12 +67,15 @@ def multiply(
 
     Raises:
         ValueError: The last dimension of `x` is not K.
+        ConvertError: The scaling state lies on another device than the weight.
         RuntimeError: `x` and weight differ in dtype outside of autocast, as for `nn.Linear`.
     """
     if operands.is_plain:
         return F.linear(x, weight, bias)
     if x.is_nested:
         return on_tokens(x, lambda t: multiply(operands, t, weight, bias, training=training))
+    if not torch.compiler.is_compiling():
+        check_device(operands, weight)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(
             f"{shown(operands.fqn)}: expected an input of the weight's dtype, {weight.dtype}, got "
@@ -95,8 +98,20 @@ def multiply(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     # Reshaped out here: an in-place operation on a view made inside the function would fail.
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    output = _Product.apply(tokens, weight, bias, operands, commit)
+    evaluates = is_evaluation(operands, commit, training=training)
+    output = _Product.apply(tokens, weight, bias, operands, commit, evaluates)
     return output.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def check_device(operands: Operands, weight: Tensor) -> None:
+    """Raise where a part of a model was moved: all layers of a ledger have its device."""
+    there = operands.pending.device
+    if weight.device != there and weight.device.type != "meta":
+        raise ConvertError(
+            f"{shown(operands.fqn)}: its weight is on {weight.device} and the scaling state of the "
+            f"model on {there}, so a part of the model was moved after unclamp.convert; move the "
+            "whole model, or move its parts first and convert each by itself"
+        )
 
 
 def when_to_commit(
@@ -148,6 +163,7 @@ def _forward(
     bias: Tensor | None,
     x_gemms: list[Gemm],
     w_gemms: list[Gemm],
+    doubt: Doubt = None,
 ) -> tuple[Tensor, Hat, Hat, Tensor | None]:
     """Return the output, both operands after their casts for some GEMMs, and the smoothing."""
     smooth = channel_scale(x) if operands.smooth else None
@@ -155,13 +171,27 @@ def _forward(
     if smooth is not None:  # float32 holds the products with a power of two exactly
         x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
     x_hat = operands.cast("input", x_cast, x_gemms)
-    w_hat = operands.cast("weight", w_cast, w_gemms)
+    w_hat = operands.cast("weight", w_cast, w_gemms, doubt=doubt)
     # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
     if operands.is_high("output"):
         output = _plain_gemm(GemmOperand(x), GemmOperand(weight), bias)
     else:
         output = _gemm(operands, "output", x_hat.along(1), w_hat.along(1), bias, x.dtype)
     return output, x_hat, w_hat, smooth
+
+
+def is_evaluation(operands: Operands, commit: Commit, *, training: bool) -> bool:
+    """Whether a forward is an evaluation, whose casts are counted apart.
+
+    Forwards that train nothing are, in `eval()`. In training mode they may be the first forward of
+    reentrant checkpointing; only a copy that never trained can do nothing but evaluate, and does
+    so with gradients enabled too.
+    """
+    if torch.compiler.is_compiling():
+        return commit is None and not training
+    if operands.ledger.evaluated.source is not None:
+        return commit is None or not training
+    return commit is None and not training and torch._C._current_graph_task_id() == -1
 
 
 class _Product(torch.autograd.Function):
@@ -175,14 +205,16 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         operands: Operands,
         commit: Commit,
+        evaluates: bool,
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
-        remakes = needs_input and operands.remakes_weight(weight, x.shape[0])
+        doubt = operands.doubt(weight) if evaluates else None
+        remakes = needs_input and doubt is None and operands.remakes_weight(weight, x.shape[0])
         x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
         w_gemms: list[Gemm] = (
             ["output", "grad_input"] if needs_input and not remakes else ["output"]
         )
-        output, x_hat, w_hat, smooth = _forward(operands, x, weight, bias, x_gemms, w_gemms)
+        output, x_hat, w_hat, smooth = _forward(operands, x, weight, bias, x_gemms, w_gemms, doubt)
 
         # grad_weight will contract T, axis 0 of the input; grad_input N, axis 0 of the weight.
         kept_x = _kept(operands, "grad_weight", x, x_hat) if needs_weight else None
@@ -197,6 +229,8 @@ class _Product(torch.autograd.Function):
         }
         if commit == "now":
             operands.commit(seen)
+        if evaluates:
+            operands.evaluate(seen)
         # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
         ctx.save_for_backward(*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
         ctx.operands, ctx.commit, ctx.seen = operands, commit, seen
@@ -251,7 +285,7 @@ class _Product(torch.autograd.Function):
         if ctx.commit == "in backward":
             operands.commit({**ctx.seen, "grad_output": seen})
             ctx.seen = {}  # a graph that is kept makes one cast more, and not three
-        return grad_input, grad_weight, grad_bias, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None
 
 
 NOTHING: tuple[None, None] = (None, None)

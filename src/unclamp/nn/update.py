@@ -7,6 +7,9 @@ from torch import Tensor
 
 from unclamp.scaling import Scaling
 
+Share = Callable[[Tensor], Tensor]
+"""Makes of this process's newest amaxes, float32 `[scales]`, those that all processes agree on.
+-1 stands for "measured nothing" and is less than every amax, so a maximum over ranks will do."""
 Inspection = Literal["never", "gradients", "clamped", "always"]
 """Which casts get a closer look: none, those that clamped, or all.
 
@@ -14,6 +17,21 @@ Inspection = Literal["never", "gradients", "clamped", "always"]
 where few tokens clamped; "clamped" and "always" tell it of all. Off the CPU "gradients" is "never",
 for the host would have to wait."""
 INSPECTIONS: tuple[Inspection, ...] = get_args(Inspection)
+
+
+class Asked:
+    """Who asks for closer looks, and what each of them wants."""
+
+    def __init__(self) -> None:
+        # With the one who asked: the id alone could soon be that of somebody else.
+        self._wants: dict[int, tuple[object, Inspection]] = {}
+
+    def note(self, inspection: Inspection, by: object) -> Inspection:
+        """Take down what one wants now; return what the one who wants most does."""
+        self._wants.pop(id(by), None)
+        if inspection != "never":
+            self._wants[id(by)] = (by, inspection)
+        return max(["never", *(want for _, want in self._wants.values())], key=INSPECTIONS.index)
 
 
 class Update(NamedTuple):
