@@ -5,6 +5,7 @@ step: not measured, measured as between inspected steps, and measured whatever i
 `python -m bench.gradients`.
 """
 
+import argparse
 from collections.abc import Callable
 
 import torch
@@ -57,5 +58,6 @@ def _step(tokens: int, width: int, share: float, mode: Inspection) -> Callable[[
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.gradients", description=__doc__).parse_args()
     torch.set_num_threads(1)
     measure()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ctrl_c import ended, with_ctrl_c
 from truths.printed import ONSET, losses
 from unclamp.analysis import Curve, Spike, find_spikes
 from unclamp.analysis.selections import Choice
@@ -156,14 +157,14 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "unclamp", "spikes", *arguments, "--follow"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1"}, preexec_fn=with_ctrl_c,
     )  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send another Ctrl-C there")
 def test_ctrl_c_ends_with_the_summary(log: Path) -> None:
     append(log, lines(ONSET, 300))
-    with command(str(log)) as process:
+    with ended(command(str(log))) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
@@ -174,7 +175,7 @@ def test_ctrl_c_ends_with_the_summary(log: Path) -> None:
 
 
 def test_a_pipe_that_is_closed_ends_the_following() -> None:
-    with command("-", "--json") as process:
+    with ended(command("-", "--json")) as process:
         out, _ = process.communicate(lines(0, 300), timeout=TIMEOUT)
     (spike,) = map(json.loads, out.splitlines())
     assert (process.returncode, spike["onset"], spike["series"]) == (0, ONSET, "loss")

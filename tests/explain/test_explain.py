@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 import unclamp
+from ctrl_c import with_ctrl_c
 from patience import PATIENCE_S
 from truths.trainings import SPIKE, STEPS, Case, counting_steps, explain, record
 from unclamp.errors import ReplayError, UnclampWarning
@@ -342,9 +343,10 @@ def test_an_interrupted_command_leaves_the_answer_so_far_and_goes_on(tmp_path: P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),
+        preexec_fn=with_ctrl_c,
     )
     path = tmp_path / "run" / f"explain-{SPIKE}.json"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if path.exists() and json.loads(path.read_text())["replays"] > 10:
             break

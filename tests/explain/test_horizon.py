@@ -4,8 +4,7 @@ The truth of a planted case is what training from the start gives, never a repla
 """
 
 import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 
 import unclamp
-from patience import PATIENCE_S
 from truths.delays import SPIKE, STEPS, DelayCase
 from truths.trainings import Case, explain, losses_with, record
 from unclamp.analysis import Spike
@@ -31,20 +29,6 @@ from unclamp.runlog import RunLog
 GRADIENT = DelayCase(through="grad_output", delay=12, seed=3)
 WEIGHT = DelayCase(through="weight", delay=12, seed=4)
 OPTIMIZER = DelayCase(through="optimizer", delay=16, seed=5)
-
-
-@pytest.fixture(autouse=True)
-def time_out() -> Iterator[None]:
-    """End a search that goes on and on."""
-
-    def end(*_: object) -> None:
-        raise TimeoutError(f"expected an answer within {PATIENCE_S} s")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(PATIENCE_S)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def recorded(case: DelayCase, run: Path, **settings: Any) -> list[float]:

@@ -1,14 +1,11 @@
 """Underflow after an outlier: named with the smallest set that mends it, by training anew."""
 
-import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from patience import PATIENCE_S
 from truths.redundant import RedundantCase
 from truths.trainings import explain, losses_with, record
 from truths.underflows import OUTLIER, UnderflowCase, trained
@@ -24,20 +21,6 @@ BLOCKS = Dynamic(granularity=PerBlock(1, 32))
 SILENT = UnderflowCase()
 LOUD = UnderflowCase(read=10.0, seed=1)
 PARALLEL = UnderflowCase(branches=2, parts=(1.0, 0.7), decoys=2, seed=2)
-
-
-@pytest.fixture(autouse=True)
-def time_out() -> Iterator[None]:
-    """End a search that goes on and on."""
-
-    def end(*_: object) -> None:
-        raise TimeoutError(f"expected an answer within {PATIENCE_S} s")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(PATIENCE_S)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def explained(case: UnderflowCase, run: Path, **limits: Any) -> tuple[list[float], Explanation]:

@@ -168,6 +168,22 @@ def test_gradient_accumulation_is_no_sign_of_an_unseen_step(frees: bool) -> None
     assert find_ledgers(layer)[0].updates == 3
 
 
+def test_weights_edited_between_microsteps_are_no_sign() -> None:
+    """Weight noise, a norm that is kept, SAM in each microstep: the step is still to come."""
+    model = nn.Linear(16, 16)
+    unclamp.convert(model, unclamp.Recipe())
+    optimizer = torch.optim.AdamW(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            for _ in range(8):
+                with torch.no_grad():
+                    model.weight.clamp_(-1, 1)
+                model(torch.randn(4, 16)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_forwards_without_backward_between_steps_are_no_sign() -> None:
     layer = made()
     with warnings.catch_warnings():

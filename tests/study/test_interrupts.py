@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ctrl_c import with_ctrl_c
 from patience import PATIENCE_S
 from unclamp.runlog import RunLog
 
@@ -23,11 +24,6 @@ STUDY = (
 )
 COMPILES = "compiling the CPU kernels"
 STOPS = "Interrupted: stopping"
-
-
-def with_ctrl_c() -> None:
-    """Take Ctrl-C as a program of a terminal does, whatever the tests themselves do with it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Study:

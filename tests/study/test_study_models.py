@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -111,6 +113,19 @@ def test_tokens_are_counted_after_the_tokenizer(tmp_path: Path) -> None:
     )
     with pytest.raises(StudyError, match=r"at least 128 tokens \(4 sequences of 32\), got 36"):
         check_study(study)
+
+
+def test_an_encoder_is_refused_and_a_decoder_of_the_same_kind_is_not(tmp_path: Path) -> None:
+    shape: Any = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    for is_decoder in (True, False):
+        made = BertConfig(vocab_size=300, num_attention_heads=2, is_decoder=is_decoder, **shape)
+        BertLMHeadModel(made).save_pretrained(tmp_path / "bert")
+        study = config(model={"hf_model": str(tmp_path / "bert")}, arms={"hp": {}})
+        if is_decoder:
+            check_study(study)
+        else:
+            with pytest.raises(StudyError, match=r"expected a causal language model, got .*bert"):
+                check_study(study)
 
 
 def test_more_positions_than_the_model_has_are_refused(tmp_path: Path) -> None:

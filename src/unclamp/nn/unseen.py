@@ -128,6 +128,8 @@ class Unseen:
         look.forwards = look.changes = 0
         if not ledger.has_pending:  # forwards without a backward: nothing waits for an update
             return
+        if _accumulates(weight):  # weights edited between the microsteps of a step that will come
+            return
         if is_sure:
             name = self._missed_name
             self._tell(WHY_NONE if name is None else WHY_COPIES.format(name=name))
@@ -227,3 +229,8 @@ def _some_of(weight: Tensor) -> Tensor:
     local: Callable[[], Tensor] | None = getattr(weight, "to_local", None)  # a DTensor's own shard
     flat = (weight if local is None else local()).detach().reshape(-1)
     return flat[:: max(len(flat) // ELEMENTS, 1)].clone()
+
+
+def _accumulates(weight: Tensor) -> bool:
+    """Whether a gradient from before is waiting; asked where a warning is about to be told."""
+    return weight.grad is not None and bool(weight.grad.any())

@@ -68,6 +68,8 @@ def check_study(config: StudyConfig) -> None:
             f"{config.model.hf_model!r} has {places} positions, and data.seq_len is "
             f"{config.data.seq_len}; set it to {places} or less"
         )
+    if config.model.hf_model:
+        _check_causal(config.model.hf_model, model)
     for name, arm in config.arms.items():
         if arm.recipe is not None:
             report = convert_arm(model, arm.recipe, config.model, arm=name)
@@ -77,6 +79,26 @@ def check_study(config: StudyConfig) -> None:
             revert(model)
     if "outlier" in config.scenarios:
         plant_weights(model, seed=config.seeds[0])
+
+
+@torch.no_grad()
+def _check_causal(name: str, model: nn.Module) -> None:
+    """Refuse a model that sees the tokens it is asked for, as an encoder does with a head for LMs.
+
+    Transformers loads such a model without an error; its loss is that of copying.
+    """
+    model.eval()
+    tokens = torch.arange(1, 9)[None]
+    other = tokens.clone()
+    other[0, -1] = 0
+    first, second = (model(input_ids=ids).logits[0, 0] for ids in (tokens, other))
+    model.train()
+    if not torch.equal(first, second):
+        raise StudyError(
+            f"expected a causal language model, got {name!r} ({type(model).__name__}): what it "
+            "says at the first token depends on the last one, so it sees what it is asked for. It "
+            "is an encoder; is_decoder=True in its config.json would make it causal"
+        )
 
 
 def convert_arm(
