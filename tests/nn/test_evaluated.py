@@ -60,6 +60,13 @@ def planted(scaling: Scaling, copied_at: int = COPIED_AT) -> tuple[nn.Module, nn
     return model, average.eval(), x / x.abs().max() * 20
 
 
+def written(model: nn.Module) -> None:
+    """Write a model's weights as an average does, without a change of their values."""
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.mul_(1.0)
+
+
 def relative_error(model: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
         weight, bias = model.get_parameter("weight"), model.get_parameter("bias")
@@ -134,8 +141,75 @@ def test_what_was_clamped_while_scales_were_new_is_no_reason_to_warn() -> None:
     drive(model, 1.0)
     twin(torch.full((2, 6), 0.5))
     assert unclamp.evaluation_counts(twin).age == 1
+    written(twin)
+    twin(torch.full((2, 6), 0.5))
     with pytest.warns(UnclampWarning, match="1 update older"):
         twin(torch.full((2, 6), 2.0))
+
+
+def best_so_far(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def target(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    drive(model, 1.0)
+    written(other)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def average_at_rest(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    drive(model, 1.0)
+    written(other)
+    unclamp.refresh(other, from_=model)
+    return other
+
+
+@pytest.mark.parametrize("made", [best_so_far, target, average_at_rest])
+def test_a_copy_that_is_meant_to_be_old_says_nothing_until_it_is_written(made) -> None:
+    model = fresh()
+    drive(model, 1.0)
+    other = made(model).eval()
+    drive(model, 1.0, 1.0, 1.0)
+    with torch.no_grad():
+        other(torch.full((2, 6), 8.0))
+        counts = unclamp.evaluation_counts(other)
+        assert counts.age == 3
+        assert [s.saturated for s in counts.sites if str(s.name) == "0 input"] == [12]
+        written(other)
+        with pytest.warns(UnclampWarning, match="3 updates older.*weights were written since"):
+            other(torch.full((2, 6), 8.0))
+
+
+def test_one_clamped_element_of_an_average_is_no_reason_to_warn() -> None:
+    model = fresh()
+    drive(model, 1.0)
+    average = copy.deepcopy(model).eval()
+    drive(model, 1.0)
+    written(average)
+    x = torch.full((2, 6), 1.0)
+    x[0, 0] = 1.25
+    with torch.no_grad():
+        average(x)
+        assert unclamp.evaluation_counts(average).sites[0].saturated == 1
+        with pytest.warns(UnclampWarning, match="2 of 24 elements"):
+            average(x)
+
+
+def test_an_average_that_is_written_through_data_shows_when_it_is_written_again() -> None:
+    model = fresh()
+    drive(model, 1.0)
+    average = copy.deepcopy(model).eval()
+    drive(model, 1.0)
+    x = torch.full((2, 6), 8.0)
+    with torch.no_grad():
+        average(x)
+        for weight in average.parameters():
+            weight.data.mul_(0.9)
+        with pytest.warns(UnclampWarning, match="1 update older"):
+            average(x)
 
 
 def test_a_copy_that_trains_has_scales_of_its_own() -> None:
@@ -215,8 +289,13 @@ def test_evaluations_count_apart_and_change_nothing_of_the_training() -> None:
     assert unclamp.evaluation_counts(other).sites == ()
 
 
-def test_the_first_forward_of_reentrant_checkpointing_is_no_evaluation() -> None:
-    model = fresh()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_the_first_forward_of_reentrant_checkpointing_is_no_evaluation(
+    training: bool, is_copy: bool
+) -> None:
+    model = fresh().train(training)
+    model = copy.deepcopy(model) if is_copy else model
     x = torch.randn(5, 6, requires_grad=True)
     checkpoint(model, x, use_reentrant=True).sum().backward()
     assert unclamp.evaluation_counts(model).sites == ()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 import unclamp
 from unclamp import Delayed, PerRow, Recipe
@@ -174,3 +175,111 @@ def test_a_copys_weight_is_measured_anew_once_it_is_averaged() -> None:
         weight = twin.weight.detach()
         truth = through_fp8(x, 448.0) @ through_fp8(weight, 448 / float(weight.abs().max())).T
         assert torch.allclose(twin(x), truth, rtol=1e-5, atol=1e-4)
+
+
+def grown(model: nn.Module, reentrant: bool | None, *, training: bool) -> list[Tensor]:
+    """Train on weights that outgrow their scales; return losses, weights and what was clamped."""
+    model.train(training)
+    (ledger,) = find_ledgers(model)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    seen = []
+    for step in range(5):
+        torch.manual_seed(step)
+        x = torch.randn(8, 16, requires_grad=True)
+        y = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
+        loss = y.square().mean()
+        loss.backward()
+        seen += [loss.detach(), ledger.pending[1, Stat.SATURATED].clone()]
+        with torch.no_grad():  # the gradient decides where to, and the scale is one step behind
+            for weight in model.parameters():
+                assert weight.grad is not None
+                weight.sub_(weight.grad / weight.grad.norm()).mul_(1.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += [weight.detach().clone() for weight in model.parameters()]
+    return seen
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    unclamp.convert(model, Recipe.uniform(Delayed(history_len=2)))
+    return model
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_trains_with_the_bits_of_no_checkpointing(
+    reentrant: bool, training: bool
+) -> None:
+    plain = grown(two_layers(), None, training=True)
+    assert sum(float(x) for x in plain[1::6]) > 50  # weights do clamp
+    found = grown(two_layers(), reentrant, training=training)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_copy_of_edited_weights_trains_with_the_bits_of_its_source(
+    training: bool, reentrant: bool | None
+) -> None:
+    source = two_layers()
+    grown(source, None, training=True)
+    for weight in source.parameters():
+        by_version(weight, weight.detach() * 1.3)
+    twin = copy.deepcopy(source)
+    plain = grown(source, None, training=True)
+    found = grown(twin, reentrant, training=training)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("gain", [0.3, 30.0])
+def test_a_copy_of_an_edited_model_evaluates_with_the_bits_of_its_source(gain: float) -> None:
+    layer = trained()
+    by_version(layer.weight, layer.weight.detach() * gain)
+    twin = copy.deepcopy(layer)
+    x = torch.rand(8, 16)
+    truth = (
+        through_fp8(x, 448.0)
+        @ through_fp8(layer.weight, 448 / float(layer.weight.detach().abs().max())).T
+    )
+    with torch.no_grad():
+        assert torch.allclose(layer(x), truth, rtol=1e-5, atol=1e-6)
+        assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("gain", [0.3, 30.0])
+def test_a_compiled_evaluation_casts_a_written_weight_by_its_scale_unless_it_would_clamp(
+    gain: float,
+) -> None:
+    layer = trained()
+    before = float(layer.state_dict()["unclamp_weight_scale"])
+    by_version(layer.weight, layer.weight.detach() * gain)
+    own = 448 / float(layer.weight.detach().abs().max())
+    x = torch.rand(8, 16)
+    x_hat = through_fp8(x, 448.0)
+    eager = x_hat @ through_fp8(layer.weight, own).T
+    compiled = x_hat @ through_fp8(layer.weight, min(own, before)).T
+    assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5) == (own < before)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(layer(x), eager, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(run(x), compiled, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit as a whole
+@pytest.mark.parametrize("gain", [0.3, 30.0])
+def test_a_trace_of_a_written_weight_has_eager_bits_and_clamps_no_weight_that_comes_later(
+    gain: float,
+) -> None:
+    layer = trained()
+    by_version(layer.weight, layer.weight.detach() * gain)
+    x = torch.rand(8, 16)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        assert torch.equal(traced(x), layer(x))  # pyright: ignore[reportCallIssue]
+        by_version(layer.weight, torch.randn(16, 16) * 100)  # the trace has the same parameter
+        own = 448 / float(layer.weight.detach().abs().max())
+        truth = through_fp8(x, 448.0) @ through_fp8(layer.weight, own).T
+        assert torch.allclose(traced(x), truth, rtol=1e-5, atol=1e-3)  # pyright: ignore[reportCallIssue]

@@ -14,10 +14,10 @@ def fresh(recipe: Recipe | None = None, *, history_len: int = 4) -> nn.Sequentia
     return model
 
 
-def train(model: nn.Module, steps: int, seed: int = 1) -> list[Tensor]:
+def train(model: nn.Module, steps: int, seed: int = 1, lr: float = 0.05) -> list[Tensor]:
     """Train for some steps, and return the output of each."""
     torch.manual_seed(seed)
-    optimizer = SGD(model.parameters(), lr=0.05)
+    optimizer = SGD(model.parameters(), lr=lr)
     outputs = []
     for _ in range(steps):
         optimizer.zero_grad()

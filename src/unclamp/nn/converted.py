@@ -146,4 +146,5 @@ class Converted(nn.Module):
         self.sites.ledger.move_to(self.weight.device)  # assign=True may bring another device
         if f"{prefix}weight" in state_dict:
             self.sites.note(self.weight)
+            self.sites.note_origin(self.weight)
         unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(own)]

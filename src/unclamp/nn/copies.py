@@ -8,6 +8,7 @@ from torch import nn
 from unclamp.errors import ConvertError
 from unclamp.names import SiteName
 from unclamp.nn.convert import find_ledgers
+from unclamp.nn.converted import Converted
 from unclamp.nn.ledger import Ledger
 from unclamp.numerics import Stat
 from unclamp.shown import Shown
@@ -212,6 +213,9 @@ def refresh(copy: nn.Module, *, from_: nn.Module) -> None:
         pairs.setdefault((target, source), []).append((index, other))
     for (target, source), indices in pairs.items():
         _take_over(target, source, indices)
+    for module in copy.modules():
+        if isinstance(module, Converted):
+            module.sites.note_origin(module.weight)
 
 
 @torch.no_grad()

@@ -3,11 +3,12 @@
 A ledger's scales follow its own training. A copy of a model (an average of its weights, a teacher)
 has a ledger of its own, which no optimizer updates: its scales stay those of the step at which it
 was made, while its weights and inputs go on. So the casts of evaluations are counted beside those
-of the training, and where a copy clamps on scales that are older than its source's, one warning
-says so.
+of the training, and where an average clamps on scales that are older than its source's, one
+warning says so.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -127,8 +128,13 @@ class Evaluated:
             self._before = self.stats[:, Stat.SATURATED].clone()
         return True
 
-    def look(self, sites: list[Any], updates: int) -> None:
-        """Warn, once, if anything was clamped on old scales.
+    def look(self, sites: list[Any], updates: int, *, is_written: Callable[[], bool]) -> None:
+        """Warn, once, if an average clamps on old scales.
+
+        A copy that is meant to be old (the best model so far, a target network) has the weights
+        that its scales are of: it clamps what its source would have. So the weights must have
+        been written since the scales were, of which `is_written` tells, and one element is no
+        sign either.
 
         On a CPU after each product. On another device, which has to be waited for, ever more
         rarely; evaluations of copies whose scales are new are never waited for.
@@ -140,7 +146,7 @@ class Evaluated:
         if self.stats.device.type != "cpu" and not is_rare:
             return
         clamped = self.stats[:, Stat.SATURATED] - self._before
-        if not clamped.any():
+        if not (clamped > 1).any() or not (self.is_average or is_written()):
             return
         self._has_warned = True
         worst = int(clamped.argmax())
@@ -151,7 +157,7 @@ class Evaluated:
             "its scales are an average of several states"
             if age is None
             else f"its scales are {counted(age, 'update')} older than those of the model that it "
-            "was copied from"
+            "was copied from, and its weights were written since"
         )
         warnings.warn(
             f"a copy of a model clamps in evaluation: {int(clamped[worst]):,} of "

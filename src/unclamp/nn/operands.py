@@ -6,16 +6,16 @@ latter as inputs, and serve any product with the same plan.
 """
 
 import copy
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.nn.layout import Axis, Site, guarded
+from unclamp.nn.noted import Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
 from unclamp.nn.update import Inspection
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
 from unclamp.numerics.gpu import architecture, goes_to_gpu, is_capturing
@@ -76,18 +76,6 @@ class Hat(NamedTuple):
         return GemmOperand(self.tensor, axis=axis) if q is None else q.along(axis)
 
 
-class Noted(NamedTuple):
-    """A weight as its scale knows it: the tensor, None for a new copy of it, and its version."""
-
-    weight: weakref.ref[Tensor] | None
-    version: int
-
-
-Doubt = Literal["guard", "own"] | None
-"""How a weight is cast whose scale may be another weight's: with its own scale if it would clamp,
-or in any case. None: by its scale."""
-
-
 KEPT = ("ledger", "indices", "smooth", "modes", "is_saved", "ignored")
 """What copies and pickles of a product keep; the rest is views, taken anew."""
 
@@ -118,6 +106,7 @@ class Operands:
         is_saved: Whether its state is part of a state_dict.
         ignored: Sets of keys that a library leaves out of its files (`nn.exports`).
         noted: The weight when an optimizer's step, or a state_dict, last set it; None: unknown.
+        origin: The weight when scales last came from elsewhere.
     """
 
     noted: Noted | None = None
@@ -126,6 +115,7 @@ class Operands:
 
     def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
         self.ledger = ledger
+        self.origin = Origin()
         self.indices = dict(indices)
         self.smooth = plan.smooth
         self.modes: dict[Gemm, str] = {
@@ -294,8 +284,8 @@ class Operands:
             looks = [self.nothing[1] if one.details is None else one.details for one in rows]
             add_details(self.details, torch.stack(looks))
 
-    def evaluate(self, seen: Mapping[Role, "Seen"]) -> None:
-        """Count what an evaluation's casts saw."""
+    def evaluate(self, seen: Mapping[Role, "Seen"], weight: Tensor) -> None:
+        """Count what an evaluation's casts saw, of a weight among others."""
         rows = [seen.get(role, NOTHING_SEEN).stats for role in ROLES]
         if torch.compiler.is_compiling():
             commit(self.evaluated, rows, self.nothing[0])
@@ -304,14 +294,19 @@ class Operands:
         is_watched = ledger.evaluated.watches(ledger.updates)
         commit(self.evaluated, rows, self.nothing[0])
         if is_watched:
-            ledger.evaluated.look(ledger.sites, ledger.updates)
+            ledger.evaluated.look(
+                ledger.sites, ledger.updates, is_written=lambda: self.origin.is_written(weight)
+            )
 
     # ---- the weight that the scale is of ---------------------------------------------------
 
     def note(self, weight: Tensor) -> None:
         """Take the weight as it is for the one that the scales are to follow."""
-        own = _own(weight)
-        self.noted = None if own is None else Noted(weakref.ref(own), own._version)
+        self.noted = noted(weight)
+
+    def note_origin(self, weight: Tensor) -> None:
+        """Take the weight as it is for the one beside which scales came from elsewhere."""
+        self.origin = Origin(noted(weight))
 
     def doubt(self, weight: Tensor) -> Doubt:
         """Return how an evaluation casts a weight, which may not be the one its scale is of.
@@ -320,23 +315,22 @@ class Operands:
         merged) if its version says so. What is written through `.data` has no version, so no
         evaluation, of which no history learns, clamps a weight. A training does until the next
         update: that is what delayed scaling is, and it is counted.
+
+        A compiled graph cannot ask for versions: it casts by the scale, and with the weight's own
+        one if it would clamp. So where a weight was written that would not clamp (it became
+        smaller), its bits are not those of eager mode. A trace keeps what was right when it was
+        made; neither ever clamps a weight.
         """
         if self.guarded_weight is None:
             return None
-        is_other = not torch.compiler.is_compiling() and self._is_other(weight)
-        return "own" if is_other else "guard"
-
-    def _is_other(self, weight: Tensor) -> bool:
-        noted, own = self.noted, _own(weight)
-        if noted is None or own is None:
-            return False
-        is_held = noted.weight is None or noted.weight() is own
-        return not is_held or own._version != noted.version
+        if not torch.compiler.is_compiling() and is_other(self.noted, weight):
+            return "own"
+        return "guard"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Operands":
         twin = object.__new__(Operands)
         memo[id(self)] = twin
-        twin.noted = Noted(None, 0)  # a copy of a parameter has no past
+        twin.noted, twin.origin = noted_in_a_copy(self.noted), Origin(Noted(None, 0))
         # Shared with what is copied beside it, whichever comes first.
         shared = {key: copy.deepcopy(getattr(self, key), memo) for key in ("ledger", "ignored")}
         twin.__setstate__({**self.__getstate__(), **shared})
@@ -346,18 +340,9 @@ class Operands:
         return {key: getattr(self, key) for key in KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"origin": Origin()} | self.__dict__ | state)
         self.bind()
         self.ledger.layers.add(self)
-
-
-def _own(weight: Tensor) -> Tensor | None:
-    """Return the parameter that a weight is; None for a shard, a view of several, a subclass.
-
-    Their identity changes from forward to step, and no version says anything.
-    """
-    own = weight if weight._base is None else weight._base  # Conv1D's is turned
-    return own if type(own) is nn.Parameter and not own.is_inference() else None
 
 
 def _guarded(site: Site) -> CastPlan | None:

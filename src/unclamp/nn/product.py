@@ -46,7 +46,8 @@ from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.counting import count
 from unclamp.nn.nested import on_tokens
-from unclamp.nn.operands import Doubt, Hat, Operands, Seen
+from unclamp.nn.noted import Doubt
+from unclamp.nn.operands import Hat, Operands, Seen
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat, channel_scale
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
@@ -152,7 +153,8 @@ def _traced(operands: Operands, x: Tensor, weight: Tensor, bias: Tensor | None) 
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     tokens = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
-    output, *_ = _forward(operands, tokens, weight, bias, ["output"], ["output"])
+    doubt = operands.doubt(weight)  # as an evaluation: a graph without it would clamp
+    output, *_ = _forward(operands, tokens, weight, bias, ["output"], ["output"], doubt)
     return output.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -183,15 +185,28 @@ def _forward(
 def is_evaluation(operands: Operands, commit: Commit, *, training: bool) -> bool:
     """Whether a forward is an evaluation, whose casts are counted apart.
 
-    Forwards that train nothing are, in `eval()`. In training mode they may be the first forward of
-    reentrant checkpointing; only a copy that never trained can do nothing but evaluate, and does
-    so with gradients enabled too.
+    Forwards that train nothing are, in `eval()`. Those inside of the forward of an autograd
+    function are not: reentrant checkpointing runs them there first, without gradients, and again
+    in backward, with the same bits. In training mode there may be other reasons to run a forward
+    without gradients; only a copy that never trained can do nothing but evaluate, and does so with
+    gradients enabled too.
     """
     if torch.compiler.is_compiling():
         return commit is None and not training
+    if torch._C._current_graph_task_id() != -1 or _is_in_a_function():
+        return False
     if operands.ledger.evaluated.source is not None:
         return commit is None or not training
-    return commit is None and not training and torch._C._current_graph_task_id() == -1
+    return commit is None and not training
+
+
+def _is_in_a_function() -> bool:
+    """Whether this is the forward of a `torch.autograd.Function`, whoever wrote it.
+
+    torch disables forward-mode gradients in one beside the others; `torch.no_grad()` leaves them
+    enabled, and `torch.inference_mode()` disables both.
+    """
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 class _Product(torch.autograd.Function):
@@ -208,7 +223,8 @@ class _Product(torch.autograd.Function):
         evaluates: bool,
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
-        doubt = operands.doubt(weight) if evaluates else None
+        # What may be trained by a backward has the bits of a training, whatever its mode.
+        doubt = operands.doubt(weight) if evaluates and commit is None else None
         remakes = needs_input and doubt is None and operands.remakes_weight(weight, x.shape[0])
         x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
         w_gemms: list[Gemm] = (
@@ -230,7 +246,7 @@ class _Product(torch.autograd.Function):
         if commit == "now":
             operands.commit(seen)
         if evaluates:
-            operands.evaluate(seen)
+            operands.evaluate(seen, weight)
         # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
         ctx.save_for_backward(*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
         ctx.operands, ctx.commit, ctx.seen = operands, commit, seen
@@ -279,7 +295,7 @@ class _Product(torch.autograd.Function):
                 grad_weight = grad_weight if smooth is None else grad_weight / smooth
             grad_weight = grad_weight.to(weight_dtype)
             if ctx.commit == "in backward" and not ctx.high["grad_weight"]:
-                seen = operands.with_gradient(seen, dy_hat, x_hat, grad_weight, smooth)
+                seen = _with_gradient(operands, seen, dy, dy_hat, x_hat, grad_weight, smooth)
         if needs_bias:
             grad_bias = sum_tokens(dy).to(bias_dtype)
         if ctx.commit == "in backward":
@@ -348,6 +364,30 @@ def _cast_gradient(operands: Operands, dy: Tensor, gemms: list[Gemm]) -> tuple[H
     if wild:  # which is rare, so that nothing is spent on it before
         hat = operands.cast("grad_output", torch.where(dy.isfinite(), dy, torch.nan), gemms)
     return hat, seen
+
+
+def _with_gradient(
+    operands: Operands,
+    seen: Seen,
+    dy: Tensor,
+    dy_hat: Hat,
+    x_hat: GemmOperand,
+    grad: Tensor,
+    smooth: Tensor | None,
+) -> Seen:
+    """Return what was seen of a gradient, and what its clamping did to the weight's gradient.
+
+    Where NaN took the place of an Inf, that gradient says nothing: one is measured that has the
+    largest value there, as the cast makes it. It is rare, so that nothing is spent on it before.
+    """
+    if dy_hat.tensor is not dy and dy.device.type == "cpu" and not torch.compiler.is_compiling():
+        if operands.inspection == "never":
+            return seen
+        dy_hat = operands.cast("grad_output", dy, ["grad_weight"])
+        dtype = grad.dtype if smooth is None else torch.float32
+        grad = _gemm(operands, "grad_weight", dy_hat.along(0), x_hat, None, dtype)
+        grad = grad if smooth is None else grad / smooth
+    return operands.with_gradient(seen, dy_hat, x_hat, grad, smooth)
 
 
 def _as_nan(q: Quantized, wild: Tensor) -> Quantized:

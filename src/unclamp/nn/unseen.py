@@ -10,7 +10,7 @@ steps at all, a number of forwards that no accumulation reaches.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer
 
 from unclamp.errors import UnclampWarning
 from unclamp.nn.holders import Product
+from unclamp.nn.noted import some_of
 from unclamp.nn.turns import Turns
 from unclamp.numerics.gpu import is_capturing
 
@@ -31,8 +32,8 @@ STEPS_OF_OTHERS = 8
 """Steps of other optimizers, with forwards of a frozen model in between, that tell as much."""
 FORWARDS = 1024
 """Trained forwards without an update after which the user is told though nothing else shows."""
-ELEMENTS, WEIGHTS = 256, 8
-"""How many elements are looked at, of how many weights."""
+WEIGHTS = 8
+"""Of how many weights some elements are looked at."""
 
 WHY_COPIES = (
     "the optimizer {name} holds other tensors than its parameters, such as float32 copies or one "
@@ -144,7 +145,7 @@ class Unseen:
             self._watched_closely = product
         if self._watched_closely != product or is_capturing() or _is_fake(weight):
             return False
-        before, self._sample = self._sample, _some_of(weight)
+        before, self._sample = self._sample, some_of(weight)
         return before is not None and not torch.equal(before, self._sample)
 
     # ---- at steps --------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def _print_of(products: Iterable[Product]) -> _Print | None:
     if not weights:
         return None
     some = weights[:: -(-len(weights) // WEIGHTS)]
-    elements = [_some_of(w).to(some[0].device, torch.float32) for w in some]
+    elements = [some_of(w).to(some[0].device, torch.float32) for w in some]
     return _Print([w._version for w in weights], torch.cat(elements))
 
 
@@ -221,14 +222,6 @@ def _trained_weight(product: Product) -> Tensor | None:
 def _is_fake(weight: Tensor) -> bool:
     """Whether a tensor has no elements that could be looked at."""
     return weight.is_meta or hasattr(weight, "fake_mode")
-
-
-@torch.no_grad()
-def _some_of(weight: Tensor) -> Tensor:
-    """Return a copy of some elements, spread evenly."""
-    local: Callable[[], Tensor] | None = getattr(weight, "to_local", None)  # a DTensor's own shard
-    flat = (weight if local is None else local()).detach().reshape(-1)
-    return flat[:: max(len(flat) // ELEMENTS, 1)].clone()
 
 
 def _accumulates(weight: Tensor) -> bool:
