@@ -20,7 +20,7 @@ from unclamp import (
     revert,
 )
 from unclamp.nn import find_ledgers
-from unclamp.nn.convert import _check_devices
+from unclamp.nn.candidates import check_devices
 from unclamp.numerics import Stat
 
 
@@ -245,9 +245,9 @@ def test_a_skip_that_is_a_string_is_refused() -> None:
 
 def test_layers_on_several_devices_are_refused_with_a_way_out() -> None:
     here = {"a": torch.device("cpu"), "b": torch.device("cpu"), "m": torch.device("meta")}
-    _check_devices(here)
+    check_devices(here)
     with pytest.raises(ConvertError, match=r"a on cpu.* c on cuda:1|c on cuda:1.* a on cpu"):
-        _check_devices({**here, "c": torch.device("cuda", 1)})
+        check_devices({**here, "c": torch.device("cuda", 1)})
 
 
 def test_a_second_convert_converts_nothing_and_keeps_the_state() -> None:

@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
 from unclamp.names import GEMMS, ROLES, SiteName, shown
+from unclamp.nn.candidates import candidates, check_devices, device_of, product_names
 from unclamp.nn.converted import Converted
 from unclamp.nn.exports import leave_in, leave_out
 from unclamp.nn.fastpath import keep_off
-from unclamp.nn.kinds import adapted, is_relative, kind_of, take_away
+from unclamp.nn.kinds import adapted, kind_of, take_away
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands, native_plan
@@ -36,8 +35,6 @@ from unclamp.rule import LayerPlan, matches
 from unclamp.scaling import describe
 from unclamp.shown import Shown
 from unclamp.written import counted
-
-CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -145,27 +142,14 @@ def attach(
         )
     if isinstance(skip, str):
         raise ConvertError(f"expected a list of globs for skip, got the string {skip!r}")
-    converted: dict[str, nn.Module] = {}
-    skipped: dict[str, str] = {}
-    read_elsewhere = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    for fqn, module in model.named_modules():
-        reason = _reason_to_skip(fqn, module, skip)
-        if reason is None and module in read_elsewhere:
-            reason = (
-                f"its weight is read by nn.MultiheadAttention, which never calls it "
-                f"({type(module).__name__})"
-            )
-        if reason is None:
-            converted[fqn] = module
-        elif reason:
-            skipped[fqn] = reason
+    converted, skipped = candidates(model, skip)
     _check_not_both(model, observes=observes)
     others = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
-    devices = {fqn: _device_of(m) for fqn, m in {**others, **converted}.items()}
-    _check_devices(devices)
-    unmatched = find_unmatched(_products(model), recipe, skip, [*others, *converted])
+    devices = {fqn: device_of(m) for fqn, m in {**others, **converted}.items()}
+    check_devices(devices)
+    unmatched = find_unmatched(product_names(model), recipe, skip, [*others, *converted])
     if strict and unmatched:
-        raise ConvertError(unmatched_text(unmatched, _products(model)))
+        raise ConvertError(unmatched_text(unmatched, product_names(model)))
     kept = _kept(others, recipe, skip, warms_anew=bool(converted))
     plans = {fqn: native_plan(recipe.plan(fqn), devices[fqn]) for fqn in converted}
     if profit is not None:
@@ -238,11 +222,6 @@ def _adaptor_of(module: nn.Module) -> type[Converted]:
     return kind.adaptor
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    assert isinstance(module.weight, Tensor)
-    return module.weight.device
-
-
 def _install_alone(layer: nn.Linear, plan: LayerPlan) -> None:
     """Convert a layer that is made to be measured."""
     _install(Ledger(layer), {"": layer}, {"": plan})
@@ -271,7 +250,7 @@ def first_and_last(model: nn.Module) -> list[str]:
     The report of `convert` says what that left alone. The names start with "^", so that as globs
     they match these layers and no other.
     """
-    linear = [f"^{fqn}" for fqn in _products(model)]
+    linear = [f"^{fqn}" for fqn in product_names(model)]
     return list(dict.fromkeys([*linear[:1], *linear[-1:]]))
 
 
@@ -315,69 +294,11 @@ def _check_not_both(model: nn.Module, *, observes: bool) -> None:
         )
 
 
-def _check_devices(devices: Mapping[str, torch.device]) -> None:
-    """Raise where layers lie on several devices: a ledger has one. Meta stands for any."""
-    first: dict[torch.device, str] = {}
-    for fqn, device in devices.items():
-        if device.type != "meta":
-            first.setdefault(device, fqn)
-    if len(first) > 1:
-        found = ", ".join(f"{shown(fqn)} on {device}" for device, fqn in first.items())
-        raise ConvertError(
-            f"expected the layers of one model on one device, got {found}; convert the parts that "
-            "lie on one device each by itself"
-        )
-
-
-def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | None:
-    """Why a module is left alone: None if it is converted, "" if there is nothing to say."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, Converted):
-        return "already converted; unclamp.switch changes its scaling"
-    kind = kind_of(module)
-    if kind is None and not is_relative(module):
-        has_matrix = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
-        return f"not a linear layer ({type(module).__name__})" if has_matrix else ""
-    glob = next((glob for glob in skip if matches(fqn, glob)), None)
-    if glob is not None:
-        return f"matches skip {glob!r}"
-    if kind is None:
-        return (
-            f"a subclass of nn.Linear with a forward of its own ({type(module).__name__}), which "
-            "may compute differently"
-        )
-    if weight is None or weight.dtype not in CONVERTIBLE_DTYPES:
-        return f"its weight is {getattr(weight, 'dtype', None)}, not float32, bfloat16 or float16"
-    if not _is_memory(weight):
-        return f"its weight is a {type(weight).__name__}, which holds other data than it shows"
-    if parametrize.is_parametrized(module):
-        return "it is parametrized, which takes its class for its own: convert it first"
-    if "forward" in vars(module):
-        return "its forward is replaced on the instance, which would bypass the casts"
-    return None
-
-
-def _is_memory(weight: Tensor) -> bool:
-    """Whether a weight is what it seems: a tensor, or a shard of one (DTensor)."""
-    return type(weight) in (Tensor, nn.Parameter) or type(weight).__module__.startswith(
-        "torch.distributed"
-    )
-
-
-def _products(model: nn.Module) -> list[str]:
-    """Return the names of the layers that are matrix products, converted or not."""
-    return [
-        fqn
-        for fqn, module in model.named_modules()
-        if isinstance(module, Converted) or is_relative(module) or kind_of(module) is not None
-    ]
-
-
 def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]) -> None:
     """Warn, where the user called `convert` or `observe`, of what was not done."""
     said = []
     if report.unmatched:
-        said.append(unmatched_text(report.unmatched, _products(model)))
+        said.append(unmatched_text(report.unmatched, product_names(model)))
     if kept:
         said.append(kept_text(list(kept), _describe(next(iter(kept.values())))))
     is_new = any(plan.casts for plan in report.converted.values())
@@ -399,7 +320,7 @@ def _kept(
         if before == recipe or any(matches(fqn, glob) for glob in skip):
             continue
         plan = layer.sites.plan()
-        wanted = native_plan(recipe.plan(fqn), _device_of(layer))
+        wanted = native_plan(recipe.plan(fqn), device_of(layer))
         steps = recipe.warmup_steps if before is None or warms_anew else before.warmup_steps
         if plan != wanted or steps != recipe.warmup_steps:
             kept[fqn] = plan

@@ -26,7 +26,7 @@ captured, every optimizer step outside of the graph updates, pending or not: the
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,16 +40,17 @@ from unclamp.nn.clock import Clock, follow_optimizers
 from unclamp.nn.evaluated import Evaluated, Stepping, Steps
 from unclamp.nn.layout import Layout, Site
 from unclamp.nn.ring import Ring
+from unclamp.nn.rows import Rows
 from unclamp.nn.turns import Turn, Turns, clear, taken
 from unclamp.nn.update import Asked, Bound, Inspection, Listener, Share, SwitchListener, Update
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.numerics.gpu import is_capturing
-from unclamp.policy import Table, next_scales
+from unclamp.policy import next_scales
 from unclamp.recipe import Recipe
 from unclamp.scaling import Scaling
 
 
-class Ledger(Stepping):
+class Ledger(Rows, Stepping):
     """Amax histories, scales and pending statistics of a model's sites.
 
     Invariants: sites stay in the order they were added; tensors are only written in place, so a
@@ -58,8 +59,6 @@ class Ledger(Stepping):
     buffer, so optimizers, gradient clipping, weight decay and dtype conversions never see them.
 
     Attributes:
-        layout: Sites and their rows.
-        ring: Amax histories.
         evaluated: What casts of evaluations saw, and how old the scales of a copy are.
         layers: The layers that have views of the tensors.
         clock: When it updates.
@@ -89,22 +88,6 @@ class Ledger(Stepping):
         follow_optimizers(self)
 
     # ---- layout ----------------------------------------------------------------------------
-
-    @property
-    def sites(self) -> list[Site]:
-        """The sites, in the order in which they were added."""
-        return self.layout.sites
-
-    @property
-    def first_row(self) -> list[int]:
-        """The first row of each site."""
-        return self.layout.first_row
-
-    @property
-    def amax_history(self) -> Tensor:
-        """A copy of all histories, `[scales, longest history]`, newest first."""
-        every = torch.arange(self.layout.rows, device=self.scale.device)
-        return self.ring.newest(every, self.layout.longest)
 
     def add(self, sites: list[Site]) -> list[int]:
         """Add sites with nothing measured yet; return their indices."""
@@ -331,28 +314,7 @@ class Ledger(Stepping):
         for listener in self._switch_listeners:
             listener(switched)
 
-    def rescale(self, indices: Iterable[int]) -> None:
-        """Take the scales of sites from their histories; where those say nothing they stay."""
-        part = self.layout.part(indices)  # not all rows: a state_dict is loaded site by site
-        past = Table(self.ring.newest(part.rows, part.longest), torch)
-        scale = next_scales(past, part.settings, self.scale[part.rows], xp=torch)
-        self.scale[part.rows] = scale
-
     # ---- saved state -----------------------------------------------------------------------
-
-    def history_of(self, index: int) -> Tensor:
-        """Return a copy of a site's history, newest first: `[history_len]`.
-
-        A site with a scale a block has `[scales, history_len]`.
-        """
-        rows = self.layout.numbers_of([index])
-        history = self.ring.newest(rows, self.layout.remembered[index])
-        return history[0] if self.sites[index].scales == 1 else history
-
-    def scale_of(self, index: int) -> Tensor:
-        """Return a copy of a site's scale: 0-d, or `[scales]` where it has one a block."""
-        scale = self.scale[self.layout.rows_of(index)].clone()
-        return scale[0] if self.sites[index].scales == 1 else scale
 
     @torch.no_grad()
     def restore(self, index: int, history: Tensor | None, scale: Tensor | None) -> None:
@@ -364,21 +326,9 @@ class Ledger(Stepping):
         under another granularity) is forgotten. A scale alone leaves the history. Pending
         statistics belong to the state that is replaced and go with it.
         """
-        rows, count = self.layout.rows_of(index), self.sites[index].scales
         was_pending = self.has_pending
-        is_scale_alone = history is None and scale is not None
         self.pending[index] = self._nothing_pending[index]
-        self.block_amax[rows] = -1
-        self.scale[rows] = 0
-        if scale is not None and scale.numel() == count:
-            saved = scale.reshape(count).to(self.scale)
-            self.scale[rows] = torch.where(saved > 0, saved, 0)  # NaN means nothing measured
-        if history is None or history.numel() // max(history.shape[-1], 1) != count:
-            history = torch.zeros(count, 0)
-        if not is_scale_alone:
-            newest = history.reshape(count, -1)[:, : self.layout.remembered[index]]
-            self.ring.write(self.layout.numbers_of([index]), newest)
-            self.rescale([index])
+        self.set_state(index, history, scale)
         self._mark(pending=was_pending)
 
     def restore_updates(self, updates: float) -> None:
