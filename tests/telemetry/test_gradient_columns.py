@@ -105,6 +105,26 @@ def test_a_gradient_that_is_not_finite_leaves_them_null(tmp_path):
     assert inf["grad_error"] > 0.5  # Inf itself was not clamped: it takes nothing away
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_in_a_compiled_model_an_inf_leaves_them_null(tmp_path):
+    layer = nn.Linear(4, 4)
+    unclamp.convert(layer, Recipe(grad_output=Static(scale=512.0)))
+    optimizer = SGD(layer.parameters(), lr=0.0)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with Recorder(layer, tmp_path / "run") as recorder:
+        for first in (torch.inf, 500.0):
+            dy = torch.full((3, 4), 500.0)
+            dy[0, 0] = first
+            run(torch.ones(3, 4)).backward(dy)
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step()
+    with RunLog.open(tmp_path / "run") as log:
+        inf, finite = log.casts(site=2).to_pylist()
+    assert columns(inf) == UNKNOWN
+    assert finite["grad_error"] == pytest.approx(1 - 57344 / 512 / 500)
+
+
 def test_the_analysis_takes_them_from_a_run(tmp_path):
     _, made = record(tmp_path / "run")
     with RunLog.open(tmp_path / "run") as log:
