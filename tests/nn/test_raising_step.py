@@ -32,6 +32,7 @@ def train_by_hand(model: nn.Module) -> None:
         model(torch.randn(3, 4)).sum().backward()
         with torch.no_grad():
             for parameter in model.parameters():
+                assert parameter.grad is not None
                 parameter.sub_(0.1 * parameter.grad)
                 parameter.grad = None
 

@@ -264,6 +264,7 @@ def test_a_teacher_that_is_called_without_gradients_is_not_named(
     assert distil(tmp_path / "run", model, forward, after_step=follow) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_teacher_in_evaluation_mode_is_not_named(tmp_path: Path) -> None:
     model = pair(mode=False)
     teacher = torch.compile(model["teacher"], backend="aot_eager")
@@ -304,8 +305,8 @@ def test_evaluations_do_not_hide_that_something_else_reads_a_weight_that_trains(
     model = pair(wants_gradients=True)
 
     def step(x: Tensor) -> None:
-        hidden = F.linear(model["student"](x), model["teacher"][0].weight)
-        F.linear(hidden, model["teacher"][2].weight).sum().backward()
+        first, last = (model.get_parameter(f"teacher.{i}.weight") for i in (0, 2))
+        F.linear(F.linear(model["student"](x), first), last).sum().backward()
 
     def evaluate(_: int) -> None:
         model["teacher"](torch.randn(3, 4))
@@ -323,7 +324,7 @@ def test_an_evaluation_before_the_training_does_not_hide_a_frozen_weight_that_is
     unclamp.convert(model, Recipe())
 
     def step(x: Tensor) -> None:
-        F.linear(model["body"](x), model["lm_head"].weight).sum().backward()
+        F.linear(model["body"](x), model.get_parameter("lm_head.weight")).sum().backward()
 
     def evaluate(step: int) -> None:
         if step == -1 or step > UNCAST_STEPS:
