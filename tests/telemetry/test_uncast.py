@@ -17,6 +17,7 @@ from unclamp import HighPrecision, Recipe, Recorder, RunLog, UnclampWarning
 from unclamp.report.html import write_page
 from unclamp.report.text import print_view
 from unclamp.report.view import build_view
+from unclamp.telemetry.uncast import UNCAST_STEPS
 
 STEPS = 12
 
@@ -169,19 +170,167 @@ def test_an_event_of_a_users_own_of_this_kind_does_no_harm(tmp_path: Path) -> No
     assert build_view(tmp_path / "run").notes == []
 
 
+def record(
+    path: Path,
+    model: nn.Module,
+    step: Callable[[Tensor], None],
+    evaluate: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Train what wants gradients and record it; evaluate before, and after each step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with torch.no_grad():
+        evaluate(-1)
+    with Recorder(model, path) as recorder:
+        for number in range(STEPS):
+            step(torch.randn(3, 4))
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step()
+            recorder.flush()
+            with torch.no_grad():
+                evaluate(number)
+
+
 def test_a_frozen_layer_whose_weight_someone_else_reads_is_named(tmp_path: Path) -> None:
     frozen, head = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
     model = nn.Sequential(frozen, head)
     unclamp.convert(model, Recipe())
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    recorder = Recorder(model, tmp_path / "run")
-    for _ in range(STEPS):
-        head(torch.randn(3, 4) @ frozen.weight.t()).sum().backward()
-        optimizer.step()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whenever the writer's thread has come to it
+
+    def step(x: Tensor) -> None:
+        head(x @ frozen.weight.t()).sum().backward()
+
+    with pytest.warns(UnclampWarning, match="0: converted, frozen, and cast nothing") as caught:
+        record(tmp_path / "run", model, step)
+    assert len(caught) == 1
+    (note,) = build_view(tmp_path / "run").notes
+    assert note.startswith("Converted, frozen, and not called in the training: 0. If something")
+
+
+def block() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def distil(
+    path: Path,
+    model: nn.ModuleDict,
+    forward: Callable[[int, Tensor], Tensor],
+    *,
+    steps: int = STEPS,
+    after_step: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Train the student of a model and record it; return the notes. No warning comes."""
+    optimizer = torch.optim.SGD(model["student"].parameters(), lr=0.1)
+    with warnings.catch_warnings(), Recorder(model, path) as recorder:
+        warnings.simplefilter("error", UnclampWarning)
+        for step in range(steps):
+            forward(step, torch.randn(3, 4)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            after_step()
             recorder.step()
             recorder.flush()
-    recorder.close()
+    return build_view(path).notes
+
+
+def pair(
+    *, wants_gradients: bool = False, warmup_steps: int = 0, mode: bool = True
+) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"student": block(), "teacher": block()})
+    model["teacher"].requires_grad_(wants_gradients).train(mode)
+    unclamp.convert(model, Recipe(warmup_steps=warmup_steps))
+    return model
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("wants_gradients", [True, False])
+@pytest.mark.parametrize("warmup_steps", [0, 100])
+def test_a_teacher_that_is_called_without_gradients_is_not_named(
+    mode: bool, wants_gradients: bool, warmup_steps: int, tmp_path: Path
+) -> None:
+    model = pair(wants_gradients=wants_gradients, warmup_steps=warmup_steps, mode=mode)
+    teacher, student = model["teacher"], model["student"]
+
+    def forward(_: int, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = teacher(x)
+        return (student(x) - target).square().mean()
+
+    @torch.no_grad()
+    def follow() -> None:
+        for own, other in zip(teacher.parameters(), student.parameters(), strict=True):
+            own.lerp_(other, 0.1)
+
+    assert distil(tmp_path / "run", model, forward, after_step=follow) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_teacher_in_evaluation_mode_is_not_named(tmp_path: Path) -> None:
+    model = pair(mode=False)
+    teacher = torch.compile(model["teacher"], backend="aot_eager")
+
+    def forward(_: int, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = teacher(x)
+        return (model["student"](x) - target).square().mean()
+
+    assert distil(tmp_path / "run", model, forward) == []
+
+
+def test_a_frozen_part_that_nobody_calls_is_said_to_be_not_called(tmp_path: Path) -> None:
+    model = pair()
+    (note,) = distil(tmp_path / "run", model, lambda _, x: model["student"](x).sum())
+    assert note.startswith(
+        "Converted, frozen, and not called in the training: teacher.0 and teacher.2. If something"
+    )
+
+
+@pytest.mark.parametrize("begins", [10, 14])
+def test_a_teacher_that_is_called_later_is_named_no_more(begins: int, tmp_path: Path) -> None:
+    model = pair()
+
+    def forward(step: int, x: Tensor) -> Tensor:
+        if step < begins:
+            return model["student"](x).sum()
+        with torch.no_grad():
+            target = model["teacher"](x)
+        return (model["student"](x) - target).square().mean()
+
+    assert distil(tmp_path / "run", model, forward, steps=16) == []
+
+
+def test_evaluations_do_not_hide_that_something_else_reads_a_weight_that_trains(
+    tmp_path: Path,
+) -> None:
+    model = pair(wants_gradients=True)
+
+    def step(x: Tensor) -> None:
+        first, last = (model.get_parameter(f"teacher.{i}.weight") for i in (0, 2))
+        F.linear(F.linear(model["student"](x), first), last).sum().backward()
+
+    def evaluate(_: int) -> None:
+        model["teacher"](torch.randn(3, 4))
+
+    with pytest.warns(UnclampWarning, match=r"teacher.0, teacher.2: converted, and cast nothing"):
+        record(tmp_path / "run", model, step, evaluate)
     (note,) = build_view(tmp_path / "run").notes
-    assert "trained: 0." in note
+    assert "although they were trained: teacher.0 and teacher.2." in note
+
+
+def test_an_evaluation_before_the_training_does_not_hide_a_frozen_weight_that_is_read(
+    tmp_path: Path,
+) -> None:
+    model = nn.ModuleDict({"body": block(), "lm_head": nn.Linear(4, 4).requires_grad_(False)})
+    unclamp.convert(model, Recipe())
+
+    def step(x: Tensor) -> None:
+        F.linear(model["body"](x), model.get_parameter("lm_head.weight")).sum().backward()
+
+    def evaluate(step: int) -> None:
+        if step == -1 or step > UNCAST_STEPS:
+            model["lm_head"](torch.randn(3, 4))
+
+    with pytest.warns(UnclampWarning, match="lm_head: converted, frozen, and cast nothing"):
+        record(tmp_path / "run", model, step, evaluate)
+    (note,) = build_view(tmp_path / "run").notes
+    assert "frozen, and not called in the training: lm_head." in note

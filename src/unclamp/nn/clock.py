@@ -24,7 +24,7 @@ from unclamp.names import ROLES
 from unclamp.nn.alive import Alive
 from unclamp.nn.holders import Holders, Product
 from unclamp.nn.turns import Turn, Turns
-from unclamp.nn.unseen import Unseen
+from unclamp.nn.unseen import Unseen, closures
 
 NO_TASK = -1
 """What torch calls the backward that runs, when none does."""
@@ -37,6 +37,7 @@ class Ticking(Protocol):
     turns: Turns
     pending: Tensor
     layers: Any
+    gone: frozenset[int]
 
     @property
     def is_due(self) -> bool:
@@ -59,7 +60,13 @@ class Ticking(Protocol):
 
 
 class Clock:
-    """Whose optimizers one ledger follows, and which of its updates count as steps."""
+    """Whose optimizers one ledger follows, and which of its updates count as steps.
+
+    Attributes:
+        holders: The optimizers, and what they hold.
+        unseen: Watches for steps that no hook sees.
+        graded: Products whose weight ever had a gradient when a step was made.
+    """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._root = None if model is None else weakref.ref(model)
@@ -69,7 +76,9 @@ class Clock:
         self._counted_in = NO_TASK
         self.holders = Holders()
         self.unseen = Unseen()
+        self.graded: set[int] = set()
         self._products: list[Product] = []
+        self._released: set[int] = set()
         self._found_for: Any = None
         self._asked = 0
         self._someone_trains = False
@@ -93,6 +102,15 @@ class Clock:
         if own is None or any(module is own for module in model.modules()):
             self._root = weakref.ref(model)
 
+    def release(self, operands: Any) -> None:
+        """Forget a product that is reverted: nothing of it is cast or updated any more."""
+        ledger: Ticking = operands.ledger
+        self._released.add(operands.number)
+        self._found_for = None
+        self.graded.discard(operands.number)
+        self.unseen.release(operands.number)
+        ledger.gone |= frozenset(operands.indices.values())
+
     def root_in(self, model: nn.Module) -> nn.Module | None:
         """Return the clock's own model as it lies in another, which may be itself.
 
@@ -105,7 +123,7 @@ class Clock:
 
     def after_step(self, optimizer: Optimizer, ledger: Ticking) -> None:
         """Update what an optimizer's step was for. Of an unknown model every step is for all."""
-        self.unseen.is_in_step, self._asked = False, 0
+        self._asked = 0
         if _is_skipped(optimizer):
             return
         updated = self._update(optimizer, ledger) if ledger.is_due else frozenset()
@@ -136,6 +154,8 @@ class Clock:
                 weight = module._parameters.get("weight")
                 if weight is not None:
                     module.__dict__["sites"].note(weight)
+                    if weight.is_leaf and weight.grad is not None:
+                        self.graded.add(product.number)
 
     def told(self, ledger: Ticking, modules: Iterable[nn.Module]) -> None:
         """Update the products of some modules that no optimizer's step is for."""
@@ -186,10 +206,15 @@ class Clock:
                 for module, own in operands.items()
                 if getattr(own, "ledger", None) is ledger
             }
+            # One outside of the model, or where that is unknown, may cast as long as it lives.
+            alive = {layer.number for layer in ledger.layers} - self._released
+            every = range(len(ledger.sites) // len(ROLES))
             self._products = [
                 Product(number=number, module=modules.get(number))
-                for number in range(len(ledger.sites) // len(ROLES))
+                for number in every
+                if number in modules or number in alive
             ]
+            ledger.turns.lack(frozenset(every).difference(p.number for p in self._products))
             self._found_for = ledger.sites
         return self._products
 
@@ -240,9 +265,15 @@ def follow_optimizers(ledger: Ticking) -> None:
     ticking.add(ledger)
 
 
-def _before_optimizer_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    for ledger in ticking:  # a closure may change weights many times within one step
-        ledger.clock.unseen.is_in_step = True
+def _before_optimizer_step(
+    _optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Have the step's closure noted while it runs, where there is one."""
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": closures.noted(kwargs["closure"])}
+    if len(args) > 1 and callable(args[1]):  # after the optimizer itself
+        return (args[0], closures.noted(args[1]), *args[2:]), kwargs
+    return None
 
 
 def _after_optimizer_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -237,6 +237,7 @@ def revert(model: nn.Module) -> RevertReport:
     reverted = []
     for fqn, module in model.named_modules():
         if isinstance(module, Converted):
+            module.sites.ledger.clock.release(module.sites)
             del module.sites
             take_away(module)
             reverted.append(fqn)

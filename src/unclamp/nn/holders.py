@@ -127,7 +127,8 @@ class Holders:
         self._passed: weakref.WeakKeyDictionary[Optimizer, frozenset[int]] = (
             weakref.WeakKeyDictionary()
         )
-        self._lists: weakref.WeakKeyDictionary[Optimizer, tuple[int, ...]] = (
+        # With the products themselves: the id of a list that is gone is soon another's.
+        self._lists: weakref.WeakKeyDictionary[Optimizer, tuple[list[Product], list[int]]] = (
             weakref.WeakKeyDictionary()
         )
         self._idle: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -169,13 +170,14 @@ class Holders:
         Looked up anew where its lists of parameters, or the products, are others than before.
         """
         groups = [group["params"] for group in optimizer.param_groups]
-        lists = (id(products), *(number for each in groups for number in (id(each), len(each))))
-        if self._lists.get(optimizer) == lists and optimizer in self._held:
+        lists = [number for each in groups for number in (id(each), len(each))]
+        known, before = self._lists.get(optimizer, (None, None))
+        if known is products and before == lists and optimizer in self._held:
             return self._held[optimizer]
         grip = _Grip(optimizer, model)
         own = frozenset(p.number for p in products if grip.holds(p.parameters()))
         if own or grip.holds(model.parameters()):
-            self._held[optimizer], self._lists[optimizer] = own, lists
+            self._held[optimizer], self._lists[optimizer] = own, (products, lists)
         return self._held.get(optimizer)
 
     def left_over(self, products: Iterable[Product]) -> frozenset[int]:

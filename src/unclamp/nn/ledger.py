@@ -362,7 +362,8 @@ class Ledger(Rows, Stepping):
         return {**state, "_clean_version": self.has_pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"unmatched": {}, "kept": []} | state)
-        self.layers, self.clock, self.turns = Alive(), Clock(), Turns()
+        Ledger.__init__(self)  # what an older pickle does not know is as in a new ledger
+        self.__dict__.update(state)
+        self.updates = self.__dict__.pop("updates", self.updates)  # where older ones had them
+        self.evaluated.lay_out(len(self.sites), self.scale.device)
         self._mark(pending=state["_clean_version"])
-        follow_optimizers(self)

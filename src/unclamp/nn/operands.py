@@ -105,12 +105,14 @@ class Operands:
             history that could be of another weight.
         is_saved: Whether its state is part of a state_dict.
         ignored: Sets of keys that a library leaves out of its files (`nn.exports`).
+        silent_forwards: Forwards of which no training counts anything, compiled ones aside.
         noted: The weight when an optimizer's step, or a state_dict, last set it; None: unknown.
         origin: The weight when scales last came from elsewhere.
     """
 
     noted: Noted | None = None
     is_saved = True
+    silent_forwards = 0
     ignored: tuple[set[str], ...] = ()
 
     def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:

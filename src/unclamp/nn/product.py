@@ -83,8 +83,11 @@ def multiply(
             f"{x.dtype}; convert one of them, or compute under torch.autocast"
         )
     commit = when_to_commit(operands, x, weight, bias, training=training)
-    if commit is not None and not torch.compiler.is_compiling():
-        operands.ledger.clock.unseen.look(operands.number, weight, operands.ledger)
+    if not torch.compiler.is_compiling():
+        if commit is None:
+            operands.silent_forwards += 1
+        else:
+            operands.ledger.clock.unseen.look(operands.number, weight, operands.ledger)
     if operands.counts_only and not torch.compiler.is_compiling():
         output = F.linear(x, weight, bias)
         return output if commit is None else count(operands, output, x, weight, commit=commit)

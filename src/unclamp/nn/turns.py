@@ -31,6 +31,7 @@ class Turns:
         self._of: dict[int, int] = {}
         self._counted: Turn = None
         self._chosen: dict[frozenset[int], Tensor] = {}
+        self._absent: frozenset[int] = frozenset()
         self.lay_out(0, torch.device("cpu"))
 
     def lay_out(self, sites: int, device: torch.device) -> None:
@@ -38,6 +39,11 @@ class Turns:
         self._products, self._device = sites // len(ROLES), device
         self._chosen.clear()
         self._counted = None
+
+    def lack(self, products: frozenset[int]) -> None:
+        """Take it that these products cast no more: no update need be for them."""
+        self._absent = products
+        self.left -= products
 
     def made_for(self, product: int) -> int:
         """Return the number of updates so far that were for a product."""
@@ -47,7 +53,8 @@ class Turns:
         """Return the products of a turn that may have something pending."""
         if turn is not None and not is_fresh:
             turn &= self.left
-        return None if turn is not None and len(turn) == self._products else turn
+        is_of_all = bool(turn) and len(turn | self._absent) == self._products
+        return None if is_of_all else turn
 
     def chosen(self, turn: Turn) -> Tensor | None:
         """Return which sites a turn is for, bool `[sites]`; None: all."""
@@ -68,7 +75,8 @@ class Turns:
             return
         for product in turn:
             self._of[product] = self._of.get(product, 0) + 1
-        self.left = (frozenset(range(self._products)) if is_fresh else self.left) - turn
+        may_have = frozenset(range(self._products)) if is_fresh else self.left
+        self.left = may_have - turn - self._absent
 
     def is_next_step(self, turn: Turn, is_a_step: Callable[[], bool]) -> bool:
         """Whether an update begins a step: one that holds a product which had its turn in this one.

@@ -9,10 +9,12 @@ could change: there the steps of an optimizer of something else are the sign, or
 steps at all, a number of forwards that no accumulation reaches.
 """
 
+import functools
+import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +64,10 @@ class Watched(Protocol):
 
 
 class _Print(NamedTuple):
-    """What the weights of a model that want gradients are like: versions, and some elements."""
+    """What weights that want gradients are like, by product: versions, and some elements."""
 
-    versions: list[int]
-    elements: Tensor
+    versions: dict[int, int]
+    elements: dict[int, Tensor]
 
 
 @dataclass
@@ -79,17 +81,46 @@ class _Look:
     changes: int = 0
 
 
+class Closures:
+    """The closures of optimizers that run: within them weights may change many times a step.
+
+    A hook before a step and one after it would not do: the second one is not called where the step
+    raises, and the first one's word would then stand for good.
+    """
+
+    def __init__(self) -> None:
+        self._running = 0
+
+    def __bool__(self) -> bool:
+        """Whether one runs."""
+        return self._running > 0
+
+    def noted(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a closure that is known to run while it does."""
+
+        @functools.wraps(closure)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._running += 1
+            try:
+                return closure(*args, **kwargs)
+            finally:
+                self._running -= 1
+
+        return run
+
+
+closures = Closures()
+
+
 class Unseen:
     """Notices steps that no hook sees, for one ledger.
 
     Attributes:
         is_told: Whether the user calls `unclamp.step`.
-        is_in_step: Whether an optimizer is stepping: its closure may change weights many times.
     """
 
     def __init__(self) -> None:
         self.is_told = False
-        self.is_in_step = False
         self._has_warned = False
         self._looks: dict[int, _Look] = {}
         self._watched_closely: int | None = None
@@ -101,11 +132,17 @@ class Unseen:
         self._print: _Print | None = None
         self._missed_print: _Print | None = None
 
+    def release(self, product: int) -> None:
+        """Watch a product no more."""
+        self._looks.pop(product, None)
+        if self._watched_closely == product:
+            self._watched_closely = self._sample = None
+
     # ---- at each forward that trains -------------------------------------------------------
 
     def look(self, product: int, weight: Tensor, ledger: Watched) -> None:
         """Look at a product's weight in a forward that trains."""
-        if self._has_warned or self.is_told or self.is_in_step:
+        if self._has_warned or self.is_told or closures:
             return
         own = weight if weight._base is None else weight._base  # Conv1D's is a view
         if not isinstance(own, nn.Parameter) or own.is_inference():
@@ -200,18 +237,28 @@ class Unseen:
 
 def _print_of(products: Iterable[Product]) -> _Print | None:
     """Return what the weights are like; None where all of them are frozen."""
-    weights = [w for p in products if (w := _trained_weight(p)) is not None]
+    weights = {p.number: w for p in products if (w := _trained_weight(p)) is not None}
     if not weights:
         return None
-    some = weights[:: -(-len(weights) // WEIGHTS)]
-    elements = [some_of(w).to(some[0].device, torch.float32) for w in some]
-    return _Print([w._version for w in weights], torch.cat(elements))
+    some = itertools.islice(weights.items(), 0, None, -(-len(weights) // WEIGHTS))
+    elements = {number: some_of(w) for number, w in some}
+    return _Print({number: w._version for number, w in weights.items()}, elements)
 
 
 def _differ(before: _Print | None, now: _Print) -> bool:
-    if before is None or len(before.versions) != len(now.versions):
+    """Whether weights that are in both have changed: others were put in or taken out since."""
+    if before is None:
         return False
-    return before.versions != now.versions or not torch.equal(before.elements, now.elements)
+    if any(before.versions.get(n, version) != version for n, version in now.versions.items()):
+        return True
+    both = [(x, y) for n, y in now.elements.items() if (x := before.elements.get(n)) is not None]
+    if not both or any(len(x) != len(y) for x, y in both):
+        return False
+    device = both[0][0].device  # together, so that it is waited for once
+    old, new = (
+        torch.cat([x.to(device, torch.float32) for x in xs]) for xs in zip(*both, strict=True)
+    )
+    return not torch.equal(old, new)
 
 
 def _trained_weight(product: Product) -> Tensor | None:

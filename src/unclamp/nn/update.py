@@ -60,6 +60,7 @@ class Bound(Protocol):
     inspection: Inspection
     is_plain: bool
     number: int
+    silent_forwards: int
 
     @property
     def fqn(self) -> str:

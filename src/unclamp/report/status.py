@@ -54,30 +54,40 @@ def noted(log: RunLog) -> list[str]:
     """
     said = list(dict.fromkeys(log.header.notes))
     events = log.sql("SELECT data FROM events WHERE kind = $kind", kind=UNCAST_EVENT)
-    named = dict.fromkeys(name for data in events.column(0).to_pylist() for name in _products(data))
-    if not named:
+    told = events.column(0).to_pylist()
+    trained, frozen, evaluated = (_named(told, key) for key in ("products", "frozen", "evaluated"))
+    if not (trained or frozen):
         return said
     cast = log.sql("SELECT DISTINCT fqn FROM sites SEMI JOIN casts USING (site)")
-    silent = [shown(name) for name in named if name not in set(cast.column(0).to_pylist())]
-    if not silent:
-        return said
-    its, it = ("its", "it was") if len(silent) == 1 else ("their", "they were")
-    return [
-        *said,
-        f"Converted, and no cast in the log although {it} trained: {listed(silent, most=12)}. "
-        f"Something else reads {its} weight, such as a fused loss or a tied layer, or {it} not "
-        f"called. What is computed with {its} weight was not in FP8, and is in no figure here.",
-    ]
+    used = {*cast.column(0).to_pylist(), *evaluated}
+    if silent := [shown(name) for name in trained if name not in used]:
+        its, it = ("its", "it was") if len(silent) == 1 else ("their", "they were")
+        said.append(
+            f"Converted, and no cast in the log although {it} trained: {listed(silent, most=12)}. "
+            f"Something else reads {its} weight, such as a fused loss or a tied layer, or {it} not "
+            f"called. What is computed with {its} weight was not in FP8, and is in no figure here."
+        )
+    if silent := [shown(name) for name in frozen if name not in used]:
+        its, it = ("its", "it was") if len(silent) == 1 else ("their", "they were")
+        said.append(
+            f"Converted, frozen, and not called in the training: {listed(silent, most=12)}. If "
+            f"something else reads {its} weight, such as a fused loss or a tied layer, what is "
+            "computed with it was not in FP8, and is in no figure here."
+        )
+    return said
 
 
-def _products(data: str) -> list[str]:
-    """Return the products that an event names; none where a user's own has this kind."""
-    try:
-        found = json.loads(data)
-    except ValueError:
-        return []
-    names = found.get("products") if isinstance(found, dict) else None
-    return [str(name) for name in names] if isinstance(names, list) else []
+def _named(events: list[str], key: str) -> list[str]:
+    """Return the products that events name under a key; none where a user's own has this kind."""
+    named = dict[str, None]()
+    for data in events:
+        try:
+            found = json.loads(data)
+        except ValueError:
+            continue
+        names = found.get(key) if isinstance(found, dict) else None
+        named |= dict.fromkeys(str(name) for name in names) if isinstance(names, list) else {}
+    return list(named)
 
 
 def damage_notes(runs: Mapping[str, Path]) -> list[str]:

@@ -210,8 +210,8 @@ class Recorder:
             self._feed.put(lambda: self._tell_sinks(step, updates, row))
         elif updates or self._sinks:
             self._writer.add("casts", lambda: self._rows(step, updates, row))
-        if updates and (candidates := self._uncast.candidates(self._sources)):
-            self._writer.add("events", lambda: self._uncast.columns(step, candidates))
+        if updates and (look := self._uncast.look(self._sources)) is not None:
+            self._writer.add("events", lambda: self._uncast.columns(step, look))
         self._warn_of_threads()
         self._inspect_at(step + 1)
         self._mind_order(heard=bool(updates))
@@ -359,12 +359,19 @@ class Recorder:
             self._silent_steps = 0
             return
         self._silent_steps += 1
-        if self._silent_steps == SILENT_STEPS:
+        if self._silent_steps != SILENT_STEPS:
+            return
+        if any(source.is_in_model for source in self._sources):
             _warn(
                 f"{SILENT_STEPS} recorded steps without an optimizer step of this model: scales "
                 "are not updated and casts not recorded. unclamp follows torch.optim optimizers "
                 "that hold the model's parameters, and counts casts whose backward ran. Of other "
                 "steps tell it by unclamp.step(model)."
+            )
+        elif (model := self._model()) is not None and find_ledgers(model):
+            _warn(
+                "the model was reverted and converted again after its Recorder was made, which "
+                "records no casts from then on: make another Recorder after unclamp.convert."
             )
 
 

@@ -30,6 +30,11 @@ class Source:
         if ledger.clock.is_blind():
             ledger.clock.look_at_weights(ledger)
 
+    @property
+    def is_in_model(self) -> bool:
+        """Whether a product of the ledger is left in its model, as far as it was looked at."""
+        return len(self.ledger.gone) < len(self.ledger.sites)
+
     def number_new_sites(self, free: Iterator[int]) -> tuple[list[Site], list[int]]:
         """Give sites that have no id yet the next `free` ones; return both.
 
