@@ -96,3 +96,24 @@ def test_every_cell_can_be_run_again(cells: list[dict]) -> None:
         shown = [outputs(cell) for cell in (once, again)]
         if "replays of" not in shown[0]:
             assert shown[0] == shown[1]
+
+
+def test_the_script_for_many_processes_trains_and_records(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "examples" / "train_fsdp2.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) < 80
+    source, run = str(Path(unclamp.__file__).parents[1]), tmp_path / "run"
+    ended = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-m", "torch.distributed.run", "--standalone",
+         "--nproc-per-node", "2", str(script), str(run)],
+        env={**os.environ, "PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "8 layers in FP8" in ended.stdout
+    log = unclamp.RunLog.open(run)
+    steps = log.steps().to_pylist()
+    assert sorted((row["rank"], row["step"]) for row in steps) == [
+        (rank, step) for rank in (0, 1) for step in range(30)
+    ]
+    losses = [row["loss"] for row in steps]
+    assert sum(losses[-10:]) < sum(losses[:10]) / 1.4
