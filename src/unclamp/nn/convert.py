@@ -258,7 +258,7 @@ def revert(model: nn.Module) -> RevertReport:
     reverted = []
     for fqn, module in model.named_modules():
         if isinstance(module, Converted):
-            del module.sites
+            module.__dict__.pop("sites").end()
             take_away(module)
             reverted.append(fqn)
     return RevertReport(reverted=tuple(reverted))

@@ -7,7 +7,7 @@ latter as inputs, and serve any product with the same plan.
 
 import copy
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unclamp.names import GEMMS, ROLES, Gemm, Role
+from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.layout import Axis, Site, guarded
 from unclamp.nn.update import Inspection
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
@@ -116,12 +117,14 @@ class Operands:
         guarded_weight: How a weight is cast that must not clamp; None where its scale has no
             history that could be of another weight.
         is_saved: Whether its state is part of a state_dict.
+        on_end: What is to be undone when the module is reverted; in no copy.
         ignored: Sets of keys that a library leaves out of its files (`nn.exports`).
         noted: The weight when an optimizer's step, or a state_dict, last set it; None: unknown.
     """
 
     noted: Noted | None = None
     is_saved = True
+    on_end: Callable[[], None] | None = None
     ignored: tuple[set[str], ...] = ()
 
     def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
@@ -199,6 +202,8 @@ class Operands:
         On a GPU, where a cast costs little next to a GEMM, and the codes of a weight with many
         outputs would be most of what is kept: with them, more than 0.55 of a plain layer's.
         """
+        if isinstance(weight, GatheredCodes):  # FSDP2 frees the codes, and brings them again
+            return False
         is_kept = weight.shape[0] * TOKENS_AN_OUTPUT <= tokens
         if is_kept or not goes_to_gpu(weight) or self.smooth or self.is_high("grad_input"):
             return False
@@ -210,11 +215,13 @@ class Operands:
         axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
         if plan is None or not axes:
             return Hat(x, {})
+        if isinstance(x, GatheredCodes):  # cast where its shards are, and counted there
+            return Hat(x, {1: x.quantized, 0: x.quantized})
         # Values are wanted by what is multiplied at once; backward decodes what it keeps.
         at_once = role == "grad_output"
         if not self.square[role]:
             return Hat(x, {
-                axis: self._inspected(
+                axis: self.inspected(
                     x,
                     quantize_operand(
                         x, None if doubt == "own" else self.scales[role, axis], plan, axis,
@@ -228,10 +235,11 @@ class Operands:
             x, None if doubt == "own" else self.scales[role, 1], plan, 1,
             slot=role, keeps_codes=not at_once, turned=0 in axes,
         )  # fmt: skip
-        q = self._inspected(x, q)
+        q = self.inspected(x, q)
         return Hat(x, {1: q, 0: q})
 
-    def _inspected(self, x: Tensor, q: Quantized) -> Quantized:
+    def inspected(self, x: Tensor, q: Quantized) -> Quantized:
+        """Return a cast with its closer look, where one is wanted."""
         if self.inspection in ("never", "gradients"):
             return q
         only_clamped = self.inspection == "clamped"
@@ -305,6 +313,11 @@ class Operands:
         commit(self.evaluated, rows, self.nothing[0])
         if is_watched:
             ledger.evaluated.look(ledger.sites, ledger.updates)
+
+    def end(self) -> None:
+        """Undo what hangs on the product: its module is reverted."""
+        if self.on_end is not None:
+            self.on_end()
 
     # ---- the weight that the scale is of ---------------------------------------------------
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from unclamp.errors import UnclampWarning
+from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.holders import Product
 from unclamp.nn.turns import Turns
 from unclamp.numerics.gpu import is_capturing
@@ -220,7 +221,8 @@ def _trained_weight(product: Product) -> Tensor | None:
 
 def _is_fake(weight: Tensor) -> bool:
     """Whether a tensor has no elements that could be looked at."""
-    return weight.is_meta or hasattr(weight, "fake_mode")
+    is_codes = isinstance(weight, GatheredCodes)
+    return is_codes or weight.is_meta or hasattr(weight, "fake_mode")
 
 
 @torch.no_grad()
