@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from unclamp.nn.groups import max_over
 from unclamp.nn.layout import Layout
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands
@@ -140,9 +140,7 @@ class Peers:
 
     def agree(self, x: Tensor) -> Tensor:
         """Return the maximum over the group, in memory of its own."""
-        agreed = x.detach().clone()
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.group)
-        return agreed
+        return max_over((self.group,), x)
 
     # ---- scales ----------------------------------------------------------------------------
 
