@@ -80,7 +80,6 @@ def train(
     rank: int,
     *,
     steps: int = 5,
-    forward: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
     between: Callable[[int], None] = lambda _: None,
     microsteps: int = 1,
 ) -> Seen:
@@ -92,7 +91,7 @@ def train(
         for microstep in range(microsteps):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(microstep == microsteps - 1)
-            loss = forward(model, batch(10 * step + microstep, rank)).float().square().mean()
+            loss = model(batch(10 * step + microstep, rank)).float().square().mean()
             loss.backward()
             total += loss.item()
         norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -104,6 +103,9 @@ def train(
         with torch.no_grad():
             seen.losses += [total, model(batch(step, rank)).float().sum().item()]
         model.train()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     seen.weights = [local(p).flatten().tolist() for p in model.parameters()]
     for ledger in unclamp.nn.find_ledgers(model):  # pyright: ignore[reportAttributeAccessIssue]
         seen.scales += ledger.scale.tolist()

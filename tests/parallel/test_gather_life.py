@@ -38,6 +38,16 @@ SETTINGS = [
 ]
 
 
+class _Checkpointed(nn.Sequential):
+    use_reentrant = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.detach().requires_grad_() if not input.requires_grad else input
+        out = checkpoint(super().forward, x, use_reentrant=self.use_reentrant)
+        assert isinstance(out, Tensor)
+        return out
+
+
 def _run(rank: int, setting: str, *, gathers: bool) -> Seen:
     how: dict[str, Any] = {}
     if setting == "bf16":
@@ -52,6 +62,11 @@ def _run(rank: int, setting: str, *, gathers: bool) -> Seen:
     if setting == "warm-up":
         recipe = Recipe(weight=Delayed(3), warmup_steps=2)
     unclamp.convert(model, recipe)
+    if setting in ("reentrant", "not reentrant"):
+        for number, block in enumerate(model):
+            assert isinstance(block, nn.Sequential)
+            model[number] = _Checkpointed(*block)
+            model[number].use_reentrant = setting == "reentrant"
     if setting == "composable":
         for block in model:
             checkpointed(block)
@@ -61,16 +76,6 @@ def _run(rank: int, setting: str, *, gathers: bool) -> Seen:
             ledger.inspect("always")
     if gathers and setting != "late":
         assert len(unclamp.gather_codes(model).gathered) == len(SIZES) - 1
-
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        if setting not in ("reentrant", "not reentrant"):
-            return m(x)
-        assert isinstance(model, nn.Sequential)
-        for block in model:
-            out = checkpoint(block, x.requires_grad_(), use_reentrant=setting == "reentrant")
-            assert isinstance(out, Tensor)
-            x = out
-        return x
 
     def between(step: int) -> None:
         if setting == "weights written" and step == 1:
@@ -87,8 +92,7 @@ def _run(rank: int, setting: str, *, gathers: bool) -> Seen:
             unclamp.gather_codes(model)
 
     return train(
-        model, rank, forward=forward, between=between,
-        microsteps=2 if setting == "accumulation" else 1,
+        model, rank, between=between, microsteps=2 if setting == "accumulation" else 1,
     )  # fmt: skip
 
 

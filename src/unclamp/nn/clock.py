@@ -133,9 +133,9 @@ class Clock:
         for product in self.products(ledger):
             module = None if product.module is None else product.module()
             if module is not None and (numbers is None or product.number in numbers):
-                weight = module._parameters.get("weight")
-                if weight is not None:
-                    module.__dict__["sites"].note(weight)
+                weight, own = module._parameters.get("weight"), module.__dict__.get("sites")
+                if weight is not None and own is not None:  # it may be reverted by now
+                    own.note(weight)
 
     def told(self, ledger: Ticking, modules: Iterable[nn.Module]) -> None:
         """Update the products of some modules that no optimizer's step is for."""

@@ -316,8 +316,9 @@ class Operands:
 
     def end(self) -> None:
         """Undo what hangs on the product: its module is reverted."""
-        if self.on_end is not None:
-            self.on_end()
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end()
 
     # ---- the weight that the scale is of ---------------------------------------------------
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import Gemm, shown
@@ -216,7 +217,8 @@ class GatheredWeight:
     Attributes:
         operands: Its product's.
         record: FSDP2's record of it.
-        evaluates: Whether its module is in `eval()`; nothing of it clamps then.
+        peers: The weights that its scale is agreed on with, where it has one.
+        number: Its place among them.
     """
 
     def __init__(self, layer: Converted, record: Any) -> None:
@@ -224,6 +226,7 @@ class GatheredWeight:
         self._layer = weakref.ref(layer)
         self.peers: Peers | None = None
         self.number = 0
+        self._evaluated: bool | None = None
 
     @property
     def shard(self) -> Tensor:
@@ -241,14 +244,25 @@ class GatheredWeight:
         """What FSDP2's mixed precision makes of it."""
         return self.record.mp_policy.param_dtype or self.record.sharded_param.dtype
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether its layer is in `eval()`, so that nothing of it is to clamp."""
+        layer = self._layer()
+        return layer is not None and not layer.training
+
+    @property
+    def is_of_another_mode(self) -> bool:
+        """Whether codes are here still that were gathered to evaluate, and it trains, or so."""
+        is_here = self.record.sharded_state.name == "UNSHARDED"
+        return is_here and self._evaluated is not None and self._evaluated != self.evaluates
+
     # ---- a gather --------------------------------------------------------------------------
 
     @torch.no_grad()
     def sent(self, shard: Tensor) -> tuple[tuple[Tensor, ...], Quantized]:
         """Return codes, with blocks also their scales, and the cast of this rank's rows."""
         operands, x = self.operands, shard.to(self.dtype)
-        layer = self._layer()
-        evaluates = layer is not None and not layer.training
+        evaluates = self._evaluated = self.evaluates
         plan = plan_of(operands, evaluates=evaluates)
         if plan.granularity.is_whole:
             assert self.peers is not None
@@ -343,7 +357,7 @@ class Gathering:
     def follow(self, model: nn.Module) -> None:
         """Begin, and look at each forward whether weights were put elsewhere, or plans changed."""
         self.refresh()
-        look: Callable[..., None] = lambda *_: self.refresh()  # noqa: E731
+        look: Callable[..., None] = lambda module, *_: self._look(module)  # noqa: E731
         again: Callable[..., None] = lambda *_: self.loaded()  # noqa: E731
         # After FSDP2's own, each in front: this one comes first.
         self._handles.append(model.register_forward_pre_hook(look, prepend=True))
@@ -352,6 +366,13 @@ class Gathering:
             self._handles.append(module.register_load_state_dict_post_hook(again))
         if self._ledger.share is None:
             self._ledger.share = self.agreed
+
+    def _look(self, model: nn.Module) -> None:
+        if any(weight.is_of_another_mode for weight in self.weights):
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        self.refresh()
 
     def refresh(self) -> None:
         """Have every weight gathered as its plan now says."""
@@ -390,6 +411,8 @@ class Gathering:
                 return
             for handle in self._handles:
                 handle.remove()
+            for peers in self.peers:
+                peers.weights.clear()  # no circle is to keep the ledger alive
             if self._ledger.share == self.agreed:
                 self._ledger.share = None
 
