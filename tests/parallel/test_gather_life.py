@@ -1,13 +1,13 @@
 """A model that gathers codes goes through whatever a model goes through."""
 
 import io
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from gathering import SIZES, Seen, batch, converted, net, shard, train
 from torch import Tensor, nn
-from torch.distributed._composable import checkpoint as checkpointed
+from torch.distributed._composable.checkpoint_activation import checkpoint as checkpointed
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
@@ -39,13 +39,17 @@ SETTINGS = [
 
 
 class _Checkpointed(nn.Sequential):
-    use_reentrant = False
+    use_reentrant: ClassVar[bool] = False
 
     def forward(self, input: Tensor) -> Tensor:
         x = input.detach().requires_grad_() if not input.requires_grad else input
         out = checkpoint(super().forward, x, use_reentrant=self.use_reentrant)
         assert isinstance(out, Tensor)
         return out
+
+
+class _Reentrant(_Checkpointed):
+    use_reentrant: ClassVar[bool] = True
 
 
 def _run(rank: int, setting: str, *, gathers: bool) -> Seen:
@@ -65,8 +69,7 @@ def _run(rank: int, setting: str, *, gathers: bool) -> Seen:
     if setting in ("reentrant", "not reentrant"):
         for number, block in enumerate(model):
             assert isinstance(block, nn.Sequential)
-            model[number] = _Checkpointed(*block)
-            model[number].use_reentrant = setting == "reentrant"
+            model[number] = (_Reentrant if setting == "reentrant" else _Checkpointed)(*block)
     if setting == "composable":
         for block in model:
             checkpointed(block)
@@ -128,7 +131,7 @@ def _state(rank: int, tool: str) -> tuple[list[float], list[float]]:
     first = train(model, rank, steps=2)
     assert first == train(plain, rank, steps=2)
     dcp = tool == "dcp"
-    state = get_model_state_dict(model) if dcp else model.state_dict()
+    state: dict[str, Any] = dict(get_model_state_dict(model) if dcp else model.state_dict())
     assert list(state) == list(plain.state_dict())
     assert {type(getattr(x, "_local_tensor", x)) for x in state.values()} == {Tensor}
     assert {x.dtype for key, x in state.items() if "unclamp" not in key} == {torch.float32}
