@@ -116,15 +116,7 @@ class Peers:
 
     def _measure(self, number: int) -> None:
         if self._amaxes is None or self.weights[number].version != self._measured[number]:
-            self.learn(self.agree(self.measured_here()))
-
-    def wants_ahead(self) -> bool:
-        """Whether the next gather will want amaxes of weights that a step has just changed."""
-        return any(
-            self._wants_amax(number, evaluates=False)
-            for number, weight in enumerate(self.weights)
-            if is_whole(weight.operands)
-        )
+            self.learn(max_over((self.group,), self.measured_here()))
 
     def measured_here(self) -> Tensor:
         """Return the largest finite element of each shard, float32; -1 where there is none."""
@@ -137,10 +129,6 @@ class Peers:
         self._amaxes = amaxes
         self._measured = [weight.version for weight in self.weights]
         self._decided.clear()
-
-    def agree(self, x: Tensor) -> Tensor:
-        """Return the maximum over the group, in memory of its own."""
-        return max_over((self.group,), x)
 
     # ---- scales ----------------------------------------------------------------------------
 

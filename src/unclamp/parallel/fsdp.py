@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from unclamp.errors import ConvertError, UnsupportedError
@@ -142,7 +142,6 @@ class Gathering:
     """The gathered weights of one ledger, and what keeps them right while the model changes."""
 
     def __init__(self, ledger: Ledger, layers: list[Converted], records: list[Any]) -> None:
-        self._ledger = ledger
         self.weights: list[GatheredWeight] = []
         self._handles: list[Any] = []
         for layer in layers:
@@ -168,8 +167,6 @@ class Gathering:
         for weight in self.weights:
             module = weight.record._module_info.module
             self._handles.append(module.register_load_state_dict_post_hook(again))
-        if self._ledger.share is None:
-            self._ledger.share = self.agreed
 
     def _look(self, model: nn.Module) -> None:
         if any(weight.is_of_another_mode for weight in self.weights):
@@ -189,24 +186,6 @@ class Gathering:
             peers.forget()
         self.refresh()
 
-    def agreed(self, newest: Tensor) -> Tensor:
-        """Return a step's newest amaxes with the weights' agreed upon, for the ledger's update.
-
-        The amaxes of the weights as the step has left them travel along where the next gather
-        wants them, so that it needs no collective of its own.
-        """
-        newest = newest.clone()
-        for peers in self.peers:
-            rows = self._ledger.layout.numbers_of(
-                [weight.operands.indices["weight"] for weight in peers.weights]
-            )
-            ahead = peers.measured_here() if peers.wants_ahead() else newest[:0]
-            agreed = peers.agree(torch.cat([newest[rows], ahead]))
-            newest[rows] = agreed[: len(rows)]
-            if len(ahead):
-                peers.learn(agreed[len(rows) :])
-        return newest
-
     def _ender(self, weight: GatheredWeight) -> Callable[[], None]:
         def end() -> None:
             weight.end()
@@ -217,7 +196,5 @@ class Gathering:
                 handle.remove()
             for peers in self.peers:
                 peers.weights.clear()  # no circle is to keep the ledger alive
-            if self._ledger.share == self.agreed:
-                self._ledger.share = None
 
         return end
