@@ -82,10 +82,12 @@ def train(
     steps: int = 5,
     between: Callable[[int], None] = lambda _: None,
     microsteps: int = 1,
+    how: str = "",
 ) -> Seen:
     """Train with large steps, so that weights outrun their histories."""
     seen = Seen()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    ways: dict[str, Any] = {how: True} if how in ("fused", "foreach") else {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2, **ways)
     for step in range(steps):
         total = 0.0
         for microstep in range(microsteps):

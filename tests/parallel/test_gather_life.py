@@ -21,6 +21,8 @@ from unclamp.nn.gathered import GatheredCodes
 
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 SETTINGS = [
+    "fused",
+    "foreach",
     "bf16",
     "offload",
     "unsharded after forward",
@@ -95,7 +97,7 @@ def _run(rank: int, setting: str, *, gathers: bool) -> Seen:
             unclamp.gather_codes(model)
 
     return train(
-        model, rank, between=between, microsteps=2 if setting == "accumulation" else 1,
+        model, rank, between=between, microsteps=2 if setting == "accumulation" else 1, how=setting,
     )  # fmt: skip
 
 

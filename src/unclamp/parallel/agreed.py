@@ -84,6 +84,10 @@ class Peers:
         self._amaxes = self._seeded = None
         self._decided.clear()
 
+    def stepped(self) -> None:
+        """Measure anew: an optimizer has stepped, which need not show in a version."""
+        self._amaxes = None
+
     def scale_of(self, number: int, *, evaluates: bool) -> tuple[Tensor, Tensor]:
         """Return a weight's scale, and 1 where it is not the given one; 0-d, float32.
 

@@ -9,6 +9,7 @@ What torch keeps of a gather (the buffers, the unsharded parameter) has no publi
 anew; where its own names change, `gather_codes` says so. `parallel.shard` is one weight.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import shown
@@ -164,9 +166,17 @@ class Gathering:
         again: Callable[..., None] = lambda *_: self.loaded()  # noqa: E731
         # After FSDP2's own, each in front: this one comes first.
         self._handles.append(model.register_forward_pre_hook(look, prepend=True))
+        self._handles.append(register_optimizer_step_post_hook(_hook_of(self)))
         for weight in self.weights:
             module = weight.record._module_info.module
             self._handles.append(module.register_load_state_dict_post_hook(again))
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """Take the weights for others, if the optimizer holds one: fused steps have no version."""
+        own = {id(weight.record.sharded_param) for weight in self.weights}
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            for peers in self.peers:
+                peers.stepped()
 
     def _look(self, model: nn.Module) -> None:
         if any(weight.is_of_another_mode for weight in self.weights):
@@ -198,3 +208,15 @@ class Gathering:
                 peers.weights.clear()  # no circle is to keep the ledger alive
 
         return end
+
+
+def _hook_of(gathering: Gathering) -> Any:
+    """Return what torch is to call after each optimizer's step; it keeps no model alive."""
+    there = weakref.ref(gathering)
+
+    def after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        own = there()
+        if own is not None:
+            own.stepped(optimizer)
+
+    return torch.compiler.disable(after_step)  # traced into a compiled step it would be lost
