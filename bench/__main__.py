@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cast, imports, ledger, linear, runlog, study
+from bench import cast, gather, imports, ledger, linear, runlog, study
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m bench", description=__doc__).parse_args()
@@ -19,6 +19,7 @@ if __name__ == "__main__":
         "ledger": ledger,
         "runlog": runlog,
         "study": study,
+        "gather": gather,
         "imports": imports,
     }
     results = {name: bench.measure() for name, bench in benches.items()}

@@ -21,7 +21,7 @@ LAYERS = [
     {"recipe", "policy"},
     {"numerics"},
     {"nn"},
-    {"telemetry"},
+    {"telemetry", "parallel"},
     {"analysis"},
     {"explain"},
     {"study"},

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         weights_only,
     )
     from unclamp.numerics import Quantized, cast, dequantize, quantize, scale_from_amax
+    from unclamp.parallel import GatherReport, gather_codes
     from unclamp.runlog import RunLog
     from unclamp.telemetry import Every, MLflow, Recorder, TensorBoard, WandB
 
@@ -75,6 +76,8 @@ _LAZY = {
     "step": "unclamp.nn",
     "first_and_last": "unclamp.nn",
     "weights_only": "unclamp.nn",
+    "GatherReport": "unclamp.parallel",
+    "gather_codes": "unclamp.parallel",
     "Quantized": "unclamp.numerics",
     "cast": "unclamp.numerics",
     "dequantize": "unclamp.numerics",
@@ -109,6 +112,7 @@ __all__ = [
     "Explanation",
     "Format",
     "Fp8Linear",
+    "GatherReport",
     "Guarded",
     "HighPrecision",
     "MLflow",
@@ -143,6 +147,7 @@ __all__ = [
     "evaluation_counts",
     "explain_spike",
     "first_and_last",
+    "gather_codes",
     "observe",
     "quantize",
     "refresh",

@@ -156,9 +156,9 @@ class Clock:
         for product in self.products(ledger):
             module = None if product.module is None else product.module()
             if module is not None and (numbers is None or product.number in numbers):
-                weight = module._parameters.get("weight")
-                if weight is not None:
-                    module.__dict__["sites"].note(weight)
+                weight, own = module._parameters.get("weight"), module.__dict__.get("sites")
+                if weight is not None and own is not None:  # it may be reverted by now
+                    own.note(weight)
                     if weight.is_leaf and weight.grad is not None:
                         self.graded.add(product.number)
 

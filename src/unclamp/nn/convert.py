@@ -248,7 +248,7 @@ def revert(model: nn.Module) -> RevertReport:
     for fqn, module in model.named_modules():
         if isinstance(module, Converted):
             module.sites.ledger.clock.release(module.sites)
-            del module.sites
+            module.__dict__.pop("sites").end()
             forget(module)
             take_away(module)
             reverted.append(fqn)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
 from unclamp.names import Role
+from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.groups import Groups, max_over
 from unclamp.numerics import scale_from_amax
 
@@ -63,6 +64,8 @@ def first_scale(operands: "Operands", role: Role, x: Tensor, groups: Groups) -> 
     Every rank of the groups has to come by with a tensor of its own.
     """
     index, plan = operands.indices[role], operands.plans[role]
+    if isinstance(x, GatheredCodes):  # whose ranks have agreed before they sent it
+        return None
     if not groups or plan is None or index not in (operands.ledger.shared.unseeded or ()):
         return None
     x = x.detach()

@@ -6,7 +6,7 @@ latter as inputs, and serve any product with the same plan.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unclamp.names import GEMMS, ROLES, Gemm, Role
+from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.layout import Axis, Site, guarded
 from unclamp.nn.noted import Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
 from unclamp.nn.update import Inspection
@@ -105,6 +106,7 @@ class Operands:
         guarded_weight: How a weight is cast that must not clamp; None where its scale has no
             history that could be of another weight.
         is_saved: Whether its state is part of a state_dict.
+        on_end: What is to be undone when the module is reverted; in no copy.
         ignored: Sets of keys that a library leaves out of its files (`nn.exports`).
         silent_forwards: Forwards of which no training counts anything, compiled ones aside.
         noted: The weight when an optimizer's step, or a state_dict, last set it; None: unknown.
@@ -114,6 +116,7 @@ class Operands:
     noted: Noted | None = None
     is_saved = True
     silent_forwards = 0
+    on_end: Callable[[], None] | None = None
     is_gathered = False
     ignored: tuple[set[str], ...] = ()
 
@@ -194,6 +197,8 @@ class Operands:
         outputs would be most of what is kept: with them, more than 0.55 of a plain layer's.
         Everywhere if the weight is sharded: its codes would be all of it, on each rank.
         """
+        if isinstance(weight, GatheredCodes):  # FSDP2 frees the codes, and brings them again
+            return False
         if self.is_gathered:
             return self.plans["weight"] is not None and not self.is_high("grad_input")
         is_kept = weight.shape[0] * TOKENS_AN_OUTPUT <= tokens
@@ -218,11 +223,13 @@ class Operands:
         axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
         if plan is None or not axes:
             return Hat(x, {})
+        if isinstance(x, GatheredCodes):  # cast where its shards are, and counted there
+            return Hat(x, {1: x.quantized, 0: x.quantized})
         # Values are wanted by what is multiplied at once; backward decodes what it keeps.
         at_once = role == "grad_output"
         if not self.square[role]:
             return Hat(x, {
-                axis: self._inspected(
+                axis: self.inspected(
                     x,
                     quantize_operand(
                         x, None if doubt == "own" else self.scales[role, axis], plan, axis,
@@ -237,10 +244,11 @@ class Operands:
             x, None if doubt == "own" else scale, plan, 1,
             slot=role, keeps_codes=not at_once, turned=0 in axes,
         )  # fmt: skip
-        q = self._inspected(x, q)
+        q = self.inspected(x, q)
         return Hat(x, {1: q, 0: q})
 
-    def _inspected(self, x: Tensor, q: Quantized) -> Quantized:
+    def inspected(self, x: Tensor, q: Quantized) -> Quantized:
+        """Return a cast with its closer look, where one is wanted."""
         if self.inspection in ("never", "gradients"):
             return q
         only_clamped = self.inspection == "clamped"
@@ -316,6 +324,12 @@ class Operands:
             ledger.evaluated.look(
                 ledger.sites, ledger.updates, is_written=lambda: self.origin.is_written(weight)
             )
+
+    def end(self) -> None:
+        """Undo what hangs on the product: its module is reverted."""
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end()
 
     # ---- the weight that the scale is of ---------------------------------------------------
 

@@ -139,7 +139,9 @@ class Shared:
             self.parts = []
             return False
         products = ledger.clock.products(ledger)
-        modules = [None if p.module is None else p.module() for p in products]
+        found = [None if p.module is None else p.module() for p in products]
+        # One that is reverted is nobody's, whether or not its ledger lives on some rank.
+        modules = [m if m is not None and "sites" in m.__dict__ else None for m in found]
         kinds = [None if m is None else type(m._parameters.get("weight")) for m in modules]
         state = (version(), ledger.sites, ledger.layout, kinds)
         if self._looked is None or not _same(state, self._looked):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from unclamp.errors import UnclampWarning
+from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.holders import Product
 from unclamp.nn.noted import some_of
 from unclamp.nn.turns import Turns
@@ -268,7 +269,8 @@ def _trained_weight(product: Product) -> Tensor | None:
 
 def _is_fake(weight: Tensor) -> bool:
     """Whether a tensor has no elements that could be looked at."""
-    return weight.is_meta or hasattr(weight, "fake_mode")
+    is_codes = isinstance(weight, GatheredCodes)
+    return is_codes or weight.is_meta or hasattr(weight, "fake_mode")
 
 
 def _accumulates(weight: Tensor) -> bool:

@@ -61,7 +61,7 @@ def channel_scale(x: Tensor) -> Tensor:
 
 
 def choose_scale(
-    scale: Tensor | None, own_scale: Tensor, amax: Tensor, limit: float
+    scale: Tensor | None, own_scale: Tensor, amax: Tensor, limit: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the scale to use, and 1 where a block's given scale would pass the limit."""
     if scale is None:
