@@ -278,7 +278,7 @@ DIFFERENCES = {
     ),
     "blocks": (
         "rank 1 at 2 weight has Delayed",
-        lambda model: unclamp.switch(model, "*.2", weight=Delayed(granularity=PerBlock(4))),
+        lambda model: unclamp.switch(model, "*.2", weight=Delayed(granularity=PerBlock(4, 4))),
     ),
     "a checkpoint": (
         "rank 1 has made 7 updates, and rank 0 3|rank 1 has made 8 updates, and rank 0 4",
@@ -341,7 +341,7 @@ def _alike(rank: int, late: bool) -> Any:
     updates = []
     for step, x in enumerate(_inputs(rank, 9)):
         if step == 3:
-            unclamp.switch(model, weight=Delayed(granularity=PerBlock(4)))
+            unclamp.switch(model, weight=Delayed(granularity=PerBlock(4, 4)))
         if step == 5:
             model.load_state_dict(model.state_dict())
         if step == 7:
