@@ -1,6 +1,6 @@
 """Under every wrapper a training has the scales of one process that sees the whole batch."""
 
-import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -20,6 +20,7 @@ CASES = {
     "ddp, static": Case(wrapper="ddp", scaling="static"),
     "fsdp1": Case(wrapper="fsdp1"),
     "fsdp1, converted after": Case(wrapper="fsdp1", after=True),
+    "fsdp1, flat": Case(wrapper="fsdp1", flat=True),
     "fsdp2": Case(wrapper="fsdp2"),
     "fsdp2, converted after": Case(wrapper="fsdp2", after=True),
     "fsdp2, kept whole": Case(wrapper="fsdp2", reshard=False),
@@ -45,9 +46,15 @@ def _differ(many: Trained, one: Trained) -> float:
     return worst
 
 
+@functools.cache
+def _alone(case: Case, ranks: int) -> Trained:
+    return run_ranks(1, train, case, ranks)[0]
+
+
 def _check(case: Case, ranks: int, *, most: float = 1e-6, alone: Case | None = None) -> None:
     several = run_ranks(ranks, train, case, ranks)
-    (one,) = run_ranks(1, train, alone or dataclasses.replace(case, wrapper="none"), ranks)
+    plain = Case(wrapper="none", microsteps=case.microsteps, scaling=case.scaling)
+    one = _alone(alone or plain, ranks)
     for other in several[1:]:
         assert (other.scales, other.histories) == (several[0].scales, several[0].histories)
     assert several[0].updates == one.updates
