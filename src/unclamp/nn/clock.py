@@ -23,6 +23,7 @@ from torch.optim.optimizer import (
 from unclamp.names import ROLES
 from unclamp.nn.alive import Alive
 from unclamp.nn.holders import Holders, Product
+from unclamp.nn.rehearsal import watch_pipelines
 from unclamp.nn.turns import Turn, Turns
 from unclamp.nn.unseen import Unseen
 
@@ -237,6 +238,7 @@ def follow_optimizers(ledger: Ticking) -> None:
         after: Any = torch.compiler.disable(_after_optimizer_step)
         _hooks.append(register_optimizer_step_pre_hook(before))
         _hooks.append(register_optimizer_step_post_hook(after))
+        watch_pipelines()
     ticking.add(ledger)
 
 

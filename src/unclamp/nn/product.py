@@ -18,6 +18,9 @@ once. So an evaluation forward changes nothing, and a forward that runs twice fo
 counts once. A product that takes part in training without needing a gradient itself (frozen, at
 the bottom of the model) has no backward: it commits in the forward (`when_to_commit`).
 
+A zero-bubble pipeline runs a node twice, for one gradient at a time: each run makes the GEMM that is
+asked for, and a gradient's cast counts in the first run that needs it.
+
 Where casts are only counted (warm-up, an observed model) autograd's own graph computes, and the
 counting hangs on it: second derivatives, vmap and jvp work as for the plain layer. A compiled
 graph has the function of its own all the same, with GEMMs in high precision: its bits are those
@@ -35,6 +38,7 @@ On the down projection of a gated MLP that is Smooth-SwiGLU (arXiv 2409.12517): 
 scale, folded into the up projection whose output it multiplies, and into the down projection.
 """
 
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -47,6 +51,7 @@ from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.counting import count
 from unclamp.nn.nested import on_tokens
 from unclamp.nn.operands import Doubt, Hat, Operands, Seen
+from unclamp.nn.rehearsal import rehearses
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat, channel_scale
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
@@ -100,7 +105,10 @@ def multiply(
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     evaluates = is_evaluation(operands, commit, training=training)
     output = _Product.apply(tokens, weight, bias, operands, commit, evaluates)
-    return output.reshape(*x.shape[:-1], weight.shape[0])
+    shape = (*x.shape[:-1], weight.shape[0])
+    # Not a view for autograd: pipelines detach what a stage puts out in place, which views refuse.
+    compiles = torch.compiler.is_compiling()
+    return output.reshape(shape) if compiles else torch.ops.aten._unsafe_view(output, shape)
 
 
 def check_device(operands: Operands, weight: Tensor) -> None:
@@ -122,9 +130,9 @@ def when_to_commit(
     Gradients decide whether a forward trains, and not the module's mode: a frozen base in `eval()`
     under an adapter trains like any other. Only where a product sees no gradient itself, at the
     bottom of such a base, something else has to tell: a parameter of the model that wants one,
-    or else the mode.
+    or else the mode. Of what a pipeline runs for shapes alone nothing counts.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or rehearses():
         return None
     if any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return "in backward"
@@ -187,6 +195,8 @@ def is_evaluation(operands: Operands, commit: Commit, *, training: bool) -> bool
     reentrant checkpointing; only a copy that never trained can do nothing but evaluate, and does
     so with gradients enabled too.
     """
+    if rehearses():
+        return False
     if torch.compiler.is_compiling():
         return commit is None and not training
     if operands.ledger.evaluated.source is not None:
@@ -234,6 +244,7 @@ class _Product(torch.autograd.Function):
         # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
         ctx.save_for_backward(*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
         ctx.operands, ctx.commit, ctx.seen = operands, commit, seen
+        ctx.counted = None, frozenset()
         ctx.grains = tuple(None if k is None else k.granularity for k in (kept_x, kept_w))
         ctx.high = {name: operands.is_high(name) for name in GEMMS}
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -248,10 +259,12 @@ class _Product(torch.autograd.Function):
         operands: Operands = ctx.operands
         saved = ctx.saved_tensors  # once: under checkpointing each read unpacks, and may only once
         x_codes, x_inv, w_codes, w_inv, smooth = saved
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_input, needs_weight, needs_bias = _asked(ctx)
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
         dy_hat, seen = _cast_gradient(operands, dy, [g for g, is_on in wanted.items() if is_on])
+        if ctx.commit == "in backward" and not torch.compiler.is_compiling():
+            seen = _uncounted(ctx, dy, dy_hat, seen)
 
         grad_input = grad_weight = grad_bias = None
         if needs_input:
@@ -286,6 +299,43 @@ class _Product(torch.autograd.Function):
             operands.commit({**ctx.seen, "grad_output": seen})
             ctx.seen = {}  # a graph that is kept makes one cast more, and not three
         return grad_input, grad_weight, grad_bias, None, None, None
+
+
+def _asked(ctx: Any) -> tuple[bool, bool, bool]:
+    """Return which gradients the running backward asks for: of input, weight and bias.
+
+    torch's own functions know, and one in Python is not told. Zero-bubble schedules run a node
+    twice, for the input's gradient and later for the weight's: without the question each run
+    would cost as much as both.
+    """
+    needs = ctx.needs_input_grad[:3]
+    if torch.compiler.is_compiling():
+        return needs
+    nodes = [node for node, _ in ctx.next_functions]  # of tensors: without a bias there are two
+    x, weight, *bias = (n and _runs(node) for n, node in zip(needs, nodes, strict=False))
+    return x, weight, any(bias)
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient is captured: it is asked for
+        return True
+
+
+def _uncounted(ctx: Any, dy: Tensor, hat: Hat, seen: Seen) -> Seen:
+    """Return what was seen of a gradient less what an earlier run for the same one has counted.
+
+    The second run of a zero-bubble schedule hands in the very tensor of the first. In a graph that
+    is kept each backward makes a gradient of its own, which counts.
+    """
+    gradient, axes = ctx.counted
+    if gradient is None or gradient() is not dy:
+        ctx.counted = weakref.ref(dy), frozenset(hat.casts)
+        return seen
+    ctx.counted = gradient, axes | hat.casts.keys()
+    left = Hat(hat.tensor, {axis: q for axis, q in hat.casts.items() if axis not in axes})
+    return ctx.operands.seen("grad_output", left)
 
 
 NOTHING: tuple[None, None] = (None, None)
