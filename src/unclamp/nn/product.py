@@ -18,8 +18,8 @@ once. So an evaluation forward changes nothing, and a forward that runs twice fo
 counts once. A product that takes part in training without needing a gradient itself (frozen, at
 the bottom of the model) has no backward: it commits in the forward (`when_to_commit`).
 
-A zero-bubble pipeline runs a node twice, for one gradient at a time: each run makes the GEMM that is
-asked for, and a gradient's cast counts in the first run that needs it.
+A zero-bubble pipeline runs a node twice, for one gradient at a time: each run makes the GEMM that
+is asked for, and a gradient's cast counts in the first run that needs it.
 
 Where casts are only counted (warm-up, an observed model) autograd's own graph computes, and the
 counting hangs on it: second derivatives, vmap and jvp work as for the plain layer. A compiled

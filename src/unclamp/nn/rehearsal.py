@@ -117,10 +117,9 @@ def _check_is_plain(model: Any) -> None:
     """Raise, on every rank alike, before torch traces a model whose graph could not train."""
     if any(hasattr(module.__dict__.get("sites"), "ledger") for module in model.modules()):
         raise UnsupportedError(
-            "expected a model that is neither converted nor observed: torch.distributed.pipelining.pipeline traces "
-            "it with torch.export, and a traced product has no backward. Convert the stages "
-            "instead: unclamp.convert(pipe.get_stage_module(i), recipe), or PipelineStage with "
-            "modules of your own"
+            "expected a model that is neither converted nor observed: pipeline() of "
+            "torch.distributed.pipelining traces it with torch.export, and a traced product has no "
+            "backward. Convert the stages instead: unclamp.convert(pipe.get_stage_module(i), recipe)"
         )
 
 
