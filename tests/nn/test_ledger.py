@@ -229,23 +229,6 @@ def test_a_listener_gets_a_copy_of_what_was_pending_until_it_ends():
     assert len(heard) == 1
 
 
-def test_what_is_shared_enters_histories_in_place_of_what_was_seen():
-    """Two shards that agree on their amaxes have the histories of one process on all of it."""
-    whole, shards = made(history_len=3)[1], [made(history_len=3)[1] for _ in range(2)]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(9):
-        amax = torch.randint(-1, 9, (2, 3), generator=generator).to(torch.float64)
-        together = amax.amax(0)
-        whole.pending[:, Stat.AMAX] = together
-        whole.update()
-        for shard, own in zip(shards, amax, strict=True):
-            shard.pending[:, Stat.AMAX] = own
-            shard.share = lambda newest, other=amax: newest.maximum(other.amax(0).float())
-            shard.update()
-            assert torch.equal(shard.amax_history, whole.amax_history)
-            assert torch.equal(shard.scale, whole.scale)
-
-
 def test_windows_may_differ_by_site() -> None:
     model = nn.Linear(4, 3, bias=False)
     one, two, many = Delayed(history_len=1), Delayed(history_len=2), Delayed(history_len=16)

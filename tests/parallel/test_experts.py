@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import unclamp
 from ranks import run_ranks
 from unclamp.nn.convert import find_ledgers
-from unclamp.nn.groups import give
 
 WIDTH, EXPERTS, TOKENS, STEPS, RANKS = 16, 4, 48, 4, 2
 LEFT_OUT, WITHOUT = 3, 2
@@ -133,15 +132,14 @@ def train(model: Mixture, loss_of: Any) -> Found:
 
 def converted(held: range, *, calls_all: bool) -> Mixture:
     model = Mixture(held, calls_all=calls_all)
-    unclamp.convert(model, unclamp.Recipe(), skip=["router"])
+    # One rank holds each expert: this one.
+    unclamp.convert(model, unclamp.Recipe(), skip=["router"], group={"experts.*": ()})
     return model
 
 
 def on_rank(rank: int, calls_all: bool) -> Found:
     a_rank = EXPERTS // RANKS
     model = converted(range(rank * a_rank, (rank + 1) * a_rank), calls_all=calls_all)
-    for expert in model.experts.values():  # one rank holds it: this one
-        give(expert, ())
     return train(model, functools.partial(run_shared, rank=rank))
 
 

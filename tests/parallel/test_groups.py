@@ -90,7 +90,7 @@ def _find_others(rank: int) -> dict[str, Any]:
     )
     wrapper = DistributedDataParallel(left_out)
     given = nn.Linear(8, 8)
-    give(given, (dist.new_group([rank], use_local_synchronization=True),))
+    give({"layer": given}, dist.new_group([rank], use_local_synchronization=True))
     found = {
         "wrapped before": _ranks_of(early.module, net),
         "around a part": _ranks_of(net[0], net),

@@ -21,7 +21,9 @@ from torch.optim.optimizer import (
 )
 
 from unclamp.names import ROLES
+from unclamp.nn import nesting
 from unclamp.nn.alive import Alive
+from unclamp.nn.groups import follow_wrappers
 from unclamp.nn.holders import Holders, Product
 from unclamp.nn.rehearsal import watch_pipelines
 from unclamp.nn.turns import Turn, Turns
@@ -38,6 +40,7 @@ class Ticking(Protocol):
     turns: Turns
     pending: Tensor
     layers: Any
+    shared: Any
 
     @property
     def is_due(self) -> bool:
@@ -54,8 +57,8 @@ class Ticking(Protocol):
         """The sites; each product has `len(ROLES)` of them."""
         ...
 
-    def update(self, turn: Turn = None) -> None:
-        """Do what a step of these products asks for."""
+    def update(self, turn: Turn = None, *, skipped: bool = False) -> None:
+        """Do what a step of these products asks for; one that was skipped, with other ranks."""
         ...
 
 
@@ -107,12 +110,14 @@ class Clock:
     def after_step(self, optimizer: Optimizer, ledger: Ticking) -> None:
         """Update what an optimizer's step was for. Of an unknown model every step is for all."""
         self.unseen.is_in_step, self._asked = False, 0
-        if _is_skipped(optimizer):
+        is_skipped = _is_skipped(optimizer)
+        if is_skipped and not ledger.shared.look(ledger):
             return
-        updated = self._update(optimizer, ledger) if ledger.is_due else frozenset()
+        is_due = ledger.is_due
+        updated = self._update(optimizer, ledger, is_skipped) if is_due else frozenset()
         self._note(ledger, updated | self.holders.held_by(optimizer))
 
-    def _update(self, optimizer: Optimizer, ledger: Ticking) -> frozenset[int]:
+    def _update(self, optimizer: Optimizer, ledger: Ticking, skipped: bool) -> frozenset[int]:
         """Update what a step was for; return which products that were, where they are known."""
         model = self.model
         if model is None:
@@ -124,7 +129,7 @@ class Clock:
         if turn is None:
             self.unseen.miss(optimizer, ledger, self.products(ledger))
         elif turn:
-            ledger.update(turn)
+            ledger.update(turn, skipped=skipped)
         return turn or frozenset()
 
     def _note(self, ledger: Ticking, numbers: frozenset[int] | None) -> None:
@@ -160,9 +165,9 @@ class Clock:
         Only where no optimizer of the model was ever seen, nobody calls `unclamp.step`, and the
         weights have changed since the last call: after a step that a gradient scaler skipped they
         have not. For a frozen model, which has no such weights, where an optimizer of something
-        else has stepped.
+        else has stepped. Not where ranks share scales: this one may be the only one to ask.
         """
-        if self.unseen.is_told or not self.is_blind():
+        if self.unseen.is_told or not self.is_blind() or ledger.shared.parts:
             return
         if self.unseen.has_stepped(self.products(ledger)) and ledger.is_due:
             ledger.update()
@@ -239,14 +244,19 @@ def follow_optimizers(ledger: Ticking) -> None:
         _hooks.append(register_optimizer_step_pre_hook(before))
         _hooks.append(register_optimizer_step_post_hook(after))
         watch_pipelines()
+        follow_wrappers()
     ticking.add(ledger)
 
 
-def _before_optimizer_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+def _before_optimizer_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    nesting.begin(optimizer)
     for ledger in ticking:  # a closure may change weights many times within one step
         ledger.clock.unseen.is_in_step = True
 
 
 def _after_optimizer_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    is_outermost = nesting.end(optimizer)
     for ledger in ticking:
-        ledger.clock.after_step(optimizer, ledger)
+        # ZeRO's inner optimizer has other parameters on each rank: ranks meet at the outer one.
+        if is_outermost or not ledger.shared.look(ledger):
+            ledger.clock.after_step(optimizer, ledger)

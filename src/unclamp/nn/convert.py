@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
-from unclamp.names import GEMMS, ROLES, SiteName, shown
+from unclamp.names import ROLES, SiteName, shown
 from unclamp.nn.converted import Converted
 from unclamp.nn.exports import leave_in, leave_out
 from unclamp.nn.fastpath import keep_off
+from unclamp.nn.groups import Given, check_given, forget, give
 from unclamp.nn.kinds import adapted, is_relative, kind_of, take_away
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
@@ -26,6 +27,7 @@ from unclamp.nn.operands import Operands, native_plan
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
 from unclamp.nn.unmatched import (
     any_in_fp8,
+    describe_plan,
     find_unmatched,
     kept_text,
     nothing_in_fp8,
@@ -33,7 +35,6 @@ from unclamp.nn.unmatched import (
 )
 from unclamp.recipe import Recipe
 from unclamp.rule import LayerPlan, matches
-from unclamp.scaling import describe
 from unclamp.shown import Shown
 from unclamp.written import counted
 
@@ -56,7 +57,7 @@ class ConvertReport(Shown):
 
     def __str__(self) -> str:
         lines = [f"converted {counted(len(self.converted), 'layer')}, skipped {len(self.skipped)}"]
-        lines += [f"  {shown(fqn)}: {_describe(plan)}" for fqn, plan in self.converted.items()]
+        lines += [f"  {shown(fqn)}: {describe_plan(plan)}" for fqn, plan in self.converted.items()]
         lines += [f"  skipped {shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
         lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
         return "\n".join(lines)
@@ -83,6 +84,7 @@ def convert(
     where_it_pays: bool = False,
     tokens: int | None = None,
     timer: Timer | None = None,
+    group: Given | Mapping[str, Given] | None = None,
 ) -> ConvertReport:
     """Make every linear layer of a model compute in FP8, as the recipe says.
 
@@ -98,11 +100,16 @@ def convert(
             says the ratios. On a CPU FP8 is emulated, and pays nowhere.
         tokens: Tokens of a step (batch times sequence length), at which to measure.
         timer: What measures, milliseconds of a layer's step; `nn.payoff.step_ms` by default.
+        group: Process groups whose ranks hold the same layers and share their scales, where torch
+            does not know them: one, several (each dimension of a mesh), none (`()`: this process
+            alone), or by globs of layers. It decides for layers that are converted already, too.
+            DTensors, DDP and FSDP need none (docs/distributed.md).
 
     Raises:
         RecipeError: `recipe` is none.
         ConvertError: `strict` and something matched nothing, `skip` is a string, `where_it_pays`
-            without `tokens`, or the layers lie on several devices. The model is unchanged.
+            without `tokens`, the layers lie on several devices, or `group` is no group of this
+            process. The model is unchanged.
 
     Example:
         >>> import torch, unclamp
@@ -113,7 +120,10 @@ def convert(
           skipped 1: matches skip '1'
     """
     profit = Profit(check_tokens(tokens), timer) if where_it_pays else None
-    return attach(model, recipe, skip=skip, strict=strict, observes=False, profit=profit)
+    check_given(group, (fqn for fqn, _ in model.named_modules()))
+    report = attach(model, recipe, skip=skip, strict=strict, observes=False, profit=profit)
+    give(dict(_converted_layers(model)), group)
+    return report
 
 
 class Profit(NamedTuple):
@@ -259,6 +269,7 @@ def revert(model: nn.Module) -> RevertReport:
     for fqn, module in model.named_modules():
         if isinstance(module, Converted):
             del module.sites
+            forget(module)
             take_away(module)
             reverted.append(fqn)
     return RevertReport(reverted=tuple(reverted))
@@ -379,7 +390,7 @@ def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]
     if report.unmatched:
         said.append(unmatched_text(report.unmatched, _products(model)))
     if kept:
-        said.append(kept_text(list(kept), _describe(next(iter(kept.values())))))
+        said.append(kept_text(list(kept), describe_plan(next(iter(kept.values())))))
     is_new = any(plan.casts for plan in report.converted.values())
     if not (is_new or any_in_fp8(find_ledgers(model))):
         said.append(nothing_in_fp8(report.skipped, plain=list(report.converted)))
@@ -404,16 +415,3 @@ def _kept(
         if plan != wanted or steps != recipe.warmup_steps:
             kept[fqn] = plan
     return kept
-
-
-def _describe(plan: LayerPlan) -> str:
-    parts = [
-        f"{role} {describe(operand.scaling)}"
-        + (f" {operand.format.name}" if operand.scaling.casts else "")
-        for role, operand in plan.operands.items()
-    ]
-    for gemm in GEMMS:
-        mode = plan.gemms[gemm]
-        if mode != "float32":
-            parts.append(f"{gemm} {mode if isinstance(mode, str) else 'GEMM in high precision'}")
-    return ", ".join([*parts, "smoothed"] if plan.smooth else parts)

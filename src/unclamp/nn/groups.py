@@ -10,24 +10,34 @@ the maximum over the mesh. All ranks find the same groups in the same order, if 
 """
 
 import gc
+import itertools
 import sys
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from unclamp.errors import ConvertError, UnclampWarning
 from unclamp.nn.alive import Alive
-from unclamp.nn.holders import shards
+from unclamp.nn.holders import sharded_parameters
+from unclamp.rule import matches
 
 Groups = tuple[Any, ...]
 """Process groups (`torch.distributed.ProcessGroup`) of more than one rank; empty: alone."""
+Given = Any
+"""A process group, or a sequence of several: of none where the process is alone."""
 
 _given: "weakref.WeakKeyDictionary[nn.Module, Groups]" = weakref.WeakKeyDictionary()
 _wrappers: Alive[nn.Module] = Alive()
 _hooks: list[Any] = []
+_changes = [0]
+_SPECS = ("_unsharded_dtensor_spec", "_tp_spec")
+"""What FSDP2 calls the layout of a parameter that tensor parallelism has cut: torch 2.13, 2.11."""
 _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel"),
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"),
@@ -41,7 +51,9 @@ def groups_of(module: nn.Module, root: nn.Module | None) -> Groups:
         module: The module with the product's parameters.
         root: The model that it is part of, for what FSDP2 put together; None: unknown.
     """
-    return Finder(root).groups_of(module)
+    if module in _given:
+        return _given[module]
+    return Finder(root).look(module).groups if is_distributed() else ()
 
 
 def max_over(groups: Groups, x: Tensor) -> Tensor:
@@ -61,17 +73,95 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def give(module: nn.Module, groups: Groups | None) -> None:
-    """Say which groups hold a module, whatever could be found; None: find them again."""
-    if groups is None:
-        _given.pop(module, None)
-    else:
-        _given[module] = of_several(groups)
+def check_given(group: Given | Mapping[str, Given] | None, modules: Iterable[str]) -> None:
+    """Raise a ConvertError unless these are process groups of this process.
+
+    Groups that it is not in are let pass where nothing here has their names: other ranks have it.
+    """
+    names = list(modules)
+    for glob, given in _by_glob(group).items():
+        for one in _several(given):
+            if dist.is_available() and isinstance(one, dist.ProcessGroup):
+                continue
+            if _is_of_others(given) and not any(matches(fqn, glob) for fqn in names):
+                continue
+            raise ConvertError(
+                "expected process groups of torch.distributed that this process is in, for group, "
+                f"or a mapping of globs to them; got {one!r} for {glob!r}"
+            )
+
+
+def give(modules: Mapping[str, nn.Module], group: Given | Mapping[str, Given] | None) -> None:
+    """Say which groups hold modules, by their names, whatever could be found.
+
+    Of several globs that match the first decides; what none matches is looked for.
+    """
+    globs = _by_glob(group)
+    unmatched = [
+        glob
+        for glob, given in globs.items()
+        if not _is_of_others(given) and not any(matches(fqn, glob) for fqn in modules)
+    ]
+    if unmatched:
+        warnings.warn(
+            f"group names {', '.join(map(repr, unmatched))}, which match no converted layer of "
+            "this process",
+            UnclampWarning,
+            stacklevel=4,
+        )
+    for fqn, module in modules.items():
+        glob = next((glob for glob in globs if matches(fqn, glob)), None)
+        if glob is not None:
+            _given[module] = of_several(_several(globs[glob]))
+    _changes[0] += bool(globs)
+
+
+def forget(module: nn.Module) -> None:
+    """Look for a module's groups again, whatever was given."""
+    _given.pop(module, None)
+    _changes[0] += 1
+
+
+def _by_glob(group: Given | Mapping[str, Given] | None) -> Mapping[str, Given]:
+    if isinstance(group, Mapping):
+        return group
+    return {} if group is None else {"*": group}
+
+
+def _is_of_others(given: Given) -> bool:
+    """Whether this process is in none of the groups: `new_group` returns a stand-in then."""
+    return dist.is_available() and given == dist.GroupMember.NON_GROUP_MEMBER
+
+
+def _several(given: Given) -> Groups:
+    return tuple(given) if isinstance(given, Sequence) else (given,)
 
 
 def of_several(groups: Groups) -> Groups:
     """Return the groups of more than one rank, each once, in their order."""
     return tuple(g for g in dict.fromkeys(groups) if dist.get_world_size(g) > 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Who holds a module.
+
+    Attributes:
+        groups: Whose ranks have the same product.
+        of_blocks: Of these, the groups whose ranks have the same rows and blocks of its weight:
+            not those over which tensor parallelism has cut it.
+        is_known: Whether anything says so, be it that the process is alone.
+        is_gathered: Whether its weights are put together for a forward, and let go afterwards.
+        is_within_ddp: Whether a DDP is around it.
+        may_be_missed: Whether ranks are allowed to leave it out of a forward.
+    """
+
+    groups: Groups
+    of_blocks: Groups
+    is_known: bool
+    is_gathered: bool
+    is_within_ddp: bool
+    may_be_missed: bool
 
 
 class Finder:
@@ -82,73 +172,99 @@ class Finder:
     """
 
     def __init__(self, root: nn.Module | None) -> None:
-        self.root = root
-        self._shards: dict[int, Tensor] | None = None
-        self._around: list[tuple[nn.Module, set[int], set[int]]] | None = None
+        every = [] if root is None else sharded_parameters(root)
+        wholes = [p for p in every if hasattr(p, "_unsharded_param")]
+        self._sharded = {id(p.sharded_param): p for p in every}
+        self._sharded |= {id(p._unsharded_param): p for p in wholes}
+        self._around = [_Around.of(wrapper) for wrapper in _wrappers]
 
-    def groups_of(self, module: nn.Module) -> Groups:
-        """Return what `groups_of` does."""
-        if module in _given:
-            return _given[module]
-        if not is_distributed():
-            return ()
+    def look(self, module: nn.Module) -> Found:
+        """Return who holds a module."""
         parameters = list(module.parameters())
-        found = [*self._of_wrappers(module, parameters), *self._of_meshes(parameters)]
-        return of_several(tuple(found))
+        wrappers = [a.wrapper for a in self._around if a.holds(module, parameters)]
+        sharded = [p for p in (self._sharded.get(id(p)) for p in parameters) if p is not None]
+        around = list(itertools.chain(*map(_groups_of_wrapper, wrappers)))
+        meshes = list(filter(None, map(self._mesh_of, parameters)))
+        found = [*around, *itertools.chain(*(mesh.get_all_groups() for mesh in meshes))]
+        cut = list(itertools.chain(*map(self._cutting, parameters)))
+        given = _given.get(module)
+        groups = of_several(tuple(found)) if given is None else given
+        is_ddp = [hasattr(wrapper, "parameters_to_ignore") for wrapper in wrappers]
+        return Found(
+            groups=groups,
+            of_blocks=tuple(group for group in groups if group not in cut),
+            is_known=given is not None or bool(wrappers or meshes),
+            is_gathered=bool(sharded) or not all(is_ddp),
+            is_within_ddp=any(is_ddp),
+            may_be_missed=any(getattr(w, "find_unused_parameters", False) for w in wrappers),
+        )
 
-    def is_known(self, module: nn.Module) -> bool:
-        """Whether anything says who holds a module, be it this rank alone."""
-        if module in _given:
-            return True
-        parameters = list(module.parameters())
-        if any(True for _ in self._meshes(parameters)):
-            return True
-        return any(True for _ in self._of_wrappers(module, parameters))
+    def _mesh_of(self, parameter: nn.Parameter) -> Any:
+        """Return the mesh of all ranks that have a part of a parameter; None where it has none."""
+        sharded = self._sharded.get(id(parameter))
+        # Put together by FSDP2, a parameter itself knows at most the mesh of tensor parallelism.
+        own = parameter if sharded is None else sharded.sharded_param
+        return getattr(own, "device_mesh", None) or getattr(_localized(parameter), "mesh", None)
 
-    def _of_meshes(self, parameters: list[nn.Parameter]) -> Iterator[Any]:
-        for mesh in self._meshes(parameters):
-            yield from mesh.get_all_groups()
-
-    def _meshes(self, parameters: list[nn.Parameter]) -> Iterator[Any]:
-        for parameter in parameters:
-            # Put together by FSDP2, a parameter knows at most the mesh of tensor parallelism.
-            own = self._shard_of(parameter)
-            # Under DDP the parts of a DTensor are plain tensors between forwards.
-            spec = getattr(parameter, "_st_info", None)
-            mesh = getattr(own, "device_mesh", None) or getattr(spec, "mesh", None)
-            if mesh is not None:
-                yield mesh
-
-    def _shard_of(self, parameter: nn.Parameter) -> Tensor:
-        if self._shards is None:
-            self._shards = {} if self.root is None else shards(self.root)
-        return self._shards.get(id(parameter), parameter)
-
-    def _of_wrappers(self, module: nn.Module, parameters: list[nn.Parameter]) -> Iterator[Any]:
-        if self._around is None:
-            self._around = [(w, *_reach(w)) for w in _wrappers]
-        for wrapper, modules, own in self._around:
-            # A composable wrapper has the parameters, and not the module.
-            has_some = any(id(p) in own for p in parameters)
-            if has_some if parameters and own else id(module) in modules:
-                yield wrapper.process_group
-                between_nodes = getattr(wrapper, "_inter_node_pg", None)
-                if between_nodes is not None:
-                    yield between_nodes
+    def _cutting(self, parameter: nn.Parameter) -> list[Any]:
+        """Return the groups over which a parameter is in parts when it is computed with."""
+        sharded = self._sharded.get(id(parameter))
+        if sharded is not None:
+            new, old = (getattr(sharded, name, None) for name in _SPECS)
+            spec = new or old
+        else:
+            spec = getattr(parameter, "_spec", None) or _localized(parameter)
+        if spec is None:
+            return []
+        return [
+            group
+            for group, placement in zip(spec.mesh.get_all_groups(), spec.placements, strict=True)
+            if placement.is_shard()
+        ]
 
 
-def _reach(wrapper: nn.Module) -> tuple[set[int], set[int]]:
-    """Return the modules that a wrapper is around, and the parameters it takes care of, by id.
+def _localized(parameter: nn.Parameter) -> Any:
+    """Return what a part of a DTensor knows of it: under DDP, between forwards, it is plain."""
+    return getattr(parameter, "_st_info", None)
 
-    No parameters for FSDP1, which may keep them in a flat one.
+
+def _groups_of_wrapper(wrapper: Any) -> list[Any]:
+    between_nodes = getattr(wrapper, "_inter_node_pg", None)
+    return [wrapper.process_group, *([] if between_nodes is None else [between_nodes])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Around:
+    """What a wrapper is around.
+
+    Attributes:
+        wrapper: A DDP or FSDP1.
+        modules: The modules in it, by id.
+        parameters: The parameters that it takes care of, by id; none for FSDP1, which may keep
+            them in a flat one.
     """
-    ignored = getattr(wrapper, "parameters_to_ignore", None)
-    modules = {id(module) for module in wrapper.modules()}
-    modules -= {id(module) for module in getattr(wrapper, "_ignored_modules", ())}
-    if ignored is None:
-        return modules, set()
-    own = getattr(wrapper, "module", wrapper)
-    return modules, {id(p) for name, p in own.named_parameters() if name not in ignored}
+
+    wrapper: nn.Module
+    modules: set[int]
+    parameters: set[int]
+
+    @classmethod
+    def of(cls, wrapper: nn.Module) -> "_Around":
+        modules = {id(module) for module in wrapper.modules()}
+        modules -= {id(module) for module in getattr(wrapper, "_ignored_modules", ())}
+        ignored = getattr(wrapper, "parameters_to_ignore", None)
+        if ignored is None:
+            return cls(wrapper=wrapper, modules=modules, parameters=set())
+        named = getattr(wrapper, "module", wrapper).named_parameters()
+        own = {id(p) for name, p in named if name not in ignored}
+        return cls(wrapper=wrapper, modules=modules, parameters=own)
+
+    def holds(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether it takes care of a module: by parameters, for a composable one has no more."""
+        own = list(parameters)
+        if own and self.parameters:
+            return any(id(p) in self.parameters for p in own)
+        return id(module) in self.modules
 
 
 # ---- wrappers ----------------------------------------------------------------------------------
@@ -170,13 +286,14 @@ def follow_wrappers() -> None:
                 _wrappers.add(thing)
 
 
-def count_wrappers() -> int:
-    """Return how many wrappers live; where it changes, groups may have."""
-    return len(_wrappers)
+def version() -> tuple[int, int]:
+    """Return what changes with the wrappers and groups that are known."""
+    return _changes[0], len(_wrappers)
 
 
 def _note_wrapper(module: nn.Module, _name: str, _submodule: nn.Module | None) -> None:
     if isinstance(module, _wrapper_classes()):
+        _changes[0] += 1
         _wrappers.add(module)
 
 

@@ -76,7 +76,7 @@ class _Grip:
 
     def _shard_of(self, whole: Tensor) -> Tensor | None:
         if self._shards is None:
-            self._shards = shards(self._model)
+            self._shards = _shards(self._model)
         return self._shards.get(id(whole))
 
     def _holds_memory_of(self, x: Tensor) -> bool:
@@ -97,19 +97,24 @@ def copies_of(parameter: Tensor) -> Iterator[Tensor]:
         yield fragment
 
 
-def shards(model: nn.Module) -> dict[int, Tensor]:
-    """Return the shards of FSDP2's whole parameters, by the id of the whole one.
+def sharded_parameters(model: nn.Module) -> list[Any]:
+    """Return what FSDP2 keeps of each parameter of a model, sharded and whole.
 
     torch has no public way from one to the other; where its own names change, nothing is found.
     """
     modules: list[Any] = [m for m in model.modules() if hasattr(type(m), "_get_fsdp_state")]
     states = [module._get_fsdp_state() for module in modules]
     groups = [getattr(state, "_fsdp_param_group", None) for state in states]
+    every = [parameter for group in groups for parameter in getattr(group, "fsdp_params", ())]
+    return [parameter for parameter in every if hasattr(parameter, "sharded_param")]
+
+
+def _shards(model: nn.Module) -> dict[int, Tensor]:
+    """Return the shards of FSDP2's whole parameters, by the id of the whole one."""
     return {
         id(parameter._unsharded_param): parameter.sharded_param
-        for group in groups
-        for parameter in getattr(group, "fsdp_params", ())
-        if hasattr(parameter, "_unsharded_param") and hasattr(parameter, "sharded_param")
+        for parameter in sharded_parameters(model)
+        if hasattr(parameter, "_unsharded_param")
     }
 
 

@@ -26,7 +26,7 @@ captured, every optimizer step outside of the graph updates, pending or not: the
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +40,9 @@ from unclamp.nn.clock import Clock, follow_optimizers
 from unclamp.nn.evaluated import Evaluated, Stepping, Steps
 from unclamp.nn.layout import Layout, Site
 from unclamp.nn.ring import Ring
-from unclamp.nn.turns import Turn, Turns, clear, taken
-from unclamp.nn.update import Asked, Bound, Inspection, Listener, Share, SwitchListener, Update
+from unclamp.nn.shared import Shared
+from unclamp.nn.turns import FRESH, NOTHING, Turn, Turns, clear, taken
+from unclamp.nn.update import Asked, Bound, Inspection, Told, Update
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.numerics.gpu import is_capturing
 from unclamp.policy import Table, next_scales
@@ -49,7 +50,7 @@ from unclamp.recipe import Recipe
 from unclamp.scaling import Scaling
 
 
-class Ledger(Stepping):
+class Ledger(Stepping, Told):
     """Amax histories, scales and pending statistics of a model's sites.
 
     Invariants: sites stay in the order they were added; tensors are only written in place, so a
@@ -65,7 +66,7 @@ class Ledger(Stepping):
         clock: When it updates.
         turns: Which products its updates are for.
         gone: Sites whose modules are no longer in the model, when it was last looked at.
-        share: With whom the newest amaxes are agreed on, in each update; None: with nobody.
+        shared: With whom updates agree on the newest amaxes, and on whether to update.
         unmatched: Rules and skip globs that decided nothing in the conversion, and why.
         kept: Layers that another recipe than the last one made.
     """
@@ -79,12 +80,11 @@ class Ledger(Stepping):
         self.clock, self.turns = Clock(model), Turns()
         self.observes = False
         self.inspection: Inspection = "never"
-        self.share: Share | None = None
+        self.shared = Shared()
         self.gone: frozenset[int] = frozenset()
         self.details: Tensor | None = None
         self._asked = Asked()
-        self._listeners: list[Listener] = []
-        self._switch_listeners: list[SwitchListener] = []
+        Told.__init__(self)
         self._allocate(Layout.of([], device=torch.device("cpu")))
         follow_optimizers(self)
 
@@ -189,8 +189,8 @@ class Ledger(Stepping):
 
     @property
     def is_due(self) -> bool:
-        """Whether an optimizer's step is to update: something is pending, or may be in a graph."""
-        return self.has_pending or self.captured.is_in_graph
+        """Whether a step is to update: something is pending, here, in a graph, or on some rank."""
+        return self.shared.look(self) or self.has_pending or self.captured.is_in_graph
 
     @property
     def is_warming(self) -> bool:
@@ -199,7 +199,9 @@ class Ledger(Stepping):
         return self.observes or is_early
 
     @torch.no_grad()
-    def update(self, turn: Turn = None, *, captured: bool | None = None) -> None:
+    def update(
+        self, turn: Turn = None, *, captured: bool | None = None, skipped: bool = False
+    ) -> None:
         """Fold the pending amaxes into histories and scales, tell listeners, start afresh.
 
         Of a `turn` of products only theirs; what the others' casts saw stays pending. Where it is
@@ -210,7 +212,15 @@ class Ledger(Stepping):
         reduce function gives NaN or Inf the scale is kept too.
         """
         captured = is_capturing() if captured is None else captured
-        is_fresh = self.is_fresh or self.captured.is_in_graph
+        pending = self.turns.pending(turn, is_fresh=self.is_fresh or self.captured.is_in_graph)
+        newest = self._newest(turn)
+        if self.shared.parts:
+            if skipped:
+                newest, pending = torch.full_like(newest, -1), NOTHING
+            newest, pending = self.shared.agree(self, newest, pending, turn, captured=captured)
+            if pending == NOTHING:
+                return
+        is_fresh = pending == FRESH
         turn = self.turns.narrowed(turn, is_fresh=is_fresh)
         if turn is not None and not turn:
             return
@@ -224,12 +234,6 @@ class Ledger(Stepping):
         for listener in [] if captured else self._listeners:
             look = None if details is None else details.clone()
             listener(Update(stats.clone(), look, age))
-        newest = self.layout.newest(stats[:, Stat.AMAX], self.block_amax)
-        newest = newest if rows is None else torch.where(rows, newest, -1)
-        # The seat of `shared`: what enters a history is what those who hold the product agree on.
-        # One vector for all sites; whoever sits here has to see to it that every rank comes by.
-        if self.share is not None:
-            newest = self.share(newest)
         measured = newest >= 0
         self.ring.push(newest, measured)
         scale = next_scales(self.ring, self.layout.settings, self.scale, xp=torch)
@@ -241,6 +245,12 @@ class Ledger(Stepping):
         if counts and not captured:
             self._count(self.updates + 1)
         self.evaluated.trained()
+
+    def _newest(self, turn: Turn) -> Tensor:
+        """Return each row's amax since the last update, -1 for products of another turn."""
+        newest = self.layout.newest(self.pending[:, Stat.AMAX], self.block_amax)
+        sites = self.turns.chosen(turn)
+        return newest if sites is None else torch.where(sites[self.layout.site_of_row], newest, -1)
 
     def replayed(self) -> None:
         """Tell listeners what the last replay of captured updates saw; once after each replay.
@@ -285,16 +295,6 @@ class Ledger(Stepping):
         was_warming, self.updates = self.is_warming, updates
         if was_warming != self.is_warming:
             self.rebind()
-
-    def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener(Update(...))` at each update; return what ends it."""
-        self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
-
-    def subscribe_to_switches(self, listener: SwitchListener) -> Callable[[], None]:
-        """Call `listener({site: (before, after)})` at each switch; return what ends it."""
-        self._switch_listeners.append(listener)
-        return lambda: self._switch_listeners.remove(listener)
 
     # ---- switching -------------------------------------------------------------------------
 
@@ -380,10 +380,12 @@ class Ledger(Stepping):
             self.ring.write(self.layout.numbers_of([index]), newest)
             self.rescale([index])
         self._mark(pending=was_pending)
+        self.shared.is_loaded = True
 
     def restore_updates(self, updates: float) -> None:
         """Set how many updates there were, for the warm-up; a fraction: the state is an average."""
         self.captured.forget_count()
+        self.shared.is_loaded = True
         self._count(round(updates))
         self.evaluated.restored(updates)
 
@@ -403,7 +405,7 @@ class Ledger(Stepping):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_listeners": [], "_switch_listeners": [], "share": None}
+        state = {**self.__dict__, "_listeners": [], "_switch_listeners": [], "shared": Shared()}
         # Closer looks are asked for by those who listen.
         state |= {"inspection": "never", "_asked": Asked(), "details": None}
         state["evaluated"] = self.evaluated.pickled()
@@ -412,7 +414,7 @@ class Ledger(Stepping):
         return {**state, "_clean_version": self.has_pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"unmatched": {}, "kept": []} | state)
+        self.__dict__.update({"unmatched": {}, "kept": [], "shared": Shared()} | state)
         self.layers, self.clock, self.turns = Alive(), Clock(), Turns()
         self._mark(pending=state["_clean_version"])
         follow_optimizers(self)

@@ -18,8 +18,10 @@ class Fp8Linear(Converted, nn.Linear):
 
     @classmethod
     def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
-        """Return the weight's own shape."""
+        """Return the weight's own shape; where FSDP1 keeps it flat, what it will be."""
         assert isinstance(module, nn.Linear)
+        if module.weight.ndim != 2:
+            return module.out_features, module.in_features
         rows, columns = module.weight.shape
         return rows, columns
 

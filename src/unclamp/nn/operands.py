@@ -109,6 +109,7 @@ class Operands:
         square: Whether a cast of a role serves both its GEMMs.
         block_amax: Views of the ledger's amaxes of blocks, by role and axis, where a history has
             more than one.
+        is_gathered: Whether the weight is put together for a forward, and let go until backward.
         inspection: Which casts get a closer look.
         details: View of the ledger's closer looks, `[3, DETAILS]`; None until there is any.
         nothing: What a role without a cast commits, and without a closer look.
@@ -122,6 +123,7 @@ class Operands:
 
     noted: Noted | None = None
     is_saved = True
+    is_gathered = False
     ignored: tuple[set[str], ...] = ()
 
     def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
@@ -198,14 +200,28 @@ class Operands:
 
         On a GPU, where a cast costs little next to a GEMM, and the codes of a weight with many
         outputs would be most of what is kept: with them, more than 0.55 of a plain layer's.
+        Everywhere if the weight is sharded: its codes would be all of it, on each rank.
         """
+        if self.is_gathered:
+            return self.plans["weight"] is not None and not self.is_high("grad_input")
         is_kept = weight.shape[0] * TOKENS_AN_OUTPUT <= tokens
         if is_kept or not goes_to_gpu(weight) or self.smooth or self.is_high("grad_input"):
             return False
         return self.plans["weight"] is not None and self.square["weight"]
 
-    def cast(self, role: Role, x: Tensor, gemms: Iterable[Gemm], *, doubt: Doubt = None) -> Hat:
-        """Cast an operand for these GEMMs: once where its blocks are square, else once an axis."""
+    def cast(
+        self,
+        role: Role,
+        x: Tensor,
+        gemms: Iterable[Gemm],
+        *,
+        doubt: Doubt = None,
+        scale: Tensor | None = None,
+    ) -> Hat:
+        """Cast an operand for these GEMMs: once where its blocks are square, else once an axis.
+
+        With a `scale` by that in place of the role's own, where the tensor has one scale.
+        """
         plan = self.plans[role] if doubt is None else self.guarded_weight
         axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
         if plan is None or not axes:
@@ -224,8 +240,9 @@ class Operands:
                 for axis in axes
             })  # fmt: skip
         # Codes of the gradient are gone with the backward that makes them.
+        scale = self.scales[role, 1] if scale is None else scale
         q = quantize_operand(
-            x, None if doubt == "own" else self.scales[role, 1], plan, 1,
+            x, None if doubt == "own" else scale, plan, 1,
             slot=role, keeps_codes=not at_once, turned=0 in axes,
         )  # fmt: skip
         q = self._inspected(x, q)

@@ -38,7 +38,6 @@ On the down projection of a gated MLP that is Smooth-SwiGLU (arXiv 2409.12517): 
 scale, folded into the up projection whose output it multiplies, and into the down projection.
 """
 
-import weakref
 from typing import Any, Literal
 
 import torch
@@ -49,9 +48,13 @@ from torch.autograd.function import once_differentiable
 from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.counting import count
+from unclamp.nn.first import first_scale
+from unclamp.nn.groups import Groups
+from unclamp.nn.layout import Axis
 from unclamp.nn.nested import on_tokens
 from unclamp.nn.operands import Doubt, Hat, Operands, Seen
 from unclamp.nn.rehearsal import rehearses
+from unclamp.nn.split import asked, uncounted
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat, channel_scale
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
@@ -89,6 +92,12 @@ def multiply(
     commit = when_to_commit(operands, x, weight, bias, training=training)
     if commit is not None and not torch.compiler.is_compiling():
         operands.ledger.clock.unseen.look(operands.number, weight, operands.ledger)
+    together: Groups = ()
+    if not (torch.compiler.is_compiling() or rehearses()):
+        ledger, commits = operands.ledger, commit is not None
+        together = ledger.shared.first_groups(
+            ledger, operands.number, commits=commits, training=training
+        )
     if operands.counts_only and not torch.compiler.is_compiling():
         output = F.linear(x, weight, bias)
         return output if commit is None else count(operands, output, x, weight, commit=commit)
@@ -104,11 +113,9 @@ def multiply(
     # Reshaped out here: an in-place operation on a view made inside the function would fail.
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     evaluates = is_evaluation(operands, commit, training=training)
-    output = _Product.apply(tokens, weight, bias, operands, commit, evaluates)
-    shape = (*x.shape[:-1], weight.shape[0])
-    # Not a view for autograd: pipelines detach what a stage puts out in place, which views refuse.
-    compiles = torch.compiler.is_compiling()
-    return output.reshape(shape) if compiles else torch.ops.aten._unsafe_view(output, shape)
+    output = _Product.apply(tokens, weight, bias, operands, commit, evaluates, together)
+    # As `nn.Linear` does it: no view, of which FSDP warns because it may not be written into.
+    return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
 
 
 def check_device(operands: Operands, weight: Tensor) -> None:
@@ -172,20 +179,26 @@ def _forward(
     x_gemms: list[Gemm],
     w_gemms: list[Gemm],
     doubt: Doubt = None,
-) -> tuple[Tensor, Hat, Hat, Tensor | None]:
-    """Return the output, both operands after their casts for some GEMMs, and the smoothing."""
+    together: Groups = (),
+) -> tuple[Tensor, Hat, Hat, Tensor | None, Tensor | None]:
+    """Return the output, both operands after their casts for some GEMMs, and the smoothing.
+
+    Then the weight's scale, where it has a first one that was agreed on `together` with others.
+    """
     smooth = channel_scale(x) if operands.smooth else None
     x_cast, w_cast = x, weight
     if smooth is not None:  # float32 holds the products with a power of two exactly
         x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
-    x_hat = operands.cast("input", x_cast, x_gemms)
-    w_hat = operands.cast("weight", w_cast, w_gemms, doubt=doubt)
+    x_scale = first_scale(operands, "input", x_cast, together)
+    w_scale = first_scale(operands, "weight", w_cast, together)
+    x_hat = operands.cast("input", x_cast, x_gemms, scale=x_scale)
+    w_hat = operands.cast("weight", w_cast, w_gemms, doubt=doubt, scale=w_scale)
     # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
     if operands.is_high("output"):
         output = _plain_gemm(GemmOperand(x), GemmOperand(weight), bias)
     else:
         output = _gemm(operands, "output", x_hat.along(1), w_hat.along(1), bias, x.dtype)
-    return output, x_hat, w_hat, smooth
+    return output, x_hat, w_hat, smooth, w_scale
 
 
 def is_evaluation(operands: Operands, commit: Commit, *, training: bool) -> bool:
@@ -216,23 +229,25 @@ class _Product(torch.autograd.Function):
         operands: Operands,
         commit: Commit,
         evaluates: bool,
+        together: Groups,
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         doubt = operands.doubt(weight) if evaluates else None
         remakes = needs_input and doubt is None and operands.remakes_weight(weight, x.shape[0])
         x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
-        w_gemms: list[Gemm] = (
-            ["output", "grad_input"] if needs_input and not remakes else ["output"]
+        # A cast along the other axis is made in any case, to be counted.
+        casts_once = not needs_input or (remakes and operands.square["weight"])
+        w_gemms: list[Gemm] = ["output"] if casts_once else ["output", "grad_input"]
+        output, x_hat, w_hat, smooth, w_scale = _forward(
+            operands, x, weight, bias, x_gemms, w_gemms, doubt, together
         )
-        output, x_hat, w_hat, smooth = _forward(operands, x, weight, bias, x_gemms, w_gemms, doubt)
 
         # grad_weight will contract T, axis 0 of the input; grad_input N, axis 0 of the weight.
         kept_x = _kept(operands, "grad_weight", x, x_hat) if needs_weight else None
         kept_w = _kept(operands, "grad_input", weight, w_hat) if needs_input else None
         ctx.remade = operands.plans["weight"] if remakes else None
         if remakes:
-            scale = operands.scales["weight", 1]
-            kept_w = GemmOperand(weight, None if scale is None else scale.clone())
+            kept_w = GemmOperand(weight, _scale_of(operands) if w_scale is None else w_scale)
         seen: dict[Role, Seen] = {
             "input": operands.seen("input", x_hat),
             "weight": operands.seen("weight", w_hat),
@@ -243,7 +258,7 @@ class _Product(torch.autograd.Function):
             operands.evaluate(seen)
         # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
         ctx.save_for_backward(*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
-        ctx.operands, ctx.commit, ctx.seen = operands, commit, seen
+        ctx.operands, ctx.commit, ctx.seen, ctx.together = operands, commit, seen, together
         ctx.counted = None, frozenset()
         ctx.grains = tuple(None if k is None else k.granularity for k in (kept_x, kept_w))
         ctx.high = {name: operands.is_high(name) for name in GEMMS}
@@ -259,18 +274,21 @@ class _Product(torch.autograd.Function):
         operands: Operands = ctx.operands
         saved = ctx.saved_tensors  # once: under checkpointing each read unpacks, and may only once
         x_codes, x_inv, w_codes, w_inv, smooth = saved
-        needs_input, needs_weight, needs_bias = _asked(ctx)
+        needs_input, needs_weight, needs_bias = asked(ctx)
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
-        dy_hat, seen = _cast_gradient(operands, dy, [g for g, is_on in wanted.items() if is_on])
+        gemms: list[Gemm] = [gemm for gemm, is_on in wanted.items() if is_on]
+        dy_hat, seen = _cast_gradient(operands, dy, gemms, ctx.together)
         if ctx.commit == "in backward" and not torch.compiler.is_compiling():
-            seen = _uncounted(ctx, dy, dy_hat, seen)
+            seen = uncounted(ctx, dy, dy_hat, seen)
 
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             # grad_input [T, K] = dy_hat [T, N] @ w_hat [N, K], contracting N: axes 1 and 0.
             if ctx.remade is not None:
-                w_hat = _remade(w_codes, w_inv, ctx.remade)
+                w_cast = w_codes if smooth is None else w_codes.to(torch.float32) / smooth
+                axis: Axis = 1 if operands.square["weight"] else 0
+                w_hat = _remade(w_cast, w_inv, ctx.remade, axis)
             else:
                 w_hat = GemmOperand(w_codes, w_inv, ctx.grains[1], 0)
             if ctx.high["grad_input"]:
@@ -298,44 +316,7 @@ class _Product(torch.autograd.Function):
         if ctx.commit == "in backward":
             operands.commit({**ctx.seen, "grad_output": seen})
             ctx.seen = {}  # a graph that is kept makes one cast more, and not three
-        return grad_input, grad_weight, grad_bias, None, None, None
-
-
-def _asked(ctx: Any) -> tuple[bool, bool, bool]:
-    """Return which gradients the running backward asks for: of input, weight and bias.
-
-    torch's own functions know, and one in Python is not told. Zero-bubble schedules run a node
-    twice, for the input's gradient and later for the weight's: without the question each run
-    would cost as much as both.
-    """
-    needs = ctx.needs_input_grad[:3]
-    if torch.compiler.is_compiling():
-        return needs
-    nodes = [node for node, _ in ctx.next_functions]  # of tensors: without a bias there are two
-    x, weight, *bias = (n and _runs(node) for n, node in zip(needs, nodes, strict=False))
-    return x, weight, any(bias)
-
-
-def _runs(node: Any) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf whose gradient is captured: it is asked for
-        return True
-
-
-def _uncounted(ctx: Any, dy: Tensor, hat: Hat, seen: Seen) -> Seen:
-    """Return what was seen of a gradient less what an earlier run for the same one has counted.
-
-    The second run of a zero-bubble schedule hands in the very tensor of the first. In a graph that
-    is kept each backward makes a gradient of its own, which counts.
-    """
-    gradient, axes = ctx.counted
-    if gradient is None or gradient() is not dy:
-        ctx.counted = weakref.ref(dy), frozenset(hat.casts)
-        return seen
-    ctx.counted = gradient, axes | hat.casts.keys()
-    left = Hat(hat.tensor, {axis: q for axis, q in hat.casts.items() if axis not in axes})
-    return ctx.operands.seen("grad_output", left)
+        return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
 NOTHING: tuple[None, None] = (None, None)
@@ -349,12 +330,19 @@ def _kept(operands: Operands, name: Gemm, plain: Tensor, hat: Hat) -> GemmOperan
     return hat.along(0)
 
 
-def _remade(weight: Tensor, scale: Tensor | None, plan: CastPlan) -> GemmOperand:
+def _scale_of(operands: Operands) -> Tensor | None:
+    """Return the scale by which the weight can be cast again; None where it takes its own."""
+    axis: Axis = 1 if operands.square["weight"] else 0
+    scale = operands.scales["weight", axis]
+    return None if scale is None else scale.clone()
+
+
+def _remade(weight: Tensor, scale: Tensor | None, plan: CastPlan, axis: Axis) -> GemmOperand:
     """Return the weight as the forward cast it, for `grad_input`; it is not counted again.
 
     What a cast does is a function of tensor, scale and plan: the codes are the same.
     """
-    return quantize_operand(weight, scale, plan, 1, turned=True).along(0)
+    return quantize_operand(weight, scale, plan, axis, turned=axis == 1).along(0)
 
 
 def _gemm(
@@ -376,7 +364,9 @@ def _plain_gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None = None) -> T
         return F.linear(left, right.to(left.dtype), bias)
 
 
-def _cast_gradient(operands: Operands, dy: Tensor, gemms: list[Gemm]) -> tuple[Hat, Seen]:
+def _cast_gradient(
+    operands: Operands, dy: Tensor, gemms: list[Gemm], together: Groups
+) -> tuple[Hat, Seen]:
     """Cast a gradient so that an Inf in it stays to be seen in what is made of it.
 
     The cast saturates Inf, and whoever skips steps whose gradients are not finite would take an
@@ -388,7 +378,8 @@ def _cast_gradient(operands: Operands, dy: Tensor, gemms: list[Gemm]) -> tuple[H
     is_cpu, is_compiling = dy.device.type == "cpu", torch.compiler.is_compiling()
     if is_cpu and is_compiling:
         dy = torch.where(dy.isfinite(), dy, torch.nan)
-    hat = operands.cast("grad_output", dy, gemms)
+    scale = first_scale(operands, "grad_output", dy, together)
+    hat = operands.cast("grad_output", dy, gemms, scale=scale)
     seen = operands.seen("grad_output", hat)
     if seen.stats is None or (is_cpu and is_compiling):
         return hat, seen
@@ -396,7 +387,8 @@ def _cast_gradient(operands: Operands, dy: Tensor, gemms: list[Gemm]) -> tuple[H
     if not is_cpu:
         return Hat(dy, {axis: _as_nan(q, wild) for axis, q in hat.casts.items()}), seen
     if wild:  # which is rare, so that nothing is spent on it before
-        hat = operands.cast("grad_output", torch.where(dy.isfinite(), dy, torch.nan), gemms)
+        shown_wild = torch.where(dy.isfinite(), dy, torch.nan)
+        hat = operands.cast("grad_output", shown_wild, gemms, scale=scale)
     return hat, seen
 
 

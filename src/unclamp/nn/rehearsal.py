@@ -118,8 +118,9 @@ def _check_is_plain(model: Any) -> None:
     if any(hasattr(module.__dict__.get("sites"), "ledger") for module in model.modules()):
         raise UnsupportedError(
             "expected a model that is neither converted nor observed: pipeline() of "
-            "torch.distributed.pipelining traces it with torch.export, and a traced product has no "
-            "backward. Convert the stages instead: unclamp.convert(pipe.get_stage_module(i), recipe)"
+            "torch.distributed.pipelining traces it with torch.export, and a traced product has "
+            "no backward. Convert the stages instead: "
+            "unclamp.convert(pipe.get_stage_module(i), recipe)"
         )
 
 

@@ -14,6 +14,9 @@ from unclamp.names import ROLES
 
 Turn = frozenset[int] | None
 """Products by number, each of them `len(ROLES)` sites in a row; None: all."""
+NOTHING, LEFT, FRESH = 0, 1, 2
+"""What is pending for a turn: nothing; something that updates have left; or, as far as the host
+knows, anything. The most of several ledgers holds for all of them."""
 
 
 class Turns:
@@ -42,6 +45,12 @@ class Turns:
     def made_for(self, product: int) -> int:
         """Return the number of updates so far that were for a product."""
         return self._of_all + self._of.get(product, 0)
+
+    def pending(self, turn: Turn, *, is_fresh: bool) -> int:
+        """Return what is pending for a turn: `NOTHING`, `LEFT` or `FRESH`."""
+        if is_fresh:
+            return FRESH
+        return LEFT if self.left and (turn is None or turn & self.left) else NOTHING
 
     def narrowed(self, turn: Turn, *, is_fresh: bool) -> Turn:
         """Return the products of a turn that may have something pending."""

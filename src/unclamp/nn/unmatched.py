@@ -7,10 +7,10 @@ figures, and a recorder writes it.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from unclamp.names import shown
+from unclamp.names import GEMMS, shown
 from unclamp.nn.ledger import Ledger
 from unclamp.recipe import Recipe
-from unclamp.rule import matches
+from unclamp.rule import LayerPlan, matches
 from unclamp.scaling import describe
 from unclamp.written import counted
 
@@ -140,3 +140,17 @@ def few(names: Iterable[str]) -> str:
     more = len(every) - MOST_NAMES
     listed = ", ".join(every[:MOST_NAMES])
     return f"{listed} and {more} more" if more > 0 else listed
+
+
+def describe_plan(plan: LayerPlan) -> str:
+    """Say what a layer gets: scalings, formats, GEMMs that are special, smoothing."""
+    parts = [
+        f"{role} {describe(operand.scaling)}"
+        + (f" {operand.format.name}" if operand.scaling.casts else "")
+        for role, operand in plan.operands.items()
+    ]
+    for gemm in GEMMS:
+        mode = plan.gemms[gemm]
+        if mode != "float32":
+            parts.append(f"{gemm} {mode if isinstance(mode, str) else 'GEMM in high precision'}")
+    return ", ".join([*parts, "smoothed"] if plan.smooth else parts)

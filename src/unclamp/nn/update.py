@@ -7,9 +7,6 @@ from torch import Tensor
 
 from unclamp.scaling import Scaling
 
-Share = Callable[[Tensor], Tensor]
-"""Makes of this process's newest amaxes, float32 `[scales]`, those that all processes agree on.
--1 stands for "measured nothing" and is less than every amax, so a maximum over ranks will do."""
 Inspection = Literal["never", "gradients", "clamped", "always"]
 """Which casts get a closer look: none, those that clamped, or all.
 
@@ -69,3 +66,21 @@ class Bound(Protocol):
     def bind(self) -> None:
         """Take the plan and the views anew."""
         ...
+
+
+class Told:
+    """Those who listen to a ledger."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Listener] = []
+        self._switch_listeners: list[SwitchListener] = []
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener(Update(...))` at each update; return what ends it."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def subscribe_to_switches(self, listener: SwitchListener) -> Callable[[], None]:
+        """Call `listener({site: (before, after)})` at each switch; return what ends it."""
+        self._switch_listeners.append(listener)
+        return lambda: self._switch_listeners.remove(listener)

@@ -1,0 +1,82 @@
+"""The first scale of a product that several ranks hold: taken from the tensors of all of them.
+
+Before the first update there is no history, and a cast takes its scale from its own tensor. With
+each rank its own part of a batch that would be other scales than those of one process, so between
+the first forward that trains and the first update the casts of delayed and guarded scaling take the
+maximum over the ranks: one number a cast, in the order of forward and backward, which is the same
+on all ranks. Where it may not be, nobody waits for anybody, and the first scale is each rank's own:
+under `find_unused_parameters`, among routed experts, in a compiled graph, and in evaluations. A
+recipe with a warm-up of one step or more needs none of this.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointFunction
+
+from unclamp.names import Role
+from unclamp.nn.groups import Groups, max_over
+from unclamp.numerics import scale_from_amax
+
+if TYPE_CHECKING:
+    from unclamp.nn.operands import Operands
+
+_ROUTED = re.compile(r"expert", re.IGNORECASE)
+NO_TASK = -1
+
+
+def is_routed(fqn: str) -> bool:
+    """Whether a layer looks like an expert, which a rank without tokens for it leaves out."""
+    return _ROUTED.search(fqn) is not None
+
+
+def trains(*, commits: bool, training: bool) -> bool:
+    """Whether a forward is one of training, which all ranks make; its backward recomputes it too.
+
+    The first forward of reentrant checkpointing has no gradients, like an evaluation; only the
+    stack tells.
+    """
+    if commits or is_in_backward():
+        return True
+    return training and any(f.f_code is _REENTRANT for f in _frames())
+
+
+def is_in_backward() -> bool:
+    """Whether a backward runs."""
+    return torch._C._current_graph_task_id() != NO_TASK
+
+
+def is_in_ddp() -> bool:
+    """Whether a forward of a DDP runs, through which all its ranks go."""
+    return DistributedDataParallel._active_ddp_module is not None
+
+
+def first_scale(operands: "Operands", role: Role, x: Tensor, groups: Groups) -> Tensor | None:
+    """Return the scale that ranks agree on for a cast without a history; None where it has its own.
+
+    Every rank of the groups has to come by with a tensor of its own.
+    """
+    index, plan = operands.indices[role], operands.plans[role]
+    if not groups or plan is None or index not in (operands.ledger.shared.unseeded or ()):
+        return None
+    x = x.detach()
+    amax = torch.where(x.isfinite(), x, 0).abs().amax() if x.numel() else x.new_full((), -1)
+    agreed = max_over(groups, amax.reshape(1))[0].clamp(min=0)
+    power_of_two = plan.power_of_two or plan.granularity.power_of_two
+    return scale_from_amax(agreed, plan.format.max, margin=plan.margin, power_of_two=power_of_two)
+
+
+_REENTRANT = CheckpointFunction.forward.__code__
+
+
+def _frames() -> Iterator[FrameType]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
