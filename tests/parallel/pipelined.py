@@ -1,6 +1,7 @@
 """A small model trained by a pipeline on several ranks, and by one process: what both have seen."""
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -216,7 +217,7 @@ def _schedule(case: Case, model: nn.ModuleDict, own: list[int], places: tuple[in
     return kind(made[0] if is_single else made, MICROBATCHES, loss_fn=loss_of)  # pyright: ignore
 
 
-def _known(case: Case, stage: int) -> dict[str, Tensor]:
+def _known(case: Case, stage: int) -> dict[str, Any]:
     """Return what a stage is told of its shapes; what it gets from another wants a gradient."""
     if not case.is_static:
         return {}

@@ -1,4 +1,5 @@
 import warnings
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -85,6 +86,11 @@ def test_pipelining_may_be_imported_after_the_conversion():
     check_is_single(case, run_ranks(2, on_rank, case))
 
 
+def step_at(place: int, schedule: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Make a step of the first of two stages, which gets the batch, or of the last."""
+    schedule.step(*([x] if place == 0 else []), **({"target": y} if place == 1 else {}))
+
+
 # ---- what a stage sees, by hand ----------------------------------------------------------------
 
 
@@ -97,7 +103,10 @@ def _largest_by_hand(rank: int) -> dict[str, list[float]]:
     unclamp.convert(layer, delayed)
     (ledger,) = find_ledgers(layer)
     shape = torch.zeros(4, 16, requires_grad=True)
-    known = {"input_args": shape.detach().requires_grad_(rank > 0), "output_args": shape}
+    known: dict[str, Any] = {
+        "input_args": shape.detach().requires_grad_(rank > 0),
+        "output_args": shape,
+    }
     stage = PipelineStage(layer, rank, 2, torch.device("cpu"), **known)
     schedule = ScheduleGPipe(stage, 4, loss_fn=lambda output, y: (output - y).square().mean())
     x = torch.randn(16, 16) * torch.arange(1.0, 17.0).unsqueeze(1)
@@ -110,7 +119,7 @@ def _largest_by_hand(rank: int) -> dict[str, list[float]]:
 
     layer.register_forward_hook(look)
     weight = float(layer.weight.detach().abs().max())
-    schedule.step(*([x] if rank == 0 else []), **({"target": y} if rank == 1 else {}))
+    step_at(rank, schedule, x, y)
     torch.optim.SGD(layer.parameters(), lr=0.1).step()
     assert len(inputs) == len(gradients) == 4
     newest = [float(ledger.history_of(i)[0]) for i in range(3)]
@@ -186,7 +195,7 @@ def _train_traced(rank: int) -> dict[str, np.ndarray]:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for step in range(3):
         x, y = _data(step)
-        schedule.step(*([x] if rank == 0 else []), **({"target": y} if rank == 1 else {}))
+        step_at(rank, schedule, x, y)
         optimizer.step()
         optimizer.zero_grad()
     found = _histories(module)
@@ -225,19 +234,19 @@ def _sharded(rank: int, halves: bool) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     place, part = mesh.get_local_rank("pp"), mesh.get_local_rank("dp")
     torch.manual_seed(0)
-    model = nn.ModuleList([_block() for _ in range(2)])[place]
+    model = [_block() for _ in range(2)][place]
     unclamp.convert(model, delayed)
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh["dp"])
     inputs: dict[str, float] = {}
 
-    def look(name: str, x: torch.Tensor) -> None:
+    def look(name: str, _: nn.Module, args: tuple[torch.Tensor]) -> None:
         if not rehearses():
-            inputs[name] = max(inputs.get(name, 0.0), float(x.detach().abs().max()))
+            inputs[name] = max(inputs.get(name, 0.0), float(args[0].detach().abs().max()))
 
     for name in ("0", "2"):
         layer = model.get_submodule(name)
-        layer.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
+        layer.register_forward_pre_hook(partial(look, name))
     stage = PipelineStage(model, place, 2, torch.device("cpu"), group=mesh.get_group("pp"))
     schedule = ScheduleGPipe(stage, 4, loss_fn=_error)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -246,7 +255,7 @@ def _sharded(rank: int, halves: bool) -> dict[str, Any]:
         for step in range(3):
             inputs.clear()
             x, y = (t.chunk(2)[part] if halves else t for t in _data(step))
-            schedule.step(*([x] if place == 0 else []), **({"target": y} if place == 1 else {}))
+            step_at(place, schedule, x, y)
             optimizer.step()
             optimizer.zero_grad()
             largest.append(dict(inputs))
