@@ -182,7 +182,7 @@ def all_on_rank(rank: int, cases: list[Case]) -> list[Outcome]:
 def on_rank(rank: int, case: Case) -> Outcome:
     """Train the stages of one rank."""
     if not case.imports_late:
-        import torch.distributed.pipelining
+        importlib.import_module("torch.distributed.pipelining")
     everything, places = stages(case), SCHEDULES[case.schedule]
     own = [i for i, place in enumerate(places) if place == rank]
     model = nn.ModuleDict({str(i): everything[str(i)] for i in own})
