@@ -98,10 +98,14 @@ def tell_alone(layers: Sequence[str], model: nn.Module | None) -> None:
 
 
 def _is_stage(model: nn.Module) -> bool:
-    """Whether a model is part of a pipeline of torch's."""
+    """Whether a model is part of a stage of torch's pipelines, or holds those of this process."""
     stages = sys.modules.get("torch.distributed.pipelining.stage")
     kind = getattr(stages, "_PipelineStageBase", None)
     if kind is None:
         return False
     found = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
-    return any(part is model for stage in found for part in stage.submod.modules())
+    own = {id(part) for part in model.modules()}
+    return any(
+        id(stage.submod) in own or any(part is model for part in stage.submod.modules())
+        for stage in found
+    )

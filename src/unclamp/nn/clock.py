@@ -25,6 +25,7 @@ from unclamp.nn import nesting
 from unclamp.nn.alive import Alive
 from unclamp.nn.groups import follow_wrappers
 from unclamp.nn.holders import Holders, Product
+from unclamp.nn.rehearsal import watch_pipelines
 from unclamp.nn.turns import Turn, Turns
 from unclamp.nn.unseen import Unseen, closures
 
@@ -267,6 +268,7 @@ def follow_optimizers(ledger: Ticking) -> None:
         after: Any = torch.compiler.disable(_after_optimizer_step)
         _hooks.append(register_optimizer_step_pre_hook(before))
         _hooks.append(register_optimizer_step_post_hook(after))
+        watch_pipelines()
         follow_wrappers()
     ticking.add(ledger)
 

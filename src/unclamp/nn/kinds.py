@@ -17,6 +17,7 @@ from unclamp.nn.conv1d import Fp8Conv1D
 from unclamp.nn.converted import Converted
 from unclamp.nn.fastpath import allow
 from unclamp.nn.linear import Fp8Linear
+from unclamp.nn.traced import Fp8Traced, interpreter_forward, is_traced_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,13 @@ class Kind:
         name: What it is called in sentences.
         adaptor: What comes in front of its class.
         forward: The `forward` that such a module has; None where its library is not loaded.
+        fits: Whether a module with that `forward` is one: of some the `forward` says too little.
     """
 
     name: str
     adaptor: type[Converted]
     forward: Callable[[], Any]
+    fits: Callable[[nn.Module], bool] = lambda module: True
 
 
 def _conv1d_forward() -> Any:
@@ -43,13 +46,19 @@ def _conv1d_forward() -> Any:
 KINDS = (
     Kind(name="linear", adaptor=Fp8Linear, forward=lambda: nn.Linear.forward),
     Kind(name="Conv1D", adaptor=Fp8Conv1D, forward=_conv1d_forward),
+    Kind(
+        name="traced linear",
+        adaptor=Fp8Traced,
+        forward=interpreter_forward,
+        fits=is_traced_linear,
+    ),
 )
 
 
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a module that is not converted; None if it is no matrix product."""
     forward = type(module).forward
-    return next((kind for kind in KINDS if forward is kind.forward()), None)
+    return next((kind for kind in KINDS if forward is kind.forward() and kind.fits(module)), None)
 
 
 def is_relative(module: nn.Module) -> bool:

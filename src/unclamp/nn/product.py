@@ -18,6 +18,9 @@ once. So an evaluation forward changes nothing, and a forward that runs twice fo
 counts once. A product that takes part in training without needing a gradient itself (frozen, at
 the bottom of the model) has no backward: it commits in the forward (`when_to_commit`).
 
+A zero-bubble pipeline runs a node twice, for one gradient at a time: each run makes the GEMM that
+is asked for, and a gradient's cast counts in the first run that needs it.
+
 Where casts are only counted (warm-up, an observed model) autograd's own graph computes, and the
 counting hangs on it: second derivatives, vmap and jvp work as for the plain layer. A compiled
 graph has the function of its own all the same, with GEMMs in high precision: its bits are those
@@ -51,6 +54,8 @@ from unclamp.nn.layout import Axis
 from unclamp.nn.nested import on_tokens
 from unclamp.nn.noted import Doubt
 from unclamp.nn.operands import Hat, Operands, Seen
+from unclamp.nn.rehearsal import rehearses
+from unclamp.nn.split import asked, uncounted
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat, channel_scale
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
@@ -87,7 +92,7 @@ def multiply(
         )
     commit = when_to_commit(operands, x, weight, bias, training=training)
     together: Groups = ()
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or rehearses()):
         ledger, commits = operands.ledger, commit is not None
         if commits:
             ledger.clock.unseen.look(operands.number, weight, ledger)
@@ -135,9 +140,9 @@ def when_to_commit(
     Gradients decide whether a forward trains, and not the module's mode: a frozen base in `eval()`
     under an adapter trains like any other. Only where a product sees no gradient itself, at the
     bottom of such a base, something else has to tell: a parameter of the model that wants one,
-    or else the mode.
+    or else the mode. Of what a pipeline runs for shapes alone nothing counts.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or rehearses():
         return None
     if any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return "in backward"
@@ -209,6 +214,8 @@ def is_evaluation(operands: Operands, commit: Commit, *, training: bool) -> bool
     without gradients; only a copy that never trained can do nothing but evaluate, and does so with
     gradients enabled too.
     """
+    if rehearses():
+        return False
     if torch.compiler.is_compiling():
         return commit is None and not training
     if torch._C._current_graph_task_id() != -1 or _is_in_a_function():
@@ -270,6 +277,7 @@ class _Product(torch.autograd.Function):
         # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
         ctx.save_for_backward(*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
         ctx.operands, ctx.commit, ctx.seen, ctx.together = operands, commit, seen, together
+        ctx.counted = None, frozenset()
         ctx.grains = tuple(None if k is None else k.granularity for k in (kept_x, kept_w))
         ctx.high = {name: operands.is_high(name) for name in GEMMS}
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -284,11 +292,13 @@ class _Product(torch.autograd.Function):
         operands: Operands = ctx.operands
         saved = ctx.saved_tensors  # once: under checkpointing each read unpacks, and may only once
         x_codes, x_inv, w_codes, w_inv, smooth = saved
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_input, needs_weight, needs_bias = asked(ctx)
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
         gemms: list[Gemm] = [gemm for gemm, is_on in wanted.items() if is_on]
         dy_hat, seen = _cast_gradient(operands, dy, gemms, ctx.together)
+        if ctx.commit == "in backward" and not torch.compiler.is_compiling():
+            seen = uncounted(ctx, dy, dy_hat, seen)
 
         grad_input = grad_weight = grad_bias = None
         if needs_input:
