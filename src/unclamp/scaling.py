@@ -192,8 +192,7 @@ class Scaling:
     def __post_init__(self) -> None:
         check_int("margin", self.margin, 0, MAX_MARGIN)
         for name in ("power_of_two", "shared"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
+            if not isinstance(value := getattr(self, name), bool):
                 raise RecipeError(f"expected True or False for {name}, got {value!r}")
         if not isinstance(self.granularity, Granularity):
             raise RecipeError(
@@ -269,9 +268,7 @@ class Dynamic(Scaling):
         margin: Powers of two of headroom below the largest representable value.
         power_of_two: Round the scale down to a power of two, so that scaling is exact.
         granularity: Which elements share a scale.
-        shared: Agree on the scale over the ranks that hold parts of the tensor, so that it is the
-            single process's; one small collective a cast. Otherwise each part has its own, which
-            is finer. On one process it changes nothing.
+        shared: Agree on it with the ranks that hold other parts (`docs/distributed.md`).
     """
 
     kind: ClassVar[str] = "dynamic"
@@ -374,9 +371,8 @@ class HighPrecision(Scaling):
 
 def describe(scaling: Scaling) -> str:
     """Return a scaling in a word or two: its kind, whether it is shared, and its blocks."""
-    words = [scaling.kind, "shared" if scaling.shared else ""]
-    words.append("" if scaling.granularity.is_whole else str(scaling.granularity))
-    return " ".join(word for word in words if word)
+    blocks = "" if scaling.granularity.is_whole else f" {scaling.granularity}"
+    return f"{scaling.kind}{' shared' if scaling.shared else ''}{blocks}"
 
 
 def scaling_to_dict(scaling: Scaling) -> dict[str, Any]:

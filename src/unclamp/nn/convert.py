@@ -152,10 +152,8 @@ def attach(
     for fqn, module in model.named_modules():
         reason = _reason_to_skip(fqn, module, skip)
         if reason is None and module in read_elsewhere:
-            reason = (
-                f"its weight is read by nn.MultiheadAttention, which never calls it "
-                f"({type(module).__name__})"
-            )
+            name = type(module).__name__
+            reason = f"its weight is read by nn.MultiheadAttention, which never calls it ({name})"
         if reason is None:
             converted[fqn] = module
         elif reason:

@@ -240,7 +240,7 @@ class Operands:
         if role in self.shares and not agreed:
             agreed = agreed_scales(self, role, x, [1] if self.square[role] else axes, plan, splits)
         if not self.square[role]:
-            casts = {
+            casts: dict[Axis, Quantized] = {
                 axis: self._inspected(
                     x,
                     quantize_operand(

@@ -271,7 +271,7 @@ class _Product(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
-        gemms = [gemm for gemm, is_on in wanted.items() if is_on]
+        gemms: list[Gemm] = [gemm for gemm, is_on in wanted.items() if is_on]
         dy_hat, seen = _cast_gradient(operands, dy, gemms, ctx.splits)
 
         grad_input = grad_weight = grad_bias = None

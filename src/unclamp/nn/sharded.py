@@ -298,7 +298,7 @@ def fit_all(model: nn.Module) -> None:
 
 def _part_shape(weight: Any, wholes: Mapping[int, Any]) -> tuple[int, ...]:
     """Return the shape that a DTensor parameter has on this rank in a forward."""
-    spec = wholes.get(id(weight), weight._spec)
+    spec: Any = wholes.get(id(weight), weight._spec)
     shape = list(weight.shape)
     for number, placement in enumerate(() if spec is None else spec.placements):
         if placement.is_shard():
@@ -314,7 +314,8 @@ def _wholes(model: nn.Module) -> dict[int, Any]:
 
     None stands for a parameter that is whole in a forward. torch has no public way to it.
     """
-    states = [m._get_fsdp_state() for m in model.modules() if hasattr(type(m), "_get_fsdp_state")]
+    modules: list[Any] = [m for m in model.modules() if hasattr(type(m), "_get_fsdp_state")]
+    states = [module._get_fsdp_state() for module in modules]
     groups = [getattr(state, "_fsdp_param_group", None) for state in states]
     return {
         id(parameter.sharded_param): getattr(parameter, "_unsharded_dtensor_spec", None)
