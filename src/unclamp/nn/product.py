@@ -48,7 +48,8 @@ from unclamp.nn.agreed import WHOLE, Splits, smoothing, splits_at
 from unclamp.nn.counting import count
 from unclamp.nn.nested import on_tokens
 from unclamp.nn.operands import Doubt, Hat, Operands, Seen
-from unclamp.nn.sharded import is_sharded, on_shards
+from unclamp.nn.parts import is_sharded
+from unclamp.nn.sharded import on_shards
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
@@ -116,7 +117,8 @@ def multiply(
     # Reshaped out here: an in-place operation on a view made inside the function would fail.
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     output = _Product.apply(tokens, weight, bias, operands, commit, evaluates, splits)
-    return output.reshape(*x.shape[:-1], weight.shape[0])
+    # No view, as the plain layer's is none: FSDP2 warns of modules that return one.
+    return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
 
 
 def check_device(operands: Operands, weight: Tensor) -> None:

@@ -15,9 +15,7 @@ is observed, DTensor's own linear computes, and the casts of the parts are count
 """
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,8 +28,7 @@ from unclamp.nn.agreed import WHOLE, Splits, splits_at
 from unclamp.nn.converted import Converted
 from unclamp.nn.counting import count
 from unclamp.nn.operands import Operands
-
-DTENSOR = "torch.distributed.tensor"
+from unclamp.nn.parts import fit, is_sharded
 
 
 class Multiply(Protocol):
@@ -71,14 +68,6 @@ class Layout(NamedTuple):
     grad_x: tuple[Any, ...]
     grad_weight: tuple[Any, ...]
     grad_bias: tuple[Any, ...]
-
-
-def is_sharded(*tensors: Tensor) -> bool:
-    """Whether one of these is a DTensor; torch's module is not loaded to find out."""
-    if all(type(t) in (Tensor, nn.Parameter) for t in tensors):
-        return False
-    module = sys.modules.get(DTENSOR)
-    return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 
 
 def on_shards(
@@ -246,7 +235,7 @@ def _whole(part: Tensor, mesh: Any, placements: tuple[Any, ...], shape: Sequence
 def _splits(x: Any, weight: Any) -> Splits:
     """Return how a product is spread over its mesh, once its input is spread as it wants it."""
     mesh = weight.device_mesh
-    splits = Splits(mesh=tuple(mesh.get_all_groups()))
+    splits = Splits(mesh=tuple(mesh.get_group(number) for number in range(mesh.ndim)))
     for number, (own, other) in enumerate(zip(weight.placements, x.placements, strict=True)):
         group, count = (mesh.get_group(number),), mesh.size(number)
         if count == 1:
@@ -267,29 +256,8 @@ def _splits(x: Any, weight: Any) -> Splits:
 # ---- rows of histories -------------------------------------------------------------------------
 
 
-def fit(operands: Operands, shape: Sequence[int]) -> None:
-    """See to it that a weight's blocks with histories are those of this rank's part of it.
-
-    Args:
-        operands: The product's.
-        shape: That of the part, as the product has it: outputs by inputs.
-    """
-    ledger, index = operands.ledger, operands.indices["weight"]
-    site = ledger.sites[index]
-    if site.shape == tuple(shape):
-        return
-    fitting = replace(site, shape=tuple(shape))
-    sites = [*ledger.sites[:index], fitting, *ledger.sites[index + 1 :]]
-    if fitting.grids == site.grids:
-        ledger.sites[index] = fitting
-        return
-    ledger.lay_out(sites)
-    if fitting.scales == site.scales:  # as many, of other blocks
-        ledger.restore(index, None, None)
-
-
 def fit_all(model: nn.Module) -> None:
-    """Do so for all converted layers of a model."""
+    """Fit the rows of histories to this rank's parts, for all converted layers of a model."""
     wholes = _wholes(model)
     for module in model.modules():
         if isinstance(module, Converted) and is_sharded(module.weight):
