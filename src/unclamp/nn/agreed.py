@@ -120,7 +120,7 @@ def agreed_scales(
     for axis in axes:
         groups = _sharing(operands, role, axis, plan, splits)
         if groups:
-            amax = _max_over(groups, _finite_amax(x, plan, axis))
+            amax = max_over(groups, _finite_amax(x, plan, axis))
             scales[axis] = scale_from_amax(amax, plan.largest, power_of_two=plan.power_of_two)
     return scales
 
@@ -131,7 +131,7 @@ def smoothing(operands: "Operands", x: Tensor, splits: Splits) -> Tensor:
     if not groups:
         return channel_scale(x)
     amax = block_amax(_magnitude(x).t(), (1, None))[:, 0]
-    return scale_from_amax(_max_over(groups, amax), 1.0, power_of_two=True)
+    return scale_from_amax(max_over(groups, amax), 1.0, power_of_two=True)
 
 
 def _sharing(
@@ -173,17 +173,6 @@ def _magnitude(x: Tensor) -> Tensor:
     return torch.nan_to_num(x.detach().to(torch.float32), 0, 0, 0).abs()
 
 
-def _max_over(groups: Groups, x: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling():
-        return max_over(groups, x)
-    # A graph holds collectives that give their result, and none that write into a tensor.
-    from torch.distributed._functional_collectives import all_reduce, wait_tensor  # noqa: PLC0415
-
-    for group in groups:
-        x = wait_tensor(all_reduce(x, "max", group))
-    return x
-
-
 class Found(NamedTuple):
     """The groups of a product's ranks, and when they were looked up.
 
@@ -200,8 +189,6 @@ class Found(NamedTuple):
 
 def _found(operands: "Operands") -> Found:
     """Return the groups of a product's ranks; looked up again where a wrapper came or went."""
-    if torch.compiler.is_compiling():
-        return operands.found
     follow_wrappers()
     if operands.found.wrappers != count_wrappers():
         ledger = operands.ledger

@@ -46,6 +46,7 @@ from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.agreed import WHOLE, Splits, smoothing, splits_at
 from unclamp.nn.counting import count
+from unclamp.nn.groups import is_distributed
 from unclamp.nn.nested import on_tokens
 from unclamp.nn.operands import Doubt, Hat, Operands, Seen
 from unclamp.nn.parts import is_sharded
@@ -84,6 +85,8 @@ def multiply(
         return F.linear(x, weight, bias)
     if x.is_nested:
         return on_tokens(x, lambda t: multiply(operands, t, weight, bias, training=training))
+    if operands.shares and torch.compiler.is_compiling() and is_distributed():
+        return _eagerly(operands, x, weight, bias, training=training)
     if is_sharded(x, weight):
         return on_shards(operands, x, weight, bias, multiply, when_to_commit, training=training)
     if not torch.compiler.is_compiling():
@@ -119,6 +122,14 @@ def multiply(
     output = _Product.apply(tokens, weight, bias, operands, commit, evaluates, splits)
     # No view, as the plain layer's is none: FSDP2 warns of modules that return one.
     return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
+
+
+@torch.compiler.disable
+def _eagerly(
+    operands: Operands, x: Tensor, weight: Tensor, bias: Tensor | None, *, training: bool
+) -> Tensor:
+    """Return a product whose ranks agree on scales, between graphs: in one they would not."""
+    return multiply(operands, x, weight, bias, training=training)
 
 
 def check_device(operands: Operands, weight: Tensor) -> None:
