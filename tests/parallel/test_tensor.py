@@ -237,6 +237,7 @@ def _layer(rank: int, how: str) -> dict[str, Any]:
         output = output + bias
     w: Any = layer.weight
     b: Any = layer.bias
+    assert given.grad is not None
     return {
         "made": [t.tolist() for t in (made, given.grad, w.grad.to_local(), b.grad.to_local())],
         "wanted": [t.tolist() for t in (output, grad_x, dy_hat.T @ x_hat, dy_part.sum(0))],

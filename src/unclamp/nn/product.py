@@ -35,6 +35,7 @@ On the down projection of a gated MLP that is Smooth-SwiGLU (arXiv 2409.12517): 
 scale, folded into the up projection whose output it multiplies, and into the down projection.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -124,12 +125,8 @@ def multiply(
     return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
 
 
-@torch.compiler.disable
-def _eagerly(
-    operands: Operands, x: Tensor, weight: Tensor, bias: Tensor | None, *, training: bool
-) -> Tensor:
-    """Return a product whose ranks agree on scales, between graphs: in one they would not."""
-    return multiply(operands, x, weight, bias, training=training)
+# Between graphs: in one, ranks would not agree.
+_eagerly: Callable[..., Tensor] = torch.compiler.disable(multiply)
 
 
 def check_device(operands: Operands, weight: Tensor) -> None:

@@ -268,7 +268,9 @@ def _part_shape(weight: Any, wholes: Mapping[int, Any]) -> tuple[int, ...]:
     """Return the shape that a DTensor parameter has on this rank in a forward."""
     spec: Any = wholes.get(id(weight), weight._spec)
     shape = list(weight.shape)
-    for number, placement in enumerate(() if spec is None else spec.placements):
+    if spec is None:
+        return tuple(shape)
+    for number, placement in enumerate(spec.placements):
         if placement.is_shard():
             size, ranks = shape[placement.dim], spec.mesh.size(number)
             piece = -(-size // ranks)
