@@ -24,6 +24,7 @@ from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands, native_plan
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
+from unclamp.nn.sharded import fit_all
 from unclamp.nn.unmatched import (
     any_in_fp8,
     describe_plan,
@@ -178,6 +179,7 @@ def attach(
     if converted:
         ledger.recipe = recipe
     _install(ledger, converted, plans)
+    fit_all(model)
     keep_off(model)
     leave_out(model)
     ledger.rebind()  # a warm-up is the whole model's

@@ -4,7 +4,7 @@
 stays, whatever FSDP, a parametrization or a library made of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unclamp.names import ROLES
 from unclamp.nn.operands import Operands
+from unclamp.nn.parts import fit, is_sharded
 from unclamp.scaling import describe
 
 STATE_PREFIX = "unclamp_"
@@ -44,11 +45,25 @@ class Converted(nn.Module):
 
     sites: Operands
     weight: Tensor
+    is_turned = False
+    """Whether the product sees the weight turned."""
 
     @classmethod
     def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
         """Return the shape of a module's weight as the product has it: outputs by inputs."""
         raise NotImplementedError
+
+    @classmethod
+    def product_shape(cls, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of a weight as the product has it."""
+        return tuple(reversed(shape)) if cls.is_turned else tuple(shape)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; a weight that tensor parallelism splits has rows of its part."""
+        super().register_parameter(name, param)
+        if name == "weight" and "sites" in self.__dict__ and is_sharded(param):
+            part: Any = param
+            fit(self.sites, self.product_shape(part.to_local().shape))
 
     def extra_repr(self) -> str:
         """Add to what the layer shows: scalings, formats, GEMMs that are special, smoothing."""

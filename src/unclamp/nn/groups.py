@@ -116,6 +116,11 @@ def give(modules: Mapping[str, nn.Module], group: Given | Mapping[str, Given] | 
     _changes[0] += bool(globs)
 
 
+def is_told(module: nn.Module) -> bool:
+    """Whether the user said which groups hold a module."""
+    return module in _given
+
+
 def forget(module: nn.Module) -> None:
     """Look for a module's groups again, whatever was given."""
     _given.pop(module, None)

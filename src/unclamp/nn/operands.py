@@ -8,12 +8,14 @@ latter as inputs, and serve any product with the same plan.
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from unclamp.names import GEMMS, ROLES, Gemm, Role
+from unclamp.nn.agreed import NOT_AGREED, WHOLE, Agreed, Found, Splits, agreed_scales
+from unclamp.nn.casts import NOTHING_SEEN, Hat, Seen
 from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.layout import Axis, Site, guarded
 from unclamp.nn.noted import Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
@@ -60,23 +62,6 @@ def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
     return plan if operands == plan.operands else replace(plan, operands=operands)
 
 
-class Hat(NamedTuple):
-    """An operand as its GEMMs get it: a tensor with a hat in the equations.
-
-    Attributes:
-        tensor: The operand itself, for GEMMs that do not take its codes.
-        casts: Its casts by the axis that the GEMM contracts; one serves both where it can.
-    """
-
-    tensor: Tensor
-    casts: dict[Axis, Quantized]
-
-    def along(self, axis: Axis) -> GemmOperand:
-        """Return what a GEMM that contracts this axis multiplies."""
-        q = self.casts.get(axis)
-        return GemmOperand(self.tensor, axis=axis) if q is None else q.along(axis)
-
-
 KEPT = ("ledger", "indices", "smooth", "modes", "is_saved", "ignored")
 """What copies and pickles of a product keep; the rest is views, taken anew."""
 
@@ -92,6 +77,8 @@ class Operands:
         smooth: Whether the input is scaled by channel, and the weight by the inverse.
         counts_only: Whether casts are only counted, and the product is computed without them.
         is_plain: Whether nothing is cast at all.
+        shares: The roles whose own scales ranks agree on.
+        found: The groups of its ranks, where some role's are.
         scales: Views of the ledger's scales, 0-d per tensor, by role and axis; None where the
             cast takes its own.
         pending: View of the ledger's statistics, `[3, len(Stat)]`.
@@ -114,6 +101,7 @@ class Operands:
     """
 
     noted: Noted | None = None
+    found = Found()
     is_saved = True
     silent_forwards = 0
     on_end: Callable[[], None] | None = None
@@ -138,6 +126,7 @@ class Operands:
         sites: dict[Role, Site] = {r: ledger.sites[index] for r, index in self.indices.items()}
         self.plans: dict[Role, CastPlan | None] = {r: s.cast_plan for r, s in sites.items()}
         self.square = {r: s.operand.scaling.granularity.is_square for r, s in sites.items()}
+        self.shares = frozenset(r for r, site in sites.items() if site.operand.scaling.shared)
         self.counts_only = ledger.is_warming
         self.is_plain = all(not self._needs_cast(role) for role in ROLES)
         self.pending = ledger.pending[first : first + len(ROLES)]
@@ -214,10 +203,19 @@ class Operands:
         *,
         doubt: Doubt = None,
         scale: Tensor | None = None,
+        splits: Splits = WHOLE,
+        agreed: Agreed = NOT_AGREED,
     ) -> Hat:
         """Cast an operand for these GEMMs: once where its blocks are square, else once an axis.
 
-        With a `scale` by that in place of the role's own, where the tensor has one scale.
+        Args:
+            role: Which operand.
+            x: The tensor, or this rank's part.
+            gemms: What it enters.
+            doubt: Whether its scale may be another tensor's.
+            scale: In place of the role's own, where the tensor has one scale.
+            splits: How it is spread over ranks, who agree on its scales.
+            agreed: Scales that they agreed on before.
         """
         plan = self.plans[role] if doubt is None else self.guarded_weight
         axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
@@ -227,25 +225,34 @@ class Operands:
             return Hat(x, {1: x.quantized, 0: x.quantized})
         # Values are wanted by what is multiplied at once; backward decodes what it keeps.
         at_once = role == "grad_output"
+        if role in self.shares and not agreed:
+            agreed = agreed_scales(self, role, x, [1] if self.square[role] else axes, plan, splits)
         if not self.square[role]:
-            return Hat(x, {
+            casts: dict[Axis, Quantized] = {
                 axis: self.inspected(
                     x,
                     quantize_operand(
-                        x, None if doubt == "own" else self.scales[role, axis], plan, axis,
+                        x, self._scale(role, axis, doubt, agreed), plan, axis,
                         slot=f"{role} {axis}" if axis == 1 or at_once else None,
                     ),
                 )
                 for axis in axes
-            })  # fmt: skip
+            }  # fmt: skip
+            return Hat(x, casts, agreed)
         # Codes of the gradient are gone with the backward that makes them.
-        scale = self.scales[role, 1] if scale is None else scale
         q = quantize_operand(
-            x, None if doubt == "own" else scale, plan, 1,
+            x, self._scale(role, 1, doubt, agreed, scale), plan, 1,
             slot=role, keeps_codes=not at_once, turned=0 in axes,
         )  # fmt: skip
         q = self.inspected(x, q)
-        return Hat(x, {1: q, 0: q})
+        return Hat(x, {1: q, 0: q}, agreed)
+
+    def _scale(
+        self, role: Role, axis: Axis, doubt: Doubt, agreed: Agreed, given: Tensor | None = None
+    ) -> Tensor | None:
+        own = self.scales[role, axis] if given is None else given
+        scale = None if doubt == "own" else own
+        return agreed.get(axis, scale) if agreed else scale
 
     def inspected(self, x: Tensor, q: Quantized) -> Quantized:
         """Return a cast with its closer look, where one is wanted."""
@@ -383,22 +390,3 @@ def _guarded(site: Site) -> CastPlan | None:
     if plan is None or scaling.takes_own or scaling.fixed_scale is not None:
         return None
     return guarded(plan)
-
-
-class Seen(NamedTuple):
-    """What a role's casts tell the ledger.
-
-    Attributes:
-        stats: Their statistics; None where nothing was cast.
-        details: The closer look, where one was taken.
-        amax_1: Amaxes of blocks with a history, of the cast along the last axis.
-        amax_0: The same along the first.
-    """
-
-    stats: Tensor | None = None
-    details: Tensor | None = None
-    amax_1: Tensor | None = None
-    amax_0: Tensor | None = None
-
-
-NOTHING_SEEN = Seen()

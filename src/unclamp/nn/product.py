@@ -47,16 +47,21 @@ from torch.autograd.function import once_differentiable
 
 from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
+from unclamp.nn.agreed import WHOLE, Splits, smoothing, splits_at
+from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.counting import count
 from unclamp.nn.first import first_scale
-from unclamp.nn.groups import Groups
+from unclamp.nn.gradient import cast_gradient, with_look
+from unclamp.nn.groups import Groups, is_distributed
 from unclamp.nn.layout import Axis
 from unclamp.nn.nested import on_tokens
 from unclamp.nn.noted import Doubt
-from unclamp.nn.operands import Hat, Operands, Seen
+from unclamp.nn.operands import Operands
+from unclamp.nn.parts import is_sharded
 from unclamp.nn.rehearsal import rehearses
+from unclamp.nn.sharded import on_shards
 from unclamp.nn.split import asked, uncounted
-from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat, channel_scale
+from unclamp.numerics import CastPlan, GemmOperand
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
 WANTS_A_VIEW = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
@@ -67,12 +72,19 @@ Commit = Literal["in backward", "now"] | None
 
 
 def multiply(
-    operands: Operands, x: Tensor, weight: Tensor, bias: Tensor | None, *, training: bool
+    operands: Operands,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    splits: Splits = WHOLE,
 ) -> Tensor:
     """Return `x @ weight.T + bias` with the operands cast as their plan says.
 
     Shapes: `x` `[..., K]`, any leading shape, empty or nested too; `weight` `[N, K]`; the result
-    `[..., N]` in the dtype of `x`, under autocast in autocast's.
+    `[..., N]` in the dtype of `x`, under autocast in autocast's. Of DTensors each rank multiplies
+    its parts (`nn.sharded`), which are spread as `splits` says.
 
     Raises:
         ValueError: The last dimension of `x` is not K.
@@ -83,6 +95,10 @@ def multiply(
         return F.linear(x, weight, bias)
     if x.is_nested:
         return on_tokens(x, lambda t: multiply(operands, t, weight, bias, training=training))
+    if operands.shares and torch.compiler.is_compiling() and is_distributed():
+        return _eagerly(operands, x, weight, bias, training=training)
+    if is_sharded(x, weight):
+        return on_shards(operands, x, weight, bias, multiply, when_to_commit, training=training)
     if not torch.compiler.is_compiling():
         check_device(operands, weight)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -101,9 +117,14 @@ def multiply(
         together = ledger.shared.first_groups(
             ledger, operands.number, commits=commits, training=training
         )
+    evaluates = is_evaluation(operands, commit, training=training)
+    if operands.shares:
+        splits = splits_at(operands, splits, x.shape[:-1].numel(), evaluates=evaluates)
     if operands.counts_only and not torch.compiler.is_compiling():
         output = F.linear(x, weight, bias)
-        return output if commit is None else count(operands, output, x, weight, commit=commit)
+        if commit is None:
+            return output
+        return count(operands, output, x, weight, commit=commit, splits=splits)
     # Not before: in a trace sizes are no numbers, and the plain layer has an error of its own.
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         return _traced(operands, x, weight, bias)
@@ -115,10 +136,13 @@ def multiply(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     # Reshaped out here: an in-place operation on a view made inside the function would fail.
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    evaluates = is_evaluation(operands, commit, training=training)
-    output = _Product.apply(tokens, weight, bias, operands, commit, evaluates, together)
+    output = _Product.apply(tokens, weight, bias, operands, commit, evaluates, together, splits)
     # As `nn.Linear` does it: no view, of which FSDP warns because it may not be written into.
     return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
+
+
+# Between graphs: in one, ranks would not agree.
+_eagerly: Any = torch.compiler.disable(multiply)
 
 
 def check_device(operands: Operands, weight: Tensor) -> None:
@@ -184,19 +208,20 @@ def _forward(
     w_gemms: list[Gemm],
     doubt: Doubt = None,
     together: Groups = (),
+    splits: Splits = WHOLE,
 ) -> tuple[Tensor, Hat, Hat, Tensor | None, Tensor | None]:
     """Return the output, both operands after their casts for some GEMMs, and the smoothing.
 
     Then the weight's scale, where it has a first one that was agreed on `together` with others.
     """
-    smooth = channel_scale(x) if operands.smooth else None
+    smooth = smoothing(operands, x, splits) if operands.smooth else None
     x_cast, w_cast = x, weight
     if smooth is not None:  # float32 holds the products with a power of two exactly
         x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
     x_scale = first_scale(operands, "input", x_cast, together)
     w_scale = first_scale(operands, "weight", w_cast, together)
-    x_hat = operands.cast("input", x_cast, x_gemms, scale=x_scale)
-    w_hat = operands.cast("weight", w_cast, w_gemms, doubt=doubt, scale=w_scale)
+    x_hat = operands.cast("input", x_cast, x_gemms, scale=x_scale, splits=splits)
+    w_hat = operands.cast("weight", w_cast, w_gemms, doubt=doubt, scale=w_scale, splits=splits)
     # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
     if operands.is_high("output"):
         output = _plain_gemm(GemmOperand(x), GemmOperand(weight), bias)
@@ -247,6 +272,7 @@ class _Product(torch.autograd.Function):
         commit: Commit,
         evaluates: bool,
         together: Groups,
+        splits: Splits,
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         # What may be trained by a backward has the bits of a training, whatever its mode.
@@ -257,7 +283,7 @@ class _Product(torch.autograd.Function):
         casts_once = not needs_input or (remakes and operands.square["weight"])
         w_gemms: list[Gemm] = ["output"] if casts_once else ["output", "grad_input"]
         output, x_hat, w_hat, smooth, w_scale = _forward(
-            operands, x, weight, bias, x_gemms, w_gemms, doubt, together
+            operands, x, weight, bias, x_gemms, w_gemms, doubt, together, splits
         )
 
         # grad_weight will contract T, axis 0 of the input; grad_input N, axis 0 of the weight.
@@ -265,7 +291,7 @@ class _Product(torch.autograd.Function):
         kept_w = _kept(operands, "grad_input", weight, w_hat) if needs_input else None
         ctx.remade = operands.plans["weight"] if remakes else None
         if remakes:
-            kept_w = GemmOperand(weight, _scale_of(operands) if w_scale is None else w_scale)
+            kept_w = GemmOperand(weight, _scale_of(operands, w_hat) if w_scale is None else w_scale)
         seen: dict[Role, Seen] = {
             "input": operands.seen("input", x_hat),
             "weight": operands.seen("weight", w_hat),
@@ -276,7 +302,7 @@ class _Product(torch.autograd.Function):
             operands.evaluate(seen, weight)
         # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
         ctx.save_for_backward(*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
-        ctx.operands, ctx.commit, ctx.seen, ctx.together = operands, commit, seen, together
+        ctx.operands, ctx.commit, ctx.seen, ctx.meets = operands, commit, seen, (together, splits)
         ctx.counted = None, frozenset()
         ctx.grains = tuple(None if k is None else k.granularity for k in (kept_x, kept_w))
         ctx.high = {name: operands.is_high(name) for name in GEMMS}
@@ -296,7 +322,7 @@ class _Product(torch.autograd.Function):
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
         gemms: list[Gemm] = [gemm for gemm, is_on in wanted.items() if is_on]
-        dy_hat, seen = _cast_gradient(operands, dy, gemms, ctx.together)
+        dy_hat, seen = cast_gradient(operands, dy, gemms, *ctx.meets)
         if ctx.commit == "in backward" and not torch.compiler.is_compiling():
             seen = uncounted(ctx, dy, dy_hat, seen)
 
@@ -328,7 +354,7 @@ class _Product(torch.autograd.Function):
                 grad_weight = grad_weight if smooth is None else grad_weight / smooth
             grad_weight = grad_weight.to(weight_dtype)
             if ctx.commit == "in backward" and not ctx.high["grad_weight"]:
-                seen = _with_gradient(operands, seen, dy, dy_hat, x_hat, grad_weight, smooth)
+                seen = with_look(operands, seen, dy, dy_hat, x_hat, grad_weight, smooth)
         if needs_bias:
             grad_bias = sum_tokens(dy).to(bias_dtype)
         if ctx.commit == "in backward":
@@ -348,10 +374,10 @@ def _kept(operands: Operands, name: Gemm, plain: Tensor, hat: Hat) -> GemmOperan
     return hat.along(0)
 
 
-def _scale_of(operands: Operands) -> Tensor | None:
+def _scale_of(operands: Operands, hat: Hat) -> Tensor | None:
     """Return the scale by which the weight can be cast again; None where it takes its own."""
     axis: Axis = 1 if operands.square["weight"] else 0
-    scale = operands.scales["weight", axis]
+    scale = hat.agreed.get(axis, operands.scales["weight", axis])
     return None if scale is None else scale.clone()
 
 
@@ -380,60 +406,3 @@ def _plain_gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None = None) -> T
     with torch.autocast(left.device.type, enabled=False):
         bias = None if bias is None else bias.to(left.dtype)
         return F.linear(left, right.to(left.dtype), bias)
-
-
-def _cast_gradient(
-    operands: Operands, dy: Tensor, gemms: list[Gemm], together: Groups
-) -> tuple[Hat, Seen]:
-    """Cast a gradient so that an Inf in it stays to be seen in what is made of it.
-
-    The cast saturates Inf, and whoever skips steps whose gradients are not finite would take an
-    overflow for a good step. On a CPU NaN takes its place before the cast, and ends in the rows
-    that it belongs to. Elsewhere nobody waits for the device to learn of an Inf, and a pass over
-    each gradient would cost as much as its cast: NaN takes the place of the scale, and ends in all
-    that is made of the gradient.
-    """
-    is_cpu, is_compiling = dy.device.type == "cpu", torch.compiler.is_compiling()
-    if is_cpu and is_compiling:
-        dy = torch.where(dy.isfinite(), dy, torch.nan)
-    scale = first_scale(operands, "grad_output", dy, together)
-    hat = operands.cast("grad_output", dy, gemms, scale=scale)
-    seen = operands.seen("grad_output", hat)
-    if seen.stats is None or (is_cpu and is_compiling):
-        return hat, seen
-    wild = seen.stats[Stat.NONFINITE] > 0
-    if not is_cpu:
-        return Hat(dy, {axis: _as_nan(q, wild) for axis, q in hat.casts.items()}), seen
-    if wild:  # which is rare, so that nothing is spent on it before
-        shown_wild = torch.where(dy.isfinite(), dy, torch.nan)
-        hat = operands.cast("grad_output", shown_wild, gemms, scale=scale)
-    return hat, seen
-
-
-def _with_gradient(
-    operands: Operands,
-    seen: Seen,
-    dy: Tensor,
-    dy_hat: Hat,
-    x_hat: GemmOperand,
-    grad: Tensor,
-    smooth: Tensor | None,
-) -> Seen:
-    """Return what was seen of a gradient, and what its clamping did to the weight's gradient.
-
-    Where NaN took the place of an Inf, that gradient says nothing: one is measured that has the
-    largest value there, as the cast makes it. It is rare, so that nothing is spent on it before.
-    """
-    if dy_hat.tensor is not dy and dy.device.type == "cpu" and not torch.compiler.is_compiling():
-        if operands.inspection == "never":
-            return seen
-        dy_hat = operands.cast("grad_output", dy, ["grad_weight"])
-        dtype = grad.dtype if smooth is None else torch.float32
-        grad = _gemm(operands, "grad_weight", dy_hat.along(0), x_hat, None, dtype)
-        grad = grad if smooth is None else grad / smooth
-    return operands.with_gradient(seen, dy_hat, x_hat, grad, smooth)
-
-
-def _as_nan(q: Quantized, wild: Tensor) -> Quantized:
-    """Return a cast that stands for NaN alone if it is `wild`."""
-    return q._replace(scale_inv=torch.where(wild, torch.nan, q.scale_inv), values=None)

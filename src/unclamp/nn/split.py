@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclamp.nn.operands import Hat, Seen
+from unclamp.nn.casts import Hat, Seen
 
 
 def asked(ctx: Any) -> tuple[bool, bool, bool]:
