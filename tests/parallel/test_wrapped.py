@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -101,6 +102,7 @@ def test_unused_layers_keep_one_state() -> None:
 
 
 def _compiled(rank: int, wrapper: str) -> tuple[Any, list[bool]]:
+    warnings.simplefilter("ignore")  # of torch's compiler, of what it does itself
     torch.manual_seed(0)
     net = Net()
     unclamp.convert(net, recipe("delayed"))
