@@ -129,9 +129,10 @@ def wrap(net: Net, case: Case) -> nn.Module:
         return FullyShardedDataParallel(net, **how)
     if case.wrapper == "none":
         return net
-    shape = (2, ranks // 2) if case.wrapper == "hsdp" else (ranks,)
+    is_hybrid = case.wrapper == "hsdp"
+    shape, names = ((2, ranks // 2), ("dp", "fsdp")) if is_hybrid else ((ranks,), ("fsdp",))
     kept: dict[str, Any] = {
-        "mesh": init_device_mesh("cpu", shape),
+        "mesh": init_device_mesh("cpu", shape, mesh_dim_names=names),
         "reshard_after_forward": case.reshard,
         "offload_policy": CPUOffloadPolicy(pin_memory=False) if case.offload else OffloadPolicy(),
     }

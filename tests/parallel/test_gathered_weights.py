@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import unclamp
 from ranks import run_ranks
-from unclamp import Delayed, Dynamic, PerBlock, PerRow, Recipe
+from unclamp import Delayed, Dynamic, Guarded, PerBlock, PerRow, Recipe
 
 IN, OUT, ROWS = 24, 40, 6
 """No two of the tensors of a layer have one shape."""
@@ -19,7 +19,7 @@ KINDS = {
     "dynamic": Recipe.uniform(Dynamic()),
     "rows": Recipe.uniform(Dynamic(granularity=PerRow())),
     "blocks with a history": Recipe(weight=Delayed(granularity=PerBlock(8, 8))),
-    "smoothed": Recipe(smooth=True),
+    "smoothed": Recipe(smooth=True, weight=Guarded()),
 }
 
 

@@ -2,12 +2,16 @@
 
 import functools
 import itertools
+import warnings
+from typing import Any
 
 import pytest
 import torch
 
+import unclamp
 from ranks import run_ranks
-from wrapped import Case, Trained, train
+from unclamp.nn import find_ledgers
+from wrapped import Case, Net, Trained, batches, recipe, train, wrap
 
 CASES = {
     "ddp": Case(wrapper="ddp"),
@@ -95,3 +99,28 @@ def test_unused_layers_keep_one_state() -> None:
         measured = sum(amax > 0 for amax in itertools.chain(*histories[spare]))
         assert measured == 3 * min((step + 1) // 2, 2)
         assert all(scale > 0 for scale in scales[spare]) == (step > 0)
+
+
+def _compiled(rank: int, wrapper: str) -> tuple[Any, list[bool]]:
+    warnings.simplefilter("ignore")  # of torch's compiler, of what it does itself
+    torch.manual_seed(0)
+    net = Net()
+    unclamp.convert(net, recipe("delayed"))
+    net.middle.compile(backend="aot_eager", fullgraph=True)
+    model = wrap(net, Case(wrapper=wrapper))
+    optimizer, (ledger,) = torch.optim.SGD(model.parameters(), lr=0.5), find_ledgers(model)
+    states, grew = [], []
+    for (batch,) in batches(3, 1, 2):
+        model(batch[rank]).square().sum().div(2**10).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        states.append((ledger.scale.tolist(), ledger.amax_history.tolist(), ledger.updates))
+        grew.append(ledger.updates == len(states))
+    return states, grew
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_compiled_layers_share_their_scales(wrapper: str) -> None:
+    first, second = run_ranks(2, _compiled, wrapper)
+    assert first == second
+    assert first[1] == [True] * 3
