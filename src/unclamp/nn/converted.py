@@ -4,7 +4,9 @@
 stays, whatever FSDP, a parametrization or a library made of it.
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -13,24 +15,16 @@ from torch import Tensor, nn
 
 from unclamp.names import ROLES
 from unclamp.nn.operands import Operands
+from unclamp.nn.saved import (
+    STATE_PREFIX,
+    UPDATES,
+    mesh_of,
+    off_mesh,
+    on_mesh,
+    to_fill,
+    wants_to_fill,
+)
 from unclamp.scaling import describe
-
-STATE_PREFIX = "unclamp_"
-"""Starts the name of every key of scaling state in a state_dict."""
-UPDATES = "updates"
-
-
-def weights_only(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state_dict without scaling state: what a model that is not converted can load.
-
-    transformers' `save_pretrained` and PEFT's files hold nothing else anyway.
-    """
-    return {key: value for key, value in state_dict.items() if not is_state_key(key)}
-
-
-def is_state_key(key: str) -> bool:
-    """Whether a key of a state_dict is one of scaling state."""
-    return key.rpartition(".")[2].startswith(STATE_PREFIX)
 
 
 class Converted(nn.Module):
@@ -73,7 +67,8 @@ class Converted(nn.Module):
 
     def scaling_state(self) -> dict[str, Tensor]:
         """Return the scaling state by its name in a state_dict; none where it only observes."""
-        return {name: read() for name, read in self._state_readers().items()}
+        mesh = mesh_of(self)
+        return {name: on_mesh(read(), mesh) for name, read in self._state_readers().items()}
 
     def _state_readers(self) -> dict[str, Callable[[], Tensor]]:
         """Return what makes each tensor of the scaling state, by name: one may be asked for."""
@@ -97,8 +92,17 @@ class Converted(nn.Module):
         if name.startswith(STATE_PREFIX):
             read = self._state_readers().get(name)
             if read is not None:
-                return read()
+                return on_mesh(read(), mesh_of(self))
         return super().__getattr__(name)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Return the module's buffers; scaling state is shown to one caller only (`nn.saved`)."""
+        buffers = super().named_buffers(prefix, recurse, remove_duplicate)
+        if not wants_to_fill(sys._getframe(1)):
+            return buffers
+        return itertools.chain(buffers, to_fill(self.scaling_state(), self.weight.device))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -116,15 +120,15 @@ class Converted(nn.Module):
         alone is that of a plain model, of which no scale here need be right.
         """
         ledger, own = self.sites.ledger, f"{prefix}{STATE_PREFIX}"
-        knows_scales = any(key.startswith(own) for key in state_dict)
+        values = {key: off_mesh(v) for key, v in state_dict.items() if key.startswith(own)}
+        known = {key.removeprefix(own): v for key, v in values.items() if v is not None}
         for role, index in self.sites.indices.items():
-            history = state_dict.get(f"{own}{role}_amax_history")
-            scale = state_dict.get(f"{own}{role}_scale")
+            history, scale = known.get(f"{role}_amax_history"), known.get(f"{role}_scale")
             is_other = role == "weight" and f"{prefix}weight" in state_dict
-            if is_other or not (knows_scales and history is scale is None):
+            if is_other or not (known and history is scale is None):
                 ledger.restore(index, history, scale)
-        if f"{own}{UPDATES}" in state_dict:
-            ledger.restore_updates(float(state_dict[f"{own}{UPDATES}"]))
+        if UPDATES in known:
+            ledger.restore_updates(float(known[UPDATES]))
 
     def _load_from_state_dict(
         self,
