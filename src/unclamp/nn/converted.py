@@ -6,8 +6,7 @@ stays, whatever FSDP, a parametrization or a library made of it.
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -18,12 +17,14 @@ from unclamp.nn.operands import Operands
 from unclamp.nn.saved import (
     STATE_PREFIX,
     UPDATES,
+    Spread,
     mesh_of,
     off_mesh,
     on_mesh,
     to_fill,
     wants_to_fill,
 )
+from unclamp.nn.sharded import fit, part_shape, spread_in_forward
 from unclamp.scaling import describe
 
 
@@ -38,11 +39,18 @@ class Converted(nn.Module):
 
     sites: Operands
     weight: Tensor
+    is_turned = False
+    """Whether the product sees the weight turned."""
 
     @classmethod
     def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
         """Return the shape of a module's weight as the product has it: outputs by inputs."""
         raise NotImplementedError
+
+    @classmethod
+    def product_shape(cls, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of a weight as the product has it."""
+        return tuple(reversed(shape)) if cls.is_turned else tuple(shape)
 
     def extra_repr(self) -> str:
         """Add to what the layer shows: scalings, formats, GEMMs that are special, smoothing."""
@@ -67,8 +75,7 @@ class Converted(nn.Module):
 
     def scaling_state(self) -> dict[str, Tensor]:
         """Return the scaling state by its name in a state_dict; none where it only observes."""
-        mesh = mesh_of(self)
-        return {name: on_mesh(read(), mesh) for name, read in self._state_readers().items()}
+        return {name: read() for name, read in self._state_readers().items()}
 
     def _state_readers(self) -> dict[str, Callable[[], Tensor]]:
         """Return what makes each tensor of the scaling state, by name: one may be asked for."""
@@ -77,22 +84,40 @@ class Converted(nn.Module):
             return {}
         if not sites.is_saved:
             return {}
-        ledger = sites.ledger
+        ledger, spread = sites.ledger, self._spread()
         readers: dict[str, Callable[[], Tensor]] = {}
+
+        def reader(read: Callable[[int], Tensor], index: int) -> Callable[[], Tensor]:
+            return lambda: spread.saved(read(index), ledger.sites[index])
+
         for role, index in sites.indices.items():
-            readers[f"{STATE_PREFIX}{role}_amax_history"] = partial(ledger.history_of, index)
-            readers[f"{STATE_PREFIX}{role}_scale"] = partial(ledger.scale_of, index)
-        readers[f"{STATE_PREFIX}{UPDATES}"] = lambda: torch.tensor(
-            ledger.count(), dtype=torch.float64
+            readers[f"{STATE_PREFIX}{role}_amax_history"] = reader(ledger.history_of, index)
+            readers[f"{STATE_PREFIX}{role}_scale"] = reader(ledger.scale_of, index)
+        readers[f"{STATE_PREFIX}{UPDATES}"] = lambda: on_mesh(
+            torch.tensor(ledger.count(), dtype=torch.float64), spread.mesh
         )
         return readers
+
+    def _spread(self) -> Spread:
+        """Return how the layer lies on ranks, and have its blocks be those of this rank."""
+        mesh, weight, ledger = mesh_of(self), self._parameters.get("weight"), self.sites.ledger
+        if mesh is None or weight is None:
+            return Spread(mesh=mesh)
+        if not ledger.sites[self.sites.indices["weight"]].grids:
+            return Spread(mesh=mesh)
+        spec = spread_in_forward(weight, ledger.clock.model or self)
+        if spec is None or not any(p.is_shard() for p in spec.placements):
+            return Spread(mesh=mesh)
+        fit(self.sites, self.product_shape(part_shape(weight, spec)))
+        shape = self.product_shape(weight.shape)
+        return Spread(mesh=mesh, spec=spec, shape=shape, is_turned=self.is_turned)
 
     def __getattr__(self, name: str) -> Any:
         """Find scaling state by its key: torch's distributed checkpoints look each key up."""
         if name.startswith(STATE_PREFIX):
             read = self._state_readers().get(name)
             if read is not None:
-                return on_mesh(read(), mesh_of(self))
+                return read()
         return super().__getattr__(name)
 
     def named_buffers(
@@ -121,6 +146,7 @@ class Converted(nn.Module):
         """
         ledger, own = self.sites.ledger, f"{prefix}{STATE_PREFIX}"
         values = {key: off_mesh(v) for key, v in state_dict.items() if key.startswith(own)}
+        self._spread()  # what a part is of follows from how the layer lies now
         known = {key.removeprefix(own): v for key, v in values.items() if v is not None}
         for role, index in self.sites.indices.items():
             history, scale = known.get(f"{role}_amax_history"), known.get(f"{role}_scale")
