@@ -6,6 +6,7 @@ model has with a buffer in the place of each tensor of scaling state.
 
 import copy
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,3 +230,20 @@ def _onto_meta(rank: int) -> list[bool]:
 
 def test_a_model_on_meta_gets_all_of_it_from_rank_0() -> None:
     assert run_ranks(2, _onto_meta) == [[True] * 2] * 2
+
+
+@quiet
+def _by_accelerate(rank: int) -> bool:
+    from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
+
+    donor = net()
+    train(donor, SGD(donor.parameters(), lr=0.05), "plain", range(3))
+    model = wrapped(net(seed=1).to("meta"), "fsdp2")
+    accelerator: Any = SimpleNamespace(is_main_process=rank == 0)
+    fsdp2_load_full_state_dict(accelerator, model, donor.state_dict() if rank == 0 else {})
+    return state_of(model) == state_of(donor)
+
+
+def test_accelerate_hands_a_whole_state_over() -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    assert run_ranks(2, _by_accelerate) == [True, True]

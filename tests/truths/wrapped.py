@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from unclamp import Guarded, Recipe, convert
 from unclamp.nn import find_ledgers
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 SAYINGS = (
     "FSDP2-wrapped module",  # a Linear's output is a view
     "`_get_pg_default_device`",  # FSDP1 calls what torch deprecates
@@ -76,9 +77,7 @@ def batch(step: int, kind: Kind) -> Tensor:
     """Return a rank's part of a step's batch, `[rows, 12]`."""
     generator = torch.Generator().manual_seed(100 + step)
     whole = torch.randn(8, 12, generator=generator) * (1 + step % 3)
-    if kind == "plain" or kind == "tp":
-        return whole
-    if __import__("os").environ.get("SAME"):
+    if kind in ("plain", "tp"):
         return whole
     parts, part = dist.get_world_size(), dist.get_rank()
     if kind == "fsdp2+tp":
