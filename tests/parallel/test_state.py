@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,6 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import SGD, AdamW
 
 from ranks import run_ranks
@@ -40,7 +41,7 @@ def _saved(kind: Kind, path: Path) -> Any:
     train(model, optimizer, kind, range(3))
     state, others = get_state_dict(model, optimizer)
     save({"model": state, "optimizer": others}, checkpoint_id=path)
-    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    full: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     all_of_it = {key: value.clone() for key, value in full.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(all_of_it, path.with_suffix(".pt"))
