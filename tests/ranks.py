@@ -24,6 +24,7 @@ from patience import PATIENCE_S
 
 LOADED = [
     "torch",
+    "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch.testing",

@@ -10,12 +10,13 @@ from unclamp.nn.convert import (
     first_and_last,
     revert,
 )
-from unclamp.nn.converted import Converted, weights_only
+from unclamp.nn.converted import Converted
 from unclamp.nn.copies import EvaluatedSite, EvaluationCounts, evaluation_counts, refresh
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.observe import Observation, ObservedSite, observe
+from unclamp.nn.saved import weights_only
 from unclamp.nn.step import step
 from unclamp.nn.switch import SwitchReport, switch
 

@@ -4,8 +4,9 @@
 stays, whatever FSDP, a parametrization or a library made of it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,24 +15,18 @@ from torch import Tensor, nn
 from unclamp.names import ROLES
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
+from unclamp.nn.saved import (
+    STATE_PREFIX,
+    UPDATES,
+    Spread,
+    mesh_of,
+    off_mesh,
+    on_mesh,
+    to_fill,
+    wants_to_fill,
+)
+from unclamp.nn.sharded import part_shape, spread_in_forward
 from unclamp.scaling import describe
-
-STATE_PREFIX = "unclamp_"
-"""Starts the name of every key of scaling state in a state_dict."""
-UPDATES = "updates"
-
-
-def weights_only(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state_dict without scaling state: what a model that is not converted can load.
-
-    transformers' `save_pretrained` and PEFT's files hold nothing else anyway.
-    """
-    return {key: value for key, value in state_dict.items() if not is_state_key(key)}
-
-
-def is_state_key(key: str) -> bool:
-    """Whether a key of a state_dict is one of scaling state."""
-    return key.rpartition(".")[2].startswith(STATE_PREFIX)
 
 
 class Converted(nn.Module):
@@ -97,15 +92,33 @@ class Converted(nn.Module):
             return {}
         if not sites.is_saved:
             return {}
-        ledger = sites.ledger
+        ledger, spread = sites.ledger, self._spread()
         readers: dict[str, Callable[[], Tensor]] = {}
+
+        def reader(read: Callable[[int], Tensor], index: int) -> Callable[[], Tensor]:
+            return lambda: spread.saved(read(index), ledger.sites[index])
+
         for role, index in sites.indices.items():
-            readers[f"{STATE_PREFIX}{role}_amax_history"] = partial(ledger.history_of, index)
-            readers[f"{STATE_PREFIX}{role}_scale"] = partial(ledger.scale_of, index)
-        readers[f"{STATE_PREFIX}{UPDATES}"] = lambda: torch.tensor(
-            ledger.count(), dtype=torch.float64
+            readers[f"{STATE_PREFIX}{role}_amax_history"] = reader(ledger.history_of, index)
+            readers[f"{STATE_PREFIX}{role}_scale"] = reader(ledger.scale_of, index)
+        readers[f"{STATE_PREFIX}{UPDATES}"] = lambda: on_mesh(
+            torch.tensor(ledger.count(), dtype=torch.float64), spread.mesh
         )
         return readers
+
+    def _spread(self) -> Spread:
+        """Return how the layer lies on ranks, and have its blocks be those of this rank."""
+        mesh, weight, ledger = mesh_of(self), self._parameters.get("weight"), self.sites.ledger
+        if mesh is None or weight is None:
+            return Spread(mesh=mesh)
+        if not ledger.sites[self.sites.indices["weight"]].grids:
+            return Spread(mesh=mesh)
+        spec = spread_in_forward(weight, ledger.clock.model or self)
+        if spec is None or not any(p.is_shard() for p in spec.placements):
+            return Spread(mesh=mesh)
+        fit(self.sites, self.product_shape(part_shape(weight, spec)))
+        shape = self.product_shape(weight.shape)
+        return Spread(mesh=mesh, spec=spec, shape=shape, is_turned=self.is_turned)
 
     def __getattr__(self, name: str) -> Any:
         """Find scaling state by its key: torch's distributed checkpoints look each key up."""
@@ -114,6 +127,15 @@ class Converted(nn.Module):
             if read is not None:
                 return read()
         return super().__getattr__(name)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Return the module's buffers; scaling state is shown to one caller only (`nn.saved`)."""
+        buffers = super().named_buffers(prefix, recurse, remove_duplicate)
+        if not wants_to_fill(sys._getframe(1)):
+            return buffers
+        return itertools.chain(buffers, to_fill(self.scaling_state(), self.weight.device))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -131,15 +153,16 @@ class Converted(nn.Module):
         alone is that of a plain model, of which no scale here need be right.
         """
         ledger, own = self.sites.ledger, f"{prefix}{STATE_PREFIX}"
-        knows_scales = any(key.startswith(own) for key in state_dict)
+        values = {key: off_mesh(v) for key, v in state_dict.items() if key.startswith(own)}
+        self._spread()  # what a part is of follows from how the layer lies now
+        known = {key.removeprefix(own): v for key, v in values.items() if v is not None}
         for role, index in self.sites.indices.items():
-            history = state_dict.get(f"{own}{role}_amax_history")
-            scale = state_dict.get(f"{own}{role}_scale")
+            history, scale = known.get(f"{role}_amax_history"), known.get(f"{role}_scale")
             is_other = role == "weight" and f"{prefix}weight" in state_dict
-            if is_other or not (knows_scales and history is scale is None):
+            if is_other or not (known and history is scale is None):
                 ledger.restore(index, history, scale)
-        if f"{own}{UPDATES}" in state_dict:
-            ledger.restore_updates(float(state_dict[f"{own}{UPDATES}"]))
+        if UPDATES in known:
+            ledger.restore_updates(float(known[UPDATES]))
 
     def _load_from_state_dict(
         self,

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from unclamp.nn.converted import Converted, is_state_key
+from unclamp.nn.converted import Converted
+from unclamp.nn.saved import is_state_key
 
 IGNORED = "_keys_to_ignore_on_save"
 """What transformers calls a model's own set of keys that `save_pretrained` leaves out."""

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from unclamp.errors import UnsupportedError
 from unclamp.names import shown
 from unclamp.nn.agreed import WHOLE, Splits, splits_at
-from unclamp.nn.converted import Converted
 from unclamp.nn.counting import count
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
@@ -259,8 +258,9 @@ def _splits(x: Any, weight: Any) -> Splits:
 def fit_all(model: nn.Module) -> None:
     """Fit the rows of histories to this rank's parts, for all converted layers of a model."""
     wholes = _wholes(model)
-    for module in model.modules():
-        if isinstance(module, Converted) and is_sharded(module.weight):
+    modules: list[Any] = [m for m in model.modules() if "sites" in m.__dict__]
+    for module in modules:
+        if isinstance(module.sites, Operands) and is_sharded(module.weight):
             fit(module.sites, module.product_shape(_part_shape(module.weight, wholes)))
 
 
@@ -293,3 +293,16 @@ def _wholes(model: nn.Module) -> dict[int, Any]:
         for parameter in getattr(group, "fsdp_params", ())
         if hasattr(parameter, "sharded_param")
     }
+
+
+def spread_in_forward(weight: Any, model: nn.Module) -> Any:
+    """Return how a DTensor parameter of a model is spread in a forward (a `DTensorSpec`).
+
+    None where it is whole there: FSDP2 puts it together.
+    """
+    return _wholes(model).get(id(weight), weight._spec)
+
+
+def part_shape(weight: Any, spec: Any) -> tuple[int, ...]:
+    """Return the shape that a parameter has on this rank, if it is spread so in a forward."""
+    return _part_shape(weight, {id(weight): spec})
