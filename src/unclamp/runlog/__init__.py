@@ -12,7 +12,7 @@ from unclamp.runlog.finder import find_runs, is_run, read_header
 from unclamp.runlog.header import SCHEMA_VERSION, Header, Status
 from unclamp.runlog.reader import RunLog
 from unclamp.runlog.schema import SUMMARY_STEPS, TABLES, UNCAST_EVENT, VIEWS, Columns
-from unclamp.runlog.sites import PLACES_SQL, SiteInfo
+from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.runlog.windows import Cut, Windows
 from unclamp.runlog.writer import RunLogWriter
 
@@ -37,6 +37,7 @@ __all__ = [
     "Windows",
     "find_runs",
     "is_run",
+    "over_ranks",
     "read_header",
     "starting_no_run",
 ]

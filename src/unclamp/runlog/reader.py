@@ -34,7 +34,7 @@ from unclamp.runlog.folder import read_missing
 from unclamp.runlog.header import RUN_FILE, Header
 from unclamp.runlog.parts import PartName, parts_that_count
 from unclamp.runlog.schema import TABLES, VIEWS, describe_columns
-from unclamp.runlog.sites import NAMED_SITES_SQL, SiteInfo
+from unclamp.runlog.sites import NAMED_SITES_SQL, SITES_SQL, SiteInfo
 from unclamp.runlog.summary import merged_sql, summary_sql
 from unclamp.runlog.windows import MOST_WINDOWS, Windows, read_windows
 from unclamp.written import counted
@@ -60,6 +60,12 @@ _SWITCHES = """
         FROM events WHERE kind = 'switch' AND json_valid(data)
     )
     WHERE fqn IS NOT NULL AND role IS NOT NULL AND before IS NOT NULL AND after IS NOT NULL"""
+_AMAXES = """
+    SELECT step, fqn, role, max(amax) FILTER (isfinite(amax)) AS amax,
+        max_by(rank, (amax, -rank)) FILTER (isfinite(amax)) AS amax_rank,
+        count(DISTINCT rank) AS ranks
+    FROM casts JOIN (SELECT DISTINCT rank, site, fqn, role FROM sites) USING (rank, site)
+    GROUP BY step, fqn, role"""
 _OF_SITES = ("casts", "stored_summaries", "casts_without_summary")
 """Relations whose rows refer to a site by its id."""
 
@@ -71,8 +77,9 @@ class RunLog:
     was written to yet is empty, with all its columns. Ids of sites are unique in a run that a
     recorder wrote: `casts JOIN sites USING (site)` is right however many ranks there are, and
     rows of a site's ranks share its fqn and role. The view `summaries` has a row per 100 steps,
-    rank and site, and says at any moment what the casts on disk say; `switches` has a row per
-    site that changed its scaling.
+    rank and site, and says at any moment what the casts on disk say; `amaxes` a row per step and
+    name of a site, with the rank whose amax was largest; `switches` a row per site that changed
+    its scaling.
     """
 
     def __init__(self, path: Path) -> None:
@@ -331,7 +338,8 @@ def _views(header: Header) -> dict[str, str]:
             for name in _OF_SITES
         }
     return views | {
-        "sites": "SELECT DISTINCT * FROM written_sites",
+        "sites": SITES_SQL,
+        "amaxes": _AMAXES,
         "summaries": _SUMMARIES,
         "switches": _SWITCHES,
     }
