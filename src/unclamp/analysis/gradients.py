@@ -245,8 +245,8 @@ def _added_up(
 ) -> list[ClampedGradients]:
     """Return what was clamped at the steps of each kind; `asked` is how many steps it has."""
     rows = log.sql(
-        f"{_PLACES} SELECT kind, place, {_SUMS}, {over_ranks('count(*)')} AS clamped {_CASTS} {kinds_sql} "
-        f"{_CLAMPED} GROUP BY kind, place ORDER BY kind, place",
+        f"{_PLACES} SELECT kind, place, {_SUMS}, {over_ranks('count(*)')} AS clamped "
+        f"{_CASTS} {kinds_sql} {_CLAMPED} GROUP BY kind, place ORDER BY kind, place",
         **params,
     ).to_pylist()
     measured = log.sql(

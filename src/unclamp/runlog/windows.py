@@ -119,8 +119,8 @@ class Windows:
         totals: By place: all windows of a site added up, with sums of fractions to nine figures.
         rows: A row for each window in which a site cast anything, ordered by `place`, that of the
             site, and `cell`, the window's number. Its other columns are those of the view
-            `summaries`, over all ranks (of replicated operands the counts of one); a step that was recorded again counts twice, and
-            `sqnr_db_sum` takes the place of the mean.
+            `summaries`, over all ranks (of replicated operands the counts of one); a step that was
+            recorded again counts twice, and `sqnr_db_sum` takes the place of the mean.
     """
 
     cut: Cut
