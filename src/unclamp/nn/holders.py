@@ -76,7 +76,7 @@ class _Grip:
 
     def _shard_of(self, whole: Tensor) -> Tensor | None:
         if self._shards is None:
-            self._shards = _shards(self._model)
+            self._shards = shards(self._model)
         return self._shards.get(id(whole))
 
     def _holds_memory_of(self, x: Tensor) -> bool:
@@ -97,7 +97,7 @@ def copies_of(parameter: Tensor) -> Iterator[Tensor]:
         yield fragment
 
 
-def _shards(model: nn.Module) -> dict[int, Tensor]:
+def shards(model: nn.Module) -> dict[int, Tensor]:
     """Return the shards of FSDP2's whole parameters, by the id of the whole one.
 
     torch has no public way from one to the other; where its own names change, nothing is found.
