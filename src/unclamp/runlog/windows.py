@@ -7,7 +7,7 @@ all ranks; what ranks hold alike is counted once. What is drawn of it is for rea
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -151,19 +151,33 @@ class Windows:
         return self.rows.slice(begin, end - begin)
 
 
+class Source(NamedTuple):
+    """What windows are read from, as SQL: rows, and the number of the window of each."""
+
+    table: str
+    cell: str
+
+
+def source_of(cut: Cut) -> Source:
+    """Return what the windows of a cut are read from."""
+    step, table = ("first_step", _SUMMARIES) if cut.from_summaries else ("step", "casts")
+    last = max(0, cut.count - 1)
+    cell = f"least(greatest(({step} - {cut.first}) // {cut.size}, 0), {last})"
+    return Source(table=table, cell=cell)
+
+
 def read_windows(
     sql: Callable[[str], pa.Table], *, sites: list[SiteInfo], most: int = MOST_WINDOWS
 ) -> Windows:
     """Return a run's windows, through the `sql` of its log."""
     cut = _cut(sql, most)
-    step, table = ("first_step", _SUMMARIES) if cut.from_summaries else ("step", "casts")
+    source = source_of(cut)
     sums = _FROM_SUMMARIES if cut.from_summaries else _FROM_CASTS
-    last = max(0, cut.count - 1)
     rows = sql(
         f"WITH places AS MATERIALIZED "
         f"(SELECT rank, site, place, replicated FROM ({PLACES_SQL})) "
-        f"SELECT place, least(greatest(({step} - {cut.first}) // {cut.size}, 0), {last}) AS cell, "
-        f"{_SUMS}, {sums} FROM {table} JOIN places USING (rank, site) GROUP BY ALL"
+        f"SELECT place, {source.cell} AS cell, {_SUMS}, {sums} "
+        f"FROM {source.table} JOIN places USING (rank, site) GROUP BY ALL"
     )
     rows = rows.sort_by([("place", "ascending"), ("cell", "ascending")]).combine_chunks()
     added = _by_place(rows)
