@@ -105,6 +105,10 @@ class Finder:
             return True
         return any(True for _ in self._of_wrappers(module, parameters))
 
+    def wrapped_by(self, module: nn.Module) -> Groups:
+        """Return the groups of DDP and FSDP1 around a module: their ranks all cast its weight."""
+        return of_several(tuple(self._of_wrappers(module, list(module.parameters()))))
+
     def _of_meshes(self, parameters: list[nn.Parameter]) -> Iterator[Any]:
         for mesh in self._meshes(parameters):
             yield from mesh.get_all_groups()
