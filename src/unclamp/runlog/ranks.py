@@ -64,8 +64,8 @@ class RankOvershoot:
         cells: Largest overshoot in each window; NaN in one without casts.
         worst: The site of the largest one.
         saturated: Finite elements that it clamped, but for those that a lower rank has clamped too.
-        led: Share of windows and sites in which its amax was the largest of all ranks'; of equal
-            ones that of the lowest rank counts.
+        led: Share of windows and sites in which its amax was the largest, of those in which ranks
+            differed; of equal ones that of the lowest rank counts.
     """
 
     rank: int
@@ -148,7 +148,9 @@ def read_overshoots(
             FROM {source.table} JOIN places USING (rank, site) GROUP BY ALL),
         compared AS (
             SELECT *, rank = first_value(rank) OVER (
-                    PARTITION BY place, cell ORDER BY amax DESC, rank) AS leads,
+                    PARTITION BY place, cell ORDER BY amax DESC, rank)
+                    AND max(amax) OVER (PARTITION BY place, cell)
+                        > min(amax) OVER (PARTITION BY place, cell) AS leads,
                 max(overshoot) OVER (PARTITION BY place, cell) AS most,
                 min(overshoot) OVER (PARTITION BY place, cell) AS least
             FROM found)
