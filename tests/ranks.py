@@ -22,7 +22,13 @@ import torch.distributed as dist
 
 from patience import PATIENCE_S
 
-LOADED = ["torch", "torch.distributed", "torch.distributed.tensor", "unclamp.nn"]
+LOADED = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.testing",
+    "unclamp.nn",
+]
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(LOADED)
 

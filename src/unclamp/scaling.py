@@ -167,6 +167,7 @@ class Scaling:
         margin: Powers of two of headroom below the largest representable value.
         power_of_two: Whether scales are rounded down to powers of two.
         granularity: Which elements share a scale.
+        shared: Whether ranks that hold parts of a tensor agree on a scale of its own.
 
     Raises:
         RecipeError: A setting that makes no sense; or, where a class is derived, no kind of its
@@ -183,14 +184,16 @@ class Scaling:
     margin: int = field(default=0, init=False, repr=False)
     power_of_two: bool = field(default=False, init=False, repr=False)
     granularity: Granularity = field(default=PER_TENSOR, init=False, repr=False)
+    shared: bool = field(default=False, init=False, repr=False)
 
     def __init_subclass__(cls) -> None:
         _register(cls)
 
     def __post_init__(self) -> None:
         check_int("margin", self.margin, 0, MAX_MARGIN)
-        if not isinstance(self.power_of_two, bool):
-            raise RecipeError(f"expected True or False for power_of_two, got {self.power_of_two!r}")
+        for name in ("power_of_two", "shared"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RecipeError(f"expected True or False for {name}, got {value!r}")
         if not isinstance(self.granularity, Granularity):
             raise RecipeError(
                 f"expected a granularity such as PerTensor() or PerRow(), got {self.granularity!r}"
@@ -265,6 +268,7 @@ class Dynamic(Scaling):
         margin: Powers of two of headroom below the largest representable value.
         power_of_two: Round the scale down to a power of two, so that scaling is exact.
         granularity: Which elements share a scale.
+        shared: Agree on it with the ranks that hold other parts (`docs/distributed.md`).
     """
 
     kind: ClassVar[str] = "dynamic"
@@ -272,6 +276,7 @@ class Dynamic(Scaling):
     margin: int = 0
     power_of_two: bool = False
     granularity: Granularity = field(default=PER_TENSOR, kw_only=False)
+    shared: bool = False
 
 
 @naming_arguments
@@ -365,10 +370,9 @@ class HighPrecision(Scaling):
 
 
 def describe(scaling: Scaling) -> str:
-    """Return a scaling in a word or two: its kind, and its granularity where it has blocks."""
-    if scaling.granularity.is_whole:
-        return scaling.kind
-    return f"{scaling.kind} {scaling.granularity}"
+    """Return a scaling in a word or two: its kind, whether it is shared, and its blocks."""
+    blocks = "" if scaling.granularity.is_whole else f" {scaling.granularity}"
+    return f"{scaling.kind}{' shared' if scaling.shared else ''}{blocks}"
 
 
 def scaling_to_dict(scaling: Scaling) -> dict[str, Any]:

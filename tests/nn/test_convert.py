@@ -407,6 +407,6 @@ def test_a_layer_whose_state_lies_on_another_device_says_what_to_do():
     (ledger,) = find_ledgers(model)
     model[1].to("meta")  # a part of a model may be elsewhere without data
     assert model[0](torch.ones(2, 4)).shape == (2, 4)
-    ledger._lay_out(ledger.sites, device=torch.device("meta"))  # stands for any second device
+    ledger.lay_out(ledger.sites, device=torch.device("meta"))  # stands for any second device
     with pytest.raises(ConvertError, match=r"0: its weight is on cpu and .* on meta.*convert each"):
         model[0](torch.ones(2, 4))

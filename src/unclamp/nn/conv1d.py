@@ -19,6 +19,7 @@ class Fp8Conv1D(Converted):
     """
 
     bias: Tensor
+    is_turned = True
 
     @classmethod
     def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:

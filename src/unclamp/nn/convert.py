@@ -24,6 +24,7 @@ from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands, native_plan
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
+from unclamp.nn.sharded import fit_all
 from unclamp.nn.unmatched import (
     any_in_fp8,
     find_unmatched,
@@ -151,10 +152,8 @@ def attach(
     for fqn, module in model.named_modules():
         reason = _reason_to_skip(fqn, module, skip)
         if reason is None and module in read_elsewhere:
-            reason = (
-                f"its weight is read by nn.MultiheadAttention, which never calls it "
-                f"({type(module).__name__})"
-            )
+            name = type(module).__name__
+            reason = f"its weight is read by nn.MultiheadAttention, which never calls it ({name})"
         if reason is None:
             converted[fqn] = module
         elif reason:
@@ -184,6 +183,7 @@ def attach(
     if converted:
         ledger.recipe = recipe
     _install(ledger, converted, plans)
+    fit_all(model)
     keep_off(model)
     leave_out(model)
     ledger.rebind()  # a warm-up is the whole model's
@@ -272,7 +272,7 @@ def first_and_last(model: nn.Module) -> list[str]:
     they match these layers and no other.
     """
     linear = [f"^{fqn}" for fqn in _products(model)]
-    return list(dict.fromkeys([*linear[:1], *linear[-1:]]))
+    return linear[:1] + linear[1:][-1:]
 
 
 def find_ledgers(model: nn.Module) -> list[Ledger]:

@@ -4,7 +4,7 @@
 stays, whatever FSDP, a parametrization or a library made of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -44,11 +44,18 @@ class Converted(nn.Module):
 
     sites: Operands
     weight: Tensor
+    is_turned = False
+    """Whether the product sees the weight turned."""
 
     @classmethod
     def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
         """Return the shape of a module's weight as the product has it: outputs by inputs."""
         raise NotImplementedError
+
+    @classmethod
+    def product_shape(cls, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of a weight as the product has it."""
+        return tuple(reversed(shape)) if cls.is_turned else tuple(shape)
 
     def extra_repr(self) -> str:
         """Add to what the layer shows: scalings, formats, GEMMs that are special, smoothing."""

@@ -8,6 +8,7 @@ is nothing to cast: such a forward is not counted, and one warning says so.
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,8 +18,8 @@ from torch.autograd import forward_ad
 
 from unclamp.errors import UnclampWarning
 from unclamp.names import Gemm, Role
+from unclamp.nn.agreed import WHOLE, Splits, smoothing
 from unclamp.nn.operands import Operands, Seen
-from unclamp.numerics import channel_scale
 
 
 def count(
@@ -28,13 +29,19 @@ def count(
     weight: Tensor,
     *,
     commit: Literal["in backward", "now"],
+    splits: Splits = WHOLE,
+    part: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return a product's output, and have its casts counted: now, or when its backward runs."""
+    """Return a product's output, and have its casts counted: now, or when its backward runs.
+
+    Of a product that is spread over ranks, `x` and `weight` are this rank's parts, `splits` says
+    of what, and `part` takes its part of the gradient out of that of the output.
+    """
     if any(_is_stand_in(t) for t in (output, x, weight)):
         _say_not_counted()
         return output
     with torch.no_grad():
-        x_seen, w_seen = _cast_forward(operands, x, weight)
+        x_seen, w_seen = _cast_forward(operands, x, weight, splits)
     if commit == "now":
         operands.commit({"input": x_seen, "weight": w_seen})
         return output
@@ -49,8 +56,9 @@ def count(
         if _is_stand_in(dy):
             return
         with torch.no_grad():
-            tokens = dy.detach().reshape(-1, dy.shape[-1])
-            hat = operands.cast("grad_output", tokens, needs)
+            dy = dy.detach() if part is None else part(dy.detach())
+            tokens = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
+            hat = operands.cast("grad_output", tokens, needs, splits=splits)
             operands.commit({**held, "grad_output": operands.seen("grad_output", hat)})
         held.clear()  # a graph that is kept makes one cast more, and not three
 
@@ -58,18 +66,20 @@ def count(
     return output
 
 
-def _cast_forward(operands: Operands, x: Tensor, weight: Tensor) -> tuple[Seen, Seen]:
+def _cast_forward(
+    operands: Operands, x: Tensor, weight: Tensor, splits: Splits
+) -> tuple[Seen, Seen]:
     tokens = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
     matrix = weight.detach()
     if operands.smooth:
-        smooth = channel_scale(tokens)
+        smooth = smoothing(operands, tokens, splits)
         tokens, matrix = tokens.to(torch.float32) * smooth, matrix.to(torch.float32) / smooth
     elif torch.is_autocast_enabled(x.device.type):
         tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
     x_gemms: list[Gemm] = ["output", "grad_weight"] if weight.requires_grad else ["output"]
     w_gemms: list[Gemm] = ["output", "grad_input"] if x.requires_grad else ["output"]
-    x_hat = operands.cast("input", tokens, x_gemms)
-    w_hat = operands.cast("weight", matrix, w_gemms)
+    x_hat = operands.cast("input", tokens, x_gemms, splits=splits)
+    w_hat = operands.cast("weight", matrix, w_gemms, splits=splits)
     return operands.seen("input", x_hat), operands.seen("weight", w_hat)
 
 

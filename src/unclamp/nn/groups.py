@@ -69,6 +69,11 @@ def give(module: nn.Module, groups: Groups | None) -> None:
         _given[module] = of_several(groups)
 
 
+def is_told(module: nn.Module) -> bool:
+    """Whether the user said which groups hold a module."""
+    return module in _given
+
+
 def of_several(groups: Groups) -> Groups:
     """Return the groups of more than one rank, each once, in their order."""
     return tuple(g for g in dict.fromkeys(groups) if dist.get_world_size(g) > 1)

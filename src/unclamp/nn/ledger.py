@@ -109,7 +109,7 @@ class Ledger(Stepping):
     def add(self, sites: list[Site]) -> list[int]:
         """Add sites with nothing measured yet; return their indices."""
         first = len(self.sites)
-        self._lay_out([*self.sites, *sites])
+        self.lay_out([*self.sites, *sites])
         return list(range(first, len(self.sites)))
 
     def move_to(self, device: torch.device) -> None:
@@ -118,10 +118,10 @@ class Ledger(Stepping):
         A model on the meta device has its state elsewhere: meta tensors could not move back.
         """
         if device != self.scale.device and device.type != "meta":
-            self._lay_out(self.sites, device=device)
+            self.lay_out(self.sites, device=device)
 
     @torch.no_grad()
-    def _lay_out(self, sites: list[Site], *, device: torch.device | None = None) -> None:
+    def lay_out(self, sites: list[Site], *, device: torch.device | None = None) -> None:
         """Give these sites rows; those that are here keep what they know if it still fits."""
         old, ring, scale, block_amax = self.layout, self.ring, self.scale, self.block_amax
         pending, was_pending, self.updates = self.pending, self.has_pending, self.count()
@@ -318,7 +318,7 @@ class Ledger(Stepping):
                 sites, device=self.scale.device, remembered=self.layout.remembered
             )
         else:
-            self._lay_out(sites)
+            self.lay_out(sites)
         for index, old in before.items():
             if old.fixed_scale is not None:
                 self.scale[self.layout.rows_of(index)] = 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unclamp.names import GEMMS, ROLES, Gemm, Role
+from unclamp.nn.agreed import NOT_AGREED, WHOLE, Agreed, Found, Splits, agreed_scales
 from unclamp.nn.layout import Axis, Site, guarded
 from unclamp.nn.update import Inspection
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
@@ -65,10 +66,12 @@ class Hat(NamedTuple):
     Attributes:
         tensor: The operand itself, for GEMMs that do not take its codes.
         casts: Its casts by the axis that the GEMM contracts; one serves both where it can.
+        agreed: The scales that ranks agreed on for them.
     """
 
     tensor: Tensor
     casts: dict[Axis, Quantized]
+    agreed: Agreed = NOT_AGREED
 
     def along(self, axis: Axis) -> GemmOperand:
         """Return what a GEMM that contracts this axis multiplies."""
@@ -103,6 +106,8 @@ class Operands:
         smooth: Whether the input is scaled by channel, and the weight by the inverse.
         counts_only: Whether casts are only counted, and the product is computed without them.
         is_plain: Whether nothing is cast at all.
+        shares: The roles whose own scales ranks agree on.
+        found: The groups of its ranks, where some role's are.
         scales: Views of the ledger's scales, 0-d per tensor, by role and axis; None where the
             cast takes its own.
         pending: View of the ledger's statistics, `[3, len(Stat)]`.
@@ -121,6 +126,7 @@ class Operands:
     """
 
     noted: Noted | None = None
+    found = Found()
     is_saved = True
     ignored: tuple[set[str], ...] = ()
 
@@ -141,6 +147,7 @@ class Operands:
         sites: dict[Role, Site] = {r: ledger.sites[index] for r, index in self.indices.items()}
         self.plans: dict[Role, CastPlan | None] = {r: s.cast_plan for r, s in sites.items()}
         self.square = {r: s.operand.scaling.granularity.is_square for r, s in sites.items()}
+        self.shares = frozenset(r for r, site in sites.items() if site.operand.scaling.shared)
         self.counts_only = ledger.is_warming
         self.is_plain = all(not self._needs_cast(role) for role in ROLES)
         self.pending = ledger.pending[first : first + len(ROLES)]
@@ -204,32 +211,57 @@ class Operands:
             return False
         return self.plans["weight"] is not None and self.square["weight"]
 
-    def cast(self, role: Role, x: Tensor, gemms: Iterable[Gemm], *, doubt: Doubt = None) -> Hat:
-        """Cast an operand for these GEMMs: once where its blocks are square, else once an axis."""
+    def cast(
+        self,
+        role: Role,
+        x: Tensor,
+        gemms: Iterable[Gemm],
+        *,
+        doubt: Doubt = None,
+        splits: Splits = WHOLE,
+        agreed: Agreed = NOT_AGREED,
+    ) -> Hat:
+        """Cast an operand for these GEMMs: once where its blocks are square, else once an axis.
+
+        Args:
+            role: Which operand.
+            x: The tensor, or this rank's part.
+            gemms: What it enters.
+            doubt: Whether its scale may be another tensor's.
+            splits: How it is spread over ranks, who agree on its scales.
+            agreed: Scales that they agreed on before.
+        """
         plan = self.plans[role] if doubt is None else self.guarded_weight
         axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
         if plan is None or not axes:
             return Hat(x, {})
         # Values are wanted by what is multiplied at once; backward decodes what it keeps.
         at_once = role == "grad_output"
+        if role in self.shares and not agreed:
+            agreed = agreed_scales(self, role, x, [1] if self.square[role] else axes, plan, splits)
         if not self.square[role]:
-            return Hat(x, {
+            casts: dict[Axis, Quantized] = {
                 axis: self._inspected(
                     x,
                     quantize_operand(
-                        x, None if doubt == "own" else self.scales[role, axis], plan, axis,
+                        x, self._scale(role, axis, doubt, agreed), plan, axis,
                         slot=f"{role} {axis}" if axis == 1 or at_once else None,
                     ),
                 )
                 for axis in axes
-            })  # fmt: skip
+            }  # fmt: skip
+            return Hat(x, casts, agreed)
         # Codes of the gradient are gone with the backward that makes them.
         q = quantize_operand(
-            x, None if doubt == "own" else self.scales[role, 1], plan, 1,
+            x, self._scale(role, 1, doubt, agreed), plan, 1,
             slot=role, keeps_codes=not at_once, turned=0 in axes,
         )  # fmt: skip
         q = self._inspected(x, q)
-        return Hat(x, {1: q, 0: q})
+        return Hat(x, {1: q, 0: q}, agreed)
+
+    def _scale(self, role: Role, axis: Axis, doubt: Doubt, agreed: Agreed) -> Tensor | None:
+        scale = None if doubt == "own" else self.scales[role, axis]
+        return agreed.get(axis, scale) if agreed else scale
 
     def _inspected(self, x: Tensor, q: Quantized) -> Quantized:
         if self.inspection in ("never", "gradients"):

@@ -44,10 +44,12 @@ from torch.autograd.function import once_differentiable
 
 from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
+from unclamp.nn.agreed import WHOLE, Splits, smoothing, splits_at
 from unclamp.nn.counting import count
 from unclamp.nn.nested import on_tokens
 from unclamp.nn.operands import Doubt, Hat, Operands, Seen
-from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat, channel_scale
+from unclamp.nn.sharded import is_sharded, on_shards
+from unclamp.numerics import CastPlan, GemmOperand, Quantized, Stat
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
 WANTS_A_VIEW = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
@@ -58,12 +60,19 @@ Commit = Literal["in backward", "now"] | None
 
 
 def multiply(
-    operands: Operands, x: Tensor, weight: Tensor, bias: Tensor | None, *, training: bool
+    operands: Operands,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    splits: Splits = WHOLE,
 ) -> Tensor:
     """Return `x @ weight.T + bias` with the operands cast as their plan says.
 
     Shapes: `x` `[..., K]`, any leading shape, empty or nested too; `weight` `[N, K]`; the result
-    `[..., N]` in the dtype of `x`, under autocast in autocast's.
+    `[..., N]` in the dtype of `x`, under autocast in autocast's. Of DTensors each rank multiplies
+    its parts (`nn.sharded`), which are spread as `splits` says.
 
     Raises:
         ValueError: The last dimension of `x` is not K.
@@ -74,6 +83,8 @@ def multiply(
         return F.linear(x, weight, bias)
     if x.is_nested:
         return on_tokens(x, lambda t: multiply(operands, t, weight, bias, training=training))
+    if is_sharded(x, weight):
+        return on_shards(operands, x, weight, bias, multiply, when_to_commit, training=training)
     if not torch.compiler.is_compiling():
         check_device(operands, weight)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -84,9 +95,15 @@ def multiply(
     commit = when_to_commit(operands, x, weight, bias, training=training)
     if commit is not None and not torch.compiler.is_compiling():
         operands.ledger.clock.unseen.look(operands.number, weight, operands.ledger)
+    evaluates = is_evaluation(operands, commit, training=training)
+    if operands.shares:
+        tokens = x.shape[:-1].numel()
+        splits = splits_at(operands, splits, tokens, evaluates=evaluates)
     if operands.counts_only and not torch.compiler.is_compiling():
         output = F.linear(x, weight, bias)
-        return output if commit is None else count(operands, output, x, weight, commit=commit)
+        if commit is None:
+            return output
+        return count(operands, output, x, weight, commit=commit, splits=splits)
     # Not before: in a trace sizes are no numbers, and the plain layer has an error of its own.
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         return _traced(operands, x, weight, bias)
@@ -98,8 +115,7 @@ def multiply(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     # Reshaped out here: an in-place operation on a view made inside the function would fail.
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    evaluates = is_evaluation(operands, commit, training=training)
-    output = _Product.apply(tokens, weight, bias, operands, commit, evaluates)
+    output = _Product.apply(tokens, weight, bias, operands, commit, evaluates, splits)
     return output.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -164,14 +180,15 @@ def _forward(
     x_gemms: list[Gemm],
     w_gemms: list[Gemm],
     doubt: Doubt = None,
+    splits: Splits = WHOLE,
 ) -> tuple[Tensor, Hat, Hat, Tensor | None]:
     """Return the output, both operands after their casts for some GEMMs, and the smoothing."""
-    smooth = channel_scale(x) if operands.smooth else None
+    smooth = smoothing(operands, x, splits) if operands.smooth else None
     x_cast, w_cast = x, weight
     if smooth is not None:  # float32 holds the products with a power of two exactly
         x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
-    x_hat = operands.cast("input", x_cast, x_gemms)
-    w_hat = operands.cast("weight", w_cast, w_gemms, doubt=doubt)
+    x_hat = operands.cast("input", x_cast, x_gemms, splits=splits)
+    w_hat = operands.cast("weight", w_cast, w_gemms, doubt=doubt, splits=splits)
     # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
     if operands.is_high("output"):
         output = _plain_gemm(GemmOperand(x), GemmOperand(weight), bias)
@@ -206,6 +223,7 @@ class _Product(torch.autograd.Function):
         operands: Operands,
         commit: Commit,
         evaluates: bool,
+        splits: Splits,
     ) -> Tensor:
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         doubt = operands.doubt(weight) if evaluates else None
@@ -214,14 +232,16 @@ class _Product(torch.autograd.Function):
         w_gemms: list[Gemm] = (
             ["output", "grad_input"] if needs_input and not remakes else ["output"]
         )
-        output, x_hat, w_hat, smooth = _forward(operands, x, weight, bias, x_gemms, w_gemms, doubt)
+        output, x_hat, w_hat, smooth = _forward(
+            operands, x, weight, bias, x_gemms, w_gemms, doubt, splits
+        )
 
         # grad_weight will contract T, axis 0 of the input; grad_input N, axis 0 of the weight.
         kept_x = _kept(operands, "grad_weight", x, x_hat) if needs_weight else None
         kept_w = _kept(operands, "grad_input", weight, w_hat) if needs_input else None
         ctx.remade = operands.plans["weight"] if remakes else None
         if remakes:
-            scale = operands.scales["weight", 1]
+            scale = w_hat.agreed.get(1, operands.scales["weight", 1])
             kept_w = GemmOperand(weight, None if scale is None else scale.clone())
         seen: dict[Role, Seen] = {
             "input": operands.seen("input", x_hat),
@@ -233,7 +253,7 @@ class _Product(torch.autograd.Function):
             operands.evaluate(seen)
         # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
         ctx.save_for_backward(*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
-        ctx.operands, ctx.commit, ctx.seen = operands, commit, seen
+        ctx.operands, ctx.commit, ctx.seen, ctx.splits = operands, commit, seen, splits
         ctx.grains = tuple(None if k is None else k.granularity for k in (kept_x, kept_w))
         ctx.high = {name: operands.is_high(name) for name in GEMMS}
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -251,7 +271,8 @@ class _Product(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
-        dy_hat, seen = _cast_gradient(operands, dy, [g for g, is_on in wanted.items() if is_on])
+        gemms: list[Gemm] = [gemm for gemm, is_on in wanted.items() if is_on]
+        dy_hat, seen = _cast_gradient(operands, dy, gemms, ctx.splits)
 
         grad_input = grad_weight = grad_bias = None
         if needs_input:
@@ -285,7 +306,7 @@ class _Product(torch.autograd.Function):
         if ctx.commit == "in backward":
             operands.commit({**ctx.seen, "grad_output": seen})
             ctx.seen = {}  # a graph that is kept makes one cast more, and not three
-        return grad_input, grad_weight, grad_bias, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
 NOTHING: tuple[None, None] = (None, None)
@@ -326,7 +347,9 @@ def _plain_gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None = None) -> T
         return F.linear(left, right.to(left.dtype), bias)
 
 
-def _cast_gradient(operands: Operands, dy: Tensor, gemms: list[Gemm]) -> tuple[Hat, Seen]:
+def _cast_gradient(
+    operands: Operands, dy: Tensor, gemms: list[Gemm], splits: Splits
+) -> tuple[Hat, Seen]:
     """Cast a gradient so that an Inf in it stays to be seen in what is made of it.
 
     The cast saturates Inf, and whoever skips steps whose gradients are not finite would take an
@@ -338,7 +361,7 @@ def _cast_gradient(operands: Operands, dy: Tensor, gemms: list[Gemm]) -> tuple[H
     is_cpu, is_compiling = dy.device.type == "cpu", torch.compiler.is_compiling()
     if is_cpu and is_compiling:
         dy = torch.where(dy.isfinite(), dy, torch.nan)
-    hat = operands.cast("grad_output", dy, gemms)
+    hat = operands.cast("grad_output", dy, gemms, splits=splits)
     seen = operands.seen("grad_output", hat)
     if seen.stats is None or (is_cpu and is_compiling):
         return hat, seen
@@ -346,7 +369,9 @@ def _cast_gradient(operands: Operands, dy: Tensor, gemms: list[Gemm]) -> tuple[H
     if not is_cpu:
         return Hat(dy, {axis: _as_nan(q, wild) for axis, q in hat.casts.items()}), seen
     if wild:  # which is rare, so that nothing is spent on it before
-        hat = operands.cast("grad_output", torch.where(dy.isfinite(), dy, torch.nan), gemms)
+        dy = torch.where(dy.isfinite(), dy, torch.nan)
+        # Other ranks may have nothing wild, and would not come by to agree again.
+        hat = operands.cast("grad_output", dy, gemms, agreed=hat.agreed)
     return hat, seen
 
 
