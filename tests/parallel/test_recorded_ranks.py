@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 
 import unclamp
 from ranks import run_ranks
+from unclamp.analysis import read_curve
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.replicas import repeated_sites
 from unclamp.runlog import RunLog
@@ -81,13 +82,14 @@ def test_totals_of_two_ranks_are_those_of_the_single_process(tmp_path: Path, kin
         one = dict(zip([s.name for s in log.named_sites()], log.windows().totals, strict=True))
     with RunLog.open(tmp_path / "two") as log:
         two = dict(zip([s.name for s in log.named_sites()], log.windows().totals, strict=True))
-        losses = log.sql("SELECT avg(loss) AS loss FROM steps GROUP BY step ORDER BY step")
-    assert sum(totals.saturated for totals in one.values()) > 100
+    assert sum(totals.saturated for totals in one.values()) > 20  # enough to tell
     assert two.keys() == one.keys()
     for name, totals in one.items():
         for count in COUNTS:
             assert getattr(two[name], count) == getattr(totals, count), (str(name), count)
-    assert losses.num_rows == STEPS
+    alone, mean = (read_curve(tmp_path / name).series["loss"] for name in ("one", "two"))
+    parts = 1 if kind == "TP" else 2  # a rank's loss is a sum over its tokens
+    assert [parts * loss for loss in mean if loss] == pytest.approx(alone, rel=1e-6)
 
 
 def roles_repeated(rank: int) -> dict[str, list[str]]:
