@@ -17,7 +17,8 @@ from unclamp.report.view import build_view
 from unclamp.runlog import RunLog
 
 X, W = ("a", "input"), ("a", "weight")
-FITS, CLAMPS = {"amax": 200.0}, {"amax": 2240.0, "saturated": 3, "saturated_error": 0.1}
+FITS = {"amax": 200.0, "saturated": 0}
+CLAMPS = {"amax": 2240.0, "saturated": 3, "saturated_error": 0.1}
 
 
 def plant(path: Path, ends: list[int | None], *, bad: int | None = None, **more: Any) -> None:

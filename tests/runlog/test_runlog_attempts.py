@@ -146,11 +146,10 @@ def test_without_resume_a_run_is_refused_and_resume_is_named(tmp_path: Path):
         RunLogWriter(tmp_path, header=header(1, "b"))
 
 
-@pytest.mark.parametrize("other", [{"overwrite": True}, {}])
-def test_resume_goes_with_no_other_way_to_begin(tmp_path: Path, other: dict[str, bool]):
-    path = tmp_path / ("run" if other else "run-{n}")
+@pytest.mark.parametrize(("name", "overwrite"), [("run", True), ("run-{n}", False)])
+def test_resume_goes_with_no_other_way_to_begin(tmp_path: Path, name: str, overwrite: bool):
     with pytest.raises(RunLogError, match="resume=True goes on"):
-        RunLogWriter(path, header=header(1), resume=True, **other)
+        RunLogWriter(tmp_path / name, header=header(1), resume=True, overwrite=overwrite)
 
 
 def test_a_writer_of_this_process_is_never_joined(tmp_path: Path):
