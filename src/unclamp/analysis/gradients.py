@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from unclamp.analysis.groups import Group
 from unclamp.names import SiteName
-from unclamp.runlog import PLACES_SQL, RunLog
+from unclamp.runlog import PLACES_SQL, RunLog, over_ranks
 from unclamp.totals import GradientChange
 from unclamp.written import counted, listed, percent
 
@@ -24,21 +24,29 @@ MOST_SITES = 3
 LEAST_DEGREES = 0.1
 """Below it a gradient hardly turns."""
 
-_PLACES = f"WITH places AS MATERIALIZED (SELECT rank, site, role, place FROM ({PLACES_SQL}))"
+_PLACES = f"""
+    WITH places AS MATERIALIZED (
+        SELECT rank, site, role, place, replicated,
+            coalesce(bool_and(replicated) FILTER (role <> 'weight') OVER (PARTITION BY rank, fqn),
+                false) AS is_same_gradient
+        FROM ({PLACES_SQL}))"""
+"""Ranks with the same input and grad_output of a product have one gradient of its weight; with one
+of the two alike, each has a part of it, whose squares add up."""
 _CASTS = "FROM casts JOIN places USING (rank, site)"
 _ALL_STEPS = "CROSS JOIN (SELECT 0 AS kind)"
 _BY_KIND = """
     JOIN (SELECT unnest($steps::BIGINT[]) AS step, unnest($kinds::BIGINT[]) AS kind) USING (step)"""
 _CLAMPED = "WHERE role = 'grad_output' AND saturated > 0"
 _KNOWN = "FILTER (weight_grad_norm IS NOT NULL)"
+_ONCE = "FILTER (NOT is_same_gradient)"
 _WORST = "(grad_error, ~step)"
 """Of equal errors the first step wins."""
 _SUMS = f"""
-    count(*) {_KNOWN} AS casts,
-    coalesce(sum((grad_ratio * weight_grad_norm) ** 2), 0) AS computed,
-    coalesce(sum(weight_grad_norm ** 2), 0) AS unclamped,
-    coalesce(sum((grad_error * weight_grad_norm) ** 2), 0) AS change,
-    coalesce(sum(grad_cosine * grad_ratio * weight_grad_norm ** 2), 0) AS product,
+    {over_ranks("count(*)", "weight_grad_norm IS NOT NULL")} AS casts,
+    coalesce(sum((grad_ratio * weight_grad_norm) ** 2) {_ONCE}, 0) AS computed,
+    coalesce(sum(weight_grad_norm ** 2) {_ONCE}, 0) AS unclamped,
+    coalesce(sum((grad_error * weight_grad_norm) ** 2) {_ONCE}, 0) AS change,
+    coalesce(sum(grad_cosine * grad_ratio * weight_grad_norm ** 2) {_ONCE}, 0) AS product,
     max_by(step, {_WORST}) {_KNOWN} AS step, max(grad_error) {_KNOWN} AS error,
     max_by(grad_cosine, {_WORST}) {_KNOWN} AS cosine,
     max_by(grad_ratio, {_WORST}) {_KNOWN} AS ratio"""
@@ -237,8 +245,8 @@ def _added_up(
 ) -> list[ClampedGradients]:
     """Return what was clamped at the steps of each kind; `asked` is how many steps it has."""
     rows = log.sql(
-        f"{_PLACES} SELECT kind, place, {_SUMS}, count(*) AS clamped {_CASTS} {kinds_sql} "
-        f"{_CLAMPED} GROUP BY kind, place ORDER BY kind, place",
+        f"{_PLACES} SELECT kind, place, {_SUMS}, {over_ranks('count(*)')} AS clamped "
+        f"{_CASTS} {kinds_sql} {_CLAMPED} GROUP BY kind, place ORDER BY kind, place",
         **params,
     ).to_pylist()
     measured = log.sql(

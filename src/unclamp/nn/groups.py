@@ -204,6 +204,12 @@ class Finder:
             may_be_missed=any(getattr(w, "find_unused_parameters", False) for w in wrappers),
         )
 
+    def wrapped_by(self, module: nn.Module) -> Groups:
+        """Return the groups of DDP and FSDP1 around a module: their ranks all cast its weight."""
+        parameters = list(module.parameters())
+        around = [a.wrapper for a in self._around if a.holds(module, parameters)]
+        return of_several(tuple(itertools.chain(*map(_groups_of_wrapper, around))))
+
     def _mesh_of(self, parameter: nn.Parameter) -> Any:
         """Return the mesh of all ranks that have a part of a parameter; None where it has none."""
         sharded = self._sharded.get(id(parameter))

@@ -296,7 +296,7 @@ def heat_figure(
                 [[_rounded(value), step] for value, step in zip(share[i], steps, strict=True)]
                 for i in rows
             ],
-            colorscale=_heat_scale(*LIGHT_HEAT),
+            colorscale=heat_scale(*LIGHT_HEAT),
             zmin=_log10(smallest),
             zmax=max(_log10(share.max()), _log10(smallest) + 1),
             hovertemplate=f"%{{y}}<br>{begins}<br>share clamped: %{{customdata[0]}}<extra></extra>",
@@ -308,7 +308,11 @@ def heat_figure(
         )
     )
     # What the page's script takes on a dark page, and the names that it may shorten.
-    meta = {"light": _heat_scale(*LIGHT_HEAT), "dark": _heat_scale(*DARK_HEAT)}
+    meta = {
+        "light": heat_scale(*LIGHT_HEAT),
+        "dark": heat_scale(*DARK_HEAT),
+        "title": "clamped<br>share",
+    }
     lines = _lines(planted, PLANTED, layer="above") + _lines(spikes, SPIKE_LINE, layer="above")
     figure.update_layout(
         height=150 + 18 * len(rows), xaxis_title="step", meta={"heat": meta}, shapes=lines
@@ -320,7 +324,8 @@ def heat_figure(
     )
 
 
-def _heat_scale(begin: float, end: float) -> list[list[Any]]:
+def heat_scale(begin: float, end: float) -> list[list[Any]]:
+    """Return the colours of a heat map, of `HEAT` from one place to another."""
     at = np.linspace(0, 1, 9)
     colours = sample_colorscale(HEAT, list(begin + (end - begin) * at))
     return [[float(x), colour] for x, colour in zip(at, colours, strict=True)]

@@ -21,6 +21,8 @@ from unclamp.report.charts import (
 )
 from unclamp.report.evidence import CAUTION, PAPER, caution_of
 from unclamp.report.glossary import GLOSSARY, term_of
+from unclamp.report.ranks import RANK_COLUMNS, rank_row
+from unclamp.report.ranks_chart import ranks_figure
 from unclamp.report.rendering import asset, render_page
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
@@ -59,6 +61,7 @@ def write_page(view: View, path: Path) -> Path:
         site_columns=SITE_COLUMNS,
         kind_columns=KIND_COLUMNS,
         association_columns=ASSOCIATION_COLUMNS,
+        rank_columns=RANK_COLUMNS,
         glossary_terms=[term for term in GLOSSARY if term.is_on("run" if view.run else "study")],
         term_of=term_of,
         caution=CAUTION if any(a.saturated for s in view.scenarios for a in s.arms) else None,
@@ -116,6 +119,20 @@ def _heat(scenario: ScenarioView, arm: str) -> go.Figure:
     )
 
 
+def _ranks_heat(run: RunView) -> str:
+    """Return the overshoot of ranks as a heat map; nothing where none is above 1."""
+    drawn = run.ranks.drawn
+    if not any((value or 0) > 1 for row in drawn for value in row.cells):
+        return ""
+    figure = ranks_figure(
+        [row.rank for row in drawn],
+        run.window_steps,
+        [row.cells for row in drawn],
+        window=run.window_size,
+    )
+    return Markup(embed(figure, "heat-ranks"))
+
+
 def _run(run: RunView, path: str) -> dict[str, Any]:
     share = np.array(list(run.heat.values())).reshape(len(run.heat), len(run.window_steps))
     table = {
@@ -145,6 +162,8 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
         "spikes": [(SERIES[s["series"]], spike_text(s)) for s in run.spikes],
         "listed_spikes": LISTED_SPIKES,
         "heat": heat,
+        "ranks": [rank_row(row) for row in run.ranks.listed],
+        "ranks_heat": _ranks_heat(run),
         "association": [sentence for sentence in said if PAPER not in sentence],
         "association_rows": [
             association_row(row, is_relative=association.get("is_relative") is not False)

@@ -187,9 +187,13 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
 
 
 _TOKENS_PER_S = """
-SELECT median(map_extract(scalars, 'tokens')[1] / step_ms * 1e3) AS speed FROM steps
-WHERE step_ms > 0 AND step > (SELECT min(step) FROM steps)
+SELECT median(speed) AS speed FROM (
+    SELECT sum(map_extract(scalars, 'tokens')[1] / step_ms * 1e3) AS speed FROM (
+        SELECT rank, step, last(scalars) AS scalars, last(step_ms) AS step_ms FROM steps
+        WHERE step_ms > 0 AND step > (SELECT min(step) FROM steps) GROUP BY rank, step)
+    GROUP BY step)
 """
+"""Each rank says its own tokens: those of the run are their sum."""
 
 
 def _least_by_row(log: RunLog) -> dict[SiteName, float]:

@@ -20,6 +20,7 @@ from unclamp.report.evidence import (
 )
 from unclamp.report.kinds import kind_steps, kinds_data
 from unclamp.report.panels import Panel, choose_sites, read_panels, rounded
+from unclamp.report.ranks import RanksView, read_ranks
 from unclamp.report.recorded import (
     RunRecord,
     SiteRecord,
@@ -71,7 +72,7 @@ class RunSiteRow(SiteRow):
         site: Its id, the lowest of several ranks; the key of its panel.
         granularity: Which elements share a scale.
         switched: Steps at which it got another scaling.
-        rows: Steps with recorded casts, counted on each rank.
+        rows: Steps with recorded casts, counted on each rank that a lower one does not repeat.
         clamp_error_max: Largest clamp error, a fraction.
         sqnr_db_min: Least signal-to-noise ratio, decibel.
         sqnr_db_mean: Mean of the finite ones, decibel.
@@ -116,6 +117,7 @@ class RunView:
         notes: Sentences of its header that must stand beside the figures.
         planted: Marked steps: those whose batch the study made different from the others.
         mark: What they are called, as in "planted step".
+        ranks: The ranks apart, where they differ.
     """
 
     name: str
@@ -137,6 +139,7 @@ class RunView:
     divergences: list[dict[str, Any]] = field(default_factory=list)
     kind_curves: dict[str, Curve] = field(default_factory=dict)
     kinds: list[dict[str, Any]] = field(default_factory=list)
+    ranks: RanksView = field(default_factory=RanksView)
 
 
 def read_run_view(
@@ -159,9 +162,10 @@ def read_run_view(
     switched = _switched(log)
     events, left_out = _read_events(log)
     drifts = find_divergences(record.loss, steps=record.steps, groups=record.groups)
+    ranks = read_ranks(log, record.cut)
     return RunView(
         name=log.path.resolve().name,
-        sentences=run_sentences(record, switched, drifts),
+        sentences=run_sentences(record, switched, drifts) + ranks.sentences,
         curves=_curves(record),
         spikes=[spike.to_dict() for spike in record.spikes],
         events=events,
@@ -179,6 +183,7 @@ def read_run_view(
         divergences=[drift.to_dict() for drift in drifts],
         kind_curves=_kind_curves(record),
         kinds=kinds_data(record),
+        ranks=ranks,
     )
 
 

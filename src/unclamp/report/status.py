@@ -1,8 +1,9 @@
 """How a run or a study ended, and what is missing of it, in sentences. Torch-free."""
 
+import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import get_args
@@ -44,7 +45,82 @@ def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
         for rank, what in log.missing.items()
     ]
     notes += [f"{part}." for part in log.damaged]
+    notes += [*attempt_notes(log), *rank_notes(log, is_going_on=_is_going_on(log, now_s))]
     return notes + ([OBSERVED] if header.observed else []) + noted(log)
+
+
+def attempt_notes(log: RunLog) -> list[str]:
+    """Return how a run was begun again; nothing of one that was not."""
+    said = []
+    for before, attempt in itertools.pairwise(log.attempts):
+        where = "" if attempt.first_step is None else f" at step {attempt.first_step:,}"
+        ranks = ""
+        if before.world_size != attempt.world_size:
+            ranks = f" on {counted(attempt.world_size, 'rank')} in place of {before.world_size}"
+        beyond = "what was recorded from there on before counts no more"
+        none = "it has recorded nothing yet"
+        said.append(
+            f"The run was {before.ended}, and begun again{where}{ranks} ({attempt.created}): "
+            f"{none if attempt.first_step is None else beyond}."
+        )
+    return said
+
+
+def rank_notes(log: RunLog, *, is_going_on: bool = False) -> list[str]:
+    """Return which ranks ended before others, wrote nothing, or never closed their logs.
+
+    Of a run that is going on, ranks are a few steps apart: only one that closed is told of.
+    """
+    if log.header.world_size == 1:
+        return []
+    ends = log.ends()
+    last = max((end.last_step for end in ends if end.last_step is not None), default=None)
+    if last is None:
+        return []
+    silent = [end.rank for end in ends if end.last_step is None]
+    behind: dict[int, list[int]] = {}
+    for end in ends:
+        is_told = not is_going_on or end.closed is not None
+        if end.last_step is not None and end.last_step < last and is_told:
+            behind.setdefault(end.last_step, []).append(end.rank)
+    notes = []
+    if silent and not is_going_on:
+        others = [end.rank for end in ends if end.last_step is not None]
+        notes.append(
+            f"{_ranks(silent)} recorded nothing: the figures are of {_ranks(others).lower()} alone."
+        )
+    if behind:
+        said = [
+            f"{_ranks(ranks)} end{'s' if len(ranks) == 1 else ''} at step {step:,}"
+            for step, ranks in sorted(behind.items())
+        ]
+        said[1:] = [f"{each[0].lower()}{each[1:]}" for each in said[1:]]
+        rest = sum(end.last_step == last for end in ends)
+        whose = "the other" if rest == 1 else "the others"
+        notes.append(f"{', '.join(said)}, {whose} at {last:,}.")
+    unclosed = [
+        end.rank
+        for end in ends
+        if end.last_step == last and end.tells_of_close and end.closed is None
+    ]
+    if unclosed and len(unclosed) < len(ends) and not is_going_on:
+        notes.append(
+            f"{_ranks(unclosed)} never closed {'its' if len(unclosed) == 1 else 'their'} log: the "
+            "last seconds may be missing."
+        )
+    return notes
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """Return ranks as the beginning of a sentence; runs of them as a range."""
+    groups: list[list[int]] = []
+    for rank in ranks:
+        if groups and groups[-1][-1] == rank - 1:
+            groups[-1].append(rank)
+        else:
+            groups.append([rank])
+    names = [f"{g[0]}-{g[-1]}" if len(g) > 2 else ", ".join(map(str, g)) for g in groups]
+    return f"{'Rank' if len(ranks) == 1 else 'Ranks'} {', '.join(names)}"
 
 
 def noted(log: RunLog) -> list[str]:
@@ -137,11 +213,23 @@ def ago(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s ago"
 
 
-def _running(path: Path, now_s: float) -> str:
+def _is_going_on(log: RunLog, now_s: float | None) -> bool:
+    if log.header.status != "running":
+        return False
+    quiet = _quiet_s(log.path, time.time() if now_s is None else now_s)
+    return quiet is None or quiet < QUIET_S
+
+
+def _quiet_s(path: Path, now_s: float) -> float | None:
+    """Return for how long nothing was written; None where nothing was."""
     written = [part.stat().st_mtime for part in path.glob("*/*.parquet")]
-    if not written:
+    return now_s - max(written) if written else None
+
+
+def _running(path: Path, now_s: float) -> str:
+    quiet = _quiet_s(path, now_s)
+    if quiet is None:
         return "The run has begun and nothing is recorded yet; or it was killed before."
-    quiet = now_s - max(written)
     if quiet < QUIET_S:
         return f"The run is going on: last record {ago(quiet)}. Make the page again for more."
     return f"Running or killed: last record {ago(quiet)}. A process that was killed cannot say so."

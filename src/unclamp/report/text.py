@@ -10,6 +10,7 @@ from unclamp.names import shown
 from unclamp.report.arms import ScenarioView
 from unclamp.report.evidence import CAUTION, caution_of
 from unclamp.report.glossary import terms_of
+from unclamp.report.ranks import RANK_COLUMNS, rank_row
 from unclamp.report.recorded import SiteRow
 from unclamp.report.runs import RunView
 from unclamp.report.view import View
@@ -91,6 +92,10 @@ def _run(run: RunView, width: int) -> RenderableType:
     if clamped:
         parts.append(Text("\nworst sites, by total clamp error", style="bold"))
         parts.append(_sites(clamped, width))
+    if run.ranks.rows:
+        parts.append(Text("\nranks, by largest overshoot where several hold a site", style="bold"))
+        rows = [rank_row(row) for row in run.ranks.listed[:TERMINAL_SITES]]
+        parts.append(table_of(RANK_COLUMNS, rows, width, longest_name=ARM_WIDTH))
     caution = caution_of(run.association, clamped=bool(clamped))
     if caution == CAUTION:  # an association's own stands among its sentences
         parts.append(Text(f"\n{CAUTION.replace('columns', 'figures')}", style="dim"))

@@ -53,6 +53,8 @@ class View:
         if data["run"] is not None:
             for drawn in ("heat", "panels", "window_steps", "window_size", "kind_curves"):
                 del data["run"][drawn]
+            for row in data["run"]["ranks"]["rows"]:
+                del row["cells"]
         return strict(data)
 
 

@@ -9,10 +9,11 @@ from unclamp.runlog.beginning import NUMBER, starting_no_run
 from unclamp.runlog.cadence import Cadence, Every
 from unclamp.runlog.damage import DamagedPart
 from unclamp.runlog.finder import find_runs, is_run, read_header
-from unclamp.runlog.header import SCHEMA_VERSION, Header, Status
+from unclamp.runlog.header import SCHEMA_VERSION, Attempt, Header, Status
+from unclamp.runlog.ranks import RankEnd, RankOvershoot, RunAttempt
 from unclamp.runlog.reader import RunLog
 from unclamp.runlog.schema import SUMMARY_STEPS, TABLES, UNCAST_EVENT, VIEWS, Columns
-from unclamp.runlog.sites import PLACES_SQL, SiteInfo
+from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.runlog.windows import Cut, Windows
 from unclamp.runlog.writer import RunLogWriter
 
@@ -24,12 +25,16 @@ __all__ = [
     "TABLES",
     "UNCAST_EVENT",
     "VIEWS",
+    "Attempt",
     "Cadence",
     "Columns",
     "Cut",
     "DamagedPart",
     "Every",
     "Header",
+    "RankEnd",
+    "RankOvershoot",
+    "RunAttempt",
     "RunLog",
     "RunLogWriter",
     "SiteInfo",
@@ -37,6 +42,7 @@ __all__ = [
     "Windows",
     "find_runs",
     "is_run",
+    "over_ranks",
     "read_header",
     "starting_no_run",
 ]

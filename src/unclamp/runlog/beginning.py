@@ -1,7 +1,8 @@
 """Where a run begins: in a new folder, in one that gets a number, or in the place of an old run.
 
-What makes a folder this run's is for `folder`. An old run is moved aside, and removed only once
-the new one has its header; if that fails, it is moved back.
+Going on with a run that ended is for `attempts`, and what makes a folder this run's for `folder`.
+An old run is moved aside, and removed only once the new one has its header; if that fails, it is
+moved back.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from unclamp.errors import RunLogError
+from unclamp.runlog.attempts import Joined, begin_again, is_alive, is_begun
 from unclamp.runlog.finder import is_run
 from unclamp.runlog.folder import (
+    Claim,
     check_header,
     create_run,
     is_of_this_process,
@@ -32,7 +35,7 @@ NUMBER = "{n}"
 """In a path: the first free number."""
 _OWN = re.compile(
     rf"{re.escape(RUN_FILE)}|{'|'.join(TABLES)}|summaries|snapshots|explain-cache|report\.html"
-    r"|explain-.*\.json|\.writer-r\d+\.json|\..*\.tmp"
+    r"|explain-.*\.json|\.writer-r\d+(-a\d+)?\.json|\.attempt-\d+\.json|\..*\.tmp"
 )
 """What unclamp puts into a run's folder."""
 
@@ -51,14 +54,24 @@ def starting_no_run(why: str) -> Iterator[None]:
         _FORBIDDEN.pop()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """Where a rank writes: the folder, and which attempt of the run in it."""
+
+    path: Path
+    joined: Joined
+
+
 def begin_run(
     path: Path,
     *,
     rank: int,
     header: Header,
     overwrite: bool = False,
+    resume: bool = False,
+    beats_s: float | None = None,
     before_replacing: Callable[[], None] = lambda: None,
-) -> Path:
+) -> Begun:
     """Claim a folder for `rank` of the run that `header` describes, and return it.
 
     Args:
@@ -67,6 +80,8 @@ def begin_run(
         rank: As in `create_run`.
         header: As in `create_run`.
         overwrite: Whether a run that is there is replaced.
+        resume: Whether a run that is there, and has ended, goes on.
+        beats_s: Seconds between two signs of life that the writer will give.
         before_replacing: Called when a run is to be replaced and nothing speaks against that but
             that it may still be written: who writes it in this process can close it.
 
@@ -77,28 +92,35 @@ def begin_run(
     """
     if _FORBIDDEN:
         raise RunLogError(f"no run can begin in {path} while {_FORBIDDEN[-1]}")
+    if resume and (overwrite or NUMBER in str(path)):
+        asked = "overwrite=True, which replaces it" if overwrite else f"a new number for {NUMBER}"
+        raise RunLogError(f"resume=True goes on with the run in {path}: leave out {asked}")
     if (overwrite or NUMBER in str(path)) and header.world_size > 1:
         asked = "overwrite=True" if overwrite else f"a path with {NUMBER}"
         raise RunLogError(
             f"{asked} is for a run of one process, and this one has {header.world_size}: give all "
             "ranks the name of one new folder"
         )
+    if resume and is_begun(path):
+        check_header(header)
+        joined = begin_again(path, rank=rank, header=header, beats_s=beats_s)
+        return Begun(path=path, joined=joined)
+    joined = Joined(attempt=0, header=header, first_site=0)
     if NUMBER in str(path):
         path = _numbered(path)
         try:
-            create_run(path, rank=rank, header=header)
+            create_run(path, rank=rank, header=header, beats_s=beats_s)
         except BaseException:
             with suppress(OSError):
                 path.rmdir()
             raise
-        return path
-    if overwrite and _is_taken(path):
+    elif overwrite and _is_taken(path):
         check_header(header)
         with _moved_aside(path, before_replacing) as place:
-            create_run(place, rank=rank, header=header)
+            create_run(place, rank=rank, header=header, beats_s=beats_s)
     else:
-        create_run(path, rank=rank, header=header)
-    return path
+        create_run(path, rank=rank, header=header, beats_s=beats_s)
+    return Begun(path=path, joined=joined)
 
 
 def _numbered(path: Path) -> Path:
@@ -183,34 +205,20 @@ def _check_replaceable(path: Path, *, named: Path) -> object:
     return header.get("run_id"), header.get("created")
 
 
-def _refuse_writer(path: Path, claim: Mapping[str, Any]) -> None:
+def _refuse_writer(path: Path, claim: Claim) -> None:
     """Raise if a process that claimed a run, whose header says "running", may still write it."""
-    process, host = claim.get("process"), claim.get("host")
+    process, host = claim.data.get("process"), claim.data.get("host")
     if host != socket.gethostname():
         raise RunLogError(
             f"{path} is being written by process {process} on {host}, or was when that ended: "
             "if it has ended, remove the folder yourself; or name another"
         )
-    if is_of_this_process(claim):
+    if is_of_this_process(claim.data):
         raise RunLogError(
             f"{path} is being written by this process: close its recorder first, or name another "
             "folder"
         )
-    if process != os.getpid() and _is_alive(process):
+    if process != os.getpid() and is_alive(process):
         raise RunLogError(
             f"{path} is being written by process {process}: stop that first, or name another folder"
         )
-
-
-def _is_alive(process: object) -> bool:
-    if not isinstance(process, int) or process <= 0:
-        return False
-    if os.name == "nt":
-        return True  # a signal of 0, which asks elsewhere, would end the process there
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

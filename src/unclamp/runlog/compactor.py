@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import duckdb
@@ -138,7 +138,7 @@ class Compactor:
         table, first, last = parts[0].table, parts[0].name, parts[-1].name
         if len(parts) == 1 and first.is_merged:
             return parts[0]
-        name = PartName(rank=first.rank, first=first.first, last=last.last, is_merged=True)
+        name = replace(first, last=last.last, is_merged=True)
         folder = self._path / table
         rows = read_parts(folder / str(part.name) for part in parts)
         self._check_time()

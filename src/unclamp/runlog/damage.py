@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unclamp.runlog.parts import PartName, read_parts
+from unclamp.runlog.parts import PartName, column_range, range_in, read_parts
 from unclamp.written import counted
 
 _Identity = tuple[str, int, int]
@@ -106,17 +106,15 @@ def describe_damage(path: Path, parts: list[Path]) -> DamagedPart:
     """
     metadata = _metadata(path)
     if metadata is not None:
-        first, last = _steps(metadata)
+        first, last = column_range(metadata, "step") or (None, None)
         return DamagedPart(path=path, rows=metadata.num_rows, first_step=first, last_step=last)
-    rank, place = _rank(path), parts.index(path)
-    before = [_last(p) for p in parts[:place] if _rank(p) == rank]
-    after = [_first(p) for p in parts[place + 1 :] if _rank(p) == rank]
-    ends = [step for step in before if step is not None]
-    starts = [step for step in after if step is not None]
+    writer, place = _writer(path), parts.index(path)
+    before = range_in((p for p in parts[:place] if _writer(p) == writer), "step")
+    after = range_in((p for p in parts[place + 1 :] if _writer(p) == writer), "step")
     return DamagedPart(
         path=path,
-        first_step=max(ends) + 1 if ends else None,
-        last_step=min(starts) - 1 if starts else None,
+        first_step=None if before is None else before[1] + 1,
+        last_step=None if after is None else after[0] - 1,
     )
 
 
@@ -134,9 +132,10 @@ def _identity(path: Path) -> _Identity | None:
     return None
 
 
-def _rank(path: Path) -> int | None:
+def _writer(path: Path) -> tuple[int, int] | None:
+    """Return the rank that wrote a part, and in which attempt of the run."""
     name = PartName.parse(path.name)
-    return None if name is None else name.rank
+    return None if name is None else (name.rank, name.attempt)
 
 
 def _metadata(path: Path) -> pq.FileMetaData | None:
@@ -144,24 +143,3 @@ def _metadata(path: Path) -> pq.FileMetaData | None:
         return pq.read_metadata(path)
     except UNREADABLE:
         return None
-
-
-def _first(path: Path) -> int | None:
-    metadata = _metadata(path)
-    return None if metadata is None else _steps(metadata)[0]
-
-
-def _last(path: Path) -> int | None:
-    metadata = _metadata(path)
-    return None if metadata is None else _steps(metadata)[1]
-
-
-def _steps(metadata: pq.FileMetaData) -> tuple[int | None, int | None]:
-    """Return the first and the last step of a part, by the statistics of its columns."""
-    found = []
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            statistics = column.statistics
-            if column.path_in_schema == "step" and statistics and statistics.has_min_max:
-                found += [statistics.min, statistics.max]
-    return min(found, default=None), max(found, default=None)

@@ -1,19 +1,22 @@
 """Who may write to a run's folder: one writer a rank, all of one run. And its small files.
 
 A rank claims the folder with a file of its own, `.writer-r0.json`, which only one process can
-create. It holds the id of the run, so that a rank never joins another run, and later what could
-not be written.
+create; a later attempt of the run with `.writer-r0-a1.json`. It holds the id of the run, so that a
+rank never joins another run, and later what could not be written, and how its log was closed. The
+writer touches it as a sign of life.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,47 @@ from unclamp.runlog.schema import TABLES
 
 _THIS_PROCESS = uuid.uuid4().hex
 """Which process: numbers come again, after a container's restart even this process's own."""
+_CLAIM = re.compile(r"\.writer-r(\d+)(?:-a(\d+))?\.json")
 _CLAIM_S = 2.0
 """How long another rank's claim may be empty: it is created, then filled."""
 
 
-def create_run(path: Path, *, rank: int, header: Header) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a rank said when it began to write, and when it closed its log.
+
+    Attributes:
+        path: Its file.
+        rank: The rank.
+        attempt: How often the run had been begun before.
+        data: What the file holds.
+    """
+
+    path: Path
+    rank: int
+    attempt: int
+    data: Mapping[str, Any]
+
+    @property
+    def closed(self) -> str | None:
+        """The status that the rank closed its log with; None where it did not, or could not say."""
+        return self.data.get("closed")
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the rank has closed its log."""
+        return self.closed is not None
+
+    @property
+    def tells_of_close(self) -> bool:
+        """Whether the writer would have said that it closed; those of earlier versions did not."""
+        return "closed" in self.data
+
+
+def create_run(path: Path, *, rank: int, header: Header, beats_s: float | None = None) -> None:
     """Claim `path` for `rank` of the run that `header` describes; rank 0 writes the header.
+
+    `beats_s` is how often the writer will give a sign of life.
 
     Raises:
         RunLogError: `path` is a file, is in use, holds a run or something else, or cannot be
@@ -37,15 +75,9 @@ def create_run(path: Path, *, rank: int, header: Header) -> None:
     """
     check_header(header)
     _refuse_unless_free(path, rank)
-    claim = {
-        "run_id": header.run_id,
-        "process": os.getpid(),
-        "host": socket.gethostname(),
-        "made_by": _THIS_PROCESS,
-    }
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _claim(path, rank, claim)
+        make_claim(path, rank, header.run_id, beats_s=beats_s)
         try:
             _refuse_another_run(path, rank, header.run_id)
             if rank == 0:
@@ -55,6 +87,41 @@ def create_run(path: Path, *, rank: int, header: Header) -> None:
             raise
     except OSError as error:
         raise RunLogError(f"cannot create the run {path}: {error}") from error
+
+
+def make_claim(
+    path: Path, rank: int, run_id: str | None, *, attempt: int = 0, beats_s: float | None = None
+) -> None:
+    """Claim an attempt of the run `path` for `rank`.
+
+    Raises:
+        RunLogError: It is claimed.
+        OSError: The folder cannot be written.
+    """
+    claim = {
+        "run_id": run_id,
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "made_by": _THIS_PROCESS,
+        "launch": launch_of(os.environ),
+        "beats_s": beats_s,
+        "closed": None,
+    }
+    name = claim_path(path, rank, attempt)
+    try:
+        descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        raise _in_use(path, rank) from None
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(json.dumps(claim))
+
+
+def launch_of(environment: Mapping[str, str]) -> tuple[str, int] | None:
+    """Return torchrun's id of a launch, and how often it has restarted the workers."""
+    try:
+        return environment["TORCHELASTIC_RUN_ID"], int(environment["TORCHELASTIC_RESTART_COUNT"])
+    except (KeyError, ValueError):
+        return None
 
 
 def is_of_this_process(claim: Mapping[str, Any]) -> bool:
@@ -77,32 +144,35 @@ def write_header(path: Path, header: Header) -> None:
     write_atomically(path / RUN_FILE, _to_json(header))
 
 
-def write_missing(path: Path, *, rank: int, missing: str) -> None:
-    """Note with the claim of `rank` what it could not write.
+def note_in_claim(path: Path, *, rank: int, attempt: int, **known: str) -> None:
+    """Add to what the claim of a rank says: `missing` what it could not write, `closed` a status.
 
     Raises:
         OSError: That cannot be written either.
+        ValueError: The claim holds something else.
     """
-    claim = read_json(claim_path(path, rank)) | {"missing": missing}
-    write_atomically(claim_path(path, rank), f"{json.dumps(claim)}\n".encode())
+    file = claim_path(path, rank, attempt)
+    write_atomically(file, f"{json.dumps(read_json(file) | known)}\n".encode())
 
 
 def read_missing(path: Path) -> dict[int, str]:
     """Return what each rank noted as missing from the run `path`, by rank; a cheap look."""
-    noted = {}
-    for rank, file in _claims(path).items():
-        with suppress(OSError, ValueError):
-            noted[rank] = read_json(file).get("missing")
-    return {rank: text for rank, text in sorted(noted.items()) if text}
+    noted: dict[int, list[str]] = {}
+    for claim in read_claims(path):
+        if text := claim.data.get("missing"):
+            noted.setdefault(claim.rank, []).append(str(text))
+    return {rank: "; ".join(noted[rank]) for rank in sorted(noted)}
 
 
-def read_claims(path: Path) -> list[dict[str, Any]]:
-    """Return what the claims of a run say; those that cannot be read are left out."""
+def read_claims(path: Path) -> list[Claim]:
+    """Return what the claims of a run say, by attempt and rank; unreadable ones are left out."""
     found = []
-    for file in _claims(path).values():
-        with suppress(OSError, ValueError):
-            found.append(read_json(file))
-    return found
+    for file in path.glob(".writer-r*.json"):
+        if (match := _CLAIM.fullmatch(file.name)) is not None:
+            rank, attempt = int(match[1]), int(match[2] or 0)
+            with suppress(OSError, ValueError):
+                found.append(Claim(path=file, rank=rank, attempt=attempt, data=read_json(file)))
+    return sorted(found, key=lambda claim: (claim.attempt, claim.rank))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,27 +188,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def claim_path(path: Path, rank: int) -> Path:
-    """Return the file with which `rank` claims the run `path`."""
-    return path / f".writer-r{rank}.json"
-
-
-def _claims(path: Path) -> dict[int, Path]:
-    found = {}
-    for file in path.glob(".writer-r*.json"):
-        number = file.name.removeprefix(".writer-r").removesuffix(".json")
-        if number.isdecimal():
-            found[int(number)] = file
-    return found
-
-
-def _claim(path: Path, rank: int, claim: dict[str, Any]) -> None:
-    try:
-        descriptor = os.open(claim_path(path, rank), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        raise _in_use(path, rank) from None
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(json.dumps(claim))
+def claim_path(path: Path, rank: int, attempt: int = 0) -> Path:
+    """Return the file with which `rank` claims an attempt of the run `path`."""
+    return path / (f".writer-r{rank}-a{attempt}.json" if attempt else f".writer-r{rank}.json")
 
 
 def _refuse_unless_free(path: Path, rank: int) -> None:
@@ -148,7 +200,8 @@ def _refuse_unless_free(path: Path, rank: int) -> None:
     if not path.is_dir():
         raise RunLogError(f"expected a folder for the run, but {path} is a file; name another")
     held = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-    if any(path.glob(f"*/part-r{rank}-*")) or (rank == 0 and RUN_FILE in held):
+    is_again = any(path.glob(".attempt-*.json"))
+    if is_again or any(path.glob(f"*/part-r{rank}-*")) or (rank == 0 and RUN_FILE in held):
         raise _in_use(path, rank)
     foreign = [name for name in held if name not in {RUN_FILE, "summaries", *TABLES}]
     if foreign:
@@ -165,11 +218,15 @@ def _refuse_another_run(path: Path, rank: int, run_id: str | None) -> None:
     """
     if rank == 0 and (path / RUN_FILE).exists():
         raise _in_use(path, rank)
-    files = {f"rank {other}": file for other, file in _claims(path).items() if other != rank}
+    files = {
+        f"rank {match[1]}": file
+        for file in path.glob(".writer-r*.json")
+        if (match := _CLAIM.fullmatch(file.name)) and not match[2] and int(match[1]) != rank
+    }
     if (path / RUN_FILE).exists():
         files["rank 0"] = path / RUN_FILE
     for writer, file in files.items():
-        held = _read_when_filled(file)
+        held = read_when_filled(file)
         if held is not None and held.get("run_id") != run_id:
             raise RunLogError(
                 f"{path} holds what {writer} of another run wrote; name a new folder, runs never "
@@ -177,7 +234,7 @@ def _refuse_another_run(path: Path, rank: int, run_id: str | None) -> None:
             )
 
 
-def _read_when_filled(path: Path) -> dict[str, Any] | None:
+def read_when_filled(path: Path) -> dict[str, Any] | None:
     """Return what a file holds as soon as it holds something; None if it was taken back."""
     give_up_at = time.monotonic() + _CLAIM_S
     while True:
@@ -200,8 +257,9 @@ def _in_use(path: Path, rank: int) -> RunLogError:
         claim = read_json(claim_path(path, rank))
         writer = f", begun by process {claim.get('process')} on {claim.get('host')}"
     return RunLogError(
-        f"{path} already holds a run{writer}, and runs never mix: name a new folder; or replace "
-        f'that run with overwrite=True; or have the folders numbered with {{n}}, "{path}-{{n}}"'
+        f"{path} already holds a run{writer}, and runs never mix: name a new folder; or go on with "
+        f"that run by resume=True; or replace it with overwrite=True; "
+        f'or have the folders numbered with {{n}}, "{path}-{{n}}"'
     )
 
 

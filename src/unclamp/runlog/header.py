@@ -16,11 +16,33 @@ SCHEMA_VERSION = 2
 RUN_FILE = "run.json"
 _LATER_FIELDS = {
     "run_id": None, "missing": None, "cadence": None, "observed": False,
-    "notes": [],
+    "notes": [], "attempts": [],
 }  # fmt: skip
 """What the headers of version 1 did not have, or not from the start."""
 
 Status = Literal["running", "finished", "interrupted", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One beginning of a run that was begun more than once.
+
+    Attributes:
+        number: How often the run had been begun before.
+        created: When, ISO-8601 in UTC.
+        world_size: Its ranks.
+        unclamp_version: What wrote it.
+        run_id: Of its launch.
+        ended: How it ended, a status or "killed"; None of the last one, whose status the header
+            has.
+    """
+
+    number: int
+    created: str
+    world_size: int
+    unclamp_version: str
+    run_id: str | None = None
+    ended: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +56,11 @@ class Header:
     were only counted, in a training without FP8; `plain` that no layer was meant to be in FP8: a
     run without a recipe that is not plain may have been converted after its log began. `run_id` is
     the same for all ranks of a launch, None where nobody said. `notes` are sentences that a reader
-    must see beside the figures, such as an override that matched no layer. `created` is ISO-8601 in
-    UTC. `recipe`, `environment` and `metadata`, which is the user's, hold plain JSON data: what
-    JSON cannot express is refused when the header is written.
+    must see beside the figures, such as an override that matched no layer. `attempts` are the
+    beginnings of a run that was begun again, the first one first, and empty for others: what else
+    the header says is of the last one. `created` is that of the first, ISO-8601 in UTC. `recipe`,
+    `environment` and `metadata`, which is the user's, hold plain JSON data: what JSON cannot
+    express is refused when the header is written.
     """
 
     unclamp_version: str
@@ -53,6 +77,7 @@ class Header:
     notes: list[str] = field(default_factory=list)
     run_id: str | None = None
     missing: str | None = None
+    attempts: list[Attempt] = field(default_factory=list)
     kind: str = KIND
     schema_version: int = SCHEMA_VERSION
 
@@ -88,7 +113,16 @@ class Header:
             )
         given: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
         given["cadence"] = Cadence.from_dict(given["cadence"])
+        given["attempts"] = [_attempt(each) for each in given["attempts"]]
         return cls(**given)
+
+
+def _attempt(data: Mapping[str, Any]) -> Attempt:
+    known = {f.name for f in fields(Attempt)}
+    try:
+        return Attempt(**{key: value for key, value in data.items() if key in known})
+    except (AttributeError, TypeError) as error:
+        raise RunLogError(f"its header names an attempt that it cannot be: {error}") from error
 
 
 def _was_plain(data: Mapping[str, Any]) -> bool:

@@ -3,7 +3,8 @@
 A flush writes `part-r0-000017.parquet`, the 17th part of rank 0. A merge of the parts 0 to 15
 writes `part-r0-000000-000015.parquet`, and removes them after. A part whose range lies inside
 another part's is one that the merge had no time to remove: it does not count. So a kill at any
-moment neither loses rows nor doubles them.
+moment neither loses rows nor doubles them. Where a run was begun again, the second attempt writes
+`part-r0-a1-000000.parquet`: its parts are numbered anew and never merged with those before.
 """
 
 from __future__ import annotations
@@ -24,22 +25,26 @@ from unclamp.files import write_atomically
 ROW_GROUP_ROWS = 65_536
 """Rows that are read at least when one is wanted: of 1,680 sorted sites, 1 in 15 to 30."""
 
-_NAME = re.compile(r"part-r(\d+)-(\d+)(?:-(\d+))?\.parquet")
+_NAME = re.compile(r"part-r(\d+)-(?:a(\d+)-)?(\d+)(?:-(\d+))?\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartName:
-    """The parts `first` to `last` of a rank in one file, or a part as it was flushed."""
+    """The parts `first` to `last` of a rank in one file, or a part as it was flushed.
+
+    `attempt` says how often the run had been begun before.
+    """
 
     rank: int
     first: int
     last: int
     is_merged: bool
+    attempt: int = 0
 
     @classmethod
-    def flushed(cls, rank: int, number: int) -> Self:
+    def flushed(cls, rank: int, number: int, *, attempt: int = 0) -> Self:
         """Return the name of the flush with this number."""
-        return cls(rank=rank, first=number, last=number, is_merged=False)
+        return cls(rank=rank, first=number, last=number, is_merged=False, attempt=attempt)
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
@@ -47,20 +52,28 @@ class PartName:
         match = _NAME.fullmatch(name)
         if match is None:
             return None
-        rank, first = int(match[1]), int(match[2])
-        last = first if match[3] is None else int(match[3])
-        return cls(rank=rank, first=first, last=last, is_merged=match[3] is not None)
+        rank, attempt, first = int(match[1]), int(match[2] or 0), int(match[3])
+        last = first if match[4] is None else int(match[4])
+        is_merged = match[4] is not None
+        return cls(rank=rank, first=first, last=last, is_merged=is_merged, attempt=attempt)
 
     def __str__(self) -> str:
+        attempt = f"a{self.attempt}-" if self.attempt else ""
         end = f"-{self.last:06d}" if self.is_merged else ""
-        return f"part-r{self.rank}-{self.first:06d}{end}.parquet"
+        return f"part-r{self.rank}-{attempt}{self.first:06d}{end}.parquet"
+
+
+def attempt_of(path: Path) -> int:
+    """Return which attempt of its run wrote a part; the first where its name does not say."""
+    name = PartName.parse(path.name)
+    return 0 if name is None else name.attempt
 
 
 def parts_that_count(folder: Path) -> list[Path]:
     """Return the parts in `folder` whose rows are not in another one, in order of writing.
 
-    Ranks follow one another. A Parquet file of another name counts, after the others. A folder
-    that does not exist has no parts.
+    Ranks follow one another, and the attempts of each. A Parquet file of another name counts, after
+    the others. A folder that does not exist has no parts.
     """
     named, others = [], []
     for path in _list(folder):
@@ -68,12 +81,13 @@ def parts_that_count(folder: Path) -> list[Path]:
         if name is None:
             others.append(path)
         else:
-            named.append((name.rank, name.first, -name.last, not name.is_merged, path))
+            writer = (name.rank, name.attempt)
+            named.append((writer, name.first, -name.last, not name.is_merged, path))
     counted = []
-    rank, end = -1, -1
-    for each, _, minus_last, _, path in sorted(named):  # of equal starts, the widest first
-        if each != rank or -minus_last > end:
-            rank, end = each, -minus_last
+    before, end = None, -1
+    for writer, _, minus_last, _, path in sorted(named):  # of equal starts, the widest first
+        if writer != before or -minus_last > end:
+            before, end = writer, -minus_last
             counted.append(path)
     return counted + sorted(others)
 
@@ -124,6 +138,27 @@ def read_parts(paths: Iterable[Path]) -> pa.Table:
         with pq.ParquetFile(path) as file:  # unlike read_table, no columns from `lr=0.1/run`
             tables.append(file.read(use_threads=False))
     return pa.concat_tables(tables)
+
+
+def column_range(metadata: pq.FileMetaData, name: str) -> tuple[int, int] | None:
+    """Return the least and the largest value of a column of whole numbers; None without any."""
+    found = []
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            statistics = column.statistics
+            if column.path_in_schema == name and statistics and statistics.has_min_max:
+                found += [statistics.min, statistics.max]
+    return (min(found), max(found)) if found else None
+
+
+def range_in(paths: Iterable[Path], name: str) -> tuple[int, int] | None:
+    """Return the same over parts; those that cannot be read are left out."""
+    ranges = []
+    for path in paths:
+        with suppress(OSError, pa.ArrowException):
+            if (found := column_range(pq.read_metadata(path), name)) is not None:
+                ranges += found
+    return (min(ranges), max(ranges)) if ranges else None
 
 
 def sync_folder(folder: Path) -> None:

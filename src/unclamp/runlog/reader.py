@@ -33,13 +33,26 @@ from unclamp.runlog.finder import read_header
 from unclamp.runlog.folder import read_missing
 from unclamp.runlog.header import RUN_FILE, Header
 from unclamp.runlog.parts import PartName, parts_that_count
+from unclamp.runlog.ranks import (
+    RankEnd,
+    RankOvershoot,
+    RunAttempt,
+    attempts_of,
+    read_ends,
+    read_overshoots,
+)
+from unclamp.runlog.relations import Parts, Relation, relations_of
 from unclamp.runlog.schema import TABLES, VIEWS, describe_columns
 from unclamp.runlog.sites import NAMED_SITES_SQL, SiteInfo
-from unclamp.runlog.summary import merged_sql, summary_sql
-from unclamp.runlog.windows import MOST_WINDOWS, Windows, read_windows
+from unclamp.runlog.windows import MOST_WINDOWS, Cut, Windows, read_windows
 from unclamp.written import counted
 
-_Parts = dict[str, list[Path]]
+_SCHEMAS = {
+    **TABLES,
+    "stored_summaries": VIEWS["summaries"],
+    "casts_without_summary": TABLES["casts"],
+}
+"""The columns of each kind of relation."""
 _OF_THE_QUERY = (
     duckdb.ParserException,
     duckdb.BinderException,
@@ -49,20 +62,6 @@ _OF_THE_QUERY = (
 )
 """Failures that no part is to blame for."""
 
-_SUMMARIES = merged_sql(
-    f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
-)
-_SWITCHES = """
-    SELECT step, rank, site->>'fqn' AS fqn, site->>'role' AS role,
-        (site->'before')::VARCHAR AS before, (site->'after')::VARCHAR AS after
-    FROM (
-        SELECT step, rank, unnest(json_extract(data, '$.sites[*]')) AS site
-        FROM events WHERE kind = 'switch' AND json_valid(data)
-    )
-    WHERE fqn IS NOT NULL AND role IS NOT NULL AND before IS NOT NULL AND after IS NOT NULL"""
-_OF_SITES = ("casts", "stored_summaries", "casts_without_summary")
-"""Relations whose rows refer to a site by its id."""
-
 
 class RunLog:
     """One run, open for reading; `open` makes it, `close` or `with` releases it.
@@ -71,8 +70,9 @@ class RunLog:
     was written to yet is empty, with all its columns. Ids of sites are unique in a run that a
     recorder wrote: `casts JOIN sites USING (site)` is right however many ranks there are, and
     rows of a site's ranks share its fqn and role. The view `summaries` has a row per 100 steps,
-    rank and site, and says at any moment what the casts on disk say; `switches` has a row per
-    site that changed its scaling.
+    rank and site, and says at any moment what the casts on disk say; `amaxes` a row per step and
+    name of a site, with the rank whose amax was largest; `switches` a row per site that changed
+    its scaling.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,8 +83,9 @@ class RunLog:
         # without ipywidgets there is no bar, and DuckDB refuses to set it.
         with suppress(duckdb.InvalidInputException):
             self._connection.execute("SET enable_progress_bar = false")
-        self._parts: _Parts = {}
-        self._has_views = False
+        self._parts: Parts = {}
+        self._registered: dict[str, Relation] = {}
+        self._views: dict[str, str] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunLog:
@@ -136,6 +137,15 @@ class RunLog:
             for path in every[table]
             if is_damaged(path)
         ]
+
+    @property
+    def attempts(self) -> list[RunAttempt]:
+        """How the run was begun, and begun again, in order; one that was not has one.
+
+        Raises:
+            RunLogError: The run is gone, or its parts cannot be listed.
+        """
+        return attempts_of(self.header, self._list_parts())
 
     @staticmethod
     def columns() -> pa.Table:
@@ -209,6 +219,24 @@ class RunLog:
         """
         return read_windows(self.sql, sites=self.named_sites(), most=most)
 
+    def overshoots(self, cut: Cut) -> list[RankOvershoot]:
+        """Return what each rank overshot in the windows of a cut, at sites that several ranks hold.
+
+        Empty where no two ranks hold the same site, or nothing tells them apart.
+
+        Raises:
+            RunLogError: as for `sql`.
+        """
+        return read_overshoots(self.sql, cut, self.named_sites())
+
+    def ends(self) -> list[RankEnd]:
+        """Return how each rank's log ended, of all ranks of the run's last attempt.
+
+        Raises:
+            RunLogError: as for `sql`.
+        """
+        return read_ends(self.sql, self.path, self.header, self.attempts[-1])
+
     def casts(self, site: int | SiteName | None = None) -> pa.Table:
         """Return the table `casts`, ordered by step, rank and site.
 
@@ -229,6 +257,10 @@ class RunLog:
     def summaries(self) -> pa.Table:
         """Return the view `summaries`, ordered by first step, rank and site."""
         return self._table("summaries", "first_step", "rank", "site")
+
+    def amaxes(self) -> pa.Table:
+        """Return the view `amaxes`, ordered by step, fqn and role."""
+        return self._table("amaxes", "step", "fqn", "role")
 
     def switches(self) -> pa.Table:
         """Return the view `switches`, ordered by step, then rank, then time of recording."""
@@ -268,7 +300,7 @@ class RunLog:
         rows = rows.cast({**TABLES, **VIEWS}[name])
         return rows.sort_by([(column, "ascending") for column in order])  # stable
 
-    def _leaves_out_damaged(self, parts: _Parts) -> bool:
+    def _leaves_out_damaged(self, parts: Parts) -> bool:
         """Look for damaged parts among these, tell of them, and say whether there are any."""
         damaged = find_damaged(dict.fromkeys(p for files in parts.values() for p in files))
         for path in (path for path, is_news in damaged.items() if is_news):
@@ -277,7 +309,7 @@ class RunLog:
             warnings.warn(f"{self.path}: {said}", UnclampWarning, stacklevel=4)
         return bool(damaged)
 
-    def _list_parts(self, *, whole: bool = True) -> _Parts:
+    def _list_parts(self, *, whole: bool = True) -> Parts:
         """Return the parts of each relation that views are made of; damaged ones if not `whole`."""
         if not (self.path / RUN_FILE).is_file():
             raise RunLogError(f"the run {self.path} is gone: it was moved or removed")
@@ -291,50 +323,37 @@ class RunLog:
         parts["casts_without_summary"] = [p for p in parts["casts"] if p.name not in summed]
         return parts
 
-    def _register(self, parts: _Parts) -> None:
+    def _register(self, parts: Parts) -> None:
         """Make each relation read its current parts; those whose parts are the same stay."""
-        schemas = {
-            **TABLES,
-            "stored_summaries": VIEWS["summaries"],
-            "casts_without_summary": TABLES["casts"],
-        }
-        if self._parts == parts and self._has_views:
+        if self._parts == parts and self._views:
             return
         header = self.header
-        views = _views(header)
-        for name, files in parts.items():
-            if self._parts.get(name) == files:
+        relations = relations_of(parts, header)
+        if relations.views != self._views:
+            self._forget()
+        for name, relation in relations.registered.items():
+            if self._registered.get(name) == relation:
                 continue
-            relation = f"written_{name}" if name in views else name
-            if name == "sites" and header.schema_version == schema_1.VERSION:
-                rows = schema_1.read_sites(files, world_size=header.world_size)
+            if relation.kind == "sites" and header.schema_version == schema_1.VERSION:
+                rows = schema_1.read_sites(relation.parts, world_size=header.world_size)
             else:
-                paths = [str(file) for file in files]
-                rows = ds.dataset(paths, schemas[name], format="parquet")
-            self._connection.register(relation, rows)
-            self._parts[name] = files
-        if not self._has_views:
-            for view, query in views.items():
+                paths = [str(file) for file in relation.parts]
+                rows = ds.dataset(paths, _SCHEMAS[relation.kind], format="parquet")
+            self._connection.register(name, rows)
+            self._registered[name] = relation
+        if not self._views:
+            for view, query in relations.views.items():
                 self._connection.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {query}")
-            self._has_views = True
+            self._views = relations.views
+        self._parts = parts
 
-
-def _views(header: Header) -> dict[str, str]:
-    """Return the queries of the views, in an order in which they can be made.
-
-    A view with the name of a relation stands in front of it: that is `written_<name>` then.
-    """
-    views = {}
-    if header.schema_version == schema_1.VERSION and header.world_size > 1:
-        views = {
-            name: schema_1.renumbered_sql(f"written_{name}", world_size=header.world_size)
-            for name in _OF_SITES
-        }
-    return views | {
-        "sites": "SELECT DISTINCT * FROM written_sites",
-        "summaries": _SUMMARIES,
-        "switches": _SWITCHES,
-    }
+    def _forget(self) -> None:
+        """Take away relations and views: of a run that was begun again they are others."""
+        for view in reversed(self._views):
+            self._connection.execute(f"DROP VIEW IF EXISTS {view}")
+        for name in self._registered:
+            self._connection.unregister(name)
+        self._views, self._registered, self._parts = {}, {}, {}
 
 
 def _is_merged(path: Path) -> bool:

@@ -144,6 +144,13 @@ TABLES: Mapping[str, pa.Schema] = {
             _column("history_len", pa.int32(), "amax history, updates", nullable=True),
             _column("granularity", pa.string(), "which elements share a scale", nullable=True),
             _column("format_max", pa.float64(), "largest finite value of the format"),
+            _column(
+                "replicated",
+                pa.bool_(),
+                "whether a lower rank casts the same tensor, such as a weight under data "
+                "parallelism: totals over ranks leave its counts out; false where nobody said",
+                nullable=True,
+            ),
         ]
     ),
     "casts": pa.schema(
@@ -247,6 +254,27 @@ VIEWS: Mapping[str, pa.Schema] = {
                 nullable=True,
             ),
             _count("sqnr_steps", "rows of casts with a finite sqnr_db"),
+        ]
+    ),
+    "amaxes": pa.schema(
+        [
+            _STEP,
+            _column("fqn", pa.string(), "dotted name of the module"),
+            _column("role", pa.string(), "input, weight or grad_output"),
+            _column(
+                "amax",
+                pa.float32(),
+                "largest finite amax of all ranks, in the tensor's unit; null where none is finite",
+                nullable=True,
+            ),
+            _column(
+                "amax_rank",
+                pa.int32(),
+                "rank that had it, the lowest of several: the one that sets a scale which ranks "
+                "share; null likewise",
+                nullable=True,
+            ),
+            _count("ranks", "ranks that cast the operand in this step"),
         ]
     ),
     "switches": pa.schema(

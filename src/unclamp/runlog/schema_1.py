@@ -64,6 +64,8 @@ def _with_rank(rows: pa.Table, rank: int, world_size: int) -> pa.Table:
         pa.array(known[column.name], column.type)
         if column.name in known
         else rows[column.name].cast(column.type)
+        if column.name in rows.column_names
+        else pa.nulls(len(rows), column.type)
         for column in TABLES["sites"]
     ]
     return pa.Table.from_arrays(columns, schema=TABLES["sites"])

@@ -2,6 +2,9 @@
 
 An id is one rank's, and unique in its run; the name is the same on every rank. What is asked of
 a site is asked of its name, so that readers add up ranks by joining with `PLACES_SQL`.
+
+What several ranks hold alike, such as a weight under data parallelism, each of them casts and
+counts. A sum over ranks takes it once: `over_ranks` is the one place that says so.
 """
 
 from dataclasses import dataclass
@@ -17,6 +20,22 @@ PLACES_SQL = """
     )"""
 """A row for each id of each rank: all columns of `sites`, and `place`, that of its name in
 `RunLog.named_sites`. Join it by rank and site."""
+
+SITES_SQL = """
+    SELECT DISTINCT * REPLACE (
+        coalesce(bool_or(replicated) OVER (PARTITION BY rank, site), false) AS replicated)
+    FROM written_sites"""
+"""The view `sites`: each row once, and none from before it was known to be replicated."""
+
+
+def over_ranks(aggregate: str, where: str = "true") -> str:
+    """Return a count or a sum of SQL that takes what several ranks hold alike once; 0 of no rows.
+
+    For rows of `casts` or `summaries` joined with `PLACES_SQL`, those for which `where` is true.
+    The largest and the smallest of all ranks need none of it.
+    """
+    return f"coalesce({aggregate} FILTER (NOT replicated AND {where}), 0)"
+
 
 NAMED_SITES_SQL = f"""
     SELECT DISTINCT ON (place) first AS site, fqn, role, format, scaling, format_max, history_len,

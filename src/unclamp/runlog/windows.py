@@ -2,12 +2,12 @@
 
 Short runs are read from `casts`, in windows as fine as a step; long ones from summaries, so that
 a page of 100,000 steps reads no row of `casts`. Each window adds up counts and keeps extremes, of
-all ranks. What is drawn of it is for readers.
+all ranks; what ranks hold alike is counted once. What is drawn of it is for readers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from unclamp.runlog.schema import SUMMARY_STEPS
-from unclamp.runlog.sites import PLACES_SQL, SiteInfo
+from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.runlog.summary import summary_sql
 from unclamp.totals import SCALED_AMAX_SQL, SiteTotals, overshoot, share
 
@@ -27,27 +27,29 @@ _SUMMARIES = f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_with
 """What the view `summaries` adds up a row per window. Windows here are wider and added up once
 more, so the first sum would be made for nothing; it takes longer than all else on a page."""
 _SUMS = ", ".join(
-    f"sum({name})::BIGINT AS {name}"
+    f"{over_ranks(f'sum({name})')}::BIGINT AS {name}"
     for name in ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
 )
 _FROM_CASTS = f"""
-    count(*) AS steps, count(*) FILTER (saturated > 0) AS clamped,
+    {over_ranks("count(*)")} AS steps, {over_ranks("count(*)", "saturated > 0")} AS clamped,
     max(amax) AS amax_max, max({SCALED_AMAX_SQL}) AS scaled_amax_max,
     min(scale) AS scale_min, max(scale) AS scale_max,
-    sum(saturated_error) AS saturated_error_sum, max(saturated_error) AS saturated_error_max,
+    {over_ranks("sum(saturated_error)")} AS saturated_error_sum,
+    max(saturated_error) AS saturated_error_max,
     max_by(step, (saturated_error, ~step)) FILTER (saturated_error > 0) AS worst_step,
-    min(sqnr_db) AS sqnr_db_min, sum(sqnr_db) FILTER (isfinite(sqnr_db)) AS sqnr_db_sum,
-    count(*) FILTER (isfinite(sqnr_db)) AS sqnr_steps"""
-_FROM_SUMMARIES = """
-    sum(steps)::BIGINT AS steps, sum(clamped)::BIGINT AS clamped,
+    min(sqnr_db) AS sqnr_db_min,
+    {over_ranks("sum(sqnr_db)", "isfinite(sqnr_db)")} AS sqnr_db_sum,
+    {over_ranks("count(*)", "isfinite(sqnr_db)")} AS sqnr_steps"""
+_FROM_SUMMARIES = f"""
+    {over_ranks("sum(steps)")}::BIGINT AS steps, {over_ranks("sum(clamped)")}::BIGINT AS clamped,
     max(amax_max) AS amax_max, max(scaled_amax_max) AS scaled_amax_max,
     min(scale_min) AS scale_min, max(scale_max) AS scale_max,
-    sum(saturated_error_sum) AS saturated_error_sum,
+    {over_ranks("sum(saturated_error_sum)")} AS saturated_error_sum,
     max(saturated_error_max) AS saturated_error_max,
     max_by(worst_step, (saturated_error_max, ~worst_step)) FILTER (saturated_error_max > 0)
         AS worst_step,
-    min(sqnr_db_min) AS sqnr_db_min, sum(sqnr_db_mean * sqnr_steps) AS sqnr_db_sum,
-    sum(sqnr_steps)::BIGINT AS sqnr_steps"""
+    min(sqnr_db_min) AS sqnr_db_min, {over_ranks("sum(sqnr_db_mean * sqnr_steps)")} AS sqnr_db_sum,
+    {over_ranks("sum(sqnr_steps)")}::BIGINT AS sqnr_steps"""
 _FIELDS = {
     "rows": "steps",
     "casts": "microsteps",
@@ -117,8 +119,8 @@ class Windows:
         totals: By place: all windows of a site added up, with sums of fractions to nine figures.
         rows: A row for each window in which a site cast anything, ordered by `place`, that of the
             site, and `cell`, the window's number. Its other columns are those of the view
-            `summaries`, over all ranks; a step that was recorded again counts twice, and
-            `sqnr_db_sum` takes the place of the mean.
+            `summaries`, over all ranks (of replicated operands the counts of one); a step that was
+            recorded again counts twice, and `sqnr_db_sum` takes the place of the mean.
     """
 
     cut: Cut
@@ -149,18 +151,33 @@ class Windows:
         return self.rows.slice(begin, end - begin)
 
 
+class Source(NamedTuple):
+    """What windows are read from, as SQL: rows, and the number of the window of each."""
+
+    table: str
+    cell: str
+
+
+def source_of(cut: Cut) -> Source:
+    """Return what the windows of a cut are read from."""
+    step, table = ("first_step", _SUMMARIES) if cut.from_summaries else ("step", "casts")
+    last = max(0, cut.count - 1)
+    cell = f"least(greatest(({step} - {cut.first}) // {cut.size}, 0), {last})"
+    return Source(table=table, cell=cell)
+
+
 def read_windows(
     sql: Callable[[str], pa.Table], *, sites: list[SiteInfo], most: int = MOST_WINDOWS
 ) -> Windows:
     """Return a run's windows, through the `sql` of its log."""
     cut = _cut(sql, most)
-    step, table = ("first_step", _SUMMARIES) if cut.from_summaries else ("step", "casts")
+    source = source_of(cut)
     sums = _FROM_SUMMARIES if cut.from_summaries else _FROM_CASTS
-    last = max(0, cut.count - 1)
     rows = sql(
-        f"WITH places AS MATERIALIZED (SELECT rank, site, place FROM ({PLACES_SQL})) "
-        f"SELECT place, least(greatest(({step} - {cut.first}) // {cut.size}, 0), {last}) AS cell, "
-        f"{_SUMS}, {sums} FROM {table} JOIN places USING (rank, site) GROUP BY ALL"
+        f"WITH places AS MATERIALIZED "
+        f"(SELECT rank, site, place, replicated FROM ({PLACES_SQL})) "
+        f"SELECT place, {source.cell} AS cell, {_SUMS}, {sums} "
+        f"FROM {source.table} JOIN places USING (rank, site) GROUP BY ALL"
     )
     rows = rows.sort_by([("place", "ascending"), ("cell", "ascending")]).combine_chunks()
     added = _by_place(rows)
@@ -175,10 +192,14 @@ def read_windows(
 
 
 def _by_place(windows: pa.Table) -> pa.Table:
-    """Add up the windows of each site, in a connection of its own that leaves nothing behind."""
+    """Add up the windows of each site, in a connection of its own that leaves nothing behind.
+
+    Ranks are added up in each window already.
+    """
     with duckdb.connect() as connection:
         connection.register("windows", windows)
-        query = f"SELECT place, {_SUMS}, {_FROM_WINDOWS} FROM windows GROUP BY place"
+        connection.execute("CREATE VIEW once AS SELECT *, false AS replicated FROM windows")
+        query = f"SELECT place, {_SUMS}, {_FROM_WINDOWS} FROM once GROUP BY place"
         return connection.sql(query).to_arrow_table()
 
 

@@ -22,9 +22,10 @@ from typing import Self, get_args
 import pyarrow as pa
 
 from unclamp.errors import RunLogError, UnclampWarning, did_you_mean
+from unclamp.runlog.attempts import is_superseded
 from unclamp.runlog.beginning import begin_run
 from unclamp.runlog.compactor import Compactor, Part
-from unclamp.runlog.folder import write_header, write_missing
+from unclamp.runlog.folder import claim_path, note_in_claim, write_header
 from unclamp.runlog.header import RUN_FILE, Header, Status
 from unclamp.runlog.parts import PartName, write_part
 from unclamp.runlog.schema import TABLES, Columns, schema_of, to_arrow
@@ -52,13 +53,16 @@ class RunLogWriter:
         rank: int = 0,
         flush_interval_s: float = 2.0,
         overwrite: bool = False,
+        resume: bool = False,
         before_replacing: Callable[[], None] = lambda: None,
     ) -> None:
         """Create the run, or join it when `rank` is not 0.
 
         With "{n}" in `path` the folder gets the first free number; `self.path` is the real one.
         Where `overwrite`, a run that is there is replaced (`unclamp.runlog.beginning`);
-        `before_replacing` is called before, once nothing else speaks against it.
+        `before_replacing` is called before, once nothing else speaks against it. Where `resume`,
+        a run that is there goes on in a new attempt (`unclamp.runlog.attempts`), and the ids of
+        its sites are to be `first_site` and above.
 
         Raises:
             RunLogError: `path` is a file, is being written, holds another run or something else,
@@ -76,15 +80,20 @@ class RunLogWriter:
         self._warned = False
         self._closing = self._closed = False
         self._process = os.getpid()  # a fork inherits the writer and its exit hook, not the thread
-        self.path = begin_run(
+        begun = begin_run(
             Path(path),
             rank=rank,
             header=self._header,
             overwrite=overwrite,
+            resume=resume,
+            beats_s=flush_interval_s,
             before_replacing=before_replacing,
         )
+        self.path, self._header = begun.path, begun.joined.header
+        self.attempt, self.first_site = begun.joined.attempt, begun.joined.first_site
+        self._claim = claim_path(self.path, rank, self.attempt)
         self._compactor = Compactor(self.path)
-        self._parts = _Parts(self.path, rank, self._compactor)
+        self._parts = _Parts(self.path, rank, self.attempt, self._compactor)
         self._worker = Worker(
             self._take,
             name="unclamp-runlog",
@@ -93,6 +102,8 @@ class RunLogWriter:
             closes_at_exit=False,  # `close` does, and says in the header how the run ended
         )
         atexit.register(self.close, "interrupted")
+        if header.world_size > 1:  # give signs of life before the first rows
+            self.add("steps", {})
 
     @property
     def failure(self) -> BaseException | None:
@@ -160,6 +171,7 @@ class RunLogWriter:
         self._compactor.close(at_once=status == "interrupted")
         if self.rank == 0:
             self._close_header(status)
+        self._note(closed="failed" if self._failure and status == "finished" else status)
         self._closed = True  # not before: after Ctrl-C in here, the exit closes once more
         atexit.unregister(self.close)
         self._warn_of_failure()
@@ -178,7 +190,8 @@ class RunLogWriter:
         if self._failure is not None and status == "finished":
             status = "failed"
         try:
-            write_header(self.path, replace(self._header, status=status))
+            if not is_superseded(self.path, attempt=self.attempt):
+                write_header(self.path, replace(self._header, status=status))
         except OSError as error:
             self._fail(error, f"the status {status!r} in {RUN_FILE}")
 
@@ -217,11 +230,15 @@ class RunLogWriter:
         self._failure = error
         self._header = replace(self._header, missing=f"{missing}, because of {error!r}")
         # A full disk has no room for this either; close() tries again.
+        if self.rank != 0:
+            self._note(missing=str(self._header.missing))
+            return
         with suppress(OSError, ValueError):
-            if self.rank == 0:
-                write_header(self.path, self._header)
-            else:
-                write_missing(self.path, rank=self.rank, missing=str(self._header.missing))
+            write_header(self.path, self._header)
+
+    def _note(self, **known: str) -> None:
+        with suppress(OSError, ValueError):
+            note_in_claim(self.path, rank=self.rank, attempt=self.attempt, **known)
 
     def _take(self, rows: _Rows) -> None:
         """Be the thread, with rows: buffer them, unless the log has failed."""
@@ -230,6 +247,8 @@ class RunLogWriter:
 
     def _write_due(self) -> None:
         self._record(self._parts.write)
+        with suppress(OSError):
+            os.utime(self._claim)
 
     def _record(self, act: Callable[[], None]) -> None:
         if self._failure is not None:
@@ -245,9 +264,9 @@ class RunLogWriter:
 class _Parts:
     """One rank's rows that are not on disk yet, and the parts they go to."""
 
-    def __init__(self, path: Path, rank: int, compactor: Compactor) -> None:
+    def __init__(self, path: Path, rank: int, attempt: int, compactor: Compactor) -> None:
         self._path = path
-        self._rank = rank
+        self._rank, self._attempt = rank, attempt
         self._compactor = compactor
         self._waiting: dict[str, list[pa.Table]] = {table: [] for table in TABLES}
         self._written = dict.fromkeys(TABLES, 0)
@@ -260,7 +279,7 @@ class _Parts:
         """Write one part per table that has rows waiting."""
         for table, waiting in self._waiting.items():
             if waiting:
-                name = PartName.flushed(self._rank, self._written[table])
+                name = PartName.flushed(self._rank, self._written[table], attempt=self._attempt)
                 rows = pa.concat_tables(waiting)
                 write_part(self._path / table / str(name), rows)
                 self._written[table] += 1

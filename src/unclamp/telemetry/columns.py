@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,10 @@ def step_columns(
             "group": [group]}  # fmt: skip
 
 
-def site_columns(sites: Sequence[Site], ids: Sequence[int]) -> dict[str, Any]:
-    """Return the rows of sites that have these ids."""
+def site_columns(
+    sites: Sequence[Site], ids: Sequence[int], repeated: Collection[int] = ()
+) -> dict[str, Any]:
+    """Return the rows of sites that have these ids; of some a lower rank casts the same tensor."""
     scalings = [site.operand.scaling for site in sites]
     return {
         "site": list(ids),
@@ -68,6 +70,7 @@ def site_columns(sites: Sequence[Site], ids: Sequence[int]) -> dict[str, Any]:
         "history_len": [s.history_len for s in scalings],
         "granularity": [str(s.granularity) for s in scalings],
         "format_max": [site.operand.format.max for site in sites],
+        "replicated": [number in repeated for number in ids],
     }
 
 

@@ -51,7 +51,9 @@ def _agree() -> str | None:
     """Return the id that the first rank to ask has put into the store."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        return store.compare_set(_KEY, "", str(uuid.uuid4())).decode()
+        # torchrun's store outlives the workers that it restarts.
+        key = f"{_KEY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        return store.compare_set(key, "", str(uuid.uuid4())).decode()
     except (AttributeError, RuntimeError, ValueError):
         return None  # a backend without a store
 

@@ -20,16 +20,16 @@ from typing import Any, Self, SupportsFloat, get_args
 from torch import Tensor, nn
 
 from unclamp.errors import RunLogError, UnclampWarning, did_you_mean, naming_arguments
-from unclamp.formats import Format
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.unmatched import any_in_fp8
 from unclamp.nn.update import SwitchListener, Update
 from unclamp.runlog import Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
-from unclamp.telemetry.columns import Number, cast_columns, site_columns, step_columns
+from unclamp.telemetry.columns import Number, cast_columns, step_columns
 from unclamp.telemetry.group import Name, group_name
 from unclamp.telemetry.header import make_header, scaling_data
+from unclamp.telemetry.numbering import Numbering
 from unclamp.telemetry.rank import find_place
 from unclamp.telemetry.sinks import NumbersFunction, Sink, Sinks
 from unclamp.telemetry.sinks.feed import SinkFeed
@@ -79,6 +79,10 @@ class Recorder:
             `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
         overwrite: Replace a run that is in the folder: only a run, and none that another process
             still writes. One that this process records and has not closed is closed first.
+        resume: Go on with a run that is in the folder and has ended, however it did, in a new
+            attempt: what it had recorded from the new first step on counts no more. A new or
+            empty folder begins a run, so a script that torchrun starts again says it always.
+            `step` is then to be told its number at first.
         flush_interval_s: At most so many seconds of the run are lost when it is killed.
 
     Raises:
@@ -104,6 +108,7 @@ class Recorder:
         inspect: Every | int | None = EVERY_HUNDREDTH,
         sinks: Iterable[Sink | NumbersFunction] = (),
         overwrite: bool = False,
+        resume: bool = False,
         flush_interval_s: float = 2.0,
     ) -> None:
         self._casts = _cadence(casts, "casts")
@@ -132,21 +137,25 @@ class Recorder:
             rank=place.rank,
             flush_interval_s=flush_interval_s,
             overwrite=overwrite,
+            resume=resume,
             before_replacing=lambda: _close_recorder_of(path),
         )
         _OPEN[self.path.resolve()] = self
         self._sources = [Source(ledger, self._note_commits) for ledger in ledgers]
         self._uncast = Uncast()
-        self._formats: dict[int, Format] = {}
         # No other rank counts in the same numbers: an id is one of its run.
-        self._free_ids = itertools.count(place.rank, place.world_size)
+        free_ids = itertools.count(self._writer.first_site + place.rank, place.world_size)
+        self._numbering = Numbering(self._sources, free_ids)
+        self._asks_for_step = resume
         self._silent_steps = 0
         self._is_first = True
         self._is_told_of_order = False
         self._next_step = 0
         self._latest: tuple[int, str | None] = (-1, None)
         self._began = self._last = time.perf_counter()
-        pieces = self._record_new_sites()
+        pieces = self._numbering.number()
+        if place.world_size == 1:  # else it is said which of them others have too, once known
+            self._write_sites()
         self._switches = [
             ledger.subscribe_to_switches(self._switch_listener(ledger)) for ledger in ledgers
         ]
@@ -194,15 +203,21 @@ class Recorder:
         kind = group_name(group)
         given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         values = {n: _checked(n, v) for n, v in (given | scalars).items() if v is not None}
+        if step is None and self._asks_for_step:
+            raise RunLogError(
+                "a Recorder with resume=True does not know where the training goes on: call "
+                "step(number, loss=...) with the number of the step, at least the first time"
+            )
         step = self._next_step if step is None else step
         if step < 0:
             raise RunLogError(f"expected the number of a step, 0 or above, got {step}")
-        self._next_step = step + 1
+        self._next_step, self._asks_for_step = step + 1, False
         self._latest = (step, kind)
         now = time.perf_counter()
         timing = {"time_s": [now - self._began], "step_ms": [(now - self._last) * 1e3]}
         self._last = now
-        self._record_new_sites()
+        self._numbering.number()
+        self._write_sites()
         updates = [heard for source in self._sources if (heard := source.take()) is not None]
         row = functools.cache(lambda: step_columns(step, values, timing, kind))
         self._writer.add("steps", row)
@@ -260,6 +275,7 @@ class Recorder:
             source.close()
         while self._switches:
             self._switches.pop()()
+        self._write_sites()
         self._writer.close(status)
         self._feed.close()
         self._sinks.close(status)
@@ -273,20 +289,13 @@ class Recorder:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close("finished" if kind is None else "interrupted" if interrupted else "failed")
 
-    def _record_new_sites(self) -> list[Columns]:
-        """Record sites that were added since the last step; return their rows."""
-        pieces: list[Columns] = []
-        for source in self._sources:
-            sites, ids = source.number_new_sites(self._free_ids)
-            if sites:
-                self._formats |= {i: s.operand.format for i, s in zip(ids, sites, strict=True)}
-                pieces.append(site_columns(sites, ids))
-                self._writer.add("sites", pieces[-1])
-        return pieces
+    def _write_sites(self) -> None:
+        for rows in self._numbering.take(self._model()):
+            self._writer.add("sites", rows)
 
     def _rows(self, step: int, updates: list[Heard], row: Callable[[], Columns]) -> Columns:
         """Return a step's casts to write, on the writer's thread, and have the sinks told."""
-        columns = cast_columns(step, updates, self._formats) if updates else {}
+        columns = cast_columns(step, updates, self._numbering.formats) if updates else {}
         self._uncast.saw(columns.get("site", ()))
         if self._sinks:
             self._feed.put(lambda: self._sinks.step(step, row(), columns or None))
@@ -304,7 +313,7 @@ class Recorder:
             _warn(news)
 
     def _tell_sinks(self, step: int, updates: list[Heard], row: Callable[[], Columns]) -> None:
-        columns = cast_columns(step, updates, self._formats) if updates else None
+        columns = cast_columns(step, updates, self._numbering.formats) if updates else None
         self._sinks.step(step, row(), columns)
 
     def _inspect_at(self, step: int) -> None:

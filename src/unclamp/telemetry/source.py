@@ -3,8 +3,11 @@
 import itertools
 from collections.abc import Callable, Iterator
 
+from torch import nn
+
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
+from unclamp.nn.replicas import repeated_sites
 from unclamp.nn.update import Inspection, Update
 from unclamp.telemetry.columns import UNNUMBERED, merged_update
 
@@ -51,6 +54,11 @@ class Source:
         for index, number in zip(new, ids, strict=True):
             self.ids[index] = number
         return [sites[index] for index in new], ids
+
+    def repeated(self, root: nn.Module | None) -> frozenset[int]:
+        """Return the ids of the sites whose tensor a lower rank casts as well."""
+        found = repeated_sites(self.ledger, root)
+        return frozenset(self.ids[index] for index in found if index < len(self.ids))
 
     def inspect(self, inspection: Inspection, *, between: Inspection) -> None:
         """Have the casts of the coming step inspected; `between` if it is not recorded."""

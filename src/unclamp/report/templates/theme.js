@@ -49,7 +49,7 @@ const unclampTheme = (() => {
     const names = [...plot.data[0].y];
     const bar = narrow.matches
       ? { "colorbar.thickness": 8, "colorbar.xpad": 2, "colorbar.tickfont.size": 10, "colorbar.title.text": "" }
-      : { "colorbar.thickness": 14, "colorbar.xpad": 10, "colorbar.tickfont.size": 12, "colorbar.title.text": "clamped<br>share" };
+      : { "colorbar.thickness": 14, "colorbar.xpad": 10, "colorbar.tickfont.size": 12, "colorbar.title.text": scales.title };
     return [
       { colorscale: [dark.matches ? scales.dark : scales.light], ...bar },
       { "yaxis.tickmode": "array", "yaxis.tickvals": names, "yaxis.ticktext": narrow.matches ? names.map(short) : names },

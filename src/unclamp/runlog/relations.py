@@ -1,0 +1,150 @@
+"""What a query sees of a run's parts: relations, each of some parts, and the views made of them.
+
+Where a run was begun again, what an earlier attempt recorded from the new one's first step on was
+thrown away with its weights. It stays on disk, and no view shows it. Each attempt's parts are then
+relations of their own, and the tables are views over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from unclamp.runlog import schema_1
+from unclamp.runlog.header import Header
+from unclamp.runlog.parts import attempt_of, range_in
+from unclamp.runlog.schema import SUMMARY_STEPS
+from unclamp.runlog.sites import SITES_SQL
+from unclamp.runlog.summary import merged_sql, summary_sql
+
+Parts = dict[str, list[Path]]
+"""The parts of each table, of `stored_summaries`, and of `casts_without_summary`."""
+
+_SUMMARIES = merged_sql(
+    f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
+)
+_SWITCHES = """
+    SELECT step, rank, site->>'fqn' AS fqn, site->>'role' AS role,
+        (site->'before')::VARCHAR AS before, (site->'after')::VARCHAR AS after
+    FROM (
+        SELECT step, rank, unnest(json_extract(data, '$.sites[*]')) AS site
+        FROM events WHERE kind = 'switch' AND json_valid(data)
+    )
+    WHERE fqn IS NOT NULL AND role IS NOT NULL AND before IS NOT NULL AND after IS NOT NULL"""
+_AMAXES = """
+    SELECT step, fqn, role, max(amax) FILTER (isfinite(amax)) AS amax,
+        max_by(rank, (amax, -rank)) FILTER (isfinite(amax)) AS amax_rank,
+        count(DISTINCT rank) AS ranks
+    FROM casts JOIN (SELECT DISTINCT rank, site, fqn, role FROM sites) USING (rank, site)
+    GROUP BY step, fqn, role"""
+_OF_SITES = ("casts", "stored_summaries", "casts_without_summary")
+"""Relations whose rows refer to a site by its id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relation:
+    """Rows of some parts.
+
+    Attributes:
+        kind: A table, "stored_summaries" or "casts_without_summary": which columns they have.
+        parts: The parts.
+    """
+
+    kind: str
+    parts: list[Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relations:
+    """What to register, and the queries of the views, in an order in which they can be made."""
+
+    registered: dict[str, Relation]
+    views: dict[str, str]
+
+
+def relations_of(parts: Parts, header: Header) -> Relations:
+    """Return the relations of a run.
+
+    A view with the name of a kind stands in front of its relation: that is `written_<kind>` then.
+    """
+    views = _views(header)
+    attempts = sorted({attempt_of(path) for files in parts.values() for path in files})
+    names = {kind: f"written_{kind}" if kind in views else kind for kind in parts}
+    if not any(attempts):
+        registered = {names[kind]: Relation(kind=kind, parts=parts[kind]) for kind in parts}
+        return Relations(registered=registered, views=views)
+    registered, unions = {}, dict.fromkeys(parts, "")
+    ends = ends_of(first_steps(parts))
+    summed = _summed(parts)
+    for attempt in attempts:
+        own = {kind: _of_attempt(files, attempt) for kind, files in parts.items()}
+        end = ends.get(attempt)
+        for kind, files in own.items():
+            name = f"{kind}_of_attempt_{attempt}"
+            registered[name] = Relation(kind=kind, parts=files)
+            unions[kind] += f" UNION ALL BY NAME (FROM {name}{_until(kind, end)})"
+        if end is not None:  # the summary of its last window is of rows beyond the end too
+            name = f"summed_casts_of_attempt_{attempt}"
+            registered[name] = Relation(kind="casts", parts=_of_attempt(summed, attempt))
+            unions["casts_without_summary"] += (
+                f" UNION ALL BY NAME (FROM {name} WHERE step >= {_window_of(end)} AND step < {end})"
+            )
+    tables = {names[kind]: union.removeprefix(" UNION ALL BY NAME ")
+              for kind, union in unions.items()}  # fmt: skip
+    return Relations(registered=registered, views=tables | views)
+
+
+def first_steps(parts: Mapping[str, Iterable[Path]]) -> dict[int, int]:
+    """Return the first step of each attempt of a run; those that recorded none are not in it."""
+    found: dict[int, int] = {}
+    files = [path for table in ("steps", "casts") for path in parts[table]]
+    for attempt in {attempt_of(path) for path in files}:
+        if (steps := range_in(_of_attempt(files, attempt), "step")) is not None:
+            found[attempt] = steps[0]
+    return found
+
+
+def ends_of(firsts: Mapping[int, int]) -> dict[int, int]:
+    """Return the step from which on an attempt does not count, of those that have one."""
+    found: dict[int, int] = {}
+    for attempt in range(max(firsts, default=0)):
+        found[attempt] = min(first for number, first in firsts.items() if number > attempt)
+    return found
+
+
+def _of_attempt(files: Iterable[Path], attempt: int) -> list[Path]:
+    return [path for path in files if attempt_of(path) == attempt]
+
+
+def _summed(parts: Parts) -> list[Path]:
+    """Return the parts of casts whose summaries are stored."""
+    without = set(parts["casts_without_summary"])
+    return [path for path in parts["casts"] if path not in without]
+
+
+def _until(kind: str, end: int | None) -> str:
+    if end is None or kind == "sites":
+        return ""
+    if kind == "stored_summaries":
+        return f" WHERE first_step < {_window_of(end)}"
+    return f" WHERE step < {end}"
+
+
+def _window_of(step: int) -> int:
+    return step - step % SUMMARY_STEPS
+
+
+def _views(header: Header) -> dict[str, str]:
+    views = {}
+    if header.schema_version == schema_1.VERSION and header.world_size > 1:
+        views = {
+            name: schema_1.renumbered_sql(f"written_{name}", world_size=header.world_size)
+            for name in _OF_SITES
+        }
+    return views | {
+        "sites": SITES_SQL,
+        "amaxes": _AMAXES,
+        "summaries": _SUMMARIES,
+        "switches": _SWITCHES,
+    }
