@@ -92,7 +92,8 @@ def _train(rank: int, kind: str, ranks: int) -> tuple[list[list[float]], list[An
     else:
         for layer in net:
             fully_shard(layer, mesh=init_device_mesh("cpu", (ranks,)))
-        model = fully_shard(net, mesh=init_device_mesh("cpu", (ranks,)))
+        fully_shard(net, mesh=init_device_mesh("cpu", (ranks,)))
+        model = net
     optimizer, (ledger,) = torch.optim.SGD(model.parameters(), lr=LR), find_ledgers(model)
     scales = []
     for x in _data(rank):
@@ -196,7 +197,8 @@ def test_nobody_waits_for_a_rank_that_does_not_come(kind: str) -> None:
 def _warmed(rank: int) -> Any:
     """With a warm-up ranks meet in updates only: a forward of one rank waits for none."""
     model = _net()
-    recipe = Recipe.uniform(Delayed(history_len=HISTORY), warmup_steps=1)
+    scaling = Delayed(history_len=HISTORY)
+    recipe = Recipe(input=scaling, weight=scaling, grad_output=scaling, warmup_steps=1)
     unclamp.convert(model, recipe, group=dist.group.WORLD)
     optimizer, (ledger,) = torch.optim.SGD(model.parameters(), lr=0.0), find_ledgers(model)
     for step, x in enumerate(_data(rank)):
