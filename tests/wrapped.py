@@ -142,7 +142,8 @@ def wrap(net: Net, case: Case) -> nn.Module:
         )
     for part in [] if case.wrapper == "root" else [net.first, net.middle, net.last]:
         fully_shard(part, **kept)
-    return fully_shard(net, **kept)
+    fully_shard(net, **kept)
+    return net
 
 
 @contextlib.contextmanager

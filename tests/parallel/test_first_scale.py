@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import unclamp
@@ -50,7 +51,7 @@ def _by_hand(ranks: int) -> tuple[list[dict[str, float]], list[Tensor]]:
 
     Returns the scales after each step, by layer and operand, and the weights in the end.
     """
-    weights = [layer.weight.detach().clone() for layer in _net()]
+    weights = [weight.detach().clone() for weight in _net().parameters()]
     data = [_data(rank) for rank in range(ranks)]
     histories: dict[str, list[float]] = {}
     scales: dict[str, Tensor] = {}
@@ -92,7 +93,8 @@ def _train(rank: int, kind: str, ranks: int) -> tuple[list[list[float]], list[An
     else:
         for layer in net:
             fully_shard(layer, mesh=init_device_mesh("cpu", (ranks,)))
-        model = fully_shard(net, mesh=init_device_mesh("cpu", (ranks,)))
+        fully_shard(net, mesh=init_device_mesh("cpu", (ranks,)))
+        model = net
     optimizer, (ledger,) = torch.optim.SGD(model.parameters(), lr=LR), find_ledgers(model)
     scales = []
     for x in _data(rank):
@@ -100,7 +102,7 @@ def _train(rank: int, kind: str, ranks: int) -> tuple[list[list[float]], list[An
         optimizer.step()
         optimizer.zero_grad()
         scales.append(ledger.scale.tolist())
-    whole = [w.full_tensor() if hasattr(w, "full_tensor") else w for w in net.parameters()]
+    whole = [w.full_tensor() if isinstance(w, DTensor) else w for w in net.parameters()]
     return scales, [w.detach().tolist() for w in whole], ledger.amax_history.tolist()
 
 
@@ -196,7 +198,8 @@ def test_nobody_waits_for_a_rank_that_does_not_come(kind: str) -> None:
 def _warmed(rank: int) -> Any:
     """With a warm-up ranks meet in updates only: a forward of one rank waits for none."""
     model = _net()
-    recipe = Recipe.uniform(Delayed(history_len=HISTORY), warmup_steps=1)
+    scaling = Delayed(history_len=HISTORY)
+    recipe = Recipe(input=scaling, weight=scaling, grad_output=scaling, warmup_steps=1)
     unclamp.convert(model, recipe, group=dist.group.WORLD)
     optimizer, (ledger,) = torch.optim.SGD(model.parameters(), lr=0.0), find_ledgers(model)
     for step, x in enumerate(_data(rank)):
