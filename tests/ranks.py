@@ -10,10 +10,10 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def outcomes(
                 process.join()
 
 
-def _received(pipes: list[Connection], deadline: float) -> list[Any]:
+def _received(pipes: Sequence[Any], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     left = {id(pipe): rank for rank, pipe in enumerate(pipes)}
     while left:
@@ -113,14 +113,14 @@ def _received(pipes: list[Connection], deadline: float) -> list[Any]:
         for pipe in ready:
             rank = left.pop(id(pipe))
             try:
-                results[rank] = pipe.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                results[rank] = pipe.recv()
             except EOFError:
                 results[rank] = Failure(kind="killed", text="ended without a word")
     return [results[rank] for rank in range(len(pipes))]
 
 
 def _work(
-    pipe: Connection,
+    pipe: Any,
     meeting: str,
     rank: int,
     count: int,
@@ -135,7 +135,7 @@ def _work(
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(meeting, count),
+            store=dist.distributed_c10d.FileStore(meeting, count),
             rank=rank,
             world_size=count,
             timeout=timedelta(seconds=collective_s),

@@ -18,7 +18,7 @@ from unclamp import (
     PerTensor,
     Recipe,
 )
-from unclamp.nn.product import _as_nan
+from unclamp.nn.gradient import as_nan
 from unclamp.numerics import matmul, quantize
 from unclamp.scaling import Granularity
 
@@ -134,7 +134,7 @@ def test_off_the_cpu_nan_as_a_scale_makes_all_of_a_gemm_nan_and_changes_nothing_
     dy[0] = 0  # zero times NaN is NaN
     q, weight = quantize(dy, E5M2, granularity=granularity), quantize(torch.randn(5, 8), E5M2)
     for is_wild in (False, True):
-        marked = _as_nan(q, torch.tensor(is_wild)).along(1)
+        marked = as_nan(q, torch.tensor(is_wild)).along(1)
         output = matmul(marked, weight.along(1), accumulate=accumulate)
         expected = matmul(q.along(1), weight.along(1), accumulate=accumulate)
         assert expected.isfinite().all()

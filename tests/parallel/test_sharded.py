@@ -115,9 +115,10 @@ def _uneven(rank: int, width: int) -> tuple[Any, Any]:
         x = _batch().requires_grad_()
         y = each(x)
         y.square().mean().backward()
-        grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()]
+        grads: list[Any] = [p.grad for p in each.parameters()]
+        wholes = [getattr(grad, "full_tensor", grad.clone)() for grad in grads]
         assert x.grad is not None
-        found.append([t.tolist() for t in (y, x.grad, *grads)])
+        found.append([t.tolist() for t in (y, x.grad, *wholes)])
     return found[0], found[1]
 
 

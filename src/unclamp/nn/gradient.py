@@ -34,7 +34,7 @@ def cast_gradient(
         return hat, seen
     wild = seen.stats[Stat.NONFINITE] > 0
     if not is_cpu:
-        return Hat(dy, {axis: _as_nan(q, wild) for axis, q in hat.casts.items()}), seen
+        return Hat(dy, {axis: as_nan(q, wild) for axis, q in hat.casts.items()}), seen
     if wild:  # which is rare, so that nothing is spent on it before
         shown_wild = torch.where(dy.isfinite(), dy, torch.nan)
         # Other ranks may have nothing wild, and would not come by to agree again.
@@ -66,6 +66,6 @@ def with_look(
     return operands.with_gradient(seen, dy_hat, x_hat, grad, smooth)
 
 
-def _as_nan(q: Quantized, wild: Tensor) -> Quantized:
+def as_nan(q: Quantized, wild: Tensor) -> Quantized:
     """Return a cast that stands for NaN alone if it is `wild`."""
     return q._replace(scale_inv=torch.where(wild, torch.nan, q.scale_inv), values=None)
