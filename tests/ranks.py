@@ -107,7 +107,8 @@ def _received(pipes: Sequence[Any], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     left = {id(pipe): rank for rank, pipe in enumerate(pipes)}
     while left:
-        ready = wait([pipes[n] for n in left.values()], max(0, deadline - time.monotonic()))
+        waiting = [pipes[rank] for rank in left.values()]
+        ready: list[Any] = list(wait(waiting, max(0, deadline - time.monotonic())))
         if not ready:
             raise AssertionError(f"ranks {sorted(left.values())} did not end")
         for pipe in ready:
@@ -135,7 +136,7 @@ def _work(
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.distributed_c10d.FileStore(meeting, count),
+            init_method=f"file://{meeting}",
             rank=rank,
             world_size=count,
             timeout=timedelta(seconds=collective_s),
