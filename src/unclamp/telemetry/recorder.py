@@ -15,9 +15,9 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, SupportsFloat, get_args
+from typing import Any, Self, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from unclamp.errors import RunLogError, UnclampWarning, did_you_mean, naming_arguments
 from unclamp.nn.convert import find_ledgers
@@ -27,6 +27,7 @@ from unclamp.nn.update import SwitchListener, Update
 from unclamp.runlog import Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
 from unclamp.telemetry.columns import Number, cast_columns, step_columns
+from unclamp.telemetry.given import cadence, checked
 from unclamp.telemetry.group import Name, group_name
 from unclamp.telemetry.header import make_header, scaling_data
 from unclamp.telemetry.numbering import Numbering
@@ -111,8 +112,8 @@ class Recorder:
         resume: bool = False,
         flush_interval_s: float = 2.0,
     ) -> None:
-        self._casts = _cadence(casts, "casts")
-        self._inspect = None if inspect is None else _cadence(inspect, "inspect")
+        self._casts = cadence(casts, "casts")
+        self._inspect = None if inspect is None else cadence(inspect, "inspect")
         place = find_place()
         self._sinks = Sinks(sinks, rank=place.rank)
         self._feed = SinkFeed()
@@ -202,7 +203,7 @@ class Recorder:
         """
         kind = group_name(group)
         given = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
-        values = {n: _checked(n, v) for n, v in (given | scalars).items() if v is not None}
+        values = {n: checked(n, v) for n, v in (given | scalars).items() if v is not None}
         if step is None and self._asks_for_step:
             raise RunLogError(
                 "a Recorder with resume=True does not know where the training goes on: call "
@@ -398,27 +399,3 @@ def _close_recorder_of(path: str | Path) -> None:
 def _warn(message: str) -> None:
     """Warn where the user called `Recorder.step`."""
     warnings.warn(message, UnclampWarning, stacklevel=4)
-
-
-def _checked(name: str, value: object) -> Number:
-    """Return a number, or a copy of a tensor that holds one.
-
-    Raises:
-        RunLogError: It is something else.
-    """
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.detach().clone()
-    if isinstance(value, Tensor) or not isinstance(value, SupportsFloat):
-        shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else value
-        raise RunLogError(f"expected a number for {name!r}, got {shown!r}; nothing is recorded")
-    return float(value)
-
-
-def _cadence(value: Every | int, name: str) -> Every:
-    """Return a cadence; a whole number n stands for every n-th step."""
-    if isinstance(value, Every):
-        return value
-    try:
-        return Every(value)
-    except ValueError as error:
-        raise RunLogError(f"{name}: {error}; write Every(100) or 100") from error
