@@ -360,7 +360,7 @@ class _Product(torch.autograd.Function):
         if ctx.commit == "in backward":
             operands.commit({**ctx.seen, "grad_output": seen})
             ctx.seen = {}  # a graph that is kept makes one cast more, and not three
-        return grad_input, grad_weight, grad_bias, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 
 NOTHING: tuple[None, None] = (None, None)
