@@ -212,3 +212,20 @@ def _warmed(rank: int) -> Any:
 def test_a_warm_up_needs_no_first_scale() -> None:
     first, second = run_ranks(2, _warmed, patience_s=60)
     assert first == second
+
+
+def _smallest(rank: int) -> float:
+    """Return what a cast makes of an element that a power of two of headroom would round to 0."""
+    layer = nn.Linear(WIDTH, WIDTH, bias=False)
+    nn.init.eye_(layer.weight)
+    unclamp.convert(layer, Recipe.uniform(Guarded(margin=1)))
+    x = torch.zeros(ROWS, WIDTH)
+    x[0, 0], x[0, 1] = 448.0 * 2**rank, 0.75 * 2.0**-8
+    y = DistributedDataParallel(layer)(x)
+    y.sum().backward()
+    return float(y[0, 1].detach())
+
+
+def test_a_guarded_first_scale_is_measured_and_has_no_headroom() -> None:
+    """By hand: the largest of both ranks is 2 * 448, so that the codes' smallest step is 2**-8."""
+    assert run_ranks(2, _smallest) == [2.0**-8] * 2

@@ -72,7 +72,7 @@ def first_scale(operands: "Operands", role: Role, x: Tensor, groups: Groups) -> 
     amax = torch.where(x.isfinite(), x, 0).abs().amax() if x.numel() else x.new_full((), -1)
     agreed = max_over(groups, amax.reshape(1))[0].clamp(min=0)
     power_of_two = plan.power_of_two or plan.granularity.power_of_two
-    return scale_from_amax(agreed, plan.format.max, margin=plan.margin, power_of_two=power_of_two)
+    return scale_from_amax(agreed, plan.largest, power_of_two=power_of_two)
 
 
 _REENTRANT = CheckpointFunction.forward.__code__
