@@ -1,7 +1,7 @@
 """Runs a function on several processes that meet through gloo, and ends them in any case.
 
-The server that they are forked from has loaded torch and unclamp, so a process is there in a tenth
-of a second. What a worker warns of is an error, as in every test.
+The server that they are forked from has loaded torch and unclamp with its kernels, so a process is
+there in a tenth of a second. What a worker warns of is an error, as in every test.
 """
 
 import multiprocessing
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,26 @@ LOADED = [
     "torch.distributed.tensor.parallel",
     "torch.testing",
     "unclamp.nn",
+    "warmed",
 ]
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(LOADED)
+
+
+def _start_server() -> None:
+    """Start the server that ranks are forked from, where it does not run.
+
+    Before Python 3.12.4 it loads what it is told to before it has our path.
+    """
+    kept, ours = os.environ.get("PYTHONPATH"), str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = ours if kept is None else f"{ours}{os.pathsep}{kept}"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if kept is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +99,7 @@ def outcomes(
         patience_s: Seconds after which all are killed.
         collective_s: Seconds after which torch gives a collective up.
     """
+    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder) / "meeting"
         ours, processes = [], []
