@@ -38,9 +38,8 @@ def tell_of_ranks(game: Game, findings: Findings) -> None:
     trace = game.own_scales()
     share = game.share_gone(trace)
     findings.note(
-        f"Had each rank taken scales from its own amaxes alone from step "
-        f"{game.replay.snapshot.step} on, with the shared histories until then, {gone(share)}"
-        f"{_of(trace, plain)}."
+        f"With scales of each rank its own from step {game.replay.snapshot.step} on, which begin "
+        f"with the shared histories, {gone(share)}{_of(trace, plain)}."
     )
     findings.publish(others={**findings.found.others, OWN_SCALES.kind: share})
 
