@@ -4,8 +4,9 @@ A rank's losses are those of its batches; the loss of a step is the mean over ra
 """
 
 import os
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ from truths.trainings import SPIKE, STEPS, Batch, Case, batch
 from truths.trainings import step as step
 from unclamp.explain import Explanation, Limits, Snapshots, Training, explain_spike
 from unclamp.names import SiteName
+from unclamp.nn import groups
 
+RISE, GROWTH, PART = 10, 1.4, 0.25
+"""Steps in which outliers grow, by how much each, and how large they end beside the planted one."""
 BAD_RANK = 1
 """Whose batch has the outlier."""
-SLOW_STEP = "UNCLAMP_TEST_FAILS_ON"
+SLOW, FAILS = "UNCLAMP_TEST_SLOW_S", "UNCLAMP_TEST_FAILS"
+"""Variables for `odd_step`: seconds a step, and "RANK:FILE"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +38,13 @@ class Ranked:
     Attributes:
         case: What is planted.
         wrapper: "ddp" or "fsdp2".
-        has_outlier: Whether the outlier is there; without it another cause is, `case.other`.
+        rises: Whether the other rank's outliers grow up to a part of the planted one before it, so
+            that shared histories know of them, and those of the bad rank alone do not.
     """
 
     case: Case
     wrapper: str = "ddp"
+    rises: bool = False
 
     def build(self, recipe: unclamp.Recipe | None = None) -> Training:
         """Make the training on this rank."""
@@ -50,7 +57,7 @@ class Ranked:
 
     def batches(self, rank: int) -> Iterator[Batch]:
         """Yield the batches of one rank."""
-        return (batch_of(self.case, n, rank) for n in range(STEPS))
+        return (batch_of(self, n, rank) for n in range(STEPS))
 
 
 def wrap(model: nn.Module, wrapper: str) -> nn.Module:
@@ -62,12 +69,15 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
     return fully_shard(model)
 
 
-def batch_of(case: Case, number: int, rank: int) -> Batch:
+def batch_of(ranked: Ranked, number: int, rank: int) -> Batch:
     """Return a rank's batch of a step: at the spike only one rank has the planted one."""
+    case = ranked.case
     if number == SPIKE and rank == BAD_RANK:
         return batch(case, SPIKE)
-    x, target, rate = batch(case, 1000 + 10 * number + rank)
-    return x, target, rate
+    if ranked.rises and rank != BAD_RANK and SPIKE - RISE <= number < SPIKE:
+        size = case.size * PART * GROWTH ** (number - SPIKE + 1)
+        return batch(replace(case, size=size, other=""), SPIKE)
+    return batch(case, 1000 + 10 * number + rank)
 
 
 def record(
@@ -90,14 +100,24 @@ def record(
     return losses
 
 
-def losses_with(ranked: Ranked, unclamped: list[SiteName], rank: int) -> list[float]:
-    """Train from the start with sites un-clamped by the recipe: the truth, by no replay."""
+def losses_with(
+    ranked: Ranked, rank: int, *, unclamped: list[SiteName] | None = None, alone_from: int = STEPS
+) -> list[float]:
+    """Train from the start with sites un-clamped by the recipe: the truth, by no replay.
+
+    From a step on each rank may go on alone: it is said to hold its layers by itself.
+    """
     recipe = ranked.case.recipe
-    for fqn in dict.fromkeys(site.fqn for site in unclamped):
-        roles = {site.role: unclamp.Guarded() for site in unclamped if site.fqn == fqn}
+    for fqn in dict.fromkeys(site.fqn for site in unclamped or []):
+        roles = {site.role: unclamp.Guarded() for site in unclamped or [] if site.fqn == fqn}
         recipe = recipe.override(f"^{fqn}", **roles)  # pyright: ignore
     training = ranked.build(recipe)
-    return [step(training, one).item() for one in ranked.batches(rank)]
+    losses = []
+    for n, one in enumerate(ranked.batches(rank)):
+        if n == alone_from:
+            groups.give(dict(training.model.named_modules()), ())
+        losses.append(step(training, one).item())
+    return losses
 
 
 def explain(ranked: Ranked, run: Path, **limits: Any) -> Explanation:
@@ -113,9 +133,10 @@ def default_build() -> Training:
     return DEFAULT.build()
 
 
-def failing_step(training: Training, one: Batch) -> Tensor:
-    """As `step`, until a file says on which rank it is to fail."""
-    sign = os.environ.get(SLOW_STEP)
-    if sign and dist.get_rank() == int(sign):
+def odd_step(training: Training, one: Batch) -> Tensor:
+    """As `step`, and as the environment says: slower, or failing on a rank once a file is there."""
+    time.sleep(float(os.environ.get(SLOW, "0")))
+    rank, _, path = os.environ.get(FAILS, "").partition(":")
+    if path and dist.get_rank() == int(rank) and Path(path).exists():
         raise RuntimeError("the disk of this rank is full")
     return step(training, one)

@@ -24,7 +24,8 @@ def one_voice() -> Iterator[None]:
     collective, which its end breaks off, and a process group that is waited for does not let go.
     A process alone is left as it is.
     """
-    # Its own import: it loads torch, and `unclamp --help` should not wait for that.
+    # Imports of its own: they load torch, and `unclamp --help` should not wait for that.
+    from unclamp.explain.ranks import place_of  # noqa: PLC0415
     from unclamp.telemetry.rank import find_place  # noqa: PLC0415
 
     place = find_place()
@@ -42,7 +43,7 @@ def one_voice() -> Iterator[None]:
         _say(str(error), place.rank)
         _end(USER_ERROR)
     except Exception as error:
-        _say(f"rank {place.rank}: {type(error).__name__}: {error}{_place_of(error)}", place.rank)
+        _say(f"rank {place.rank}: {type(error).__name__}: {error}{place_of(error)}", place.rank)
         _end(FAILED)
 
 
@@ -73,17 +74,6 @@ def _is_first_to_say(rank: int) -> bool:
         return store.compare_set(_SAID, "", str(rank)).decode() == str(rank)
     except RuntimeError:  # it went with the rank that held it
         return True
-
-
-def _place_of(error: BaseException) -> str:
-    """Return the last line of code of an error that is not torch's, for whoever wrote it."""
-    place, trace = "", error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if "site-packages" not in code.co_filename:
-            place = f" ({code.co_filename}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return place
 
 
 def _end(code: int) -> None:

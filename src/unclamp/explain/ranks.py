@@ -179,7 +179,8 @@ class Ranks:
             return error
         if isinstance(error, UnclampError | ValueError) and self._is_everyones(error, where):
             return error
-        return RankFailed(f"{where} failed: {type(error).__name__}: {_line(error)}")
+        said = f"{type(error).__name__}: {_line(error)}{place_of(error)}"
+        return RankFailed(f"rank {self.rank} failed in {where}: {said}")
 
     def _is_everyones(self, error: Exception, where: str) -> bool:
         store, key = _store(), f"unclamp/failed/{self._met}"
@@ -242,3 +243,14 @@ def _store() -> Any:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def place_of(error: BaseException) -> str:
+    """Return the last line of code of an error that is not an installed library's, if any."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        path = trace.tb_frame.f_code.co_filename
+        if "site-packages" not in path and not path.startswith("<"):
+            place = f" ({path}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return place

@@ -250,7 +250,7 @@ class Replay:
             sites=sites,
             underflowed=int(sum(t[..., Stat.UNDERFLOWED].sum() for t in rows)),
             elements=int(sum(t[..., Stat.ELEMENTS].sum() for t in rows)),
-            seconds=seconds,
+            seconds=max(ranks.gathered(seconds)),
             underflow=underflow,
             own=losses if ranks.are_several else {},
             clamped_on=clamped_on,

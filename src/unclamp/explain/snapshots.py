@@ -150,7 +150,7 @@ class Snapshots:
             )
         self._ring = Ring(keep=keep, budget_bytes=budget_gib * GIB, ranks=self._ranks)
         self._disk = Disk(self._path, budget_bytes=disk_gib * GIB)
-        self._has_warned = False
+        self._has_warned = self._is_absence_told = False
         self._watch = SpikeWatch()
         self._late = SharedLoss(self._ranks) if self._ranks.are_several else LateLoss()
         self._spike: int | None = None
@@ -285,7 +285,7 @@ class Snapshots:
         self._disk.close()
         self._is_closed = True  # not before: after a Ctrl-C in here it may be called again
         self._tell_failure()
-        if self._ranks.are_several and not self._disk.failures:
+        if self._ranks.are_several and not (self._disk.failures or self._is_absence_told):
             self._tell_absent()
 
     def __enter__(self) -> Self:
@@ -395,6 +395,7 @@ class Snapshots:
             )
 
     def _warn_absent(self, why: str) -> None:
+        self._is_absence_told = True
         said = f"a snapshot is absent on all ranks: {why}"
         warnings.warn(said, UnclampWarning, stacklevel=3)
 
