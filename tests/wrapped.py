@@ -68,6 +68,7 @@ class Case:
         bf16: Whether FSDP2 computes in bfloat16.
         unused: Whether a layer takes part in every other step only.
         static: Whether DDP takes the graph for one that never changes.
+        flat: Whether FSDP1 keeps parameters in a flat one only.
         by_hand: Whether the step is made on whole weights (`unshard`, step, `reshard`).
         scaling: Of all roles.
     """
@@ -81,6 +82,7 @@ class Case:
     bf16: bool = False
     unused: bool = False
     static: bool = False
+    flat: bool = False
     by_hand: bool = False
     scaling: str = "delayed"
 
@@ -121,14 +123,16 @@ def wrap(net: Net, case: Case) -> nn.Module:
         )
     if case.wrapper == "fsdp1":
         parts = {"first": net.first, "last": net.last}
+        how: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": not case.flat}
         for name, part in parts.items():
-            setattr(net, name, FullyShardedDataParallel(part, device_id=torch.device("cpu")))
-        return FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
+            setattr(net, name, FullyShardedDataParallel(part, **how))
+        return FullyShardedDataParallel(net, **how)
     if case.wrapper == "none":
         return net
-    shape = (2, ranks // 2) if case.wrapper == "hsdp" else (ranks,)
+    is_hybrid = case.wrapper == "hsdp"
+    shape, names = ((2, ranks // 2), ("dp", "fsdp")) if is_hybrid else ((ranks,), ("fsdp",))
     kept: dict[str, Any] = {
-        "mesh": init_device_mesh("cpu", shape),
+        "mesh": init_device_mesh("cpu", shape, mesh_dim_names=names),
         "reshard_after_forward": case.reshard,
         "offload_policy": CPUOffloadPolicy(pin_memory=False) if case.offload else OffloadPolicy(),
     }
@@ -138,7 +142,8 @@ def wrap(net: Net, case: Case) -> nn.Module:
         )
     for part in [] if case.wrapper == "root" else [net.first, net.middle, net.last]:
         fully_shard(part, **kept)
-    return fully_shard(net, **kept)
+    fully_shard(net, **kept)
+    return net
 
 
 @contextlib.contextmanager

@@ -38,14 +38,18 @@ def _wrapped(kind: str, net: nn.Sequential) -> nn.Module:
         net[0] = FullyShardedDataParallel(net[0], device_id=torch.device("cpu"))
         return FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=False)
     if kind == "fsdp2":
-        return fully_shard(net, mesh=flat)
+        fully_shard(net, mesh=flat)
+        return net
     if kind == "hsdp":
-        return fully_shard(net, mesh=square)
+        fully_shard(net, mesh=square)
+        return net
     if kind == "a stage's fsdp2":
-        return fully_shard(net, mesh=square["dp"])
+        fully_shard(net, mesh=square["dp"])
+        return net
     parallelize_module(net, square["tp"], {"0": ColwiseParallel()})
     if kind == "tp and fsdp2":
-        return fully_shard(net, mesh=square["dp"])
+        fully_shard(net, mesh=square["dp"])
+        return net
     assert kind == "tp"
     return net
 

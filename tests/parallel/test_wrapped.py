@@ -1,13 +1,17 @@
 """Under every wrapper a training has the scales of one process that sees the whole batch."""
 
-import dataclasses
+import functools
 import itertools
+import warnings
+from typing import Any
 
 import pytest
 import torch
 
+import unclamp
 from ranks import run_ranks
-from wrapped import Case, Trained, train
+from unclamp.nn import find_ledgers
+from wrapped import Case, Net, Trained, batches, recipe, train, wrap
 
 CASES = {
     "ddp": Case(wrapper="ddp"),
@@ -20,6 +24,7 @@ CASES = {
     "ddp, static": Case(wrapper="ddp", scaling="static"),
     "fsdp1": Case(wrapper="fsdp1"),
     "fsdp1, converted after": Case(wrapper="fsdp1", after=True),
+    "fsdp1, flat": Case(wrapper="fsdp1", flat=True),
     "fsdp2": Case(wrapper="fsdp2"),
     "fsdp2, converted after": Case(wrapper="fsdp2", after=True),
     "fsdp2, kept whole": Case(wrapper="fsdp2", reshard=False),
@@ -45,9 +50,15 @@ def _differ(many: Trained, one: Trained) -> float:
     return worst
 
 
+@functools.cache
+def _alone(case: Case, ranks: int) -> Trained:
+    return run_ranks(1, train, case, ranks)[0]
+
+
 def _check(case: Case, ranks: int, *, most: float = 1e-6, alone: Case | None = None) -> None:
     several = run_ranks(ranks, train, case, ranks)
-    (one,) = run_ranks(1, train, alone or dataclasses.replace(case, wrapper="none"), ranks)
+    plain = Case(wrapper="none", microsteps=case.microsteps, scaling=case.scaling)
+    one = _alone(alone or plain, ranks)
     for other in several[1:]:
         assert (other.scales, other.histories) == (several[0].scales, several[0].histories)
     assert several[0].updates == one.updates
@@ -88,3 +99,28 @@ def test_unused_layers_keep_one_state() -> None:
         measured = sum(amax > 0 for amax in itertools.chain(*histories[spare]))
         assert measured == 3 * min((step + 1) // 2, 2)
         assert all(scale > 0 for scale in scales[spare]) == (step > 0)
+
+
+def _compiled(rank: int, wrapper: str) -> tuple[Any, list[bool]]:
+    warnings.simplefilter("ignore")  # of torch's compiler, of what it does itself
+    torch.manual_seed(0)
+    net = Net()
+    unclamp.convert(net, recipe("delayed"))
+    net.middle.compile(backend="aot_eager", fullgraph=True)
+    model = wrap(net, Case(wrapper=wrapper))
+    optimizer, (ledger,) = torch.optim.SGD(model.parameters(), lr=0.5), find_ledgers(model)
+    states, grew = [], []
+    for (batch,) in batches(3, 1, 2):
+        model(batch[rank]).square().sum().div(2**10).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        states.append((ledger.scale.tolist(), ledger.amax_history.tolist(), ledger.updates))
+        grew.append(ledger.updates == len(states))
+    return states, grew
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_compiled_layers_share_their_scales(wrapper: str) -> None:
+    first, second = run_ranks(2, _compiled, wrapper)
+    assert first == second
+    assert first[1] == [True] * 3

@@ -76,7 +76,7 @@ class Part:
         sites: The numbers of its sites.
         rows: The numbers of its rows; None where that is all of them.
         length: How many rows it has.
-        text: Sites and scalings in words, the same on ranks that are alike.
+        text: A digest of sites and scalings in words, the same on ranks that are alike.
     """
 
     groups: Groups
@@ -187,7 +187,7 @@ class Shared:
             sites=sites,
             rows=None if len(rows) == layout.rows else rows,
             length=len(rows),
-            text="\n".join(f"{n}: {d}" for n, d in _describe(ledger, sites).items()),
+            text=_hash("\n".join(f"{n}: {d}" for n, d in _describe(ledger, sites).items())),
         )
 
     # ---- before the first update -----------------------------------------------------------
@@ -396,6 +396,10 @@ def _contents(ledger: Meeting, part: Part) -> bytes:
     history = ledger.ring.newest(rows, ledger.layout.longest)
     kept = torch.cat([history.flatten(), ledger.scale[rows]])
     return kept.cpu().numpy().tobytes()
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _digest(told: bytes) -> list[int]:
