@@ -14,7 +14,7 @@ import pytest
 import unclamp
 from patience import PATIENCE_S
 from ranks import run_ranks
-from truths.ranked import DEFAULT, FAILS, SLOW, default_build, odd_step, record
+from truths.ranked import DEFAULT, FAILS, JOINS, SLOW, default_build, odd_step, record
 from truths.trainings import SPIKE, Case
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -100,9 +100,11 @@ def test_a_rank_that_fails_in_a_replay_ends_all_with_one_sentence(run: Path) -> 
     assert "ranked.py:" in line
 
 
-def test_ctrl_c_ends_all_ranks_with_the_answer_so_far(run: Path) -> None:
+def test_a_build_may_make_the_process_group_and_ctrl_c_ends_all_ranks_with_the_answer_so_far(
+    run: Path,
+) -> None:
     answer = run / f"explain-{SPIKE}.json"
-    process = started(2, run, **{SLOW: "0.1"})
+    process = started(2, run, **{SLOW: "0.1", JOINS: "1"})
     deadline = time.monotonic() + PATIENCE_S
     while not answer.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import unclamp
-from truths.trainings import SPIKE, STEPS, Batch, Case, batch
+from truths.trainings import LR, SPIKE, STEPS, Batch, Case, Paths, batch
 from truths.trainings import step as step
 from unclamp.explain import Explanation, Limits, Snapshots, Training, explain_spike
 from unclamp.names import SiteName
@@ -29,6 +30,8 @@ BAD_RANK = 1
 """Whose batch has the outlier."""
 SLOW, FAILS = "UNCLAMP_TEST_SLOW_S", "UNCLAMP_TEST_FAILS"
 """Variables for `odd_step`: seconds a step, and "RANK:FILE"."""
+JOINS = "UNCLAMP_TEST_JOINS"
+"""A variable for `default_build`: that it makes the process group itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +53,8 @@ class Ranked:
         """Make the training on this rank."""
         plain = self.case.build(recipe)
         wrapped = wrap(plain.model, self.wrapper)
-        kind, settings = type(plain.optimizer), plain.optimizer.defaults
-        optimizer = kind(wrapped.parameters(), lr=settings["lr"], weight_decay=0.0)
-        scheduler = type(plain.scheduler)(optimizer, lambda n: 1.0)
+        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=LR, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0)
         return Training(model=wrapped, optimizer=optimizer, scheduler=scheduler)
 
     def batches(self, rank: int) -> Iterator[Batch]:
@@ -64,9 +66,11 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
     """Return a model as several ranks train it."""
     if wrapper == "ddp":
         return DistributedDataParallel(model)
-    for path in model.paths:  # pyright: ignore
+    assert isinstance(model, Paths)
+    for path in model.paths:
         fully_shard(path)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def batch_of(ranked: Ranked, number: int, rank: int) -> Batch:
@@ -129,7 +133,9 @@ DEFAULT = Ranked(case=Case())
 
 
 def default_build() -> Training:
-    """The default case, for a command that finds it by name."""
+    """The default case, for a command that finds it by name; as told, with the group it needs."""
+    if JOINS in os.environ:
+        dist.init_process_group("gloo")
     return DEFAULT.build()
 
 

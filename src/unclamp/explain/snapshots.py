@@ -389,9 +389,11 @@ class Snapshots:
         """Warn of what other ranks have not written, where they may end without a word."""
         if absent := self._disk.incomplete(patience_s=PATIENCE_S):
             steps = ", ".join(map(str, sorted(absent)))
-            self._warn_absent(
-                f"another rank had not written its part before step {steps} after "
-                f"{PATIENCE_S:.0f} s"
+            warnings.warn(
+                f"the snapshot before step {steps} is not whole yet: another rank had not written "
+                f"its part after {PATIENCE_S:.0f} s, and where it never does there is none",
+                UnclampWarning,
+                stacklevel=3,
             )
 
     def _warn_absent(self, why: str) -> None:

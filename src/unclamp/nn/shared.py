@@ -111,8 +111,7 @@ class Shared:
         parts: The rows that are agreed on; none where the process is alone.
         is_loaded: Whether state was loaded since the last meeting.
         is_late: Whether headers are read one step late; None: as the device wants it.
-        is_off: Whether each rank goes by its own amaxes, whoever holds the products: a replay asks
-            what that would have done. The same on all ranks.
+        is_off: Whether each rank goes by its own amaxes, as a replay asks; the same on all ranks.
         first: The products whose casts may agree on a first scale, and with whom (`nn.first`).
         within_ddp: Those of them that a DDP is around.
         unseeded: Sites of such products that have no scale; None until the ranks have met.
