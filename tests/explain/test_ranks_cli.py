@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 import unclamp
-from patience import PATIENCE_S
 from ranks import run_ranks
 from truths.ranked import DEFAULT, FAILS, JOINS, SLOW, default_build, odd_step, record
 from truths.trainings import SPIKE, Case
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-INTERRUPTED = 130
+MANY_S = 200
+"""Seconds after which a command that does not end is killed."""
 
 
 def recorded(rank: int, run: str) -> list[float]:
@@ -59,9 +59,10 @@ def started(count: int, run: Path, *options: str, **variables: str) -> subproces
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
     """Return how it ended, what was printed, and the lines that unclamp wrote to stderr."""
     try:
-        out, err = process.communicate(timeout=PATIENCE_S)
+        out, err = process.communicate(timeout=MANY_S)
     finally:
-        process.kill()
+        process.terminate()  # torchrun ends its ranks then
+        process.wait(timeout=60)
     return process.returncode, out, [x for x in err.splitlines() if x.startswith("unclamp:")]
 
 
@@ -105,7 +106,7 @@ def test_a_build_may_make_the_process_group_and_ctrl_c_ends_all_ranks_with_the_a
 ) -> None:
     answer = run / f"explain-{SPIKE}.json"
     process = started(2, run, **{SLOW: "0.1", JOINS: "1"})
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + MANY_S
     while not answer.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

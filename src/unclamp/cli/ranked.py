@@ -43,7 +43,8 @@ def one_voice() -> Iterator[None]:
         _say(str(error), place.rank)
         _end(USER_ERROR)
     except Exception as error:
-        _say(f"rank {place.rank}: {type(error).__name__}: {error}{place_of(error)}", place.rank)
+        said = f"rank {place.rank}: {type(error).__name__}: {error}{place_of(error)}"
+        _say(said, place.rank, is_unexpected=True)
         _end(FAILED)
 
 
@@ -57,18 +58,18 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _say(text: str, rank: int) -> None:
-    if _is_first_to_say(rank):
+def _say(text: str, rank: int, *, is_unexpected: bool = False) -> None:
+    if _is_first_to_say(rank, is_unexpected=is_unexpected):
         line = " ".join(text.split())
         with suppress(OSError):
             os.write(2, f"unclamp: {line}\n".encode())
 
 
-def _is_first_to_say(rank: int) -> bool:
+def _is_first_to_say(rank: int, *, is_unexpected: bool) -> bool:
     import torch.distributed as dist  # noqa: PLC0415
 
     if not dist.is_initialized():
-        return rank == 0
+        return rank == 0 or is_unexpected
     try:
         store: Any = dist.distributed_c10d._get_default_store()
         return store.compare_set(_SAID, "", str(rank)).decode() == str(rank)

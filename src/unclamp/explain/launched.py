@@ -69,7 +69,15 @@ def _joins() -> bool:
     if has_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+        store, rank, count = next(dist.rendezvous("env://"))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+            # Under names of its own: a build function may make the group anew, and would read where
+            # the ranks of this one were.
+            store=dist.PrefixStore("unclamp", store),
+            rank=rank,
+            world_size=count,
+        )
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ReplayError(f"the ranks that torchrun started cannot meet: {first}") from error
