@@ -39,9 +39,14 @@ def run(recording: Path, tmp_path: Path) -> Path:
 
 
 def started(count: int, run: Path, *options: str, **variables: str) -> subprocess.Popen[str]:
+    command = "-m", "unclamp", "explain", str(run), *options
+    return launched(count, run.parent, *command, **variables)
+
+
+def launched(count: int, folder: Path, *command: str, **variables: str) -> subprocess.Popen[str]:
     source, tests = Path(unclamp.__file__).parents[1], Path(__file__).parents[1]
     return subprocess.Popen(
-        [*TORCHRUN, str(count), "-m", "unclamp", "explain", str(run), *options],
+        [*TORCHRUN, str(count), *command],
         env={
             **os.environ,
             "PYTHONPATH": f"{source}{os.pathsep}{tests}",
@@ -49,7 +54,7 @@ def started(count: int, run: Path, *options: str, **variables: str) -> subproces
             "OMP_NUM_THREADS": "1",
             **variables,
         },
-        cwd=run.parent,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -114,3 +119,18 @@ def test_a_build_may_make_the_process_group_and_ctrl_c_ends_all_ranks_with_the_a
     assert said == []
     assert "Interrupted: this is the answer so far" in " ".join(out.split())
     assert json.loads(answer.read_bytes())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_trains_and_is_explained(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "explain.md"
+    section = page.read_text(encoding="utf-8").partition("### On several processes")[2]
+    script = section.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+    code, _, said = ended(launched(2, tmp_path, "train.py"))
+    assert (code, said) == (0, [])
+    code, out, said = ended(launched(2, tmp_path, "-m", "unclamp", "explain", "run"))
+    assert (code, said) == (0, [])
+    words = " ".join(out.split())
+    assert "clamping is the cause" in words
+    assert "0 input on rank 1" in words

@@ -49,7 +49,8 @@ def _clamped_on(plain: Trace, count: int) -> str:
     some = {site: ranks for site, ranks in plain.clamped_on.items() if len(ranks) < count}
     if not some:
         return ""
-    hardest = sorted(some, key=lambda site: (-plain.sites[site].overshoot, site))
+    # Gradients last: where a loss jumps they clamp too.
+    hardest = sorted(some, key=lambda s: (s.role == "grad_output", -plain.sites[s].overshoot, s))
     shown = "; ".join(f"{site} on {_ranks(some[site])}" for site in hardest[:SHOWN_SITES])
     more = len(hardest) - SHOWN_SITES
     rest = f"; and {counted(more, 'site')} more" if more > 0 else ""
