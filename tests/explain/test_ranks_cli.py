@@ -106,9 +106,7 @@ def test_a_rank_that_fails_in_a_replay_ends_all_with_one_sentence(run: Path) -> 
     assert "ranked.py:" in line
 
 
-def test_a_build_may_make_the_process_group_and_ctrl_c_ends_all_ranks_with_the_answer_so_far(
-    run: Path,
-) -> None:
+def test_ctrl_c_ends_all_ranks_also_where_build_made_their_group(run: Path) -> None:
     answer = run / f"explain-{SPIKE}.json"
     process = started(2, run, **{SLOW: "0.1", JOINS: "1"})
     deadline = time.monotonic() + MANY_S

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from unclamp.errors import ReplayError
 from unclamp.explain.facts import sites_of
@@ -69,12 +70,12 @@ def _joins() -> bool:
     if has_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        store, rank, count = next(dist.rendezvous("env://"))
+        store, rank, count = next(rendezvous("env://"))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
             # Under names of its own: a build function may make the group anew, and would read where
             # the ranks of this one were.
-            store=dist.PrefixStore("unclamp", store),
+            store=dist.distributed_c10d.PrefixStore("unclamp", store),
             rank=rank,
             world_size=count,
         )
