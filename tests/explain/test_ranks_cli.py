@@ -131,4 +131,4 @@ def test_the_script_of_the_page_trains_and_is_explained(tmp_path: Path) -> None:
     assert (code, said) == (0, [])
     words = " ".join(out.split())
     assert "clamping is the cause" in words
-    assert "0 input on rank 1" in words
+    assert "2 input on rank 1" in words
