@@ -24,8 +24,8 @@ SCALED: Mapping[ScalingName, str] = {
 }
 """Recommended scalings for people."""
 Change = Literal["unclamped", "dynamic", "guarded", "short history", "blocks", "high_precision"]
-QuestionKind = Literal["actual", "placebo"] | Change
-KINDS: tuple[QuestionKind, ...] = ("actual", "placebo", *get_args(Change))
+QuestionKind = Literal["actual", "placebo", "own_scales"] | Change
+KINDS: tuple[QuestionKind, ...] = ("actual", "placebo", "own_scales", *get_args(Change))
 How = Literal["shapley", "both ways"]
 GroupRole = Role | Literal["*"]
 ANY: Literal["*"] = "*"
@@ -38,7 +38,8 @@ class Question:
     """How a replay differs from the run.
 
     Attributes:
-        kind: "actual" changes nothing and "placebo" every weight by a 4096th; the others are how
+        kind: "actual" changes nothing and "placebo" every weight by a 4096th; with "own_scales"
+            each of several ranks takes scales from its own amaxes alone; the others are how
             the sites are scaled: "unclamped" as before but without clamping, "dynamic",
             "guarded", "short history" (delayed by one update alone), "blocks" (a scale for
             every 32 elements) or "high_precision".
@@ -96,6 +97,7 @@ class Question:
 
 
 ACTUAL = Question(kind="actual")
+OWN_SCALES = Question(kind="own_scales")
 
 
 @dataclass(frozen=True, kw_only=True)

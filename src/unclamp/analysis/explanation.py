@@ -84,7 +84,7 @@ class Explanation(Shown):
             Where it is the verdict, shares of sites, of the override and of counterfactuals are
             of these steps.
         others: Shares gone under other questions: "blocks" (next to nothing underflows),
-            "high_precision" (no FP8 at all).
+            "high_precision" (no FP8 at all), "own_scales" (each of several ranks its own).
         underflowed: Share of elements that underflowed, by question.
         sites: What each leading site caused, the largest share first.
         rest_share: Share of all sites that are not among them.

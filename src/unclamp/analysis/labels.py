@@ -47,6 +47,7 @@ _WHOLE = {
     "actual": (0, "nothing changed"),
     "blocks": (3, "a scale for every 32 elements"),
     "high_precision": (4, "no FP8 at all"),
+    "own_scales": (4, "scales of each rank its own"),
 }
 """Questions that change no sites, or all: place and name."""
 

@@ -1,4 +1,7 @@
-"""`unclamp explain`: which clamped tensors caused a loss spike, by replays from a snapshot."""
+"""`unclamp explain`: which clamped tensors caused a loss spike, by replays from a snapshot.
+
+A run of several ranks is explained by as many: torchrun --nproc-per-node N -m unclamp explain RUN.
+"""
 
 import os
 import sys
@@ -9,6 +12,7 @@ import typer
 from rich.console import Console
 
 from unclamp.cli.app import INTERRUPTED, JsonFlag, app
+from unclamp.cli.ranked import one_voice
 from unclamp.files import to_json
 
 NARROW = 80
@@ -62,22 +66,23 @@ def explain(
     from unclamp.explain.limits import Limits  # noqa: PLC0415
     from unclamp.explain.text import print_explanation, with_progress  # noqa: PLC0415
 
-    at, step_function = _step_meant(at, step or [])
-    limits = Limits(replays=budget, leading=leading, group=group, anyway=anyway)  # pyright: ignore
-    sys.path.insert(0, os.getcwd())  # as `python -m` does: MODULE lies where the training runs
-    found = with_progress(
-        lambda show: explain_spike(
-            run, spike, at=at, build=build, step=step_function, limits=limits, on_progress=show
-        ),
-        budget=budget,
-        console=Console(stderr=True),
-    )
-    if as_json:
-        typer.echo(to_json(found.to_dict()))
-    else:
-        print_explanation(found, Console(width=None if sys.stdout.isatty() else NARROW))
-    if found.status == "interrupted":
-        raise typer.Exit(INTERRUPTED)
+    with one_voice():
+        at, step_function = _step_meant(at, step or [])
+        limits = Limits(replays=budget, leading=leading, group=group, anyway=anyway)  # pyright: ignore
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: MODULE lies where the training runs
+        found = with_progress(
+            lambda show: explain_spike(
+                run, spike, at=at, build=build, step=step_function, limits=limits, on_progress=show
+            ),
+            budget=budget,
+            console=Console(stderr=True),
+        )
+        if as_json:
+            typer.echo(to_json(found.to_dict()))
+        else:
+            print_explanation(found, Console(width=None if sys.stdout.isatty() else NARROW))
+        if found.status == "interrupted":
+            raise typer.Exit(INTERRUPTED)
 
 
 def _step_meant(at: int | None, given: list[str]) -> tuple[int | None, str | None]:

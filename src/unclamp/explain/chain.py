@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from unclamp.explain.ranks import ALONE, Ranks
 from unclamp.explain.replay import same_losses
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import read_facts, read_snapshot
@@ -15,7 +16,9 @@ from unclamp.explain.store import read_facts, read_snapshot
 _SAME = ("code", "arguments")
 
 
-def earlier_snapshots(paths: Sequence[Path], latest: Snapshot) -> Iterator[Snapshot]:
+def earlier_snapshots(
+    paths: Sequence[Path], latest: Snapshot, *, ranks: Ranks = ALONE
+) -> Iterator[Snapshot]:
     """Yield those of snapshots from which a replay reaches the end of `latest`, newest first.
 
     Each is read when its turn comes, and yielded with all batches and losses from its step on.
@@ -26,15 +29,15 @@ def earlier_snapshots(paths: Sequence[Path], latest: Snapshot) -> Iterator[Snaps
         ReplayError: One is damaged.
     """
     batches, losses, reach = dict(latest.batches), dict(latest.losses), latest.step
-    known = [(read_facts(path), path) for path in paths]
+    known = ranks.first(lambda: [(read_facts(path), path) for path in paths])
     for facts, path in sorted(known, key=lambda one: (-one[0]["step"], -one[0]["last_step"])):
         step = facts["step"]
         if step >= reach or facts["last_step"] + 1 < reach:
             continue
         if any(facts.get(name) != latest.facts.get(name) for name in _SAME):
             continue
-        snapshot = read_snapshot(path)
-        if not same_losses(snapshot.losses, losses):
+        snapshot = ranks.together(lambda path=path: read_snapshot(path, rank=ranks.rank))
+        if not ranks.every(same_losses(snapshot.losses, losses)):
             continue
         batches, losses = {**snapshot.batches, **batches}, {**snapshot.losses, **losses}
         reach = step

@@ -1,7 +1,7 @@
 """From a run's folder to an explanation: which spike, which snapshot, which code."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from unclamp.errors import ReplayError, naming_arguments
 from unclamp.explain.chain import earlier_snapshots
 from unclamp.explain.facts import check_belongs, load_functions
 from unclamp.explain.investigate import investigate
+from unclamp.explain.launched import built, meeting, warm_up
 from unclamp.explain.limits import Limits
+from unclamp.explain.parts import check_ranks
+from unclamp.explain.ranks import RankFailed, Ranks
 from unclamp.explain.script import changes_of
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.store import read_all_facts, read_snapshot
@@ -60,8 +63,47 @@ def explain_spike(
             the snapshot.
         AnalysisError: The run recorded no loss, or none of step `at`.
         RunLogError: The folder holds no run.
+
+    A run of several ranks is replayed by as many, each of which calls this: under torchrun, where
+    the process group is made here if it is not there yet, or at the end of the training itself.
+    All return the same answer; the first rank writes it.
     """
-    run = Path(run)
+    try:
+        with meeting() as ranks:
+            asked = partial(_plan, Path(run), spike, at)
+            return _explain(ranks.first(asked), build, step, limits, on_progress, ranks)
+    except RankFailed as error:
+        raise ReplayError(str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is asked, as the first rank reads it from the run's folder for all.
+
+    Attributes:
+        run: The folder.
+        spike: What is to be explained.
+        level: The loss that it rises from.
+        spikes: All spikes of the loss.
+        kin: Steps of the spike's kind.
+        path: The snapshot to begin from.
+        facts: What that says of itself.
+        found: All snapshots.
+        notes: What a reader must know.
+    """
+
+    run: Path
+    spike: Spike
+    level: float
+    spikes: list[Spike]
+    kin: frozenset[int] | None
+    path: Path
+    facts: Mapping[str, Any]
+    found: list[Path]
+    notes: tuple[str, ...]
+
+
+def _plan(run: Path, spike: int | None, at: int | None) -> _Plan:
     with RunLog.open(run) as log:
         losses = run_losses(log)
     spikes = find_spikes(losses.values, steps=losses.steps, groups=losses.groups)
@@ -74,35 +116,57 @@ def explain_spike(
         chosen = _asked(spikes, losses, at)
         path = _reaching(f"step {at}", [chosen], found, unreadable, run)[1]
     kin = kin_of(chosen.group, losses.steps, losses.groups)
-    snapshot = read_snapshot(path)
+    return _Plan(
+        run=run,
+        spike=chosen,
+        level=level_before(losses.steps, losses.values, chosen.onset, losses.groups),
+        spikes=spikes,
+        kin=kin,
+        path=path,
+        facts=found[path],
+        found=[*found],
+        notes=(*unreadable, *_about_train(spikes, chosen), *about_kind(chosen, kin)),
+    )
+
+
+def _explain(
+    plan: _Plan,
+    build: Build | str | None,
+    step: Step | str | None,
+    limits: Limits,
+    on_progress: Callable[[Explanation], None],
+    ranks: Ranks,
+) -> Explanation:
+    run = plan.run
+    check_ranks(plan.facts, ranks, run)
+    snapshot = ranks.together(lambda: read_snapshot(plan.path, rank=ranks.rank))
     with keeping_random_state():
         arguments = snapshot.facts["arguments"] if build is None else {}
         with starting_no_run("a replay is being built"):
             builder, stepper = _functions(snapshot, build, step)
-            training = builder(**arguments)
-        check_belongs(
-            snapshot.facts, training.model, build=builder, step=stepper, anyway=limits.anyway
+            training = built(lambda: builder(**arguments), ranks)
+        ranks.together(
+            lambda: check_belongs(
+                snapshot.facts, training.model, build=builder, step=stepper, anyway=limits.anyway
+            )
         )
+        warm_up(training, stepper, snapshot, ranks)
         changes = changes_of(snapshot.facts) if build is None or step is None else ()
         return investigate(
             training,
             stepper,
             snapshot,
-            spike=chosen,
-            level=level_before(losses.steps, losses.values, chosen.onset, losses.groups),
-            spikes=spikes,
-            kin=kin,
+            spike=plan.spike,
+            level=plan.level,
+            spikes=plan.spikes,
+            kin=plan.kin,
             run=run,
-            older=earlier_snapshots([*found], snapshot),
-            clamped_before=partial(clamped_before, run),
+            older=earlier_snapshots(plan.found, snapshot, ranks=ranks),
+            clamped_before=lambda n: ranks.first(partial(clamped_before, run, n)),
             limits=limits,
-            notes=(
-                *changes,
-                *unreadable,
-                *_about_train(spikes, chosen),
-                *about_kind(chosen, kin),
-            ),
+            notes=(*changes, *plan.notes),
             on_progress=on_progress,
+            ranks=ranks,
         )
 
 

@@ -14,6 +14,7 @@ from unclamp.analysis.explanation import Explanation, Status
 from unclamp.errors import AnalysisError
 from unclamp.explain.game import Game
 from unclamp.explain.players import Player
+from unclamp.explain.ranks import ALONE, Ranks
 from unclamp.files import write_json
 from unclamp.names import SiteName
 
@@ -25,6 +26,7 @@ class Findings:
         found: What is known from the start.
         path: The file for the answer; one to the same question that is there already counts.
         on_progress: Called with the answer so far.
+        ranks: Of whom the first reads and writes the file.
 
     Attributes:
         game: Where the answers are that count; set before the first is published.
@@ -41,6 +43,7 @@ class Findings:
         *,
         path: Path,
         on_progress: Callable[[Explanation], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.found = found
         self.effects: Mapping[SiteName, float] = {}
@@ -48,7 +51,8 @@ class Findings:
         self.games: dict[Game, int] = {}
         self._given = len(found.notes)
         self._path, self._on_progress = path, on_progress
-        self._stored = _read(path, found.identity)
+        self._writes = ranks.is_first
+        self._stored = ranks.first(lambda: _read(path, found.identity))
 
     def stored(self) -> Explanation | None:
         """Return the answer from before, if it is whole and had at least this budget."""
@@ -85,7 +89,7 @@ class Findings:
                 for question, trace in game.answers.items()
             ),
         )
-        if self._replaces():
+        if self._writes and self._replaces():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._path, self.found.to_dict())
         self._on_progress(self.found)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unclamp.analysis.counterfactual import ACTUAL, Change, Question
+from unclamp.analysis.counterfactual import ACTUAL, OWN_SCALES, Change, Question
 from unclamp.explain.kept import Kept, Screened, exact, read_kept, write_kept
 from unclamp.explain.mend import SCALINGS
 from unclamp.explain.replay import Replay, Trace
@@ -117,7 +117,7 @@ class Game:
 
     def begin(self, actual: Trace) -> None:
         """Take the plain replay; use earlier answers if they started from the same one."""
-        earlier = read_kept(self._cache)
+        earlier = self.replay.ranks.first(lambda: read_kept(self._cache))
         before = earlier.answers.get(ACTUAL)
         self._kept = earlier if before is not None and exact(before) == exact(actual) else Kept()
         self.answers, self.screened = {ACTUAL: actual}, None
@@ -166,6 +166,16 @@ class Game:
         question = Question(kind="placebo", seed=seed)
         return self._answer(
             question, lambda: self.replay.run({}, last=self.window.last, perturb=seed)
+        )
+
+    def own_scales(self) -> Trace:
+        """Return the replay in which each rank takes scales from its own amaxes alone.
+
+        Raises:
+            BudgetSpent: It would be one too many.
+        """
+        return self._answer(
+            OWN_SCALES, lambda: self.replay.run({}, last=self.window.last, own_scales=True)
         )
 
     def screen(self, run: Callable[[], Screened]) -> Screened:
@@ -267,5 +277,6 @@ class Game:
         answers = {**self._kept.answers, **self.answers}
         screened = self._kept.screened if self.screened is None else self.screened
         self._kept = Kept(answers=answers, screened=screened)
-        write_kept(self._cache, self._kept)
+        if self.replay.ranks.is_first:
+            write_kept(self._cache, self._kept)
         self._on_replay()

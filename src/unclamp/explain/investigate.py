@@ -17,7 +17,7 @@ After every replay the answer so far is written.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,16 +26,19 @@ from unclamp.analysis.explanation import Explanation, Verdict
 from unclamp.analysis.horizon import Clamped
 from unclamp.analysis.spikes import Spike
 from unclamp.errors import ReplayError, UnclampError
+from unclamp.explain.across import tell_of_ranks
 from unclamp.explain.attribution import Attribution
 from unclamp.explain.backwards import Answer, Backwards, judged
-from unclamp.explain.facts import differing, recipe_of
+from unclamp.explain.comeback import differences
+from unclamp.explain.facts import recipe_of
 from unclamp.explain.findings import Findings
 from unclamp.explain.game import BudgetSpent, Window
 from unclamp.explain.limits import Limits
 from unclamp.explain.noise import Noise, noise_of
 from unclamp.explain.players import Player, group_sites
+from unclamp.explain.ranks import ALONE, Ranks
 from unclamp.explain.remedy import recommend
-from unclamp.explain.replay import Trace, same_losses
+from unclamp.explain.replay import Trace
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.start import Start, identity_of
 from unclamp.explain.training import Step, Training
@@ -61,6 +64,7 @@ def investigate(
     limits: Limits = Limits(),
     notes: Sequence[str] = (),
     on_progress: Callable[[Explanation], None] = lambda explanation: None,
+    ranks: Ranks = ALONE,
 ) -> Explanation:
     """Explain a spike by replays from a snapshot, and where too little goes, from older ones.
 
@@ -78,6 +82,7 @@ def investigate(
         limits: How much to ask.
         notes: What a reader must know whatever the answer is.
         on_progress: Called after each replay with the answer so far.
+        ranks: Who asks together, all the same; the first of them writes.
 
     Returns:
         The answer; with status "interrupted" after Ctrl-C.
@@ -86,7 +91,7 @@ def investigate(
         ReplayError: The snapshot does not reach the spike or does not fit the training.
     """
     asked = _Investigation(
-        training, step, snapshot, spike, level, spikes, kin, run, limits, notes, on_progress
+        training, step, snapshot, spike, level, spikes, kin, run, limits, notes, on_progress, ranks
     )
     return asked.run(older, clamped_before)
 
@@ -105,6 +110,7 @@ class _Investigation:
         limits: Limits,
         notes: Sequence[str],
         on_progress: Callable[[Explanation], None],
+        ranks: Ranks,
     ) -> None:
         if not snapshot.step <= spike.onset <= snapshot.last_step:
             raise ReplayError(
@@ -117,7 +123,7 @@ class _Investigation:
             only = tuple(n for n in range(spike.onset, last + 1) if n in kin)
             last = only[-1]
         self._training, self._step, self._run, self._limits = training, step, run, limits
-        self._spikes, self._kin = spikes, kin
+        self._spikes, self._kin, self._ranks = spikes, kin, ranks
         self._of_kind = [other for other in spikes if other.group == spike.group]
         self._window = Window(first=spike.onset, last=last, level=level, only=only)
         found = Explanation(
@@ -129,13 +135,13 @@ class _Investigation:
             kind=spike.kind,
             snapshot_step=snapshot.step,
             budget=limits.replays,
-            identity=identity_of(snapshot, self._window, limits),
+            identity=ranks.first(lambda: identity_of(snapshot, self._window, limits)),
             notes=tuple(notes),
             others={},
             underflowed={},
         )
         path = run / f"explain-{spike.onset}.json"
-        self._findings = Findings(found, path=path, on_progress=on_progress)
+        self._findings = Findings(found, path=path, on_progress=on_progress, ranks=ranks)
         self._from(self._begin(snapshot, self._window))
 
     def run(
@@ -172,6 +178,7 @@ class _Investigation:
             findings.publish(verdict="unknown" if findings.found.reproduced else "not reproduced")
             return
         answer = self._without_clamping(older, clamped_before)
+        tell_of_ranks(self._game, findings)
         if findings.found.verdict != "clamping":
             self._other_questions()
             self._judge_underflow(answer)
@@ -204,6 +211,7 @@ class _Investigation:
             run=self._run,
             budget=self._limits.replays - findings.replays,
             on_replay=findings.publish,
+            ranks=self._ranks,
         )
         findings.games[start.game] = start.steps
         self._replay = start.replay
@@ -242,26 +250,14 @@ class _Investigation:
     # ---- does it come back -----------------------------------------------------------------
 
     def _reproduces(self) -> bool:
-        snapshot, replay, findings = self._snapshot, self._replay, self._findings
+        replay, findings = self._replay, self._findings
         plain = self._start.plain()
         if self._start.comes_back(plain):
             findings.publish(reproduced=True)
             return True
         again = replay.run({}, last=self._window.last)
         findings.extra_replays += 1
-        told = [_first_difference(snapshot.losses, plain.losses)]
-        if not same_losses(plain.losses, again.losses):
-            told.append(
-                "Two replays differ from each other: the step function is not deterministic; use "
-                "torch.use_deterministic_algorithms(True), and draw random numbers only from the "
-                "generators of Python, NumPy and torch."
-            )
-        else:
-            told.append("Two replays agree with each other, so something differs from the run.")
-        # The number of threads is the run's: a replay sets it.
-        machine = differing(snapshot.facts, replay.training.model, but=("threads",))
-        if machine:
-            told.append(f"What differs: {'; '.join(machine)}.")
+        told = differences(replay, plain, again)
         if not self._limits.anyway:
             told.append("No attribution without that, unless told to go on (--anyway).")
         verdict: Verdict = "unknown" if self._limits.anyway else "not reproduced"
@@ -393,16 +389,3 @@ class _Investigation:
 
 def _underflow(trace: Trace) -> float:
     return trace.underflowed / max(1, trace.elements)
-
-
-def _first_difference(run: Mapping[int, float], replayed: Mapping[int, float]) -> str:
-    for n in sorted(set(run) & set(replayed)):
-        one, other = run[n], replayed[n]
-        if one != other and not (math.isnan(one) and math.isnan(other)):
-            change = abs(other - one)
-            size = f" ({change / abs(one):.2g} of it)" if one and math.isfinite(change) else ""
-            return (
-                f"The loss of step {n} was {one!r} in the run and is {other!r} in the replay, "
-                f"{change:.3g} off{size}."
-            )
-    return "No step of the replay is in the run."

@@ -6,6 +6,9 @@ steps on the same batches. Without a change the losses must come back bit for bi
 *Un-clamped* is the smallest change that ends clamping: a delayed site becomes the guarded one
 with the same history, margin and rounding, whose casts are those of the delayed one, bit for bit,
 wherever that would not clamp. A static site has no such twin and becomes dynamic.
+
+On several ranks all do the same replays. A trace is the same on each: its losses are means over
+the ranks, and what was clamped is added up over them.
 """
 
 import contextlib
@@ -18,6 +21,8 @@ import torch
 
 from unclamp.errors import ReplayError
 from unclamp.explain.facts import scalings_of, sites_of
+from unclamp.explain.ranks import ALONE, Ranks
+from unclamp.explain.shards import like_parameter
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training, keeping_random_state, put_state
 from unclamp.explain.watch import loss_number
@@ -63,6 +68,9 @@ class Trace:
         seconds: Duration.
         underflow: Share of a site's elements that underflowed, in the step with the largest; only
             sites with any.
+        own: This rank's losses by step; empty where it is alone.
+        clamped_on: The ranks on which a site clamped, where there are several.
+        unequal: Sites whose amaxes were not the same on all ranks.
     """
 
     losses: Mapping[int, float]
@@ -71,6 +79,9 @@ class Trace:
     elements: int
     seconds: float
     underflow: Mapping[SiteName, float] = field(default_factory=dict)
+    own: Mapping[int, float] = field(default_factory=dict)
+    clamped_on: Mapping[SiteName, tuple[int, ...]] = field(default_factory=dict)
+    unequal: frozenset[SiteName] = frozenset()
 
 
 class Replay:
@@ -80,14 +91,17 @@ class Replay:
         training: Made by the build function; its state is replaced again and again.
         step: The step function.
         snapshot: Where to start.
+        ranks: Who replays with this process, each from its own part of the snapshot.
 
     Raises:
         ReplayError: The training does not fit the snapshot.
     """
 
-    def __init__(self, training: Training, step: Step, snapshot: Snapshot) -> None:
-        self.training, self.snapshot = training, snapshot
-        self._step = step
+    def __init__(
+        self, training: Training, step: Step, snapshot: Snapshot, *, ranks: Ranks = ALONE
+    ) -> None:
+        self.training, self.snapshot, self.ranks = training, snapshot, ranks
+        self._step, self._doing = step, "a replay"
         self.sites = sites_of(training.model)
         self._ledgers = list(dict.fromkeys(place.ledger for place in self.sites.values()))
         self._before = {key: self.scaling_of(key) for key in self.sites}
@@ -107,6 +121,7 @@ class Replay:
         *,
         last: int,
         perturb: int | None = None,
+        own_scales: bool = False,
         watching: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Trace:
         """Replay the steps up to `last`, with these sites scaled otherwise.
@@ -115,11 +130,30 @@ class Replay:
             changes: Scalings by site; the others are scaled as they were.
             last: The last step.
             perturb: Seed of a change of every weight by a 4096th, up or down.
+            own_scales: Whether each rank takes scales from its own amaxes alone.
             watching: A context for the time of the steps.
 
         Raises:
             ReplayError: A batch is missing, or the step function returns no loss.
+            RankFailed: Something failed on this rank and not on all alike.
         """
+        self._doing = "a replay"
+        try:
+            return self._run(changes, last, perturb, own_scales, watching)
+        except Exception as error:
+            told = self.ranks.failed(error, self._doing)
+            if told is error:
+                raise
+            raise told from error
+
+    def _run(
+        self,
+        changes: Mapping[SiteName, Scaling],
+        last: int,
+        perturb: int | None,
+        own_scales: bool,
+        watching: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> Trace:
         snapshot = self.snapshot
         steps = range(snapshot.step, last + 1)
         missing = [n for n in steps if n not in snapshot.batches]
@@ -133,6 +167,7 @@ class Replay:
         with (
             keeping_random_state(),
             _threads(snapshot.facts.get("threads")),
+            self._alone() if own_scales else contextlib.nullcontext(),
             self._counts() as seen,
         ):
             self._switch({**self._before, **changes})
@@ -141,6 +176,7 @@ class Replay:
                 self._perturb(perturb)
             with watching():
                 for n in steps:
+                    self._doing = f"step {n} of a replay"
                     losses[n] = loss_number(self._step(self.training, snapshot.batches[n].fresh()))
                     for one in seen.values():
                         one.end_step()
@@ -166,7 +202,18 @@ class Replay:
         for parameter in self.training.model.parameters():
             if parameter.is_floating_point():
                 signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
-                parameter.mul_(1 + PLACEBO * signs.to(parameter.device))
+                parameter.mul_(like_parameter(1 + PLACEBO * signs, parameter))
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Have ledgers agree with no other rank in this context."""
+        for ledger in self._ledgers:
+            ledger.shared.is_off = True
+        try:
+            yield
+        finally:
+            for ledger in self._ledgers:
+                ledger.shared.is_off = False
 
     # ---- counting --------------------------------------------------------------------------
 
@@ -183,7 +230,9 @@ class Replay:
     def _trace(
         self, losses: dict[int, float], seen: "dict[Ledger, _Seen]", seconds: float
     ) -> Trace:
-        tables = {ledger: torch.stack(one.steps).cpu() for ledger, one in seen.items()}
+        ranks = self.ranks
+        own = {ledger: torch.stack(one.steps).cpu() for ledger, one in seen.items()}
+        tables = {ledger: ranks.merged(table) for ledger, table in own.items()}
         sites: dict[SiteName, SiteCount] = {}
         underflow: dict[SiteName, float] = {}
         for key, (ledger, index) in self.sites.items():
@@ -195,14 +244,40 @@ class Replay:
             if lost > 0:
                 underflow[key] = lost
         rows = list(tables.values())
+        clamped_on, unequal = self._by_rank(own)
         return Trace(
-            losses=losses,
+            losses=ranks.mean(losses),
             sites=sites,
             underflowed=int(sum(t[..., Stat.UNDERFLOWED].sum() for t in rows)),
             elements=int(sum(t[..., Stat.ELEMENTS].sum() for t in rows)),
-            seconds=seconds,
+            seconds=max(ranks.gathered(seconds)),
             underflow=underflow,
+            own=losses if ranks.are_several else {},
+            clamped_on=clamped_on,
+            unequal=unequal,
         )
+
+    def _by_rank(
+        self, own: Mapping[Ledger, torch.Tensor]
+    ) -> tuple[dict[SiteName, tuple[int, ...]], frozenset[SiteName]]:
+        """Return on which ranks sites clamped, and whose amaxes differed between ranks."""
+        if not self.ranks.are_several:
+            return {}, frozenset()
+        differs = {
+            ledger: self.ranks.unequal(table[..., Stat.AMAX]).any(0)
+            for ledger, table in own.items()
+        }
+        clamped = [
+            key
+            for key, (ledger, index) in self.sites.items()
+            if own[ledger][:, index, Stat.SATURATED].sum() > 0
+        ]
+        on: dict[SiteName, tuple[int, ...]] = {}
+        for rank, keys in enumerate(self.ranks.gathered(clamped)):
+            for key in keys:
+                on[key] = (*on.get(key, ()), rank)
+        unequal = frozenset(k for k, (one, index) in self.sites.items() if differs[one][index])
+        return on, unequal
 
     def _count(self, key: SiteName, rows: torch.Tensor) -> SiteCount:
         fmt, before = self.sites[key].operand.format, self._before[key]

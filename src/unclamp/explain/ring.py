@@ -6,10 +6,12 @@ allow. What grows with the distance are the batches in between. Holds what may b
 makes it one is `snapshots`.
 """
 
+import math
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 from unclamp.errors import ReplayError
+from unclamp.explain.ranks import ALONE, Ranks
 from unclamp.explain.snapshot import Snapshot, check_keepable
 from unclamp.explain.training import Batch, State, Training, size_bytes, take_state
 
@@ -35,15 +37,19 @@ class Ring:
         budget_bytes: Bytes that states and batches may take together; where it does not suffice,
             the oldest state goes that is not needed, and the batches from before the rest. One is
             held in any case, and those that are needed.
+        ranks: Who holds theirs. What stays has to be the same on all of them, so the largest size
+            on any of them counts; they tell each other when a state is taken, and batches since
+            then count for nothing until the next.
     """
 
-    def __init__(self, *, keep: int, budget_bytes: float) -> None:
-        self._keep, self._budget = keep, budget_bytes
+    def __init__(self, *, keep: int, budget_bytes: float, ranks: Ranks = ALONE) -> None:
+        self._keep, self._budget, self._ranks = keep, budget_bytes, ranks
         self._states: dict[int, _Held] = {}
         self._batches: dict[int, tuple[Batch, int]] = {}
         self._losses: dict[int, float] = {}
         self._taken = 0
         self._newest_size = 0
+        self._agreed = -1
         self._needed: AbstractSet[int] = frozenset()
 
     @property
@@ -55,7 +61,7 @@ class Ring:
     def size(self) -> int:
         """The bytes of all states and batches."""
         states = sum(held.size for held in self._states.values())
-        return states + sum(size for _, size in self._batches.values())
+        return states + self._size_of_batches(0)
 
     def hold(self, needed: AbstractSet[int]) -> None:
         """Let the states before these steps stay, whatever the budget, until the next call."""
@@ -67,8 +73,12 @@ class Ring:
         if not needed:
             return True
         states = sum(self._states[step].size for step in needed) + self._newest_size
-        batches = sum(size for step, (_, size) in self._batches.items() if step >= needed[0])
-        return states + batches <= self._budget
+        return states + self._size_of_batches(needed[0]) <= self._budget
+
+    def _size_of_batches(self, first: int, last: float = math.inf) -> int:
+        """Return the bytes of the batches of some steps, as far as the ranks have agreed on it."""
+        last = min(last, self._agreed)
+        return sum(size for n, (_, size) in self._batches.items() if first <= n <= last)
 
     def take(self, step: int, training: Training, facts: dict[str, Any]) -> bool:
         """Hold the training's state before a step, and return whether it fits.
@@ -78,9 +88,8 @@ class Ring:
         Raises:
             ReplayError: One state does not fit the budget, or cannot be kept.
         """
-        state = take_state(training)
-        check_keepable(state, "the training's state")
-        size = size_bytes(state)
+        state = self._ranks.together(lambda: _keepable_state(training))
+        size = self._agree(step, size_bytes(state))
         if size > self._budget:
             raise ReplayError(
                 f"a snapshot takes {size:,} bytes and the budget is {int(self._budget):,}: "
@@ -106,7 +115,31 @@ class Ring:
             check_keepable(batch, "a batch")
         kept = Batch.of(batch)
         self._batches[step] = (kept, size_bytes(kept.tree))
-        self._fit()
+        if not self._ranks.are_several:
+            self._agreed = step
+            self._fit()
+
+    def _agree(self, step: int, size: int) -> int:
+        """Return the size of the largest state on any rank; count batches likewise from now on."""
+        if not self._ranks.are_several:
+            return size
+        own = {n: bytes_ for n, (_, bytes_) in self._batches.items() if n > self._agreed}
+        held = step, sorted(self._states), sorted(self._needed)
+        everyone = self._ranks.gathered((*held, own, size))
+        if any(one[:3] != everyone[0][:3] for one in everyone):
+            raise ReplayError(
+                "the ranks differ in what their snapshots are to hold: call before, after and "
+                "keep with the same steps on every rank"
+            )
+        for n in own:
+            largest = max(sizes.get(n, 0) for _, _, _, sizes, _ in everyone)
+            self._batches[n] = (self._batches[n][0], largest)
+        self._agreed = max(own, default=self._agreed)
+        return max(one[-1] for one in everyone)
+
+    def size_of(self, step: int, *, last: int) -> int:
+        """Return the bytes of a snapshot, as far as the ranks have agreed on it."""
+        return self._states[step].size + self._size_of_batches(step, last)
 
     def add_loss(self, step: int, loss: float) -> None:
         """Hold the loss of a step."""
@@ -140,7 +173,7 @@ class Ring:
 
     def emptied(self) -> "Ring":
         """Return a ring of the same size that holds nothing."""
-        return Ring(keep=self._keep, budget_bytes=self._budget)
+        return Ring(keep=self._keep, budget_bytes=self._budget, ranks=self._ranks)
 
     def _fit(self) -> None:
         """Let the oldest states go until the rest fits, and what came before the oldest."""
@@ -159,6 +192,12 @@ class Ring:
         for kept in (self._batches, self._losses):
             for n in [n for n in kept if n < oldest]:
                 del kept[n]
+
+
+def _keepable_state(training: Training) -> State:
+    state = take_state(training)
+    check_keepable(state, "the training's state")
+    return state
 
 
 def _spread_out(newest: int, keep: int) -> set[int]:

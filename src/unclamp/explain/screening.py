@@ -5,6 +5,9 @@ with respect to the operand, un-clamping changes the loss by about <g, x - c(x)>
 weights have that. What a gradient's clamp removes cannot change the loss of its own step, and acts
 through the optimizer later: such sites are ranked by clamp error.
 
+On several ranks each has the gradients of its own loss, and the effect is the mean. Weights in
+parts (FSDP2) have no effects here, and are ranked by clamp error too.
+
 First order is good for a ranking and not for an attribution: the outliers are large. The effects
 are kept with the answers of replays.
 """
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from unclamp.explain.kept import Screened
 from unclamp.explain.replay import Replay
+from unclamp.explain.shards import is_sharded
 from unclamp.names import Role, SiteName
 from unclamp.nn import Converted
 from unclamp.nn.operands import AXES
@@ -45,8 +49,10 @@ class Screening:
         for layer in self._layers:
             # Removed amounts wait here from the forward to the gradient, newest last.
             weights: list[Tensor] = []
-            handles.append(layer.register_forward_pre_hook(self._input_hook(weights)))
-            if layer.weight.requires_grad:
+            is_parted = is_sharded(layer.weight)
+            hook = self._input_hook(weights, is_parted=is_parted)
+            handles.append(layer.register_forward_pre_hook(hook))
+            if layer.weight.requires_grad and not is_parted:
                 handles.append(layer.weight.register_hook(self._weight_hook(layer, weights)))
         try:
             yield
@@ -58,12 +64,13 @@ class Screening:
         effect = float((gradient.detach().float() * lost).sum())
         self.effects[site] = self.effects.get(site, 0.0) + effect
 
-    def _input_hook(self, weights: list[Tensor]) -> Any:
+    def _input_hook(self, weights: list[Tensor], *, is_parted: bool) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             assert isinstance(layer, Converted)
             if not torch.is_grad_enabled() or not inputs:
                 return None
-            lost = clamped_off(layer, "weight", layer.weight)
+            # The hook of a weight that is put together for each forward would not be called.
+            lost = None if is_parted else clamped_off(layer, "weight", layer.weight)
             if lost is not None:
                 weights.append(lost)
             lost = clamped_off(layer, "input", inputs[0])
@@ -93,7 +100,9 @@ def screened(replay: Replay, *, last: int) -> Screened:
     """Return the effects of what the steps up to `last` clamp, in one pass over them."""
     screening = Screening(replay.training.model)
     trace = replay.run(free_gradients(replay), last=last, watching=screening.watching)
-    return Screened(effects=screening.effects, seconds=trace.seconds)
+    ranks = replay.ranks
+    effects = {k: x / ranks.count for k, x in ranks.summed(screening.effects).items()}
+    return Screened(effects=effects, seconds=trace.seconds)
 
 
 def free_gradients(replay: Replay) -> dict[SiteName, Scaling]:

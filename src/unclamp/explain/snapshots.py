@@ -12,6 +12,9 @@ lies in memory. When a spike is seen, the loop goes on for a few steps; then the
 the spike is written by a thread, with the batches of all steps since, and older ones at growing
 distances, since what clamped long before may be the cause. With on_spike="explain" the
 spike is explained on the spot, and the training goes on from before it, mended.
+
+On several ranks each calls all of this. Each keeps its own state and batches and writes its part;
+when that is, all decide alike, by the mean of their losses (`shared_loss`).
 """
 
 import warnings
@@ -20,38 +23,30 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor
 
-from unclamp.analysis.explanation import Explanation
-from unclamp.errors import ReplayError, UnclampError, UnclampWarning, naming_arguments
+from unclamp.errors import ReplayError, UnclampWarning, naming_arguments
 from unclamp.explain.asked import Asked
 from unclamp.explain.disk import Disk
 from unclamp.explain.events import Events, group_of, numbered
 from unclamp.explain.facts import code_facts, model_facts
-from unclamp.explain.limits import Limits, check_choice
+from unclamp.explain.in_place import InPlace
+from unclamp.explain.launched import check_several, own_part
+from unclamp.explain.limits import check_choice
 from unclamp.explain.mend import switch_sites
-from unclamp.explain.rewind import Rewind, mends
+from unclamp.explain.ranks import all_ranks, are_several
+from unclamp.explain.rewind import Rewind
 from unclamp.explain.ring import GIB, Ring
 from unclamp.explain.script import is_lost
-from unclamp.explain.snapshot import Snapshot
-from unclamp.explain.training import (
-    Batch,
-    Build,
-    Step,
-    Training,
-    keeping_random_state,
-    put_state,
-)
-from unclamp.explain.watch import LateLoss, SpikeWatch, about_kind
+from unclamp.explain.shared_loss import SharedLoss
+from unclamp.explain.training import Batch, Build, Step, Training, put_state
+from unclamp.explain.watch import LateLoss, SpikeWatch
 from unclamp.files import strict
-from unclamp.runlog import starting_no_run
 from unclamp.telemetry.group import Name, group_name
 
-FURTHEST_IN_PLACE = 4
-"""While a training waits, replays are so many times as long as the shortest at most."""
-EVENT_SITES = 8
-"""Sites that an event names; RUN/explain-<onset>.json has all."""
+PATIENCE_S = 10.0
+"""How long a rank that closes waits for the others' parts of snapshots, to tell whether they are
+whole."""
 
 
 class Snapshots:
@@ -88,8 +83,8 @@ class Snapshots:
         recorder: Gets the events spike, snapshot, explain and rewind.
 
     Raises:
-        ReplayError: A number is out of range, or "explain" without build and step, or more than
-            one process.
+        ReplayError: A number is out of range, or "explain" without build and step, or on several
+            ranks; or not all ranks make these within a minute, or their states cannot be taken.
     """
 
     @naming_arguments
@@ -122,8 +117,8 @@ class Snapshots:
             raise ReplayError(
                 'on_spike="explain" needs the build and step functions to replay with'
             )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise ReplayError("snapshots are of one process; torch.distributed is initialised here")
+        if are_several():
+            check_several(training.model, explains=on_spike == "explain")
         if on_spike != "explain" and is_lost(build, step):
             warnings.warn(
                 "build and step come from standard input or python -c, where `unclamp explain` "
@@ -133,17 +128,31 @@ class Snapshots:
                 stacklevel=3,
             )
         self._training, self._path = training, numbered(path, recorder)
-        self._build, self._step = build, step
         self._arguments = dict(arguments or {})
+        self._ranks = all_ranks()
         self._code = code_facts(build=build, step=step, arguments=self._arguments)
+        self._code |= own_part(self._ranks).to_facts()
         self._every, self._lead, self._after = every, lead, after
-        self._write_all, self._explains = write == "all", on_spike == "explain"
-        self._replays, self._rewinds_left, self._recorder = replays, max_rewinds, recorder
-        self._ring = Ring(keep=keep, budget_bytes=budget_gib * GIB)
+        self._write_all = write == "all"
+        self._recorder = recorder
+        self._in_place: InPlace | None = None
+        if on_spike == "explain":
+            assert build is not None
+            assert step is not None
+            self._in_place = InPlace(
+                build,
+                step,
+                self._arguments,
+                run=self._path,
+                replays=replays,
+                rewinds=max_rewinds,
+                tell=self._tell,
+            )
+        self._ring = Ring(keep=keep, budget_bytes=budget_gib * GIB, ranks=self._ranks)
         self._disk = Disk(self._path, budget_bytes=disk_gib * GIB)
-        self._has_warned = False
+        self._has_warned = self._is_absence_told = False
         self._watch = SpikeWatch()
-        self._late = LateLoss()
+        self._late = SharedLoss(self._ranks) if self._ranks.are_several else LateLoss()
         self._spike: int | None = None
         self._start: int | None = None
         self._asked = Asked()
@@ -226,7 +235,10 @@ class Snapshots:
             raise ReplayError(f"call snapshots.before({step}, batch) at the start of the step")
         self._open, self._next, kind = None, step + 1, group_name(group)
         self._tell_failure()
-        self._watch.name(step, group_of(self._recorder, step) if kind is None else kind)
+        kind = group_of(self._recorder, step) if kind is None else kind
+        self._watch.name(step, kind)
+        if isinstance(self._late, SharedLoss):
+            self._late.say(kind=kind, failures=self._disk.failures)
         for number, value in self._late.put(step, loss):
             rewind = self._hear(number, value)
             if rewind is not None:
@@ -273,6 +285,8 @@ class Snapshots:
         self._disk.close()
         self._is_closed = True  # not before: after a Ctrl-C in here it may be called again
         self._tell_failure()
+        if self._ranks.are_several and not (self._disk.failures or self._is_absence_told):
+            self._tell_absent()
 
     def __enter__(self) -> Self:
         return self
@@ -292,7 +306,14 @@ class Snapshots:
             self._write(start, wanted, "what was asked about")
 
     def _note(self, step: int, value: float) -> None:
-        self._ring.add_loss(step, value)
+        own = value
+        if isinstance(self._late, SharedLoss):
+            own, is_one_kind, failed = self._late.told(step)
+            if not is_one_kind:
+                self._watch.name(step, None)
+            if others := [rank for rank in failed if rank != self._ranks.rank]:
+                self._warn_absent(f"rank {others[0]} could not write its part")
+        self._ring.add_loss(step, own)
         self._last = step
         onset = self._watch.hear(step, value)
         if onset is not None and self._spike is None:
@@ -310,7 +331,7 @@ class Snapshots:
         onset, self._spike, self._start = self._spike, None, None
         start = self._ring.before(onset, lead=self._lead)
         self._write(start, onset)
-        if not self._explains or start is None:
+        if self._in_place is None or start is None:
             return None
         return self._explain(onset, start, step)
 
@@ -318,45 +339,19 @@ class Snapshots:
         if start is None or start not in self._ring.steps:
             self._tell_loss(onset, what)
             return
-        snapshot = self._ring.snapshot(start, last=self._last)
-        self._disk.put(snapshot)
+        snapshot = self._disk.put(self._ring, start, last=self._last)
         spike = {} if onset is None else {"onset": onset, **self._disk.put_older(self._ring, start)}
         self._tell("snapshot", start, last_step=snapshot.last_step, **spike)
 
     def _explain(self, onset: int, start: int, now: int) -> Rewind | None:
         """Explain a spike beside the training; go back to before its cause if that mends it."""
-        snapshot = self._ring.snapshot(start, last=now)
-        furthest = now - FURTHEST_IN_PLACE * (now - start + 1)
-        older = [
-            self._ring.snapshot(step, last=now)
-            for step in self._ring.older(start)
-            if step >= furthest
-        ]
-        try:
-            explanation = self._investigate(snapshot, older, onset)
-        except UnclampError as error:
-            # No reason to end a training.
-            warnings.warn(f"the spike was not explained: {error}", UnclampWarning, stacklevel=4)
-            self._tell("explain", onset, error=str(error))
+        assert self._in_place is not None
+        mended = self._in_place.explain(self._ring, self._watch, onset=onset, start=start, now=now)
+        if mended is None:
             return None
-        if explanation.status == "interrupted":
-            raise KeyboardInterrupt
-        self._tell(
-            "explain",
-            onset,
-            verdict=explanation.verdict,
-            first_step=explanation.first_step,
-            clamping_share=explanation.clamping_share,
-            replays=explanation.replays,
-            sites=[site.to_dict() for site in explanation.sites[:EVENT_SITES]],
-        )
-        override = explanation.override
-        if override is None or not mends(override) or self._rewinds_left <= 0:
-            return None
-        self._rewinds_left -= 1
-        if explanation.snapshot_step != start:
-            start = explanation.snapshot_step
-            snapshot = next(one for one in older if one.step == start)
+        explanation, snapshot = mended
+        override, start = explanation.override, snapshot.step
+        assert override is not None
         put_state(self._training, snapshot.state)
         switch_sites(self._training.model, override.sites, override.scaling)
         self._again = self._ring.batches_from(start)
@@ -370,31 +365,6 @@ class Snapshots:
         switched = [site.to_dict() for site in override.sites]
         self._tell("rewind", onset, to=start, sites=switched, scaling=override.scaling)
         return Rewind(step=start, batches=dict(self._again), explanation=explanation)
-
-    def _investigate(self, snapshot: Snapshot, older: list[Snapshot], onset: int) -> Explanation:
-        # Its own import: most runs never need it.
-        from unclamp.explain.investigate import investigate  # noqa: PLC0415
-
-        assert self._build is not None
-        assert self._step is not None
-        with keeping_random_state():
-            with starting_no_run("a training for replays is being built"):
-                twin = self._build(**self._arguments)
-            spike = self._watch.spike_at(onset)
-            kin = self._watch.kin_of(spike)
-            return investigate(
-                twin,
-                self._step,
-                snapshot,
-                spike=spike,
-                level=self._watch.level_before(onset),
-                spikes=self._watch.spikes,
-                kin=kin,
-                notes=about_kind(spike, kin),
-                run=self._path,
-                older=older,
-                limits=Limits(replays=self._replays),
-            )
 
     def _tell_loss(self, onset: int | None, what: str) -> None:
         """Record that no state was left from before a step, and warn of the first."""
@@ -415,6 +385,23 @@ class Snapshots:
         if failure is not None:
             warnings.warn(f"a snapshot was not kept: {failure}", UnclampWarning, stacklevel=3)
 
+    def _tell_absent(self) -> None:
+        """Warn of what other ranks have not written, where they may end without a word."""
+        if absent := self._disk.incomplete(patience_s=PATIENCE_S):
+            steps = ", ".join(map(str, sorted(absent)))
+            warnings.warn(
+                f"the snapshot before step {steps} is not whole yet: another rank had not written "
+                f"its part after {PATIENCE_S:.0f} s, and where it never does there is none",
+                UnclampWarning,
+                stacklevel=3,
+            )
+
+    def _warn_absent(self, why: str) -> None:
+        self._is_absence_told = True
+        said = f"a snapshot is absent on all ranks: {why}"
+        warnings.warn(said, UnclampWarning, stacklevel=3)
+
     def _tell(self, kind: str, step: int, **data: Any) -> None:
-        if self._recorder is not None:
+        """Record an event, which is one of all ranks."""
+        if self._recorder is not None and self._ranks.is_first:
             self._recorder.event(kind, step, **{key: strict(value) for key, value in data.items()})

@@ -14,6 +14,7 @@ from unclamp.explain.facts import MACHINE
 from unclamp.explain.game import Game, Window
 from unclamp.explain.limits import Limits
 from unclamp.explain.noise import Noise, placebo_noise
+from unclamp.explain.ranks import ALONE, Ranks
 from unclamp.explain.replay import Replay, Trace, same_losses
 from unclamp.explain.snapshot import Snapshot
 from unclamp.explain.training import Step, Training
@@ -33,6 +34,7 @@ class Start:
         run: The run's folder; answers are kept in RUN/explain-cache.
         budget: Most replays from here.
         on_replay: Called after each replay.
+        ranks: Who replays together.
 
     Raises:
         ReplayError: The snapshot does not fit the training.
@@ -48,9 +50,10 @@ class Start:
         run: Path,
         budget: int,
         on_replay: Callable[[], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.snapshot = snapshot
-        self.replay = Replay(training, step, snapshot)
+        self.replay = Replay(training, step, snapshot, ranks=ranks)
         self.game = Game(
             self.replay,
             window,
@@ -72,8 +75,9 @@ class Start:
         return trace
 
     def comes_back(self, plain: Trace) -> bool:
-        """Whether a plain replay has the run's losses bit for bit."""
-        return same_losses(plain.losses, self.snapshot.losses)
+        """Whether a plain replay has the run's losses bit for bit, on each rank."""
+        own = plain.own or plain.losses
+        return self.replay.ranks.every(same_losses(own, self.snapshot.losses))
 
     def without_clamping(self) -> float:
         """Return the share of the spike that is gone with nothing clamped.

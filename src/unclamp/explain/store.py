@@ -6,7 +6,7 @@
         snapshot.json  step, losses, scaling of each site, code and machine: `Snapshot.facts`
 
 A snapshot is written to a folder of another name and renamed, so a folder of the right name is
-complete. Nothing in one can run code when it is read.
+complete. Nothing in one can run code when it is read. What several ranks write is in `parts`.
 """
 
 import json
@@ -23,19 +23,27 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from unclamp.errors import ReplayError
+from unclamp.explain.parts import (
+    FACTS_FILE,
+    FOLDER,
+    Part,
+    begin,
+    mark,
+    name_of,
+    part_of,
+    remove_part,
+)
 from unclamp.explain.snapshot import Snapshot, decode, encode
 from unclamp.explain.training import Batch
 from unclamp.files import write_atomically
 
-FOLDER = "snapshots"
-FACTS_FILE = "snapshot.json"
 SKELETON_FILE = "skeleton.pt"
 TENSORS_FOLDER = "tensors"
 SCHEMA_VERSION = 1
 
 
 def write_snapshot(run: Path, snapshot: Snapshot) -> Path:
-    """Write a snapshot below a run's folder; return its folder.
+    """Write a snapshot below a run's folder, of several ranks this one's part; return its folder.
 
     Raises:
         ReplayError: The state or a batch holds an object that cannot be written.
@@ -57,9 +65,13 @@ def write_snapshot(run: Path, snapshot: Snapshot) -> Path:
         "losses": {str(step): float(loss).hex() for step, loss in snapshot.losses.items()},
         "tensors": {key: [list(t.shape), str(t.dtype)[6:]] for key, t in tensors.items()},
     }
-    folder = run / FOLDER
-    final = folder / f"step-{snapshot.step:06d}-to-{snapshot.last_step:06d}"
-    part = folder / f".{final.name}.part"
+    whole = run / FOLDER / name_of(snapshot.step, snapshot.last_step)
+    own = part_of(facts)
+    final = whole if own.count == 1 else whole / own.folder
+    part = final.parent / f".{final.name}.part"
+    if final is not whole:
+        begin(whole)
+        remove_part(whole, own)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -73,17 +85,24 @@ def write_snapshot(run: Path, snapshot: Snapshot) -> Path:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return final
+    if final is not whole:
+        mark(whole)
+    return whole
 
 
-def read_snapshot(path: Path) -> Snapshot:
-    """Read a snapshot's folder.
+def read_snapshot(path: Path, *, rank: int = 0) -> Snapshot:
+    """Read a snapshot's folder; of one of several ranks the part of this one.
 
     Raises:
         ReplayError: It is not one, is another version's, or is damaged.
     """
     _be_quiet()
-    facts = read_facts(path)
+    facts, whole = read_facts(path), path
+    if part_of(facts).count > 1:
+        path = whole / Part(rank=rank, count=1).folder
+        launch, facts = part_of(facts).launch, read_facts(path)
+        if part_of(facts).launch != launch:
+            raise ReplayError(f"the snapshot {whole} is damaged: its parts are of two launches")
     tensors = {
         key: torch.empty(shape, dtype=getattr(torch, dtype))
         for key, (shape, dtype) in facts.pop("tensors").items()
@@ -101,7 +120,7 @@ def read_snapshot(path: Path) -> Snapshot:
         batches={step: Batch(tree, tuple(devices)) for step, (tree, devices) in batches.items()},
         losses={int(step): float.fromhex(loss) for step, loss in facts.pop("losses").items()},
         facts=facts,
-        path=path,
+        path=whole,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from unclamp.errors import ReplayError
+from unclamp.explain.shards import has_parts, joined, joined_optimizer, kept
 from unclamp.nn import find_ledgers
 from unclamp.numerics import merge_stats
 
@@ -119,7 +120,11 @@ def take_state(training: Training) -> State:
         ],
         "random": random_state(),
     }
-    return map_tensors(state, lambda tensor: tensor.detach().to("cpu", copy=True))
+
+    def keep(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    return map_tensors(state, lambda tensor: kept(tensor, keep))
 
 
 @torch.no_grad()
@@ -133,8 +138,9 @@ def put_state(training: Training, state: State) -> None:
     state = map_tensors(state, torch.clone)
     model = training.model
     try:
-        model.load_state_dict(state["model"])
-        training.optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(joined(state["model"], model.state_dict(), "the model's state"))
+        optimizer = training.optimizer
+        optimizer.load_state_dict(joined_optimizer(state["optimizer"], optimizer.param_groups))
     except (RuntimeError, ValueError, KeyError) as error:
         first = " ".join(str(error).split())[:200]
         raise ReplayError(
@@ -142,12 +148,14 @@ def put_state(training: Training, state: State) -> None:
             f"its state does not fit: {first}"
         ) from error
     buffers = dict(model.named_buffers())
-    for name, value in state["buffers"].items():
+    for name, value in joined(state["buffers"], buffers, "the buffers").items():
         if name in buffers and buffers[name].shape == value.shape:
             buffers[name].copy_(value)
     _put_parts(training, state)
     for parameter in model.parameters():
         parameter.grad = None
+    for ledger in find_ledgers(model):
+        ledger.shared.unseeded = None  # ranks agree on first scales again, where there are none
     for ledger, pending in zip(find_ledgers(model), state["pending"], strict=False):
         if pending is not None and pending["stats"].shape == ledger.pending.shape:
             merge_stats(ledger.pending, pending["stats"].to(ledger.pending.device))
@@ -170,7 +178,10 @@ def _put_parts(training: Training, state: State) -> None:
     if training.scheduler is not None:
         training.scheduler.load_state_dict(state["scheduler"])
     for name, other in training.others.items():
-        other.load_state_dict(state["others"][name])
+        kept_state = state["others"][name]
+        is_plain = not has_parts(kept_state)
+        like = None if is_plain else other.state_dict()
+        other.load_state_dict(kept_state if is_plain else joined(kept_state, like, name))
 
 
 # ---- random generators -----------------------------------------------------------------------

@@ -161,11 +161,38 @@ def about_kind(spike: Spike, kin: frozenset[int] | None) -> tuple[str, ...]:
     )
 
 
-class LateLoss:
-    """Reads losses when that makes nobody wait: at once on a CPU, a step later on a GPU."""
+class Late:
+    """Reads tensors when that makes nobody wait: at once on a CPU, a step later on a GPU."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[int, Tensor, Any]] = []
+
+    def put(self, step: int, tensor: Tensor) -> list[tuple[int, Tensor]]:
+        """Take a step's tensor; return those that can be read now, on the host."""
+        if tensor.device.type != "cuda":
+            return [*self.rest(), (step, tensor)]
+        ready = self.rest()
+        copy = tensor.detach().to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._waiting.append((step, copy, event))
+        return ready
+
+    def rest(self) -> list[tuple[int, Tensor]]:
+        """Return all that were not read yet."""
+        ready = []
+        for step, copy, event in self._waiting:
+            event.synchronize()
+            ready.append((step, copy))
+        self._waiting.clear()
+        return ready
+
+
+class LateLoss:
+    """Reads losses as they come, as `Late` does."""
+
+    def __init__(self) -> None:
+        self._late = Late()
 
     def put(self, step: int, loss: Tensor | float) -> list[tuple[int, float]]:
         """Take a loss; return the losses that can be read now.
@@ -173,24 +200,14 @@ class LateLoss:
         Raises:
             ReplayError: As `loss_number`.
         """
-        _checked(loss)
-        if not isinstance(loss, Tensor) or loss.device.type != "cuda":
-            return [*self.rest(), (step, loss_number(loss))]
-        ready = self.rest()
-        copy = loss.detach().to("cpu", non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._waiting.append((step, copy, event))
-        return ready
+        checked = checked_loss(loss)
+        if not isinstance(checked, Tensor):
+            return [*self.rest(), (step, float(checked))]
+        return [(n, float(one.detach())) for n, one in self._late.put(step, checked)]
 
     def rest(self) -> list[tuple[int, float]]:
         """Return all losses that were not read yet."""
-        ready = []
-        for step, copy, event in self._waiting:
-            event.synchronize()
-            ready.append((step, float(copy)))
-        self._waiting.clear()
-        return ready
+        return [(n, float(one)) for n, one in self._late.rest()]
 
 
 def loss_number(loss: object) -> float:
@@ -199,11 +216,16 @@ def loss_number(loss: object) -> float:
     Raises:
         ReplayError: It is no number and no tensor of one element.
     """
-    checked = _checked(loss)
+    checked = checked_loss(loss)
     return float(checked.detach() if isinstance(checked, Tensor) else checked)
 
 
-def _checked(loss: object) -> SupportsFloat:
+def checked_loss(loss: object) -> SupportsFloat:
+    """Return a loss as it came.
+
+    Raises:
+        ReplayError: As `loss_number`.
+    """
     is_one = not isinstance(loss, bool | Tensor) or (isinstance(loss, Tensor) and loss.numel() == 1)
     if isinstance(loss, SupportsFloat) and is_one:
         return loss

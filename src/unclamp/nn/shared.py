@@ -111,6 +111,7 @@ class Shared:
         parts: The rows that are agreed on; none where the process is alone.
         is_loaded: Whether state was loaded since the last meeting.
         is_late: Whether headers are read one step late; None: as the device wants it.
+        is_off: Whether each rank goes by its own amaxes, as a replay asks; the same on all ranks.
         first: The products whose casts may agree on a first scale, and with whom (`nn.first`).
         within_ddp: Those of them that a DDP is around.
         unseeded: Sites of such products that have no scale; None until the ranks have met.
@@ -119,6 +120,7 @@ class Shared:
     parts: list[Part] = field(default_factory=list)
     is_loaded: bool = False
     is_late: bool | None = None
+    is_off: bool = False
     first: dict[int, Groups] = field(default_factory=dict)
     within_ddp: set[int] = field(default_factory=set)
     unseeded: set[int] | None = None
@@ -135,8 +137,8 @@ class Shared:
         A model that is only observed stays as it is: each rank counts for itself.
         """
         self._made = ledger.turns.made
-        if ledger.observes or not is_distributed():
-            self.parts = []
+        if ledger.observes or self.is_off or not is_distributed():
+            self.parts, self.first, self._looked = [], {}, None
             return False
         products = ledger.clock.products(ledger)
         found = [None if p.module is None else p.module() for p in products]
