@@ -138,15 +138,15 @@ def watched(seen: Seen) -> Iterator[None]:
     """Listen to all casts of this process."""
     original = Operands.seen
 
-    def look(operands: Operands, role: Any, hat: Any) -> Any:
+    def look(self: Operands, role: Any, hat: Any) -> Any:
         if hat.casts and not rehearses():
-            site = (operands.fqn, role)
-            q, predicted = hat.casts[1], operands.scales[role, 1]
+            site = (self.fqn, role)
+            q, predicted = hat.casts[1], self.scales[role, 1]
             # Before anything was measured a prediction is 0.
             seen.scales[site].append(float(predicted or 0) or 1 / float(q.scale_inv))
             codes = q.codes.view(torch.uint8).flatten().to(torch.int64)
             seen.codes[site].append(torch.bincount(codes, minlength=256))
-        return original(operands, role, hat)
+        return original(self, role, hat)
 
     Operands.seen = look
     try:

@@ -31,12 +31,12 @@ STEPS, TOKENS = 3, 8
 COUNTS = ("elements", "saturated", "underflowed", "nonfinite", "overshoot")
 
 
-def build() -> nn.Sequential:
+def build(*, is_alone: bool = False) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU())
     clamping = unclamp.Static(scale=300.0)
     recipe = unclamp.Recipe(input=clamping, weight=clamping, grad_output=clamping)
-    unclamp.convert(model, recipe)
+    unclamp.convert(model, recipe, group=() if is_alone else None)
     return model
 
 
@@ -130,7 +130,7 @@ def test_what_is_repeated_on_a_mesh_of_two_dimensions():
 def resume(rank: int, path: str) -> list[int]:
     attempts = []
     for begins in (0, 2):
-        model = build()
+        model = build(is_alone=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         dist.barrier()
         with unclamp.Recorder(model, path, resume=True) as recorder:

@@ -107,7 +107,7 @@ def _uneven(rank: int, width: int) -> tuple[Any, Any]:
     model, mesh = _layers(width=width), init_device_mesh("cpu", (2,))
     unclamp.convert(model, Recipe.uniform(SHARED))
     whole = _layers(width=width)
-    unclamp.convert(whole, Recipe.uniform(SHARED))
+    unclamp.convert(whole, Recipe.uniform(SHARED), group=())
     found = []
     # A local tensor in between would not say how uneven it is.
     styles = {"0": ColwiseParallel(use_local_output=False), "1": RowwiseParallel()}
@@ -137,8 +137,8 @@ def _router(rank: int) -> list[Any]:
     layer = nn.Linear(32, 4)
     whole = nn.Linear(32, 4)
     whole.load_state_dict(layer.state_dict())
-    for each in (layer, whole):
-        unclamp.convert(each, Recipe.uniform(SHARED))
+    for each, group in ((layer, None), (whole, ())):
+        unclamp.convert(each, Recipe.uniform(SHARED), group=group)
     for name in ("weight", "bias"):
         spread = distribute_tensor(getattr(layer, name).detach(), mesh, [Replicate()])
         setattr(layer, name, nn.Parameter(spread))
@@ -272,7 +272,7 @@ def _replicas(rank: int, scaling: Dynamic, wrapper: str) -> tuple[Any, Any]:
     found = []
     for is_spread in (True, False):
         model: nn.Module = _layers()
-        unclamp.convert(model, Recipe.uniform(scaling))
+        unclamp.convert(model, Recipe.uniform(scaling), group=None if is_spread else ())
         x = _batch() * torch.linspace(1, 9, 8)[:, None]
         if is_spread:
             x = x.chunk(2)[rank].contiguous()

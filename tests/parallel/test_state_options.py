@@ -193,7 +193,7 @@ def test_ddp_saves_under_its_own_prefix() -> None:
 
 def _entry_by_entry(rank: int) -> list[bool]:
     """Do what accelerate's `fsdp2_load_full_state_dict` does: hand over each entry by its mesh."""
-    donor = net()
+    donor = net(is_alone=True)
     train(donor, SGD(donor.parameters(), lr=0.05), "plain", range(3))
     full = donor.state_dict()
     model = wrapped(net(seed=1).to("meta"), "fsdp2")
@@ -219,7 +219,7 @@ def test_a_sharded_state_is_handed_over_entry_by_entry_as_accelerate_does() -> N
 @quiet
 def _onto_meta(rank: int) -> list[bool]:
     want, known = {}, None
-    donor = net()
+    donor = net(is_alone=True)
     train(donor, SGD(donor.parameters(), lr=0.05), "plain", range(3))
     want, known = donor.state_dict(), state_of(donor)
     model = wrapped(net(seed=1).to("meta"), "fsdp2")
@@ -236,7 +236,7 @@ def test_a_model_on_meta_gets_all_of_it_from_rank_0() -> None:
 def _by_accelerate(rank: int) -> bool:
     from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict  # pyright: ignore
 
-    donor = net()
+    donor = net(is_alone=True)
     train(donor, SGD(donor.parameters(), lr=0.05), "plain", range(3))
     model = wrapped(net(seed=1).to("meta"), "fsdp2")
     accelerator: Any = SimpleNamespace(is_main_process=rank == 0)

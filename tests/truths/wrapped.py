@@ -37,11 +37,11 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 RECIPE = Recipe.uniform(Guarded(history_len=4))
 
 
-def net(seed: int = 0, recipe: Recipe = RECIPE) -> nn.Sequential:
-    """Return a converted model, of 12 to 10 to 6 features."""
+def net(seed: int = 0, recipe: Recipe = RECIPE, *, is_alone: bool = False) -> nn.Sequential:
+    """Return a converted model, of 12 to 10 to 6 features, which may share with no rank."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 6, bias=False))
-    convert(model, recipe)
+    convert(model, recipe, group=() if is_alone else None)
     return model
 
 
