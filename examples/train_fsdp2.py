@@ -1,7 +1,7 @@
 """Train a small language model in FP8 on several processes, and record every cast.
 
     torchrun --nproc-per-node 2 examples/train_fsdp2.py runs/fsdp2
-    unclamp report runs/fsdp2 --html report.html
+    unclamp report runs/fsdp2
 
 It runs on CPUs and, unchanged, on GPUs. The text is this file.
 """
