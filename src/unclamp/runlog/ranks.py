@@ -143,7 +143,9 @@ def read_overshoots(
                 SELECT place FROM ({PLACES_SQL}) GROUP BY place HAVING count(DISTINCT rank) > 1)),
         found AS (
             SELECT rank, place, {source.cell} AS cell, max({amax}) AS amax,
-                max({scaled} / format_max) FILTER (isfinite({scaled})) AS overshoot,
+                max(CASE WHEN saturated > 0 THEN {scaled} / format_max
+                    ELSE least({scaled} / format_max, 1) END)
+                    FILTER (isfinite({scaled})) AS overshoot,
                 {over_ranks("sum(saturated)")} AS saturated
             FROM {source.table} JOIN places USING (rank, site) GROUP BY ALL),
         compared AS (
