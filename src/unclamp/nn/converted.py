@@ -77,7 +77,14 @@ class Converted(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.sites.ledger.move_to(self.weight.device)
+        self.sites.belong_to(self)
         return self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        own = self.__dict__.get("sites")
+        if own is not None:
+            own.belong_to(self)
 
     # ---- saved state -----------------------------------------------------------------------
 

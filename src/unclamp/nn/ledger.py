@@ -367,5 +367,6 @@ class Ledger(Rows, Stepping, Told):
         Ledger.__init__(self)  # what an older pickle does not know is as in a new ledger
         self.__dict__.update(state)
         self.updates = self.__dict__.pop("updates", self.updates)  # where older ones had them
+        self.turns.lay_out(len(self.sites), self.scale.device)
         self.evaluated.lay_out(len(self.sites), self.scale.device)
         self._mark(pending=state["_clean_version"])

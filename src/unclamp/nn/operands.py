@@ -6,12 +6,13 @@ latter as inputs, and serve any product with the same plan.
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.nn.agreed import NOT_AGREED, WHOLE, Agreed, Found, Splits, agreed_scales
@@ -98,9 +99,11 @@ class Operands:
         silent_forwards: Forwards of which no training counts anything, compiled ones aside.
         noted: The weight when an optimizer's step, or a state_dict, last set it; None: unknown.
         origin: The weight when scales last came from elsewhere.
+        module: The module that casts by them, as long as it lives; None: unknown.
     """
 
     noted: Noted | None = None
+    module: "weakref.ref[nn.Module] | None" = None
     found = Found()
     is_saved = True
     silent_forwards = 0
@@ -332,6 +335,12 @@ class Operands:
                 ledger.sites, ledger.updates, is_written=lambda: self.origin.is_written(weight)
             )
 
+    def belong_to(self, module: nn.Module) -> None:
+        """Take a module for the one that casts by these; a shallow copy of it changes nothing."""
+        if self.module is None or self.module() is None:
+            self.module = weakref.ref(module)
+            self.ledger.clock.look_again()
+
     def end(self) -> None:
         """Undo what hangs on the product: its module is reverted."""
         on_end, self.on_end = self.on_end, None
@@ -374,6 +383,10 @@ class Operands:
         # Shared with what is copied beside it, whichever comes first.
         shared = {key: copy.deepcopy(getattr(self, key), memo) for key in ("ledger", "ignored")}
         twin.__setstate__({**self.__getstate__(), **shared})
+        # A module is copied before what it holds, whatever makes the copy.
+        module = None if self.module is None else memo.get(id(self.module()))
+        if module is not None:
+            twin.belong_to(module)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
