@@ -99,11 +99,13 @@ class Operands:
         silent_forwards: Forwards of which no training counts anything, compiled ones aside.
         noted: The weight when an optimizer's step, or a state_dict, last set it; None: unknown.
         origin: The weight when scales last came from elsewhere.
+        last_passed: Updates so far when a gradient last passed through it while it was frozen.
         module: The module that casts by them, as long as it lives; None: unknown.
     """
 
     noted: Noted | None = None
     module: "weakref.ref[nn.Module] | None" = None
+    last_passed = -2
     found = Found()
     is_saved = True
     silent_forwards = 0
@@ -177,6 +179,11 @@ class Operands:
     def _needs_cast(self, role: Role) -> bool:
         used: list[Gemm] = [gemm for gemm in GEMMS if (role, gemm) in AXES]
         return self.plans[role] is not None and any(self.modes[gemm] != HIGH for gemm in used)
+
+    @property
+    def is_at_the_bottom(self) -> bool:
+        """Whether no gradient has lately passed through the frozen product to what lies below."""
+        return self.ledger.turns.made - self.last_passed > 1
 
     def is_high(self, gemm: Gemm) -> bool:
         """Whether a GEMM computes from operands that are not cast."""
