@@ -19,7 +19,7 @@ from unclamp.nn.agreed import NOT_AGREED, WHOLE, Agreed, Found, Splits, agreed_s
 from unclamp.nn.casts import NOTHING_SEEN, Hat, Seen
 from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.layout import Axis, Site, guarded
-from unclamp.nn.noted import Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
+from unclamp.nn.noted import NO_VERSION, Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
 from unclamp.nn.update import Inspection
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
 from unclamp.numerics.gpu import architecture, goes_to_gpu, is_capturing
@@ -335,7 +335,7 @@ class Operands:
             commit(self.evaluated, rows, self.nothing[0])
             return
         ledger = self.ledger
-        is_watched = ledger.evaluated.watches(ledger.updates)
+        is_watched = ledger.evaluated.watches(ledger.updates, self.number)
         commit(self.evaluated, rows, self.nothing[0])
         if is_watched:
             ledger.evaluated.look(
@@ -383,16 +383,23 @@ class Operands:
             return "own"
         return "guard"
 
+    @property
+    def _is_written(self) -> bool:
+        """Whether scales came from elsewhere, and the weight was written since, as versions say."""
+        weight = getattr(self.module and self.module(), "_parameters", {}).get("weight")
+        is_copy = self.ledger.evaluated.source is not None
+        return is_copy and weight is not None and self.origin.is_other(weight)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Operands":
         twin = object.__new__(Operands)
         memo[id(self)] = twin
-        twin.noted, twin.origin = noted_in_a_copy(self.noted), Origin(Noted(None, 0))
+        twin.noted = noted_in_a_copy(self.noted)
+        twin.origin = Origin(Noted(None, NO_VERSION if self._is_written else 0))
         # Shared with what is copied beside it, whichever comes first.
         shared = {key: copy.deepcopy(getattr(self, key), memo) for key in ("ledger", "ignored")}
         twin.__setstate__({**self.__getstate__(), **shared})
         # A module is copied before what it holds, whatever makes the copy.
-        module = None if self.module is None else memo.get(id(self.module()))
-        if module is not None:
+        if self.module is not None and (module := memo.get(id(self.module()))) is not None:
             twin.belong_to(module)
         return twin
 

@@ -246,8 +246,8 @@ def is_evaluation(operands: Operands, commit: Commit, *, training: bool) -> bool
     Forwards that train nothing are, in `eval()`. Those inside of the forward of an autograd
     function are not: reentrant checkpointing runs them there first, without gradients, and again
     in backward, with the same bits, or not at all (`nn.checkpointed`). In training mode there may
-    be other reasons to run a forward without gradients; only a copy that never trained can do nothing but evaluate, and does so with
-    gradients enabled too.
+    be other reasons to run a forward without gradients; only a copy that never trained can do
+    nothing but evaluate, and does so with gradients enabled too.
     """
     if rehearses():
         return False

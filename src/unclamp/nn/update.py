@@ -59,6 +59,7 @@ class Bound(Protocol):
     is_plain: bool
     number: int
     silent_forwards: int
+    is_saved: bool
     module: "weakref.ref[nn.Module] | None"
 
     @property
