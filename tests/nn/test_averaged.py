@@ -1,6 +1,7 @@
 """An average of scaling states shows, whatever its number of updates, and only where it is one."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -165,3 +166,13 @@ def test_a_copy_of_an_old_average_warns_as_it_does_and_a_pickle_knows_no_age() -
     assert unclamp.evaluation_counts(pickle.loads(pickle.dumps(model))).age == 0
     drive(kept, 1.0)
     assert unclamp.evaluation_counts(kept).age == 0
+
+
+@pytest.mark.parametrize("was_average", [True, False])
+def test_a_pickle_from_before_products_were_marked_keeps_what_it_said(was_average: bool) -> None:
+    kept = pickle.dumps(fresh())
+    model = pickle.loads(kept)
+    (ledger,) = find_ledgers(model)
+    state = {key: getattr(ledger.evaluated, key) for key in ("source", "stats")}
+    ledger.evaluated.__setstate__({**state, "is_average": was_average})
+    assert unclamp.evaluation_counts(model).age == (None if was_average else 0)

@@ -92,6 +92,7 @@ def test_one_without_a_gradient_beside_one_that_has_one_counts_once(
 @no_gradient
 def test_a_forward_without_gradients_of_what_trains_in_its_checkpoint_counts_nothing() -> None:
     base, adapter, optimizer = built()
+    seen = -1
     for _ in range(3):
         with torch.no_grad():  # as for the reference of a policy
             checkpoint(base, torch.full((2, WIDTH), 64.0), use_reentrant=True)

@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_a_recorder_or_a_step_that_is_told_makes_an_unpickled_model_known() -> N
 
 def test_a_shallow_copy_of_a_layer_leaves_it_its_place() -> None:
     model = converted()
-    first = model[0]
+    first: Any = model[0]
     twin = copy.copy(first)
     assert first.sites.module() is first
     del twin

@@ -162,6 +162,13 @@ class Evaluated:
         kept.lay_out(len(self.stats), self.stats.device)
         return kept
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Evaluated.__init__(self)
+        of_all = state.pop("is_average", False)  # as older pickles have it
+        self.__dict__.update(state)
+        if of_all:
+            self._averages = frozenset(range(len(self.stats) // len(ROLES)))
+
     # ---- in evaluations --------------------------------------------------------------------
 
     def watches(self, updates: int, product: int) -> bool:
