@@ -384,7 +384,7 @@ class Ledger(Rows, Stepping, Told):
         # Closer looks are asked for by those who listen.
         state |= {"inspection": "never", "_asked": Asked(), "details": None}
         state["evaluated"] = self.evaluated.pickled(self.count())
-        for name in ("layers", "clock", "turns"):
+        for name in ("layers", "clock", "turns", "_loaded"):
             del state[name]
         return {**state, "_clean_version": self.has_pending}
 
