@@ -15,8 +15,11 @@ from unclamp import (
     Guarded,
     PerRow,
     Recipe,
+    evaluation_counts,
+    refresh,
 )
 from unclamp.nn import find_ledgers
+from unclamp.numerics import Stat
 
 
 def goes_on_alike(a: nn.Module, b: nn.Module) -> bool:
@@ -42,19 +45,27 @@ def test_a_deep_copy_has_its_own_ledger_following_its_own_optimizer():
     assert other.scale[0] == 28
 
 
-def test_a_deep_copy_takes_along_what_is_pending_and_commits_to_its_own_ledger() -> None:
+def test_a_deep_copy_starts_with_nothing_pending_and_commits_to_its_own_ledger() -> None:
+    """As it starts without gradients: what its source's casts saw is its source's."""
     model = fresh()
+    drive(model, 1.0)
     (ledger,) = find_ledgers(model)
     model(torch.randn(5, 6)).sum().backward()
     twin = copy.deepcopy(model)
     (twin_ledger,) = find_ledgers(twin)
     assert twin_ledger is not ledger
-    for name in ("amax_history", "scale", "pending"):
+    for name in ("amax_history", "scale"):
         assert torch.equal(getattr(twin_ledger, name), getattr(ledger, name))
+    assert ledger.has_pending
+    assert not twin_ledger.has_pending
+    assert not twin_ledger.pending[:, Stat.CASTS].any()
     SGD(twin.parameters(), lr=0.1).step()
-    assert (ledger.updates, twin_ledger.updates) == (0, 1)
-    SGD(model.parameters(), lr=0.1).step()
     assert (ledger.updates, twin_ledger.updates) == (1, 1)
+    SGD(model.parameters(), lr=0.1).step()
+    assert (ledger.updates, twin_ledger.updates) == (2, 1)
+    assert evaluation_counts(twin).age == 1
+    drive(twin, 2.0)
+    assert twin_ledger.history_of(0)[:2].tolist() == [2, 1]
     twin(torch.randn(5, 6)).sum().backward()
     assert not ledger.has_pending
 
@@ -119,3 +130,16 @@ def test_a_copy_of_a_layer_with_row_histories_reads_its_own_ledger():
     assert bool((mine.scale != 1e-3).all())
     x = torch.randn(5, 6)
     assert not torch.equal(twin(x), model(x))
+
+
+def test_a_copy_that_is_made_in_inference_mode_can_be_refreshed_and_trained() -> None:
+    model = fresh()
+    drive(model, 1.0)
+    with torch.inference_mode():
+        twin = copy.deepcopy(model)
+    drive(model, 4.0)
+    refresh(twin, from_=model)
+    (ledger,), (source,) = find_ledgers(twin), find_ledgers(model)
+    assert torch.equal(ledger.amax_history, source.amax_history)
+    assert torch.equal(ledger.scale, source.scale)
+    assert float(ledger.history_of(0)[0]) == 4

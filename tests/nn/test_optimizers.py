@@ -323,3 +323,18 @@ def test_fsdp2_that_steps_between_unshard_and_reshard_is_followed(tmp_path: Path
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout == "6 [6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0, 0.0]\n", done.stderr
+
+
+def test_another_optimizer_may_hold_what_has_no_memory_of_its_own() -> None:
+    layer, optimizer = nn.Linear(4, 3), None
+    unclamp.convert(layer, unclamp.Recipe())
+    layer(torch.ones(2, 4)).sum().backward()
+    sparse = nn.Parameter(torch.eye(4).to_sparse())
+    lazy = nn.LazyLinear(3)
+    plain = nn.Parameter(torch.zeros(3))
+    plain.grad = torch.ones(3)
+    optimizer = torch.optim.SGD([sparse, plain, *lazy.parameters()], lr=0.1)
+    optimizer.step()
+    assert find_ledgers(layer)[0].updates == 0
+    torch.optim.SGD([sparse, layer.weight], lr=0.1).step()
+    assert find_ledgers(layer)[0].updates == 1

@@ -329,7 +329,7 @@ def test_an_optimizer_of_the_rest_of_the_model_updates_no_product_that_another_h
     assert ledger.updates == 2
 
 
-def test_a_copy_and_a_switch_keep_what_a_partial_update_left() -> None:
+def test_a_switch_keeps_what_a_partial_update_left_and_a_copy_starts_without() -> None:
     model, ledger = chain(2)
     first, second = sgd(model[0]), sgd(model[1])
     backward(model, 2.0)
@@ -337,7 +337,7 @@ def test_a_copy_and_a_switch_keep_what_a_partial_update_left() -> None:
     assert histories(copy.deepcopy(ledger)) == [[2], []]
     twin = copy.deepcopy(model)
     sgd(twin).step()
-    assert histories(find_ledgers(twin)[0]) == [[2], [2]]
+    assert histories(find_ledgers(twin)[0]) == [[2], []]  # it is the source's, as gradients are
     unclamp.switch(model, scaling=Delayed(history_len=8))
     second.step()
     assert histories(ledger) == [[2], [2]]

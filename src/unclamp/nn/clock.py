@@ -74,6 +74,7 @@ class Clock:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._root = None if model is None else weakref.ref(model)
+        self._is_adopted = False
         self._begin()
 
     def _begin(self) -> None:
@@ -102,15 +103,34 @@ class Clock:
     def extend_to(self, model: nn.Module) -> None:
         """Follow the optimizers of a whole model, where the clock's own is a part of it."""
         own = self.model
-        self._found_for = None
+        self.look_again()
         if own is None or any(module is own for module in model.modules()):
-            self._root = weakref.ref(model)
+            self._root, self._is_adopted = weakref.ref(model), False
+
+    def adopt(self, model: nn.Module, ledger: Ticking) -> None:
+        """Take a model for the clock's own, where that is unknown and all its products lie in it.
+
+        What was adopted is a guess (it may be a part of more): a wider one takes its place.
+        """
+        own = self.model
+        if own is model or (own is not None and not self._is_adopted):
+            return
+        there = {id(module) for module in model.modules()}
+        modules = [p.module for p in self.products(ledger)]
+        known = [own, *(None if ref is None else ref() for ref in modules)]
+        if all(module is None or id(module) in there for module in known):
+            self._root, self._is_adopted = weakref.ref(model), True
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Find the products' modules anew when they are next asked for."""
+        self._found_for, self._asked = None, 0
 
     def release(self, operands: Any) -> None:
         """Forget a product that is reverted: nothing of it is cast or updated any more."""
         ledger: Ticking = operands.ledger
         self._released.add(operands.number)
-        self._found_for = None
+        self.look_again()
         self.graded.discard(operands.number)
         self.unseen.release(operands.number)
         ledger.gone |= frozenset(operands.indices.values())
@@ -126,7 +146,7 @@ class Clock:
     # ---- steps -----------------------------------------------------------------------------
 
     def after_step(self, optimizer: Optimizer, ledger: Ticking) -> None:
-        """Update what an optimizer's step was for. Of an unknown model every step is for all."""
+        """Update what an optimizer's step was for."""
         self._asked = 0
         is_skipped = _is_skipped(optimizer)
         if is_skipped and not ledger.shared.look(ledger):
@@ -137,13 +157,12 @@ class Clock:
 
     def _update(self, optimizer: Optimizer, ledger: Ticking, skipped: bool) -> frozenset[int]:
         """Update what a step was for; return which products that were, where they are known."""
-        model = self.model
-        if model is None:
-            ledger.update()
-            for layer in ledger.layers:  # whose weights nobody knows here
-                layer.noted = None
-            return frozenset()
-        turn = self.holders.turn_of(optimizer, model, self.products(ledger))
+        products = self.products(ledger)
+        model = self.model or nn.ModuleList(_modules_of(products))
+        turn = self.holders.turn_of(optimizer, model, products)
+        if turn is None and self.model is None and not any(p.is_trainable for p in products):
+            ledger.update()  # frozen, under an adapter of which nothing is known here
+            return frozenset(p.number for p in products)
         if turn is None:
             self.unseen.miss(optimizer, ledger, self.products(ledger))
         elif turn:
@@ -152,7 +171,7 @@ class Clock:
 
     def _note(self, ledger: Ticking, numbers: frozenset[int] | None) -> None:
         """Note the weights of some products as a step has left them; None: of all."""
-        if self.model is None or (numbers is not None and not numbers):
+        if numbers is not None and not numbers:
             return
         for product in self.products(ledger):
             module = None if product.module is None else product.module()
@@ -167,9 +186,6 @@ class Clock:
         """Update the products of some modules that no optimizer's step is for."""
         self.unseen.is_told = True
         if not ledger.is_due:
-            return
-        if self.model is None:
-            ledger.update()
             return
         there = {id(module) for module in modules}  # which the caller holds
         products = [
@@ -198,11 +214,15 @@ class Clock:
         self.unseen.has_stepped(self.products(ledger))
 
     def is_blind(self) -> bool:
-        """Whether no optimizer of the model, which is known, was ever seen."""
-        return self.model is not None and not self.holders
+        """Whether no optimizer of the model was ever seen."""
+        return not self.holders
 
     def products(self, ledger: Ticking) -> list[Product]:
-        """Return the products of a ledger, with their modules in the model as it is now known."""
+        """Return the products of a ledger, with their modules: in the model, or wherever they live.
+
+        So a model that is gone, or was never known (a container that was made for `convert`, an
+        unpickled one), is followed by what is left of it.
+        """
         if self._found_for is not ledger.sites:
             model = self.model
             everything = () if model is None else model.modules()
@@ -213,10 +233,11 @@ class Clock:
                 if getattr(own, "ledger", None) is ledger
             }
             # One outside of the model, or where that is unknown, may cast as long as it lives.
-            alive = {layer.number for layer in ledger.layers} - self._released
+            outside = {x.number: x.module for x in ledger.layers if x.number not in modules}
+            alive = outside.keys() - self._released
             every = range(len(ledger.sites) // len(ROLES))
             self._products = [
-                Product(number=number, module=modules.get(number))
+                Product(number=number, module=modules.get(number) or outside.get(number))
                 for number in every
                 if number in modules or number in alive
             ]
@@ -227,23 +248,34 @@ class Clock:
     def someone_trains(self, ledger: Ticking) -> bool:
         """Whether a parameter of the model wants a gradient.
 
-        Asked at each product, and looked up once in as many questions as there are products.
+        Asked at each product, and looked up once in as many questions as there are products. Of an
+        unknown model the products' own parameters are asked, and what their optimizers hold; if
+        those are frozen, whether it has been trained.
         """
         if self._asked <= 0:
             model = self.model
             self._asked = len(ledger.sites) // len(ROLES)
-            self._someone_trains = model is not None and any(
-                p.requires_grad for p in model.parameters()
+            self._someone_trains = (
+                any(p.requires_grad for p in model.parameters())
+                if model is not None
+                else ledger.turns.made > 0
+                or any(p.is_trainable for p in self.products(ledger))
+                or self.holders.someone_trains()
             )
         self._asked -= 1
         return self._someone_trains
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_root": None}
+        return {"_root": None, "_is_adopted": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
+
+
+def _modules_of(products: Iterable[Product]) -> list[nn.Module]:
+    found = (None if p.module is None else p.module() for p in products)
+    return [module for module in found if module is not None]
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -225,6 +225,7 @@ def _install(
         module.__class__ = classes[fqn]
         assert isinstance(module, Converted)
         module.sites = Operands(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
+        module.sites.belong_to(module)
         ledger.move_to(module.weight.device)
 
 
@@ -274,6 +275,8 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
     so that a wrapper changes no name, and within `model` where two would have the same name.
     """  # noqa: D205
     ledgers = list(dict.fromkeys(m.sites.ledger for _, m in _converted_layers(model)))
+    for ledger in ledgers:
+        ledger.clock.adopt(model, ledger)
     roots = {ledger: ledger.clock.root_in(model) for ledger in ledgers}
     names = {ledger: _names(ledger, root) for ledger, root in roots.items() if root is not None}
     every = [name for each in names.values() for name in each.values()]

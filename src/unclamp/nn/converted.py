@@ -77,7 +77,14 @@ class Converted(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.sites.ledger.move_to(self.weight.device)
+        self.sites.belong_to(self)
         return self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        own = self.__dict__.get("sites")
+        if own is not None:
+            own.belong_to(self)
 
     # ---- saved state -----------------------------------------------------------------------
 
@@ -156,13 +163,13 @@ class Converted(nn.Module):
         values = {key: off_mesh(v) for key, v in state_dict.items() if key.startswith(own)}
         self._spread()  # what a part is of follows from how the layer lies now
         known = {key.removeprefix(own): v for key, v in values.items() if v is not None}
+        ledger.evaluated.reloaded(frozenset([self.sites.number]))
         for role, index in self.sites.indices.items():
             history, scale = known.get(f"{role}_amax_history"), known.get(f"{role}_scale")
             is_other = role == "weight" and f"{prefix}weight" in state_dict
             if is_other or not (known and history is scale is None):
                 ledger.restore(index, history, scale)
-        if UPDATES in known:
-            ledger.restore_updates(float(known[UPDATES]))
+        ledger.restored(self.sites.number, float(known[UPDATES]) if UPDATES in known else None)
 
     def _load_from_state_dict(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from unclamp.errors import ConvertError
-from unclamp.names import SiteName
+from unclamp.names import ROLES, SiteName
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.converted import Converted
 from unclamp.nn.ledger import Ledger
@@ -16,6 +16,7 @@ from unclamp.totals import clamp_error, overshoot
 from unclamp.written import counted, percent, times
 
 SHOWN_SITES = 8
+UNKNOWN_AGE = "of unknown age (an average, or an old copy without its source)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,8 @@ class EvaluationCounts(Shown):
     Attributes:
         sites: The sites that cast anything, most clamped elements first.
         age: By how many updates the scales are older than those of the model that this one was
-            copied from; 0 where it has scales of its own; None where they are an average of
-            several states.
+            copied from; 0 where no older source is known; None where nobody knows: they are an
+            average of several states, or those of an old copy that was pickled without its source.
     """
 
     sites: tuple[EvaluatedSite, ...]
@@ -71,7 +72,7 @@ class EvaluationCounts(Shown):
 
     def __str__(self) -> str:
         clamped = [site for site in self.sites if site.saturated]
-        old = {None: "an average of several states", 0: "up to date"}.get(
+        old = {None: UNKNOWN_AGE, 0: "up to date"}.get(
             self.age, f"{counted(self.age or 0, 'update')} old"
         )
         lines = [
@@ -117,7 +118,11 @@ def evaluation_counts(model: nn.Module, *, reset: bool = False) -> EvaluationCou
     """
     ledgers = _ledgers(model, "evaluation_counts")
     sites = [site for ledger in ledgers for site in _sites(ledger)]
-    ages = [ledger.evaluated.age(ledger.updates) for ledger in ledgers]
+    products: dict[Ledger, set[int]] = {ledger: set() for ledger in ledgers}
+    for module in model.modules():
+        if isinstance(module, Converted):
+            products[module.sites.ledger].add(module.sites.number)
+    ages = [each.evaluated.age(each.updates, frozenset(own)) for each, own in products.items()]
     known = [age for age in ages if age is not None]
     if reset:
         for ledger in ledgers:
@@ -230,7 +235,8 @@ def _take_over(target: Ledger, source: Ledger, pairs: list[tuple[int, int]]) -> 
     if others:
         target.rescale(others)
     target.restore_updates(source.count())
-    target.evaluated.copied_from(source.steps, source.evaluated)
+    numbers = {i // len(ROLES): j // len(ROLES) for i, j in pairs}
+    target.evaluated.copied_from(source.steps, source.evaluated, numbers)
 
 
 def _ledgers(model: nn.Module, name: str) -> list[Ledger]:

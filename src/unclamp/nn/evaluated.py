@@ -8,14 +8,14 @@ warning says so.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from unclamp.errors import UnclampWarning
-from unclamp.names import SiteName
+from unclamp.names import ROLES, SiteName
 from unclamp.numerics import Stat, empty_stats
 from unclamp.numerics.gpu import is_capturing
 from unclamp.written import counted
@@ -60,12 +60,14 @@ class Evaluated:
         stats: Statistics of casts in evaluations, float64 `[sites, len(Stat)]`.
         source: The steps of the model that this one was copied from; None where it is no copy,
             or has trained on its own since.
-        is_average: Whether the scaling state that was loaded is an average of several.
+        is_stale: Whether the scales are older than those of a source that is not known here.
     """
 
     def __init__(self) -> None:
         self.source: Steps | None = None
-        self.is_average = False
+        self.is_stale = False
+        self._averages: frozenset[int] = frozenset()
+        self._doubts: list[tuple[int, Tensor]] = []
         self.stats = empty_stats(0)
         self._before: Tensor | None = None
         self._looks = 0
@@ -86,43 +88,94 @@ class Evaluated:
 
     # ---- where the scales are from ---------------------------------------------------------
 
-    def copied_from(self, steps: Steps, other: "Evaluated") -> None:
-        """Note that the scales are those of another ledger, as they are now."""
+    def copied_from(
+        self, steps: Steps, other: "Evaluated", numbers: Mapping[int, int] | None = None
+    ) -> None:
+        """Note that the scales are those of another ledger, as they are now.
+
+        Args:
+            steps: The other's.
+            other: What the other one has evaluated.
+            numbers: Which of the other's products each is; None: all by the same number.
+        """
         self.source = other.source or steps  # of a copy's copy: where its scales are from
-        self.is_average, self._before = other.is_average, None
+        self.is_stale, self._before = other.is_stale, None
+        if numbers is None:
+            self._averages, self._doubts = other.averages(), []
+        else:
+            averages = frozenset(n for n, old in numbers.items() if old in other.averages())
+            self._averages = (self.averages() - numbers.keys()) | averages
 
-    def trained(self) -> None:
-        """Note that the ledger's own training has set its scales."""
-        self.source, self.is_average = None, False
+    def averages(self) -> frozenset[int]:
+        """Return the products whose scaling state is an average of several.
 
-    def restored(self, updates: float) -> None:
-        """Note that scales of so many updates were loaded."""
-        self.is_average = updates != round(updates)
+        Waits for the device once after a load.
+        """
+        if self._doubts and not is_capturing():
+            numbers, doubts = zip(*self._doubts, strict=True)
+            device = doubts[0].device
+            found = torch.stack([doubt.to(device) for doubt in doubts]).tolist()
+            self._averages |= {n for n, is_one in zip(numbers, found, strict=True) if is_one}
+            self._doubts = []
+        return self._averages
+
+    def trained(self, turn: frozenset[int] | None) -> None:
+        """Note that the ledger's own training has set the scales of some products; None: of all."""
+        self.source, self.is_stale = None, False
+        if turn is None:
+            self._averages, self._doubts = frozenset(), []
+        elif self._averages or self._doubts:
+            self.reloaded(turn)
+
+    def reloaded(self, products: frozenset[int]) -> None:
+        """Forget what was known of some products: their scales are others now."""
+        self._averages -= products
+        self._doubts = [each for each in self._doubts if each[0] not in products]
         self._before = None
 
-    def age(self, updates: int) -> int | None:
+    def doubt(self, product: int, is_average: Tensor | bool) -> None:  # a finding
+        """Note whether what was loaded of a product is an average; a tensor is looked at later."""
+        if isinstance(is_average, Tensor):
+            self._doubts.append((product, is_average))
+        elif is_average:
+            self._averages |= {product}
+
+    def age(self, updates: int, products: frozenset[int] | None = None) -> int | None:
         """Return by how many updates scales of so many are older than the source's.
 
-        0 where they are a training's own; None where nobody knows: they are an average's.
+        0 where no older source is known; None where there is one, and nobody knows: scales of one
+        of these products (None: any) are an average's, or those of a copy without its source.
         """
-        if self.source is not None:
-            return max(self.source.made - updates, 0)
-        return None if self.is_average else 0
+        averages = self.averages()
+        if self.is_stale or (averages if products is None else averages & products):
+            return None
+        return 0 if self.source is None else max(self.source.made - updates, 0)
 
-    def pickled(self) -> "Evaluated":
+    def is_behind(self, updates: int) -> bool:
+        """Whether a source has gone on since the scales were taken from it."""
+        return self.is_stale or (self.source is not None and self.source.made > updates)
+
+    def pickled(self, updates: int) -> "Evaluated":
         """Return what a pickle keeps: no counts, and no other model."""
         kept = Evaluated()
-        kept.is_average = self.is_average
+        kept._averages, kept.is_stale = self.averages(), self.is_behind(updates)
         kept.lay_out(len(self.stats), self.stats.device)
         return kept
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Evaluated.__init__(self)
+        of_all = state.pop("is_average", False)  # as older pickles have it
+        self.__dict__.update(state)
+        if of_all:
+            self._averages = frozenset(range(len(self.stats) // len(ROLES)))
+
     # ---- in evaluations --------------------------------------------------------------------
 
-    def watches(self, updates: int) -> bool:
-        """Whether the next cast is to be looked at: scales are not as new as the source's."""
-        if self._has_warned or (self.source is None and not self.is_average):
+    def watches(self, updates: int, product: int) -> bool:
+        """Whether a product's casts are to be looked at: scales are not as new as the source's."""
+        if self._has_warned or not (self.source or self._averages or self._doubts or self.is_stale):
             return False
-        if self.age(updates) == 0:
+        if not (self.is_behind(updates) or product in self.averages()):
             return False
         if self._before is None:
             self._before = self.stats[:, Stat.SATURATED].clone()
@@ -146,15 +199,27 @@ class Evaluated:
         if self.stats.device.type != "cpu" and not is_rare:
             return
         clamped = self.stats[:, Stat.SATURATED] - self._before
-        if not (clamped > 1).any() or not (self.is_average or is_written()):
+        if not (clamped > 1).any():
             return
+        averages, is_old = self.averages(), self.is_behind(updates) and is_written()
+        if not is_old:
+            sites_of = torch.arange(len(clamped), device=clamped.device) // len(ROLES)
+            of_averages = torch.isin(
+                sites_of, torch.tensor(sorted(averages), dtype=torch.long, device=clamped.device)
+            )
+            clamped = torch.where(of_averages, clamped, 0)
+            if not (clamped > 1).any():
+                return
         self._has_warned = True
         worst = int(clamped.argmax())
         site: Named = sites[worst]
         elements = int(self.stats[worst, Stat.ELEMENTS])
-        age = self.age(updates)
+        age = self.age(updates, frozenset())
         old = (
             "its scales are an average of several states"
+            if worst // len(ROLES) in averages
+            else "its scales are older than those of the model that it was copied from, and its "
+            "weights were written since"
             if age is None
             else f"its scales are {counted(age, 'update')} older than those of the model that it "
             "was copied from, and its weights were written since"

@@ -31,7 +31,7 @@ class Product:
 
     Attributes:
         number: Its place among the ledger's products.
-        module: The converted module; None where it is no longer in the model.
+        module: The converted module; None where it is unknown.
     """
 
     number: int
@@ -119,7 +119,11 @@ def _shards(model: nn.Module) -> dict[int, Tensor]:
 
 
 def _memory_of(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    """Return which memory a tensor lies in; one that has none (sparse, not made yet) is its own."""
+    try:
+        return x.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError, ValueError, TypeError):
+        return -id(x)
 
 
 class Holders:
@@ -141,6 +145,11 @@ class Holders:
     def __bool__(self) -> bool:
         """Whether an optimizer that lives ever stepped for the model."""
         return len(self._held) > 0
+
+    def someone_trains(self) -> bool:
+        """Whether a parameter in one of the optimizers wants a gradient."""
+        groups = (group for optimizer in list(self._held) for group in optimizer.param_groups)
+        return any(p.requires_grad for group in groups for p in group["params"])
 
     def held_by(self, optimizer: Optimizer) -> frozenset[int]:
         """Return the products that an optimizer is known to hold."""

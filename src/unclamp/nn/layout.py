@@ -71,6 +71,12 @@ class Site:
         return history_len_of(self.operand.scaling)
 
     @property
+    def is_delayed(self) -> bool:
+        """Whether its scale follows from its history."""
+        scaling = self.operand.scaling
+        return scaling.casts and not scaling.takes_own and scaling.fixed_scale is None
+
+    @property
     def grids(self) -> dict[Axis, tuple[int, int]]:
         """Shape of the scales with a history, for a cast along each axis; empty per tensor."""
         if self.remembers.is_whole:

@@ -33,8 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclamp.names import SiteName
+from unclamp.names import ROLES, SiteName
 from unclamp.nn.alive import Alive
+from unclamp.nn.averaged import is_average, is_fraction
 from unclamp.nn.captured import Captured
 from unclamp.nn.clock import Clock, follow_optimizers
 from unclamp.nn.evaluated import Evaluated, Stepping, Steps
@@ -82,6 +83,7 @@ class Ledger(Rows, Stepping, Told):
         self.shared = Shared()
         self.gone: frozenset[int] = frozenset()
         self.details: Tensor | None = None
+        self._loaded: dict[int, float | None] = {}
         self._asked = Asked()
         Told.__init__(self)
         self._allocate(Layout.of([], device=torch.device("cpu")))
@@ -227,7 +229,8 @@ class Ledger(Rows, Stepping, Told):
         self.turns.note(turn, is_fresh=is_fresh)
         if counts and not captured:
             self._count(self.updates + 1)
-        self.evaluated.trained()
+        self.evaluated.trained(turn)
+        self._loaded.clear()
 
     def _newest(self, turn: Turn) -> Tensor:
         """Return each row's amax since the last update, -1 for products of another turn."""
@@ -329,15 +332,38 @@ class Ledger(Rows, Stepping, Told):
         was_pending = self.has_pending
         self.pending[index] = self._nothing_pending[index]
         self.set_state(index, history, scale)
+        if history is not None and scale is not None and self.sites[index].is_delayed:
+            made = self.scale[self.layout.rows_of(index)]
+            if scale.numel() == len(made) and history.numel() % len(made) == 0:
+                saved, past = scale.reshape(-1), history.reshape(len(made), -1)
+                self.evaluated.doubt(index // len(ROLES), is_average(saved, past, made))
         self._mark(pending=was_pending)
         self.shared.is_loaded = True
 
+    def restored(self, product: int, updates: float | None) -> None:
+        """Note of how many updates the state is that was loaded of a product; None: it has none.
+
+        They are the ledger's, and decide about its warm-up: they are set when, with no update in
+        between, all products were loaded that have a state, to the fewest. What is loaded of a
+        part leaves them. A fraction says that the state is an average.
+        """
+        self._loaded[product] = updates
+        self.evaluated.doubt(product, updates is not None and is_fraction(updates))
+        products = self.clock.products(self)
+        if len(self._loaded) < sum(layer.is_saved for layer in self.layers):
+            return
+        saved = {layer.number for layer in self.layers if layer.is_saved}
+        if saved & {p.number for p in products} <= self._loaded.keys():
+            known = [count for count in self._loaded.values() if count is not None]
+            self._loaded.clear()
+            if known:
+                self.restore_updates(min(known))
+
     def restore_updates(self, updates: float) -> None:
-        """Set how many updates there were, for the warm-up; a fraction: the state is an average."""
+        """Set how many updates there were, for the warm-up."""
         self.captured.forget_count()
         self.shared.is_loaded = True
         self._count(round(updates))
-        self.evaluated.restored(updates)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ledger":
         twin = Ledger(memo.get(id(self.clock.model)))
@@ -348,18 +374,17 @@ class Ledger(Rows, Stepping, Told):
         twin._allocate(
             Layout.of(list(self.sites), device=self.scale.device, remembered=self.layout.remembered)
         )
-        twin.ring = copy.deepcopy(self.ring)
-        for name in ("scale", "block_amax", "pending"):
-            getattr(twin, name).copy_(getattr(self, name))
-        twin._mark(pending=self.has_pending)
+        with torch.inference_mode(False):  # else nobody could write into it later
+            twin.ring = copy.deepcopy(self.ring)
+        twin.scale.copy_(self.scale)  # and nothing pending, as no gradient is copied either
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_listeners": [], "_switch_listeners": [], "shared": Shared()}
         # Closer looks are asked for by those who listen.
         state |= {"inspection": "never", "_asked": Asked(), "details": None}
-        state["evaluated"] = self.evaluated.pickled()
-        for name in ("layers", "clock", "turns"):
+        state["evaluated"] = self.evaluated.pickled(self.count())
+        for name in ("layers", "clock", "turns", "_loaded"):
             del state[name]
         return {**state, "_clean_version": self.has_pending}
 
@@ -367,5 +392,6 @@ class Ledger(Rows, Stepping, Told):
         Ledger.__init__(self)  # what an older pickle does not know is as in a new ledger
         self.__dict__.update(state)
         self.updates = self.__dict__.pop("updates", self.updates)  # where older ones had them
+        self.turns.lay_out(len(self.sites), self.scale.device)
         self.evaluated.lay_out(len(self.sites), self.scale.device)
         self._mark(pending=state["_clean_version"])

@@ -85,6 +85,10 @@ class Origin:
         self._note = note
         self._elements: Tensor | None = None
 
+    def is_other(self, weight: Tensor) -> bool:
+        """Whether the weight was written since, as far as its version says."""
+        return is_other(self._note, weight)
+
     def is_written(self, weight: Tensor) -> bool:
         """Whether the weight was written since; waits for the device.
 

@@ -6,19 +6,20 @@ latter as inputs, and serve any product with the same plan.
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.nn.agreed import NOT_AGREED, WHOLE, Agreed, Found, Splits, agreed_scales
 from unclamp.nn.casts import NOTHING_SEEN, Hat, Seen
 from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.layout import Axis, Site, guarded
-from unclamp.nn.noted import Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
+from unclamp.nn.noted import NO_VERSION, Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
 from unclamp.nn.update import Inspection
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
 from unclamp.numerics.gpu import architecture, goes_to_gpu, is_capturing
@@ -98,9 +99,13 @@ class Operands:
         silent_forwards: Forwards of which no training counts anything, compiled ones aside.
         noted: The weight when an optimizer's step, or a state_dict, last set it; None: unknown.
         origin: The weight when scales last came from elsewhere.
+        last_passed: Updates so far when a gradient last passed through it while it was frozen.
+        module: The module that casts by them, as long as it lives; None: unknown.
     """
 
     noted: Noted | None = None
+    module: "weakref.ref[nn.Module] | None" = None
+    last_passed = -2
     found = Found()
     is_saved = True
     silent_forwards = 0
@@ -174,6 +179,11 @@ class Operands:
     def _needs_cast(self, role: Role) -> bool:
         used: list[Gemm] = [gemm for gemm in GEMMS if (role, gemm) in AXES]
         return self.plans[role] is not None and any(self.modes[gemm] != HIGH for gemm in used)
+
+    @property
+    def is_at_the_bottom(self) -> bool:
+        """Whether no gradient has lately passed through the frozen product to what lies below."""
+        return self.ledger.turns.made - self.last_passed > 1
 
     def is_high(self, gemm: Gemm) -> bool:
         """Whether a GEMM computes from operands that are not cast."""
@@ -325,12 +335,18 @@ class Operands:
             commit(self.evaluated, rows, self.nothing[0])
             return
         ledger = self.ledger
-        is_watched = ledger.evaluated.watches(ledger.updates)
+        is_watched = ledger.evaluated.watches(ledger.updates, self.number)
         commit(self.evaluated, rows, self.nothing[0])
         if is_watched:
             ledger.evaluated.look(
                 ledger.sites, ledger.updates, is_written=lambda: self.origin.is_written(weight)
             )
+
+    def belong_to(self, module: nn.Module) -> None:
+        """Take a module for the one that casts by these; a shallow copy of it changes nothing."""
+        if self.module is None or self.module() is None:
+            self.module = weakref.ref(module)
+            self.ledger.clock.look_again()
 
     def end(self) -> None:
         """Undo what hangs on the product: its module is reverted."""
@@ -367,13 +383,24 @@ class Operands:
             return "own"
         return "guard"
 
+    @property
+    def _is_written(self) -> bool:
+        """Whether scales came from elsewhere, and the weight was written since, as versions say."""
+        weight = getattr(self.module and self.module(), "_parameters", {}).get("weight")
+        is_copy = self.ledger.evaluated.source is not None
+        return is_copy and weight is not None and self.origin.is_other(weight)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Operands":
         twin = object.__new__(Operands)
         memo[id(self)] = twin
-        twin.noted, twin.origin = noted_in_a_copy(self.noted), Origin(Noted(None, 0))
+        twin.noted = noted_in_a_copy(self.noted)
+        twin.origin = Origin(Noted(None, NO_VERSION if self._is_written else 0))
         # Shared with what is copied beside it, whichever comes first.
         shared = {key: copy.deepcopy(getattr(self, key), memo) for key in ("ledger", "ignored")}
         twin.__setstate__({**self.__getstate__(), **shared})
+        # A module is copied before what it holds, whatever makes the copy.
+        if self.module is not None and (module := memo.get(id(self.module()))) is not None:
+            twin.belong_to(module)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
 from unclamp.nn.agreed import WHOLE, Splits, smoothing, splits_at
 from unclamp.nn.casts import Hat, Seen
+from unclamp.nn.checkpointed import is_in_a_function, is_second_of_two, runs_once
 from unclamp.nn.counting import count
 from unclamp.nn.first import first_scale
 from unclamp.nn.gradient import cast_gradient, with_look
@@ -164,18 +165,27 @@ def when_to_commit(
     Gradients decide whether a forward trains, and not the module's mode: a frozen base in `eval()`
     under an adapter trains like any other. Only where a product sees no gradient itself, at the
     bottom of such a base, something else has to tell: a parameter of the model that wants one,
-    or else the mode. Of what a pipeline runs for shapes alone nothing counts.
+    or else the mode. Where a frozen product is checkpointed (reentrant), and no input wants a
+    gradient, it is the mode: `nn.checkpointed`. Of a pipeline's run for shapes nothing counts.
     """
-    if not torch.is_grad_enabled() or rehearses():
+    if rehearses():
         return None
-    if any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return "in backward"
+    wants = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if not torch.is_grad_enabled():
+        if wants or not training or torch.compiler.is_compiling():
+            return None
+        return "now" if operands.is_at_the_bottom and runs_once() else None
     if torch.compiler.is_compiling():
-        return "now" if training else None
+        return "in backward" if wants else "now" if training else None
+    if wants:
+        if not weight.requires_grad:
+            operands.last_passed = operands.ledger.turns.made
+        return "in backward"
     if not (training or operands.ledger.clock.someone_trains(operands.ledger)):
         return None
     # Without a backward of its own, a forward that backward re-computes must not count again.
-    return "now" if torch._C._current_graph_task_id() == -1 else None
+    counts = torch._C._current_graph_task_id() == -1 or is_second_of_two()
+    return "now" if counts else None
 
 
 def _traced(operands: Operands, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -235,28 +245,19 @@ def is_evaluation(operands: Operands, commit: Commit, *, training: bool) -> bool
 
     Forwards that train nothing are, in `eval()`. Those inside of the forward of an autograd
     function are not: reentrant checkpointing runs them there first, without gradients, and again
-    in backward, with the same bits. In training mode there may be other reasons to run a forward
-    without gradients; only a copy that never trained can do nothing but evaluate, and does so with
-    gradients enabled too.
+    in backward, with the same bits, or not at all (`nn.checkpointed`). In training mode there may
+    be other reasons to run a forward without gradients; only a copy that never trained can do
+    nothing but evaluate, and does so with gradients enabled too.
     """
     if rehearses():
         return False
     if torch.compiler.is_compiling():
         return commit is None and not training
-    if torch._C._current_graph_task_id() != -1 or _is_in_a_function():
+    if torch._C._current_graph_task_id() != -1 or (is_in_a_function() and not runs_once()):
         return False
     if operands.ledger.evaluated.source is not None:
         return commit is None or not training
     return commit is None and not training
-
-
-def _is_in_a_function() -> bool:
-    """Whether this is the forward of a `torch.autograd.Function`, whoever wrote it.
-
-    torch disables forward-mode gradients in one beside the others; `torch.no_grad()` leaves them
-    enabled, and `torch.inference_mode()` disables both.
-    """
-    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 class _Product(torch.autograd.Function):

@@ -1,9 +1,10 @@
 """What a ledger tells those who listen to it, and what they ask it to look at."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclamp.scaling import Scaling
 
@@ -58,6 +59,8 @@ class Bound(Protocol):
     is_plain: bool
     number: int
     silent_forwards: int
+    is_saved: bool
+    module: "weakref.ref[nn.Module] | None"
 
     @property
     def fqn(self) -> str:
