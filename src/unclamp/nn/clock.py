@@ -146,7 +146,7 @@ class Clock:
         turn = self.holders.turn_of(optimizer, model, self.products(ledger))
         if turn is None:
             self.unseen.miss(optimizer, ledger, self.products(ledger))
-        elif turn:
+        elif turn or ledger.shared.parts:  # other ranks may have a turn, and wait for this one
             ledger.update(turn, skipped=skipped)
         return turn or frozenset()
 
