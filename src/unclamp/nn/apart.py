@@ -36,10 +36,19 @@ class Description:
 
 
 def difference(everyone: Sequence[Description]) -> str:
-    """Say which ranks differ from most of the others, and in what."""
+    """Say which ranks differ from most of the others, and in what; of two neither is the odd one.
+
+    Where as many are of one kind as of another, nobody can say which of them are right.
+    """
     votes = Counter(_alike(d) for d in everyone)
     usual = next(d for d in everyone if votes[_alike(d)] == max(votes.values()))
-    lines = [f"rank {d.rank} {_differs(d, usual)}" for d in everyone if _alike(d) != _alike(usual)]
+    is_clear = list(votes.values()).count(max(votes.values())) == 1
+    others = [d for d in everyone if _alike(d) != _alike(usual)]
+    lines = [
+        f"{'' if is_clear else f'ranks {usual.rank} and {d.rank} differ: '}rank {d.rank} "
+        f"{_differs(d, usual)}"
+        for d in others
+    ]
     shown_lines = lines[:MOST_DIFFERENCES]
     if len(lines) > len(shown_lines):
         shown_lines.append(f"and {counted(len(lines) - len(shown_lines), 'more rank')}")

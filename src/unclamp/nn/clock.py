@@ -165,7 +165,7 @@ class Clock:
             return frozenset(p.number for p in products)
         if turn is None:
             self.unseen.miss(optimizer, ledger, self.products(ledger))
-        elif turn:
+        elif turn or ledger.shared.parts:  # other ranks may have a turn, and wait for this one
             ledger.update(turn, skipped=skipped)
         return turn or frozenset()
 

@@ -3,10 +3,12 @@
 Before the first update there is no history, and a cast takes its scale from its own tensor. With
 each rank its own part of a batch that would be other scales than those of one process, so between
 the first forward that trains and the first update the casts of delayed and guarded scaling take the
-maximum over the ranks: one number a cast, in the order of forward and backward, which is the same
-on all ranks. Where it may not be, nobody waits for anybody, and the first scale is each rank's own:
-under `find_unused_parameters`, among routed experts, in a compiled graph, and in evaluations. A
-recipe with a warm-up of one step or more needs none of this.
+maximum over the ranks: one number an operand, in the order of the first forward and backward, which
+is the same on all ranks. Later microbatches of that step may be more on one rank than on another:
+nobody meets in them, and they cast by what was agreed on, or by their own amax if that is larger.
+Where the order may differ, nobody waits for anybody, and the first scale is each rank's own: under
+`find_unused_parameters`, among routed experts, in a compiled graph, in evaluations, and in a DDP in
+`eval()`. A recipe with a warm-up of one step or more needs none of this.
 """
 
 import re
@@ -54,25 +56,29 @@ def is_in_backward() -> bool:
 
 
 def is_in_ddp() -> bool:
-    """Whether a forward of a DDP runs, through which all its ranks go."""
-    return DistributedDataParallel._active_ddp_module is not None
+    """Whether a forward of a DDP runs that trains, through which all its ranks go."""
+    active = DistributedDataParallel._active_ddp_module
+    return active is not None and active.training
 
 
 def first_scale(operands: "Operands", role: Role, x: Tensor, groups: Groups) -> Tensor | None:
     """Return the scale that ranks agree on for a cast without a history; None where it has its own.
 
-    Every rank of the groups has to come by with a tensor of its own.
+    Every rank of the groups has to come by with a tensor of its own, the first time.
     """
-    index, plan = operands.indices[role], operands.plans[role]
+    index, plan, shared = operands.indices[role], operands.plans[role], operands.ledger.shared
     if isinstance(x, GatheredCodes):  # whose ranks have agreed before they sent it
         return None
-    if not groups or plan is None or index not in (operands.ledger.shared.unseeded or ()):
+    if not groups or plan is None or index not in (shared.unseeded or ()):
         return None
     x = x.detach()
     amax = torch.where(x.isfinite(), x, 0).abs().amax() if x.numel() else x.new_full((), -1)
-    agreed = max_over(groups, amax.reshape(1))[0].clamp(min=0)
+    if index in shared.agreed:
+        amax = torch.maximum(shared.agreed[index], amax)
+    else:
+        amax = shared.agreed[index] = max_over(groups, amax.reshape(1))[0].clamp(min=0)
     power_of_two = plan.power_of_two or plan.granularity.power_of_two
-    return scale_from_amax(agreed, plan.largest, power_of_two=power_of_two)
+    return scale_from_amax(amax, plan.largest, power_of_two=power_of_two)
 
 
 _REENTRANT = CheckpointFunction.forward.__code__

@@ -157,7 +157,7 @@ class Found:
             not those over which tensor parallelism has cut it.
         is_known: Whether anything says so, be it that the process is alone.
         is_gathered: Whether its weights are put together for a forward, and let go afterwards.
-        is_within_ddp: Whether a DDP is around it.
+        within_ddp: The DDP around it, if any; of several all.
         may_be_missed: Whether ranks are allowed to leave it out of a forward.
     """
 
@@ -165,7 +165,7 @@ class Found:
     of_blocks: Groups
     is_known: bool
     is_gathered: bool
-    is_within_ddp: bool
+    within_ddp: tuple[nn.Module, ...]
     may_be_missed: bool
 
 
@@ -200,7 +200,7 @@ class Finder:
             of_blocks=tuple(group for group in groups if group not in cut),
             is_known=given is not None or bool(wrappers or meshes),
             is_gathered=bool(sharded) or not all(is_ddp),
-            is_within_ddp=any(is_ddp),
+            within_ddp=tuple(w for w, of in zip(wrappers, is_ddp, strict=True) if of),
             may_be_missed=any(getattr(w, "find_unused_parameters", False) for w in wrappers),
         )
 

@@ -198,13 +198,16 @@ class Ledger(Rows, Stepping, Told):
         """
         captured = is_capturing() if captured is None else captured
         pending = self.turns.pending(turn, is_fresh=self.is_fresh or self.captured.is_in_graph)
-        newest = self._newest(turn)
+        newest = self.layout.newest(self.pending[:, Stat.AMAX], self.block_amax)
         if self.shared.parts:
             if skipped:
                 newest, pending = torch.full_like(newest, -1), NOTHING
-            newest, pending = self.shared.agree(self, newest, pending, turn, captured=captured)
+            newest, pending, turn = self.shared.agree(
+                self, newest, pending, turn, captured=captured
+            )
             if pending == NOTHING:
                 return
+        newest = self._of_turn(newest, turn)
         is_fresh = pending == FRESH
         turn = self.turns.narrowed(turn, is_fresh=is_fresh)
         if turn is not None and not turn:
@@ -213,6 +216,7 @@ class Ledger(Rows, Stepping, Told):
         rows = None if sites is None else sites[self.layout.site_of_row]
         stats = taken(self.pending, sites, self._nothing_pending)
         details, age = self._take_details(sites)
+        self.shared.tell_alone(self)
         counts = self.turns.is_next_step(turn, self.clock.is_a_step)
         if captured:
             self.captured.keep(turn, (stats.clone(), details, age), counts=counts)
@@ -232,9 +236,8 @@ class Ledger(Rows, Stepping, Told):
         self.evaluated.trained(turn)
         self._loaded.clear()
 
-    def _newest(self, turn: Turn) -> Tensor:
-        """Return each row's amax since the last update, -1 for products of another turn."""
-        newest = self.layout.newest(self.pending[:, Stat.AMAX], self.block_amax)
+    def _of_turn(self, newest: Tensor, turn: Turn) -> Tensor:
+        """Return each row's newest amax, -1 for products of another turn."""
         sites = self.turns.chosen(turn)
         return newest if sites is None else torch.where(sites[self.layout.site_of_row], newest, -1)
 

@@ -142,8 +142,9 @@ def multiply(
     return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
 
 
-# Between graphs: in one, ranks would not agree.
-_eagerly: Any = torch.compiler.disable(multiply)
+# Between graphs: in one, ranks would not agree. torch's own name, for the public one loads the
+# compiler at once.
+_eagerly: Any = torch._disable_dynamo(multiply)
 
 
 def check_device(operands: Operands, weight: Tensor) -> None:

@@ -3,29 +3,31 @@
 A maximum has no order, so for equal tensors the histories of delayed, guarded and static scaling
 are, bit for bit, those of one process that sees everything. What enters a history is the newest
 amax of each row over all ranks, -1 where no rank measured any; a rank that saw nothing takes over
-what the others saw.
+what the others saw. Whose optimizers own other layers than those of the next rank, have other
+products on each at one step: after the amaxes a vector says which products have their turn, and one
+that has it on some rank has it on all.
 
 Ranks that come by apart would wait for each other for ever, and vectors of different length end
 the process. So every step of an optimizer that holds the model's parameters meets, whether or not
 anything is pending, and each vector begins with a header:
 
-    [pending, loaded, h, -h]      h: a digest of sites, scalings and updates, in parts of 24 bits
+    [pending, loaded, failed, h, -h]      h: a digest of sites, scalings, updates: parts of 24 bits
 
 The maximum of h and that of -h tell whether all have the same h. Only then does the length of a
 vector change, and only then are amaxes used; where a state was loaded since the last meeting,
-histories and scales are compared too. Ranks that differ get one error, each of them.
+histories and scales are compared too. Ranks that differ get one error, each of them: those of
+several groups meet in all of them first, in the largest one last, and tell there that they failed.
 
 On a CPU the header is read at once. On a GPU nobody waits for it: it is looked at one step late,
 every followed step counts as an update, and an update that waits for a new length is made with the
 next step. In a CUDA graph only amaxes meet.
 """
 
-import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,73 +36,29 @@ from torch import Tensor, nn
 from unclamp.errors import ConvertError
 from unclamp.names import ROLES
 from unclamp.nn import first
+from unclamp.nn.alive import Alive
 from unclamp.nn.apart import Description, difference, tell_alone
-from unclamp.nn.clock import Ticking
 from unclamp.nn.groups import Finder, Groups, is_distributed, max_over, version
-from unclamp.nn.layout import Layout
-from unclamp.nn.ring import Ring
 from unclamp.nn.turns import FRESH, NOTHING, Turn
-
-DIGEST_PARTS = 2
-DIGEST_BITS = 24
-"""Whole numbers up to 2**24 are exact in float32."""
-PENDING, LOADED, DIGEST = 0, 1, 2
-HEADER = DIGEST + 2 * DIGEST_PARTS
-
-
-class Meeting(Ticking, Protocol):
-    """What meets: a ledger."""
-
-    layout: Layout
-    ring: Ring
-    scale: Tensor
-    observes: bool
-
-    @property
-    def updates(self) -> int:
-        """Updates so far."""
-        ...
-
-    @property
-    def is_warming(self) -> bool:
-        """Whether casts are only counted."""
-        ...
-
-
-@dataclass
-class Part:
-    """The rows of a ledger that the same ranks hold.
-
-    Attributes:
-        groups: Whose maxima, one after the other, are those of all these ranks.
-        sites: The numbers of its sites.
-        rows: The numbers of its rows; None where that is all of them.
-        length: How many rows it has.
-        text: A digest of sites and scalings in words, the same on ranks that are alike.
-    """
-
-    groups: Groups
-    sites: list[int]
-    rows: Tensor | None
-    length: int
-    text: str
-
-
-@dataclass
-class Pact:
-    """What ranks have agreed on so far.
-
-    Attributes:
-        length: Rows in a vector; None before they have met.
-        header: That of the last meeting, on its way to the host; None where it was read.
-        sent: The part's text in that meeting.
-        arrived: When the header is there: a CUDA event.
-    """
-
-    length: int | None = None
-    header: Tensor | None = None
-    sent: str = ""
-    arrived: Any = None
+from unclamp.nn.vectors import (
+    DIGEST,
+    DIGEST_PARTS,
+    FAILED,
+    HEADER,
+    LOADED,
+    PENDING,
+    Meeting,
+    Pact,
+    Part,
+    contents_of,
+    described,
+    digest_of,
+    hash_of,
+    on_its_way,
+    size_and_ranks,
+    turns_of,
+    with_rows,
+)
 
 
 @dataclass
@@ -115,6 +73,7 @@ class Shared:
         first: The products whose casts may agree on a first scale, and with whom (`nn.first`).
         within_ddp: Those of them that a DDP is around.
         unseeded: Sites of such products that have no scale; None until the ranks have met.
+        agreed: The amaxes that ranks have agreed on for such sites.
     """
 
     parts: list[Part] = field(default_factory=list)
@@ -124,9 +83,14 @@ class Shared:
     first: dict[int, Groups] = field(default_factory=dict)
     within_ddp: set[int] = field(default_factory=set)
     unseeded: set[int] | None = None
+    agreed: dict[int, Tensor] = field(default_factory=dict)
+    _joinable: Alive[nn.Module] = field(default_factory=Alive)
+    _alone: list[int] = field(default_factory=list)
+    _failure: ConvertError | None = None
+    _fails_at_last: bool = False
     _pacts: dict[Groups, Pact] = field(default_factory=dict)
     _looked: Any = None
-    _made: int = -1
+    _looked_at: Any = None
     _has_told: bool = False
 
     # ---- with whom -------------------------------------------------------------------------
@@ -136,9 +100,9 @@ class Shared:
 
         A model that is only observed stays as it is: each rank counts for itself.
         """
-        self._made = ledger.turns.made
+        self._looked_at = (ledger.turns.made, version())
         if ledger.observes or self.is_off or not is_distributed():
-            self.parts, self.first, self._looked = [], {}, None
+            self.parts, self._alone = [], []
             return False
         products = ledger.clock.products(ledger)
         found = [None if p.module is None else p.module() for p in products]
@@ -154,41 +118,64 @@ class Shared:
     def _find(self, ledger: Meeting, modules: Sequence[nn.Module | None]) -> None:
         finder = Finder(ledger.clock.model)
         by_groups: dict[Groups, list[int]] = {}
-        unknown = []
         self.first, self.within_ddp = {}, set()
+        self._joinable, self._alone = Alive(), []
         for number, module in enumerate(modules):
             if module is None:
                 continue
             found = finder.look(module)
             module.__dict__["sites"].is_gathered = found.is_gathered
             if not found.is_known:
-                unknown.append(number)
+                self._alone.append(number)
+            for wrapper in found.within_ddp:
+                self._joinable.add(wrapper)
             fqn = ledger.sites[number * len(ROLES)].fqn
             if found.groups and not (found.may_be_missed or first.is_routed(fqn)):
                 self.first[number] = found.groups
-                if found.is_within_ddp:
+                if found.within_ddp:
                     self.within_ddp.add(number)
             for index in range(number * len(ROLES), (number + 1) * len(ROLES)):
                 whole = ledger.sites[index].remembers.is_whole
                 groups = found.groups if whole else found.of_blocks
                 if groups:
                     by_groups.setdefault(groups, []).append(index)
-        # Where ranks are in several groups all of them go through these in one order.
-        ordered = sorted(by_groups, key=lambda g: [dist.get_process_group_ranks(x) for x in g])
+        # Where ranks are in several groups all of them go through these in one order, and last
+        # through the largest: there they can still tell the others that they failed.
+        ordered = sorted(by_groups, key=size_and_ranks)
         self.parts = [self._part(ledger, groups, by_groups[groups]) for groups in ordered]
         self._pacts = {groups: self._pacts.get(groups, Pact()) for groups in ordered}
-        if unknown and not self._has_told:
+
+    def tell_alone(self, ledger: Meeting) -> None:
+        """Warn once of products that nothing says who holds; the ledger is about to update.
+
+        Not before: an average of weights or a frozen teacher has no updates to agree on.
+        """
+        if self._alone and not self._has_told:
             self._has_told = True
-            tell_alone([ledger.sites[n * len(ROLES)].fqn for n in unknown], ledger.clock.model)
+            names = [ledger.sites[number * len(ROLES)].fqn for number in self._alone]
+            tell_alone(names, ledger.clock.model)
+
+    def _refuse_join(self) -> None:
+        """Raise, before anybody meets, where ranks are to run out of inputs one by one."""
+        for wrapper in self._joinable:
+            if getattr(getattr(wrapper, "_join_config", None), "enable", False):
+                raise ConvertError(
+                    "expected as many steps on every rank that shares scales, got "
+                    "DistributedDataParallel.join(), under which some make fewer; give every rank "
+                    "as many batches, or unclamp.convert(model, recipe, group=()), which leaves "
+                    "each rank its own scales"
+                )
 
     def _part(self, ledger: Meeting, groups: Groups, sites: list[int]) -> Part:
         rows, layout = ledger.layout.numbers_of(sites), ledger.layout
+        products = list(dict.fromkeys(index // len(ROLES) for index in sites))
         return Part(
             groups=groups,
             sites=sites,
+            products=products,
             rows=None if len(rows) == layout.rows else rows,
-            length=len(rows),
-            text=_hash("\n".join(f"{n}: {d}" for n, d in _describe(ledger, sites).items())),
+            length=len(rows) + len(products),
+            text=hash_of("\n".join(f"{n}: {d}" for n, d in described(ledger, sites).items())),
         )
 
     # ---- before the first update -----------------------------------------------------------
@@ -207,7 +194,7 @@ class Shared:
             commits: Whether what the casts see is to count.
             training: Whether the module is in training mode.
         """
-        if self._made != ledger.turns.made:
+        if self._looked_at != (ledger.turns.made, version()):
             self.look(ledger)
         if not self.first or self.unseeded == set() or ledger.is_warming:
             return ()
@@ -222,58 +209,92 @@ class Shared:
         return groups
 
     def _begin(self, ledger: Meeting) -> None:
+        self._refuse_join()
         for part in self.parts:
-            self._compare_contents(ledger, part)
-            self._pacts[part.groups].length = part.length
+            with self._failing():
+                self._compare_contents(ledger, part)
+                self._pacts[part.groups].length = part.length
+        self._raise_failure()
         self.is_loaded = False
         wants = ~ledger.layout.settings.takes_own & (ledger.scale == 0)
         empty = set(ledger.layout.site_of_row[wants].tolist())
         self.unseeded = {i for i in empty if ledger.sites[i].remembers.is_whole}
 
     def _has_updated(self, turn: Turn) -> None:
-        left = () if self.unseeded is None or turn is None else self.unseeded
+        left = () if turn is None else (self.unseeded or ())
         self.unseeded = {i for i in left if turn is not None and i // len(ROLES) not in turn}
+        self.agreed = {index: amax for index, amax in self.agreed.items() if index in self.unseeded}
 
     # ---- meeting ---------------------------------------------------------------------------
 
     def agree(
         self, ledger: Meeting, newest: Tensor, pending: int, turn: Turn, *, captured: bool
-    ) -> tuple[Tensor, int]:
-        """Return the newest amaxes of all ranks, float32 `[rows]`, and what is pending there.
+    ) -> tuple[Tensor, int, Turn]:
+        """Return the newest amaxes of all ranks, float32 `[rows]`, what is pending, and whose turn.
+
+        Where this rank's turn is for some products only, it waits for the device to learn of the
+        others.
 
         Args:
             ledger: Whose.
-            newest: This rank's, -1 where nothing was measured.
+            newest: This rank's, of all products, -1 where nothing was measured.
             pending: What this rank has (`nn.turns`).
-            turn: Which products the update is for.
+            turn: Which products the update is for, on this rank.
             captured: Whether this becomes part of a CUDA graph.
 
         Raises:
             ConvertError: The ranks differ in sites, scalings, updates or loaded state.
         """
+        self._refuse_join()
         is_late = newest.device.type != "cpu" if self.is_late is None else self.is_late
-        agreed, found = newest.clone(), [FRESH if is_late or captured else pending]
+        had_failed = self._failure is not None
+        agreed, whose, is_whole = newest.clone(), turn, True
+        found = [FRESH if is_late or captured else pending]
         for part in self.parts:
             own = newest if part.rows is None else newest[part.rows]
+            own = torch.cat([own, turns_of(part, turn, own)])
+            met = None
             if captured:
                 met = max_over(part.groups, own)
             elif is_late:
-                met = self._meet_late(ledger, part, own)
+                with self._failing():
+                    met = self._meet_late(ledger, part, own)
             else:
-                met, theirs = self._meet(ledger, part, own, pending)
-                found.append(theirs)
+                with self._failing():
+                    met, there = self._meet(ledger, part, own, pending)
+                    found.append(there)
             if met is None:
-                found = [NOTHING]
-                break
-            if part.rows is None:
-                agreed = met
-            else:
-                agreed[part.rows] = met
+                is_whole = False
+                continue
+            amaxes, theirs = met.split([len(own) - len(part.products), len(part.products)])
+            agreed = with_rows(agreed, part, amaxes)
+            if whose is not None and not (captured or whose.issuperset(part.products)):
+                flags = zip(part.products, theirs.tolist(), strict=True)
+                whose |= {product for product, flag in flags if flag > 0}
+        if not is_late or had_failed or self._fails_at_last:
+            self._raise_failure()
         if not captured:
             self.is_loaded = False
+        if not is_whole:
+            return agreed, NOTHING, whose
         if max(found) != NOTHING:
-            self._has_updated(turn)
-        return agreed, max(found)
+            self._has_updated(whose)
+        return agreed, max(found), whose
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Keep what is raised until this rank has met all that wait for it."""
+        self._fails_at_last = False
+        try:
+            yield
+        except ConvertError as error:
+            self._failure = self._failure or error
+            self._fails_at_last = True
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def _meet(self, ledger: Meeting, part: Part, own: Tensor, pending: int) -> tuple[Tensor, int]:
         """Meet and read the header at once."""
@@ -305,7 +326,7 @@ class Shared:
                 pact.length = part.length
         fits = pact.length == part.length
         vector = self._reduced(ledger, part, own if fits else None, FRESH)
-        pact.header, pact.arrived = _on_its_way(vector[:HEADER])
+        pact.header, pact.arrived = on_its_way(vector[:HEADER])
         pact.sent = part.text
         return vector[HEADER:] if fits else None
 
@@ -322,8 +343,9 @@ class Shared:
         With `contents` a header alone, whose digest is also of them.
         """
         told = f"{part.text}\n{ledger.updates} updates".encode()
-        digest = _digest(told if contents is None else told + contents)
-        header = [pending, int(self.is_loaded), *digest, *(-part for part in digest)]
+        digest = digest_of(told if contents is None else told + contents)
+        failed = self._failure is not None
+        header = [pending, int(self.is_loaded), int(failed), *digest, *(-part for part in digest)]
         device = ledger.scale.device
         head = torch.tensor(header, dtype=torch.float32, pin_memory=device.type == "cuda")
         head = head.to(device, non_blocking=True)
@@ -334,19 +356,24 @@ class Shared:
         return max_over(part.groups, torch.cat([head, own]))
 
     def _compare_contents(self, ledger: Meeting, part: Part) -> None:
-        vector = self._reduced(ledger, part, None, NOTHING, _contents(ledger, part))
+        vector = self._reduced(ledger, part, None, NOTHING, contents_of(ledger, part))
         self._check(ledger, part, vector)
 
     def _check(self, ledger: Meeting, part: Part, vector: Tensor) -> None:
-        """Raise, on all ranks alike, where one of them differs."""
+        """Raise, on all ranks alike, where one of them differs, or did in another group."""
+        if vector[FAILED] > 0:
+            raise ConvertError(
+                "expected ranks that share scales to have the same layers, scalings and scaling "
+                "state: some that share other layers differ, and their errors say in what"
+            )
         most, least = vector[DIGEST:HEADER].view(2, DIGEST_PARTS)
         if torch.equal(most, -least):
             return
         own = Description(
             rank=dist.get_rank(),
             updates=ledger.updates,
-            sites=_describe(ledger, part.sites),
-            contents=_digest(_contents(ledger, part)),
+            sites=described(ledger, part.sites),
+            contents=digest_of(contents_of(ledger, part)),
         )
         everyone = [own]
         for group in part.groups:
@@ -360,62 +387,3 @@ def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     """Whether two states are: the ledger's parts by identity, the rest by value."""
     held = zip(one[1:3], other[1:3], strict=True)
     return all(a is b for a, b in held) and (one[0], one[3]) == (other[0], other[3])
-
-
-def _describe(ledger: Meeting, sites: Sequence[int]) -> dict[str, str]:
-    """Return each site by its name in the model as it is now, and how it is scaled.
-
-    Not by the name that the ledger has: a recorder, maybe of one rank, may have it renamed.
-    """
-    names = {}
-    model = ledger.clock.model
-    for fqn, module in () if model is None else model.named_modules():
-        own: Any = module.__dict__.get("sites")
-        if getattr(own, "ledger", None) is ledger:
-            names |= {index: f"{fqn} {role}".strip() for role, index in own.indices.items()}
-    described = {}
-    for index in sites:
-        site = ledger.sites[index]
-        grids = f" in {site.grids} blocks" if site.grids else ""
-        scaling = f"{_worded(site.operand.scaling)} {site.operand.format.name}{grids}"
-        described[names.get(index, f"site {index}")] = scaling
-    return described
-
-
-def _worded(scaling: Any) -> str:
-    """Return a scaling in words that do not depend on where its function lies in memory."""
-    reduce = getattr(scaling, "reduce", None)
-    if not callable(reduce):
-        return repr(scaling)
-    name = getattr(reduce, "__qualname__", type(reduce).__qualname__)
-    return repr(scaling).replace(repr(reduce), name)
-
-
-def _contents(ledger: Meeting, part: Part) -> bytes:
-    """Return histories and scales of a part; waits for the device."""
-    rows = ledger.layout.numbers_of(part.sites)
-    history = ledger.ring.newest(rows, ledger.layout.longest)
-    kept = torch.cat([history.flatten(), ledger.scale[rows]])
-    return kept.cpu().numpy().tobytes()
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _digest(told: bytes) -> list[int]:
-    size = DIGEST_BITS // 8
-    raw = hashlib.blake2b(told, digest_size=size * DIGEST_PARTS).digest()
-    whole = partial(int.from_bytes, byteorder="little")
-    return [whole(raw[i * size : (i + 1) * size]) for i in range(DIGEST_PARTS)]
-
-
-def _on_its_way(header: Tensor) -> tuple[Tensor, Any]:
-    """Return a copy on the host, and when it is there; nobody waits for it."""
-    if header.device.type != "cuda":
-        return header.to("cpu", copy=True), None
-    copied = torch.empty(header.shape, dtype=header.dtype, pin_memory=True)
-    copied.copy_(header, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return copied, arrived
