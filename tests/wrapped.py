@@ -8,7 +8,7 @@ learning rate takes it out, by a power of two.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ class Case:
         after: Whether the model is converted after it was wrapped.
         reshard: Whether FSDP2 lets whole weights go after a forward.
         offload: Whether FSDP2 keeps shards on the host.
-        microsteps: Forwards a step.
+        microsteps: Forwards a step; with several there is a warm-up of one step, since ranks agree
+            on the first scale in the first of them alone.
         reentrant: Kind of activation checkpointing; None: none.
         bf16: Whether FSDP2 computes in bfloat16.
         unused: Whether a layer takes part in every other step only.
@@ -97,12 +98,11 @@ class Trained:
     updates: int
 
 
-def recipe(scaling: str) -> unclamp.Recipe:
+def recipe(scaling: str, warmup_steps: int = 0) -> unclamp.Recipe:
     """Return a recipe whose histories are short, so that scales move."""
     kinds = {"delayed": unclamp.Delayed, "guarded": unclamp.Guarded}
-    if scaling in kinds:
-        return unclamp.Recipe.uniform(kinds[scaling](history_len=2))
-    return unclamp.Recipe.uniform(unclamp.Static(scale=64.0))
+    one = kinds[scaling](history_len=2) if scaling in kinds else unclamp.Static(scale=64.0)
+    return replace(unclamp.Recipe.uniform(one), warmup_steps=warmup_steps)
 
 
 def batches(steps: int, microsteps: int, ranks: int) -> Tensor:
@@ -164,11 +164,12 @@ def train(rank: int, case: Case, ranks: int, steps: int = 4) -> Trained:
     world = dist.get_world_size()
     torch.manual_seed(0)
     net = Net(reentrant=case.reentrant, has_spare=case.unused)
+    made = recipe(case.scaling, warmup_steps=int(case.microsteps > 1))
     if not case.after:
-        unclamp.convert(net, recipe(case.scaling))
+        unclamp.convert(net, made)
     model: Any = wrap(net, case)
     if case.after:
-        unclamp.convert(model, recipe(case.scaling))
+        unclamp.convert(model, made)
     (ledger,) = find_ledgers(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25 * world)
     losses, scales, histories = [], [], []

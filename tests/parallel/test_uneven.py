@@ -90,7 +90,7 @@ def test_a_layer_that_has_its_turn_on_one_rank_has_it_on_all() -> None:
 def _halves(rank: int) -> tuple[list[Any], bool]:
     """Each rank steps the same half; what the other half saw stays pending on both ranks."""
     net, model, ledger = _wrapped()
-    halves = [torch.optim.SGD(net[index].parameters(), lr=0.0) for index in (0, 2)]
+    halves = [torch.optim.SGD(net.get_submodule(i).parameters(), lr=0.0) for i in "02"]
     states = []
     for step, x in enumerate(_inputs(rank)):
         model(x).square().sum().backward()

@@ -43,6 +43,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from unclamp.errors import ConvertError, UnsupportedError
@@ -144,7 +145,7 @@ def multiply(
 
 # Between graphs: in one, ranks would not agree. torch's own name, for the public one loads the
 # compiler at once.
-_eagerly: Any = torch._disable_dynamo(multiply)
+_eagerly: Any = _disable_dynamo(multiply)
 
 
 def check_device(operands: Operands, weight: Tensor) -> None:
