@@ -185,6 +185,7 @@ def test_a_switch_is_an_event_of_the_coming_step(tmp_path):
         "scaling": "dynamic",
         "margin": 0,
         "power_of_two": False,
+        "shared": False,
         "granularity": "tensor",
     }
     assert sites[1]["after"]["reduce"] == "amax"
