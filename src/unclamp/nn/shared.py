@@ -93,6 +93,10 @@ class Shared:
     _looked_at: Any = None
     _has_told: bool = False
 
+    def __reduce__(self) -> tuple[type["Shared"], tuple[()]]:
+        """Pickle and copy as new: whom a ledger meets is a matter of its own process."""
+        return Shared, ()
+
     # ---- with whom -------------------------------------------------------------------------
 
     def look(self, ledger: Meeting) -> bool:
