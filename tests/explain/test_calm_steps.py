@@ -22,6 +22,7 @@ from unclamp.explain.chain import earlier_snapshots
 from unclamp.explain.game import Game, Window
 from unclamp.explain.investigate import investigate
 from unclamp.explain.noise import Noise
+from unclamp.explain.ranks import ALONE
 from unclamp.explain.replay import Trace
 from unclamp.explain.store import find_snapshots, read_facts, read_snapshot
 from unclamp.explain.watch import SpikeWatch, calm_steps, level_before
@@ -252,7 +253,7 @@ def test_what_is_not_finite_is_worse_than_the_spike(level: float, tmp_path: Path
 
 def played(level: float, spike: float, free: float, folder: Path) -> tuple[Game, Trace]:
     """Return a game about a spike of one step, and the replay with nothing clamped."""
-    no_replay: Any = None
+    no_replay: Any = SimpleNamespace(ranks=ALONE)
     window = Window(first=20, last=20, level=level)
     game = Game(no_replay, window, budget=9, cache=folder / "cache.json")
     plain, without = (

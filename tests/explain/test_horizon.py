@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from unclamp.analysis.explanation import Explanation
 from unclamp.analysis.horizon import Asked, Clamped, Horizon, clamped_before
 from unclamp.explain import Snapshots
 from unclamp.explain.game import Game, Window
+from unclamp.explain.ranks import ALONE
 from unclamp.explain.replay import Trace
 from unclamp.explain.store import FACTS_FILE, SKELETON_FILE, find_snapshots, read_facts
 from unclamp.explain.watch import trains
@@ -242,7 +244,7 @@ def test_a_better_training_before_the_spike_is_no_part_of_it(
         return Trace(losses=losses, sites={}, underflowed=0, elements=1, seconds=0.0)
 
     window = Window(first=20, last=20, level=1.0, calm=range(11, 20))
-    no_replay: Any = None
+    no_replay: Any = SimpleNamespace(ranks=ALONE)
     game = Game(no_replay, window, budget=9, cache=tmp_path / "cache.json")
     game.begin(trace(1.0, 3.0))
     free = trace(calm, at_spike)

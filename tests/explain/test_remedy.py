@@ -19,6 +19,7 @@ from unclamp.explain.findings import Findings
 from unclamp.explain.game import Game, Window
 from unclamp.explain.noise import Noise
 from unclamp.explain.players import group_sites
+from unclamp.explain.ranks import ALONE
 from unclamp.explain.remedy import recommend
 from unclamp.explain.replay import Trace
 from unclamp.names import SiteName
@@ -136,7 +137,7 @@ def recommended(
         return trace(answers["blocks" if is_blocks else type(scaling).__name__.lower()])
 
     replay: Any = SimpleNamespace(
-        original=lambda site: unclamp.Delayed(), run=run, sites={WHO: None}
+        original=lambda site: unclamp.Delayed(), run=run, sites={WHO: None}, ranks=ALONE
     )
     game = Game(
         replay, Window(first=3, last=4, level=1.0), budget=20, cache=folder / "answers.json"
