@@ -5,7 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,12 +49,14 @@ class Way:
         ranks: Processes.
         parts: Into how many the batch is split between ranks that each average a loss.
         shares: Whether ranks share their scales.
+        warmup: Steps without casts: then ranks meet in updates only.
     """
 
     kind: str
     ranks: int = 2
     parts: int = 1
     shares: bool = True
+    warmup: int = 0
 
     @property
     def microbatches(self) -> int:
@@ -71,6 +73,7 @@ WAYS = {
     "FSDP2 + TP": Way(kind="fsdp2 tp", ranks=4, parts=2),
     "PP": Way(kind="pp"),
     "PP + FSDP2": Way(kind="pp fsdp2", ranks=4, parts=2),
+    "PP + FSDP2, `warmup_steps=1`": Way(kind="pp fsdp2", ranks=4, parts=2, warmup=1),
     "EP": Way(kind="ep"),
     "DDP, each rank its own scales": Way(kind="ddp", parts=2, shares=False),
     "TP, each rank its own scales": Way(kind="tp", shares=False),
@@ -166,7 +169,7 @@ def note_histories(model: nn.Module, seen: Seen) -> None:
 
 def alone(way: Way, scaling: unclamp.Scaling) -> Seen:
     """Train on the whole batch in this process."""
-    recipe, seen = unclamp.Recipe.uniform(scaling), Seen()
+    recipe, seen = replace(unclamp.Recipe.uniform(scaling), warmup_steps=way.warmup), Seen()
     model = mixture(None) if way.kind == "ep" else whole_model()
     unclamp.convert(model, recipe, skip=["router"] if way.kind == "ep" else [])
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LR)
@@ -212,7 +215,8 @@ def _end_step(
 
 def on_rank(way: Way, scaling: unclamp.Scaling) -> Seen:
     """Train on this rank's part."""
-    recipe, rank = unclamp.Recipe.uniform(scaling), dist.get_rank()
+    recipe = replace(unclamp.Recipe.uniform(scaling), warmup_steps=way.warmup)
+    rank = dist.get_rank()
     group = None if way.shares else ()
     if way.kind == "ep":
         model: Any = mixture(rank)
