@@ -26,6 +26,11 @@ def is_in_a_function() -> bool:
     return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
+def is_in_first_of_reentrant() -> bool:
+    """Whether this is in the forward of reentrant checkpointing, which has no gradients."""
+    return any(frame.f_code is _FIRST for frame in _frames())
+
+
 def runs_once() -> bool:
     """Whether this is the first forward of reentrant checkpointing, and no second one follows."""
     if not is_in_a_function() or torch._C._current_graph_task_id() != -1:

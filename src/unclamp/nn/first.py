@@ -12,17 +12,14 @@ Where the order may differ, nobody waits for anybody, and the first scale is eac
 """
 
 import re
-import sys
-from collections.abc import Iterator
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointFunction
 
 from unclamp.names import Role
+from unclamp.nn.checkpointed import is_in_first_of_reentrant
 from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.groups import Groups, max_over
 from unclamp.numerics import scale_from_amax
@@ -47,7 +44,7 @@ def trains(*, commits: bool, training: bool) -> bool:
     """
     if commits or is_in_backward():
         return True
-    return training and any(f.f_code is _REENTRANT for f in _frames())
+    return training and is_in_first_of_reentrant()
 
 
 def is_in_backward() -> bool:
@@ -79,13 +76,3 @@ def first_scale(operands: "Operands", role: Role, x: Tensor, groups: Groups) -> 
         amax = shared.agreed[index] = max_over(groups, amax.reshape(1))[0].clamp(min=0)
     power_of_two = plan.power_of_two or plan.granularity.power_of_two
     return scale_from_amax(amax, plan.largest, power_of_two=power_of_two)
-
-
-_REENTRANT = CheckpointFunction.forward.__code__
-
-
-def _frames() -> Iterator[FrameType]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back

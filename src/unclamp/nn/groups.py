@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from unclamp.errors import ConvertError, UnclampWarning
 from unclamp.nn.alive import Alive
-from unclamp.nn.holders import sharded_parameters
+from unclamp.nn.holders import sharded_parameters, whole_spec
 from unclamp.rule import matches
 
 Groups = tuple[Any, ...]
@@ -36,8 +36,6 @@ _given: "weakref.WeakKeyDictionary[nn.Module, Groups]" = weakref.WeakKeyDictiona
 _wrappers: Alive[nn.Module] = Alive()
 _hooks: list[Any] = []
 _changes = [0]
-_SPECS = ("_unsharded_dtensor_spec", "_tp_spec")
-"""What FSDP2 calls the layout of a parameter that tensor parallelism has cut: torch 2.13, 2.11."""
 _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel"),
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"),
@@ -221,8 +219,7 @@ class Finder:
         """Return the groups over which a parameter is in parts when it is computed with."""
         sharded = self._sharded.get(id(parameter))
         if sharded is not None:
-            new, old = (getattr(sharded, name, None) for name in _SPECS)
-            spec = new or old
+            spec = whole_spec(sharded)
         else:
             spec = getattr(parameter, "_spec", None) or _localized(parameter)
         if spec is None:

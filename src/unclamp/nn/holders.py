@@ -97,6 +97,10 @@ def copies_of(parameter: Tensor) -> Iterator[Tensor]:
         yield fragment
 
 
+_SPECS = ("_unsharded_dtensor_spec", "_tp_spec")
+"""What FSDP2 calls the layout of a parameter that tensor parallelism has cut: torch 2.13, 2.11."""
+
+
 def sharded_parameters(model: nn.Module) -> list[Any]:
     """Return what FSDP2 keeps of each parameter of a model, sharded and whole.
 
@@ -107,6 +111,12 @@ def sharded_parameters(model: nn.Module) -> list[Any]:
     groups = [getattr(state, "_fsdp_param_group", None) for state in states]
     every = [parameter for group in groups for parameter in getattr(group, "fsdp_params", ())]
     return [parameter for parameter in every if hasattr(parameter, "sharded_param")]
+
+
+def whole_spec(parameter: Any) -> Any:
+    """Return the `DTensorSpec` of what FSDP2 puts together of a parameter; None: a plain tensor."""
+    new, old = (getattr(parameter, name, None) for name in _SPECS)
+    return new or old
 
 
 def _shards(model: nn.Module) -> dict[int, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unclamp.names import ROLES, Role
 from unclamp.nn.groups import Finder, follow_wrappers, is_distributed
+from unclamp.nn.holders import sharded_parameters, whole_spec
 from unclamp.nn.ledger import Ledger
 
 _ALIKE: dict[int, Role] = {0: "input", 1: "grad_output"}
@@ -56,7 +57,7 @@ class Replicas:
         spec = getattr(weight, "_spec", None) or getattr(weight, "_st_info", None)
         copies = self._finder.wrapped_by(module)
         if managed is not None:
-            spec = getattr(managed, "_unsharded_dtensor_spec", None)
+            spec = whole_spec(managed)
             copies = (*copies, *_groups_with_copies(managed))
         if any(dist.get_rank(group) > 0 for group in copies):
             found.add("weight")
@@ -87,16 +88,12 @@ def _groups_with_copies(managed: Any) -> list[Any]:
 
 
 def _managed(root: nn.Module) -> dict[int, Any]:
-    """Return FSDP2's parameters, by the ids of shard and whole; torch has no public way to them."""
-    modules: list[Any] = [m for m in root.modules() if hasattr(type(m), "_get_fsdp_state")]
-    states = [module._get_fsdp_state() for module in modules]
-    groups = [getattr(state, "_fsdp_param_group", None) for state in states]
+    """Return FSDP2's parameters, by the ids of shard and whole."""
     found = {}
-    for group in groups:
-        for parameter in getattr(group, "fsdp_params", ()):
-            for name in ("sharded_param", "_unsharded_param"):
-                if (tensor := getattr(parameter, name, None)) is not None:
-                    found[id(tensor)] = parameter
+    for parameter in sharded_parameters(root):
+        for name in ("sharded_param", "_unsharded_param"):
+            if (tensor := getattr(parameter, name, None)) is not None:
+                found[id(tensor)] = parameter
     return found
 
 

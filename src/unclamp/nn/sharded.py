@@ -26,6 +26,7 @@ from unclamp.errors import UnsupportedError
 from unclamp.names import shown
 from unclamp.nn.agreed import WHOLE, Splits, splits_at
 from unclamp.nn.counting import count
+from unclamp.nn.holders import sharded_parameters, whole_spec
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
 
@@ -282,17 +283,9 @@ def _part_shape(weight: Any, wholes: Mapping[int, Any]) -> tuple[int, ...]:
 def _wholes(model: nn.Module) -> dict[int, Any]:
     """Return how parameters are spread that FSDP2 puts together, by the id of the shard.
 
-    None stands for a parameter that is whole in a forward. torch has no public way to it.
+    None stands for a parameter that is whole in a forward.
     """
-    modules: list[Any] = [m for m in model.modules() if hasattr(type(m), "_get_fsdp_state")]
-    states = [module._get_fsdp_state() for module in modules]
-    groups = [getattr(state, "_fsdp_param_group", None) for state in states]
-    return {
-        id(parameter.sharded_param): getattr(parameter, "_unsharded_dtensor_spec", None)
-        for group in groups
-        for parameter in getattr(group, "fsdp_params", ())
-        if hasattr(parameter, "sharded_param")
-    }
+    return {id(p.sharded_param): whole_spec(p) for p in sharded_parameters(model)}
 
 
 def spread_in_forward(weight: Any, model: nn.Module) -> Any:
