@@ -4,8 +4,16 @@ Before the first update there is no history, and a cast takes its scale from its
 each rank its own part of a batch that would be other scales than those of one process, so between
 the first forward that trains and the first update the casts of delayed and guarded scaling take the
 maximum over the ranks: one number an operand, in the order of the first forward and backward, which
-is the same on all ranks. Later microbatches of that step may be more on one rank than on another:
-nobody meets in them, and they cast by what was agreed on, or by their own amax if that is larger.
+is the same on all ranks.
+
+**Several microbatches.** One process casts each of them by its own amax. In a pipeline ranks meet
+in each: a schedule has the same microbatches in the same order on all ranks that hold a stage, and
+that their numbers are alike is known since the ranks' first meeting. What was agreed on in a
+microbatch serves its second run too: the other half of a backward in two runs, a forward that is
+computed again. Elsewhere later microbatches may be more on one rank than on another, as may be
+further steps of a schedule before the update: nobody meets in them, and they cast by what was
+agreed on first, or by their own amax if that is larger.
+
 Where the order may differ, nobody waits for anybody, and the first scale is each rank's own: under
 `find_unused_parameters`, among routed experts, in a compiled graph, in evaluations, and in a DDP in
 `eval()`. A recipe with a warm-up of one step or more needs none of this.
@@ -61,7 +69,8 @@ def is_in_ddp() -> bool:
 def first_scale(operands: "Operands", role: Role, x: Tensor, groups: Groups) -> Tensor | None:
     """Return the scale that ranks agree on for a cast without a history; None where it has its own.
 
-    Every rank of the groups has to come by with a tensor of its own, the first time.
+    Every rank of the groups has to come by with a tensor of its own, the first time, and the first
+    time in each microbatch of a pipeline.
     """
     index, plan, shared = operands.indices[role], operands.plans[role], operands.ledger.shared
     if isinstance(x, GatheredCodes):  # whose ranks have agreed before they sent it
@@ -70,9 +79,11 @@ def first_scale(operands: "Operands", role: Role, x: Tensor, groups: Groups) -> 
         return None
     x = x.detach()
     amax = torch.where(x.isfinite(), x, 0).abs().amax() if x.numel() else x.new_full((), -1)
-    if index in shared.agreed:
-        amax = torch.maximum(shared.agreed[index], amax)
+    key = (index, shared.microbatch_to_meet(index, groups))
+    if key in shared.agreed:
+        amax = torch.maximum(shared.agreed[key], amax)
     else:
-        amax = shared.agreed[index] = max_over(groups, amax.reshape(1))[0].clamp(min=0)
+        amax = shared.agreed[key] = max_over(groups, amax.reshape(1))[0].clamp(min=0)
+        shared.agreed.setdefault((index, None), amax)
     power_of_two = plan.power_of_two or plan.granularity.power_of_two
     return scale_from_amax(amax, plan.largest, power_of_two=power_of_two)

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from unclamp.errors import UnclampWarning, UnsupportedError
+from unclamp.nn.microbatch import know_microbatches
 
 STAGE, FRONTEND = (f"torch.distributed.pipelining.{name}" for name in ("stage", "_IR"))
 REHEARSALS = ("_prepare_forward_infra", "_prepare_backward_infra", "__init__")
@@ -76,6 +77,7 @@ def _prepare_stage(module: ModuleType) -> None:
         method = stage.__dict__.get(name)
         if method is not None and not hasattr(method, "__wrapped__"):
             setattr(stage, name, _rehearsing(method))
+    know_microbatches(getattr(module, "_PipelineStageBase", stage))
     if any(name not in stage.__dict__ for name in NEEDED):
         warnings.warn(
             "the pipelining of this torch is not known: where a stage finds its shapes by running, "

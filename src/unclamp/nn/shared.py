@@ -39,6 +39,7 @@ from unclamp.nn import first
 from unclamp.nn.alive import Alive
 from unclamp.nn.apart import Description, difference, tell_alone
 from unclamp.nn.groups import Finder, Groups, is_distributed, max_over, version
+from unclamp.nn.microbatch import running
 from unclamp.nn.turns import FRESH, NOTHING, Turn
 from unclamp.nn.vectors import (
     DIGEST,
@@ -54,6 +55,7 @@ from unclamp.nn.vectors import (
     described,
     digest_of,
     hash_of,
+    microbatches_of_all,
     on_its_way,
     size_and_ranks,
     turns_of,
@@ -73,7 +75,8 @@ class Shared:
         first: The products whose casts may agree on a first scale, and with whom (`nn.first`).
         within_ddp: Those of them that a DDP is around.
         unseeded: Sites of such products that have no scale; None until the ranks have met.
-        agreed: The amaxes that ranks have agreed on for such sites.
+        agreed: The amaxes that ranks have agreed on for such sites, by site and microbatch of a
+            pipeline; of None the first one, for those in which nobody meets.
     """
 
     parts: list[Part] = field(default_factory=list)
@@ -83,12 +86,13 @@ class Shared:
     first: dict[int, Groups] = field(default_factory=dict)
     within_ddp: set[int] = field(default_factory=set)
     unseeded: set[int] | None = None
-    agreed: dict[int, Tensor] = field(default_factory=dict)
+    agreed: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     _joinable: Alive[nn.Module] = field(default_factory=Alive)
     _alone: list[int] = field(default_factory=list)
     _failure: ConvertError | None = None
     _fails_at_last: bool = False
     _pacts: dict[Groups, Pact] = field(default_factory=dict)
+    _runs: dict[int, int] = field(default_factory=dict)
     _looked: Any = None
     _looked_at: Any = None
     _has_told: bool = False
@@ -208,6 +212,9 @@ class Shared:
         is_in_ddp = first.is_in_backward() or first.is_in_ddp()
         if number in self.within_ddp and not is_in_ddp:
             return ()
+        microbatch = running()
+        if microbatch is not None and not microbatch.trains:
+            return ()
         if self.unseeded is None:
             self._begin(ledger)
         return groups
@@ -217,17 +224,33 @@ class Shared:
         for part in self.parts:
             with self._failing():
                 self._compare_contents(ledger, part)
-                self._pacts[part.groups].length = part.length
+                pact = self._pacts[part.groups]
+                pact.length = part.length
+                pact.microbatches = microbatches_of_all(part.groups, ledger.scale.device)
         self._raise_failure()
         self.is_loaded = False
+        self.agreed, self._runs = {}, {}
         wants = ~ledger.layout.settings.takes_own & (ledger.scale == 0)
         empty = set(ledger.layout.site_of_row[wants].tolist())
         self.unseeded = {i for i in empty if ledger.sites[i].remembers.is_whole}
 
+    def microbatch_to_meet(self, index: int, groups: Groups) -> int | None:
+        """Return the microbatch in which ranks meet for a site; None where some may have none.
+
+        All ranks have those of a pipeline's step, if their numbers are alike. Before one update
+        a rank may make more steps of a schedule than another: it is the first alone.
+        """
+        microbatch, pact = running(), self._pacts.get(groups)
+        if microbatch is None or pact is None or microbatch.of != pact.microbatches:
+            return None
+        is_first = self._runs.setdefault(index, microbatch.run) == microbatch.run
+        return microbatch.number if is_first else None
+
     def _has_updated(self, turn: Turn) -> None:
         left = () if turn is None else (self.unseeded or ())
         self.unseeded = {i for i in left if turn is not None and i // len(ROLES) not in turn}
-        self.agreed = {index: amax for index, amax in self.agreed.items() if index in self.unseeded}
+        self.agreed = {key: amax for key, amax in self.agreed.items() if key[0] in self.unseeded}
+        self._runs = {index: run for index, run in self._runs.items() if index in self.unseeded}
 
     # ---- meeting ---------------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unclamp.nn.clock import Ticking
-from unclamp.nn.groups import Groups
+from unclamp.nn.groups import Groups, max_over
 from unclamp.nn.layout import Layout
+from unclamp.nn.microbatch import running
 from unclamp.nn.ring import Ring
 from unclamp.nn.turns import Turn
 
@@ -76,12 +77,25 @@ class Pact:
         header: That of the last meeting, on its way to the host; None where it was read.
         sent: The part's text in that meeting.
         arrived: When the header is there: a CUDA event.
+        microbatches: How many a pipeline's step has on all ranks; 0: none, or not alike.
     """
 
     length: int | None = None
     header: Tensor | None = None
     sent: str = ""
     arrived: Any = None
+    microbatches: int = 0
+
+
+def microbatches_of_all(groups: Groups, device: torch.device) -> int:
+    """Return how many microbatches the running step of a pipeline has, alike on all ranks, or 0.
+
+    Every rank of the groups has to come by. Waits for the device.
+    """
+    microbatch = running()
+    own = 0 if microbatch is None else microbatch.of
+    most, least = max_over(groups, torch.tensor([own, -own], device=device)).tolist()
+    return own if most == -least else 0
 
 
 def size_and_ranks(groups: Groups) -> tuple[int, list[list[int]]]:
