@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
@@ -41,6 +46,11 @@ class Case:
         checkpoints: Whether stages recompute their forward.
         evaluates: Whether there is an evaluation between two steps.
         imports_late: Whether pipelining is imported after the conversion.
+        copies: How two ranks hold each stage, each with half of every microbatch: "ddp", "fsdp2",
+            or "group", told by hand; without it there is one.
+        is_reentrant: Whether a forward that is computed again is so by reentrant checkpointing.
+        odd: What one of the two does that the other does not: "evaluates" before the first step,
+            has twice the "microbatches", or makes the first "step" twice.
     """
 
     schedule: str
@@ -49,6 +59,9 @@ class Case:
     checkpoints: bool = False
     evaluates: bool = False
     imports_late: bool = False
+    copies: str = ""
+    is_reentrant: bool = False
+    odd: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +92,17 @@ class Outcome:
 class Stage(nn.Module):
     """Two layers, which may be computed again in backward."""
 
-    def __init__(self, *, checkpoints: bool) -> None:
+    def __init__(self, *, checkpoints: bool, is_reentrant: bool) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-        self.checkpoints = checkpoints
+        self.checkpoints, self.is_reentrant = checkpoints, is_reentrant
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[tokens, WIDTH]`."""
-        return checkpoint(self._run, x, use_reentrant=False) if self.checkpoints else self._run(x)
+        if not self.checkpoints:
+            return self._run(x)
+        # Of an input that wants no gradient, reentrant checkpointing gives none to weights either.
+        return checkpoint(self._run, x, use_reentrant=self.is_reentrant and x.requires_grad)
 
     def _run(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(x)))
@@ -96,7 +112,8 @@ def stages(case: Case) -> nn.ModuleDict:
     """Return all stages of a model, each with weights of its own."""
     torch.manual_seed(0)
     count = len(SCHEDULES[case.schedule])
-    return nn.ModuleDict({str(i): Stage(checkpoints=case.checkpoints) for i in range(count)})
+    made = {"checkpoints": case.checkpoints, "is_reentrant": case.is_reentrant}
+    return nn.ModuleDict({str(i): Stage(**made) for i in range(count)})
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +154,7 @@ class Watch:
             )
             for i, site in enumerate(ledger.sites)
         }
-        weights = {name: p.detach().clone().numpy() for name, p in self.model.named_parameters()}
+        weights = {name: _whole(p).clone().numpy() for name, p in self.model.named_parameters()}
         return Outcome(
             sites=sites, updates=ledger.updates, weights=weights, losses=losses, inputs=self.largest
         )
@@ -179,21 +196,54 @@ def all_on_rank(rank: int, cases: list[Case]) -> list[Outcome]:
     return [on_rank(rank, case) for case in cases]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank is: which stages of a pipeline it has, and which part of each microbatch."""
+
+    stage: int
+    part: int | None
+    mesh: Any
+
+    @classmethod
+    def of(cls, rank: int, case: Case) -> "Place":
+        """Return that of a rank: of two, or of four that hold each stage twice."""
+        if not case.copies:
+            return cls(stage=rank, part=None, mesh=None)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+        return cls(stage=mesh.get_local_rank("pp"), part=mesh.get_local_rank("dp"), mesh=mesh)
+
+    def rows(self, t: Tensor) -> Tensor:
+        """Return this rank's half of each microbatch."""
+        if self.part is None:
+            return t
+        return t.view(MICROBATCHES, 2, -1, t.shape[1])[:, self.part].flatten(0, 1)
+
+    def group(self, dimension: str) -> Any:
+        """Return the ranks of a pipeline, or those that hold the same stages."""
+        return None if self.mesh is None else self.mesh.get_group(dimension)
+
+
 def on_rank(rank: int, case: Case) -> Outcome:
     """Train the stages of one rank."""
     if not case.imports_late:
         importlib.import_module("torch.distributed.pipelining")
-    everything, places = stages(case), SCHEDULES[case.schedule]
-    own = [i for i, place in enumerate(places) if place == rank]
+    everything, places, place = stages(case), SCHEDULES[case.schedule], Place.of(rank, case)
+    own = [i for i, one in enumerate(places) if one == place.stage]
     model = nn.ModuleDict({str(i): everything[str(i)] for i in own})
     assert not case.imports_late or "torch.distributed.pipelining" not in sys.modules
-    unclamp.convert(model, case.recipe)
+    unclamp.convert(model, case.recipe, group=place.group("dp") if case.copies == "group" else None)
+    called = [_held_twice(case, model[str(i)], place) for i in own]
     watch, optimizer, losses = Watch(model), AdamW(model.parameters(), lr=1e-2), []
     with junk_in_memory():
-        schedule = _schedule(case, model, own, places)
+        schedule = _schedule(case, called, own, places, place)
         for step in range(STEPS):
-            x, y = batch(step)
-            _step(schedule, own, len(places), x, y, losses)
+            x, y = map(place.rows, batch(step))
+            if step == 0 and place.part == 0 and case.odd == "evaluates":
+                schedule.eval(*([x] if 0 in own else []), target=y)  # with gradients, in train()
+            for _ in range(2 if step == 0 and place.part == 1 and case.odd == "step" else 1):
+                _step(schedule, own, len(places), x, y, losses)
+            if case.copies == "group":
+                _average_gradients(model, place.group("dp"))
             optimizer.step()
             optimizer.zero_grad()
             if case.evaluates:
@@ -204,24 +254,50 @@ def on_rank(rank: int, case: Case) -> Outcome:
     return watch.outcome(losses)
 
 
-def _schedule(case: Case, model: nn.ModuleDict, own: list[int], places: tuple[int, ...]) -> Any:
+def _whole(parameter: Tensor) -> Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _held_twice(case: Case, stage: nn.Module, place: Place) -> nn.Module:
+    """Return a stage as it is called."""
+    if case.copies == "ddp":
+        return DistributedDataParallel(stage, process_group=place.group("dp"))
+    if case.copies == "fsdp2":
+        fully_shard(stage, mesh=place.mesh["dp"])
+    return stage
+
+
+def _average_gradients(model: nn.Module, group: Any) -> None:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad, group=group)
+        parameter.grad.div_(2)
+
+
+def _schedule(
+    case: Case, called: list[nn.Module], own: list[int], places: tuple[int, ...], place: Place
+) -> Any:
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining.schedules import get_schedule_class
 
+    group, cpu = place.group("pp"), torch.device("cpu")
     made = [
-        PipelineStage(model[str(i)], i, len(places), torch.device("cpu"), **_known(case, i))
-        for i in own
+        PipelineStage(stage, i, len(places), cpu, group=group, **_known(case, i))
+        for i, stage in zip(own, called, strict=True)
     ]
     kind = get_schedule_class(case.schedule)
     is_single = len(places) == 2
-    return kind(made[0] if is_single else made, MICROBATCHES, loss_fn=loss_of)  # pyright: ignore
+    count = MICROBATCHES * (2 if case.odd == "microbatches" and place.part == 1 else 1)
+    return kind(made[0] if is_single else made, count, loss_fn=loss_of)  # pyright: ignore
 
 
 def _known(case: Case, stage: int) -> dict[str, Any]:
     """Return what a stage is told of its shapes; what it gets from another wants a gradient."""
     if not case.is_static:
         return {}
-    comes, goes = torch.zeros(8, WIDTH), torch.zeros(8, WIDTH, requires_grad=True)
+    rows = 4 if case.copies else 8
+    comes, goes = torch.zeros(rows, WIDTH), torch.zeros(rows, WIDTH, requires_grad=True)
     return {"input_args": comes.requires_grad_(stage > 0), "output_args": goes}
 
 

@@ -29,7 +29,7 @@ class Microbatch:
     Attributes:
         run: Which step of which stage, in this process.
         number: Its place in the batch.
-        of: How many there are.
+        of: How many there are; of one that trains.
         trains: Whether a backward follows.
     """
 
@@ -83,8 +83,7 @@ def _running_in(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of(stage: Any, number: int) -> Microbatch | None:
-    if stage not in _runs or not stage.chunks:
+    if stage not in _runs:
         return None
-    return Microbatch(
-        run=_runs[stage], number=number, of=stage.chunks, trains=bool(stage.has_backward)
-    )
+    count = stage.chunks or 0  # a stage that only ever evaluated does not know
+    return Microbatch(run=_runs[stage], number=number, of=count, trains=bool(stage.has_backward))
