@@ -23,7 +23,7 @@ IS_OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 """torch 2.11 cannot split the node of a function in Python, and makes shapes out of zeros."""
 delayed = unclamp.Recipe()
 met_in_updates = unclamp.Recipe(warmup_steps=1)
-# Of several microbatches only the first agrees on a first scale, so that their numbers may differ.
+starts = pytest.mark.parametrize("recipe", [delayed, met_in_updates], ids=["fresh", "warm-up"])
 recipes = {
     "guarded": unclamp.Recipe.uniform(unclamp.Guarded()),
     "dynamic": unclamp.Recipe.uniform(unclamp.Dynamic()),
@@ -229,7 +229,7 @@ def test_stages_that_were_traced_can_be_converted():
 # ---- stages that are sharded -------------------------------------------------------------------
 
 
-def _sharded(rank: int, halves: bool) -> dict[str, Any]:
+def _sharded(rank: int, halves: bool, recipe: unclamp.Recipe) -> dict[str, Any]:
     """Train a stage over two of four ranks; each half of the batch, or both all of it."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
@@ -237,7 +237,7 @@ def _sharded(rank: int, halves: bool) -> dict[str, Any]:
     place, part = mesh.get_local_rank("pp"), mesh.get_local_rank("dp")
     torch.manual_seed(0)
     model = [_block() for _ in range(2)][place]
-    unclamp.convert(model, met_in_updates)
+    unclamp.convert(model, recipe)
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh["dp"])
     inputs: dict[str, float] = {}
@@ -270,11 +270,11 @@ def _block() -> nn.Sequential:
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
 
 
-def _sharded_alone() -> list[dict[str, list[float]]]:
+def _sharded_alone(recipe: unclamp.Recipe) -> list[dict[str, list[float]]]:
     torch.manual_seed(0)
     model = nn.Sequential(*[_block() for _ in range(2)])
     for block in model:
-        unclamp.convert(block, met_in_updates)
+        unclamp.convert(block, recipe)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
         for x, y in zip(*(t.chunk(4) for t in _data(step)), strict=True):
@@ -287,16 +287,18 @@ def _sharded_alone() -> list[dict[str, list[float]]]:
     return [{name: h.tolist() for name, h in _histories(block).items()} for block in model]
 
 
-def test_sharded_stages_with_equal_batches_see_what_the_single_process_sees():
-    truth = _sharded_alone()
-    for rank, found in enumerate(run_ranks(4, _sharded, False)):
+@starts
+def test_sharded_stages_with_equal_batches_see_what_the_single_process_sees(recipe: unclamp.Recipe):
+    truth = _sharded_alone(recipe)
+    for rank, found in enumerate(run_ranks(4, _sharded, False, recipe)):
         assert found["histories"] == truth[found["place"]]
         assert found["first of group"] == {2 * found["place"]}, rank  # and not the world's
 
 
+@starts
 @pytest.mark.skipif(find_spec("unclamp.nn.shared") is None, reason="nothing is shared yet")
-def test_ranks_of_a_sharded_stage_agree_on_the_largest_of_theirs():
-    ranks = run_ranks(4, _sharded, True)
+def test_ranks_of_a_sharded_stage_agree_on_the_largest_of_theirs(recipe: unclamp.Recipe):
+    ranks = run_ranks(4, _sharded, True, recipe)
     for place in range(2):
         first, second = (found for found in ranks if found["place"] == place)
         assert first["histories"] == second["histories"]

@@ -79,7 +79,7 @@ def first_scale(operands: "Operands", role: Role, x: Tensor, groups: Groups) -> 
         return None
     x = x.detach()
     amax = torch.where(x.isfinite(), x, 0).abs().amax() if x.numel() else x.new_full((), -1)
-    key = (index, shared.microbatch_to_meet(index, groups))
+    key = (index, shared.microbatch_to_meet(groups))
     if key in shared.agreed:
         amax = torch.maximum(shared.agreed[key], amax)
     else:

@@ -4,22 +4,19 @@ How many microbatches a step has is known beforehand in a pipeline's schedule al
 says it. Elsewhere a rank may make one more than the next, as with gradients that are accumulated,
 and nothing tells. So only in a schedule's step can ranks meet in each microbatch.
 
-A stage's own methods say which microbatch runs, and in which step: they are wrapped when pipelining
-is imported (`nn.rehearsal`). A backward in two runs, and a forward that backward computes again,
-are of the microbatch whose forward it was.
+A stage's own methods say which microbatch runs: they are wrapped when pipelining is imported
+(`nn.rehearsal`). A backward in two runs, and a forward that backward computes again, are of the
+microbatch whose forward it was.
 """
 
 import functools
-import itertools
-import weakref
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-BEGINS = "clear_runtime_states"
-"""The method of a stage that each step of its schedule begins with."""
 RUNS = ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk")
-"""Those that run a microbatch, with its number in front."""
+"""Methods of a stage that run a microbatch, whose number is their first argument."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +24,17 @@ class Microbatch:
     """One of the parts that a schedule cuts a batch into.
 
     Attributes:
-        run: Which step of which stage, in this process.
         number: Its place in the batch.
         of: How many there are; of one that trains.
         trains: Whether a backward follows.
     """
 
-    run: int
     number: int
     of: int
     trains: bool
 
 
 _running: Microbatch | None = None
-_numbers = itertools.count(1)
-_runs: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
 
 
 def running() -> Microbatch | None:
@@ -51,39 +44,26 @@ def running() -> Microbatch | None:
 
 def know_microbatches(stage: Any) -> None:
     """Have a class of stages say which microbatch runs; one with other methods stays unknown."""
-    if any(name not in stage.__dict__ for name in (BEGINS, *RUNS)):
+    methods = {name: stage.__dict__.get(name) for name in RUNS}
+    if any(method is None or hasattr(method, "__wrapped__") for method in methods.values()):
         return
-    if hasattr(stage.__dict__[BEGINS], "__wrapped__"):
-        return
-    setattr(stage, BEGINS, _beginning(stage.__dict__[BEGINS]))
-    for name in RUNS:
-        setattr(stage, name, _running_in(stage.__dict__[name]))
+    for name, method in methods.items():
+        setattr(stage, name, _telling(method))
 
 
-def _beginning(method: Callable[..., Any]) -> Callable[..., Any]:
+def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
+    _, name, *_ = inspect.signature(method).parameters
+
     @functools.wraps(method)
-    def begin(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _runs[self] = next(_numbers)
-        return method(self, *args, **kwargs)
-
-    return begin
-
-
-def _running_in(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def run(self: Any, number: int, *args: Any, **kwargs: Any) -> Any:
+    def run(stage: Any, *args: Any, **kwargs: Any) -> Any:
         global _running
-        before, _running = _running, _of(self, number)
+        number = args[0] if args else kwargs[name]
+        count = stage.chunks or 0  # a stage that only ever evaluated does not know
+        trains = bool(stage.has_backward)
+        before, _running = _running, Microbatch(number=number, of=count, trains=trains)
         try:
-            return method(self, number, *args, **kwargs)
+            return method(stage, *args, **kwargs)
         finally:
             _running = before
 
     return run
-
-
-def _of(stage: Any, number: int) -> Microbatch | None:
-    if stage not in _runs:
-        return None
-    count = stage.chunks or 0  # a stage that only ever evaluated does not know
-    return Microbatch(run=_runs[stage], number=number, of=count, trains=bool(stage.has_backward))

@@ -92,7 +92,6 @@ class Shared:
     _failure: ConvertError | None = None
     _fails_at_last: bool = False
     _pacts: dict[Groups, Pact] = field(default_factory=dict)
-    _runs: dict[int, int] = field(default_factory=dict)
     _looked: Any = None
     _looked_at: Any = None
     _has_told: bool = False
@@ -229,28 +228,21 @@ class Shared:
                 pact.microbatches = microbatches_of_all(part.groups, ledger.scale.device)
         self._raise_failure()
         self.is_loaded = False
-        self.agreed, self._runs = {}, {}
+        self.agreed = {}
         wants = ~ledger.layout.settings.takes_own & (ledger.scale == 0)
         empty = set(ledger.layout.site_of_row[wants].tolist())
         self.unseeded = {i for i in empty if ledger.sites[i].remembers.is_whole}
 
-    def microbatch_to_meet(self, index: int, groups: Groups) -> int | None:
-        """Return the microbatch in which ranks meet for a site; None where some may have none.
-
-        All ranks have those of a pipeline's step, if their numbers are alike. Before one update
-        a rank may make more steps of a schedule than another: it is the first alone.
-        """
+    def microbatch_to_meet(self, groups: Groups) -> int | None:
+        """Return the microbatch that runs on all ranks; None where some may have none."""
         microbatch, pact = running(), self._pacts.get(groups)
-        if microbatch is None or pact is None or microbatch.of != pact.microbatches:
-            return None
-        is_first = self._runs.setdefault(index, microbatch.run) == microbatch.run
-        return microbatch.number if is_first else None
+        is_on_all = microbatch and pact and microbatch.of == pact.microbatches
+        return microbatch.number if microbatch and is_on_all else None
 
     def _has_updated(self, turn: Turn) -> None:
         left = () if turn is None else (self.unseeded or ())
         self.unseeded = {i for i in left if turn is not None and i // len(ROLES) not in turn}
         self.agreed = {key: amax for key, amax in self.agreed.items() if key[0] in self.unseeded}
-        self._runs = {index: run for index, run in self._runs.items() if index in self.unseeded}
 
     # ---- meeting ---------------------------------------------------------------------------
 
