@@ -3,8 +3,9 @@
 Each way to train on several ranks makes the same steps as one process that sees the whole batch,
 with a model of 8,400 parameters, on CPU processes that meet through gloo. Each rank averages its
 loss over its own part, as a user's loop does, so that its gradients are as many times larger as
-there are parts: that factor, a power of two, is taken out. Pipelines, and the process that they are
-compared with, cut the batch into microbatches. Run by itself, `python -m bench.parallel`.
+there are parts: that factor, a power of two, is taken out. Where ranks cut the batch into
+microbatches, the process that they are compared with does too. Run by itself,
+`python -m bench.parallel`.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,7 @@ class Way:
         parts: Into how many the batch is split between ranks that each average a loss.
         shares: Whether ranks share their scales.
         warmup: Steps without casts: then ranks meet in updates only.
+        accumulates: Whether a step makes several microbatches where it is no pipeline.
     """
 
     kind: str
@@ -57,11 +58,12 @@ class Way:
     parts: int = 1
     shares: bool = True
     warmup: int = 0
+    accumulates: bool = False
 
     @property
     def microbatches(self) -> int:
         """How many a step makes, one after the other."""
-        return MICROBATCHES if self.kind.startswith("pp") else 1
+        return MICROBATCHES if self.accumulates or self.kind.startswith("pp") else 1
 
 
 WAYS = {
@@ -73,8 +75,9 @@ WAYS = {
     "FSDP2 + TP": Way(kind="fsdp2 tp", ranks=4, parts=2),
     "PP": Way(kind="pp"),
     "PP + FSDP2": Way(kind="pp fsdp2", ranks=4, parts=2),
-    "PP + FSDP2, `warmup_steps=1`": Way(kind="pp fsdp2", ranks=4, parts=2, warmup=1),
     "EP": Way(kind="ep"),
+    "DDP, two microbatches": Way(kind="ddp", parts=2, accumulates=True),
+    "the same, `warmup_steps=1`": Way(kind="ddp", parts=2, accumulates=True, warmup=1),
     "DDP, each rank its own scales": Way(kind="ddp", parts=2, shares=False),
     "TP, each rank its own scales": Way(kind="tp", shares=False),
 }
@@ -284,12 +287,23 @@ def _train(way: Way, model: nn.Module, wrapped: Any, *, part: int, of: int) -> S
             if way.kind == "ep":
                 # A rank's part of the whole's mean: experts' gradients are added up, not averaged.
                 loss = loss_of(wrapped, x, y) / of
-                reported = loss * of
+                loss.backward()
+                losses = [loss * of]
             else:
-                loss = reported = (wrapped(x) - y).square().mean()
-            loss.backward()
-            _end_step(way, model, optimizer, [reported], seen)
+                losses = _backward(way, wrapped, x, y)
+            _end_step(way, model, optimizer, losses, seen, divides=way.accumulates)
     return seen
+
+
+def _backward(way: Way, wrapped: Any, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Make a step's microbatches, and average gradients over ranks after the last one."""
+    losses = []
+    pairs = zip(x.chunk(way.microbatches), y.chunk(way.microbatches), strict=True)
+    for number, (one, target) in enumerate(pairs, start=1):
+        with nullcontext() if number == way.microbatches else wrapped.no_sync():
+            losses.append((wrapped(one) - target).square().mean())
+            losses[-1].backward()
+    return losses
 
 
 def _pipeline(way: Way, recipe: unclamp.Recipe) -> Seen:

@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -33,7 +34,7 @@ recipes = {
 cases = {
     **{name: Case(schedule=name, recipe=delayed) for name in SCHEDULES},
     **{
-        f"{name}, {what}": Case(schedule=name, recipe=delayed, **{flag: True})
+        f"{name}, {what}": replace(Case(schedule=name, recipe=delayed), **{flag: True})
         for name in ("1F1B", "InterleavedZeroBubble")
         for what, flag in (
             ("shapes told", "is_static"),
