@@ -44,10 +44,10 @@ quick: $(STUDY_STAMP) ## a first look at the study, in a minute; writes runs/qui
 	$(BIN)/unclamp study --quick --out runs/quick
 
 test: $(DEV_STAMP) ## the tests, in a few minutes
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow'
 
 test-all: $(DEV_STAMP) ## the tests and the slow, exhaustive extras
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: $(DEV_STAMP) ## ruff and pyright
 	$(BIN)/ruff check .
