@@ -40,7 +40,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     return cache(lambda case: explained(case, tmp_path_factory.mktemp("both") / "run"))
 
 
-@pytest.mark.parametrize("case", [EVEN, CLAMPED, SPLIT])
+@pytest.mark.parametrize("case", [EVEN, CLAMPED, pytest.param(SPLIT, marks=pytest.mark.slow)])
 def test_of_two_causes_both_are_named_with_their_shares(case: BothCase, answers: Answers) -> None:
     losses, found = answers(case)
     whole = rise(losses, found)
