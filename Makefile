@@ -43,11 +43,11 @@ study: $(STUDY_STAMP) ## train every arm on real text and write runs/study/repor
 quick: $(STUDY_STAMP) ## a first look at the study, in a minute; writes runs/quick/report.html
 	$(BIN)/unclamp study --quick --out runs/quick
 
-test: $(DEV_STAMP) ## the tests, in a few minutes
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
+test: $(DEV_STAMP) ## the tests, in about ten minutes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow'
 
 test-all: $(DEV_STAMP) ## the tests and the slow, exhaustive extras
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: $(DEV_STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

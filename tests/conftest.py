@@ -30,3 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     unstable = [item.nodeid for item in items if UNSTABLE.search(item.nodeid)]
     if unstable:
         raise pytest.UsageError(f"give these tests stable ids: {', '.join(unstable)}")
+
+
+@pytest.hookimpl(specname="pytest_collection_modifyitems", tryfirst=True)
+def keep_together(items: list[pytest.Item]) -> None:
+    """Give tests that share a fixture of their module to one worker, so that it is made once."""
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo", None)
+        made = {} if fixtures is None else fixtures.name2fixturedefs
+        if any(each[-1].scope == "module" for each in made.values()):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

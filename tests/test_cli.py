@@ -12,16 +12,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from patience import PATIENCE_S
+from typed import Typed, unclamp
 from unclamp import Recorder
 from unclamp.cli import app
 
 
-def unclamp(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "unclamp", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-
-
-def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+def assert_one_clear_line(done: Typed, *words: str) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -38,7 +34,8 @@ def write_run(path: Path) -> Path:
 
 
 def test_help_names_the_commands() -> None:
-    done = unclamp("--help")
+    command = [sys.executable, "-m", "unclamp", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("study", "report", "formats"))
 

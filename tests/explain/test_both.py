@@ -1,6 +1,7 @@
 """Clamping and underflow as causes of one spike: both shares and one remedy, by training anew."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ FREE = Guarded(history_len=HISTORY)
 EVEN = BothCase()
 CLAMPED = BothCase(weight=2.5, decoys=3, seed=5)
 SPLIT = BothCase(branches=2, seed=6)
+Answers = Callable[[BothCase], tuple[list[float], Explanation]]
 
 
 def explained(case: UnderflowCase, run: Path) -> tuple[list[float], Explanation]:
@@ -32,9 +34,15 @@ def rise(losses: Sequence[float], found: Explanation) -> float:
     return sum(losses[found.onset : found.last + 1]) - (found.last - found.onset + 1) * found.level
 
 
-@pytest.mark.parametrize("case", [EVEN, CLAMPED, SPLIT])
-def test_of_two_causes_both_are_named_with_their_shares(case: BothCase, tmp_path: Path) -> None:
-    losses, found = explained(case, tmp_path / "run")
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What `explained` returns of a case, made when first asked for."""
+    return cache(lambda case: explained(case, tmp_path_factory.mktemp("both") / "run"))
+
+
+@pytest.mark.parametrize("case", [EVEN, CLAMPED, pytest.param(SPLIT, marks=pytest.mark.slow)])
+def test_of_two_causes_both_are_named_with_their_shares(case: BothCase, answers: Answers) -> None:
+    losses, found = answers(case)
     whole = rise(losses, found)
 
     def gone(changed: dict[SiteName, Scaling]) -> float:  # by training anew
@@ -60,8 +68,10 @@ def test_of_two_causes_both_are_named_with_their_shares(case: BothCase, tmp_path
 
 
 @pytest.mark.parametrize("case", [EVEN, CLAMPED])
-def test_the_remedy_of_both_removes_what_neither_alone_does(case: BothCase, tmp_path: Path) -> None:
-    losses, found = explained(case, tmp_path / "run")
+def test_the_remedy_of_both_removes_what_neither_alone_does(
+    case: BothCase, answers: Answers
+) -> None:
+    losses, found = answers(case)
     assert found.override is not None
     assert found.override.removed is not None
     pasted = Recipe.from_toml(case.recipe.to_toml() + "\n" + found.override.toml)

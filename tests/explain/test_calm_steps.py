@@ -35,7 +35,7 @@ def second(case: AnyCase, run: Path, **limits: Any) -> Explanation:
 # ---- calm steps ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [11, 3])
+@pytest.mark.parametrize("seed", [11, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_far_cause_behind_the_second_spike_of_a_train_is_named(seed: int, tmp_path: Path) -> None:
     """Seven of the nine steps before the second spike lie in the first."""
     case = TrainCase(seed=seed)

@@ -29,7 +29,9 @@ from unclamp.runlog import RunLog
 WHO = SiteName("a", "input")
 
 
-@pytest.mark.parametrize(("early", "size"), [(64.0, 128.0), (48.0, 96.0)])
+@pytest.mark.parametrize(
+    ("early", "size"), [(64.0, 128.0), pytest.param(48.0, 96.0, marks=pytest.mark.slow)]
+)
 def test_what_mends_the_spike_and_ruins_another_step_is_no_remedy(
     early: float, size: float, tmp_path: Path
 ) -> None:

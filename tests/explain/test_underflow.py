@@ -28,7 +28,7 @@ def explained(case: UnderflowCase, run: Path, **limits: Any) -> tuple[list[float
     return losses, explain(case, run, **limits)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("case", [SILENT, LOUD, PARALLEL])
+@pytest.mark.parametrize("case", [SILENT, LOUD, pytest.param(PARALLEL, marks=pytest.mark.slow)])
 def test_the_smallest_set_that_underflows_is_named(case: UnderflowCase, tmp_path: Path) -> None:
     losses, found = explained(case, tmp_path / "run")
     mended = trained(case, dict.fromkeys(case.culprits, BLOCKS))

@@ -194,6 +194,7 @@ def test_of_blocks_the_oldest_counts():
     assert [int(u.scale_age[1]) for u in heard if u.scale_age is not None] == [0, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_the_default_compiler_hands_the_looks_over_too():
     torch._dynamo.reset()

@@ -200,6 +200,7 @@ for shape in ((5, 8), (1, 1), (3, 1), (7, 2000)):
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_stay_within_their_arrays(tmp_path):
     environment = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-W", "error", "-c", CHECKED]

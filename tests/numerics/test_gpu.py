@@ -34,9 +34,8 @@ def interpreted(*arguments: str) -> None:
         TRITON_INTERPRET="1")  # fmt: skip
 
 
-@pytest.mark.parametrize("group", ["test_tensor", "test_blocks", "test_layer"])
-def test_kernels_interpreted_equal_the_cpu(group):
-    interpreted("-m", "not slow", "-k", group)
+def test_kernels_interpreted_equal_the_cpu():
+    interpreted("-m", "not slow", "-k", "test_tensor or test_blocks or test_layer")
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_ctrl_c_during_compilation_ends_the_study_and_the_next_one_goes_on(
     # A worker that had come to the end of its compilation would say that it stopped.
     assert "interrupted: text" not in begun.said()
     assert "unfinished ones start over" in begun.said()
-    again = Study("--config", study, "--out", out, folder=tmp_path)
+    again = Study("--config", study, "--out", out, "--jobs", 1, folder=tmp_path)
     assert again.process.wait(timeout=PATIENCE_S) == 0, again.said()
     for arm in ("delayed", "dynamic"):
         with RunLog.open(out / "text" / arm / "seed-0") as log:
@@ -115,7 +115,8 @@ def test_ctrl_c_during_compilation_ends_the_study_and_the_next_one_goes_on(
 
 def test_a_second_ctrl_c_ends_it_without_waiting_for_workers(study: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    begun = Study("--config", study, "--out", out, folder=tmp_path, cache=tmp_path / "cache")
+    options = ("--config", study, "--out", out, "--jobs", 1)
+    begun = Study(*options, folder=tmp_path, cache=tmp_path / "cache")
     begun.wait_until_it_says(COMPILES)
     begun.ctrl_c(to_all=True)
     begun.wait_until_it_says(STOPS)

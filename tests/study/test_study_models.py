@@ -173,52 +173,19 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_leaves_nothing(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def fetched(tmp_path: Path) -> Path:
+LOST = ["tokenizer", "weights", "shard", "shard and index"]
+
+
+def fetched(cache: Path, name: str) -> Path:
     """Put a model into the cache; return its folder."""
-    held = tmp_path / "cache" / "models--some--model"
+    held = cache / f"models--some--{name.replace(' ', '-')}"
     (held / "refs").mkdir(parents=True)
     (held / "refs" / "main").write_text("0123")
     return gpt2(held / "snapshots" / "0123")
 
 
-def load_fetched(tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    code = (
-        "from unclamp.study.config import ModelConfig\n"
-        "from unclamp.study.models import build_model, tokenize\n"
-        "settings = ModelConfig(hf_model='some/model')\n"
-        "model = build_model(settings)\n"
-        "print(model.config.vocab_size, len(tokenize(settings, model, b'abc')))"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=refusing(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-
-
-def test_a_model_that_was_fetched_is_loaded_without_the_hub(tmp_path: Path) -> None:
-    add_tokenizer(fetched(tmp_path))
-    done = load_fetched(tmp_path)
-    assert done.stdout.split() == ["300", "1"], done.stderr
-    assert "Retrying" not in done.stderr
-
-
-def test_a_model_of_which_the_hub_said_that_it_has_no_tokenizer_is_trained_on_bytes(
-    tmp_path: Path,
-) -> None:
-    held = fetched(tmp_path).parents[1]
-    (held / ".no_exist" / "0123").mkdir(parents=True)
-    (held / ".no_exist" / "0123" / "tokenizer_config.json").touch()
-    done = load_fetched(tmp_path)
-    assert done.stdout.split() == ["300", "3"], done.stderr
-
-
-@pytest.mark.parametrize("lost", ["tokenizer", "weights", "shard", "shard and index"])
-def test_a_model_that_was_fetched_in_part_is_not_taken_for_whole(lost: str, tmp_path: Path) -> None:
-    folder = fetched(tmp_path)
+def fetched_in_part(cache: Path, lost: str) -> None:
+    folder = fetched(cache, lost)
     whole = folder / "model.safetensors"
     if lost != "tokenizer":
         add_tokenizer(folder)
@@ -229,11 +196,66 @@ def test_a_model_that_was_fetched_in_part_is_not_taken_for_whole(lost: str, tmp_
     if lost == "shard":
         index = {f"weight {n}": f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    done = load_fetched(tmp_path)
+
+
+LOAD = """
+import json, sys
+from unclamp.study.config import ModelConfig
+from unclamp.study.models import build_model, tokenize
+for name in sys.argv[1:]:
+    settings = ModelConfig(hf_model="some/" + name.replace(" ", "-"))
+    try:
+        model = build_model(settings)
+        said = [model.config.vocab_size, len(tokenize(settings, model, b"abc"))]
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    print(json.dumps([name, said]))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What loading each of some models gives where no hub answers, in one process for all."""
+    folder = tmp_path_factory.mktemp("hub")
+    cache = folder / "cache"
+    add_tokenizer(fetched(cache, "whole"))
+    known = fetched(cache, "without").parents[1] / ".no_exist" / "0123"
+    known.mkdir(parents=True)
+    (known / "tokenizer_config.json").touch()
+    for lost in LOST:
+        fetched_in_part(cache, lost)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, "whole", "without", *LOST],
+        env=refusing(folder),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = dict(json.loads(line) for line in done.stdout.splitlines())
+    return said | {"stderr": done.stderr}
+
+
+def test_a_model_that_was_fetched_is_loaded_without_the_hub(loaded: dict[str, Any]) -> None:
+    assert loaded["whole"] == [300, 1]
+    assert "Retrying" not in loaded["stderr"]
+
+
+def test_a_model_of_which_the_hub_said_that_it_has_no_tokenizer_is_trained_on_bytes(
+    loaded: dict[str, Any],
+) -> None:
+    assert loaded["without"] == [300, 3]
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_a_model_that_was_fetched_in_part_is_not_taken_for_whole(
+    lost: str, loaded: dict[str, Any]
+) -> None:
     lacking = "a tokenizer, which the hub may have" if lost == "tokenizer" else "all of its weights"
-    said = f"'some/model' is no folder, is on this machine without {lacking}, and the hub cannot"
-    assert f"StudyError: {said}" in done.stderr
-    assert done.stdout == ""
+    name = f"some/{lost.replace(' ', '-')}"
+    said = f"{name!r} is no folder, is on this machine without {lacking}, and the hub cannot"
+    assert loaded[lost].startswith(f"StudyError: {said}")
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])

@@ -18,6 +18,9 @@ from unclamp.runlog import Columns, Header, RunLogWriter, Status
 from unclamp.telemetry import MLflow, Sink, Sinks, TensorBoard, WandB
 from unclamp.telemetry.sinks import SiteInfo
 
+# One worker imports wandb and mlflow, which takes longer than any of these tests.
+pytestmark = pytest.mark.xdist_group("sinks")
+
 HEADER = Header(unclamp_version="0", recipe={"input": {"scaling": "delayed"}}, git_commit="abc")
 SITES: Columns = {
     "site": [0, 1],

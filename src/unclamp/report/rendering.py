@@ -1,5 +1,6 @@
 """A template becomes a self-contained page, with style, colours and plotly in it: no network."""
 
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,7 @@ def render_page(template: str, path: Path, **shown: Any) -> Path:
     Raises:
         OSError: The disk refuses.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("unclamp.report"), autoescape=True, trim_blocks=True
-    )
-    page = environment.get_template(template).render(
+    page = _environment().get_template(template).render(
         **shown,
         style=asset("style.css"),
         theme=asset("theme.js"),
@@ -33,6 +31,14 @@ def render_page(template: str, path: Path, **shown: Any) -> Path:
     )
     write_atomically(path, page.encode())
     return path
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Return what compiles each template once, which takes longer than to fill it in."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("unclamp.report"), autoescape=True, trim_blocks=True
+    )
 
 
 def asset(name: str) -> Markup:
