@@ -3,6 +3,7 @@ and switch.
 """  # noqa: D205
 
 from unclamp.nn.adapted import Adapted
+from unclamp.nn.bank import grouped_mm
 from unclamp.nn.convert import (
     ConvertReport,
     RevertReport,
@@ -39,6 +40,7 @@ __all__ = [
     "evaluation_counts",
     "find_ledgers",
     "first_and_last",
+    "grouped_mm",
     "observe",
     "products_of",
     "refresh",

@@ -12,7 +12,7 @@ from unclamp.errors import ConvertError
 from unclamp.names import shown
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.kinds import is_relative, kind_of
-from unclamp.nn.products import Matrix, joined
+from unclamp.nn.products import Matrix, joined, products_in
 from unclamp.numerics.gpu import architecture
 from unclamp.numerics.gpu.formats import native_format
 from unclamp.rule import LayerPlan, matches
@@ -105,7 +105,7 @@ def product_names(model: nn.Module) -> list[str]:
     return [
         joined(fqn, name)
         for fqn, module in model.named_modules()
-        for name in ([""] if is_relative(module) else _matrices(module))
+        for name in ([""] if is_relative(module) else {**products_in(module), **_matrices(module)})
     ]
 
 

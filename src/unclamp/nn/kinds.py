@@ -15,6 +15,7 @@ from torch import nn
 
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.conv1d import Fp8Conv1D
+from unclamp.nn.experts import Fp8Experts, is_experts
 from unclamp.nn.fastpath import allow
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.traced import Fp8Traced, interpreter_forward, is_traced_linear
@@ -27,13 +28,14 @@ class Kind:
     Attributes:
         name: What it is called in sentences.
         adaptor: What comes in front of its class.
-        forward: The `forward` that such a module has; None where its library is not loaded.
+        forward: The `forward` that such a module has; None where its library is not loaded, or
+            where none says anything.
         fits: Whether a module with that `forward` is one: of some the `forward` says too little.
     """
 
     name: str
     adaptor: type[Adapted]
-    forward: Callable[[], Any]
+    forward: Callable[[], Any] | None
     fits: Callable[[nn.Module], bool] = lambda module: True
 
 
@@ -52,13 +54,21 @@ KINDS = (
         forward=interpreter_forward,
         fits=is_traced_linear,
     ),
+    Kind(name="experts", adaptor=Fp8Experts, forward=None, fits=is_experts),
 )
 
 
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a module that is not converted; None if it is no matrix product."""
     forward = type(module).forward
-    return next((kind for kind in KINDS if forward is kind.forward() and kind.fits(module)), None)
+    return next(
+        (
+            kind
+            for kind in KINDS
+            if (kind.forward is None or forward is kind.forward()) and kind.fits(module)
+        ),
+        None,
+    )
 
 
 def is_relative(module: nn.Module) -> bool:
