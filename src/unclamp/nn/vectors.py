@@ -18,6 +18,7 @@ from unclamp.nn.clock import Ticking
 from unclamp.nn.groups import Groups, max_over
 from unclamp.nn.layout import Layout
 from unclamp.nn.microbatch import running
+from unclamp.nn.products import products_of
 from unclamp.nn.ring import Ring
 from unclamp.nn.turns import Turn
 
@@ -126,9 +127,8 @@ def described(ledger: Meeting, sites: Sequence[int]) -> dict[str, str]:
     """
     names = {}
     model = ledger.clock.model
-    for fqn, module in () if model is None else model.named_modules():
-        own: Any = module.__dict__.get("sites")
-        if getattr(own, "ledger", None) is ledger:
+    for fqn, own, _ in () if model is None else products_of(model):
+        if own.ledger is ledger:
             names |= {index: f"{fqn} {role}".strip() for role, index in own.indices.items()}
     texts = {}
     for index in sites:
