@@ -16,7 +16,7 @@ SOURCE = Path(unclamp.__file__).parent
 LAYERS = [
     {"errors", "files", "shown", "version", "worker", "written"},
     {"formats", "names", "totals"},
-    {"scaling"},
+    {"covered", "scaling"},
     {"reference", "rule", "runlog"},
     {"recipe", "policy"},
     {"numerics"},

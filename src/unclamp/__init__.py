@@ -7,6 +7,7 @@ rendered on a machine without it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from unclamp.covered import CoverageReport
 from unclamp.errors import (
     AnalysisError,
     ConvertError,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         RevertReport,
         SwitchReport,
         convert,
+        coverage,
         evaluation_counts,
         first_and_last,
         observe,
@@ -68,6 +70,7 @@ _LAZY = {
     "refresh": "unclamp.nn",
     "RevertReport": "unclamp.nn",
     "convert": "unclamp.nn",
+    "coverage": "unclamp.nn",
     "revert": "unclamp.nn",
     "Observation": "unclamp.nn",
     "observe": "unclamp.nn",
@@ -105,6 +108,7 @@ __all__ = [
     "AnalysisError",
     "ConvertError",
     "ConvertReport",
+    "CoverageReport",
     "Delayed",
     "Dynamic",
     "EvaluationCounts",
@@ -143,6 +147,7 @@ __all__ = [
     "__version__",
     "cast",
     "convert",
+    "coverage",
     "dequantize",
     "evaluation_counts",
     "explain_spike",

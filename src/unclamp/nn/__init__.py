@@ -12,6 +12,7 @@ from unclamp.nn.convert import (
 )
 from unclamp.nn.converted import Converted
 from unclamp.nn.copies import EvaluatedSite, EvaluationCounts, evaluation_counts, refresh
+from unclamp.nn.coverage import coverage
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
@@ -33,6 +34,7 @@ __all__ = [
     "Site",
     "SwitchReport",
     "convert",
+    "coverage",
     "evaluation_counts",
     "find_ledgers",
     "first_and_last",

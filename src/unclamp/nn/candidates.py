@@ -65,9 +65,11 @@ def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | N
 
 
 def _is_memory(weight: Tensor) -> bool:
-    """Whether a weight is what it seems: a tensor, or a shard of one (DTensor)."""
+    """Whether a weight is what it seems: a tensor, a shard of one (DTensor), or its like without
+    data (FakeTensor).
+    """  # noqa: D205
     return type(weight) in (Tensor, nn.Parameter) or type(weight).__module__.startswith(
-        "torch.distributed"
+        ("torch.distributed", "torch._subclasses")
     )
 
 

@@ -48,6 +48,7 @@ from torch.autograd.function import once_differentiable
 
 from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
+from unclamp.nn.accounts import accounted
 from unclamp.nn.agreed import WHOLE, Splits, smoothing, splits_at
 from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.checkpointed import is_in_a_function, is_second_of_two, runs_once
@@ -95,6 +96,9 @@ def multiply(
     """
     if operands.is_plain:
         return F.linear(x, weight, bias)
+    if (account := accounted(operands)) is not None:
+        with account:
+            return F.linear(x, weight, bias)
     if x.is_nested:
         return on_tokens(x, lambda t: multiply(operands, t, weight, bias, training=training))
     if operands.shares and torch.compiler.is_compiling() and is_distributed():
