@@ -13,9 +13,9 @@ from unclamp.names import GEMMS, Gemm, shown
 from unclamp.shown import Shown
 from unclamp.written import counted, percent
 
-State = Literal["converted", "observed", "would be converted", "left out"]
-"""Of a product: its casts are computed with, only counted, would be if the model were converted
-with the default recipe, or there are none."""
+State = Literal["converted", "observed", "would be converted", "would be observed", "left out"]
+"""Of a product: its casts are computed with; they are only counted; they would be if the model were
+converted with the default recipe; or there are none."""
 STATES: tuple[State, ...] = get_args(State)
 SMALLEST_ROW = 5e-4
 """Share of the FLOPs from which on a product has a row of its own in the table."""
@@ -96,7 +96,7 @@ class CoverageReport(Shown):
     @property
     def share(self) -> float:
         """Share of the FLOPs whose products are converted, observed, or would be: 0 to 1."""
-        return self.share_of("converted", "observed", "would be converted")
+        return self.share_of("converted", "observed", "would be converted", "would be observed")
 
     def share_of(self, *states: State) -> float:
         """Return the share of the FLOPs in some states; 0 where there is no product."""
@@ -120,11 +120,15 @@ class CoverageReport(Shown):
         return shares
 
     def left_out(self) -> dict[str, tuple[float, str]]:
-        """Return what is left out, by kind: its share and the reason, the largest share first."""
+        """Return what is left out: its share and the reason, the largest share first.
+
+        By kind; linear layers by their names, "*" for each number in them.
+        """
         found: dict[tuple[str, str], float] = {}
         for product in self.products:
             if product.state == "left out":
-                key = (product.kind, product.why)
+                is_layer = product.kind == "linear"
+                key = (pattern(product.fqn) if is_layer else product.kind, product.why)
                 found[key] = found.get(key, 0.0) + self.share_in(product)
         names: dict[str, tuple[float, str]] = {}
         for (kind, why), part in sorted(found.items(), key=lambda item: -item[1]):
@@ -149,7 +153,7 @@ class CoverageReport(Shown):
         if not self.flops:
             return "the step has no matrix product"
         has = {state: self.share_of(state) for state in STATES if state != "left out"}
-        names = {"would be converted": "would convert"}
+        names = {"would be converted": "would convert", "would be observed": "would observe"}
         said = [f"{names.get(state, state)} {short(part)}" for state, part in has.items() if part]
         text = f"{', '.join(said) or 'converted nothing'} of the FLOPs"
         left = self.left_out()

@@ -24,12 +24,15 @@ from unclamp.errors import UnclampWarning, UnsupportedError
 from unclamp.nn.accounts import Account
 from unclamp.nn.candidates import candidates
 from unclamp.nn.convert import attach, find_ledgers, revert
-from unclamp.nn.converted import Converted
 from unclamp.nn.kinds import kind_of
+from unclamp.nn.operands import Operands
+from unclamp.nn.products import products_in
 from unclamp.nn.watched import Call, Functions, Watch
 from unclamp.recipe import Recipe
 
 TWO_ACTIVATIONS = "a product of two activations"
+NO_LAYER = "not a linear layer"
+"""How the reason of a module begins of which nothing is known but that it has matrices."""
 
 
 def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageReport:
@@ -285,22 +288,45 @@ def _state(
     is_plain: bool,
 ) -> tuple[State, str]:
     """Return a product's state, and why it is left out if it is."""
-    if call.inside:
-        if call.inside[0].ledger.observes:
-            return "observed", ""
+    own = _operands(call)
+    if own is not None and not own.is_plain:
+        if own.ledger.observes or getattr(own, "only_observed", False):
+            return ("would be observed" if is_plain else "observed"), ""
         return ("would be converted" if is_plain else "converted"), ""
     module = modules.get(owner)
+    if own is not None or (module is not None and _is_plain(module, call)):
+        return "left out", "the recipe leaves it in high precision"
     if call.weight is None:
-        return "left out", TWO_ACTIVATIONS
-    if isinstance(module, Converted):
-        if module.sites.is_plain:
-            return "left out", "the recipe leaves it in high precision"
+        said = [skipped.get(fqn, NO_LAYER) for fqn in (_joined(owner, call.label), owner)]
+        return "left out", next((w for w in said if not w.startswith(NO_LAYER)), TWO_ACTIVATIONS)
+    if module is not None and products_in(module):
         return "left out", "its weight is read outside of the layer"
     if owner in skipped:
         return "left out", skipped[owner]
     if module is not None and kind_of(module) is not None:
         return "left out", "the conversion left it out"
-    return "left out", f"not a linear layer ({_class_name(module)})"
+    return "left out", f"{NO_LAYER} ({_class_name(module)})"
+
+
+def _operands(call: Call) -> Operands | None:
+    """Return the operands of the converted product that a call is; None if it is none."""
+    if len(call.inside) < 2:
+        return next(iter(call.inside), None)
+    parameter = call.weight.names[0].rpartition(".")[2] if call.weight is not None else ""
+    name = call.label or parameter.removesuffix("_weight")
+    parts = [(own, [p for p in own.fqn.split(".") if not p.isdigit()]) for own in call.inside]
+    return next((own for own, names in parts if names and names[-1] == name), None)
+
+
+def _is_plain(module: nn.Module, call: Call) -> bool:
+    """Whether a converted module casts nothing for the products of a weight."""
+    names = () if call.weight is None else call.weight.names
+    own = [
+        each
+        for each in products_in(module).values()
+        if any(name.rpartition(".")[2] == each.weight_name for name in names)
+    ]
+    return bool(own) and all(each.is_plain for each in own)
 
 
 def _kind(call: Call, owner: nn.Module | None) -> str:
@@ -313,6 +339,11 @@ def _kind(call: Call, owner: nn.Module | None) -> str:
         return "convolution"
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return "recurrent"
+    if "router" in _class_name(owner).lower():
+        return "router"
+    parameter = getattr(owner, call.weight.names[0].rpartition(".")[2], None)
+    if isinstance(parameter, Tensor) and parameter.ndim == 3:
+        return "experts"
     return "linear"
 
 
