@@ -21,7 +21,7 @@ LAYERS = [
     {"recipe", "policy"},
     {"numerics"},
     {"nn"},
-    {"telemetry", "parallel"},
+    {"blueprint", "telemetry", "parallel"},
     {"analysis"},
     {"explain"},
     {"study"},

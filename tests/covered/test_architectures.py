@@ -1,4 +1,4 @@
-"""What FP8 covers of every kind of model: tiny ones are trained, and their FLOPs are those on paper.
+"""What FP8 covers of every kind of model: tiny ones train, and their FLOPs are those on paper.
 
 The formulas are written from the configs, by hand: tokens, widths, heads. A GEMM has 2 M N K, and
 a step three of them; the first convolution of pixels or sound has no gradient of its input.
