@@ -1,6 +1,7 @@
 """Which products of a model `convert` takes, and why it leaves the others alone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from unclamp.names import shown
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.kinds import is_relative, kind_of
 from unclamp.nn.products import Matrix, joined
-from unclamp.rule import matches
+from unclamp.numerics.gpu import architecture
+from unclamp.numerics.gpu.formats import native_format
+from unclamp.rule import LayerPlan, matches
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -127,3 +130,13 @@ def check_devices(devices: Mapping[str, torch.device]) -> None:
             f"expected the layers of one model on one device, got {found}; convert the parts that "
             "lie on one device each by itself"
         )
+
+
+def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
+    """Return a plan in the formats that a device multiplies (`numerics.gpu.formats`)."""
+    arch = architecture(device)
+    operands = {
+        role: replace(operand, format=native_format(operand.format, arch))
+        for role, operand in plan.operands.items()
+    }
+    return plan if operands == plan.operands else replace(plan, operands=operands)

@@ -21,6 +21,7 @@ from unclamp.nn.candidates import (
     candidates,
     check_devices,
     device_of,
+    native_plan,
     product_names,
 )
 from unclamp.nn.exports import leave_in, leave_out
@@ -29,7 +30,7 @@ from unclamp.nn.groups import Given, check_given, forget, give
 from unclamp.nn.kinds import adapted, kind_of, take_away
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
-from unclamp.nn.operands import Operands, native_plan
+from unclamp.nn.operands import Operands
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
 from unclamp.nn.products import SITES, Matrix, Several, products_of
 from unclamp.nn.sharded import fit_all
@@ -233,15 +234,14 @@ def _install(
     for module, made in classes.items():
         module.__class__ = made
     for fqn, (module, name, matrix) in products.items():
-        its = {role: next(indices) for role in ROLES}
-        own = Operands(ledger, its, plans[fqn], weight_name=matrix.parameter)
+        own = Operands(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
+        own.weight_name = matrix.parameter
         if name:
             module.__dict__.setdefault(SITES, Several())[name] = own
         else:
             module.__dict__[SITES] = own
         own.belong_to(module)
-        device = device_of(module, matrix.parameter)
-        ledger.move_to(device)
+        ledger.move_to(device_of(module, matrix.parameter))
 
 
 def _adaptor_of(module: nn.Module) -> type[Adapted]:
