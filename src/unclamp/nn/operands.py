@@ -63,7 +63,7 @@ def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
     return plan if operands == plan.operands else replace(plan, operands=operands)
 
 
-KEPT = ("ledger", "indices", "smooth", "modes", "is_saved", "ignored")
+KEPT = ("ledger", "indices", "smooth", "modes", "is_saved", "ignored", "only_observed")
 """What copies and pickles of a product keep; the rest is views, taken anew."""
 
 
@@ -76,6 +76,7 @@ class Operands:
         plans: How each role is cast; None in high precision.
         modes: How each GEMM adds, or "high_precision".
         smooth: Whether the input is scaled by channel, and the weight by the inverse.
+        only_observed: Whether it is never computed in FP8, whatever its plan says.
         counts_only: Whether casts are only counted, and the product is computed without them.
         is_plain: Whether nothing is cast at all.
         shares: The roles whose own scales ranks agree on.
@@ -108,6 +109,7 @@ class Operands:
     last_passed = -2
     found = Found()
     is_saved = True
+    only_observed = False
     silent_forwards = 0
     on_end: Callable[[], None] | None = None
     is_gathered = False
@@ -132,7 +134,7 @@ class Operands:
         self.plans: dict[Role, CastPlan | None] = {r: s.cast_plan for r, s in sites.items()}
         self.square = {r: s.operand.scaling.granularity.is_square for r, s in sites.items()}
         self.shares = frozenset(r for r, site in sites.items() if site.operand.scaling.shared)
-        self.counts_only = ledger.is_warming
+        self.counts_only = ledger.is_warming or self.only_observed
         self.is_plain = all(not self._needs_cast(role) for role in ROLES)
         self.pending = ledger.pending[first : first + len(ROLES)]
         self.evaluated = ledger.evaluated.stats[first : first + len(ROLES)]
