@@ -39,12 +39,14 @@ if TYPE_CHECKING:
     from unclamp.analysis.explanation import Explanation
     from unclamp.explain import Snapshots, Training, explain_spike
     from unclamp.nn import (
+        Attention,
         ConvertReport,
         EvaluationCounts,
         Fp8Linear,
         Observation,
         RevertReport,
         SwitchReport,
+        attention,
         convert,
         evaluation_counts,
         first_and_last,
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
     from unclamp.telemetry import Every, MLflow, Recorder, TensorBoard, WandB
 
 _LAZY = {
+    "Attention": "unclamp.nn",
+    "attention": "unclamp.nn",
     "ConvertReport": "unclamp.nn",
     "EvaluationCounts": "unclamp.nn",
     "Fp8Linear": "unclamp.nn",
@@ -103,6 +107,7 @@ __all__ = [
     "FORMATS",
     "MX",
     "AnalysisError",
+    "Attention",
     "ConvertError",
     "ConvertReport",
     "Delayed",
@@ -141,6 +146,7 @@ __all__ = [
     "UnsupportedError",
     "WandB",
     "__version__",
+    "attention",
     "cast",
     "convert",
     "dequantize",

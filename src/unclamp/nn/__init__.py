@@ -2,6 +2,8 @@
 and switch.
 """  # noqa: D205
 
+from unclamp.nn.adapted import Adapted
+from unclamp.nn.attention import Attention, attention
 from unclamp.nn.convert import (
     ConvertReport,
     RevertReport,
@@ -16,11 +18,14 @@ from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.observe import Observation, ObservedSite, observe
+from unclamp.nn.products import products_of
 from unclamp.nn.saved import weights_only
 from unclamp.nn.step import step
 from unclamp.nn.switch import SwitchReport, switch
 
 __all__ = [
+    "Adapted",
+    "Attention",
     "ConvertReport",
     "Converted",
     "EvaluatedSite",
@@ -32,11 +37,13 @@ __all__ = [
     "RevertReport",
     "Site",
     "SwitchReport",
+    "attention",
     "convert",
     "evaluation_counts",
     "find_ledgers",
     "first_and_last",
     "observe",
+    "products_of",
     "refresh",
     "revert",
     "step",

@@ -1,158 +1,184 @@
-"""Attention as two products: `qk`, the scores, and `pv`, what the values are summed with.
+"""Attention in a user's own module: what stands for `F.scaled_dot_product_attention` there."""
 
-    scores = q_hat @ k_hat.T          qk: input q, weight k, grad_output dS
-    P      = softmax(scale * scores + mask), dropped out
-    output = P_hat @ v_hat            pv: input P, weight v, grad_output dO
-
-Where a rule of the recipe names them they are computed so, as two batches of products with
-autograd's own softmax between them. That is an emulation of a fused kernel in FP8: it makes the
-scores, in float32, and keeps P for backward. Where nothing is cast the plain attention computes,
-whatever kernel that is; what FP8 would do to it is counted at some steps (`nn.attention_counts`).
-
-With grouped queries the queries of the heads that share a key are rows of one product, so that
-keys and values are cast once, and their gradients are summed in the GEMM.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from types import CodeType, FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
-from unclamp.nn.attention_counts import counted, is_counted
-from unclamp.nn.batched import multiply_each
-from unclamp.nn.counting import is_stand_in, say_not_counted
-from unclamp.nn.operands import Operands
-from unclamp.nn.parts import is_sharded
-from unclamp.nn.products import products_in
-from unclamp.nn.scores import Attended, Shape
-
-QK, PV = "qk", "pv"
-Products = tuple[Operands, ...]
-"""One product for all heads, or one for each head of the keys; none where it is left alone."""
+from unclamp.nn.adapted import Adapted
+from unclamp.nn.attend import PV, QK, AttentionProducts, attend
+from unclamp.nn.products import Matrix
+from unclamp.nn.scores import asked_by_torch
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionProducts:
-    """The two products of an attention."""
-
-    qk: Products
-    pv: Products
-
-    @property
-    def every(self) -> Products:
-        """All of them."""
-        return (*self.qk, *self.pv)
+class WithAttention(Adapted):
+    """An adaptor of a module that has the products `qk` and `pv`."""
 
     @classmethod
-    def of(cls, module: nn.Module) -> "AttentionProducts":
-        """Return those of a module; none of one that is not converted."""
-        own = products_in(module)
-        return cls(
-            qk=tuple(each for name, each in own.items() if name.split(".")[0] == QK),
-            pv=tuple(each for name, each in own.items() if name.split(".")[0] == PV),
-        )
+    def matrices(cls, module: nn.Module) -> dict[str, Matrix]:
+        """Return the two products, whose operands are both computed."""
+        return {QK: Matrix(None), PV: Matrix(None)}
 
-    @property
-    def is_computed(self) -> bool:
-        """Whether any of them is computed from operands in FP8, and not only counted."""
-        return any(not (each.is_plain or each.counts_only) for each in self.every)
+    @classmethod
+    def heads(cls, module: nn.Module) -> int:
+        """Return the heads of keys that can have a scale each; 0 where nobody knows."""
+        return 0
 
 
-Plain = Callable[[], tuple[Tensor, Tensor | None]]
-"""The plain attention: output, and probabilities where it gives them."""
+class Attention(nn.Module):
+    """`F.scaled_dot_product_attention` as a module that `unclamp.convert` knows.
 
-
-def attend(
-    products: AttentionProducts,
-    asked: Callable[[], Attended],
-    plain: Plain,
-    *,
-    tensors: Sequence[Tensor],
-    training: bool,
-    turns: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Return an attention's output `[B, H, L, E]` and probabilities, by products in FP8 or plainly.
+    It has neither parameters nor state, and is the plain function until it is converted: then its
+    products `qk` and `pv` are counted, and computed in FP8 where a rule of the recipe names them.
 
     Args:
-        products: The two products.
-        asked: Makes what is computed or counted; asked only where anything is.
-        plain: The plain attention.
-        tensors: Queries, keys and values.
-        training: Whether the module trains.
-        turns: Whether the plain output is `[B, L, H, E]`, and this one is to be.
+        heads: Heads of the keys, where each is to have a scale of its own; by rules such as
+            `*.qk.*`.
 
-    Numerics: where nothing is cast, the bits of the plain attention; its kernel too.
+    Example:
+        >>> import torch, unclamp
+        >>> attention = unclamp.Attention()
+        >>> q = k = v = torch.ones(1, 2, 3, 4)
+        >>> attention(q, k, v, is_causal=True).shape
+        torch.Size([1, 2, 3, 4])
     """
-    if any(t.is_nested for t in tensors) or is_sharded(*tensors):
-        return plain()
-    if torch.compiler.is_compiling() and not products.is_computed:
-        return plain()
-    if products.is_computed:
-        return _computed_eagerly(products, asked, training=training, turns=turns)
-    output, weights = plain()
-    if not any(is_counted(each) for each in products.every):
-        return output, weights
-    if any(is_stand_in(t) for t in tensors):
-        say_not_counted()
-        return output, weights
-    made = counted(products.qk, products.pv, output, asked(), training=training, turns=turns)
-    return made, weights
 
+    def __init__(self, *, heads: int = 0) -> None:
+        super().__init__()
+        self.heads = heads
 
-def _computed(
-    products: AttentionProducts, asked: Callable[[], Attended], *, training: bool, turns: bool
-) -> tuple[Tensor, Tensor]:
-    one = asked()
-    shape, dtype = one.shape, one.q.dtype
-    q, k, v = one.q, one.k, one.v
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (t.to(dtype) for t in (q, k, v))
-    with torch.autocast(device, enabled=False):
-        scores = _each_head(
-            products.qk, _folded(q, shape), k, training=training, turned=False, dtype=torch.float32
-        ).view(shape.batch, shape.heads, shape.queries, shape.keys)
-        probabilities = one.scoring.probabilities(scores, shape)
-        if one.dropout > 0:
-            probabilities = F.dropout(probabilities, one.dropout)
-        output = _each_head(
-            products.pv, _folded(probabilities, shape), v, training=training, turned=True,
-            dtype=dtype,
-        ).view(shape.batch, shape.heads, shape.queries, v.shape[-1])  # fmt: skip
-    return output.transpose(1, 2) if turns else output, probabilities
-
-
-# A compiled graph ends before it and begins again after it: dropout and scores are eager mode's.
-_computed_eagerly: Any = _disable_dynamo(_computed)
-
-
-def _folded(x: Tensor, shape: Shape) -> Tensor:
-    """Return `[B, H, L, ...]` with the rows of the heads that share a key as one matrix."""
-    rows = shape.shared_by * shape.queries
-    return x.reshape(shape.batch, shape.key_heads, rows, x.shape[-1])
-
-
-def _each_head(
-    products: Products, x: Tensor, second: Tensor, *, training: bool, turned: bool,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Return the batch of products, with one scale for all heads or one for each."""
-    if not products:
-        return torch.matmul(x.to(second.dtype), second if turned else second.mT).to(dtype)
-    if len(products) == 1:
-        return multiply_each(products[0], x, second, training=training, turned=turned, dtype=dtype)
-    if len(products) != x.shape[1]:
-        raise ValueError(
-            f"{products[0].fqn}: expected {len(products)} heads of keys, which have a scale each, "
-            f"got {x.shape[1]}"
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Return what `F.scaled_dot_product_attention` does of the same arguments."""
+        return attention(
+            self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
-    made = [
-        multiply_each(own, one, two, training=training, turned=turned, dtype=dtype)
-        for own, one, two in zip(products, x.unbind(1), second.unbind(1), strict=True)
-    ]
-    return torch.stack(made, 1)
+
+    def extra_repr(self) -> str:
+        """Show the heads, where they are said."""
+        return f"heads={self.heads}" if self.heads else ""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return `F.scaled_dot_product_attention`, or the same by the products of a converted module.
+
+    In a module's methods write `unclamp.attention(self, q, k, v, ...)` for
+    `F.scaled_dot_product_attention(q, k, v, ...)`. `unclamp.convert` knows by the call that the
+    module has the products `qk` and `pv`.
+
+    Args:
+        module: Whose attention it is; the plain function computes until it is converted.
+        query: As torch's, and so are the others.
+        key: See `query`.
+        value: See `query`.
+        attn_mask: See `query`.
+        dropout_p: See `query`.
+        is_causal: See `query`.
+        scale: See `query`.
+        enable_gqa: See `query`.
+
+    Numerics: where nothing is cast, the bits of torch's function, with its kernels. Where `qk` or
+    `pv` is computed in FP8, the scores are made, in float32: `4 * heads * queries * keys` bytes
+    for each sequence, twice or thrice over, and as much is kept for backward.
+    """
+
+    def plain() -> tuple[Tensor, None]:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        ), None
+
+    products = AttentionProducts.of(module)
+    if not products.every:
+        return plain()[0]
+    output, _ = attend(
+        products,
+        lambda: asked_by_torch(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        ),
+        plain,
+        tensors=(query, key, value),
+        training=module.training,
+    )
+    return output
+
+
+class Fp8Attention(WithAttention, Attention):
+    """An `Attention` whose operands are counted, or go through FP8."""
+
+    @classmethod
+    def heads(cls, module: nn.Module) -> int:
+        """Return the heads that it was told of."""
+        return getattr(module, "heads", 0)
+
+
+class Fp8CallsAttention(WithAttention):
+    """A module that calls `unclamp.attention`, which asks it for its products."""
+
+
+def calls_attention(module: nn.Module) -> bool:
+    """Whether a method of a module's class calls `unclamp.attention`."""
+    return any(_names_attention(method) for method in _methods(type(module)))
+
+
+def _methods(of: type) -> Iterator[FunctionType]:
+    for base in of.__mro__:
+        if base is nn.Module or base.__module__ == __name__ or base.__module__.startswith("torch."):
+            continue
+        for value in vars(base).values():
+            function = getattr(value, "__func__", value)
+            function = getattr(function, "__wrapped__", function)
+            if isinstance(function, FunctionType):
+                yield function
+
+
+def _names_attention(function: FunctionType) -> bool:
+    names = set(_names(function.__code__))
+    held = [function.__globals__.get(name) for name in names]
+    if function.__closure__ is not None:
+        held += [cell.cell_contents for cell in function.__closure__ if _is_full(cell)]
+    if any(each is attention for each in held):
+        return True
+    return "attention" in names and any(
+        getattr(each, "__dict__", {}).get("attention") is attention or _is_package(each)
+        for each in held
+    )
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a lambda, a comprehension
+            yield from _names(constant)
+
+
+def _is_full(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _is_package(x: object) -> bool:
+    """Whether this is `unclamp` itself, whose names are loaded at first use."""
+    return getattr(x, "__name__", None) == "unclamp" and hasattr(x, "__path__")

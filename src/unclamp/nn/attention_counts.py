@@ -4,17 +4,14 @@ The plain attention, whatever its kernel, keeps its probabilities to itself. So 
 more here, from queries and keys, and again in backward, where the gradient of the scores is made of
 them; never more than `MOST_SCORES` at a time. Counting draws no random number and changes no bit.
 
-Products that are computed in FP8 later (a warm-up), or that an observed model's recipe names, are
-counted in every step. Others only where a `Recorder` inspects every cast, or every
-`COUNTED_EVERY` updates where none asks for closer looks: their scales come from the steps that were
-counted before.
+Which steps are counted `nn.counting` says. Where not all of them are, scales come from those that
+were counted before.
 
 Which probabilities a fused kernel dropped nobody knows: with dropout they are counted as if none
 were, each as large as those that stay are.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from unclamp.names import Gemm, Role
 from unclamp.nn.casts import Seen
+from unclamp.nn.counting import is_counted
 from unclamp.nn.operands import AXES, Operands
 from unclamp.nn.product import Commit, when_to_commit
 from unclamp.nn.rehearsal import rehearses
@@ -32,20 +30,6 @@ from unclamp.numerics.inspection import INSPECTED
 from unclamp.numerics.operators import quantize_operand
 from unclamp.numerics.scale import choose_scale
 from unclamp.numerics.stats import Stat, merged_stats
-
-COUNTED_EVERY = 10
-"""Updates between two that an attention is counted in, where nobody inspects casts."""
-
-
-def is_counted(operands: Operands) -> bool:
-    """Whether a product of an attention that computes plainly is counted now."""
-    if operands.is_plain:
-        return False
-    if not operands.only_observed:
-        return True
-    if operands.inspection == "never":
-        return operands.ledger.updates % COUNTED_EVERY == 0
-    return operands.inspection == "always"
 
 
 def counted(
@@ -133,9 +117,8 @@ class _Count:
         cut = list(parts(shape))
         if plan is None or not cut:
             return Seen()
-        if len(cut) == 1:  # made once
-            make = functools.lru_cache(maxsize=1)(make)
-        matrices = _Matrices(cut, make)
+        matrices: Iterable[Tensor] = _Matrices(cut, make)
+        matrices = list(matrices) if len(cut) == 1 else matrices
         scale, recast = _scale_of(matrices, plan, self.operands.scales[role, 1])
         plain = replace(plan, guard=False)
         casts = [
@@ -160,7 +143,7 @@ class _Matrices:
 
 
 def _scale_of(
-    matrices: _Matrices, plan: CastPlan, given: Tensor | None
+    matrices: Iterable[Tensor], plan: CastPlan, given: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the scale that a cast of the whole tensor has, and 1 where it is cast again."""
     # Waits for the device, in a step that is looked at.

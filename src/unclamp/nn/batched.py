@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from unclamp.names import GEMMS, Gemm, Role
 from unclamp.nn.agreed import WHOLE, Splits, splits_at
 from unclamp.nn.casts import Hat, Seen
+from unclamp.nn.counting import count, is_counted
 from unclamp.nn.first import first_scale
 from unclamp.nn.gradient import cast_gradient
 from unclamp.nn.groups import Groups
@@ -59,7 +60,11 @@ def multiply_each(
     """
     dtype = x.dtype if dtype is None else dtype
     if operands.is_plain or operands.counts_only:
-        return torch.matmul(x, second if turned else second.mT).to(dtype)
+        output = torch.matmul(x, second if turned else second.mT).to(dtype)
+        if not is_counted(operands) or rehearses():
+            return output
+        when = when_to_commit(operands, x, second, None, training=training)
+        return output if when is None else count(operands, output, x, _matrix(second), commit=when)
     commit, together, splits, evaluates = meeting(operands, x, second, training=training)
     shape = x.shape[:-2]
     x, second = (t.reshape(-1, *t.shape[-2:]) for t in (x, second))

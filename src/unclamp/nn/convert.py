@@ -7,15 +7,23 @@ the adaptor away. Both plan first and touch the model only when nothing can fail
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
 from unclamp.names import ROLES, SiteName, shown
-from unclamp.nn.candidates import candidates, check_devices, device_of, product_names
-from unclamp.nn.converted import Converted
+from unclamp.nn.adapted import Adapted
+from unclamp.nn.attention_rules import wanted, with_heads
+from unclamp.nn.candidates import (
+    Candidate,
+    candidates,
+    check_devices,
+    device_of,
+    product_names,
+)
 from unclamp.nn.exports import leave_in, leave_out
 from unclamp.nn.fastpath import keep_off
 from unclamp.nn.groups import Given, check_given, forget, give
@@ -24,10 +32,12 @@ from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands, native_plan
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
+from unclamp.nn.products import SITES, Matrix, Several, products_in, products_of
 from unclamp.nn.sharded import fit_all
 from unclamp.nn.unmatched import (
     any_in_fp8,
     describe_plan,
+    few,
     find_unmatched,
     kept_text,
     nothing_in_fp8,
@@ -47,15 +57,19 @@ class ConvertReport(Shown):
         converted: Each converted layer's name and what it gets.
         skipped: Each layer with a weight matrix that was left alone, and why.
         unmatched: Rules and skip globs that decided nothing, and why.
+        observed: Products of attentions that are only counted, since no rule names them.
     """
 
     converted: dict[str, LayerPlan]
     skipped: dict[str, str]
     unmatched: dict[str, str]
+    observed: dict[str, LayerPlan] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"converted {counted(len(self.converted), 'layer')}, skipped {len(self.skipped)}"]
         lines += [f"  {shown(fqn)}: {describe_plan(plan)}" for fqn, plan in self.converted.items()]
+        if self.observed:
+            lines.append(f"  only counted: {few(self.observed)}")
         lines += [f"  skipped {shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
         lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
         return "\n".join(lines)
@@ -120,7 +134,7 @@ def convert(
     profit = Profit(check_tokens(tokens), timer) if where_it_pays else None
     check_given(group, (fqn for fqn, _ in model.named_modules()))
     report = attach(model, recipe, skip=skip, strict=strict, observes=False, profit=profit)
-    give(dict(_converted_layers(model)), group)
+    give({fqn: module for fqn, _, module in products_of(model)}, group)
     return report
 
 
@@ -155,30 +169,39 @@ def attach(
         raise ConvertError(f"expected a list of globs for skip, got the string {skip!r}")
     converted, skipped = candidates(model, skip)
     _check_not_both(model, observes=observes)
-    others = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
-    devices = {fqn: device_of(m) for fqn, m in {**others, **converted}.items()}
+    others = {fqn: (m, own) for fqn, own, m in products_of(model)}
+    devices = {fqn: device_of(m, own.weight_name) for fqn, (m, own) in others.items()}
+    asked = wanted(converted, recipe)
+    named = [*product_names(model), *with_heads(converted)]
+    converted = asked.computed
+    new = converted | {fqn: candidate for fqn, (candidate, _) in asked.observed.items()}
+    devices |= {fqn: device_of(c.module, c.matrix.parameter) for fqn, c in new.items()}
     check_devices(devices)
-    unmatched = find_unmatched(product_names(model), recipe, skip, [*others, *converted])
+    unmatched = find_unmatched(named, recipe, skip, [*others, *converted, *asked.observed])
     if strict and unmatched:
         raise ConvertError(unmatched_text(unmatched, product_names(model)))
-    kept = _kept(others, recipe, skip, warms_anew=bool(converted))
+    kept = _kept(others, devices, recipe, skip, warms_anew=bool(converted))
     plans = {fqn: native_plan(recipe.plan(fqn), devices[fqn]) for fqn in converted}
     if profit is not None:
-        linear = {fqn: m for fqn, m in converted.items() if isinstance(m, nn.Linear)}
+        linear = {f: c.module for f, c in converted.items() if isinstance(c.module, nn.Linear)}
         left = unprofitable(
             linear, plans, tokens=profit.tokens, install=_install_alone, timer=profit.timer
         )
         skipped |= left
-        converted = {fqn: m for fqn, m in converted.items() if fqn not in left}
+        converted = {fqn: c for fqn, c in converted.items() if fqn not in left}
         plans = {fqn: plans[fqn] for fqn in converted}
-    report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
+    observed = {fqn: native_plan(p, devices[fqn]) for fqn, (_, p) in asked.observed.items()}
+    report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched, observed=observed)
     _warn(model, report, kept)  # which may raise: the model is as it was
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.clock.extend_to(model)
     ledger.observes = observes
-    if converted:
+    if new:
         ledger.recipe = recipe
-    _install(ledger, converted, plans)
+    _install(ledger, {fqn: new[fqn] for fqn in (*plans, *observed)}, plans | observed)
+    for candidate, _ in asked.observed.values():
+        own = products_in(candidate.module)[candidate.name]
+        own.only_observed, own.is_saved = True, False
     fit_all(model)
     keep_off(model)
     leave_out(model)
@@ -204,32 +227,38 @@ def _remember(
 
 
 def _install(
-    ledger: Ledger, layers: Mapping[str, nn.Module], plans: Mapping[str, LayerPlan]
+    ledger: Ledger, products: Mapping[str, Candidate], plans: Mapping[str, LayerPlan]
 ) -> None:
-    """Give layers their sites in a ledger, and an adaptor in front of their class."""
-    adaptors = {fqn: _adaptor_of(module) for fqn, module in layers.items()}
+    """Give products their sites in a ledger, and their modules an adaptor in front of the class."""
     sites = [
         Site.of(
             fqn,
             role,
             plans[fqn].operands[role],
-            shape=adaptors[fqn].matrix_shape(module) if role == "weight" else (),
+            shape=product.matrix.shape if role == "weight" else (),
         )
-        for fqn, module in layers.items()
+        for fqn, product in products.items()
         for role in ROLES
     ]
     # Every class before any module changes: making one runs code of the class it is made of.
-    classes = {fqn: adapted(adaptors[fqn], type(module)) for fqn, module in layers.items()}
+    modules = dict.fromkeys(product.module for product in products.values())
+    classes = {module: adapted(_adaptor_of(module), type(module)) for module in modules}
     indices = iter(ledger.add(sites))
-    for fqn, module in layers.items():
-        module.__class__ = classes[fqn]
-        assert isinstance(module, Converted)
-        module.sites = Operands(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
-        module.sites.belong_to(module)
-        ledger.move_to(module.weight.device)
+    for module, made in classes.items():
+        module.__class__ = made
+    for fqn, (module, name, matrix) in products.items():
+        its = {role: next(indices) for role in ROLES}
+        own = Operands(ledger, its, plans[fqn], weight_name=matrix.parameter)
+        if name:
+            module.__dict__.setdefault(SITES, Several())[name] = own
+        else:
+            module.__dict__[SITES] = own
+        own.belong_to(module)
+        device = device_of(module, matrix.parameter)
+        ledger.move_to(device)
 
 
-def _adaptor_of(module: nn.Module) -> type[Converted]:
+def _adaptor_of(module: nn.Module) -> type[Adapted]:
     kind = kind_of(module)
     assert kind is not None
     return kind.adaptor
@@ -237,7 +266,8 @@ def _adaptor_of(module: nn.Module) -> type[Converted]:
 
 def _install_alone(layer: nn.Linear, plan: LayerPlan) -> None:
     """Convert a layer that is made to be measured."""
-    _install(Ledger(layer), {"": layer}, {"": plan})
+    weight = Matrix("weight", (layer.out_features, layer.in_features))
+    _install(Ledger(layer), {"": Candidate(layer, "", weight)}, {"": plan})
 
 
 def revert(model: nn.Module) -> RevertReport:
@@ -247,15 +277,15 @@ def revert(model: nn.Module) -> RevertReport:
     extended since (FSDP, a parametrization) only the adaptor goes. Other models stay as they are.
     """
     leave_in(model)
-    reverted = []
-    for fqn, module in model.named_modules():
-        if isinstance(module, Converted):
-            module.sites.ledger.clock.release(module.sites)
-            module.__dict__.pop("sites").end()
-            forget(module)
-            take_away(module)
-            reverted.append(fqn)
-    return RevertReport(reverted=tuple(reverted))
+    products = products_of(model)
+    for _, own, _ in products:
+        own.ledger.clock.release(own)
+        own.end()
+    for module in dict.fromkeys(module for _, _, module in products):
+        del module.__dict__[SITES]
+        forget(module)
+        take_away(module)
+    return RevertReport(reverted=tuple(fqn for fqn, _, _ in products))
 
 
 def first_and_last(model: nn.Module) -> list[str]:
@@ -265,7 +295,7 @@ def first_and_last(model: nn.Module) -> list[str]:
     The report of `convert` says what that left alone. The names start with "^", so that as globs
     they match these layers and no other.
     """
-    linear = [f"^{fqn}" for fqn in product_names(model)]
+    linear = [f"^{fqn}" for fqn in product_names(model, of_weights=True)]
     return list(dict.fromkeys([*linear[:1], *linear[-1:]]))
 
 
@@ -274,7 +304,7 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
     converted apart. Their sites are named as the modules are now: within the model of their ledger,
     so that a wrapper changes no name, and within `model` where two would have the same name.
     """  # noqa: D205
-    ledgers = list(dict.fromkeys(m.sites.ledger for _, m in _converted_layers(model)))
+    ledgers = list(dict.fromkeys(own.ledger for _, own, _ in products_of(model)))
     for ledger in ledgers:
         ledger.clock.adopt(model, ledger)
     roots = {ledger: ledger.clock.root_in(model) for ledger in ledgers}
@@ -287,17 +317,13 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
     return ledgers
 
 
-def _converted_layers(model: nn.Module) -> list[tuple[str, Converted]]:
-    return [(fqn, m) for fqn, m in model.named_modules() if isinstance(m, Converted)]
-
-
 def _names(ledger: Ledger, root: nn.Module) -> dict[int, SiteName]:
     """Return the names of a ledger's sites within a model, by index."""
     return {
         index: SiteName(fqn, role)
-        for fqn, layer in _converted_layers(root)
-        if layer.sites.ledger is ledger
-        for role, index in layer.sites.indices.items()
+        for fqn, own, _ in products_of(root)
+        if own.ledger is ledger
+        for role, index in own.indices.items()
     }
 
 
@@ -327,17 +353,21 @@ def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]
 
 
 def _kept(
-    layers: Mapping[str, nn.Module], recipe: Recipe, skip: Sequence[str], *, warms_anew: bool
+    products: Mapping[str, tuple[nn.Module, Operands]],
+    devices: Mapping[str, torch.device],
+    recipe: Recipe,
+    skip: Sequence[str],
+    *,
+    warms_anew: bool,
 ) -> dict[str, LayerPlan]:
-    """Return what converted layers have that another recipe would not have given them."""
+    """Return what converted products have that another recipe would not have given them."""
     kept = {}
-    for fqn, layer in layers.items():
-        assert isinstance(layer, Converted)
-        before = layer.sites.ledger.recipe
-        if before == recipe or any(matches(fqn, glob) for glob in skip):
+    for fqn, (_, own) in products.items():
+        before = own.ledger.recipe
+        if before == recipe or own.only_observed or any(matches(fqn, glob) for glob in skip):
             continue
-        plan = layer.sites.plan()
-        wanted = native_plan(recipe.plan(fqn), device_of(layer))
+        plan = own.plan()
+        wanted = native_plan(recipe.plan(fqn), devices[fqn])
         steps = recipe.warmup_steps if before is None or warms_anew else before.warmup_steps
         if plan != wanted or steps != recipe.warmup_steps:
             kept[fqn] = plan

@@ -23,6 +23,25 @@ from unclamp.nn.agreed import WHOLE, Splits, smoothing
 from unclamp.nn.casts import Seen
 from unclamp.nn.operands import Operands
 
+COUNTED_EVERY = 10
+"""Updates between two in which what is only observed is counted, where nobody inspects casts."""
+
+
+def is_counted(operands: Operands) -> bool:
+    """Whether a product that computes plainly, and casts to count, is counted now.
+
+    One that is computed in FP8 later (a warm-up), or of an observed model, always. One that is only
+    observed whatever its recipe, which has its operands made for it: where a `Recorder` inspects
+    every cast, or every `COUNTED_EVERY` updates where nobody asks for closer looks.
+    """
+    if operands.is_plain:
+        return False
+    if not operands.only_observed:
+        return True
+    if operands.inspection == "never":
+        return operands.ledger.updates % COUNTED_EVERY == 0
+    return operands.inspection == "always"
+
 
 def count(
     operands: Operands,

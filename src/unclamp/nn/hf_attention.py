@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclamp.nn.attention import AttentionProducts, attend
-from unclamp.nn.attention_module import WithAttention
+from unclamp.nn.adapted import Adapted
+from unclamp.nn.attend import AttentionProducts, attend
+from unclamp.nn.attention import WithAttention
 from unclamp.nn.scores import Attended, Scoring
 
 NAME = "unclamp"
@@ -32,7 +33,7 @@ UNKNOWN = frozenset({"logsumexp", "maybe_autocast"})
 
 def _forward_of(of: type) -> Any:
     """Return the forward of a class, without decorators and without an adaptor of ours."""
-    plain = next((c for c in of.__mro__ if not issubclass(c, WithAttention)), of)
+    plain = next((c for c in of.__mro__ if not issubclass(c, Adapted)), of)
     return inspect.unwrap(plain.forward)
 
 
@@ -50,19 +51,6 @@ def implementation_of(module: nn.Module) -> str:
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Return why the attention of a module is left alone; None if it is not."""
-    if implementation_of(module) not in KNOWN:
-        return (
-            f"its attention is {implementation_of(module)}, whose kernel keeps scores and masks to "
-            "itself; eager and sdpa are counted"
-        )
-    eager = _eager_of(type(module))
-    if eager is None or UNKNOWN & set(inspect.unwrap(eager).__code__.co_names):
-        return "its eager attention computes differently from others"
-    return None
-
-
 def _eager_of(of: type) -> Callable[..., Any] | None:
     """Return the eager attention of a class's file, which its forward names."""
     forward = _forward_of(of)
@@ -74,6 +62,19 @@ class Fp8InterfaceAttention(WithAttention):
     """An attention module of transformers whose operands are counted, or go through FP8."""
 
     config: Any
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Return why the attention of a module is left alone; None if it is not."""
+        if implementation_of(module) not in KNOWN:
+            return (
+                f"its attention is {implementation_of(module)}, whose kernel keeps scores and "
+                "masks to itself; eager and sdpa are counted"
+            )
+        eager = _eager_of(type(module))
+        if eager is None or UNKNOWN & set(inspect.unwrap(eager).__code__.co_names):
+            return "its eager attention computes differently from others"
+        return None
 
     @classmethod
     def heads(cls, module: nn.Module) -> int:

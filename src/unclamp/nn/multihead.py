@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from unclamp.errors import UnsupportedError
 from unclamp.names import shown
-from unclamp.nn.attention import PV, QK, AttentionProducts, attend
-from unclamp.nn.attention_module import WithAttention
+from unclamp.nn.attend import PV, QK, AttentionProducts, attend
+from unclamp.nn.attention import WithAttention
 from unclamp.nn.operands import Operands
 from unclamp.nn.product import multiply
 from unclamp.nn.products import Matrix, products_in
@@ -232,9 +232,7 @@ class Fp8MultiheadAttention(WithAttention, nn.MultiheadAttention):
             return Attended(q=q, k=k, v=v, scoring=scoring, dropout=dropout)
 
         products = AttentionProducts.of(self)
-        output, weights = attend(
-            products, asked, plain, tensors=(q, k, v), training=self.training
-        )
+        output, weights = attend(products, asked, plain, tensors=(q, k, v), training=self.training)
         return output, None if weights is None else weights.to(q.dtype)
 
 

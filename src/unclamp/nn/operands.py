@@ -63,7 +63,9 @@ def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
     return plan if operands == plan.operands else replace(plan, operands=operands)
 
 
-KEPT = ("ledger", "indices", "smooth", "modes", "is_saved", "ignored", "only_observed")
+KEPT = (
+    "ledger", "indices", "smooth", "modes", "is_saved", "ignored", "weight_name", "only_observed",
+)  # fmt: skip
 """What copies and pickles of a product keep; the rest is views, taken anew."""
 
 
@@ -102,6 +104,8 @@ class Operands:
         origin: The weight when scales last came from elsewhere.
         last_passed: Updates so far when a gradient last passed through it while it was frozen.
         module: The module that casts by them, as long as it lives; None: unknown.
+        weight_name: What that calls the parameter that its second operand is, or lies in; None
+            where it is computed.
     """
 
     noted: Noted | None = None
@@ -114,9 +118,17 @@ class Operands:
     on_end: Callable[[], None] | None = None
     is_gathered = False
     ignored: tuple[set[str], ...] = ()
+    weight_name: str | None = "weight"
 
-    def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
-        self.ledger = ledger
+    def __init__(
+        self,
+        ledger: "Ledger",
+        indices: dict[Role, int],
+        plan: LayerPlan,
+        *,
+        weight_name: str | None = "weight",
+    ) -> None:
+        self.ledger, self.weight_name = ledger, weight_name
         self.origin = Origin()
         self.indices = dict(indices)
         self.smooth = plan.smooth
@@ -173,6 +185,17 @@ class Operands:
     def fqn(self) -> str:
         """The product's name, as it stands now."""
         return self.ledger.sites[self.indices["input"]].fqn
+
+    @property
+    def has_state(self) -> bool:
+        """Whether its state is part of a state_dict: not where it is only observed."""
+        return self.is_saved and not (self.ledger.observes or self.only_observed)
+
+    def parameter_in(self, module: nn.Module | None) -> nn.Parameter | None:
+        """Return the parameter in which its second operand lies; None where there is none."""
+        if module is None or self.weight_name is None:
+            return None
+        return module._parameters.get(self.weight_name)
 
     def operand(self, role: Role) -> Operand:
         """Return what this role gets, as it stands now."""
@@ -330,8 +353,8 @@ class Operands:
             looks = [self.nothing[1] if one.details is None else one.details for one in rows]
             add_details(self.details, torch.stack(looks))
 
-    def evaluate(self, seen: Mapping[Role, "Seen"], weight: Tensor) -> None:
-        """Count what an evaluation's casts saw, of a weight among others."""
+    def evaluate(self, seen: Mapping[Role, "Seen"], weight: Tensor | None) -> None:
+        """Count what an evaluation's casts saw, of a weight among others, if there is one."""
         rows = [seen.get(role, NOTHING_SEEN).stats for role in ROLES]
         if torch.compiler.is_compiling():
             commit(self.evaluated, rows, self.nothing[0])
@@ -340,9 +363,11 @@ class Operands:
         is_watched = ledger.evaluated.watches(ledger.updates, self.number)
         commit(self.evaluated, rows, self.nothing[0])
         if is_watched:
-            ledger.evaluated.look(
-                ledger.sites, ledger.updates, is_written=lambda: self.origin.is_written(weight)
-            )
+
+            def is_written() -> bool:
+                return weight is not None and self.origin.is_written(weight)
+
+            ledger.evaluated.look(ledger.sites, ledger.updates, is_written=is_written)
 
     def belong_to(self, module: nn.Module) -> None:
         """Take a module for the one that casts by these; a shallow copy of it changes nothing."""
@@ -388,7 +413,7 @@ class Operands:
     @property
     def _is_written(self) -> bool:
         """Whether scales came from elsewhere, and the weight was written since, as versions say."""
-        weight = getattr(self.module and self.module(), "_parameters", {}).get("weight")
+        weight = self.parameter_in(self.module and self.module())
         is_copy = self.ledger.evaluated.source is not None
         return is_copy and weight is not None and self.origin.is_other(weight)
 

@@ -131,7 +131,11 @@ def reasons(skipped: Mapping[str, str]) -> str:
 
 def any_in_fp8(ledgers: Iterable[Ledger]) -> bool:
     """Whether any layer of these ledgers casts anything, if only to count."""
-    return any(not layer.is_plain for ledger in ledgers for layer in ledger.layers)
+    return any(
+        not layer.is_plain and (ledger.observes or not layer.only_observed)
+        for ledger in ledgers
+        for layer in ledger.layers
+    )
 
 
 def few(names: Iterable[str]) -> str:
