@@ -153,7 +153,8 @@ def test_heads_are_products_of_their_own() -> None:
     model = Model(heads=4)
     report = unclamp.convert(model, BY_HEAD)
     assert list(report.converted) == [f"attn.{p}.{h}" for p in ("qk", "pv") for h in range(4)]
-    assert report.observed == {} and report.unmatched == {}
+    assert not report.observed
+    assert not report.unmatched
     tensors = drawn_all()
     with torch.no_grad():
         tensors[0][:, 2] *= 100
@@ -182,6 +183,7 @@ GLOBS |= {"*": False, "attn.*": False, "attn*": False, "*.attn": False}
 
 
 @pytest.mark.parametrize("glob", GLOBS)
+@pytest.mark.filterwarnings("ignore::unclamp.UnclampWarning")
 def test_only_rules_that_name_a_product_of_attention_compute_it(glob: str) -> None:
     model = Model()
     model.add_module("attn_out", nn.Linear(2, 2))
@@ -196,7 +198,8 @@ def test_rows_and_smoothing_are_refused_where_they_are_asked_for() -> None:
         with pytest.raises(RecipeError, match=r"attn\.qk"):
             unclamp.convert(Model(), recipe.override("*.qk", input="dynamic"))
     model = Model()
-    report = unclamp.convert(model, Recipe.uniform(rows))
+    with pytest.warns(UnclampWarning, match=r"attn\.qk, attn\.pv are only counted"):
+        report = unclamp.convert(model, Recipe.uniform(rows))
     granularity = report.observed["attn.qk"].operands["input"].scaling.granularity
     assert granularity.is_whole
 
@@ -270,10 +273,10 @@ def test_dropout_drops_what_torch_would_and_keeps_the_mean() -> None:
     model = Model()
     unclamp.convert(model, IN_FP8)
     torch.manual_seed(0)
-    outputs = torch.stack([made(model, tensors, dropout_p=0.4)[0] for _ in range(300)])
+    outputs = torch.stack([made(model, tensors, dropout_p=0.4)[0] for _ in range(100)])
     right = made(model, tensors)[0]
     assert outputs.std(0).max() > 0.1
-    assert (outputs.mean(0) - right).abs().max() < 0.15
+    assert (outputs.mean(0) - right).abs().max() < 0.25
 
 
 def counts_of(model: nn.Module, stat: Stat = Stat.CASTS) -> dict[str, float]:
@@ -306,18 +309,15 @@ def test_casts_count_in_backward_once_and_not_in_evaluations() -> None:
 
 @pytest.mark.parametrize("recipe", [IN_FP8, Recipe()], ids=["computed", "only counted"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_changes_neither_bits_nor_counts(
-    recipe: Recipe, use_reentrant: bool
-) -> None:
+def test_checkpointing_changes_neither_bits_nor_counts(recipe: Recipe, use_reentrant: bool) -> None:
     tensors, found = drawn_all(), []
     for checkpoints in (False, True):
         model = Model()
         model.add_module("layer", nn.Linear(2, 2))
         unclamp.convert(model, recipe)
-        settings = {"is_causal": True, "dropout_p": 0.2}
 
         def forward(*operands: Tensor, model: nn.Module = model) -> Tensor:
-            return model(*operands, **settings)
+            return model(*operands, is_causal=True, dropout_p=0.2)
 
         def around(*operands: Tensor, run: Any = forward) -> Tensor:
             return checkpoint(run, *operands, use_reentrant=use_reentrant)

@@ -13,7 +13,7 @@ With grouped queries the queries of the heads that share a key are rows of one p
 keys and values are cast once, and their gradients are summed in the GEMM.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +51,21 @@ class AttentionProducts:
     def of(cls, module: nn.Module) -> "AttentionProducts":
         """Return those of a module; none of one that is not converted."""
         own = products_in(module)
-        return cls(
-            qk=tuple(each for name, each in own.items() if name.split(".")[0] == QK),
-            pv=tuple(each for name, each in own.items() if name.split(".")[0] == PV),
-        )
+        if len(own) == 2 and QK in own and PV in own:  # in nearly all steps of nearly all models
+            return cls(qk=(own[QK],), pv=(own[PV],))
+        return cls(qk=_heads(own, QK), pv=_heads(own, PV))
 
     @property
     def is_computed(self) -> bool:
         """Whether any of them is computed from operands in FP8, and not only counted."""
         return any(not (each.is_plain or each.counts_only) for each in self.every)
+
+
+def _heads(products: Mapping[str, Operands], name: str) -> Products:
+    """Return the products of one name, those of heads in their order."""
+    found = [(each, own) for each, own in products.items() if each.split(".")[0] == name]
+    found.sort(key=lambda pair: int(pair[0].partition(".")[2] or 0))
+    return tuple(own for _, own in found)
 
 
 Plain = Callable[[], tuple[Tensor, Tensor | None]]

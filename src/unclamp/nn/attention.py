@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -120,7 +121,14 @@ def attention(
         tensors=(query, key, value),
         training=module.training,
     )
-    return output
+    return output.view(_shape(query, key, value, output)) if products.is_computed else output
+
+
+def _shape(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> torch.Size:
+    """Return the shape of torch's output, of one of four dimensions."""
+    own = 3 if query.ndim > 3 else 2
+    leading = torch.broadcast_shapes(*(t.shape[:-own] for t in (query, key, value)))
+    return torch.Size([*leading, *output.shape[-own:]])
 
 
 class Fp8Attention(WithAttention, Attention):

@@ -346,7 +346,11 @@ def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]
         said.append(kept_text(list(kept), describe_plan(next(iter(kept.values())))))
     is_new = any(plan.casts for plan in report.converted.values())
     if not (is_new or any_in_fp8(find_ledgers(model))):
-        said.append(nothing_in_fp8(report.skipped, plain=list(report.converted)))
+        said.append(
+            nothing_in_fp8(
+                report.skipped, plain=list(report.converted), observed=list(report.observed)
+            )
+        )
     for message in said:
         # The caller of `attach`, and `naming_arguments` before that.
         warnings.warn(message, UnclampWarning, stacklevel=5)
