@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     from unclamp.analysis.explanation import Explanation
     from unclamp.explain import Snapshots, Training, explain_spike
     from unclamp.nn import (
+        Attention,
         ConvertReport,
         EvaluationCounts,
         Fp8Linear,
         Observation,
         RevertReport,
         SwitchReport,
+        attention,
         convert,
         coverage,
         evaluation_counts,
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from unclamp.telemetry import Every, MLflow, Recorder, TensorBoard, WandB
 
 _LAZY = {
+    "Attention": "unclamp.nn",
+    "attention": "unclamp.nn",
     "ConvertReport": "unclamp.nn",
     "EvaluationCounts": "unclamp.nn",
     "Fp8Linear": "unclamp.nn",
@@ -106,6 +110,7 @@ __all__ = [
     "FORMATS",
     "MX",
     "AnalysisError",
+    "Attention",
     "ConvertError",
     "ConvertReport",
     "CoverageReport",
@@ -145,6 +150,7 @@ __all__ = [
     "UnsupportedError",
     "WandB",
     "__version__",
+    "attention",
     "cast",
     "convert",
     "coverage",

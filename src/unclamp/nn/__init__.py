@@ -3,6 +3,7 @@ and switch.
 """  # noqa: D205
 
 from unclamp.nn.adapted import Adapted
+from unclamp.nn.attention import Attention, attention
 from unclamp.nn.convert import (
     ConvertReport,
     RevertReport,
@@ -25,6 +26,7 @@ from unclamp.nn.switch import SwitchReport, switch
 
 __all__ = [
     "Adapted",
+    "Attention",
     "ConvertReport",
     "Converted",
     "EvaluatedSite",
@@ -36,6 +38,7 @@ __all__ = [
     "RevertReport",
     "Site",
     "SwitchReport",
+    "attention",
     "convert",
     "coverage",
     "evaluation_counts",

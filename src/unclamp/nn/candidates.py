@@ -34,7 +34,13 @@ def candidates(
     """Return the products to convert, by name, and why other weight matrices are left alone."""
     converted: dict[str, Candidate] = {}
     skipped: dict[str, str] = {}
-    read_elsewhere = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    read_elsewhere = {
+        module.out_proj
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        and not isinstance(module, Adapted)
+        and _reason_to_skip(fqn, module, skip) is not None
+    }
     for fqn, module in model.named_modules():
         reason = _reason_to_skip(fqn, module, skip)
         if reason is None and module in read_elsewhere:
@@ -78,6 +84,8 @@ def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | N
             f"a subclass of nn.Linear with a forward of its own ({type(module).__name__}), which "
             "may compute differently"
         )
+    if (why := kind.adaptor.why_not(module)) is not None:
+        return why
     names = (matrix.parameter for matrix in kind.adaptor.matrices(module).values())
     for name in dict.fromkeys(name for name in names if name is not None):
         weight = getattr(module, name, None)
@@ -102,12 +110,19 @@ def _is_memory(weight: Tensor) -> bool:
     )
 
 
-def product_names(model: nn.Module) -> list[str]:
-    """Return the names of the model's matrix products, converted or not."""
+def product_names(model: nn.Module, *, of_weights: bool = False) -> list[str]:
+    """Return the names of the model's matrix products, converted or not.
+
+    Args:
+        model: Whose.
+        of_weights: Leave those out whose operands are both computed.
+    """
+    relative = {"": Matrix("weight")}
     return [
         joined(fqn, name)
         for fqn, module in model.named_modules()
-        for name in ([""] if is_relative(module) else _matrices(module))
+        for name, matrix in (relative if is_relative(module) else _matrices(module)).items()
+        if not (of_weights and matrix.parameter is None)
     ]
 
 

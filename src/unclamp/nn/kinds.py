@@ -14,9 +14,17 @@ from typing import Any
 from torch import nn
 
 from unclamp.nn.adapted import Adapted
+from unclamp.nn.attention import (
+    Attention,
+    Fp8Attention,
+    Fp8CallsAttention,
+    calls_attention,
+)
 from unclamp.nn.conv1d import Fp8Conv1D
 from unclamp.nn.fastpath import allow
+from unclamp.nn.hf_attention import Fp8InterfaceAttention, asks_interface
 from unclamp.nn.linear import Fp8Linear
+from unclamp.nn.multihead import Fp8MultiheadAttention
 from unclamp.nn.traced import Fp8Traced, interpreter_forward, is_traced_linear
 
 
@@ -27,14 +35,19 @@ class Kind:
     Attributes:
         name: What it is called in sentences.
         adaptor: What comes in front of its class.
-        forward: The `forward` that such a module has; None where its library is not loaded.
+        forward: The `forward` that such a module has, None of a library that is not loaded; None
+            where any may be.
         fits: Whether a module with that `forward` is one: of some the `forward` says too little.
     """
 
     name: str
     adaptor: type[Adapted]
-    forward: Callable[[], Any]
+    forward: Callable[[], Any] | None
     fits: Callable[[nn.Module], bool] = lambda module: True
+
+    def has(self, forward: Any) -> bool:
+        """Whether its modules have this `forward`."""
+        return self.forward is None or forward is self.forward()
 
 
 def _conv1d_forward() -> Any:
@@ -52,13 +65,31 @@ KINDS = (
         forward=interpreter_forward,
         fits=is_traced_linear,
     ),
+    Kind(name="attention", adaptor=Fp8Attention, forward=lambda: Attention.forward),
+    Kind(
+        name="multi-head attention",
+        adaptor=Fp8MultiheadAttention,
+        forward=lambda: nn.MultiheadAttention.forward,
+    ),
+    Kind(
+        name="attention of transformers",
+        adaptor=Fp8InterfaceAttention,
+        forward=None,
+        fits=asks_interface,
+    ),
+    Kind(
+        name="caller of attention",
+        adaptor=Fp8CallsAttention,
+        forward=None,
+        fits=calls_attention,
+    ),
 )
 
 
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a module that is not converted; None if it is no matrix product."""
     forward = type(module).forward
-    return next((kind for kind in KINDS if forward is kind.forward() and kind.fits(module)), None)
+    return next((kind for kind in KINDS if kind.has(forward) and kind.fits(module)), None)
 
 
 def is_relative(module: nn.Module) -> bool:
