@@ -37,7 +37,7 @@ DECODER = {
 Shares = Mapping[str, float]
 """FLOPs of a step by kind; " (left out)" stands behind kinds that no cast sees."""
 
-COVERED = ("linear",)
+COVERED = ("linear", "attention")
 """Kinds of products that `convert` takes, wherever it finds them."""
 
 
@@ -231,7 +231,7 @@ def waves(length: int = LENGTH) -> Tensor:
 def mha(queries: int, keys: int) -> dict[str, float]:
     """FLOPs forward of one nn.MultiheadAttention."""
     return {
-        "linear (left out)": 2 * BATCH * (2 * queries + 2 * keys) * H * H,
+        "linear": 2 * BATCH * (2 * queries + 2 * keys) * H * H,
         "attention": attention(queries, keys, D, D, causal=False),
     }
 
@@ -388,8 +388,8 @@ CASES = {
 NO_GRADIENT = {
     # The input of the first layer wants no gradient, and neither does an LSTM's first state.
     "nn.LSTM": {"recurrent (left out)": 2 * BATCH * F * 4 * F},
-    "nn.Transformer": {"linear (left out)": 2 * (TOKENS + BATCH * ANSWER) * 3 * H * H},
-    "nn.TransformerEncoder": {"linear (left out)": 2 * TOKENS * 3 * H * H},
+    "nn.Transformer": {"linear": 2 * (TOKENS + BATCH * ANSWER) * 3 * H * H},
+    "nn.TransformerEncoder": {"linear": 2 * TOKENS * 3 * H * H},
 }
 
 

@@ -214,6 +214,28 @@ def test_a_weight_that_another_module_reads_is_named() -> None:
     assert (found.state, found.why) == ("left out", "its weight is read outside of the layer")
 
 
+def test_attention_is_observed_unless_a_rule_names_it() -> None:
+    x = torch.randn(2, 5, 16)
+
+    def states(**how: Any) -> dict[str, str]:
+        model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        unclamp.convert(model, how.pop("recipe", unclamp.Recipe()), **how)
+        return {
+            p.fqn.removeprefix("self_attn."): p.state for p in unclamp.coverage(model, x).products
+        }
+
+    every = dict.fromkeys(["in_proj", "out_proj", "linear1", "linear2"], "converted")
+    assert states() == {**every, "qk": "observed", "pv": "observed"}
+    named = unclamp.Recipe().override("*.qk", input=unclamp.Dynamic())
+    assert states(recipe=named) == {**every, "qk": "converted", "pv": "observed"}
+    assert states(skip=["*.qk", "*in_proj"]) == {
+        **every, "qk": "left out", "pv": "observed", "in_proj": "left out"
+    }  # fmt: skip
+    plain = unclamp.coverage(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), x)
+    assert plain.share_of("would be converted", "would be observed") == 1.0
+    assert product(plain, "self_attn.qk").state == "would be observed"
+
+
 # ---- what is found, and where it belongs -------------------------------------------------------
 
 

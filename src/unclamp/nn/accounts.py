@@ -48,6 +48,6 @@ class Account:
 def accounted(*operands: Operands) -> AbstractContextManager[None] | None:
     """Return the context in which the plain operation is to be computed; None: nobody listens."""
     for account in _LISTENERS:
-        if operands[0].ledger in account.ledgers:
+        if operands and operands[0].ledger in account.ledgers:
             return account.note(operands)
     return None

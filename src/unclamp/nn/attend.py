@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from unclamp.nn.accounts import accounted
 from unclamp.nn.attention_counts import counted
 from unclamp.nn.batched import multiply_each
 from unclamp.nn.counting import is_counted, is_stand_in, say_not_counted
@@ -93,6 +94,9 @@ def attend(
 
     Numerics: where nothing is cast, the bits of the plain attention; its kernel too.
     """
+    if (account := accounted(*products.every)) is not None:
+        with account:
+            return plain()
     if any(t.is_nested for t in tensors) or is_sharded(*tensors):
         return plain()
     if torch.compiler.is_compiling() and not products.is_computed:

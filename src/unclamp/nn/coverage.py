@@ -310,7 +310,7 @@ def _state(
 
 def _operands(call: Call) -> Operands | None:
     """Return the operands of the converted product that a call is; None if it is none."""
-    if len(call.inside) < 2:
+    if len(call.inside) < 2 and not call.label:
         return next(iter(call.inside), None)
     parameter = call.weight.names[0].rpartition(".")[2] if call.weight is not None else ""
     name = call.label or parameter.removesuffix("_weight")
