@@ -37,7 +37,7 @@ DECODER = {
 Shares = Mapping[str, float]
 """FLOPs of a step by kind; " (left out)" stands behind kinds that no cast sees."""
 
-COVERED = ("linear", "attention")
+COVERED = ("linear", "attention", "patches")
 """Kinds of products that `convert` takes, wherever it finds them."""
 
 
@@ -60,7 +60,7 @@ def named(forward: Mapping[str, float], *, twice: Mapping[str, float] | None = N
     }
 
 
-def llama_like(kv: int = KV, mlp: float | None = None, **others: float) -> dict[str, float]:
+def llama_like(kv: int = KV, mlp: int | None = None, **others: int) -> dict[str, float]:
     """FLOPs forward of a decoder with gated MLPs, or something else in their place."""
     project = H * HEADS * D + 2 * H * kv * D + HEADS * D * H
     mlp = 3 * H * F if mlp is None else mlp
@@ -71,7 +71,7 @@ def llama_like(kv: int = KV, mlp: float | None = None, **others: float) -> dict[
     }
 
 
-def experts_of(width: int, count: int, chosen: int, layers: int = LAYERS) -> dict[str, float]:
+def experts_of(width: int, count: int, chosen: int, layers: int = LAYERS) -> dict[str, int]:
     return {
         "experts": layers * 2 * TOKENS * chosen * 3 * H * width,
         "router": layers * 2 * TOKENS * H * count,
@@ -155,7 +155,7 @@ VISION = {
     "intermediate_size": F, "image_size": SIDE, "patch_size": PATCH,
 }  # fmt: skip
 SEES = LAYERS * attention(PATCHES + 1, PATCHES + 1, D, D, causal=False)
-PATCHED = {"convolution": 2 * BATCH * PATCHES * 3 * PATCH * PATCH * H}
+PATCHED = {"patches": 2 * BATCH * PATCHES * 3 * PATCH * PATCH * H}
 
 
 def images() -> Tensor:

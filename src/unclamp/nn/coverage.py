@@ -26,6 +26,7 @@ from unclamp.nn.candidates import candidates
 from unclamp.nn.convert import attach, find_ledgers, revert
 from unclamp.nn.kinds import kind_of
 from unclamp.nn.operands import Operands
+from unclamp.nn.patches import are_patches
 from unclamp.nn.products import products_in
 from unclamp.nn.watched import Call, Functions, Watch
 from unclamp.recipe import Recipe
@@ -336,7 +337,7 @@ def _kind(call: Call, owner: nn.Module | None) -> str:
     if call.weight is None:
         return call.label or "matmul"
     if isinstance(owner, nn.modules.conv._ConvNd):
-        return "convolution"
+        return "patches" if are_patches(owner) else "convolution"
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return "recurrent"
     if "router" in _class_name(owner).lower():

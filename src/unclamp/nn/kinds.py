@@ -25,6 +25,7 @@ from unclamp.nn.fastpath import allow
 from unclamp.nn.hf_attention import Fp8InterfaceAttention, asks_interface
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.multihead import Fp8MultiheadAttention
+from unclamp.nn.patches import Fp8Patches, are_patches
 from unclamp.nn.traced import Fp8Traced, interpreter_forward, is_traced_linear
 
 
@@ -64,6 +65,24 @@ KINDS = (
         adaptor=Fp8Traced,
         forward=interpreter_forward,
         fits=is_traced_linear,
+    ),
+    Kind(
+        name="convolution of patches",
+        adaptor=Fp8Patches,
+        forward=lambda: nn.Conv1d.forward,
+        fits=are_patches,
+    ),
+    Kind(
+        name="convolution of patches",
+        adaptor=Fp8Patches,
+        forward=lambda: nn.Conv2d.forward,
+        fits=are_patches,
+    ),
+    Kind(
+        name="convolution of patches",
+        adaptor=Fp8Patches,
+        forward=lambda: nn.Conv3d.forward,
+        fits=are_patches,
     ),
     Kind(name="attention", adaptor=Fp8Attention, forward=lambda: Attention.forward),
     Kind(
