@@ -12,7 +12,7 @@ from unclamp.errors import ConvertError
 from unclamp.names import shown
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.kinds import is_relative, kind_of
-from unclamp.nn.products import Matrix, joined
+from unclamp.nn.products import Matrix, joined, products_in
 from unclamp.numerics.gpu import architecture
 from unclamp.numerics.gpu.formats import native_format
 from unclamp.rule import LayerPlan, matches
@@ -117,13 +117,20 @@ def product_names(model: nn.Module, *, of_weights: bool = False) -> list[str]:
         model: Whose.
         of_weights: Leave those out whose operands are both computed.
     """
-    relative = {"": Matrix("weight")}
     return [
         joined(fqn, name)
         for fqn, module in model.named_modules()
-        for name, matrix in (relative if is_relative(module) else _matrices(module)).items()
-        if not (of_weights and matrix.parameter is None)
+        for name, parameter in _weights(module).items()
+        if not (of_weights and parameter is None)
     ]
+
+
+def _weights(module: nn.Module) -> dict[str, str | None]:
+    """Return what a module calls the parameter of each product; None where there is none."""
+    if is_relative(module):
+        return {"": "weight"}
+    there = {name: own.weight_name for name, own in products_in(module).items()}
+    return there | {name: matrix.parameter for name, matrix in _matrices(module).items()}
 
 
 def device_of(module: nn.Module, weight_name: str | None) -> torch.device:

@@ -21,6 +21,7 @@ from unclamp.nn.attention import (
     calls_attention,
 )
 from unclamp.nn.conv1d import Fp8Conv1D
+from unclamp.nn.experts import Fp8Experts, is_experts
 from unclamp.nn.fastpath import allow
 from unclamp.nn.hf_attention import Fp8InterfaceAttention, asks_interface
 from unclamp.nn.linear import Fp8Linear
@@ -102,6 +103,7 @@ KINDS = (
         forward=None,
         fits=calls_attention,
     ),
+    Kind(name="experts", adaptor=Fp8Experts, forward=None, fits=is_experts),
 )
 
 
