@@ -7,6 +7,7 @@ rendered on a machine without it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from unclamp.covered import CoverageReport
 from unclamp.errors import (
     AnalysisError,
     ConvertError,
@@ -39,13 +40,16 @@ if TYPE_CHECKING:
     from unclamp.analysis.explanation import Explanation
     from unclamp.explain import Snapshots, Training, explain_spike
     from unclamp.nn import (
+        Attention,
         ConvertReport,
         EvaluationCounts,
         Fp8Linear,
         Observation,
         RevertReport,
         SwitchReport,
+        attention,
         convert,
+        coverage,
         evaluation_counts,
         first_and_last,
         grouped_mm,
@@ -62,6 +66,8 @@ if TYPE_CHECKING:
     from unclamp.telemetry import Every, MLflow, Recorder, TensorBoard, WandB
 
 _LAZY = {
+    "Attention": "unclamp.nn",
+    "attention": "unclamp.nn",
     "ConvertReport": "unclamp.nn",
     "EvaluationCounts": "unclamp.nn",
     "Fp8Linear": "unclamp.nn",
@@ -69,6 +75,7 @@ _LAZY = {
     "refresh": "unclamp.nn",
     "RevertReport": "unclamp.nn",
     "convert": "unclamp.nn",
+    "coverage": "unclamp.nn",
     "revert": "unclamp.nn",
     "Observation": "unclamp.nn",
     "observe": "unclamp.nn",
@@ -105,8 +112,10 @@ __all__ = [
     "FORMATS",
     "MX",
     "AnalysisError",
+    "Attention",
     "ConvertError",
     "ConvertReport",
+    "CoverageReport",
     "Delayed",
     "Dynamic",
     "EvaluationCounts",
@@ -143,8 +152,10 @@ __all__ = [
     "UnsupportedError",
     "WandB",
     "__version__",
+    "attention",
     "cast",
     "convert",
+    "coverage",
     "dequantize",
     "evaluation_counts",
     "explain_spike",

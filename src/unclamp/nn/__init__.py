@@ -3,6 +3,7 @@ and switch.
 """  # noqa: D205
 
 from unclamp.nn.adapted import Adapted
+from unclamp.nn.attention import Attention, attention
 from unclamp.nn.bank import grouped_mm
 from unclamp.nn.convert import (
     ConvertReport,
@@ -14,6 +15,7 @@ from unclamp.nn.convert import (
 )
 from unclamp.nn.converted import Converted
 from unclamp.nn.copies import EvaluatedSite, EvaluationCounts, evaluation_counts, refresh
+from unclamp.nn.coverage import coverage
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
@@ -25,6 +27,7 @@ from unclamp.nn.switch import SwitchReport, switch
 
 __all__ = [
     "Adapted",
+    "Attention",
     "ConvertReport",
     "Converted",
     "EvaluatedSite",
@@ -36,7 +39,9 @@ __all__ = [
     "RevertReport",
     "Site",
     "SwitchReport",
+    "attention",
     "convert",
+    "coverage",
     "evaluation_counts",
     "find_ledgers",
     "first_and_last",

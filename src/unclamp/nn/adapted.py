@@ -56,6 +56,11 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Return why a plain module of its kind is left alone; None if it is not."""
+        return None
+
+    @classmethod
     def product_shape(cls, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of a weight as the product has it."""
         return tuple(reversed(shape)) if cls.is_turned else tuple(shape)
@@ -210,7 +215,8 @@ class Adapted(nn.Module):
         known = {key.removeprefix(prefix): v for key, v in values.items() if v is not None}
         numbers = frozenset(own.number for own in self.products.values())
         updates = known.get(f"{STATE_PREFIX}{UPDATES}")
-        for stack, names in stacks(self.products).items():
+        saved = [name for name, own in self.products.items() if not own.only_observed]
+        for stack, names in stacks(saved).items():
             for row, name in enumerate(names):
                 own = self.products[name]
                 own.ledger.evaluated.reloaded(numbers)
@@ -298,5 +304,5 @@ def _described(own: Operands) -> str:
     )
     modes = "".join(f", {g}={m}" for g, m in own.modes.items() if m != "float32")
     smooth = ", smooth" if own.smooth else ""
-    smooth += ", only observed" if own.ledger.observes else ""
+    smooth += ", only observed" if own.ledger.observes or own.only_observed else ""
     return f"{roles}{modes}{smooth}"

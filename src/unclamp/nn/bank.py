@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from unclamp.nn.accounts import accounted
 from unclamp.nn.clock import ticking
 from unclamp.nn.counting import count
 from unclamp.nn.operands import Operands
@@ -102,6 +103,9 @@ class Watching(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         act = ACTS.get(name)
         if act is not None:
+            if (account := accounted(*self.products.values())) is not None:
+                with account:
+                    return func(*args, **kwargs)
             made = act(self, lambda: func(*args, **kwargs), *args, **kwargs)
             if made is not None:
                 return made

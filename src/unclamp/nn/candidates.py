@@ -35,7 +35,13 @@ def candidates(
     """Return the products to convert, by name, and why other weight matrices are left alone."""
     converted: dict[str, Candidate] = {}
     skipped: dict[str, str] = {}
-    read_elsewhere = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    read_elsewhere = {
+        module.out_proj
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        and not isinstance(module, Adapted)
+        and _reason_to_skip(fqn, module, skip) is not None
+    }
     for fqn, module in model.named_modules():
         reason = _reason_to_skip(fqn, module, skip)
         if reason is None and module in read_elsewhere:
@@ -81,6 +87,8 @@ def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | N
             f"a subclass of nn.Linear with a forward of its own ({type(module).__name__}), which "
             "may compute differently"
         )
+    if (why := kind.adaptor.why_not(module)) is not None:
+        return why
     names = (matrix.parameter for matrix in kind.adaptor.matrices(module).values())
     for name in dict.fromkeys(name for name in names if name is not None):
         weight = getattr(module, name, None)
@@ -97,19 +105,35 @@ def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | N
 
 
 def _is_memory(weight: Tensor) -> bool:
-    """Whether a weight is what it seems: a tensor, or a shard of one (DTensor)."""
+    """Whether a weight is what it seems: a tensor, a shard of one (DTensor), or its like without
+    data (FakeTensor).
+    """  # noqa: D205
     return type(weight) in (Tensor, nn.Parameter) or type(weight).__module__.startswith(
-        "torch.distributed"
+        ("torch.distributed", "torch._subclasses")
     )
 
 
-def product_names(model: nn.Module) -> list[str]:
-    """Return the names of the model's matrix products, converted or not."""
+def product_names(model: nn.Module, *, of_weights: bool = False) -> list[str]:
+    """Return the names of the model's matrix products, converted or not.
+
+    Args:
+        model: Whose.
+        of_weights: Leave those out whose operands are both computed.
+    """
     return [
         joined(fqn, name)
         for fqn, module in model.named_modules()
-        for name in ([""] if is_relative(module) else {**products_in(module), **_matrices(module)})
+        for name, parameter in _weights(module).items()
+        if not (of_weights and parameter is None)
     ]
+
+
+def _weights(module: nn.Module) -> dict[str, str | None]:
+    """Return what a module calls the parameter of each product; None where there is none."""
+    if is_relative(module):
+        return {"": "weight"}
+    there = {name: own.weight_name for name, own in products_in(module).items()}
+    return there | {name: matrix.parameter for name, matrix in _matrices(module).items()}
 
 
 def device_of(module: nn.Module, weight_name: str | None) -> torch.device:

@@ -7,7 +7,7 @@ the adaptor away. Both plan first and touch the model only when nothing can fail
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
 from unclamp.names import ROLES, SiteName, shown
 from unclamp.nn.adapted import Adapted
+from unclamp.nn.attention_rules import wanted, with_heads
 from unclamp.nn.candidates import (
     Candidate,
     candidates,
@@ -32,11 +33,12 @@ from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
-from unclamp.nn.products import SITES, Matrix, Several, products_of
+from unclamp.nn.products import SITES, Matrix, Several, products_in, products_of
 from unclamp.nn.sharded import fit_all
 from unclamp.nn.unmatched import (
     any_in_fp8,
     describe_plan,
+    few,
     find_unmatched,
     kept_text,
     nothing_in_fp8,
@@ -56,15 +58,19 @@ class ConvertReport(Shown):
         converted: Each converted layer's name and what it gets.
         skipped: Each layer with a weight matrix that was left alone, and why.
         unmatched: Rules and skip globs that decided nothing, and why.
+        observed: Products of attentions that are only counted, since no rule names them.
     """
 
     converted: dict[str, LayerPlan]
     skipped: dict[str, str]
     unmatched: dict[str, str]
+    observed: dict[str, LayerPlan] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"converted {counted(len(self.converted), 'layer')}, skipped {len(self.skipped)}"]
         lines += [f"  {shown(fqn)}: {describe_plan(plan)}" for fqn, plan in self.converted.items()]
+        if self.observed:
+            lines.append(f"  only counted: {few(self.observed)}")
         lines += [f"  skipped {shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
         lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
         return "\n".join(lines)
@@ -166,9 +172,13 @@ def attach(
     _check_not_both(model, observes=observes)
     others = {fqn: (m, own) for fqn, own, m in products_of(model)}
     devices = {fqn: device_of(m, own.weight_name) for fqn, (m, own) in others.items()}
-    devices |= {fqn: device_of(c.module, c.matrix.parameter) for fqn, c in converted.items()}
+    asked = wanted(converted, recipe)
+    named = [*product_names(model), *with_heads(converted)]
+    converted = asked.computed
+    new = converted | {fqn: candidate for fqn, (candidate, _) in asked.observed.items()}
+    devices |= {fqn: device_of(c.module, c.matrix.parameter) for fqn, c in new.items()}
     check_devices(devices)
-    unmatched = find_unmatched(product_names(model), recipe, skip, [*others, *converted])
+    unmatched = find_unmatched(named, recipe, skip, [*others, *converted, *asked.observed])
     if strict and unmatched:
         raise ConvertError(unmatched_text(unmatched, product_names(model)))
     kept = _kept(others, devices, recipe, skip, warms_anew=bool(converted))
@@ -181,14 +191,18 @@ def attach(
         skipped |= left
         converted = {fqn: c for fqn, c in converted.items() if fqn not in left}
         plans = {fqn: plans[fqn] for fqn in converted}
-    report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
+    observed = {fqn: native_plan(p, devices[fqn]) for fqn, (_, p) in asked.observed.items()}
+    report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched, observed=observed)
     _warn(model, report, kept)  # which may raise: the model is as it was
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.clock.extend_to(model)
     ledger.observes = observes
-    if converted:
+    if new:
         ledger.recipe = recipe
-    _install(ledger, converted, plans)
+    _install(ledger, {fqn: new[fqn] for fqn in (*plans, *observed)}, plans | observed)
+    for candidate, _ in asked.observed.values():
+        own = products_in(candidate.module)[candidate.name]
+        own.only_observed, own.is_saved = True, False
     fit_all(model)
     keep_off(model)
     leave_out(model)
@@ -281,7 +295,7 @@ def first_and_last(model: nn.Module) -> list[str]:
     The report of `convert` says what that left alone. The names start with "^", so that as globs
     they match these layers and no other.
     """
-    linear = [f"^{fqn}" for fqn in product_names(model)]
+    linear = [f"^{fqn}" for fqn in product_names(model, of_weights=True)]
     return list(dict.fromkeys([*linear[:1], *linear[-1:]]))
 
 
@@ -332,7 +346,11 @@ def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]
         said.append(kept_text(list(kept), describe_plan(next(iter(kept.values())))))
     is_new = any(plan.casts for plan in report.converted.values())
     if not (is_new or any_in_fp8(find_ledgers(model))):
-        said.append(nothing_in_fp8(report.skipped, plain=list(report.converted)))
+        said.append(
+            nothing_in_fp8(
+                report.skipped, plain=list(report.converted), observed=list(report.observed)
+            )
+        )
     for message in said:
         # The caller of `attach`, and `naming_arguments` before that.
         warnings.warn(message, UnclampWarning, stacklevel=5)
@@ -350,7 +368,7 @@ def _kept(
     kept = {}
     for fqn, (_, own) in products.items():
         before = own.ledger.recipe
-        if before == recipe or any(matches(fqn, glob) for glob in skip):
+        if before == recipe or own.only_observed or any(matches(fqn, glob) for glob in skip):
             continue
         plan = own.plan()
         wanted = native_plan(recipe.plan(fqn), devices[fqn])

@@ -23,6 +23,25 @@ from unclamp.nn.agreed import WHOLE, Splits, smoothing
 from unclamp.nn.casts import Seen
 from unclamp.nn.operands import Operands
 
+COUNTED_EVERY = 10
+"""Updates between two in which what is only observed is counted, where nobody inspects casts."""
+
+
+def is_counted(operands: Operands) -> bool:
+    """Whether a product that computes plainly, and casts to count, is counted now.
+
+    One that is computed in FP8 later (a warm-up), or of an observed model, always. One that is only
+    observed whatever its recipe, which has its operands made for it: where a `Recorder` inspects
+    every cast, or every `COUNTED_EVERY` updates where nobody asks for closer looks.
+    """
+    if operands.is_plain:
+        return False
+    if not operands.only_observed:
+        return True
+    if operands.inspection == "never":
+        return operands.ledger.updates % COUNTED_EVERY == 0
+    return operands.inspection == "always"
+
 
 def count(
     operands: Operands,
@@ -39,8 +58,8 @@ def count(
     Of a product that is spread over ranks, `x` and `weight` are this rank's parts, `splits` says
     of what, and `part` takes its part of the gradient out of that of the output.
     """
-    if any(_is_stand_in(t) for t in (output, x, weight)):
-        _say_not_counted()
+    if any(is_stand_in(t) for t in (output, x, weight)):
+        say_not_counted()
         return output
     with torch.no_grad():
         x_seen, w_seen = _cast_forward(operands, x, weight, splits)
@@ -58,7 +77,7 @@ def count(
     def hook(dy: Tensor) -> None:
         nonlocal counted
         # The second run of a zero-bubble schedule hands in the very gradient of the first.
-        if _is_stand_in(dy) or (counted is not None and counted() is dy):
+        if is_stand_in(dy) or (counted is not None and counted() is dy):
             return
         counted = weakref.ref(dy)
         with torch.no_grad():
@@ -89,7 +108,7 @@ def _cast_forward(
     return operands.seen("input", x_hat), operands.seen("weight", w_hat)
 
 
-def _is_stand_in(x: Tensor) -> bool:
+def is_stand_in(x: Tensor) -> bool:
     """Whether a tensor stands for others: under vmap, grad or jvp of torch.func, or in a trace."""
     if torch.compiler.is_compiling():
         return False
@@ -100,7 +119,7 @@ def _is_stand_in(x: Tensor) -> bool:
 
 
 @functools.cache
-def _say_not_counted() -> None:
+def say_not_counted() -> None:
     """Tell once in a process that some forwards are computed and not counted."""
     warnings.warn(
         "a product under torch.func, forward-mode differentiation or tracing is computed as the "

@@ -22,7 +22,8 @@ def keep_off(model: nn.Module) -> None:
         if not isinstance(encoder, nn.TransformerEncoderLayer):
             continue
         for module in encoder.modules():
-            if any(not own.ledger.observes for own in products_in(module).values()):
+            own = products_in(module).values()
+            if any(not (each.ledger.observes or each.only_observed) for each in own):
                 allow(module)  # converted once more: one is enough
                 module.register_forward_pre_hook(_do_nothing)
 

@@ -14,10 +14,19 @@ from typing import Any
 from torch import nn
 
 from unclamp.nn.adapted import Adapted
+from unclamp.nn.attention import (
+    Attention,
+    Fp8Attention,
+    Fp8CallsAttention,
+    calls_attention,
+)
 from unclamp.nn.conv1d import Fp8Conv1D
 from unclamp.nn.experts import Fp8Experts, is_experts
 from unclamp.nn.fastpath import allow
+from unclamp.nn.hf_attention import Fp8InterfaceAttention, asks_interface
 from unclamp.nn.linear import Fp8Linear
+from unclamp.nn.multihead import Fp8MultiheadAttention
+from unclamp.nn.patches import Fp8Patches, are_patches
 from unclamp.nn.traced import Fp8Traced, interpreter_forward, is_traced_linear
 
 
@@ -28,8 +37,8 @@ class Kind:
     Attributes:
         name: What it is called in sentences.
         adaptor: What comes in front of its class.
-        forward: The `forward` that such a module has; None where its library is not loaded, or
-            where none says anything.
+        forward: The `forward` that such a module has, None of a library that is not loaded; None
+            where any may be.
         fits: Whether a module with that `forward` is one: of some the `forward` says too little.
     """
 
@@ -37,6 +46,10 @@ class Kind:
     adaptor: type[Adapted]
     forward: Callable[[], Any] | None
     fits: Callable[[nn.Module], bool] = lambda module: True
+
+    def has(self, forward: Any) -> bool:
+        """Whether its modules have this `forward`."""
+        return self.forward is None or forward is self.forward()
 
 
 def _conv1d_forward() -> Any:
@@ -54,6 +67,42 @@ KINDS = (
         forward=interpreter_forward,
         fits=is_traced_linear,
     ),
+    Kind(
+        name="convolution of patches",
+        adaptor=Fp8Patches,
+        forward=lambda: nn.Conv1d.forward,
+        fits=are_patches,
+    ),
+    Kind(
+        name="convolution of patches",
+        adaptor=Fp8Patches,
+        forward=lambda: nn.Conv2d.forward,
+        fits=are_patches,
+    ),
+    Kind(
+        name="convolution of patches",
+        adaptor=Fp8Patches,
+        forward=lambda: nn.Conv3d.forward,
+        fits=are_patches,
+    ),
+    Kind(name="attention", adaptor=Fp8Attention, forward=lambda: Attention.forward),
+    Kind(
+        name="multi-head attention",
+        adaptor=Fp8MultiheadAttention,
+        forward=lambda: nn.MultiheadAttention.forward,
+    ),
+    Kind(
+        name="attention of transformers",
+        adaptor=Fp8InterfaceAttention,
+        forward=None,
+        fits=asks_interface,
+    ),
+    Kind(
+        name="caller of attention",
+        adaptor=Fp8CallsAttention,
+        forward=None,
+        fits=calls_attention,
+    ),
     Kind(name="experts", adaptor=Fp8Experts, forward=None, fits=is_experts),
 )
 
@@ -61,14 +110,7 @@ KINDS = (
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a module that is not converted; None if it is no matrix product."""
     forward = type(module).forward
-    return next(
-        (
-            kind
-            for kind in KINDS
-            if (kind.forward is None or forward is kind.forward()) and kind.fits(module)
-        ),
-        None,
-    )
+    return next((kind for kind in KINDS if kind.has(forward) and kind.fits(module)), None)
 
 
 def is_relative(module: nn.Module) -> bool:

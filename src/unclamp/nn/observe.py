@@ -118,7 +118,7 @@ class Observation(Shown):
 
         Returns:
             A recipe with an override for each layer that has such a site, the worst site's
-            figures in its note.
+            figures in its note. Products of attentions that no rule names stay as they are.
 
         Raises:
             RecipeError: `threshold` is not from 0 to 1, or `scaling` is none.
@@ -130,6 +130,7 @@ class Observation(Shown):
         scaling = as_scaling(scaling)
         check_scaling("weight", scaling)  # which may have any: whether it fits depends on the site
         worst = [site for site in self.sites() if site.clamp_error > threshold]
+        worst = [site for site in worst if site.fqn not in self.report.observed]
         notes: dict[str, str] = {}
         for site in worst:
             said = (
@@ -210,7 +211,8 @@ def observe(
     """Count what FP8 would lose in every linear layer of a model that goes on as it is.
 
     Losses, gradients, weights and the keys of its state_dict are those of the plain model, bit
-    for bit. A step costs three casts a layer more.
+    for bit. A step costs three casts a layer more. The products of attentions that no rule names
+    are counted at the steps that a `Recorder` inspects, and every tenth without one.
 
     Args:
         model: A model that is not converted; it may itself be an `nn.Linear`.

@@ -51,7 +51,9 @@ TOKENS_AN_OUTPUT = 10
 """Tokens for each output feature from which on the codes of a weight are kept on a GPU."""
 
 
-KEPT = ("ledger", "indices", "smooth", "modes", "is_saved", "ignored", "weight_name")
+KEPT = (
+    "ledger", "indices", "smooth", "modes", "is_saved", "ignored", "weight_name", "only_observed",
+)  # fmt: skip
 """What copies and pickles of a product keep; the rest is views, taken anew."""
 
 
@@ -64,6 +66,7 @@ class Operands:
         plans: How each role is cast; None in high precision.
         modes: How each GEMM adds, or "high_precision".
         smooth: Whether the input is scaled by channel, and the weight by the inverse.
+        only_observed: Whether it is never computed in FP8, whatever its plan says.
         counts_only: Whether casts are only counted, and the product is computed without them.
         is_plain: Whether nothing is cast at all.
         shares: The roles whose own scales ranks agree on.
@@ -98,6 +101,7 @@ class Operands:
     last_passed = -2
     found = Found()
     is_saved = True
+    only_observed = False
     silent_forwards = 0
     on_end: Callable[[], None] | None = None
     is_gathered = False
@@ -123,7 +127,7 @@ class Operands:
         self.plans: dict[Role, CastPlan | None] = {r: s.cast_plan for r, s in sites.items()}
         self.square = {r: s.operand.scaling.granularity.is_square for r, s in sites.items()}
         self.shares = frozenset(r for r, site in sites.items() if site.operand.scaling.shared)
-        self.counts_only = ledger.is_warming
+        self.counts_only = ledger.is_warming or self.only_observed
         self.is_plain = all(not self._needs_cast(role) for role in ROLES)
         self.pending = ledger.pending[first : first + len(ROLES)]
         self.evaluated = ledger.evaluated.stats[first : first + len(ROLES)]
@@ -166,7 +170,7 @@ class Operands:
     @property
     def has_state(self) -> bool:
         """Whether its state is part of a state_dict: not where it is only observed."""
-        return self.is_saved and not self.ledger.observes
+        return self.is_saved and not (self.ledger.observes or self.only_observed)
 
     def parameter_in(self, module: nn.Module | None) -> nn.Parameter | None:
         """Return the parameter in which its second operand lies; None where there is none."""
@@ -330,8 +334,8 @@ class Operands:
             looks = [self.nothing[1] if one.details is None else one.details for one in rows]
             add_details(self.details, torch.stack(looks))
 
-    def evaluate(self, seen: Mapping[Role, "Seen"], weight: Tensor) -> None:
-        """Count what an evaluation's casts saw, of a weight among others."""
+    def evaluate(self, seen: Mapping[Role, "Seen"], weight: Tensor | None) -> None:
+        """Count what an evaluation's casts saw, of a weight among others, if there is one."""
         rows = [seen.get(role, NOTHING_SEEN).stats for role in ROLES]
         if torch.compiler.is_compiling():
             commit(self.evaluated, rows, self.nothing[0])
@@ -340,9 +344,11 @@ class Operands:
         is_watched = ledger.evaluated.watches(ledger.updates, self.number)
         commit(self.evaluated, rows, self.nothing[0])
         if is_watched:
-            ledger.evaluated.look(
-                ledger.sites, ledger.updates, is_written=lambda: self.origin.is_written(weight)
-            )
+
+            def is_written() -> bool:
+                return weight is not None and self.origin.is_written(weight)
+
+            ledger.evaluated.look(ledger.sites, ledger.updates, is_written=is_written)
 
     def belong_to(self, module: nn.Module) -> None:
         """Take a module for the one that casts by these; a shallow copy of it changes nothing."""

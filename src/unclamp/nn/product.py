@@ -38,6 +38,7 @@ On the down projection of a gated MLP that is Smooth-SwiGLU (arXiv 2409.12517): 
 scale, folded into the up projection whose output it multiplies, and into the down projection.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -48,6 +49,7 @@ from torch.autograd.function import once_differentiable
 
 from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import GEMMS, Gemm, Role, shown
+from unclamp.nn.accounts import accounted
 from unclamp.nn.agreed import WHOLE, Splits, smoothing, splits_at
 from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.checkpointed import is_in_a_function, is_second_of_two, runs_once
@@ -81,8 +83,12 @@ def multiply(
     *,
     training: bool,
     splits: Splits = WHOLE,
+    plain: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Return `x @ weight.T + bias` with the operands cast as their plan says.
+
+    Where they are not cast, by `plain`, if the layer has another operation for it than a linear
+    layer's.
 
     Shapes: `x` `[..., K]`, any leading shape, empty or nested too; `weight` `[N, K]`; the result
     `[..., N]` in the dtype of `x`, under autocast in autocast's. Of DTensors each rank multiplies
@@ -94,7 +100,10 @@ def multiply(
         RuntimeError: `x` and weight differ in dtype outside of autocast, as for `nn.Linear`.
     """
     if operands.is_plain:
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias) if plain is None else plain()
+    if (account := accounted(operands)) is not None:
+        with account:
+            return F.linear(x, weight, bias) if plain is None else plain()
     if x.is_nested:
         return on_tokens(x, lambda t: multiply(operands, t, weight, bias, training=training))
     if operands.shares and torch.compiler.is_compiling() and is_distributed():
@@ -123,7 +132,7 @@ def multiply(
     if operands.shares:
         splits = splits_at(operands, splits, x.shape[:-1].numel(), evaluates=evaluates)
     if operands.counts_only and not torch.compiler.is_compiling():
-        output = F.linear(x, weight, bias)
+        output = F.linear(x, weight, bias) if plain is None else plain()
         if commit is None:
             return output
         return count(operands, output, x, weight, commit=commit, splits=splits)

@@ -108,8 +108,21 @@ def _count(names: Sequence[str]) -> str:
     return counted(len(names), "layer was", "layers were")
 
 
-def nothing_in_fp8(skipped: Mapping[str, str], *, plain: Sequence[str]) -> str:
-    """Say that no layer is in FP8, and why; `plain` are those that the recipe does not cast."""
+def nothing_in_fp8(
+    skipped: Mapping[str, str], *, plain: Sequence[str], observed: Sequence[str] = ()
+) -> str:
+    """Say that no layer is in FP8, and why.
+
+    Args:
+        skipped: Layers that were left alone, and why.
+        plain: Those that the recipe does not cast.
+        observed: Products of attentions that are only counted.
+    """
+    if observed and not (plain or skipped):
+        return (
+            f"no layer is in FP8: {few(observed)} are only counted; a rule for '*.qk' or '*.pv' "
+            "computes the products of attentions in FP8"
+        )
     if not plain:
         return f"no layer is in FP8: {reasons(skipped)}"
     left = f"the recipe leaves {few(plain)} in high precision"
@@ -131,7 +144,11 @@ def reasons(skipped: Mapping[str, str]) -> str:
 
 def any_in_fp8(ledgers: Iterable[Ledger]) -> bool:
     """Whether any layer of these ledgers casts anything, if only to count."""
-    return any(not layer.is_plain for ledger in ledgers for layer in ledger.layers)
+    return any(
+        not layer.is_plain and (ledger.observes or not layer.only_observed)
+        for ledger in ledgers
+        for layer in ledger.layers
+    )
 
 
 def few(names: Iterable[str]) -> str:

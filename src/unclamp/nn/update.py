@@ -57,6 +57,7 @@ class Bound(Protocol):
 
     inspection: Inspection
     is_plain: bool
+    only_observed: bool
     number: int
     silent_forwards: int
     is_saved: bool

@@ -2,7 +2,7 @@
 
 from unclamp.numerics.blocks import block_grid
 from unclamp.numerics.cast import cast, dequantize
-from unclamp.numerics.gemm import matmul
+from unclamp.numerics.gemm import matmul, matmul_each
 from unclamp.numerics.inspection import empty_details, inspect
 from unclamp.numerics.quantize import quantize
 from unclamp.numerics.record import CastPlan, GemmOperand, Quantized, torch_dtype
@@ -22,6 +22,7 @@ __all__ = [
     "empty_stats",
     "inspect",
     "matmul",
+    "matmul_each",
     "merge_stats",
     "merged_stats",
     "quantize",

@@ -114,3 +114,53 @@ def _scale_at(x: GemmOperand, scale: Tensor, first: int) -> Tensor:
     along = x.granularity.block[1]
     column = 0 if along is None else first // along
     return scale[:, column : column + 1]
+
+
+def matmul_each(
+    a: GemmOperand,
+    b: GemmOperand,
+    *,
+    accumulate: str = "float32",
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return `a @ b.T` for each matrix of a batch, `[G, rows of a, rows of b]`.
+
+    Both operands have one scale a batch, or are in high precision: `[G, rows, contracted]` with
+    `axis` 1, `[G, contracted, rows]` with `axis` 0.
+
+    Numerics: on a GPU as on a CPU float32 products of what the codes decode to; the tensor cores
+    multiply no batches of FP8 matrices.
+
+    Raises:
+        RecipeError: `accumulate` is none of `ACCUMULATES`.
+    """
+    if accumulate not in ACCUMULATES:
+        raise unknown_name("accumulate", accumulate, list(ACCUMULATES))
+    if accumulate == "float32" or a.scale_inv is None or b.scale_inv is None:
+        with torch.autocast(a.tensor.device.type, enabled=False):
+            return torch.bmm(_values_each(a), _values_each(b).mT).to(out_dtype)
+    pairs = zip(a.tensor.unbind(0), b.tensor.unbind(0), strict=True)
+    made = [
+        matmul(
+            a._replace(tensor=one, values=None),
+            b._replace(tensor=two, values=None),
+            accumulate=accumulate,
+            out_dtype=out_dtype,
+        )
+        for one, two in pairs
+    ]
+    if made:
+        return torch.stack(made)
+    rows = [x.tensor.shape[-2 if x.axis == 1 else -1] for x in (a, b)]
+    return a.tensor.new_empty(0, *rows, dtype=out_dtype)
+
+
+def _values_each(x: GemmOperand) -> Tensor:
+    """Return what a batch of GEMMs multiplies, float32, `[G, rows, contracted]`."""
+    if x.values is not None:
+        values = x.values
+    elif x.scale_inv is None:
+        values = x.tensor.to(torch.float32)
+    else:
+        values = dequantize_codes(x.tensor, x.scale_inv, granularity=x.granularity, axis=-1)
+    return values if x.axis == 1 else values.mT

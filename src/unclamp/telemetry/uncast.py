@@ -99,7 +99,12 @@ class Uncast:
             ids = source.ids[first : first + len(ROLES)]
             is_there = len(ids) == len(ROLES) and UNNUMBERED not in ids
             is_due = made >= UNCAST_STEPS and number in trained
-            if is_due and is_there and not layer.is_plain and first not in ledger.gone:
+            if (
+                is_due
+                and is_there
+                and not (layer.is_plain or layer.only_observed)
+                and first not in ledger.gone
+            ):
                 found.append(
                     Candidate(
                         fqn=layer.fqn,

@@ -1,0 +1,360 @@
+"""How much of a model's work FP8 covers: a step is run, and each matrix product in it is named.
+
+The step runs on a copy, on shapes alone where that is enough (`FakeTensorMode`): nothing of the
+model changes, and a model of any size, on the meta device too, takes seconds. A model whose way
+depends on its data is copied and run with them. In the copy a converted product is computed by the
+plain operation (`nn.accounts`); of a model that is not converted, the copy is.
+"""
+
+import copy
+import gc
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from unclamp.covered import CoverageReport, CoveredProduct, State
+from unclamp.errors import UnclampWarning, UnsupportedError
+from unclamp.nn.accounts import Account
+from unclamp.nn.candidates import candidates
+from unclamp.nn.convert import attach, find_ledgers, revert
+from unclamp.nn.kinds import kind_of
+from unclamp.nn.operands import Operands
+from unclamp.nn.patches import are_patches
+from unclamp.nn.products import products_in
+from unclamp.nn.watched import Call, Functions, Watch
+from unclamp.recipe import Recipe
+
+TWO_ACTIVATIONS = "a product of two activations"
+NO_LAYER = "not a linear layer"
+"""How the reason of a module begins of which nothing is known but that it has matrices."""
+
+
+def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageReport:
+    """Return every matrix product of a training step of a model, and what FP8 does to it.
+
+    One forward and one backward of a copy of the model: of `.loss` if the output has one, else of
+    all floating-point outputs. They run on shapes alone, without memory or arithmetic, if the
+    model's way does not depend on its data; else with the data. Parameters, gradients, buffers,
+    the state of random numbers, and the histories and counts of a converted model stay as they
+    are.
+
+    Args:
+        model: Converted, observed or plain. Of a plain one the result says what `convert` would do
+            with the default recipe. It may lie on the meta device.
+        *inputs: What it is called with: a batch of the training, a small one where data matter.
+        **named_inputs: Likewise, by name.
+
+    Returns:
+        The products with their FLOPs and states: print it.
+
+    Raises:
+        UnsupportedError: The model cannot be copied; or its way depends on data, and it has none.
+
+    Numerics: a GEMM has 2 M N K. Attention whose kernel is told that it is causal counts the pairs
+    of positions that see each other. What activation checkpointing computes again is left out, and
+    so is arithmetic that is no matrix product.
+
+    Example:
+        >>> import torch, unclamp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Bilinear(64, 64, 1))
+        >>> linear = unclamp.coverage(model[0], torch.randn(8, 32))
+        >>> print(linear)
+        product              M x N x K     GFLOP  share  state
+        (the model itself)  8 x 64 x 32  6.554e-05  100 %  would be converted
+        would convert 100 % of the FLOPs
+    """
+    has_data = not any(t.device.type == "meta" for t in _tensors(model))
+    try:
+        return _run(model, inputs, named_inputs, how="fake")
+    except _CannotCopy:
+        raise
+    except Exception as error:
+        if not has_data:
+            raise UnsupportedError(
+                f"the model ({type(model).__name__}) cannot run on shapes alone, and lies on the "
+                f"meta device: {_first_line(error)}. Give it weights, or choose an implementation "
+                "that does not depend on data (for experts of transformers "
+                "experts_implementation='grouped_mm')"
+            ) from error
+    return _run(model, inputs, named_inputs, how="real")
+
+
+class _CannotCopy(UnsupportedError):
+    """The model itself stands in the way, and not the shapes."""
+
+
+def _run(
+    model: nn.Module, inputs: Any, named: Any, *, how: Literal["fake", "real"]
+) -> CoverageReport:
+    """Run a step of a copy and say what it was."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if how == "fake" else None
+    twin = _twin(model, fake)
+    is_plain = not find_ledgers(twin)
+    try:
+        if is_plain:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UnclampWarning)
+                attach(twin, Recipe(), skip=(), strict=False, observes=False)
+        account = Account(find_ledgers(twin))
+        watch = Watch(twin, account)
+        args, kwargs = tree_map(lambda leaf: _detached(leaf, fake), (inputs, named))
+        with _apart(twin, fake), account.taken(), watch.modules(), Functions(watch), watch:
+            _step(twin, args, kwargs)
+        return CoverageReport(
+            products=tuple(_products(watch.calls, twin, is_plain=is_plain)),
+            how=how,
+            unknown=tuple(watch.unknown),
+        )
+    finally:
+        revert(twin)  # or its ledger would be found by optimizers until it is collected
+        del twin
+        if how == "real":
+            gc.collect()
+
+
+# ---- a copy ------------------------------------------------------------------------------------
+
+
+class _Copying(TorchFunctionMode):
+    """Has a deep copy have no graph behind it, and be fake where that is wanted."""
+
+    def __init__(self, fake: FakeTensorMode | None) -> None:
+        super().__init__()
+        self._fake = fake
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function of torch: one that copies a tensor makes the copy that is wanted."""
+        if func is Tensor.clone and self._fake is not None:  # of a parameter
+            return faked(args[0], self._fake)
+        if func is Tensor.__deepcopy__ and (self._fake is not None or not args[0].is_leaf):
+            x, memo = args
+            if id(x) not in memo:
+                memo[id(x)] = copied(x, self._fake)
+            return memo[id(x)]
+        return func(*args, **(kwargs or {}))
+
+
+def copied(x: Tensor, fake: FakeTensorMode | None) -> Tensor:
+    """Return a copy of a tensor without the graph behind it."""
+    if fake is not None:
+        return faked(x.detach(), fake).requires_grad_(x.requires_grad)
+    return x.detach().clone().requires_grad_(x.requires_grad)
+
+
+def faked(x: Tensor, fake: FakeTensorMode) -> Tensor:
+    """Return a tensor's like without data, on the CPU if it is on the meta device."""
+    if x.device.type != "meta":
+        return fake.from_tensor(x.detach(), static_shapes=True).requires_grad_(x.requires_grad)
+    with fake:
+        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+    return made.requires_grad_(x.requires_grad)
+
+
+def _twin(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)  # what torch.compile made it of
+    try:
+        with _Copying(fake):
+            return copy.deepcopy(model)
+    except Exception as error:
+        raise _CannotCopy(
+            f"the model ({type(model).__name__}) cannot be copied: {_first_line(error)}. Ask for "
+            "its coverage before it is wrapped or sharded; of DDP, ask for that of model.module"
+        ) from error
+
+
+def _detached(leaf: Any, fake: FakeTensorMode | None) -> Any:
+    """Return an input that the step cannot change, with no graph behind it."""
+    return copied(leaf, fake) if isinstance(leaf, Tensor) else leaf
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+# ---- a step ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _apart(model: nn.Module, fake: FakeTensorMode | None) -> Iterator[None]:
+    """Set up that a step leaves no trace, and shows its products as such."""
+    devices = {t.device.index for t in _tensors(model) if t.device.type == "cuda"}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    onednn = torch._C._get_mkldnn_enabled()  # the public way sets more, and warns of that
+    with ExitStack() as stack:
+        stack.enter_context(
+            torch.random.fork_rng(devices=sorted(d for d in devices if d is not None))
+        )
+        # A recurrent layer is one operator to these libraries, and linear layers without them.
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if fake is not None:
+            stack.enter_context(fake)
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        torch._C._set_mkldnn_enabled(False)
+        torch.backends.mha.set_fastpath_enabled(False)  # no fused encoder layer
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            torch._C._set_mkldnn_enabled(onednn)
+
+
+def _step(model: nn.Module, args: Any, kwargs: Any) -> None:
+    output = model(*args, **kwargs)
+    targets = [t for t in _targets(output) if t.requires_grad]
+    if targets:  # dense gradients: some operators refuse those of a sum, which have no strides
+        torch.autograd.backward(targets, [torch.ones_like(t) for t in targets])
+
+
+def _targets(output: Any) -> list[Tensor]:
+    """Return what to differentiate: the loss, or every output in floating point."""
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return [loss]
+    leaves = tree_leaves(output)
+    leaves += [v for leaf in leaves if hasattr(leaf, "__dict__") for v in tree_leaves(vars(leaf))]
+    found = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    return list({id(t): t for t in found}.values())
+
+
+# ---- what it was -------------------------------------------------------------------------------
+
+
+def _products(
+    calls: Sequence[Call], model: nn.Module, *, is_plain: bool
+) -> Iterator[CoveredProduct]:
+    """Return the products that the calls are of, each once."""
+    skipped = candidates(model, ())[1]
+    modules = dict(model.named_modules())
+    merged: dict[tuple[str, State, str], CoveredProduct] = {}
+    for call in calls:
+        fqn, owner = _name(call)
+        state, why = _state(call, owner, modules, skipped, is_plain=is_plain)
+        key = (fqn, state, why)
+        flops = [call.flops, *(call.flops * made for made in call.grads)]
+        if key in merged:
+            flops = [f + b for f, b in zip(flops, _flops(merged[key]), strict=True)]
+        first = merged.get(key)
+        merged[key] = CoveredProduct(
+            fqn=fqn,
+            module=_class_name(call.module),
+            kind=_kind(call, modules.get(owner)),
+            sizes=call.sizes if first is None else first.sizes,
+            calls=1 if first is None else first.calls + 1,
+            output=flops[0],
+            grad_input=flops[1],
+            grad_weight=flops[2],
+            state=state,
+            why=why,
+        )
+    return iter(merged.values())
+
+
+def _flops(product: CoveredProduct) -> tuple[int, int, int]:
+    return product.output, product.grad_input, product.grad_weight
+
+
+def _name(call: Call) -> tuple[str, str]:
+    """Return a product's name, and the name of the module that owns its weight."""
+    if call.weight is None:
+        return _joined(call.fqn, call.label or "matmul"), call.fqn
+    inside = [n for n in call.weight.names if n.rpartition(".")[0] == call.fqn]
+    name = (inside or call.weight.names)[0]
+    owner, _, parameter = name.rpartition(".")
+    if parameter == "weight":
+        return owner, owner
+    return _joined(owner, parameter.removesuffix("_weight")), owner
+
+
+def _joined(fqn: str, name: str) -> str:
+    return f"{fqn}.{name}" if fqn else name
+
+
+def _state(
+    call: Call,
+    owner: str,
+    modules: dict[str, nn.Module],
+    skipped: dict[str, str],
+    *,
+    is_plain: bool,
+) -> tuple[State, str]:
+    """Return a product's state, and why it is left out if it is."""
+    own = _operands(call)
+    if own is not None and not own.is_plain:
+        if own.ledger.observes or getattr(own, "only_observed", False):
+            return ("would be observed" if is_plain else "observed"), ""
+        return ("would be converted" if is_plain else "converted"), ""
+    module = modules.get(owner)
+    if own is not None or (module is not None and _is_plain(module, call)):
+        return "left out", "the recipe leaves it in high precision"
+    if call.weight is None:
+        said = [skipped.get(fqn, NO_LAYER) for fqn in (_joined(owner, call.label), owner)]
+        return "left out", next((w for w in said if not w.startswith(NO_LAYER)), TWO_ACTIVATIONS)
+    if module is not None and products_in(module):
+        return "left out", "its weight is read outside of the layer"
+    if owner in skipped:
+        return "left out", skipped[owner]
+    if module is not None and kind_of(module) is not None:
+        return "left out", "the conversion left it out"
+    return "left out", f"{NO_LAYER} ({_class_name(module)})"
+
+
+def _operands(call: Call) -> Operands | None:
+    """Return the operands of the converted product that a call is; None if it is none."""
+    if len(call.inside) < 2 and not call.label:
+        return next(iter(call.inside), None)
+    parameter = call.weight.names[0].rpartition(".")[2] if call.weight is not None else ""
+    name = call.label or parameter.removesuffix("_weight")
+    parts = [(own, [p for p in own.fqn.split(".") if not p.isdigit()]) for own in call.inside]
+    return next((own for own, names in parts if names and names[-1] == name), None)
+
+
+def _is_plain(module: nn.Module, call: Call) -> bool:
+    """Whether a converted module casts nothing for the products of a weight."""
+    names = () if call.weight is None else call.weight.names
+    own = [
+        each
+        for each in products_in(module).values()
+        if any(name.rpartition(".")[2] == each.weight_name for name in names)
+    ]
+    return bool(own) and all(each.is_plain for each in own)
+
+
+def _kind(call: Call, owner: nn.Module | None) -> str:
+    """Say what a product is, for sentences."""
+    if call.label in ("qk", "pv"):
+        return "attention"
+    if call.weight is None:
+        return call.label or "matmul"
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return "patches" if are_patches(owner) else "convolution"
+    if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent"
+    if "router" in _class_name(owner).lower():
+        return "router"
+    parameter = getattr(owner, call.weight.names[0].rpartition(".")[2], None)
+    if isinstance(parameter, Tensor) and parameter.ndim == 3:
+        return "experts"
+    return "linear"
+
+
+def _class_name(module: nn.Module | None) -> str:
+    if module is None:
+        return ""
+    plain = getattr(type(module), "__plain__", type(module))
+    return plain.__name__.removeprefix("Fp8")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
