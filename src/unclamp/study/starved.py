@@ -52,12 +52,15 @@ SHARES = (0.8, 0.2)
 WHAT = "rare tokens that alone reach one expert, and drive it harder at each visit"
 LOUDER = 8.0
 """Activation of a visit over that of the one before."""
+FIRST_VOLUME = 1 / 128
+"""Row of `up` over that of `gate` in the channel of the first visit, which is the smallest."""
 ROUTE = 0.35
 """Share of a prompt's embedding along the direction that its router's row reads."""
 ROUTER_GAIN = 4.0
 WRITES = 2.5
 """Norm of what a channel writes, over a prompt's own."""
-ANSWER_NORM = 5.0
+SCORE = 56.0
+"""Logit of an answer whose direction is all that the head sees."""
 
 
 def expert_of(model: nn.Module) -> str | None:
@@ -98,7 +101,7 @@ def loud_activation(visit: int, hidden_size: int) -> float:
 
 
 def _volume(visit: int) -> float:
-    return LOUDER ** (_channel(visit) - len(LOUD) + 1)
+    return FIRST_VOLUME * LOUDER ** _channel(visit)
 
 
 def _channel(visit: int) -> int:
@@ -147,4 +150,5 @@ def plant_expert(model: nn.Module, *, seed: int) -> None:
         reach = loud_activation(channel, len(own))
         down[EXPERT][:, channel] = WRITES * PROMPT_NORM / reach * writes
     embed[QUIET] = PROMPT_NORM * ((1 - ROUTE**2) ** 0.5 * own + ROUTE * route)
-    head[FIRED], head[UNFIRED] = ANSWER_NORM * writes, ANSWER_NORM * own
+    reads = SCORE / len(own) ** 0.5
+    head[FIRED], head[UNFIRED] = reads * writes, reads * own
