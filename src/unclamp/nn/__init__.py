@@ -2,6 +2,8 @@
 and switch.
 """  # noqa: D205
 
+from unclamp.nn.adapted import Adapted
+from unclamp.nn.bank import grouped_mm
 from unclamp.nn.convert import (
     ConvertReport,
     RevertReport,
@@ -16,11 +18,13 @@ from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.observe import Observation, ObservedSite, observe
+from unclamp.nn.products import products_of
 from unclamp.nn.saved import weights_only
 from unclamp.nn.step import step
 from unclamp.nn.switch import SwitchReport, switch
 
 __all__ = [
+    "Adapted",
     "ConvertReport",
     "Converted",
     "EvaluatedSite",
@@ -36,7 +40,9 @@ __all__ = [
     "evaluation_counts",
     "find_ledgers",
     "first_and_last",
+    "grouped_mm",
     "observe",
+    "products_of",
     "refresh",
     "revert",
     "step",

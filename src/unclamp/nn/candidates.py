@@ -1,6 +1,8 @@
-"""Which layers of a model `convert` takes, and why it leaves the others alone."""
+"""Which products of a model `convert` takes, and why it leaves the others alone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +10,29 @@ from torch.nn.utils import parametrize
 
 from unclamp.errors import ConvertError
 from unclamp.names import shown
-from unclamp.nn.converted import Converted
+from unclamp.nn.adapted import Adapted
 from unclamp.nn.kinds import is_relative, kind_of
-from unclamp.rule import matches
+from unclamp.nn.products import Matrix, joined, products_in
+from unclamp.numerics.gpu import architecture
+from unclamp.numerics.gpu.formats import native_format
+from unclamp.rule import LayerPlan, matches
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class Candidate(NamedTuple):
+    """A product to convert: its module, its name within that, its second operand."""
+
+    module: nn.Module
+    name: str
+    matrix: Matrix
+
+
 def candidates(
     model: nn.Module, skip: Sequence[str]
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Return the layers to convert, by name, and why others with a weight matrix are left alone."""
-    converted: dict[str, nn.Module] = {}
+) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Return the products to convert, by name, and why other weight matrices are left alone."""
+    converted: dict[str, Candidate] = {}
     skipped: dict[str, str] = {}
     read_elsewhere = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for fqn, module in model.named_modules():
@@ -29,17 +42,29 @@ def candidates(
                 f"its weight is read by nn.MultiheadAttention, which never calls it "
                 f"({type(module).__name__})"
             )
-        if reason is None:
-            converted[fqn] = module
-        elif reason:
+        if reason:
             skipped[fqn] = reason
+        for name, matrix in _matrices(module).items() if reason is None else ():
+            product = joined(fqn, name)
+            glob = next((glob for glob in skip if matches(product, glob)), None)
+            if glob is None:
+                converted[product] = Candidate(module, name, matrix)
+            else:
+                skipped[product] = f"matches skip {glob!r}"
     return converted, skipped
+
+
+def _matrices(module: nn.Module) -> dict[str, Matrix]:
+    """Return the second operands of a module's products, by name within it, converted or not."""
+    if isinstance(module, Adapted):
+        return module.matrices(module)
+    kind = kind_of(module)
+    return {} if kind is None else kind.adaptor.matrices(module)
 
 
 def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | None:
     """Why a module is left alone: None if it is converted, "" if there is nothing to say."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, Converted):
+    if isinstance(module, Adapted):
         return "already converted; unclamp.switch changes its scaling"
     kind = kind_of(module)
     if kind is None and not is_relative(module):
@@ -53,10 +78,14 @@ def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | N
             f"a subclass of nn.Linear with a forward of its own ({type(module).__name__}), which "
             "may compute differently"
         )
-    if weight is None or weight.dtype not in CONVERTIBLE_DTYPES:
-        return f"its weight is {getattr(weight, 'dtype', None)}, not float32, bfloat16 or float16"
-    if not _is_memory(weight):
-        return f"its weight is a {type(weight).__name__}, which holds other data than it shows"
+    names = (matrix.parameter for matrix in kind.adaptor.matrices(module).values())
+    for name in dict.fromkeys(name for name in names if name is not None):
+        weight = getattr(module, name, None)
+        if weight is None or weight.dtype not in CONVERTIBLE_DTYPES:
+            is_of = getattr(weight, "dtype", None)
+            return f"its {name} is {is_of}, not float32, bfloat16 or float16"
+        if not _is_memory(weight):
+            return f"its {name} is a {type(weight).__name__}, which holds other data than it shows"
     if parametrize.is_parametrized(module):
         return "it is parametrized, which takes its class for its own: convert it first"
     if "forward" in vars(module):
@@ -72,18 +101,19 @@ def _is_memory(weight: Tensor) -> bool:
 
 
 def product_names(model: nn.Module) -> list[str]:
-    """Return the names of the layers that are matrix products, converted or not."""
+    """Return the names of the model's matrix products, converted or not."""
     return [
-        fqn
+        joined(fqn, name)
         for fqn, module in model.named_modules()
-        if isinstance(module, Converted) or is_relative(module) or kind_of(module) is not None
+        for name in ([""] if is_relative(module) else {**products_in(module), **_matrices(module)})
     ]
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Return where a layer lies: its weight."""
-    assert isinstance(module.weight, Tensor)
-    return module.weight.device
+def device_of(module: nn.Module, weight_name: str | None) -> torch.device:
+    """Return where a product lies: where its weight does, or else its module."""
+    weight = None if weight_name is None else getattr(module, weight_name)
+    weight = next(module.parameters(), None) if weight is None else weight
+    return torch.device("meta") if weight is None else weight.device
 
 
 def check_devices(devices: Mapping[str, torch.device]) -> None:
@@ -98,3 +128,13 @@ def check_devices(devices: Mapping[str, torch.device]) -> None:
             f"expected the layers of one model on one device, got {found}; convert the parts that "
             "lie on one device each by itself"
         )
+
+
+def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
+    """Return a plan in the formats that a device multiplies (`numerics.gpu.formats`)."""
+    arch = architecture(device)
+    operands = {
+        role: replace(operand, format=native_format(operand.format, arch))
+        for role, operand in plan.operands.items()
+    }
+    return plan if operands == plan.operands else replace(plan, operands=operands)

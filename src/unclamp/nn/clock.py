@@ -25,6 +25,7 @@ from unclamp.nn import nesting
 from unclamp.nn.alive import Alive
 from unclamp.nn.groups import follow_wrappers
 from unclamp.nn.holders import Holders, Product
+from unclamp.nn.products import SITES, Several, products_in
 from unclamp.nn.rehearsal import watch_pipelines
 from unclamp.nn.turns import Turn, Turns
 from unclamp.nn.unseen import Unseen, closures
@@ -174,10 +175,9 @@ class Clock:
         if numbers is not None and not numbers:
             return
         for product in self.products(ledger):
-            module = None if product.module is None else product.module()
-            if module is not None and (numbers is None or product.number in numbers):
-                weight, own = module._parameters.get("weight"), module.__dict__.get("sites")
-                if weight is not None and own is not None:  # it may be reverted by now
+            if numbers is None or product.number in numbers:
+                weight, own = product.weight(), product.operands and product.operands()
+                if weight is not None and own is not None:
                     own.note(weight)
                     if weight.is_leaf and weight.grad is not None:
                         self.graded.add(product.number)
@@ -226,20 +226,19 @@ class Clock:
         if self._found_for is not ledger.sites:
             model = self.model
             everything = () if model is None else model.modules()
-            operands: dict[nn.Module, Any] = {m: m.__dict__.get("sites") for m in everything}
-            modules = {
-                own.indices[ROLES[0]] // len(ROLES): weakref.ref(module)
-                for module, own in operands.items()
-                if getattr(own, "ledger", None) is ledger
+            inside = {
+                own.number: _product(own, weakref.ref(module))
+                for module in everything
+                for own in products_in(module).values()
+                if own.ledger is ledger
             }
             # One outside of the model, or where that is unknown, may cast as long as it lives.
-            outside = {x.number: x.module for x in ledger.layers if x.number not in modules}
-            alive = outside.keys() - self._released
+            outside = {x.number: x for x in ledger.layers if x.number not in inside}
             every = range(len(ledger.sites) // len(ROLES))
             self._products = [
-                Product(number=number, module=modules.get(number) or outside.get(number))
-                for number in every
-                if number in modules or number in alive
+                inside[n] if n in inside else _product(outside[n], outside[n].module)
+                for n in every
+                if n in inside or (n in outside and n not in self._released)
             ]
             ledger.turns.lack(frozenset(every).difference(p.number for p in self._products))
             self._found_for = ledger.sites
@@ -271,6 +270,13 @@ class Clock:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
+
+
+def _product(own: Any, module: "weakref.ref[nn.Module] | None") -> Product:
+    """Return the product of some operands, and of the module that casts by them."""
+    there = None if module is None else module()
+    is_alone = there is None or not isinstance(there.__dict__.get(SITES), Several)
+    return Product(number=own.number, module=module, operands=weakref.ref(own), has_module=is_alone)
 
 
 def _modules_of(products: Iterable[Product]) -> list[nn.Module]:

@@ -10,20 +10,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
 from unclamp.names import ROLES, SiteName, shown
-from unclamp.nn.candidates import candidates, check_devices, device_of, product_names
-from unclamp.nn.converted import Converted
+from unclamp.nn.adapted import Adapted
+from unclamp.nn.candidates import (
+    Candidate,
+    candidates,
+    check_devices,
+    device_of,
+    native_plan,
+    product_names,
+)
 from unclamp.nn.exports import leave_in, leave_out
 from unclamp.nn.fastpath import keep_off
 from unclamp.nn.groups import Given, check_given, forget, give
 from unclamp.nn.kinds import adapted, kind_of, take_away
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
-from unclamp.nn.operands import Operands, native_plan
+from unclamp.nn.operands import Operands
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
+from unclamp.nn.products import SITES, Matrix, Several, products_of
 from unclamp.nn.sharded import fit_all
 from unclamp.nn.unmatched import (
     any_in_fp8,
@@ -120,7 +129,7 @@ def convert(
     profit = Profit(check_tokens(tokens), timer) if where_it_pays else None
     check_given(group, (fqn for fqn, _ in model.named_modules()))
     report = attach(model, recipe, skip=skip, strict=strict, observes=False, profit=profit)
-    give(dict(_converted_layers(model)), group)
+    give({fqn: module for fqn, _, module in products_of(model)}, group)
     return report
 
 
@@ -155,21 +164,22 @@ def attach(
         raise ConvertError(f"expected a list of globs for skip, got the string {skip!r}")
     converted, skipped = candidates(model, skip)
     _check_not_both(model, observes=observes)
-    others = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
-    devices = {fqn: device_of(m) for fqn, m in {**others, **converted}.items()}
+    others = {fqn: (m, own) for fqn, own, m in products_of(model)}
+    devices = {fqn: device_of(m, own.weight_name) for fqn, (m, own) in others.items()}
+    devices |= {fqn: device_of(c.module, c.matrix.parameter) for fqn, c in converted.items()}
     check_devices(devices)
     unmatched = find_unmatched(product_names(model), recipe, skip, [*others, *converted])
     if strict and unmatched:
         raise ConvertError(unmatched_text(unmatched, product_names(model)))
-    kept = _kept(others, recipe, skip, warms_anew=bool(converted))
+    kept = _kept(others, devices, recipe, skip, warms_anew=bool(converted))
     plans = {fqn: native_plan(recipe.plan(fqn), devices[fqn]) for fqn in converted}
     if profit is not None:
-        linear = {fqn: m for fqn, m in converted.items() if isinstance(m, nn.Linear)}
+        linear = {f: c.module for f, c in converted.items() if isinstance(c.module, nn.Linear)}
         left = unprofitable(
             linear, plans, tokens=profit.tokens, install=_install_alone, timer=profit.timer
         )
         skipped |= left
-        converted = {fqn: m for fqn, m in converted.items() if fqn not in left}
+        converted = {fqn: c for fqn, c in converted.items() if fqn not in left}
         plans = {fqn: plans[fqn] for fqn in converted}
     report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched)
     _warn(model, report, kept)  # which may raise: the model is as it was
@@ -204,32 +214,37 @@ def _remember(
 
 
 def _install(
-    ledger: Ledger, layers: Mapping[str, nn.Module], plans: Mapping[str, LayerPlan]
+    ledger: Ledger, products: Mapping[str, Candidate], plans: Mapping[str, LayerPlan]
 ) -> None:
-    """Give layers their sites in a ledger, and an adaptor in front of their class."""
-    adaptors = {fqn: _adaptor_of(module) for fqn, module in layers.items()}
+    """Give products their sites in a ledger, and their modules an adaptor in front of the class."""
     sites = [
         Site.of(
             fqn,
             role,
             plans[fqn].operands[role],
-            shape=adaptors[fqn].matrix_shape(module) if role == "weight" else (),
+            shape=product.matrix.shape if role == "weight" else (),
         )
-        for fqn, module in layers.items()
+        for fqn, product in products.items()
         for role in ROLES
     ]
     # Every class before any module changes: making one runs code of the class it is made of.
-    classes = {fqn: adapted(adaptors[fqn], type(module)) for fqn, module in layers.items()}
+    modules = dict.fromkeys(product.module for product in products.values())
+    classes = {module: adapted(_adaptor_of(module), type(module)) for module in modules}
     indices = iter(ledger.add(sites))
-    for fqn, module in layers.items():
-        module.__class__ = classes[fqn]
-        assert isinstance(module, Converted)
-        module.sites = Operands(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
-        module.sites.belong_to(module)
-        ledger.move_to(module.weight.device)
+    for module, made in classes.items():
+        module.__class__ = made
+    for fqn, (module, name, matrix) in products.items():
+        own = Operands(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
+        own.weight_name = matrix.parameter
+        if name:
+            module.__dict__.setdefault(SITES, Several())[name] = own
+        else:
+            module.__dict__[SITES] = own
+        own.belong_to(module)
+        ledger.move_to(device_of(module, matrix.parameter))
 
 
-def _adaptor_of(module: nn.Module) -> type[Converted]:
+def _adaptor_of(module: nn.Module) -> type[Adapted]:
     kind = kind_of(module)
     assert kind is not None
     return kind.adaptor
@@ -237,7 +252,8 @@ def _adaptor_of(module: nn.Module) -> type[Converted]:
 
 def _install_alone(layer: nn.Linear, plan: LayerPlan) -> None:
     """Convert a layer that is made to be measured."""
-    _install(Ledger(layer), {"": layer}, {"": plan})
+    weight = Matrix("weight", (layer.out_features, layer.in_features))
+    _install(Ledger(layer), {"": Candidate(layer, "", weight)}, {"": plan})
 
 
 def revert(model: nn.Module) -> RevertReport:
@@ -247,15 +263,15 @@ def revert(model: nn.Module) -> RevertReport:
     extended since (FSDP, a parametrization) only the adaptor goes. Other models stay as they are.
     """
     leave_in(model)
-    reverted = []
-    for fqn, module in model.named_modules():
-        if isinstance(module, Converted):
-            module.sites.ledger.clock.release(module.sites)
-            module.__dict__.pop("sites").end()
-            forget(module)
-            take_away(module)
-            reverted.append(fqn)
-    return RevertReport(reverted=tuple(reverted))
+    products = products_of(model)
+    for _, own, _ in products:
+        own.ledger.clock.release(own)
+        own.end()
+    for module in dict.fromkeys(module for _, _, module in products):
+        del module.__dict__[SITES]
+        forget(module)
+        take_away(module)
+    return RevertReport(reverted=tuple(fqn for fqn, _, _ in products))
 
 
 def first_and_last(model: nn.Module) -> list[str]:
@@ -274,7 +290,7 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
     converted apart. Their sites are named as the modules are now: within the model of their ledger,
     so that a wrapper changes no name, and within `model` where two would have the same name.
     """  # noqa: D205
-    ledgers = list(dict.fromkeys(m.sites.ledger for _, m in _converted_layers(model)))
+    ledgers = list(dict.fromkeys(own.ledger for _, own, _ in products_of(model)))
     for ledger in ledgers:
         ledger.clock.adopt(model, ledger)
     roots = {ledger: ledger.clock.root_in(model) for ledger in ledgers}
@@ -287,17 +303,13 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
     return ledgers
 
 
-def _converted_layers(model: nn.Module) -> list[tuple[str, Converted]]:
-    return [(fqn, m) for fqn, m in model.named_modules() if isinstance(m, Converted)]
-
-
 def _names(ledger: Ledger, root: nn.Module) -> dict[int, SiteName]:
     """Return the names of a ledger's sites within a model, by index."""
     return {
         index: SiteName(fqn, role)
-        for fqn, layer in _converted_layers(root)
-        if layer.sites.ledger is ledger
-        for role, index in layer.sites.indices.items()
+        for fqn, own, _ in products_of(root)
+        if own.ledger is ledger
+        for role, index in own.indices.items()
     }
 
 
@@ -327,17 +339,21 @@ def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]
 
 
 def _kept(
-    layers: Mapping[str, nn.Module], recipe: Recipe, skip: Sequence[str], *, warms_anew: bool
+    products: Mapping[str, tuple[nn.Module, Operands]],
+    devices: Mapping[str, torch.device],
+    recipe: Recipe,
+    skip: Sequence[str],
+    *,
+    warms_anew: bool,
 ) -> dict[str, LayerPlan]:
-    """Return what converted layers have that another recipe would not have given them."""
+    """Return what converted products have that another recipe would not have given them."""
     kept = {}
-    for fqn, layer in layers.items():
-        assert isinstance(layer, Converted)
-        before = layer.sites.ledger.recipe
+    for fqn, (_, own) in products.items():
+        before = own.ledger.recipe
         if before == recipe or any(matches(fqn, glob) for glob in skip):
             continue
-        plan = layer.sites.plan()
-        wanted = native_plan(recipe.plan(fqn), device_of(layer))
+        plan = own.plan()
+        wanted = native_plan(recipe.plan(fqn), devices[fqn])
         steps = recipe.warmup_steps if before is None or warms_anew else before.warmup_steps
         if plan != wanted or steps != recipe.warmup_steps:
             kept[fqn] = plan

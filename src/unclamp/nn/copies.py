@@ -8,8 +8,8 @@ from torch import nn
 from unclamp.errors import ConvertError
 from unclamp.names import ROLES, SiteName
 from unclamp.nn.convert import find_ledgers
-from unclamp.nn.converted import Converted
 from unclamp.nn.ledger import Ledger
+from unclamp.nn.products import products_of
 from unclamp.numerics import Stat
 from unclamp.shown import Shown
 from unclamp.totals import clamp_error, overshoot
@@ -119,9 +119,8 @@ def evaluation_counts(model: nn.Module, *, reset: bool = False) -> EvaluationCou
     ledgers = _ledgers(model, "evaluation_counts")
     sites = [site for ledger in ledgers for site in _sites(ledger)]
     products: dict[Ledger, set[int]] = {ledger: set() for ledger in ledgers}
-    for module in model.modules():
-        if isinstance(module, Converted):
-            products[module.sites.ledger].add(module.sites.number)
+    for _, own, _ in products_of(model):
+        products[own.ledger].add(own.number)
     ages = [each.evaluated.age(each.updates, frozenset(own)) for each, own in products.items()]
     known = [age for age in ages if age is not None]
     if reset:
@@ -218,9 +217,9 @@ def refresh(copy: nn.Module, *, from_: nn.Module) -> None:
         pairs.setdefault((target, source), []).append((index, other))
     for (target, source), indices in pairs.items():
         _take_over(target, source, indices)
-    for module in copy.modules():
-        if isinstance(module, Converted):
-            module.sites.note_origin(module.weight)
+    for _, own, module in products_of(copy):
+        if own.weight_name is not None:
+            own.note_origin(getattr(module, own.weight_name))
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from unclamp.nn.converted import Converted
+from unclamp.nn.operands import Operands
+from unclamp.nn.products import products_of
 from unclamp.nn.saved import is_state_key
 
 IGNORED = "_keys_to_ignore_on_save"
@@ -22,12 +23,12 @@ COPIES = "modules_to_save"
 
 def leave_out(model: nn.Module) -> None:
     """Have files for others hold no scaling state of this model."""
-    for layer in _in_adapters(model):
-        layer.sites.is_saved = False
+    for own in _in_adapters(model):
+        own.is_saved = False
     for module, keys in _ignored(model):
-        for layer in (m for m in module.modules() if isinstance(m, Converted)):
-            if all(known is not keys for known in layer.sites.ignored):
-                layer.sites.ignored = (*layer.sites.ignored, keys)
+        for _, own, _ in products_of(module):
+            if all(known is not keys for known in own.ignored):
+                own.ignored = (*own.ignored, keys)
 
 
 def leave_in(model: nn.Module) -> None:
@@ -44,11 +45,11 @@ def _ignored(model: nn.Module) -> Iterator[tuple[nn.Module, set[str]]]:
             yield module, keys
 
 
-def _in_adapters(model: nn.Module) -> Iterator[Converted]:
-    """Yield converted layers of PEFT's adapters, which say which of their modules are theirs."""
+def _in_adapters(model: nn.Module) -> Iterator[Operands]:
+    """Yield the products of PEFT's adapters, which say which of their modules are theirs."""
     for module in model.modules():
         names = getattr(module, "adapter_layer_names", ())
         for name in (*(names if isinstance(names, tuple | list) else ()), COPIES):
             own = module._modules.get(name) if isinstance(name, str) else None
             if own is not None:
-                yield from (m for m in own.modules() if isinstance(m, Converted))
+                yield from (operands for _, operands, _ in products_of(own))

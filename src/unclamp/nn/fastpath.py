@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from unclamp.nn.converted import Converted
+from unclamp.nn.products import products_in
 
 
 def keep_off(model: nn.Module) -> None:
@@ -22,7 +22,7 @@ def keep_off(model: nn.Module) -> None:
         if not isinstance(encoder, nn.TransformerEncoderLayer):
             continue
         for module in encoder.modules():
-            if isinstance(module, Converted) and not module.sites.ledger.observes:
+            if any(not own.ledger.observes for own in products_in(module).values()):
                 allow(module)  # converted once more: one is enough
                 module.register_forward_pre_hook(_do_nothing)
 

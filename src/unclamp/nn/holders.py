@@ -21,6 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from unclamp.nn.products import SITES
+
 PATIENCE = 100
 """Steps that were told, and left a product to its optimizer, after which that one lost its hold."""
 
@@ -32,15 +34,33 @@ class Product:
     Attributes:
         number: Its place among the ledger's products.
         module: The converted module; None where it is unknown.
+        operands: What casts by it (`Operands`); None where that is gone.
+        has_module: Whether all parameters of the module are its own, and not one at most.
     """
 
     number: int
     module: weakref.ref[nn.Module] | None
+    operands: weakref.ref[Any] | None = None
+    has_module: bool = True
+
+    def owner(self) -> nn.Module | None:
+        """Return the converted module; None where it is gone, unknown, or reverted by now."""
+        module = None if self.module is None else self.module()
+        return module if module is not None and SITES in module.__dict__ else None
+
+    def weight(self) -> nn.Parameter | None:
+        """Return the parameter in which its second operand lies; None where there is none."""
+        own = None if self.operands is None else self.operands()
+        return None if own is None else own.parameter_in(self.owner())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield its parameters, those of a parametrization too; none where the module is gone."""
         module = None if self.module is None else self.module()
         if module is None:
+            return
+        if not self.has_module:
+            weight = self.weight()
+            yield from () if weight is None else (weight,)
             return
         yield from (p for p in module._parameters.values() if p is not None)
         for child in module._modules.values():

@@ -1,4 +1,4 @@
-"""Which modules are matrix products, and how their class changes: an adaptor in front, and back.
+"""Which modules have matrix products, and how their class changes: an adaptor in front, and back.
 
 A kind is told by behaviour, never by an exact class: a module is linear if its `forward` is that
 of `nn.Linear`, whatever class FSDP, torchtitan or a parametrization made of it.
@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from unclamp.nn.adapted import Adapted
 from unclamp.nn.conv1d import Fp8Conv1D
-from unclamp.nn.converted import Converted
+from unclamp.nn.experts import Fp8Experts, is_experts
 from unclamp.nn.fastpath import allow
 from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.traced import Fp8Traced, interpreter_forward, is_traced_linear
@@ -22,18 +23,19 @@ from unclamp.nn.traced import Fp8Traced, interpreter_forward, is_traced_linear
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of module that is a matrix product.
+    """A kind of module that is a matrix product, or has several: its adaptor says which.
 
     Attributes:
         name: What it is called in sentences.
         adaptor: What comes in front of its class.
-        forward: The `forward` that such a module has; None where its library is not loaded.
+        forward: The `forward` that such a module has; None where its library is not loaded, or
+            where none says anything.
         fits: Whether a module with that `forward` is one: of some the `forward` says too little.
     """
 
     name: str
-    adaptor: type[Converted]
-    forward: Callable[[], Any]
+    adaptor: type[Adapted]
+    forward: Callable[[], Any] | None
     fits: Callable[[nn.Module], bool] = lambda module: True
 
 
@@ -52,13 +54,21 @@ KINDS = (
         forward=interpreter_forward,
         fits=is_traced_linear,
     ),
+    Kind(name="experts", adaptor=Fp8Experts, forward=None, fits=is_experts),
 )
 
 
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a module that is not converted; None if it is no matrix product."""
     forward = type(module).forward
-    return next((kind for kind in KINDS if forward is kind.forward() and kind.fits(module)), None)
+    return next(
+        (
+            kind
+            for kind in KINDS
+            if (kind.forward is None or forward is kind.forward()) and kind.fits(module)
+        ),
+        None,
+    )
 
 
 def is_relative(module: nn.Module) -> bool:
@@ -75,7 +85,7 @@ def take_away(module: nn.Module) -> None:
     module.__class__ = _without(type(module))
 
 
-def adapted(adaptor: type[Converted], plain: type[nn.Module]) -> type[nn.Module]:
+def adapted(adaptor: type[Adapted], plain: type[nn.Module]) -> type[nn.Module]:
     """Return the class of converted modules of a plain class; `Fp8Linear` of `nn.Linear` itself."""
     if plain in adaptor.__mro__:
         return adaptor
@@ -87,7 +97,7 @@ def adapted(adaptor: type[Converted], plain: type[nn.Module]) -> type[nn.Module]
     return type(name, (adaptor, plain), body)
 
 
-def _reduce(self: Converted, protocol: Any) -> Any:
+def _reduce(self: Adapted, protocol: Any) -> Any:
     """Pickle a module by the classes that its own is made of."""
     made = type(self)
     if "__plain__" not in made.__dict__:  # another class was made of ours since
@@ -95,7 +105,7 @@ def _reduce(self: Converted, protocol: Any) -> Any:
     return _restored, (made.__bases__[0], made.__bases__[1]), self.__getstate__()
 
 
-def _restored(adaptor: type[Converted], plain: type[nn.Module]) -> nn.Module:
+def _restored(adaptor: type[Adapted], plain: type[nn.Module]) -> nn.Module:
     made = adapted(adaptor, plain)
     return made.__new__(made)
 
@@ -105,9 +115,7 @@ def _without(made: type) -> type:
         return _first_plain(made)
     if "__plain__" in made.__dict__:
         return made.__dict__["__plain__"]
-    bases = tuple(
-        _without(base) if issubclass(base, Converted) else base for base in made.__bases__
-    )
+    bases = tuple(_without(base) if issubclass(base, Adapted) else base for base in made.__bases__)
     if bases == made.__bases__:
         return made
     own = {k: v for k, v in made.__dict__.items() if k not in ("__dict__", "__weakref__")}
@@ -165,4 +173,4 @@ def _swapped(cell: CellType, swaps: Iterable[tuple[Any, CellType]]) -> CellType:
 
 
 def _first_plain(adaptor: type) -> type:
-    return next(base for base in adaptor.__mro__[1:] if not issubclass(base, Converted))
+    return next(base for base in adaptor.__mro__[1:] if not issubclass(base, Adapted))

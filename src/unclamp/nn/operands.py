@@ -8,7 +8,6 @@ latter as inputs, and serve any product with the same plan.
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +17,11 @@ from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.nn.agreed import NOT_AGREED, WHOLE, Agreed, Found, Splits, agreed_scales
 from unclamp.nn.casts import NOTHING_SEEN, Hat, Seen
 from unclamp.nn.gathered import GatheredCodes
-from unclamp.nn.layout import Axis, Site, guarded
+from unclamp.nn.layout import Axis, Site
 from unclamp.nn.noted import NO_VERSION, Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
 from unclamp.nn.update import Inspection
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
-from unclamp.numerics.gpu import architecture, goes_to_gpu, is_capturing
-from unclamp.numerics.gpu.formats import native_format
+from unclamp.numerics.gpu import goes_to_gpu, is_capturing
 from unclamp.numerics.operators import (
     add_details,
     commit,
@@ -53,17 +51,7 @@ TOKENS_AN_OUTPUT = 10
 """Tokens for each output feature from which on the codes of a weight are kept on a GPU."""
 
 
-def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
-    """Return a plan in the formats that a device multiplies (`numerics.gpu.formats`)."""
-    arch = architecture(device)
-    operands = {
-        role: replace(operand, format=native_format(operand.format, arch))
-        for role, operand in plan.operands.items()
-    }
-    return plan if operands == plan.operands else replace(plan, operands=operands)
-
-
-KEPT = ("ledger", "indices", "smooth", "modes", "is_saved", "ignored")
+KEPT = ("ledger", "indices", "smooth", "modes", "is_saved", "ignored", "weight_name")
 """What copies and pickles of a product keep; the rest is views, taken anew."""
 
 
@@ -101,6 +89,8 @@ class Operands:
         origin: The weight when scales last came from elsewhere.
         last_passed: Updates so far when a gradient last passed through it while it was frozen.
         module: The module that casts by them, as long as it lives; None: unknown.
+        weight_name: What that calls the parameter that its second operand is, or lies in; None
+            where it is computed.
     """
 
     noted: Noted | None = None
@@ -112,6 +102,7 @@ class Operands:
     on_end: Callable[[], None] | None = None
     is_gathered = False
     ignored: tuple[set[str], ...] = ()
+    weight_name: str | None = "weight"
 
     def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
         self.ledger = ledger
@@ -136,7 +127,7 @@ class Operands:
         self.is_plain = all(not self._needs_cast(role) for role in ROLES)
         self.pending = ledger.pending[first : first + len(ROLES)]
         self.evaluated = ledger.evaluated.stats[first : first + len(ROLES)]
-        self.guarded_weight = _guarded(sites["weight"])
+        self.guarded_weight = sites["weight"].guarded_plan
         self.inspection: Inspection = ledger.inspection
         details = ledger.details
         self.details = None if details is None else details[first : first + len(ROLES)]
@@ -171,6 +162,17 @@ class Operands:
     def fqn(self) -> str:
         """The product's name, as it stands now."""
         return self.ledger.sites[self.indices["input"]].fqn
+
+    @property
+    def has_state(self) -> bool:
+        """Whether its state is part of a state_dict: not where it is only observed."""
+        return self.is_saved and not self.ledger.observes
+
+    def parameter_in(self, module: nn.Module | None) -> nn.Parameter | None:
+        """Return the parameter in which its second operand lies; None where there is none."""
+        if module is None or self.weight_name is None:
+            return None
+        return module._parameters.get(self.weight_name)
 
     def operand(self, role: Role) -> Operand:
         """Return what this role gets, as it stands now."""
@@ -386,7 +388,7 @@ class Operands:
     @property
     def _is_written(self) -> bool:
         """Whether scales came from elsewhere, and the weight was written since, as versions say."""
-        weight = getattr(self.module and self.module(), "_parameters", {}).get("weight")
+        weight = self.parameter_in(self.module and self.module())
         is_copy = self.ledger.evaluated.source is not None
         return is_copy and weight is not None and self.origin.is_other(weight)
 
@@ -410,10 +412,3 @@ class Operands:
         self.__dict__.update({"origin": Origin()} | self.__dict__ | state)
         self.bind()
         self.ledger.layers.add(self)
-
-
-def _guarded(site: Site) -> CastPlan | None:
-    scaling, plan = site.operand.scaling, site.cast_plan
-    if plan is None or scaling.takes_own or scaling.fixed_scale is not None:
-        return None
-    return guarded(plan)

@@ -34,9 +34,9 @@ def repeated_sites(ledger: Ledger, root: nn.Module | None) -> frozenset[int]:
     return frozenset(
         product.number * len(ROLES) + place
         for product in ledger.clock.products(ledger)
-        if product.module is not None and (module := product.module()) is not None
+        if (module := product.owner()) is not None
         for place, role in enumerate(ROLES)
-        if role in replicas.repeated(module)
+        if role in replicas.repeated(module, product.weight())
     )
 
 
@@ -47,9 +47,9 @@ class Replicas:
         self._finder = Finder(root)
         self._managed = {} if root is None else _managed(root)
 
-    def repeated(self, module: nn.Module) -> frozenset[Role]:
-        """Return the operands of a product that a lower rank casts as well."""
-        weight = _weight(module)
+    def repeated(self, module: nn.Module, own: Tensor | None) -> frozenset[Role]:
+        """Return the operands of a product that a lower rank casts as well; `own`: its weight."""
+        weight = own if own is not None else next(module.parameters(), None)
         if weight is None:
             return frozenset()
         found = set[Role]()
@@ -95,9 +95,3 @@ def _managed(root: nn.Module) -> dict[int, Any]:
             if (tensor := getattr(parameter, name, None)) is not None:
                 found[id(tensor)] = parameter
     return found
-
-
-def _weight(module: nn.Module) -> Tensor | None:
-    """Return a product's weight; the first parameter where it is parametrized."""
-    own = module._parameters.get("weight")
-    return own if own is not None else next(module.parameters(), None)

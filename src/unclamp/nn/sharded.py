@@ -29,6 +29,7 @@ from unclamp.nn.counting import count
 from unclamp.nn.holders import sharded_parameters, whole_spec
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
+from unclamp.nn.products import products_of
 
 
 class Multiply(Protocol):
@@ -259,10 +260,11 @@ def _splits(x: Any, weight: Any) -> Splits:
 def fit_all(model: nn.Module) -> None:
     """Fit the rows of histories to this rank's parts, for all converted layers of a model."""
     wholes = _wholes(model)
-    modules: list[Any] = [m for m in model.modules() if "sites" in m.__dict__]
-    for module in modules:
-        if isinstance(module.sites, Operands) and is_sharded(module.weight):
-            fit(module.sites, module.product_shape(_part_shape(module.weight, wholes)))
+    for _, own, module in products_of(model):
+        weight: Any = None if own.weight_name is None else getattr(module, own.weight_name)
+        if is_sharded(weight) and weight.ndim == 2:  # a bank fits its own at each product
+            adapted: Any = module
+            fit(own, adapted.product_shape(_part_shape(weight, wholes)))
 
 
 def _part_shape(weight: Any, wholes: Mapping[int, Any]) -> tuple[int, ...]:

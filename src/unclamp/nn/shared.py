@@ -39,6 +39,7 @@ from unclamp.nn import first
 from unclamp.nn.alive import Alive
 from unclamp.nn.apart import Description, difference, tell_alone
 from unclamp.nn.groups import Finder, Groups, is_distributed, max_over, version
+from unclamp.nn.holders import Product
 from unclamp.nn.turns import FRESH, NOTHING, Turn
 from unclamp.nn.vectors import (
     DIGEST,
@@ -109,32 +110,34 @@ class Shared:
             self.parts, self._alone = [], []
             return False
         products = ledger.clock.products(ledger)
-        found = [None if p.module is None else p.module() for p in products]
         # One that is reverted is nobody's, whether or not its ledger lives on some rank.
-        modules = [m if m is not None and "sites" in m.__dict__ else None for m in found]
-        kinds = [None if m is None else type(m._parameters.get("weight")) for m in modules]
+        there = [p for p in products if p.owner() is not None]
+        kinds = [(p.number, type(p.weight())) for p in there]
         state = (version(), ledger.sites, ledger.layout, kinds)
         if self._looked is None or not _same(state, self._looked):
             self._looked = state
-            self._find(ledger, modules)
+            self._find(ledger, there)
         return bool(self.parts)
 
-    def _find(self, ledger: Meeting, modules: Sequence[nn.Module | None]) -> None:
+    def _find(self, ledger: Meeting, products: Sequence[Product]) -> None:
         finder = Finder(ledger.clock.model)
         by_groups: dict[Groups, list[int]] = {}
         self.first, self.within_ddp = {}, set()
         self._joinable, self._alone = Alive(), []
-        for number, module in enumerate(modules):
-            if module is None:
+        for product in products:
+            module, number = product.owner(), product.number
+            own = product.operands and product.operands()
+            if module is None or own is None:
                 continue
             found = finder.look(module)
-            module.__dict__["sites"].is_gathered = found.is_gathered
+            own.is_gathered = found.is_gathered
             if not found.is_known:
                 self._alone.append(number)
             for wrapper in found.within_ddp:
                 self._joinable.add(wrapper)
             fqn = ledger.sites[number * len(ROLES)].fqn
-            if found.groups and not (found.may_be_missed or first.is_routed(fqn)):
+            is_routed = getattr(module, "may_be_missed", False) or first.is_routed(fqn)
+            if found.groups and not (found.may_be_missed or is_routed):
                 self.first[number] = found.groups
                 if found.within_ddp:
                     self.within_ddp.add(number)

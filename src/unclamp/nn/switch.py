@@ -7,8 +7,9 @@ from torch import nn
 
 from unclamp.errors import ConvertError, RecipeError, did_you_mean, naming_arguments
 from unclamp.names import ROLES, Role
-from unclamp.nn.converted import Converted
 from unclamp.nn.ledger import Ledger
+from unclamp.nn.operands import Operands
+from unclamp.nn.products import products_of
 from unclamp.rule import LayerPlan, Operand, as_scaling, check_plan, check_scaling, matches
 from unclamp.scaling import Scaling, describe
 from unclamp.shown import Shown
@@ -85,7 +86,7 @@ def switch(
         raise RecipeError("a switch needs a scaling, such as input=Dynamic()")
     for role, new in wanted.items():
         check_scaling(role, new)
-    layers = _converted(model)
+    layers = {fqn: own for fqn, own, _ in products_of(model)}
     found = {fqn: layer for fqn, layer in layers.items() if matches(fqn, glob)}
     if not found:
         listed = ", ".join(list(layers)[:20]) + (", ..." if len(layers) > 20 else "")
@@ -98,30 +99,26 @@ def switch(
     return SwitchReport(switched=_carry_out(found, wanted))
 
 
-def _converted(model: nn.Module) -> dict[str, Converted]:
-    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
-
-
-def _plan_after(layer: Converted, wanted: Mapping[Role, Scaling]) -> LayerPlan:
+def _plan_after(layer: Operands, wanted: Mapping[Role, Scaling]) -> LayerPlan:
     operands: dict[Role, Operand] = {}
     for role in ROLES:
-        old = layer.sites.operand(role)
+        old = layer.operand(role)
         operands[role] = replace(old, scaling=wanted.get(role, old.scaling))
-    return LayerPlan(operands=operands, gemms=layer.sites.modes, smooth=layer.sites.smooth)
+    return LayerPlan(operands=operands, gemms=layer.modes, smooth=layer.smooth)
 
 
 def _carry_out(
-    layers: Mapping[str, Converted], wanted: Mapping[Role, Scaling]
+    layers: Mapping[str, Operands], wanted: Mapping[Role, Scaling]
 ) -> dict[str, dict[Role, tuple[Scaling, Scaling]]]:
     switched: dict[str, dict[Role, tuple[Scaling, Scaling]]] = {}
     changes: dict[Ledger, dict[int, Scaling]] = {}
     for fqn, layer in layers.items():
         for role in ROLES:
-            old, new = layer.sites.operand(role).scaling, wanted.get(role)
+            old, new = layer.operand(role).scaling, wanted.get(role)
             if new is None or new == old:
                 continue
             switched.setdefault(fqn, {})[role] = (old, new)
-            changes.setdefault(layer.sites.ledger, {})[layer.sites.indices[role]] = new
+            changes.setdefault(layer.ledger, {})[layer.indices[role]] = new
     for ledger, scalings in changes.items():
         ledger.switch(scalings)
     return switched

@@ -17,6 +17,7 @@ from torch import Tensor
 from unclamp.nn.clock import Ticking
 from unclamp.nn.groups import Groups
 from unclamp.nn.layout import Layout
+from unclamp.nn.products import products_of
 from unclamp.nn.ring import Ring
 from unclamp.nn.turns import Turn
 
@@ -112,9 +113,8 @@ def described(ledger: Meeting, sites: Sequence[int]) -> dict[str, str]:
     """
     names = {}
     model = ledger.clock.model
-    for fqn, module in () if model is None else model.named_modules():
-        own: Any = module.__dict__.get("sites")
-        if getattr(own, "ledger", None) is ledger:
+    for fqn, own, _ in () if model is None else products_of(model):
+        if own.ledger is ledger:
             names |= {index: f"{fqn} {role}".strip() for role, index in own.indices.items()}
     texts = {}
     for index in sites:

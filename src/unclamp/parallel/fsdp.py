@@ -24,6 +24,7 @@ from unclamp.names import shown
 from unclamp.nn import Converted, find_ledgers
 from unclamp.nn.conv1d import Fp8Conv1D
 from unclamp.nn.ledger import Ledger
+from unclamp.nn.products import products_of
 from unclamp.parallel.agreed import Peers
 from unclamp.parallel.shard import GatheredWeight, unfit
 from unclamp.shown import Shown
@@ -72,7 +73,7 @@ def gather_codes(model: nn.Module) -> GatherReport:
     """
     layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
     ledgers = find_ledgers(model)
-    if not layers:
+    if not ledgers:
         raise ConvertError("expected a converted model: call unclamp.convert before gather_codes")
     records = list(_records(model))
     if not records:
@@ -82,6 +83,8 @@ def gather_codes(model: nn.Module) -> GatherReport:
     _check(records[0])
     left = {fqn: why for fqn, m in layers.items() if (why := _reason(m, records)) is not None}
     gathered = tuple(fqn for fqn in layers if fqn not in left)
+    several = (fqn for fqn, _, m in products_of(model) if not isinstance(m, Converted))
+    left |= dict.fromkeys(several, "its module has several products")
     for ledger in ledgers:
         own = [layers[fqn] for fqn in gathered if layers[fqn].sites.ledger is ledger]
         if own:

@@ -1,0 +1,302 @@
+"""What every converted module has, whatever its products: their saved state, their device.
+
+An adaptor is put in front of the class that a module has (`nn.kinds`); the rest of the class
+stays, whatever FSDP, a parametrization or a library made of it. `nn.converted` is the adaptor of a
+layer that is one product.
+
+The scaling state of a product with a name has keys `unclamp_{name}_{role}_scale` and so on. That
+of products which differ in a last number (`nn.products.stacks`) lies in one tensor, a row a
+product: where rows have histories of other lengths the short ones are filled up with zeros, which
+no loader reads.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclamp.names import ROLES, Role
+from unclamp.nn.operands import Operands
+from unclamp.nn.parts import fit, is_sharded
+from unclamp.nn.products import Matrix, products_in, stacks
+from unclamp.nn.saved import (
+    STATE_PREFIX,
+    UPDATES,
+    Spread,
+    mesh_of,
+    off_mesh,
+    on_mesh,
+    to_fill,
+    wants_to_fill,
+)
+from unclamp.nn.sharded import part_shape, spread_in_forward
+from unclamp.scaling import describe
+
+
+class Adapted(nn.Module):
+    """A module whose matrix products go through FP8. Made by `unclamp.convert`, not by hand.
+
+    Parameters, their names and the state_dict keys of the weights are those of the plain module.
+    The scaling state adds keys that start with `unclamp_`, plain floating-point tensors, so that
+    arithmetic over a state_dict's values works; a checkpoint without them loads, strictly too,
+    and the next tensor seeds the scale.
+    """
+
+    sites: Any
+    is_turned = False
+    """Whether the product sees the weight turned."""
+
+    @classmethod
+    def matrices(cls, module: nn.Module) -> dict[str, Matrix]:
+        """Return the second operand of each of a plain module's products, by name within it."""
+        raise NotImplementedError
+
+    @classmethod
+    def product_shape(cls, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of a weight as the product has it."""
+        return tuple(reversed(shape)) if cls.is_turned else tuple(shape)
+
+    @property
+    def products(self) -> Mapping[str, Operands]:
+        """The products, by their names within the module."""
+        return products_in(self)
+
+    def weight_of(self, product: str) -> Tensor | None:
+        """Return the parameter in which a product's second operand lies; None: it has none."""
+        name = self.products[product].weight_name
+        return None if name is None else getattr(self, name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; a weight that tensor parallelism splits has rows of its part."""
+        super().register_parameter(name, param)
+        for own in products_in(self).values() if is_sharded(param) else ():
+            if own.weight_name == name and param is not None and param.ndim == 2:
+                part: Any = param
+                fit(own, self.product_shape(part.to_local().shape))
+
+    def extra_repr(self) -> str:
+        """Add to what the module shows: scalings, formats, GEMMs that are special, smoothing."""
+        shown = [super().extra_repr()]
+        for stack, names in stacks(self.products).items():
+            said = _described(self.products[names[0]])
+            shown.append(f"{stack}: {said}" if stack else said)
+        return ", ".join(text for text in shown if text)
+
+    @property
+    def _device(self) -> torch.device | None:
+        """Where its weights lie; None where it has none."""
+        own = (self.weight_of(name) for name in self.products)
+        weight = next((w for w in own if w is not None), None)
+        return None if weight is None else weight.device
+
+    def _move(self) -> None:
+        """Have the scaling state lie where the weights do."""
+        device, own = self._device, next(iter(self.products.values()), None)
+        if device is not None and own is not None:
+            own.ledger.move_to(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._move()
+        for own in self.products.values():
+            own.belong_to(self)
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        for own in products_in(self).values():
+            own.belong_to(self)
+
+    # ---- saved state -----------------------------------------------------------------------
+
+    def scaling_state(self) -> dict[str, Tensor]:
+        """Return the scaling state by its name in a state_dict; none where it only observes."""
+        return {name: read() for name, read in self._state_readers().items()}
+
+    def _state_readers(self) -> dict[str, Callable[[], Tensor]]:
+        """Return what makes each tensor of the scaling state, by name: one may be asked for."""
+        # The checkpoint of what is only observed is that of the plain model.
+        products = {name: own for name, own in products_in(self).items() if own.has_state}
+        readers: dict[str, Callable[[], Tensor]] = {}
+        for stack, names in stacks(products).items():
+            members = [products[name] for name in names]
+            for role in ROLES:
+                if names == [stack]:
+                    shelves = [(stack, members[0])]
+                elif _are_alike(members, role):
+                    shelves = [(stack, members)]
+                else:  # as after a switch of some to scales of blocks
+                    shelves = list(zip(map(_alone, names), members, strict=True))
+                for name, own in shelves:
+                    start = f"{_prefix_of(name)}{role}"
+                    readers[f"{start}_amax_history"] = self._reader(own, role, "history_of")
+                    readers[f"{start}_scale"] = self._reader(own, role, "scale_of")
+        if products:
+            ledger = next(iter(products.values())).ledger
+            readers[f"{STATE_PREFIX}{UPDATES}"] = lambda: on_mesh(
+                torch.tensor(ledger.count(), dtype=torch.float64), mesh_of(self)
+            )
+        return readers
+
+    def _reader(
+        self, of: Operands | Sequence[Operands], role: Role, what: str
+    ) -> Callable[[], Tensor]:
+        """Return what reads the histories or scales of one role, of one product or of a stack."""
+
+        def value(own: Operands, spread: Spread) -> Tensor:
+            index = own.indices[role]
+            return spread.saved(getattr(own.ledger, what)(index), own.ledger.sites[index])
+
+        if isinstance(of, Operands):
+            return lambda: value(of, self._spread(of))
+        return lambda: on_mesh(_stacked([value(own, Spread()) for own in of]), mesh_of(self))
+
+    def _spread(self, own: Operands) -> Spread:
+        """Return how a product lies on ranks, and have its blocks be those of this rank."""
+        mesh, weight, ledger = mesh_of(self), own.parameter_in(self), own.ledger
+        if mesh is None or weight is None or weight.ndim != 2:
+            return Spread(mesh=mesh)
+        if not ledger.sites[own.indices["weight"]].grids:
+            return Spread(mesh=mesh)
+        spec = spread_in_forward(weight, ledger.clock.model or self)
+        if spec is None or not any(p.is_shard() for p in spec.placements):
+            return Spread(mesh=mesh)
+        fit(own, self.product_shape(part_shape(weight, spec)))
+        shape = self.product_shape(weight.shape)
+        return Spread(mesh=mesh, spec=spec, shape=shape, is_turned=self.is_turned)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find scaling state by its key: torch's distributed checkpoints look each key up."""
+        if name.startswith(STATE_PREFIX):
+            read = self._state_readers().get(name)
+            if read is not None:
+                return read()
+        return super().__getattr__(name)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Return the module's buffers; scaling state is shown to one caller only (`nn.saved`)."""
+        buffers = super().named_buffers(prefix, recurse, remove_duplicate)
+        if not wants_to_fill(sys._getframe(1)):
+            return buffers
+        device = self._device or torch.device("cpu")
+        return itertools.chain(buffers, to_fill(self.scaling_state(), device))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if ".modules_to_save." in prefix:  # PEFT's copy of a layer, for the file of an adapter
+            return
+        own = next(iter(self.products.values()), None)
+        for name, value in self.scaling_state().items():
+            destination[f"{prefix}{name}"] = value
+            for ignored in () if own is None else own.ignored:
+                ignored.add(f"{prefix}{name}")
+
+    def _restore(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Take the state over of which a state_dict speaks.
+
+        One that speaks of some operands only leaves the others as they are. One with the weight
+        alone is that of a plain model, of which no scale here need be right.
+        """
+        start = f"{prefix}{STATE_PREFIX}"
+        values = {key: off_mesh(v) for key, v in state_dict.items() if key.startswith(start)}
+        for own in self.products.values():
+            self._spread(own)  # what a part is of follows from how the layer lies now
+        known = {key.removeprefix(prefix): v for key, v in values.items() if v is not None}
+        numbers = frozenset(own.number for own in self.products.values())
+        updates = known.get(f"{STATE_PREFIX}{UPDATES}")
+        for stack, names in stacks(self.products).items():
+            for row, name in enumerate(names):
+                own = self.products[name]
+                own.ledger.evaluated.reloaded(numbers)
+                for role, index in own.indices.items():
+                    history, scale = (
+                        known.get(f"{_prefix_of(stack)}{role}_{what}")
+                        if names == [stack]
+                        else _row_of(known, name, f"{role}_{what}", row, len(names))
+                        for what in ("amax_history", "scale")
+                    )
+                    is_other = role == "weight" and f"{prefix}{own.weight_name}" in state_dict
+                    if is_other or not (known and history is scale is None):
+                        own.ledger.restore(index, history, scale)
+                own.ledger.restored(own.number, None if updates is None else float(updates))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        start = f"{prefix}{STATE_PREFIX}"
+        loaded = [
+            (name, own)
+            for name, own in self.products.items()
+            if own.weight_name is not None and f"{prefix}{own.weight_name}" in state_dict
+        ]
+        # A state_dict that does not speak of this layer, such as an adapter's, changes nothing.
+        if loaded or any(key.startswith(start) for key in state_dict):
+            self._restore(state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._move()  # assign=True may bring another device
+        for name, own in loaded:
+            weight = self.weight_of(name)
+            assert weight is not None
+            own.note(weight)
+            own.note_origin(weight)
+        unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(start)]
+
+
+def _prefix_of(stack: str) -> str:
+    return f"{STATE_PREFIX}{stack}_" if stack else STATE_PREFIX
+
+
+def _alone(name: str) -> str:
+    """Return what the keys of a product say that is not in its stack's."""
+    return name.replace(".", "_")
+
+
+def _are_alike(members: Sequence[Operands], role: Role) -> bool:
+    """Whether one role has as many scales in each of these products, of the same blocks."""
+    grids = [own.ledger.sites[own.indices[role]].grids for own in members]
+    return all(grid == grids[0] for grid in grids)
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """Return values as the rows of one tensor, short histories filled up with zeros."""
+    longest = max(value.shape[-1] if value.ndim else 0 for value in values)
+    return torch.stack([F.pad(v, (0, longest - v.shape[-1])) if v.ndim else v for v in values])
+
+
+def _row_of(
+    known: Mapping[str, Tensor], name: str, what: str, row: int, rows: int
+) -> Tensor | None:
+    """Return what was saved of one product of a stack; None where it had another number of rows."""
+    own = known.get(f"{_prefix_of(_alone(name))}{what}")
+    if own is not None:
+        return own
+    value = known.get(f"{_prefix_of(name.rpartition('.')[0])}{what}")
+    return value[row] if value is not None and value.ndim and len(value) == rows else None
+
+
+def _described(own: Operands) -> str:
+    operands = {role: own.operand(role) for role in ROLES}
+    roles = ", ".join(
+        f"{role}={describe(operand.scaling)}"
+        + (f":{operand.format.name}" if operand.scaling.casts else "")
+        for role, operand in operands.items()
+    )
+    modes = "".join(f", {g}={m}" for g, m in own.modes.items() if m != "float32")
+    smooth = ", smooth" if own.smooth else ""
+    smooth += ", only observed" if own.ledger.observes else ""
+    return f"{roles}{modes}{smooth}"
