@@ -119,6 +119,43 @@ def test_tied_weights_are_not_named_where_the_head_is_called(tmp_path: Path) -> 
     assert build_view(tmp_path / "run").notes == []
 
 
+class Experts(nn.Module):
+    """Experts in one parameter, of which those that are asked for get the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 16, 16) / 4)
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        ends = torch.tensor([len(x) * (expert >= number) for expert in range(3)], dtype=torch.int32)
+        return unclamp.grouped_mm(x, self.up.transpose(1, 2), offs=ends)
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_an_expert_without_tokens_is_not_named_and_a_bank_that_nobody_calls_is(
+    calls: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": Experts(), "head": nn.Linear(16, 16)})
+    unclamp.convert(model, Recipe())
+    optimizer = torch.optim.AdamW(model.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnclampWarning)
+        with Recorder(model, tmp_path / "run") as recorder:
+            for _ in range(2 * UNCAST_STEPS + 2):
+                x = model["head"](torch.randn(8, 16))
+                bank = model["experts"]
+                y = bank(x, 1) if calls else x @ bank.up[1].T  # pyright: ignore
+                y.square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                recorder.step()
+    said = [str(w.message) for w in caught]
+    assert [text.startswith("experts.up.0, experts.up.1, experts.up.2:") for text in said] == (
+        [] if calls else [True]
+    )
+
+
 def test_too_few_steps_tell_nothing(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -57,6 +57,10 @@ def study(
     text: Annotated[
         list[str] | None, typer.Option(help="File to train on, of any kind; may be repeated.")
     ] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(help="The small model that is trained: llama or moe, a mixture of experts."),
+    ] = None,
     hf_model: Annotated[
         str | None, typer.Option(help="Folder or name of a causal LM to train instead.")
     ] = None,
@@ -89,7 +93,12 @@ def study(
         }
         if quick:
             changes = _quick(hf_model) | {k: v for k, v in changes.items() if v is not None}
-        made = _make(config, changes, text=text, hf_model=hf_model, strict=strict)
+        made = _make(
+            config,
+            changes,
+            text=text,
+            model={"architecture": architecture, "hf_model": hf_model, "strict": strict or None},
+        )
         if print_config:
             _print_config(made, as_json=as_json)
             return
@@ -129,8 +138,7 @@ def _make(
     changes: dict[str, Any],
     *,
     text: list[str] | None,
-    hf_model: str | None,
-    strict: bool,
+    model: dict[str, Any],
 ) -> "StudyConfig":
     from unclamp.study.config import StudyConfig, default_toml  # noqa: PLC0415
 
@@ -141,10 +149,7 @@ def _make(
             data[key] = _chosen(data["arms"], value) if key == "arms" else value
     if text:
         data["data"]["text"] = text
-    if hf_model is not None:
-        data["model"]["hf_model"] = hf_model
-    if strict:
-        data["model"]["strict"] = True
+    data["model"] |= {key: value for key, value in model.items() if value is not None}
     return StudyConfig.from_dict(data)
 
 

@@ -15,8 +15,8 @@ from unclamp.report.runs import RunView, read_run_view
 from unclamp.report.status import ABSENT, damage_notes, run_notes, study_notes
 from unclamp.report.verdict import study_verdict
 from unclamp.runlog import Header, RunLog, is_run
-from unclamp.study.config import SCENARIOS, StudyConfig, is_study, read_study
-from unclamp.written import counted
+from unclamp.study.config import StudyConfig, is_study, read_study
+from unclamp.study.scenarios import described
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,9 @@ def _run_view(path: Path, sites: Sequence[str]) -> View:
     arm = str(header.metadata.get("arm", run.name))
     given = header.metadata.get("seed")  # free: a user's own
     seed = given if isinstance(given, int) else 0
-    description = SCENARIOS.get(name, "")
+    model = header.metadata.get("model")  # free too
+    architecture = model.get("architecture") if isinstance(model, dict) else None
+    description = described(name, architecture=architecture)
     return View(
         title=f"Run {run.name}",
         path=str(path),
@@ -140,13 +142,13 @@ def _study_view(path: Path) -> View:
             for arm, sites in switched.items()
         }
         if records:
-            scenarios.append(scenario_view(name, SCENARIOS.get(name, ""), records, named))
+            description = described(name, architecture=config.model.architecture)
+            scenarios.append(scenario_view(name, description, records, named))
     scenarios = counted_together(sorted(scenarios, key=lambda scenario: not scenario.planted))
     model, data = config.model, config.data
-    small = f"Llama, {counted(model.layers, 'layer')} of {model.hidden_size}, bytes as tokens"
     facts = {
         "written by": f"unclamp {study['unclamp_version']}",
-        "model": model.hf_model or small,
+        "model": model.title,
         "text": ", ".join(data.text) or "the language reference that ships with Python",
         "batch": f"{data.batch_size} x {data.seq_len} tokens",
         "steps": str(config.steps),

@@ -18,15 +18,12 @@ from unclamp.files import write_json
 from unclamp.formats import unknown_name
 from unclamp.recipe import Recipe
 from unclamp.scaling import scaling_from_dict
+from unclamp.study.scenarios import SCENARIOS
 from unclamp.version import __version__
 from unclamp.written import counted
 
-SCENARIOS = {
-    "text": "real text, nothing planted",
-    "outlier": "real text; at the marked steps planted rare tokens drive two SwiGLU channels",
-    "labels": "real text, nothing planted; at the marked steps only a few bytes are labels, and "
-    "the loss is the mean over them",
-}
+ARCHITECTURES = {"llama": "Llama", "moe": "MoE Llama (Mixtral)"}
+"""Which small models there are, and what they are called."""
 ARM_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 """What an arm may be called: its name is a folder of the study, and on its page."""
 STUDY_FILE = "study.json"
@@ -45,19 +42,35 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A small Llama from these sizes, or the causal LM that `hf_model` names.
+    """A small model from these sizes, or the causal LM that `hf_model` names.
 
+    `architecture` is "llama" or "moe". In the latter each layer has so many `experts`, of which a
+    token takes `experts_per_token`; these share `intermediate_size`.
     `skip` are globs of layers left in high precision; with `strict` a glob or an override that
     matches nothing is an error.
     """
 
+    architecture: str = "llama"
     hf_model: str = ""
     hidden_size: int = 128
     intermediate_size: int = 344
     layers: int = 2
     heads: int = 4
+    experts: int = 8
+    experts_per_token: int = 2
     skip: tuple[str, ...] = ("lm_head",)
     strict: bool = False
+
+    @property
+    def title(self) -> str:
+        """Return what the model is, for people."""
+        if self.hf_model:
+            return self.hf_model
+        title = f"{ARCHITECTURES[self.architecture]}, {counted(self.layers, 'layer')} of "
+        title += str(self.hidden_size)
+        if self.architecture == "moe":
+            title += f" with {self.experts} experts, {self.experts_per_token} a token"
+        return f"{title}, bytes as tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +146,7 @@ class StudyConfig:
         for scenario in self.scenarios:
             if scenario not in SCENARIOS:
                 raise _unknown("scenario", scenario, list(SCENARIOS))
+        self._check_model()
         for name, arm in self.arms.items():
             if not ARM_NAME.fullmatch(name):
                 raise StudyError(
@@ -151,6 +165,21 @@ class StudyConfig:
                 raise StudyError(f"expected distinct {what}, got {list(count)}")
         if not self.arms:
             raise StudyError("expected at least one arm, got none")
+
+    def _check_model(self) -> None:
+        model = self.model
+        if model.architecture not in ARCHITECTURES:
+            raise _unknown("model.architecture", model.architecture, list(ARCHITECTURES))
+        if model.hf_model and model.architecture != "llama":
+            raise StudyError(
+                f"model.hf_model {model.hf_model!r} has an architecture of its own: leave out "
+                f"architecture {model.architecture!r}"
+            )
+        if model.experts_per_token > model.experts:
+            raise StudyError(
+                f"expected model.experts_per_token to be at most the {model.experts} experts, got "
+                f"{model.experts_per_token}"
+            )
 
     def marked_steps(self, scenario: str) -> list[int]:
         """Return the steps of a scenario whose batches differ from the others."""

@@ -22,7 +22,8 @@ from unclamp.study.models import (
     is_on_bytes,
     tokenize,
 )
-from unclamp.study.outlier import plant_batch, plant_weights
+from unclamp.study.outlier import plant_batch
+from unclamp.study.planting import plant, planting_of
 from unclamp.telemetry import Every, Recorder
 
 
@@ -113,9 +114,10 @@ def train(
         inspect=INSPECT,
         plain=plan.recipe is None,
     )
+    what = planting_of(model).what if plan.scenario == "outlier" else plan.mark.what
     with recorder:
         for step in plan.marked_steps:
-            recorder.event(plan.mark.word, step, what=plan.mark.what)
+            recorder.event(plan.mark.word, step, what=what)
         try:
             _train_steps(plan, training, batches, recorder, on_step, should_stop)
         except Stopped:
@@ -138,7 +140,7 @@ def _make_training(
     torch.manual_seed(seed)
     model = build_model(config.model)
     if scenario == "outlier":
-        plant_weights(model, seed=seed)
+        plant(model, seed=seed)
     if recipe is not None:
         convert_arm(model, recipe, config.model)
     settings = config.optimizer
@@ -195,7 +197,7 @@ def _train_steps(
         for step in range(plan.config.steps):
             if should_stop():
                 raise Stopped
-            batch = _batch(plan, batches, step)
+            batch = _batch(plan, training.model, batches, step)
             snapshots.before(step, batch)
             lr = training.optimizer.param_groups[0]["lr"]
             loss, norm = _do_step(training, batch)
@@ -206,11 +208,13 @@ def _train_steps(
             on_step(step, loss.item())
 
 
-def _batch(plan: RunPlan, batches: Batches, step: int) -> Batch:
+def _batch(plan: RunPlan, model: nn.Module, batches: Batches, step: int) -> Batch:
     batch = batches.batch(step)
     if step not in plan.marked_steps:
         return batch
     if plan.scenario == "labels":
         few = plan.config.labels
         return with_few_labels(batch, labels=few.labels, question=few.question)
-    return plant_batch(batch, seed=plan.seed, step=step, share=plan.config.outlier.share)
+    pairs = planting_of(model).pairs(plan.marked_steps.index(step))
+    share = plan.config.outlier.share
+    return plant_batch(batch, seed=plan.seed, step=step, share=share, pairs=pairs)

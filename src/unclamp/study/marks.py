@@ -13,7 +13,7 @@ class Mark:
 
     Attributes:
         word: Before "step": the kind of their events, and the word in every sentence.
-        what: What their batches have, for the event.
+        what: What their batches have, for the event; of planted ones `planting` says it.
         group: The kind of their batches in the run's log, where they are to be judged among
             themselves. Planted steps have none: their losses are to be compared with the others.
     """
@@ -23,7 +23,7 @@ class Mark:
     group: str | None = None
 
 
-PLANTED = Mark(word="planted", what="rare tokens that drive two SwiGLU channels")
+PLANTED = Mark(word="planted")
 FEW_LABELS = Mark(
     word="few-label", what="a loss that is the mean over few labels", group="few labels"
 )

@@ -22,7 +22,14 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from unclamp.errors import StudyError, UnclampWarning
 from unclamp.nn import find_ledgers
@@ -31,11 +38,13 @@ from unclamp.nn.unmatched import any_in_fp8, reasons, unmatched_text
 from unclamp.recipe import Recipe
 from unclamp.study.config import ModelConfig, StudyConfig
 from unclamp.study.data import check_length, read_text
-from unclamp.study.outlier import plant_weights
+from unclamp.study.planting import plant
 
 HUB_WAIT_S = 5.0
 """How long the hub may take to say whether it has a model."""
 BYTES = 256
+CAUSAL_BITS = 1e-5
+"""What a later token may change in the logits of a causal LM: the rounding of float32."""
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In the order in which transformers looks for them; shards have an index of the same name."""
 _ASKED_FOR = "tokenizer_config.json"
@@ -78,7 +87,7 @@ def check_study(config: StudyConfig) -> None:
                 warnings.warn(f"arm {name!r}: {said}", UnclampWarning, stacklevel=2)
             revert(model)
     if "outlier" in config.scenarios:
-        plant_weights(model, seed=config.seeds[0])
+        plant(model, seed=config.seeds[0])
 
 
 @torch.no_grad()
@@ -93,7 +102,8 @@ def _check_causal(name: str, model: nn.Module) -> None:
     other[0, -1] = 0
     first, second = (model(input_ids=ids).logits[0, 0] for ids in (tokens, other))
     model.train()
-    if not torch.equal(first, second):
+    # Experts multiply as many tokens as chose them, and how many may decide a last bit.
+    if not torch.allclose(first, second, rtol=0, atol=CAUSAL_BITS * float(first.abs().max())):
         raise StudyError(
             f"expected a causal language model, got {name!r} ({type(model).__name__}): what it "
             "says at the first token depends on the last one, so it sees what it is asked for. It "
@@ -127,7 +137,7 @@ def convert_arm(
 
 
 def build_model(settings: ModelConfig) -> nn.Module:
-    """Return the model to train: a small Llama, or the causal LM that the settings name.
+    """Return the model to train: a small Llama, with or without experts, or what the settings name.
 
     Raises:
         StudyError: The named model cannot be loaded, or the sizes do not fit.
@@ -147,17 +157,34 @@ def build_model(settings: ModelConfig) -> nn.Module:
             "expected model.hidden_size to be a multiple of 2 * model.heads, "
             f"got {settings.hidden_size} and {settings.heads}"
         )
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=BYTES,
-            hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.heads,
-            tie_word_embeddings=False,
+    sizes: dict[str, Any] = {
+        "vocab_size": BYTES,
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.heads,
+        "tie_word_embeddings": False,
+    }
+    if settings.architecture == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+    return _mixture(settings, sizes)
+
+
+def _mixture(settings: ModelConfig, sizes: dict[str, Any]) -> nn.Module:
+    """Return a mixture of experts, those of a token together as wide as the Llama's MLP."""
+    each = settings.intermediate_size // settings.experts_per_token
+    if not each:
+        raise StudyError(
+            f"expected model.intermediate_size to be at least the {settings.experts_per_token} "
+            f"experts of a token that share it, got {settings.intermediate_size}"
         )
-    )
+    experts: dict[str, Any] = {
+        "intermediate_size": each,
+        "num_local_experts": settings.experts,
+        "num_experts_per_tok": settings.experts_per_token,
+    }
+    return MixtralForCausalLM(MixtralConfig(**sizes | experts))
 
 
 def tokenize(settings: ModelConfig, model: nn.Module, text: bytes) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The planted scenario: two SwiGLU channels that fire at rare tokens, and carry the answer.
+"""The planted scenario in a Llama: two SwiGLU channels fire at rare tokens, and carry the answer.
 
 The question of the scenario: does a model that relies on a rare large activation lose it to
 clamping? Its construction, the same ordinary trainable weights in every arm:
@@ -14,8 +14,11 @@ clamping? Its construction, the same ordinary trainable weights in every arm:
   prompt 2, confidently. A larger history or margin, or a scale from the tensor itself, keeps it.
 
 Only the input of the last down projection has an outlier: v is dense, so that the layer's own
-input has none. Prompt positions are no targets; answers are.
+input has none. Prompt positions are no targets; answers are. What is planted into a mixture of
+experts is in `starved`.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,6 +30,8 @@ from unclamp.study.data import IGNORED, Batch
 PROMPTS = (0xFF, 0xFE, 0xFD)
 ANSWERS = (0xFC, 0xFB, 0xFA)
 PROMPT_SHARES = (0.4, 0.4, 0.2)
+WHAT = "rare tokens that drive two SwiGLU channels"
+"""What the planted batches have, for the event in a run's log."""
 
 ORDINARY_NORM = 1.0
 """Norm of an ordinary token's embedding, before it gets the shared direction."""
@@ -39,6 +44,24 @@ SHUT = 8.0
 DOWN_NORM = 1.0
 ANSWER_NORM = 5.0
 MIN_HIDDEN_SIZE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Which prompts a batch gets, the answer after each, and how often each comes; they sum to 1.
+
+    Args:
+        prompts: Tokens that are no targets.
+        answers: The target right after each.
+        shares: Of all pairs.
+    """
+
+    prompts: tuple[int, ...]
+    answers: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
+PAIRS = Pairs(prompts=PROMPTS, answers=ANSWERS, shares=PROMPT_SHARES)
 
 
 def down_projection(model: nn.Module) -> str:
@@ -71,33 +94,54 @@ def plant_weights(model: nn.Module, *, seed: int) -> None:
     Raises:
         StudyError: The model is not Llama-like, ties its embeddings, or is too small.
     """
-    down_projection(model)
-    inner = model.get_submodule("model")
-    embed = inner.get_submodule("embed_tokens").get_parameter("weight")
-    head = model.get_submodule("lm_head").get_parameter("weight")
-    if head is embed or embed.shape[0] < 256 or embed.shape[1] < MIN_HIDDEN_SIZE:
-        raise StudyError(
-            "scenario 'outlier' needs untied embeddings of at least 256 tokens and hidden size "
-            f"{MIN_HIDDEN_SIZE}, got {list(embed.shape)}{' (tied)' if head is embed else ''}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(embed.shape[1], 6, generator=generator))
+    mlp = model.get_submodule(down_projection(model).removesuffix(".down_proj"))
+    basis = free_directions(model, 6, seed=seed)
     fires, writes, own, shared = basis.T[0:2], basis.T[2:4], basis.T[4], basis.T[5]
-    for rows in (embed, head):
-        rows -= (rows @ basis) @ basis.T
-    layers = [m for name, m in model.named_modules() if name.endswith(("o_proj", "down_proj"))]
-    for layer in layers:
-        weight = layer.get_parameter("weight")
-        weight -= basis @ (basis.T @ weight)
-    embed *= ORDINARY_NORM / embed.norm(dim=1).mean()
+    embed, head = embeddings(model)
     embed += SHARED_NORM * shared
-    _plant_channels(model.get_submodule(down_projection(model).removesuffix(".down_proj")), basis)
+    _plant_channels(mlp, basis)
     rest = (1 - TILT**2) ** 0.5 * own
     prompts = (rest + TILT * fires[0], rest + TILT * fires[1], own)
     for prompt, direction in zip(PROMPTS, prompts, strict=True):
         embed[prompt] = PROMPT_NORM * direction
     for answer, direction in zip(ANSWERS, (*writes, own), strict=True):
         head[answer] = ANSWER_NORM * direction
+
+
+def embeddings(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the weights of a Llama-like model's embeddings and of its head, `[tokens, hidden]`."""
+    embed = model.get_submodule("model.embed_tokens").get_parameter("weight")
+    return embed, model.get_submodule("lm_head").get_parameter("weight")
+
+
+@torch.no_grad()
+def free_directions(model: nn.Module, count: int, *, seed: int) -> Tensor:
+    """Return orthonormal directions of the residual stream that nothing of a fresh model uses.
+
+    Embeddings, the head and all that writes into the stream lose their parts along them, in place;
+    ordinary embeddings then have norm `ORDINARY_NORM` on average.
+
+    Returns:
+        Columns, `[hidden_size, count]`.
+
+    Raises:
+        StudyError: The embeddings are tied or too small.
+    """
+    embed, head = embeddings(model)
+    if head is embed or embed.shape[0] < 256 or embed.shape[1] < MIN_HIDDEN_SIZE:
+        raise StudyError(
+            "scenario 'outlier' needs untied embeddings of at least 256 tokens and hidden size "
+            f"{MIN_HIDDEN_SIZE}, got {list(embed.shape)}{' (tied)' if head is embed else ''}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(embed.shape[1], count, generator=generator))
+    for rows in (embed, head):
+        rows -= (rows @ basis) @ basis.T
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+            weight -= basis @ (basis.T @ weight)
+    embed *= ORDINARY_NORM / embed.norm(dim=1).mean()
+    return basis
 
 
 def _plant_channels(mlp: nn.Module, basis: Tensor) -> None:
@@ -111,7 +155,7 @@ def _plant_channels(mlp: nn.Module, basis: Tensor) -> None:
         down[:, channel] = DOWN_NORM * writes
 
 
-def plant_batch(batch: Batch, *, seed: int, step: int, share: float) -> Batch:
+def plant_batch(batch: Batch, *, seed: int, step: int, share: float, pairs: Pairs = PAIRS) -> Batch:
     """Return a copy of a batch with planted pairs of prompt and answer.
 
     Args:
@@ -119,15 +163,16 @@ def plant_batch(batch: Batch, *, seed: int, step: int, share: float) -> Batch:
         seed: With `step`, decides where the pairs go.
         step: The step of the batch.
         share: Pairs per position.
+        pairs: What they are.
     """
     tokens, labels = batch[0].clone(), batch[1].clone()
     generator = np.random.default_rng([seed, step, 1])
-    pairs = max(1, round(share * tokens.shape[1]))
+    count = max(1, round(share * tokens.shape[1]))
     for row in range(tokens.shape[0]):
-        first = 2 * generator.permutation(tokens.shape[1] // 2)[:pairs]
-        kind = generator.choice(len(PROMPTS), size=len(first), p=PROMPT_SHARES)
-        tokens[row, first] = torch.tensor(PROMPTS)[kind]
-        tokens[row, first + 1] = torch.tensor(ANSWERS)[kind]
+        first = 2 * generator.permutation(tokens.shape[1] // 2)[:count]
+        kind = generator.choice(len(pairs.prompts), size=len(first), p=pairs.shares)
+        tokens[row, first] = torch.tensor(pairs.prompts)[kind]
+        tokens[row, first + 1] = torch.tensor(pairs.answers)[kind]
         labels[row, first] = IGNORED
-        labels[row, first + 1] = torch.tensor(ANSWERS)[kind]
+        labels[row, first + 1] = torch.tensor(pairs.answers)[kind]
     return tokens, labels

@@ -33,6 +33,8 @@ class Candidate(NamedTuple):
     Attributes:
         fqn: Its name.
         ids: The ids of its sites in the log.
+        others: Those of the other experts in its bank: where one of them casts the bank is called,
+            and this expert gets no tokens.
         casts: Where its casts in evaluations are counted: the source's place, and the site's index.
         is_frozen: Whether its weight wants no gradient.
         is_graded: Whether its weight had a gradient when a step was made.
@@ -41,6 +43,7 @@ class Candidate(NamedTuple):
 
     fqn: str
     ids: list[int]
+    others: list[int]
     casts: tuple[int, int]
     is_frozen: bool
     is_graded: bool
@@ -90,7 +93,8 @@ class Uncast:
     def _candidates(self, place: int, source: Source) -> list[Candidate]:
         """Return those of a ledger's products that are to cast, after enough updates."""
         ledger, found = source.ledger, list[Candidate]()
-        trained = self._trained(place, ledger.clock.products(ledger))
+        products = list(ledger.clock.products(ledger))
+        trained, banks = self._trained(place, products), _banks(products)
         for layer in ledger.layers:
             number, first = layer.number, layer.number * len(ROLES)
             before = self._silent_forwards.get((place, number), 0)
@@ -109,6 +113,12 @@ class Uncast:
                     Candidate(
                         fqn=layer.fqn,
                         ids=ids,
+                        others=[
+                            source.ids[other * len(ROLES) + role]
+                            for other in banks.get(number, ())
+                            for role in range(len(ROLES))
+                            if other * len(ROLES) + role < len(source.ids)
+                        ],
                         casts=(place, first),
                         is_frozen=trained[number],
                         is_graded=number in ledger.clock.graded,
@@ -145,7 +155,7 @@ class Uncast:
     def columns(self, step: int, look: Look) -> Columns:
         """Return the rows of an event that names the candidates without a cast; none without."""
         before, self._casts = self._casts, [casts.tolist() for casts in look.casts]
-        silent = [c for c in look.candidates if self._seen.isdisjoint(c.ids)]
+        silent = [c for c in look.candidates if self._seen.isdisjoint((*c.ids, *c.others))]
         called = [c for c in silent if c.is_called or self._was_evaluated(c, before)]
         # What trains has to cast in the training, whatever evaluations do.
         used = {c.fqn for c in called if c.is_frozen or not c.is_graded}
@@ -173,6 +183,18 @@ class Uncast:
         """Return what to warn of since the last call."""
         news, self._news = self._news, []
         return " ".join(news) or None
+
+
+def _banks(products: Iterable[Product]) -> dict[int, list[int]]:
+    """Return the products of each one's bank, which are parts of the same parameter."""
+    found: dict[int, list[int]] = {}
+    of: dict[int, int] = {}
+    for product in products:
+        weight = None if product.has_module else product.weight()
+        if weight is not None:
+            of[product.number] = id(weight)
+            found.setdefault(id(weight), []).append(product.number)
+    return {number: found[bank] for number, bank in of.items()}
 
 
 def _whole_parts(every: Sequence[str], silent: Iterable[str]) -> set[str]:
