@@ -23,11 +23,15 @@ def render_page(template: str, path: Path, **shown: Any) -> Path:
     Raises:
         OSError: The disk refuses.
     """
-    page = _environment().get_template(template).render(
-        **shown,
-        style=asset("style.css"),
-        theme=asset("theme.js"),
-        plotly_js=Markup(get_plotlyjs()),
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            **shown,
+            style=asset("style.css"),
+            theme=asset("theme.js"),
+            plotly_js=Markup(get_plotlyjs()),
+        )
     )
     write_atomically(path, page.encode())
     return path
