@@ -302,6 +302,8 @@ def _state(
         return "left out", next((w for w in said if not w.startswith(NO_LAYER)), TWO_ACTIVATIONS)
     if module is not None and products_in(module):
         return "left out", "its weight is read outside of the layer"
+    if _is_router(module):
+        return "left out", "on purpose: what chooses experts stays in high precision"
     if owner in skipped:
         return "left out", skipped[owner]
     if module is not None and kind_of(module) is not None:
@@ -340,12 +342,16 @@ def _kind(call: Call, owner: nn.Module | None) -> str:
         return "patches" if are_patches(owner) else "convolution"
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return "recurrent"
-    if "router" in _class_name(owner).lower():
+    if _is_router(owner):
         return "router"
     parameter = getattr(owner, call.weight.names[0].rpartition(".")[2], None)
     if isinstance(parameter, Tensor) and parameter.ndim == 3:
         return "experts"
     return "linear"
+
+
+def _is_router(module: nn.Module | None) -> bool:
+    return "router" in _class_name(module).lower()
 
 
 def _class_name(module: nn.Module | None) -> str:
