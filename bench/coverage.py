@@ -14,7 +14,6 @@ import unclamp
 from unclamp.blueprint import batch_of, model_of
 from unclamp.covered import CoverageReport, short
 
-
 SHOWN = ("linear", "experts", "attention")
 """Kinds of products that have a column."""
 

@@ -111,6 +111,7 @@ def _run(
             products=tuple(_products(watch.calls, twin, is_plain=is_plain)),
             how=how,
             unknown=tuple(watch.unknown),
+            idle=tuple(watch.idle()),
         )
     finally:
         revert(twin)  # or its ledger would be found by optimizers until it is collected

@@ -17,6 +17,10 @@ from unclamp.errors import RunLogError, did_you_mean
 
 UNCAST_EVENT = "uncast"
 """The event that names products which cast nothing although they were trained."""
+COVERAGE_EVENT = "coverage"
+"""The event that says what FP8 covers of a step's matrix products."""
+OUTSIDE_EVENT = "outside"
+"""The event that names modules which ran, and not in the step that the coverage is of."""
 SUMMARY_STEPS = 100
 """Steps that one row of `summaries` stands for."""
 
@@ -194,7 +198,7 @@ TABLES: Mapping[str, pa.Schema] = {
         [
             _STEP,
             _RANK,
-            _column("kind", pa.string(), "what happened: spike, switch, snapshot, uncast, ..."),
+            _column("kind", pa.string(), "what happened: spike, switch, snapshot, coverage, ..."),
             _column("data", pa.string(), "details, as JSON text"),
         ]
     ),
