@@ -73,9 +73,9 @@ def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageRep
     has_data = not any(t.device.type == "meta" for t in _tensors(model))
     try:
         return _run(model, inputs, named_inputs, how="fake")
-    except _CannotCopy:
-        raise
-    except Exception as error:
+    except _NeedsDataError as needs:
+        error = needs.__cause__
+        assert isinstance(error, Exception)
         if not has_data:
             raise UnsupportedError(
                 f"the model ({type(model).__name__}) cannot run on shapes alone, and lies on the "
@@ -86,8 +86,8 @@ def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageRep
     return _run(model, inputs, named_inputs, how="real")
 
 
-class _CannotCopy(UnsupportedError):
-    """The model itself stands in the way, and not the shapes."""
+class _NeedsDataError(Exception):
+    """A step on shapes alone failed, for the cause that stands behind it."""
 
 
 def _run(
@@ -106,7 +106,7 @@ def _run(
         watch = Watch(twin, account)
         args, kwargs = tree_map(lambda leaf: _detached(leaf, fake), (inputs, named))
         with _apart(twin, fake), account.taken(), watch.modules(), Functions(watch), watch:
-            _step(twin, args, kwargs)
+            _step(twin, args, kwargs, fake)
         return CoverageReport(
             products=tuple(_products(watch.calls, twin, is_plain=is_plain)),
             how=how,
@@ -166,7 +166,7 @@ def _twin(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         with _Copying(fake):
             return copy.deepcopy(model)
     except Exception as error:
-        raise _CannotCopy(
+        raise UnsupportedError(
             f"the model ({type(model).__name__}) cannot be copied: {_first_line(error)}. Ask for "
             "its coverage before it is wrapped or sharded; of DDP, ask for that of model.module"
         ) from error
@@ -210,11 +210,16 @@ def _apart(model: nn.Module, fake: FakeTensorMode | None) -> Iterator[None]:
             torch._C._set_mkldnn_enabled(onednn)
 
 
-def _step(model: nn.Module, args: Any, kwargs: Any) -> None:
-    output = model(*args, **kwargs)
-    targets = [t for t in _targets(output) if t.requires_grad]
-    if targets:  # dense gradients: some operators refuse those of a sum, which have no strides
-        torch.autograd.backward(targets, [torch.ones_like(t) for t in targets])
+def _step(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None) -> None:
+    try:
+        output = model(*args, **kwargs)
+        targets = [t for t in _targets(output) if t.requires_grad]
+        if targets:  # dense gradients: some operators refuse those of a sum, without strides
+            torch.autograd.backward(targets, [torch.ones_like(t) for t in targets])
+    except Exception as error:
+        if fake is None:
+            raise
+        raise _NeedsDataError from error
 
 
 def _targets(output: Any) -> list[Tensor]:
