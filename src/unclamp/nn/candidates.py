@@ -35,20 +35,8 @@ def candidates(
     """Return the products to convert, by name, and why other weight matrices are left alone."""
     converted: dict[str, Candidate] = {}
     skipped: dict[str, str] = {}
-    read_elsewhere = {
-        module.out_proj
-        for fqn, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-        and not isinstance(module, Adapted)
-        and _reason_to_skip(fqn, module, skip) is not None
-    }
     for fqn, module in model.named_modules():
         reason = _reason_to_skip(fqn, module, skip)
-        if reason is None and module in read_elsewhere:
-            reason = (
-                f"its weight is read by nn.MultiheadAttention, which never calls it "
-                f"({type(module).__name__})"
-            )
         if reason:
             skipped[fqn] = reason
         for name, matrix in _matrices(module).items() if reason is None else ():
@@ -57,10 +45,27 @@ def candidates(
             if glob is None:
                 converted[product] = Candidate(module, name, matrix)
             else:
-                skipped[product] = f"matches skip {glob!r}"
+                skipped[product] = skipped_by(glob)
+    for fqn in _read_elsewhere(model, {c.module for c in converted.values()}):
+        if converted.pop(fqn, None) is not None:
+            name = type(model.get_submodule(fqn)).__name__
+            skipped[fqn] = (
+                f"its weight is read by nn.MultiheadAttention, which never calls it ({name})"
+            )
     outputs = {fqn: c.matrix.shape[0] for fqn, c in converted.items() if not c.name}
     routers = find_routers(model, outputs, rules)
     return {k: c for k, c in converted.items() if k not in routers}, skipped | routers
+
+
+def _read_elsewhere(model: nn.Module, converted: set[nn.Module]) -> list[str]:
+    """Return layers whose weight their parent reads: one that is converted calls them."""
+    return [
+        joined(fqn, "out_proj")
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        and not isinstance(module, Adapted)
+        and module not in converted
+    ]
 
 
 def _matrices(module: nn.Module) -> dict[str, Matrix]:
@@ -69,6 +74,11 @@ def _matrices(module: nn.Module) -> dict[str, Matrix]:
         return module.matrices(module)
     kind = kind_of(module)
     return {} if kind is None else kind.adaptor.matrices(module)
+
+
+def skipped_by(glob: str) -> str:
+    """Return why a product is left alone that a skip glob matches."""
+    return f"matches skip {glob!r}"
 
 
 def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | None:
@@ -81,7 +91,7 @@ def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | N
         return f"not a linear layer ({type(module).__name__})" if has_matrix else ""
     glob = next((glob for glob in skip if matches(fqn, glob)), None)
     if glob is not None:
-        return f"matches skip {glob!r}"
+        return skipped_by(glob)
     if kind is None:
         return (
             f"a subclass of nn.Linear with a forward of its own ({type(module).__name__}), which "

@@ -24,6 +24,7 @@ from unclamp.nn.candidates import (
     device_of,
     native_plan,
     product_names,
+    skipped_by,
 )
 from unclamp.nn.exports import leave_in, leave_out
 from unclamp.nn.fastpath import keep_off
@@ -179,6 +180,8 @@ def attach(
     devices |= {fqn: device_of(c.module, c.matrix.parameter) for fqn, c in new.items()}
     check_devices(devices)
     unmatched = find_unmatched(named, recipe, skip, [*others, *converted, *asked.observed])
+    said = set(skipped.values())  # of a module with several products, the glob may name it alone
+    unmatched = {g: why for g, why in unmatched.items() if skipped_by(g) not in said}
     if strict and unmatched:
         raise ConvertError(unmatched_text(unmatched, product_names(model)))
     kept = _kept(others, devices, recipe, skip, warms_anew=bool(converted))

@@ -32,6 +32,8 @@ from unclamp.nn.watched import Call, Functions, Watch
 from unclamp.recipe import Recipe
 
 TWO_ACTIVATIONS = "a product of two activations"
+ROUTER = "a router"
+"""How the reason of a layer begins that chooses experts."""
 NO_LAYER = "not a linear layer"
 """How the reason of a module begins of which nothing is known but that it has matrices."""
 
@@ -254,7 +256,7 @@ def _products(
         merged[key] = CoveredProduct(
             fqn=fqn,
             module=_class_name(call.module),
-            kind=_kind(call, modules.get(owner)),
+            kind="router" if why.startswith(ROUTER) else _kind(call, modules.get(owner)),
             sizes=call.sizes if first is None else first.sizes,
             calls=1 if first is None else first.calls + 1,
             output=flops[0],
@@ -309,7 +311,7 @@ def _state(
     if module is not None and products_in(module):
         return "left out", "its weight is read outside of the layer"
     if _is_router(module):
-        return "left out", "on purpose: what chooses experts stays in high precision"
+        return "left out", f"{ROUTER}, which chooses experts: left in high precision on purpose"
     if owner in skipped:
         return "left out", skipped[owner]
     if module is not None and kind_of(module) is not None:
@@ -348,8 +350,6 @@ def _kind(call: Call, owner: nn.Module | None) -> str:
         return "patches" if are_patches(owner) else "convolution"
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return "recurrent"
-    if _is_router(owner):
-        return "router"
     parameter = getattr(owner, call.weight.names[0].rpartition(".")[2], None)
     if isinstance(parameter, Tensor) and parameter.ndim == 3:
         return "experts"

@@ -9,7 +9,6 @@ call: it is the plain module's, and is not taken where anything is in FP8.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,10 +71,10 @@ class Fp8MultiheadAttention(WithAttention, nn.MultiheadAttention):
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )
         if not is_batched:
-            query, key, value = _each(query, key, value, lambda t: t.unsqueeze(1))
+            query, key, value = (t.unsqueeze(1) for t in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif self.batch_first:
-            query, key, value = _each(query, key, value, lambda t: t.transpose(1, 0))
+            query, key, value = _by_time(query, key, value)
         length, batch, _ = query.shape
         self._check(query, key, value)
         mask, is_causal = self._mask(
@@ -188,9 +187,9 @@ class Fp8MultiheadAttention(WithAttention, nn.MultiheadAttention):
         own = products_in(self).get(IN_PROJ)
         if own is not None and own.ledger.sites[own.indices["weight"]].grids:
             raise UnsupportedError(
-                f"{shown(own.fqn)}: expected a scale a tensor in cross-attention, which multiplies "
-                "parts of the weight, got rows or blocks with a history; use Dynamic, or a scale "
-                "a tensor"
+                f"{shown(own.fqn)}: expected a scale a tensor in cross-attention, and without a "
+                "batch, where parts of the weight are multiplied, got rows or blocks with a "
+                "history; use Dynamic, or a scale a tensor"
             )
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,9 +253,9 @@ def _with_weights(
     return output.view(*shape, -1), weights.view(*shape, -1)
 
 
-def _each(q: Tensor, k: Tensor, v: Tensor, change: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Change three tensors; what was the same one stays the same one."""
-    made = {id(t): change(t) for t in (q, k, v)}
+def _by_time(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three tensors with time first; what was the same one stays the same one."""
+    made = {id(t): t.transpose(1, 0) for t in (q, k, v)}
     return made[id(q)], made[id(k)], made[id(v)]
 
 
