@@ -1,6 +1,6 @@
 """What FP8 covers of well-known models: the table of docs/coverage.md.
 
-Run: `python -m bench.coverage`, in about a minute. Models lie on the meta device, made from the
+Run: `python -m bench.coverage`, in some minutes. Models lie on the meta device, made from the
 numbers of their published configs; a step runs on shapes alone.
 """
 
@@ -84,7 +84,7 @@ MODELS: dict[str, Known] = {
                vocab_size=256000, max_position_embeddings=8192), 8192,
     ),
     "Mamba-130M": Known(causal("mamba", "MambaForCausalLM", num_hidden_layers=24), 16),
-    "ViT-B/16": Known(causal("vit", "ViTForImageClassification"), 1),
+    "ViT-B/16": Known(causal("vit", "ViTForImageClassification"), 197),
     "Whisper-small": Known(
         causal("whisper", "WhisperForConditionalGeneration", d_model=768, encoder_layers=12,
                decoder_layers=12, encoder_attention_heads=12, decoder_attention_heads=12,
@@ -111,14 +111,20 @@ def row(name: str, report: CoverageReport) -> str:
     rest = {kind: share for kind, share in kinds.items() if kind not in SHOWN}
     cells.append(short(sum(rest.values())))
     states = [short(report.share_of(s)) for s in ("would be converted", "would be observed")]
-    left = "; ".join(f"{kind} {short(share)}" for kind, (share, _) in report.left_out().items())
-    return f"| {' | '.join([name, *cells, *states, left or 'nothing'])} |"
+    left = "; ".join(
+        f"{kind.rpartition('.')[2]} {short(share)}"
+        for kind, (share, _) in report.left_out().items()
+    )
+    tokens = f"{MODELS[name].tokens}"
+    return f"| {' | '.join([name, tokens, *cells, *states, left or 'nothing'])} |"
 
 
 def main() -> None:
     """Print the table, a row when it is known."""
-    print("| model | linear | experts | attention | rest | converted | observed | left out |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | tokens | linear | experts | attention | rest | converted | observed | left out |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, known in MODELS.items():
         line = row(name, covered(known))
         print(line, flush=True)

@@ -198,7 +198,7 @@ TABLES: Mapping[str, pa.Schema] = {
         [
             _STEP,
             _RANK,
-            _column("kind", pa.string(), "what happened: spike, switch, snapshot, coverage, ..."),
+            _column("kind", pa.string(), "what happened: spike, switch, snapshot, uncast, ..."),
             _column("data", pa.string(), "details, as JSON text"),
         ]
     ),
