@@ -65,10 +65,8 @@ def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageRep
 
     Example:
         >>> import torch, unclamp
-        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Bilinear(64, 64, 1))
-        >>> linear = unclamp.coverage(model[0], torch.randn(8, 32))
-        >>> print(linear)
-        product              M x N x K     GFLOP  share  state
+        >>> print(unclamp.coverage(torch.nn.Linear(32, 64), torch.randn(8, 32)))
+        product               M x N x K      GFLOP  share  state
         (the model itself)  8 x 64 x 32  6.554e-05  100 %  would be converted
         would convert 100 % of the FLOPs
     """
