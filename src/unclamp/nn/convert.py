@@ -195,7 +195,7 @@ def attach(
         plans = {fqn: plans[fqn] for fqn in converted}
     observed = {fqn: native_plan(p, devices[fqn]) for fqn, (_, p) in asked.observed.items()}
     report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched, observed=observed)
-    _warn(model, report, kept)  # which may raise: the model is as it was
+    _warn(model, report, kept, observes=observes)  # which may raise: the model is as it was
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.clock.extend_to(model)
     ledger.observes = observes
@@ -340,14 +340,17 @@ def _check_not_both(model: nn.Module, *, observes: bool) -> None:
         )
 
 
-def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]) -> None:
+def _warn(
+    model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan], *, observes: bool
+) -> None:
     """Warn, where the user called `convert` or `observe`, of what was not done."""
     said = []
     if report.unmatched:
         said.append(unmatched_text(report.unmatched, product_names(model)))
     if kept:
         said.append(kept_text(list(kept), describe_plan(next(iter(kept.values())))))
-    is_new = any(plan.casts for plan in report.converted.values())
+    plans = [*report.converted.values(), *(report.observed.values() if observes else ())]
+    is_new = any(plan.casts for plan in plans)
     if not (is_new or any_in_fp8(find_ledgers(model))):
         said.append(
             nothing_in_fp8(
