@@ -4,6 +4,7 @@ and switch.
 
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.attention import Attention, attention
+from unclamp.nn.bank import grouped_mm
 from unclamp.nn.convert import (
     ConvertReport,
     RevertReport,
@@ -42,6 +43,7 @@ __all__ = [
     "evaluation_counts",
     "find_ledgers",
     "first_and_last",
+    "grouped_mm",
     "observe",
     "products_of",
     "refresh",

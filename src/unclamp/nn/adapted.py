@@ -79,7 +79,7 @@ class Adapted(nn.Module):
         """Register a parameter; a weight that tensor parallelism splits has rows of its part."""
         super().register_parameter(name, param)
         for own in products_in(self).values() if is_sharded(param) else ():
-            if own.weight_name == name:
+            if own.weight_name == name and param is not None and param.ndim == 2:
                 part: Any = param
                 fit(own, self.product_shape(part.to_local().shape))
 

@@ -1,6 +1,7 @@
 """Which products of a model `convert` takes, and why it leaves the others alone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,11 @@ from unclamp.errors import ConvertError
 from unclamp.names import shown
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.kinds import is_relative, kind_of
-from unclamp.nn.products import Matrix, joined
-from unclamp.rule import matches
+from unclamp.nn.products import Matrix, joined, products_in
+from unclamp.nn.routers import find_routers
+from unclamp.numerics.gpu import architecture
+from unclamp.numerics.gpu.formats import native_format
+from unclamp.rule import LayerPlan, Rule, matches
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,7 +30,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    model: nn.Module, skip: Sequence[str]
+    model: nn.Module, skip: Sequence[str], rules: Sequence[Rule] = ()
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
     """Return the products to convert, by name, and why other weight matrices are left alone."""
     converted: dict[str, Candidate] = {}
@@ -48,7 +52,9 @@ def candidates(
             skipped[fqn] = (
                 f"its weight is read by nn.MultiheadAttention, which never calls it ({name})"
             )
-    return converted, skipped
+    outputs = {fqn: c.matrix.shape[0] for fqn, c in converted.items() if not c.name}
+    routers = find_routers(model, outputs, rules)
+    return {k: c for k, c in converted.items() if k not in routers}, skipped | routers
 
 
 def _read_elsewhere(model: nn.Module, converted: set[nn.Module]) -> list[str]:
@@ -68,6 +74,13 @@ def _matrices(module: nn.Module) -> dict[str, Matrix]:
         return module.matrices(module)
     kind = kind_of(module)
     return {} if kind is None else kind.adaptor.matrices(module)
+
+
+def _names(module: nn.Module, *, of_weights: bool) -> list[str]:
+    """Return the names of a module's products within it."""
+    parameters = {name: own.weight_name for name, own in products_in(module).items()}
+    parameters |= {name: matrix.parameter for name, matrix in _matrices(module).items()}
+    return [name for name, own in parameters.items() if own is not None or not of_weights]
 
 
 def skipped_by(glob: str) -> str:
@@ -122,12 +135,10 @@ def product_names(model: nn.Module, *, of_weights: bool = False) -> list[str]:
         model: Whose.
         of_weights: Leave those out whose operands are both computed.
     """
-    relative = {"": Matrix("weight")}
     return [
         joined(fqn, name)
         for fqn, module in model.named_modules()
-        for name, matrix in (relative if is_relative(module) else _matrices(module)).items()
-        if not (of_weights and matrix.parameter is None)
+        for name in ([""] if is_relative(module) else _names(module, of_weights=of_weights))
     ]
 
 
@@ -150,3 +161,13 @@ def check_devices(devices: Mapping[str, torch.device]) -> None:
             f"expected the layers of one model on one device, got {found}; convert the parts that "
             "lie on one device each by itself"
         )
+
+
+def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
+    """Return a plan in the formats that a device multiplies (`numerics.gpu.formats`)."""
+    arch = architecture(device)
+    operands = {
+        role: replace(operand, format=native_format(operand.format, arch))
+        for role, operand in plan.operands.items()
+    }
+    return plan if operands == plan.operands else replace(plan, operands=operands)

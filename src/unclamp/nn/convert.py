@@ -22,6 +22,7 @@ from unclamp.nn.candidates import (
     candidates,
     check_devices,
     device_of,
+    native_plan,
     product_names,
     skipped_by,
 )
@@ -31,11 +32,12 @@ from unclamp.nn.groups import Given, check_given, forget, give
 from unclamp.nn.kinds import adapted, kind_of, take_away
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
-from unclamp.nn.operands import Operands, native_plan
+from unclamp.nn.operands import Operands
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
 from unclamp.nn.products import SITES, Matrix, Several, products_in, products_of
 from unclamp.nn.sharded import fit_all
 from unclamp.nn.unmatched import (
+    NO_SKIP,
     any_in_fp8,
     describe_plan,
     few,
@@ -168,7 +170,7 @@ def attach(
         )
     if isinstance(skip, str):
         raise ConvertError(f"expected a list of globs for skip, got the string {skip!r}")
-    converted, skipped = candidates(model, skip)
+    converted, skipped = candidates(model, skip, recipe.rules)
     _check_not_both(model, observes=observes)
     others = {fqn: (m, own) for fqn, own, m in products_of(model)}
     devices = {fqn: device_of(m, own.weight_name) for fqn, (m, own) in others.items()}
@@ -179,8 +181,9 @@ def attach(
     devices |= {fqn: device_of(c.module, c.matrix.parameter) for fqn, c in new.items()}
     check_devices(devices)
     unmatched = find_unmatched(named, recipe, skip, [*others, *converted, *asked.observed])
-    said = set(skipped.values())  # of a module with several products, the glob may name it alone
-    unmatched = {g: why for g, why in unmatched.items() if skipped_by(g) not in said}
+    # Of a module with several products a skip glob may name the module alone.
+    done = {glob for glob in skip if skipped_by(glob) in skipped.values()}
+    unmatched = {g: why for g, why in unmatched.items() if why != NO_SKIP or g not in done}
     if strict and unmatched:
         raise ConvertError(unmatched_text(unmatched, product_names(model)))
     kept = _kept(others, devices, recipe, skip, warms_anew=bool(converted))
@@ -250,15 +253,14 @@ def _install(
     for module, made in classes.items():
         module.__class__ = made
     for fqn, (module, name, matrix) in products.items():
-        its = {role: next(indices) for role in ROLES}
-        own = Operands(ledger, its, plans[fqn], weight_name=matrix.parameter)
+        own = Operands(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
+        own.weight_name = matrix.parameter
         if name:
             module.__dict__.setdefault(SITES, Several())[name] = own
         else:
             module.__dict__[SITES] = own
         own.belong_to(module)
-        device = device_of(module, matrix.parameter)
-        ledger.move_to(device)
+        ledger.move_to(device_of(module, matrix.parameter))
 
 
 def _adaptor_of(module: nn.Module) -> type[Adapted]:

@@ -21,6 +21,7 @@ from unclamp.nn.attention import (
     calls_attention,
 )
 from unclamp.nn.conv1d import Fp8Conv1D
+from unclamp.nn.experts import Fp8Experts, is_experts
 from unclamp.nn.fastpath import allow
 from unclamp.nn.hf_attention import Fp8InterfaceAttention, asks_interface
 from unclamp.nn.linear import Fp8Linear
@@ -35,8 +36,8 @@ class Kind:
     Attributes:
         name: What it is called in sentences.
         adaptor: What comes in front of its class.
-        forward: The `forward` that such a module has, None of a library that is not loaded; None
-            where any may be.
+        forward: The `forward` that such a module has; None where its library is not loaded. None
+            in its place where none says anything.
         fits: Whether a module with that `forward` is one: of some the `forward` says too little.
     """
 
@@ -83,6 +84,7 @@ KINDS = (
         forward=None,
         fits=calls_attention,
     ),
+    Kind(name="experts", adaptor=Fp8Experts, forward=None, fits=is_experts),
 )
 
 

@@ -106,6 +106,12 @@ class Site:
             scaling.guards,
         )
 
+    @property
+    def guarded_plan(self) -> CastPlan | None:
+        """How it is cast so that nothing clamps; None where its scale has no history."""
+        plan = self.cast_plan
+        return guarded(plan) if plan is not None and self.is_delayed else None
+
 
 @functools.cache  # one object for equal plans, by which a compiled graph knows them
 def _plan(

@@ -8,7 +8,6 @@ latter as inputs, and serve any product with the same plan.
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +17,11 @@ from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.nn.agreed import NOT_AGREED, WHOLE, Agreed, Found, Splits, agreed_scales
 from unclamp.nn.casts import NOTHING_SEEN, Hat, Seen
 from unclamp.nn.gathered import GatheredCodes
-from unclamp.nn.layout import Axis, Site, guarded
+from unclamp.nn.layout import Axis, Site
 from unclamp.nn.noted import NO_VERSION, Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
 from unclamp.nn.update import Inspection
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
-from unclamp.numerics.gpu import architecture, goes_to_gpu, is_capturing
-from unclamp.numerics.gpu.formats import native_format
+from unclamp.numerics.gpu import goes_to_gpu, is_capturing
 from unclamp.numerics.operators import (
     add_details,
     commit,
@@ -51,16 +49,6 @@ AXES: dict[tuple[Role, Gemm], Axis] = {
 """The axis of each operand, as the product holds it, that each GEMM contracts."""
 TOKENS_AN_OUTPUT = 10
 """Tokens for each output feature from which on the codes of a weight are kept on a GPU."""
-
-
-def native_plan(plan: LayerPlan, device: torch.device) -> LayerPlan:
-    """Return a plan in the formats that a device multiplies (`numerics.gpu.formats`)."""
-    arch = architecture(device)
-    operands = {
-        role: replace(operand, format=native_format(operand.format, arch))
-        for role, operand in plan.operands.items()
-    }
-    return plan if operands == plan.operands else replace(plan, operands=operands)
 
 
 KEPT = (
@@ -120,15 +108,8 @@ class Operands:
     ignored: tuple[set[str], ...] = ()
     weight_name: str | None = "weight"
 
-    def __init__(
-        self,
-        ledger: "Ledger",
-        indices: dict[Role, int],
-        plan: LayerPlan,
-        *,
-        weight_name: str | None = "weight",
-    ) -> None:
-        self.ledger, self.weight_name = ledger, weight_name
+    def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
+        self.ledger = ledger
         self.origin = Origin()
         self.indices = dict(indices)
         self.smooth = plan.smooth
@@ -150,7 +131,7 @@ class Operands:
         self.is_plain = all(not self._needs_cast(role) for role in ROLES)
         self.pending = ledger.pending[first : first + len(ROLES)]
         self.evaluated = ledger.evaluated.stats[first : first + len(ROLES)]
-        self.guarded_weight = _guarded(sites["weight"])
+        self.guarded_weight = sites["weight"].guarded_plan
         self.inspection: Inspection = ledger.inspection
         details = ledger.details
         self.details = None if details is None else details[first : first + len(ROLES)]
@@ -363,11 +344,10 @@ class Operands:
         is_watched = ledger.evaluated.watches(ledger.updates, self.number)
         commit(self.evaluated, rows, self.nothing[0])
         if is_watched:
-
-            def is_written() -> bool:
-                return weight is not None and self.origin.is_written(weight)
-
-            ledger.evaluated.look(ledger.sites, ledger.updates, is_written=is_written)
+            ledger.evaluated.look(
+                ledger.sites, ledger.updates,
+                is_written=lambda: weight is not None and self.origin.is_written(weight),
+            )  # fmt: skip
 
     def belong_to(self, module: nn.Module) -> None:
         """Take a module for the one that casts by these; a shallow copy of it changes nothing."""
@@ -437,10 +417,3 @@ class Operands:
         self.__dict__.update({"origin": Origin()} | self.__dict__ | state)
         self.bind()
         self.ledger.layers.add(self)
-
-
-def _guarded(site: Site) -> CastPlan | None:
-    scaling, plan = site.operand.scaling, site.cast_plan
-    if plan is None or scaling.takes_own or scaling.fixed_scale is not None:
-        return None
-    return guarded(plan)

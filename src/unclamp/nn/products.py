@@ -7,7 +7,7 @@ the model is the module's name, a dot, and its name within the module: that of t
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -36,7 +36,7 @@ class Matrix(NamedTuple):
 
 def products_in(module: nn.Module) -> "Mapping[str, Operands]":
     """Return the products of one module, by their names within it; none if it is not converted."""
-    own = module.__dict__.get(SITES)
+    own: Any = module.__dict__.get(SITES)
     if isinstance(own, Several):
         return own
     return {"": own} if hasattr(own, "indices") else {}

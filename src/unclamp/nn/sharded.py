@@ -262,7 +262,7 @@ def fit_all(model: nn.Module) -> None:
     wholes = _wholes(model)
     for _, own, module in products_of(model):
         weight: Any = None if own.weight_name is None else getattr(module, own.weight_name)
-        if is_sharded(weight):
+        if is_sharded(weight) and weight.ndim == 2:  # a bank fits its own at each product
             adapted: Any = module
             fit(own, adapted.product_shape(_part_shape(weight, wholes)))
 

@@ -136,7 +136,8 @@ class Shared:
             for wrapper in found.within_ddp:
                 self._joinable.add(wrapper)
             fqn = ledger.sites[number * len(ROLES)].fqn
-            if found.groups and not (found.may_be_missed or first.is_routed(fqn)):
+            is_routed = getattr(module, "may_be_missed", False) or first.is_routed(fqn)
+            if found.groups and not (found.may_be_missed or is_routed):
                 self.first[number] = found.groups
                 if found.within_ddp:
                     self.within_ddp.add(number)
