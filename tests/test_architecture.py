@@ -99,7 +99,7 @@ def test_module_does_not_import_torch(module: str) -> None:
 def test_all_is_complete_and_loads() -> None:
     for name in unclamp.__all__:
         assert getattr(unclamp, name) is not None
-    assert sorted(unclamp.__all__, key=str.lower) == sorted(set(unclamp.__all__), key=str.lower)
+    assert sorted(unclamp.__all__) == sorted(set(unclamp.__all__))
 
 
 def test_every_error_and_warning_is_public() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from unclamp.names import GEMMS, Gemm, shown
 from unclamp.shown import Shown
-from unclamp.written import counted, percent
+from unclamp.written import counted, listed, percent
 
 State = Literal["converted", "observed", "would be converted", "would be observed", "left out"]
 """Of a product: its casts are computed with; they are only counted; they would be if the model were
@@ -21,6 +21,7 @@ SMALLEST_ROW = 5e-4
 """Share of the FLOPs from which on a product has a row of its own in the table."""
 MOST_ROWS = 40
 MOST_LEFT_OUT = 6
+MOST_IDLE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +83,14 @@ class CoverageReport(Shown):
         products: In the order in which they were first computed.
         how: "fake" if the step ran on shapes alone, "real" if the model needed data.
         unknown: Operators of other libraries that ran, of whose FLOPs nothing is known.
+        idle: Modules with weight matrices that the step did not call: a branch that it did not
+            take.
     """
 
     products: tuple[CoveredProduct, ...]
     how: Literal["fake", "real"] = "fake"
     unknown: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -164,6 +168,8 @@ class CoverageReport(Shown):
             text += f"; left out: {', '.join(each)}"
         if self.unknown:
             text += f"; of unknown FLOPs: {', '.join(self.unknown)}"
+        if self.idle:
+            text += f"; not called: {listed([shown(fqn) for fqn in self.idle], most=MOST_IDLE)}"
         return text
 
     def __str__(self) -> str:
@@ -195,8 +201,28 @@ class CoverageReport(Shown):
             "sentence": self.sentence(),
             "how": self.how,
             "unknown": list(self.unknown),
+            "idle": list(self.idle),
             "products": [asdict(p) | {"sizes": list(p.sizes)} for p in self.products],
         }
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a run log keeps of it, as JSON has it: repeated layers in one row."""
+        rows = [
+            {
+                "name": row.name,
+                "count": row.count,
+                "kind": row.product.kind,
+                "sizes": list(row.product.sizes),
+                "flops": row.product.flops,
+                "share": self.share_in(row.product),
+                "state": row.product.state,
+                "why": row.product.why,
+            }
+            for row in self.rows()
+        ]
+        return {
+            "flops": self.flops, "share": self.share, "sentence": self.sentence(), "rows": rows
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -216,12 +242,12 @@ class CoverageReport(Shown):
                 )
                 for each in data["products"]
             ]
-            how, unknown = data["how"], tuple(data["unknown"])
+            how, unknown, idle = data["how"], tuple(data["unknown"]), tuple(data["idle"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"expected what CoverageReport.to_dict makes: {error}") from error
         if any(product.state not in STATES for product in products):
             raise ValueError(f"expected the states {list(STATES)}")
-        return cls(products=tuple(products), how=how, unknown=unknown)
+        return cls(products=tuple(products), how=how, unknown=unknown, idle=idle)
 
 
 def pattern(fqn: str) -> str:

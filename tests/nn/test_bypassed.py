@@ -32,8 +32,13 @@ def fp8(x: Tensor) -> Tensor:
 
 
 def by_hand(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
-    """Return what an encoder layer is, with its two linear layers in FP8."""
-    x = layer.norm1(x + layer.self_attn(x, x, x, need_weights=False)[0])
+    """Return what an encoder layer is, with all its linear layers in FP8."""
+    attention = layer.self_attn
+    projected = fp8(x) @ fp8(attention.in_proj_weight).t() + attention.in_proj_bias
+    q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in projected.chunk(3, -1))
+    heads = ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    last = attention.out_proj
+    x = layer.norm1(x + fp8(heads) @ fp8(last.weight).t() + last.bias)
     hidden = (fp8(x) @ fp8(layer.linear1.weight).t() + layer.linear1.bias).relu()
     return layer.norm2(x + fp8(hidden) @ fp8(layer.linear2.weight).t() + layer.linear2.bias)
 

@@ -131,7 +131,7 @@ def test_a_second_derivative_counts_each_cast_once() -> None:
 def test_what_is_not_counted_is_said() -> None:
     from unclamp.nn import counting
 
-    counting._say_not_counted.cache_clear()
+    counting.say_not_counted.cache_clear()
     model = observed()
     with pytest.warns(UserWarning, match="not counted"):
         torch.func.jvp(model, (X,), (torch.ones_like(X),))

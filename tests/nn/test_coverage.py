@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -464,3 +465,25 @@ def test_the_sentence_says_what_is_left_out() -> None:
     assert CoverageReport(products=()).sentence() == "the step has no matrix product"
     shares: dict[Gemm, float] = {g: found.gemm_share(g) for g in ("output", "grad_input")}
     assert shares == {"output": 1.0, "grad_input": 0.0}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # it would rather be compiled
+def test_flex_attention_is_two_products_too() -> None:
+    def run(_: nn.Module, x: Tensor) -> Tensor:
+        q = x.view(2, 128, 2, 16).transpose(1, 2)
+        made = flex_attention(q, q, q)
+        assert isinstance(made, Tensor)
+        return made
+
+    size = 2 * 2 * 2 * 128 * 128 * 16
+    found = gemms(unclamp.coverage(Sequence(run), torch.randn(2, 128, 32)))
+    assert found == {"qk": (size, 0, 0), "pv": (size, 0, 0)}  # on a CPU it has no backward
+
+
+def test_modules_that_were_not_called_are_named() -> None:
+    model = Branching(Block())
+    found = unclamp.coverage(model, torch.randn(6, 8))
+    assert found.idle == ("other",)
+    assert found.sentence().endswith("; not called: other")
+    attention = nn.MultiheadAttention(16, 2)  # which reads the weight of a module, without a call
+    assert unclamp.coverage(attention, *3 * [torch.randn(2, 16)]).idle == ()

@@ -115,6 +115,22 @@ def test_tokens_are_counted_after_the_tokenizer(tmp_path: Path) -> None:
         check_study(study)
 
 
+def test_a_model_of_which_fp8_covers_little_is_told_of(tmp_path: Path) -> None:
+    shape: Any = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 256}
+    made = GPT2Config(vocab_size=300, bos_token_id=0, eos_token_id=0, **shape)
+    GPT2LMHeadModel(made).save_pretrained(tmp_path / "long")
+    # Forward, a token: 2 * 12 * 64 a layer and 2 * 8 * 300 in layers, 4 * 8 * 128.5 in attention.
+    study = config(
+        model={"hf_model": str(tmp_path / "long"), "skip": []},
+        data={"batch_size": 1, "seq_len": 256},
+    )
+    share = (2 * 12 * 64 * 2 + 2 * 8 * 300) / (2 * 12 * 64 * 2 + 2 * 8 * 300 + 2 * 4 * 8 * 128.5)
+    assert 0.4 < share < 0.5
+    said = rf"would cover little of .*would convert {100 * share:.1f} %"
+    with pytest.warns(UnclampWarning, match=said):
+        check_study(study)
+
+
 def test_an_encoder_is_refused_and_a_decoder_of_the_same_kind_is_not(tmp_path: Path) -> None:
     shape: Any = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     for is_decoder in (True, False):

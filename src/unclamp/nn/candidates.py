@@ -76,6 +76,13 @@ def _matrices(module: nn.Module) -> dict[str, Matrix]:
     return {} if kind is None else kind.adaptor.matrices(module)
 
 
+def _names(module: nn.Module, *, of_weights: bool) -> list[str]:
+    """Return the names of a module's products within it."""
+    parameters = {name: own.weight_name for name, own in products_in(module).items()}
+    parameters |= {name: matrix.parameter for name, matrix in _matrices(module).items()}
+    return [name for name, own in parameters.items() if own is not None or not of_weights]
+
+
 def skipped_by(glob: str) -> str:
     """Return why a product is left alone that a skip glob matches."""
     return f"matches skip {glob!r}"
@@ -133,17 +140,8 @@ def product_names(model: nn.Module, *, of_weights: bool = False) -> list[str]:
     return [
         joined(fqn, name)
         for fqn, module in model.named_modules()
-        for name, parameter in _weights(module).items()
-        if not (of_weights and parameter is None)
+        for name in ([""] if is_relative(module) else _names(module, of_weights=of_weights))
     ]
-
-
-def _weights(module: nn.Module) -> dict[str, str | None]:
-    """Return what a module calls the parameter of each product; None where there is none."""
-    if is_relative(module):
-        return {"": "weight"}
-    there = {name: own.weight_name for name, own in products_in(module).items()}
-    return there | {name: matrix.parameter for name, matrix in _matrices(module).items()}
 
 
 def device_of(module: nn.Module, weight_name: str | None) -> torch.device:

@@ -37,6 +37,7 @@ from unclamp.nn.payoff import Timer, check_tokens, unprofitable
 from unclamp.nn.products import SITES, Matrix, Several, products_in, products_of
 from unclamp.nn.sharded import fit_all
 from unclamp.nn.unmatched import (
+    NO_SKIP,
     any_in_fp8,
     describe_plan,
     few,
@@ -180,8 +181,9 @@ def attach(
     devices |= {fqn: device_of(c.module, c.matrix.parameter) for fqn, c in new.items()}
     check_devices(devices)
     unmatched = find_unmatched(named, recipe, skip, [*others, *converted, *asked.observed])
-    said = set(skipped.values())  # of a module with several products, the glob may name it alone
-    unmatched = {g: why for g, why in unmatched.items() if skipped_by(g) not in said}
+    # Of a module with several products a skip glob may name the module alone.
+    done = {glob for glob in skip if skipped_by(glob) in skipped.values()}
+    unmatched = {g: why for g, why in unmatched.items() if why != NO_SKIP or g not in done}
     if strict and unmatched:
         raise ConvertError(unmatched_text(unmatched, product_names(model)))
     kept = _kept(others, devices, recipe, skip, warms_anew=bool(converted))
@@ -196,7 +198,7 @@ def attach(
         plans = {fqn: plans[fqn] for fqn in converted}
     observed = {fqn: native_plan(p, devices[fqn]) for fqn, (_, p) in asked.observed.items()}
     report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched, observed=observed)
-    _warn(model, report, kept)  # which may raise: the model is as it was
+    _warn(model, report, kept, observes=observes)  # which may raise: the model is as it was
     ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
     ledger.clock.extend_to(model)
     ledger.observes = observes
@@ -340,14 +342,17 @@ def _check_not_both(model: nn.Module, *, observes: bool) -> None:
         )
 
 
-def _warn(model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan]) -> None:
+def _warn(
+    model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan], *, observes: bool
+) -> None:
     """Warn, where the user called `convert` or `observe`, of what was not done."""
     said = []
     if report.unmatched:
         said.append(unmatched_text(report.unmatched, product_names(model)))
     if kept:
         said.append(kept_text(list(kept), describe_plan(next(iter(kept.values())))))
-    is_new = any(plan.casts for plan in report.converted.values())
+    plans = [*report.converted.values(), *(report.observed.values() if observes else ())]
+    is_new = any(plan.casts for plan in plans)
     if not (is_new or any_in_fp8(find_ledgers(model))):
         said.append(
             nothing_in_fp8(

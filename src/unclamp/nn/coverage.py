@@ -32,6 +32,8 @@ from unclamp.nn.watched import Call, Functions, Watch
 from unclamp.recipe import Recipe
 
 TWO_ACTIVATIONS = "a product of two activations"
+ROUTER = "a router"
+"""How the reason of a layer begins that chooses experts."""
 NO_LAYER = "not a linear layer"
 """How the reason of a module begins of which nothing is known but that it has matrices."""
 
@@ -63,19 +65,17 @@ def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageRep
 
     Example:
         >>> import torch, unclamp
-        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Bilinear(64, 64, 1))
-        >>> linear = unclamp.coverage(model[0], torch.randn(8, 32))
-        >>> print(linear)
-        product              M x N x K     GFLOP  share  state
+        >>> print(unclamp.coverage(torch.nn.Linear(32, 64), torch.randn(8, 32)))
+        product               M x N x K      GFLOP  share  state
         (the model itself)  8 x 64 x 32  6.554e-05  100 %  would be converted
         would convert 100 % of the FLOPs
     """
     has_data = not any(t.device.type == "meta" for t in _tensors(model))
     try:
         return _run(model, inputs, named_inputs, how="fake")
-    except _CannotCopy:
-        raise
-    except Exception as error:
+    except _NeedsDataError as needs:
+        error = needs.__cause__
+        assert isinstance(error, Exception)
         if not has_data:
             raise UnsupportedError(
                 f"the model ({type(model).__name__}) cannot run on shapes alone, and lies on the "
@@ -86,8 +86,8 @@ def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageRep
     return _run(model, inputs, named_inputs, how="real")
 
 
-class _CannotCopy(UnsupportedError):
-    """The model itself stands in the way, and not the shapes."""
+class _NeedsDataError(Exception):
+    """A step on shapes alone failed, for the cause that stands behind it."""
 
 
 def _run(
@@ -106,11 +106,12 @@ def _run(
         watch = Watch(twin, account)
         args, kwargs = tree_map(lambda leaf: _detached(leaf, fake), (inputs, named))
         with _apart(twin, fake), account.taken(), watch.modules(), Functions(watch), watch:
-            _step(twin, args, kwargs)
+            _step(twin, args, kwargs, fake)
         return CoverageReport(
             products=tuple(_products(watch.calls, twin, is_plain=is_plain)),
             how=how,
             unknown=tuple(watch.unknown),
+            idle=tuple(watch.idle()),
         )
     finally:
         revert(twin)  # or its ledger would be found by optimizers until it is collected
@@ -165,7 +166,7 @@ def _twin(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         with _Copying(fake):
             return copy.deepcopy(model)
     except Exception as error:
-        raise _CannotCopy(
+        raise UnsupportedError(
             f"the model ({type(model).__name__}) cannot be copied: {_first_line(error)}. Ask for "
             "its coverage before it is wrapped or sharded; of DDP, ask for that of model.module"
         ) from error
@@ -209,11 +210,16 @@ def _apart(model: nn.Module, fake: FakeTensorMode | None) -> Iterator[None]:
             torch._C._set_mkldnn_enabled(onednn)
 
 
-def _step(model: nn.Module, args: Any, kwargs: Any) -> None:
-    output = model(*args, **kwargs)
-    targets = [t for t in _targets(output) if t.requires_grad]
-    if targets:  # dense gradients: some operators refuse those of a sum, which have no strides
-        torch.autograd.backward(targets, [torch.ones_like(t) for t in targets])
+def _step(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None) -> None:
+    try:
+        output = model(*args, **kwargs)
+        targets = [t for t in _targets(output) if t.requires_grad]
+        if targets:  # dense gradients: some operators refuse those of a sum, without strides
+            torch.autograd.backward(targets, [torch.ones_like(t) for t in targets])
+    except Exception as error:
+        if fake is None:
+            raise
+        raise _NeedsDataError from error
 
 
 def _targets(output: Any) -> list[Tensor]:
@@ -248,7 +254,7 @@ def _products(
         merged[key] = CoveredProduct(
             fqn=fqn,
             module=_class_name(call.module),
-            kind=_kind(call, modules.get(owner)),
+            kind="router" if why.startswith(ROUTER) else _kind(call, modules.get(owner)),
             sizes=call.sizes if first is None else first.sizes,
             calls=1 if first is None else first.calls + 1,
             output=flops[0],
@@ -302,6 +308,8 @@ def _state(
         return "left out", next((w for w in said if not w.startswith(NO_LAYER)), TWO_ACTIVATIONS)
     if module is not None and products_in(module):
         return "left out", "its weight is read outside of the layer"
+    if _is_router(module):
+        return "left out", f"{ROUTER}, which chooses experts: left in high precision on purpose"
     if owner in skipped:
         return "left out", skipped[owner]
     if module is not None and kind_of(module) is not None:
@@ -340,12 +348,14 @@ def _kind(call: Call, owner: nn.Module | None) -> str:
         return "patches" if are_patches(owner) else "convolution"
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return "recurrent"
-    if "router" in _class_name(owner).lower():
-        return "router"
     parameter = getattr(owner, call.weight.names[0].rpartition(".")[2], None)
     if isinstance(parameter, Tensor) and parameter.ndim == 3:
         return "experts"
     return "linear"
+
+
+def _is_router(module: nn.Module | None) -> bool:
+    return "router" in _class_name(module).lower()
 
 
 def _class_name(module: nn.Module | None) -> str:

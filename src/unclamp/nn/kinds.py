@@ -37,8 +37,8 @@ class Kind:
     Attributes:
         name: What it is called in sentences.
         adaptor: What comes in front of its class.
-        forward: The `forward` that such a module has, None of a library that is not loaded; None
-            where any may be.
+        forward: The `forward` that such a module has; None where its library is not loaded. None
+            in its place where none says anything.
         fits: Whether a module with that `forward` is one: of some the `forward` says too little.
     """
 

@@ -67,6 +67,8 @@ class Fp8MultiheadAttention(WithAttention, nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
+        if query.is_nested:
+            return self._of_sequences(query), None
         is_batched = F._mha_shape_check(
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )
@@ -93,14 +95,28 @@ class Fp8MultiheadAttention(WithAttention, nn.MultiheadAttention):
             return output.squeeze(1), None if weights is None else weights.squeeze(0)
         return output.transpose(1, 0) if self.batch_first else output, weights
 
+    def _of_sequences(self, x: Tensor) -> Tensor:
+        """Return self-attention in sequences of several lengths, as torch's encoders nest them."""
+        projected = self._linear(IN_PROJ, x, self.in_proj_weight, self.in_proj_bias)
+        lengths = [len(each) for each in projected.unbind()]
+        padded = projected.to_padded_tensor(0.0)
+        q, k, v = self._heads(*_split(padded.transpose(0, 1), 3, self.embed_dim))
+        seen = torch.arange(padded.shape[1], device=x.device) < torch.tensor(
+            lengths, device=x.device
+        ).unsqueeze(1)
+        mask = q.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        mask = mask.repeat_interleave(self.num_heads, 0).unsqueeze(1)
+        output, _ = self._attended(q, k, v, mask, is_causal=False, needs_weights=False)
+        output = output.transpose(1, 2).flatten(2)
+        parts = [own[:length] for own, length in zip(output, lengths, strict=True)]
+        return self.out_proj(torch.nested.as_nested_tensor(parts, layout=x.layout))
+
     def _goes_by_products(self, *inputs: Tensor) -> bool:
         """Whether anything is computed in FP8, or counted in a training."""
-        if any(t.is_nested for t in inputs):
-            return False
         own = [*products_in(self).values(), *products_in(self.out_proj).values()]
         if any(not (each.is_plain or each.counts_only) for each in own):
             return True
-        if not torch.is_grad_enabled():  # re-computed in backward it has gradients enabled
+        if any(t.is_nested for t in inputs) or not torch.is_grad_enabled():
             return False
         return any(t.requires_grad for t in (*inputs, *self.parameters()))
 

@@ -344,11 +344,10 @@ class Operands:
         is_watched = ledger.evaluated.watches(ledger.updates, self.number)
         commit(self.evaluated, rows, self.nothing[0])
         if is_watched:
-
-            def is_written() -> bool:
-                return weight is not None and self.origin.is_written(weight)
-
-            ledger.evaluated.look(ledger.sites, ledger.updates, is_written=is_written)
+            ledger.evaluated.look(
+                ledger.sites, ledger.updates,
+                is_written=lambda: weight is not None and self.origin.is_written(weight),
+            )  # fmt: skip
 
     def belong_to(self, module: nn.Module) -> None:
         """Take a module for the one that casts by these; a shallow copy of it changes nothing."""

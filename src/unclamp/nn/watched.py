@@ -93,6 +93,7 @@ class Watch(TorchDispatchMode):
         self._account = account
         self._names = {module: fqn for fqn, module in model.named_modules()}
         self._stack: list[nn.Module] = []
+        self._called: set[nn.Module] = set()
         self._of_node: dict[int, list[Call]] = {}
         self._marks = Marks()
         self._attention: list[Call] = []
@@ -126,6 +127,19 @@ class Watch(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         self._stack.append(module)
+        self._called.add(module)
+
+    def idle(self) -> list[str]:
+        """Return the modules with weight matrices that were not called, nor read by others."""
+        read = {name.rpartition(".")[0] for c in self.calls if c.weight for name in c.weight.names}
+        return [
+            fqn
+            for module, fqn in self._names.items()
+            if module not in self._called
+            and fqn not in read
+            and not isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.ParameterList)
+            and any(p.ndim >= 2 for p in module.parameters(recurse=False))
+        ]
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
         if module in self._stack:  # what an exception left behind goes too

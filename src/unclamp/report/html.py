@@ -19,6 +19,7 @@ from unclamp.report.charts import (
     replay_figure,
     run_figure,
 )
+from unclamp.report.coverage import COVERAGE_COLUMNS
 from unclamp.report.evidence import CAUTION, PAPER, caution_of
 from unclamp.report.glossary import GLOSSARY, term_of
 from unclamp.report.ranks import RANK_COLUMNS, rank_row
@@ -62,6 +63,7 @@ def write_page(view: View, path: Path) -> Path:
         kind_columns=KIND_COLUMNS,
         association_columns=ASSOCIATION_COLUMNS,
         rank_columns=RANK_COLUMNS,
+        coverage_columns=COVERAGE_COLUMNS,
         glossary_terms=[term for term in GLOSSARY if term.is_on("run" if view.run else "study")],
         term_of=term_of,
         caution=CAUTION if any(a.saturated for s in view.scenarios for a in s.arms) else None,

@@ -11,6 +11,7 @@ from typing import Any
 
 from unclamp.analysis import find_divergences
 from unclamp.names import SiteName, shown
+from unclamp.report.coverage import CoverageView, read_coverage
 from unclamp.report.evidence import (
     NOTHING_TO_ASK,
     ExplanationView,
@@ -30,7 +31,7 @@ from unclamp.report.recorded import (
 )
 from unclamp.report.telling import run_sentences
 from unclamp.report.thinning import kept_places
-from unclamp.runlog import RunLog, Windows
+from unclamp.runlog import COVERAGE_EVENT, RunLog, Windows
 from unclamp.study.marks import PLANTED
 from unclamp.written import counted
 
@@ -40,7 +41,7 @@ DRAWN_KINDS = 7
 NO_GROUP, OTHER_KINDS = "without a group", "other kinds"
 _EVENTS = f"""
 SELECT step, kind, data, count(*) OVER (PARTITION BY kind) AS of_kind
-FROM (SELECT DISTINCT step, kind, data FROM events)
+FROM (SELECT DISTINCT step, kind, data FROM events WHERE kind <> '{COVERAGE_EVENT}')
 QUALIFY (row_number() OVER (PARTITION BY kind ORDER BY step, data) - 1)
     % ceil(count(*) OVER (PARTITION BY kind) / {EVENTS_A_KIND})::BIGINT = 0
 ORDER BY step, kind
@@ -118,6 +119,7 @@ class RunView:
         planted: Marked steps: those whose batch the study made different from the others.
         mark: What they are called, as in "planted step".
         ranks: The ranks apart, where they differ.
+        coverage: What FP8 covers of a step; None where the run did not record it.
     """
 
     name: str
@@ -140,6 +142,7 @@ class RunView:
     kind_curves: dict[str, Curve] = field(default_factory=dict)
     kinds: list[dict[str, Any]] = field(default_factory=list)
     ranks: RanksView = field(default_factory=RanksView)
+    coverage: CoverageView | None = None
 
 
 def read_run_view(
@@ -184,6 +187,7 @@ def read_run_view(
         kind_curves=_kind_curves(record),
         kinds=kinds_data(record),
         ranks=ranks,
+        coverage=read_coverage(log),
     )
 
 

@@ -10,7 +10,7 @@ from typing import get_args
 
 from unclamp.errors import RunLogError
 from unclamp.names import shown
-from unclamp.runlog import UNCAST_EVENT, RunLog, Status
+from unclamp.runlog import OUTSIDE_EVENT, UNCAST_EVENT, RunLog, Status
 from unclamp.written import counted, listed
 
 QUIET_S = 60.0
@@ -129,8 +129,12 @@ def noted(log: RunLog) -> list[str]:
     A product that is named in an event, and cast something later on, is not told of.
     """
     said = list(dict.fromkeys(log.header.notes))
-    events = log.sql("SELECT data FROM events WHERE kind = $kind", kind=UNCAST_EVENT)
-    told = events.column(0).to_pylist()
+    if outside := _named(_told(log, OUTSIDE_EVENT), "modules"):
+        said.append(
+            f"Called in the training, and not in the step that the coverage is of: "
+            f"{listed([shown(name) for name in outside], most=12)}. The shares leave them out."
+        )
+    told = _told(log, UNCAST_EVENT)
     trained, frozen, evaluated = (_named(told, key) for key in ("products", "frozen", "evaluated"))
     if not (trained or frozen):
         return said
@@ -151,6 +155,12 @@ def noted(log: RunLog) -> list[str]:
             "computed with it was not in FP8, and is in no figure here."
         )
     return said
+
+
+def _told(log: RunLog, kind: str) -> list[str]:
+    """Return the data of the events of a kind."""
+    events = log.sql("SELECT data FROM events WHERE kind = $kind ORDER BY step", kind=kind)
+    return events.column(0).to_pylist()
 
 
 def _named(events: list[str], key: str) -> list[str]:

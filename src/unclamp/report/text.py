@@ -76,6 +76,8 @@ def _glossary(scenarios: Sequence[ScenarioView]) -> RenderableType:
 def _run(run: RunView, width: int) -> RenderableType:
     parts: list[RenderableType] = [Text.assemble("\nrun ", (run.name, "bold"))]
     parts += [_bullet(sentence) for sentence in run.sentences]
+    if run.coverage is not None:
+        parts.append(_bullet(f"Of the matrix products of a step: {run.coverage.sentence}."))
     if run.spikes:
         listed = run.spikes[:TERMINAL_SPIKES]
         parts.append(Text("\nspikes", style="bold"))

@@ -12,13 +12,23 @@ from unclamp.runlog.finder import find_runs, is_run, read_header
 from unclamp.runlog.header import SCHEMA_VERSION, Attempt, Header, Status
 from unclamp.runlog.ranks import RankEnd, RankOvershoot, RunAttempt
 from unclamp.runlog.reader import RunLog
-from unclamp.runlog.schema import SUMMARY_STEPS, TABLES, UNCAST_EVENT, VIEWS, Columns
+from unclamp.runlog.schema import (
+    COVERAGE_EVENT,
+    OUTSIDE_EVENT,
+    SUMMARY_STEPS,
+    TABLES,
+    UNCAST_EVENT,
+    VIEWS,
+    Columns,
+)
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.runlog.windows import Cut, Windows
 from unclamp.runlog.writer import RunLogWriter
 
 __all__ = [
+    "COVERAGE_EVENT",
     "NUMBER",
+    "OUTSIDE_EVENT",
     "PLACES_SQL",
     "SCHEMA_VERSION",
     "SUMMARY_STEPS",

@@ -17,6 +17,10 @@ from unclamp.errors import RunLogError, did_you_mean
 
 UNCAST_EVENT = "uncast"
 """The event that names products which cast nothing although they were trained."""
+COVERAGE_EVENT = "coverage"
+"""The event that says what FP8 covers of a step's matrix products."""
+OUTSIDE_EVENT = "outside"
+"""The event that names modules which ran, and not in the step that the coverage is of."""
 SUMMARY_STEPS = 100
 """Steps that one row of `summaries` stands for."""
 

@@ -34,6 +34,7 @@ from transformers import (
 from unclamp.errors import StudyError, UnclampWarning
 from unclamp.nn import find_ledgers
 from unclamp.nn.convert import ConvertReport, convert, revert
+from unclamp.nn.coverage import coverage
 from unclamp.nn.unmatched import any_in_fp8, reasons, unmatched_text
 from unclamp.recipe import Recipe
 from unclamp.study.config import ModelConfig, StudyConfig
@@ -45,6 +46,8 @@ HUB_WAIT_S = 5.0
 BYTES = 256
 CAUSAL_BITS = 1e-5
 """What a later token may change in the logits of a causal LM: the rounding of float32."""
+LITTLE = 0.5
+"""Share of the FLOPs below which a study says that FP8 covers little of a model."""
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In the order in which transformers looks for them; shards have an index of the same name."""
 _ASKED_FOR = "tokenizer_config.json"
@@ -79,6 +82,7 @@ def check_study(config: StudyConfig) -> None:
         )
     if config.model.hf_model:
         _check_causal(config.model.hf_model, model)
+        _say_if_little_is_covered(config, model)
     for name, arm in config.arms.items():
         if arm.recipe is not None:
             report = convert_arm(model, arm.recipe, config.model, arm=name)
@@ -88,6 +92,22 @@ def check_study(config: StudyConfig) -> None:
             revert(model)
     if "outlier" in config.scenarios:
         plant(model, seed=config.seeds[0])
+
+
+def _say_if_little_is_covered(config: StudyConfig, model: nn.Module) -> None:
+    """Warn where most of the model's work stays out of FP8: a study of it says little of FP8."""
+    tokens = torch.zeros(1, config.data.seq_len, dtype=torch.long)
+    try:
+        found = coverage(model, input_ids=tokens, labels=tokens)
+    except Exception:  # the study itself says what is wrong with a model
+        return
+    share = found.share_of("would be converted")
+    if share < LITTLE:
+        warnings.warn(
+            f"FP8 would cover little of {config.model.hf_model!r}: {found.sentence()}",
+            UnclampWarning,
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

@@ -19,18 +19,20 @@ from typing import Any, Self, get_args
 
 from torch import nn
 
+from unclamp.covered import CoverageReport
 from unclamp.errors import RunLogError, UnclampWarning, did_you_mean, naming_arguments
 from unclamp.nn.convert import find_ledgers
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.unmatched import any_in_fp8
 from unclamp.nn.update import SwitchListener, Update
-from unclamp.runlog import Columns, Every, RunLogWriter, Status
+from unclamp.runlog import COVERAGE_EVENT, OUTSIDE_EVENT, Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
 from unclamp.telemetry.columns import Number, cast_columns, step_columns
 from unclamp.telemetry.given import cadence, checked
 from unclamp.telemetry.group import Name, group_name
 from unclamp.telemetry.header import make_header, scaling_data
 from unclamp.telemetry.numbering import Numbering
+from unclamp.telemetry.outside import Outside, outside_text
 from unclamp.telemetry.rank import find_place
 from unclamp.telemetry.sinks import NumbersFunction, Sink, Sinks
 from unclamp.telemetry.sinks.feed import SinkFeed
@@ -75,6 +77,8 @@ class Recorder:
             device other than the CPU it inspects every cast, since only the device knows. On a
             CPU what a clamped gradient does to the weight's is measured between them as well,
             where at most an eighth of the tokens clamped, unless it is None.
+        coverage: What `unclamp.coverage` found of a batch. The log and the page show it; a module
+            that runs and did not in its step is named, in a warning and in the log.
         sinks: Where else the numbers go: `TensorBoard(...)`, `WandB(...)`, `MLflow(...)`, a
             function of step and numbers, or an object with the methods of
             `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
@@ -107,6 +111,7 @@ class Recorder:
         plain: bool = False,
         casts: Every | int = EVERY_STEP,
         inspect: Every | int | None = EVERY_HUNDREDTH,
+        coverage: CoverageReport | None = None,
         sinks: Iterable[Sink | NumbersFunction] = (),
         overwrite: bool = False,
         resume: bool = False,
@@ -144,6 +149,7 @@ class Recorder:
         _OPEN[self.path.resolve()] = self
         self._sources = [Source(ledger, self._note_commits) for ledger in ledgers]
         self._uncast = Uncast()
+        self._outside = Outside(model, coverage)
         # No other rank counts in the same numbers: an id is one of its run.
         free_ids = itertools.count(self._writer.first_site + place.rank, place.world_size)
         self._numbering = Numbering(self._sources, free_ids)
@@ -164,6 +170,8 @@ class Recorder:
         self._process = os.getpid()  # a fork inherits the exit hook, and must not end the sinks
         atexit.register(self.close, "interrupted")
         self._inspect_at(0)
+        if coverage is not None:
+            self.event(COVERAGE_EVENT, **coverage.summary())
 
     @property
     def path(self) -> Path:
@@ -229,6 +237,9 @@ class Recorder:
         if updates and (look := self._uncast.look(self._sources)) is not None:
             self._writer.add("events", lambda: self._uncast.columns(step, look))
         self._warn_of_threads()
+        if outside := self._outside.take():
+            self.event(OUTSIDE_EVENT, step, modules=outside)
+            _warn(outside_text(outside))
         self._inspect_at(step + 1)
         self._mind_order(heard=bool(updates))
         self._mind_silence(heard=bool(updates))
@@ -272,6 +283,7 @@ class Recorder:
         if status not in get_args(Status):
             hint = did_you_mean(status, get_args(Status))
             raise RunLogError(f"status must be one of {get_args(Status)}, got {status!r}{hint}")
+        self._outside.close()
         for source in self._sources:
             source.close()
         while self._switches:

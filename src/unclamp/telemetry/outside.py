@@ -1,0 +1,62 @@
+"""Which modules run in a training and did not in the step that its coverage is of.
+
+Only those that the coverage names as idle have a hook, which goes when it was called: a training
+that takes no other branch calls none.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from unclamp.covered import CoverageReport
+from unclamp.nn.unmatched import few
+
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names that a wrapper puts between those of a model."""
+
+
+class Outside:
+    """Names idle modules that are called with gradients enabled, each once."""
+
+    def __init__(self, model: nn.Module, coverage: CoverageReport | None) -> None:
+        self._called: list[str] = []
+        self._hooks: dict[str, RemovableHandle] = {}
+        idle = frozenset(() if coverage is None else coverage.idle)
+        for fqn, module in model.named_modules() if idle else ():
+            bare = ".".join(part for part in fqn.split(".") if part not in WRAPPERS)
+            name = next((n for n in (fqn, bare) if n in idle), None)
+            if name is not None:
+                self._hooks[name] = module.register_forward_pre_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Any:
+        def note(*_: Any) -> None:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return
+            hook = self._hooks.pop(name, None)
+            if hook is not None:
+                hook.remove()
+                self._called.append(name)
+
+        return note
+
+    def take(self) -> list[str]:
+        """Return the modules that were called since the last call, and not before."""
+        called, self._called = self._called, []
+        return called
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        while self._hooks:
+            self._hooks.popitem()[1].remove()
+
+
+def outside_text(names: Sequence[str]) -> str:
+    """Return what the user is told of modules that the coverage did not see."""
+    return (
+        f"{few(names)}: called in the training, and not in the step that the coverage of this run "
+        "is of, so that its shares leave them out: ask unclamp.coverage with a batch that takes "
+        "this branch"
+    )
