@@ -19,6 +19,7 @@ from unclamp.report.evidence import (
     read_association,
     read_explanations,
 )
+from unclamp.report.experts import ExpertsRow, read_experts
 from unclamp.report.kinds import kind_steps, kinds_data
 from unclamp.report.panels import Panel, choose_sites, read_panels, rounded
 from unclamp.report.ranks import RanksView, read_ranks
@@ -120,6 +121,7 @@ class RunView:
         mark: What they are called, as in "planted step".
         ranks: The ranks apart, where they differ.
         coverage: What FP8 covers of a step; None where the run did not record it.
+        experts: Products of experts, by their tokens.
     """
 
     name: str
@@ -143,6 +145,7 @@ class RunView:
     kinds: list[dict[str, Any]] = field(default_factory=list)
     ranks: RanksView = field(default_factory=RanksView)
     coverage: CoverageView | None = None
+    experts: list[ExpertsRow] = field(default_factory=list)
 
 
 def read_run_view(
@@ -188,6 +191,7 @@ def read_run_view(
         kinds=kinds_data(record),
         ranks=ranks,
         coverage=read_coverage(log),
+        experts=read_experts(log) if record.sites else [],
     )
 
 
