@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cast, gather, imports, ledger, linear, runlog, shared, study
+from bench import bank, cast, gather, imports, ledger, linear, runlog, shared, study
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m bench", description=__doc__).parse_args()
@@ -16,6 +16,7 @@ if __name__ == "__main__":
     benches = {
         "cast": cast,
         "linear": linear,
+        "bank": bank,
         "ledger": ledger,
         "shared": shared,
         "runlog": runlog,

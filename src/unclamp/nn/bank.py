@@ -198,11 +198,11 @@ class Watching(TorchFunctionMode):
             made = _split(output, sizes)
         else:
             made = [None] * (2 * len(sizes) + 1)
-        weights, rows = weight.unbind(0), _split(x, sizes)
+        weights, rows = _Matrices.apply(weight), _split(x, sizes)
         biases = [None] * len(sizes) if bias is None else bias.unbind(0)
         parts: list[Tensor] = []
         for number, own in enumerate(experts):
-            matrix, shift = weights[number].t(), biases[number]
+            matrix, shift = weights[number], biases[number]
             for place in (2 * number, 2 * number + 1):
                 tokens, part = rows[place], made[place]
                 is_counted = place == 2 * number and own is not None and not own.is_plain
@@ -252,19 +252,50 @@ def _split(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Any]:
     return list(x.split([*every, len(x) - sum(every)]))
 
 
+class _Matrices(torch.autograd.Function):
+    """A bank `[E, K, N]` as matrices `[N, K]`: views, whose gradients are put together once.
+
+    They are put beside each other as they are made, `[E, N, K]`: a parameter that lies so takes
+    that as its gradient, without another copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.like = weight.new_empty(0), weight.shape
+        return weight.mT.unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        like, (experts, inputs, outputs) = ctx.like
+        made = like.new_empty(experts, outputs, inputs)
+        for row, grad in zip(made, grad_outputs, strict=True):
+            row.zero_() if grad is None else row.copy_(grad)
+        return made.mT
+
+
 def sizes_of(x: Tensor, offs: Tensor) -> list[tuple[int, int]]:
     """Return the rows of each group up to its last one that is not zeros, and those after it."""
+    if not len(x):
+        return [(0, 0)] * len(offs)
     with torch.no_grad():
-        numbers = torch.arange(1, len(x) + 1, device=x.device)
-        last = torch.where(x.detach().any(-1), numbers, 0)  # NaN is something, too
-        last = torch.cat([last.new_zeros(1), last.cummax(0).values])
-        ends, lasts = torch.stack([offs.to(last), last[offs.to(torch.int64)]]).tolist()
-    sizes, start = [], 0
-    for end, stop in zip(ends, lasts, strict=True):
-        kept = max(stop - start, 0)
-        sizes.append((kept, end - start - kept))
-        start = end
-    return sizes
+        offs = offs.to(torch.int64)
+        last = x.detach()[(offs - 1).clamp(min=0)].any(-1)  # NaN is something, too
+        ends, is_full = torch.stack([offs, last.to(offs)]).tolist()
+        starts = [0, *ends[:-1]]
+        spans = list(zip(starts, ends, is_full, strict=True))
+        if all(full or start == end for start, end, full in spans):
+            return [(end - start, 0) for start, end, _ in spans]
+        stops = _last_rows(x.detach())[offs].tolist()
+    kept = [max(stop - start, 0) for start, stop in zip(starts, stops, strict=True)]
+    return [(k, end - start - k) for k, start, end in zip(kept, starts, ends, strict=True)]
+
+
+def _last_rows(x: Tensor) -> Tensor:
+    """Return for each number of rows where, among those, the last one ends that is not zeros."""
+    numbers = torch.arange(1, len(x) + 1, device=x.device)
+    last = torch.where(x.any(-1), numbers, 0)
+    return torch.cat([last.new_zeros(1), last.cummax(0).values])
 
 
 # ---- functions of torch ------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from unclamp.names import shown
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.kinds import is_relative, kind_of
 from unclamp.nn.products import Matrix, joined, products_in
+from unclamp.nn.routers import find_routers
 from unclamp.numerics.gpu import architecture
 from unclamp.numerics.gpu.formats import native_format
-from unclamp.rule import LayerPlan, matches
+from unclamp.rule import LayerPlan, Rule, matches
 
 CONVERTIBLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,7 +30,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    model: nn.Module, skip: Sequence[str]
+    model: nn.Module, skip: Sequence[str], rules: Sequence[Rule] = ()
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
     """Return the products to convert, by name, and why other weight matrices are left alone."""
     converted: dict[str, Candidate] = {}
@@ -51,7 +52,9 @@ def candidates(
                 converted[product] = Candidate(module, name, matrix)
             else:
                 skipped[product] = f"matches skip {glob!r}"
-    return converted, skipped
+    outputs = {fqn: c.matrix.shape[0] for fqn, c in converted.items() if not c.name}
+    routers = find_routers(model, outputs, rules)
+    return {k: c for k, c in converted.items() if k not in routers}, skipped | routers
 
 
 def _matrices(module: nn.Module) -> dict[str, Matrix]:

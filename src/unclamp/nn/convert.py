@@ -162,7 +162,7 @@ def attach(
         )
     if isinstance(skip, str):
         raise ConvertError(f"expected a list of globs for skip, got the string {skip!r}")
-    converted, skipped = candidates(model, skip)
+    converted, skipped = candidates(model, skip, recipe.rules)
     _check_not_both(model, observes=observes)
     others = {fqn: (m, own) for fqn, own, m in products_of(model)}
     devices = {fqn: device_of(m, own.weight_name) for fqn, (m, own) in others.items()}
