@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from unclamp.cli import app
 from unclamp.errors import StudyError
+from unclamp.runlog import RunLog
 from unclamp.study.config import ArmConfig, ModelConfig, StudyConfig, default_toml
+from unclamp.study.loop import RunPlan, train
 from unclamp.study.models import build_model, check_study
 from unclamp.study.outlier import ANSWERS, GAIN, PROMPTS, TILT, plant_batch
 from unclamp.study.planting import plant, planting_of
@@ -146,10 +148,29 @@ def test_a_mixture_of_ones_own_is_taken_for_the_causal_model_that_it_is(
         model = made(Qwen3MoeConfig(**sizes, num_experts_per_tok=2))
     model.save_pretrained(tmp_path / "model")
     base = StudyConfig.from_toml(default_toml()).to_dict()
-    base |= {"scenarios": ["text"], "steps": 2, "seeds": [0], "arms": {"hp": {}}}
+    base |= {"scenarios": ["text"], "steps": 2, "seeds": [0], "data": {"seq_len": 32}}
     base |= {"model": {"hf_model": str(tmp_path / "model")}}
+    study = StudyConfig.from_dict(base | {"arms": {"guarded": base["arms"]["guarded"]}})
     with pytest.warns(UserWarning, match="has no tokenizer"):
-        check_study(StudyConfig.from_dict(base))
+        check_study(study)
+    plan = RunPlan(
+        config=study, scenario="text", arm="guarded", seed=0,
+        recipe=study.arms["guarded"].recipe, path=tmp_path / "run",
+    )  # fmt: skip
+    assert train(plan) == "finished"
+    with RunLog.open(plan.path) as log:
+        found = log.sql("SELECT DISTINCT fqn FROM casts JOIN sites USING (rank, site)")
+    experts = {name for name in found["fqn"].to_pylist() if ".mlp.experts.down_proj." in name}
+    assert {name.split(".")[2] for name in experts} == {"0", "1"}
+    assert {int(name.rpartition(".")[2]) for name in experts} == set(range(8))
+
+
+def test_what_matches_no_layer_of_the_mixture_is_told_as_of_any_model() -> None:
+    """Smoothing is of a layer with one product; the arm would be plain delayed."""
+    arms = StudyConfig.from_toml(default_toml()).arms
+    study = replace(config(), scenarios=("text",), arms={"smooth": arms["smooth"]})
+    with pytest.warns(UserWarning, match=r"arm 'smooth': 'mlp\.down_proj': override matches no"):
+        check_study(study)
 
 
 # The planted expert
