@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import (
+    Tensor,
+    _grouped_mm,  # pyright: ignore[reportPrivateImportUsage]  # as torchtitan
+    nn,
+)
 
 import unclamp
 from unclamp import Dynamic, PerRow, Recipe
@@ -161,9 +165,9 @@ def test_what_is_saved_is_the_plain_model(tmp_path: Path) -> None:
 
 def run_experts(w1: Tensor, w2: Tensor, w3: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     offs = counts.cumsum(0).to(torch.int32)
-    h = F.silu(torch._grouped_mm(x.bfloat16(), w1.bfloat16().transpose(-2, -1), offs=offs))
-    h = h * torch._grouped_mm(x.bfloat16(), w3.bfloat16().transpose(-2, -1), offs=offs)
-    return torch._grouped_mm(h, w2.bfloat16().transpose(-2, -1), offs=offs).type_as(x)
+    h = F.silu(_grouped_mm(x.bfloat16(), w1.bfloat16().transpose(-2, -1), offs=offs))
+    h = h * _grouped_mm(x.bfloat16(), w3.bfloat16().transpose(-2, -1), offs=offs)
+    return _grouped_mm(h, w2.bfloat16().transpose(-2, -1), offs=offs).type_as(x)
 
 
 def padded(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -277,8 +281,8 @@ def test_scales_by_row_meet_the_bounds_that_torchao_sets_itself() -> None:
         nn.init.trunc_normal_(parameter, std=0.02)
     model = copy.deepcopy(plain)
     rows = dict.fromkeys(ROLES, Dynamic(granularity=PerRow()))
-    formats = {"grad_output": "e4m3fn"}  # as torchao has it
-    recipe = Recipe(rules=(Rule(match="experts.*", scalings=rows, formats=formats),))
+    rule = Rule(match="experts.*", scalings=rows, formats={"grad_output": "e4m3fn"})  # as torchao
+    recipe = Recipe(rules=(rule,))
     unclamp.convert(model, recipe, skip=["shared.*"])
     outputs, inputs = [], []
     for one in (plain, model):

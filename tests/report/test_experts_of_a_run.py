@@ -60,6 +60,18 @@ def test_the_fewest_tokens_and_the_longest_time_without_are_those_that_were_plan
     assert row.stale == 1
 
 
+def test_an_observation_says_who_had_no_tokens() -> None:
+    model = nn.ModuleDict({"experts": Experts()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with unclamp.observe(model) as observation:
+        for sizes in ((6, 1, 3), (6, 0, 3), (6, 0, 3), (5, 2, 0)):
+            offs = torch.tensor(sizes).cumsum(0).to(torch.int32)
+            model["experts"](torch.randn(sum(sizes), WIDTH), offs).square().sum().backward()
+            optimizer.step()
+        assert observation.starved() == {"experts.up.1": 2, "experts.up.2": 1}
+        assert "experts.up.1: no tokens in 2 steps in a row" in str(observation)
+
+
 def test_the_page_has_a_table_of_them(run: Path, tmp_path: Path) -> None:
     page = write_page(build_view(run), tmp_path / "page.html").read_text()
     assert '<h2 id="experts">Experts</h2>' in page

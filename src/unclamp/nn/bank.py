@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from unclamp.nn.accounts import accounted
 from unclamp.nn.clock import ticking
 from unclamp.nn.counting import count
+from unclamp.nn.grouped import Matrices, sizes_of, split_rows
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
 from unclamp.nn.product import multiply, when_to_commit
@@ -125,7 +126,7 @@ class Watching(TorchFunctionMode):
         """Return what of the banks a tensor is; None: nothing."""
         if not isinstance(weight, Tensor) or weight.ndim not in (2, BANK):
             return None
-        memory, offset = _memory_of(weight), weight.storage_offset()
+        memory, offset = _memory_of(weight), int(weight.storage_offset())
         for place in self._places.get(memory, ()):
             if place.start <= offset < place.stop:
                 within = (offset - place.start) // place.step if place.step else 0
@@ -133,7 +134,7 @@ class Watching(TorchFunctionMode):
         return None
 
     def _add(self, x: Tensor, bank: str, *, first: int, step: int) -> None:
-        start = x.storage_offset()
+        start = int(x.storage_offset())
         place = Place(bank, start, start + max(x.numel(), 1), step, first)
         self._places.setdefault(_memory_of(x), []).append(place)
 
@@ -199,10 +200,10 @@ class Watching(TorchFunctionMode):
             output = plain()
             if not any(counts):
                 return output
-            made = _split(output, sizes)
+            made = split_rows(output, sizes)
         else:
             made = [None] * (2 * len(sizes) + 1)
-        weights, rows = _Matrices.apply(weight), _split(x, sizes)
+        weights, rows = Matrices.apply(weight), split_rows(x, sizes)
         biases = [None] * len(sizes) if bias is None else bias.unbind(0)
         parts: list[Tensor] = []
         for number, own in enumerate(experts):
@@ -249,59 +250,6 @@ def _memory_of(x: Tensor) -> int:
         return 0
 
 
-def _split(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Any]:
-    """Return the rows of each expert, and of padding after them; last those after all."""
-    every = [size for pair in sizes for size in pair]
-    # One node of the graph, whose backward is one copy: a slice each would make as many sums.
-    return list(x.split([*every, len(x) - sum(every)]))
-
-
-class _Matrices(torch.autograd.Function):
-    """A bank `[E, K, N]` as matrices `[N, K]`: views, whose gradients are put together once.
-
-    They are put beside each other as they are made, `[E, N, K]`: a parameter that lies so takes
-    that as its gradient, without another copy.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.like = weight.new_empty(0), weight.shape
-        return weight.mT.unbind(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        like, (experts, inputs, outputs) = ctx.like
-        made = like.new_empty(experts, outputs, inputs)
-        for row, grad in zip(made, grad_outputs, strict=True):
-            row.zero_() if grad is None else row.copy_(grad)
-        return made.mT
-
-
-def sizes_of(x: Tensor, offs: Tensor) -> list[tuple[int, int]]:
-    """Return the rows of each group up to its last one that is not zeros, and those after it."""
-    if not len(x):
-        return [(0, 0)] * len(offs)
-    with torch.no_grad():
-        offs = offs.to(torch.int64)
-        last = x.detach()[(offs - 1).clamp(min=0)].any(-1)  # NaN is something, too
-        ends, is_full = torch.stack([offs, last.to(offs)]).tolist()
-        starts = [0, *ends[:-1]]
-        spans = list(zip(starts, ends, is_full, strict=True))
-        if all(full or start == end for start, end, full in spans):
-            return [(end - start, 0) for start, end, _ in spans]
-        stops = _last_rows(x.detach())[offs].tolist()
-    kept = [max(stop - start, 0) for start, stop in zip(starts, stops, strict=True)]
-    return [(k, end - start - k) for k, start, end in zip(kept, starts, ends, strict=True)]
-
-
-def _last_rows(x: Tensor) -> Tensor:
-    """Return for each number of rows where, among those, the last one ends that is not zeros."""
-    numbers = torch.arange(1, len(x) + 1, device=x.device)
-    last = torch.where(x.any(-1), numbers, 0)
-    return torch.cat([last.new_zeros(1), last.cummax(0).values])
-
-
 # ---- functions of torch ------------------------------------------------------------------------
 
 
@@ -333,7 +281,7 @@ def _batched(
     found = watching.find(weight)
     if found is None or not found.is_bank or x.ndim != BANK:
         return None
-    experts, tokens, _ = x.shape
+    experts, tokens = x.shape[:2]
     sizes = [(tokens, 0)] * experts
     flat = watching.all(found, x.flatten(0, 1), weight, None, sizes, lambda: plain().flatten(0, 1))
     return flat.view(experts, tokens, -1)

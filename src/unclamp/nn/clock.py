@@ -179,7 +179,9 @@ class Clock:
                 weight, own = product.weight(), product.operands and product.operands()
                 if weight is not None and own is not None:
                     own.note(weight)
-                    if weight.is_leaf and weight.grad is not None:
+                    # A bank's gradient does not say which of its experts had tokens.
+                    is_one = not getattr(product.owner(), "may_be_missed", False)
+                    if is_one and weight.is_leaf and weight.grad is not None:
                         self.graded.add(product.number)
 
     def told(self, ledger: Ticking, modules: Iterable[nn.Module]) -> None:

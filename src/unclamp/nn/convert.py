@@ -34,7 +34,7 @@ from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands
 from unclamp.nn.payoff import Timer, check_tokens, unprofitable
-from unclamp.nn.products import SITES, Matrix, Several, products_in, products_of
+from unclamp.nn.products import SITES, Matrix, Several, products_in, products_of, stacks
 from unclamp.nn.sharded import fit_all
 from unclamp.nn.unmatched import (
     NO_SKIP,
@@ -50,6 +50,9 @@ from unclamp.recipe import Recipe
 from unclamp.rule import LayerPlan, matches
 from unclamp.shown import Shown
 from unclamp.written import counted
+
+FOLDED = 4
+"""So many products that differ in a number alone, as the experts of a bank, are one line."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -70,7 +73,12 @@ class ConvertReport(Shown):
 
     def __str__(self) -> str:
         lines = [f"converted {counted(len(self.converted), 'layer')}, skipped {len(self.skipped)}"]
-        lines += [f"  {shown(fqn)}: {describe_plan(plan)}" for fqn, plan in self.converted.items()]
+        for stack, names in stacks(self.converted).items():
+            plans = [self.converted[name] for name in names]
+            if len(names) >= FOLDED and all(plan == plans[0] for plan in plans):
+                lines.append(f"  {stack}.*, {len(names)} of them: {describe_plan(plans[0])}")
+                continue
+            lines += [f"  {shown(n)}: {describe_plan(self.converted[n])}" for n in names]
         if self.observed:
             lines.append(f"  only counted: {few(self.observed)}")
         lines += [f"  skipped {shown(fqn)}: {why}" for fqn, why in self.skipped.items()]

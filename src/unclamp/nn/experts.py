@@ -60,7 +60,7 @@ class Fp8Experts(Adapted):
         own: Callable[..., Any] = super().forward
         said = getattr(getattr(self, "config", None), "_experts_implementation", None)
         if said not in WATCHED and is_dispatched(type(self)):
-            if any(not product.counts_only for product in self.products.values()):
+            if any(not product.ledger.observes for product in self.products.values()):
                 moe: Any = sys.modules["transformers.integrations.moe"]
                 own = functools.partial(moe.grouped_mm_experts_forward, self)
             else:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unclamp.errors import RecipeError, naming_arguments
 from unclamp.names import Role, SiteName
 from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
+from unclamp.nn.first import is_routed
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
 from unclamp.recipe import Recipe
@@ -25,6 +26,7 @@ from unclamp.totals import clamp_error, overshoot, share
 from unclamp.written import counted, percent, times
 
 SHOWN_SITES = 8
+TOTALS = ("_total", "_clamped", "_overshoot", "_errors", "_idle", "_longest_idle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,8 @@ class Observation(Shown):
         self._clamped = torch.zeros(rows, dtype=torch.int64)
         self._overshoot = torch.zeros(rows, dtype=torch.float64)
         self._errors = torch.zeros(rows, dtype=torch.float64)
+        self._idle = torch.zeros(rows, dtype=torch.int64)
+        self._longest_idle = torch.zeros(rows, dtype=torch.int64)
         self._steps = 0
         self._end = None if self._ledger is None else self._ledger.subscribe(self._add)
 
@@ -107,6 +111,22 @@ class Observation(Shown):
             if total[Stat.CASTS]
         ]
         return sorted(sites, key=lambda s: (-s.clamp_error * s.clamped_steps, s.fqn, s.role))
+
+    def starved(self) -> dict[str, int]:
+        """Return the experts that had no tokens for some steps: the most steps in a row of each.
+
+        Experts are told by the name of a module, as in a run's page. Where that is more than the
+        history of a scale looks back, the scale is of a time long past.
+        """
+        if self._ledger is None:
+            return {}
+        idle = self._longest_idle.tolist()
+        sites = self._ledger.sites
+        return {
+            site.fqn: idle[index]
+            for index, site in enumerate(sites)
+            if site.role == "input" and idle[index] and is_routed(site.fqn)
+        }
 
     def recipe(self, *, threshold: float = 1e-3, scaling: Scaling | str = Dynamic()) -> Recipe:
         """Return the recipe that was observed, with the sites that lost most scaled otherwise.
@@ -177,6 +197,11 @@ class Observation(Shown):
             f"clamp error {percent(site.clamp_error)}"
             for site in clamped[:SHOWN_SITES]
         ]
+        starved = self.starved()
+        worst = sorted(starved, key=lambda fqn: (-starved[fqn], fqn))[:SHOWN_SITES]
+        lines += [
+            f"  {fqn}: no tokens in {counted(starved[fqn], 'step')} in a row" for fqn in worst
+        ]
         return "\n".join(lines)
 
     @torch.no_grad()
@@ -184,10 +209,8 @@ class Observation(Shown):
         """Add a step, on the device."""
         stats = update.stats
         if self._total.device != stats.device:
-            self._total, self._clamped, self._overshoot, self._errors = (
-                t.to(stats.device)
-                for t in (self._total, self._clamped, self._overshoot, self._errors)
-            )
+            for name in TOTALS:
+                setattr(self, name, getattr(self, name).to(stats.device))
         merge_stats(self._total, stats)
         clamped = stats[:, Stat.SATURATED] > 0
         self._clamped += clamped
@@ -195,6 +218,8 @@ class Observation(Shown):
             clamped, clamp_error(stats[:, Stat.SATURATED_SQUARE], stats[:, Stat.SQUARE]), 0
         )
         self._overshoot = torch.maximum(self._overshoot, _peak(stats))
+        self._idle = torch.where(stats[:, Stat.CASTS] > 0, 0, self._idle + 1)
+        self._longest_idle = torch.maximum(self._longest_idle, self._idle)
         self._steps += 1
 
 
