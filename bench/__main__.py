@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bench import attention, cast, gather, imports, ledger, linear, runlog, shared, study
+from bench import attention, bank, cast, gather, imports, ledger, linear, runlog, shared, study
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m bench", description=__doc__).parse_args()
@@ -17,6 +17,7 @@ if __name__ == "__main__":
         "cast": cast,
         "linear": linear,
         "attention": attention,
+        "bank": bank,
         "ledger": ledger,
         "shared": shared,
         "runlog": runlog,

@@ -4,20 +4,20 @@ The bank is a user's own: two products an expert, `unclamp.grouped_mm`, forward 
 are linear layers with the same weights and the same tokens each, and torch's own grouped product.
 """
 
+import argparse
 import itertools
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unclamp
+from bench.timing import compare
 
 EXPERTS, WIDTH, HIDDEN, TOKENS = 8, 512, 2048, 2048
-ROUNDS, WARMUP = 9, 2
+ROUNDS = 9
+CONVERTED = "converted bank"
 
 
 class Bank(nn.Module):
@@ -52,39 +52,23 @@ class Layers(nn.Module):
         ])  # fmt: skip
 
 
-def run() -> dict[str, Any]:
-    """Measure, and return milliseconds of a step and their ratio to plain layers' step."""
+def measure() -> dict[str, dict[str, float]]:
+    """Time a step of each, and print its ratio to plain layers'."""
     torch.manual_seed(0)
-    sizes = torch.randint(1, 2 * TOKENS // EXPERTS, (EXPERTS - 1,))
-    offs = torch.cat([sizes.cumsum(0).clamp(max=TOKENS), torch.tensor([TOKENS])]).to(torch.int32)
+    offs = torch.randint(1, TOKENS, (EXPERTS - 1,)).sort().values
+    offs = torch.cat([offs, torch.tensor([TOKENS])]).to(torch.int32)
     x, gradient = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH)
-    models = {"plain layers": Layers(), "torch grouped_mm": Bank(), "converted layers": Layers()}
-    models |= {"converted bank": Bank(), "observed bank": Bank()}
-    for name in ("converted layers", "converted bank"):
-        unclamp.convert(models[name], unclamp.Recipe())
+    models = {"plain layers": Layers(), "plain bank, torch's grouped_mm": Bank()}
+    models |= {"converted layers": Layers(), CONVERTED: Bank(), "observed bank": Bank()}
+    unclamp.convert(models["converted layers"], unclamp.Recipe())
+    unclamp.convert(models[CONVERTED], unclamp.Recipe())
     unclamp.observe(models["observed bank"])
-    steps = {name: _step(model, x, offs, gradient) for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(WARMUP + ROUNDS):
-        for name, step in steps.items():  # in turn, so that a busy machine slows all alike
-            began = time.perf_counter()
-            step()
-            if number >= WARMUP:
-                times[name].append((time.perf_counter() - began) * 1e3)
-    plain = times["plain layers"]
-    return {
-        "shape": f"{EXPERTS} experts, {WIDTH} to {HIDDEN} and back, {TOKENS} tokens",
-        "rows": [
-            {
-                "name": name,
-                "ms": round(statistics.median(each), 1),
-                "ratio": round(
-                    statistics.median(a / b for a, b in zip(each, plain, strict=True)), 2
-                ),
-            }
-            for name, each in times.items()
-        ],
-    }
+    return compare(
+        f"{EXPERTS} experts, {WIDTH} to {HIDDEN} and back, {TOKENS} tokens, forward and backward",
+        {name: _step(model, x, offs, gradient) for name, model in models.items()},
+        target={CONVERTED: 1.20},
+        rounds=ROUNDS,
+    )
 
 
 def _step(model: nn.Module, x: Tensor, offs: Tensor, gradient: Tensor) -> Callable[[], None]:
@@ -99,11 +83,6 @@ def _step(model: nn.Module, x: Tensor, offs: Tensor, gradient: Tensor) -> Callab
     return step
 
 
-def text(result: dict[str, Any]) -> str:
-    """Return the figures as lines."""
-    rows = [f"  {r['name']:<18}{r['ms']:>8.1f} ms  {r['ratio']:.2f}x" for r in result["rows"]]
-    return "\n".join([f"bank of experts ({result['shape']}), a step:", *rows])
-
-
 if __name__ == "__main__":
-    print(text(run()))
+    argparse.ArgumentParser(prog="python -m bench.bank", description=__doc__).parse_args()
+    measure()

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unclamp
-from unclamp import Recipe
+from unclamp import Dynamic, PerRow, Recipe
+from unclamp.names import ROLES
 from unclamp.nn import find_ledgers, products_of
 from unclamp.numerics import Stat
+from unclamp.rule import Rule
 
 transformers = pytest.importorskip("transformers")
 
@@ -240,6 +242,53 @@ def test_experts_of_torchtitans_shape_are_products_and_their_router_is_left_out(
 
 def test_a_rule_that_names_the_router_takes_it_in() -> None:
     model = Mixture()
-    rule = unclamp.recipe.Rule(match="*.gate", scalings={"input": unclamp.Dynamic()})
+    rule = Rule(match="*.gate", scalings={"input": Dynamic()})
     report = unclamp.convert(model, Recipe(rules=(rule,)))
     assert "router.gate" in report.converted
+
+
+class Layer(nn.Module):
+    """As torchtitan's MoE: one expert a token, weighted by its score, and a shared expert."""
+
+    def __init__(self, dim: int, hidden: int, num_experts: int) -> None:
+        super().__init__()
+        self.experts = Titan(dim, hidden, num_experts)
+        self.shared = Titan(dim, hidden, 1)
+        self.router = Router(dim, num_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what both experts of each token make of it."""
+        score, chosen = self.router.gate(x).sigmoid().max(-1)
+        order = chosen.argsort(stable=True)
+        routed = self.experts((x * score.unsqueeze(-1))[order], torch.bincount(chosen, minlength=8))
+        return self.shared(x, torch.tensor([len(x)])).index_add(0, order, routed)
+
+
+def sqnr_db(exact: Tensor | None, found: Tensor | None) -> float:
+    assert exact is not None
+    assert found is not None
+    return float(20 * torch.log10(exact.norm() / (exact - found).norm()))
+
+
+def test_scales_by_row_meet_the_bounds_that_torchao_sets_itself() -> None:
+    torch.manual_seed(0)
+    plain = Layer(256, 512, 8)
+    for parameter in plain.parameters():
+        nn.init.trunc_normal_(parameter, std=0.02)
+    model = copy.deepcopy(plain)
+    rows = dict.fromkeys(ROLES, Dynamic(granularity=PerRow()))
+    formats = {"grad_output": "e4m3fn"}  # as torchao has it
+    recipe = Recipe(rules=(Rule(match="experts.*", scalings=rows, formats=formats),))
+    unclamp.convert(model, recipe, skip=["shared.*"])
+    outputs, inputs = [], []
+    for one in (plain, model):
+        torch.manual_seed(1)
+        x = torch.randn(512, 256, requires_grad=True)
+        output = one(x)
+        F.mse_loss(output, torch.ones_like(output)).backward()
+        outputs.append(output.detach())
+        inputs.append(x.grad)
+    assert sqnr_db(*outputs) >= 26.5
+    assert sqnr_db(*inputs) >= 29.0
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        assert sqnr_db(one.grad, other.grad) >= 21.0
