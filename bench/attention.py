@@ -55,7 +55,7 @@ def measure() -> dict[str, dict[str, float]]:
             "qk and pv in FP8, emulated": steps(in_fp8, COUNTED_EVERY),
         },
         target={every: MOST},
-        rounds=7,
+        rounds=5,
         warm_up=1,
     )
     return {f"attention: {name}": result for name, result in results.items()}

@@ -69,7 +69,7 @@ class Fp8MultiheadAttention(WithAttention, nn.MultiheadAttention):
             )  # fmt: skip
         if query.is_nested:
             return self._of_sequences(query), None
-        is_batched = F._mha_shape_check(
+        is_batched = F._mha_shape_check(  # pyright: ignore[reportAttributeAccessIssue]
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )
         if not is_batched:

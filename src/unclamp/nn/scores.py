@@ -95,7 +95,7 @@ class Scoring:
             else:
                 scores = scores + mask
         if self.sinks is None:
-            return torch._safe_softmax(scores, -1)
+            return torch.ops.aten._safe_softmax(scores, -1)
         sinks = self.sinks[part.heads].to(torch.float32).view(-1, 1, 1)
         with_sinks = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
         return torch.softmax(with_sinks, -1)[..., :-1]
