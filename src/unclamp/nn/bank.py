@@ -111,12 +111,7 @@ class Watching(TorchFunctionMode):
             if made is not None:
                 return made
         made = func(*args, **kwargs)
-        if (
-            name in CONVERSIONS
-            and args
-            and isinstance(args[0], Tensor)
-            and args[0].ndim in (2, BANK)
-        ):
+        if name in CONVERSIONS and args:
             self._follow(args[0], made)
         return made
 
@@ -138,7 +133,7 @@ class Watching(TorchFunctionMode):
         place = Place(bank, start, start + max(x.numel(), 1), step, first)
         self._places.setdefault(_memory_of(x), []).append(place)
 
-    def _follow(self, x: Tensor, made: Tensor) -> None:
+    def _follow(self, x: Any, made: Tensor) -> None:
         """Know what was made of a weight as that weight."""
         found = self.find(x)
         if found is not None and _memory_of(made) != _memory_of(x):
