@@ -20,6 +20,7 @@ from unclamp.report.charts import (
     run_figure,
 )
 from unclamp.report.evidence import CAUTION, PAPER, caution_of
+from unclamp.report.experts import EXPERT_COLUMNS, LISTED_BANKS, experts_row
 from unclamp.report.glossary import GLOSSARY, term_of
 from unclamp.report.ranks import RANK_COLUMNS, rank_row
 from unclamp.report.ranks_chart import ranks_figure
@@ -62,6 +63,7 @@ def write_page(view: View, path: Path) -> Path:
         kind_columns=KIND_COLUMNS,
         association_columns=ASSOCIATION_COLUMNS,
         rank_columns=RANK_COLUMNS,
+        expert_columns=EXPERT_COLUMNS,
         glossary_terms=[term for term in GLOSSARY if term.is_on("run" if view.run else "study")],
         term_of=term_of,
         caution=CAUTION if any(a.saturated for s in view.scenarios for a in s.arms) else None,
@@ -164,6 +166,7 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
         "heat": heat,
         "ranks": [rank_row(row) for row in run.ranks.listed],
         "ranks_heat": _ranks_heat(run),
+        "experts": [experts_row(row) for row in run.experts[:LISTED_BANKS]],
         "association": [sentence for sentence in said if PAPER not in sentence],
         "association_rows": [
             association_row(row, is_relative=association.get("is_relative") is not False)

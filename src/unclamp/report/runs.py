@@ -18,6 +18,7 @@ from unclamp.report.evidence import (
     read_association,
     read_explanations,
 )
+from unclamp.report.experts import ExpertsRow, read_experts
 from unclamp.report.kinds import kind_steps, kinds_data
 from unclamp.report.panels import Panel, choose_sites, read_panels, rounded
 from unclamp.report.ranks import RanksView, read_ranks
@@ -118,6 +119,7 @@ class RunView:
         planted: Marked steps: those whose batch the study made different from the others.
         mark: What they are called, as in "planted step".
         ranks: The ranks apart, where they differ.
+        experts: Products of experts, by their tokens.
     """
 
     name: str
@@ -140,6 +142,7 @@ class RunView:
     kind_curves: dict[str, Curve] = field(default_factory=dict)
     kinds: list[dict[str, Any]] = field(default_factory=list)
     ranks: RanksView = field(default_factory=RanksView)
+    experts: list[ExpertsRow] = field(default_factory=list)
 
 
 def read_run_view(
@@ -184,6 +187,7 @@ def read_run_view(
         kind_curves=_kind_curves(record),
         kinds=kinds_data(record),
         ranks=ranks,
+        experts=read_experts(log) if record.sites else [],
     )
 
 
