@@ -238,8 +238,8 @@ def test_where_nothing_is_cast_the_bits_are_those_of_torch(
     own, state = made(model, tensors, **SETTINGS[settings]), torch.get_rng_state()
     torch.manual_seed(0)
 
-    def plain(*operands: Tensor, **given: Any) -> Tensor:
-        return F.scaled_dot_product_attention(*operands, **given)
+    def plain(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, **given)
 
     assert all(map(torch.equal, own, made(plain, tensors, **SETTINGS[settings])))  # pyright: ignore
     assert torch.equal(state, torch.get_rng_state())

@@ -249,7 +249,7 @@ def test_an_output_can_be_written_into_and_derived_twice() -> None:
     output.sum().backward()
 
     def plain(q: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, *tensors[1:])
+        return F.scaled_dot_product_attention(q, tensors[1], tensors[2])
 
     def own(q: Tensor) -> Tensor:
         return model.attn(q, *tensors[1:])

@@ -19,6 +19,8 @@ Batch = tuple[Tensor, Tensor]
 class Retrieval(nn.Module):
     """An attention to keys that stay, with values that are learnt."""
 
+    k: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -66,9 +68,8 @@ class Planted:
             if step == SPIKE:
                 q[:, :, ::2] *= 30
             with torch.no_grad():
-                found = F.scaled_dot_product_attention(
-                    q, *(t.expand(4, -1, -1, -1) for t in (teacher.k, teacher.v))
-                )
+                k, v = (t.expand(4, -1, -1, -1) for t in (teacher.k, teacher.v))
+                found = F.scaled_dot_product_attention(q, k, v)
             yield q, found + 0.3 * torch.randn(found.shape, generator=generator)
 
 
@@ -79,6 +80,7 @@ def test_an_explanation_names_the_queries_that_were_clamped(tmp_path: Path) -> N
     found = explain(case, tmp_path / "run")  # pyright: ignore[reportArgumentType]
     assert found.verdict == "clamping"
     assert found.named == list(case.culprits)
+    assert found.clamping_share is not None
     assert found.clamping_share > 0.9
 
 

@@ -59,9 +59,8 @@ def bert(**settings: Any) -> nn.Module:
 
 def t5(**settings: Any) -> nn.Module:
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4}
-    return T5ForConditionalGeneration(
-        T5Config(**TINY, **sizes, decoder_start_token_id=0, **settings)
-    )
+    settings["decoder_start_token_id"] = 0
+    return T5ForConditionalGeneration(T5Config(**TINY, **sizes, **settings))
 
 
 MODELS = {"llama": llama, "gemma2": gemma2, "gpt2": gpt2, "bert": bert, "t5": t5}

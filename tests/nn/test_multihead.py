@@ -153,7 +153,7 @@ def test_in_fp8_it_is_the_composition_of_its_products(module: str, kind: str) ->
         biases = [None] * 3 if bias is None else bias.split(sizes)
         made = [linear(*each) for each in zip((q, k, v), own, biases, strict=False)]
         q, k, v = made if kind == "three" else (made[0], *made[1].chunk(2, -1))
-    if attn.bias_k is not None:
+    if attn.bias_k is not None and attn.bias_v is not None:
         k, v = (
             torch.cat([t, one.expand(1, 2, 8), torch.zeros(1, 2, 8)])
             for t, one in ((k, attn.bias_k), (v, attn.bias_v))
