@@ -163,6 +163,20 @@ def test_a_ledger_dies_with_its_model():
     assert number not in {id(other) for other in ticking}
 
 
+def test_another_model_updates_nothing_of_one_that_is_gone():
+    gone, ledger, optimizer = made()
+    held = list(ledger.layers)  # as a graph that lives on holds them
+    backward(gone, 3)
+    del gone, optimizer
+    gc.collect()
+    other, its_own, optimizer = made()
+    backward(other, 1)
+    optimizer.step()
+    assert held
+    assert its_own.updates == 1
+    assert ledger.updates == 0
+
+
 def test_ledgers_and_layers_are_kept_in_the_order_in_which_they_were_made():
     from unclamp.nn.clock import ticking
 

@@ -159,7 +159,10 @@ class Clock:
     def _update(self, optimizer: Optimizer, ledger: Ticking, skipped: bool) -> frozenset[int]:
         """Update what a step was for; return which products that were, where they are known."""
         products = self.products(ledger)
-        model = self.model or nn.ModuleList(_modules_of(products))
+        modules = _modules_of(products)  # held: what is collected from here on would seem frozen
+        if not modules:
+            return frozenset()
+        model = self.model or nn.ModuleList(modules)
         turn = self.holders.turn_of(optimizer, model, products)
         if turn is None and self.model is None and not any(p.is_trainable for p in products):
             ledger.update()  # frozen, under an adapter of which nothing is known here
