@@ -90,6 +90,23 @@ def test_what_is_no_config_is_refused_in_a_line(tmp_path: Path, case: str) -> No
     assert "\n" not in str(raised.value)
 
 
+def test_a_model_that_transformers_does_not_know_may_be_misspelt(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "lama"}')
+    with pytest.raises(UnclampError, match=r"no model_type 'lama'.*'llama'") as raised:
+        model_of(str(tmp_path))
+    assert len(str(raised.value)) < 300  # and does not list the hundreds that there are
+
+
+def test_tokens_of_a_model_without_any_are_told_to_change_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(KINDS["vit"][0]))
+    given = ["coverage", "--hf-model", str(tmp_path)]
+    with_tokens = CliRunner().invoke(app, [*given, "--tokens", "16"])
+    assert "--tokens changes nothing" in with_tokens.stderr
+    assert with_tokens.stdout == CliRunner().invoke(app, given).stdout
+    written(tmp_path)
+    assert not CliRunner().invoke(app, [*given, "--tokens", "16"]).stderr
+
+
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnclampError, match=r"has no config\.json"):
         model_of(str(tmp_path))

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
 from torch import Tensor, nn
 
-from unclamp.errors import UnclampError
+from unclamp.errors import UnclampError, did_you_mean
 
 HUB_WAIT_S = 5.0
 """How long the hub may take to say whether it has a model."""
@@ -37,6 +37,8 @@ def model_of(name: str) -> nn.Module:
         data = json.loads(file.read_text("utf-8"))
         data.pop("quantization_config", None)  # of how its weights are stored
         kind = data.pop("model_type")
+        if kind not in transformers.CONFIG_MAPPING:
+            raise ValueError(_unknown(kind))  # that of transformers lists all that it knows
         config = transformers.AutoConfig.for_model(kind, **data)
     except KeyError as error:
         raise UnclampError(
@@ -158,6 +160,11 @@ def _class_for(config: Any) -> Any:
         if type(config) in auto._model_mapping:
             return auto.from_config
     raise ValueError("transformers has no model of this config")
+
+
+def _unknown(kind: str) -> str:
+    near = did_you_mean(kind, list(transformers.CONFIG_MAPPING))
+    return f"transformers {transformers.__version__} knows no model_type {kind!r}{near}"
 
 
 def _first_line(error: Exception) -> str:

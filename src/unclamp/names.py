@@ -47,6 +47,17 @@ class SiteName:
         return cls(fqn, role)
 
 
+def is_attention_name(name: str) -> bool:
+    """Whether a product's name, or a glob for some, ends as those of attentions do, or heads of it.
+
+    Example:
+        >>> [is_attention_name(n) for n in ("0.attn.qk", "0.attn.pv.3", "*.qk.*", "0.attn.q_proj")]
+        [True, True, True, False]
+    """
+    parts = [part for part in name.split(".")[-2:] if part != "*" and not part.isdigit()]
+    return bool(parts) and parts[-1] in ("qk", "pv")
+
+
 def shown(fqn: str) -> str:
     """Return a product's name for people: the empty one is that of the model itself."""
     return fqn or "(the model itself)"

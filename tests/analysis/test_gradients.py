@@ -184,6 +184,19 @@ def test_of_many_weights_it_says_how_many_it_is_of(tmp_path):
     assert "at 2 of 40 weights, in 6 of 30 steps:" in (found + found).words()
 
 
+def test_products_of_attention_are_no_weights(tmp_path):
+    """Of three layers one is clamped; the two products of the attention have no weight."""
+    fqns = ["0.attn.qkv", "0.attn.qk", "0.attn.pv.3", "0.attn.out", "0.up"]
+    path = tmp_path / "run"
+    with RunLogWriter(path, header=Header(unclamp_version="test"), rank=0) as writer:
+        writer.add("sites", {"site": list(range(5)), "fqn": fqns, "role": ["grad_output"] * 5,
+                             "format": ["e5m2"] * 5, "scaling": ["delayed"] * 5,
+                             "format_max": [57344.0] * 5})  # fmt: skip
+        row = Planted(step=2, site=3, computed=[0, 1], unclamped=[3, 4]).row()
+        writer.add("casts", {name: [value] for name, value in row.items()})
+    assert read(path, steps=range(3)).words().startswith("Gradients were clamped at 1 of 3 weights")
+
+
 def test_a_clamped_input_is_no_clamped_gradient(tmp_path):
     row = replace(ALL[0], site=0).counts(saturated=9)
     assert read(write(tmp_path / "run", [row])).words() == "No gradient was clamped."

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unclamp
 from truths.trainings import SPIKE, STEPS, explain, record
-from unclamp import Delayed, Recipe, RunLog, SiteName, Training
+from unclamp import Delayed, Recipe, RecipeError, RunLog, SiteName, Training
 from unclamp.nn import find_ledgers, products_of
 
 KEYS, WIDTH = 16, 8
@@ -155,3 +156,28 @@ def test_what_is_only_counted_stays_so_under_a_switch() -> None:
     assert torch.equal(model(x), before)
     (ledger,) = find_ledgers(model)
     assert ledger.sites[-1].operand.scaling.kind == "dynamic"
+
+
+def test_a_switch_of_all_layers_to_rows_leaves_products_of_attention_one_scale() -> None:
+    """Their rows are other tokens at every step: a step after it runs, and is the plain one."""
+    model = Block()
+    unclamp.convert(model, Recipe().override("*.pv", scaling="delayed"))
+    report = unclamp.switch(model, "*", input=unclamp.Dynamic(granularity=unclamp.PerRow()))
+    given = {
+        own.fqn: str(own.operand("input").scaling.granularity) for _, own, _ in products_of(model)
+    }
+    assert given.pop("attn.qk") == given.pop("attn.pv") == "tensor"
+    assert set(given.values()) == {"row"}
+    assert report.only_counted == ("attn.qk",)
+    assert "attn.qk (only counted): input delayed -> dynamic\n" in f"{report}\n"
+    model(torch.randn(2, 6, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("glob", ["*.qk", "*.[qp][kv]"])
+def test_a_switch_that_names_products_of_attention_refuses_rows(glob: str) -> None:
+    model = Block()
+    unclamp.convert(model, Recipe().override("*.qk", scaling="delayed"))
+    with pytest.raises(RecipeError, match=r"attn\.qk: expected a scale a tensor for input"):
+        unclamp.switch(model, glob, input=unclamp.Dynamic(granularity=unclamp.PerRow()))
+    own = {fqn: operands for fqn, operands, _ in products_of(model)}
+    assert own["attn.qk"].operand("input").scaling == Delayed()

@@ -1,6 +1,7 @@
 """`unclamp.coverage`: each product of a step, its FLOPs, where it belongs; nothing changes."""
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -135,6 +136,21 @@ def test_a_model_on_the_meta_device_is_as_one_with_data() -> None:
 def test_an_error_of_the_model_is_the_models() -> None:
     with pytest.raises(RuntimeError, match="shape"):
         unclamp.coverage(Block(), torch.randn(6, 9))
+
+
+def test_an_error_of_the_model_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch logs a trace of its own, twenty lines, where shapes do not fit."""
+    with caplog.at_level(logging.DEBUG), pytest.raises(RuntimeError):
+        unclamp.coverage(Block(), torch.randn(6, 9))
+    assert not [r for r in caplog.records if r.exc_info]
+    assert not logging.getLogger("torch._subclasses.fake_tensor").filters
+
+
+def test_a_batch_by_names_that_is_given_as_one_is_told_how() -> None:
+    with pytest.raises(TypeError, match="dict") as raised:
+        unclamp.coverage(Block(), {"x": torch.randn(6, 8)})
+    assert "unclamp.coverage(model, **batch)" in raised.value.__notes__[0]
+    assert unclamp.coverage(Block(), **{"x": torch.randn(6, 8)}).flops
 
 
 # ---- a converted model -------------------------------------------------------------------------
@@ -316,6 +332,16 @@ def test_attention_by_hand_is_named_too() -> None:
 
     found = gemms(unclamp.coverage(Sequence(run), torch.randn(2, 5, 12, requires_grad=True)))
     assert found == {"qk": (2 * 2 * 5 * 5 * 12,) * 3, "pv": (2 * 2 * 5 * 5 * 12,) * 3}
+
+
+def test_an_attention_that_is_not_known_says_how_it_would_be() -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    found = unclamp.coverage(Own(), torch.randn(1, 2, 4, 8, requires_grad=True))
+    assert {p.fqn for p in found.products} == {"qk", "pv"}
+    assert all("unclamp.attention(self, q, k, v, ...)" in p.why for p in found.products)
 
 
 def test_a_product_of_activations_without_a_softmax_has_no_other_name() -> None:

@@ -244,6 +244,21 @@ def test_experts_of_torchtitans_shape_are_products_and_their_router_is_left_out(
         assert rows == (counts[place % 4] if fqn != "out" else 20)
 
 
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_a_router_beside_modules_that_are_experts_is_left_out(kind: str) -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(16, 4)
+            every = [nn.Linear(16, 16) for _ in range(4)]
+            named = nn.ModuleDict({str(i): each for i, each in enumerate(every)})
+            self.experts = nn.ModuleList(every) if kind == "list" else named
+
+    report = unclamp.convert(Mixture(), unclamp.Recipe())
+    assert list(report.converted) == [f"experts.{i}" for i in range(4)]
+    assert list(report.skipped) == ["router"]
+
+
 def test_a_rule_that_names_the_router_takes_it_in() -> None:
     model = Mixture()
     rule = Rule(match="*.gate", scalings={"input": Dynamic()})

@@ -146,3 +146,49 @@ def test_of_two_overrides_with_one_glob_the_second_is_named() -> None:
     assert notes_on(report.unmatched, recipe) == [
         "The second override '0' decided nothing: the first one does."
     ]
+
+
+def test_the_layers_of_a_block_are_listed_once_however_many_blocks() -> None:
+    model = nn.Sequential(*(stack() for _ in range(30)), nn.Linear(2, 2))
+    with pytest.warns(UnclampWarning, match="'up': override matches no linear layer") as caught:
+        convert(model, Recipe().override("up", input=Dynamic()))
+    assert warned(list(caught))[0].endswith("The model's linear layers: 0.0 x60, 30")
+    with pytest.warns(UnclampWarning, match=r"The model's linear layers: 0, 2$"):
+        convert(stack(), Recipe().override("up", input=Dynamic()))
+
+
+class OwnAttention(nn.Module):
+    def __init__(self, *, is_known: bool) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+        if is_known:
+            self.inner = unclamp.Attention()
+
+
+@pytest.mark.parametrize("glob", ["*.qk", "*.pv.*"])
+def test_a_rule_for_an_attention_that_is_not_known_says_how_it_would_be(glob: str) -> None:
+    recipe = Recipe().override(glob, scaling="dynamic")
+    with pytest.warns(UnclampWarning, match=r"unclamp\.attention\(self, q, k, v, \.\.\.\)"):
+        convert(OwnAttention(is_known=False), recipe)
+    with pytest.warns(UnclampWarning, match="'rope': override") as caught:
+        convert(OwnAttention(is_known=True), Recipe().override("rope", scaling="dynamic"))
+    assert "unclamp.attention" not in warned(list(caught))[0]
+
+
+def test_a_report_has_a_line_for_most_of_a_bank_and_one_for_each_exception() -> None:
+    class Bank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ModuleList(nn.Linear(2, 2) for _ in range(8))
+            self.down = nn.ModuleList(nn.Linear(2, 2) for _ in range(8))
+
+    def said(skip: list[str]) -> list[str]:
+        text = str(convert(Bank(), Recipe().override("up.2", input="dynamic"), skip=skip))
+        return [line.strip().partition(" delayed")[0] for line in text.splitlines()[1:]]
+
+    assert said([]) == [
+        "up.2: input dynamic e4m3fn, weight",
+        "up.*, 7 of 8, the others: input",
+        "down.*, 8 of them: input",
+    ]
+    assert said(["down.*"])[-1] == "skipped down.*, 8 of them: matches skip 'down.*'"

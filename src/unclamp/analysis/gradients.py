@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from unclamp.analysis.groups import Group
-from unclamp.names import SiteName
+from unclamp.names import SiteName, is_attention_name
 from unclamp.runlog import PLACES_SQL, RunLog, over_ranks
 from unclamp.totals import GradientChange
 from unclamp.written import counted, listed, percent
@@ -108,7 +108,7 @@ class ClampedGradients:
             many tokens clamp or off the CPU, or whose weight's gradient was not finite.
         change: What those that were measured changed.
         sites: Those of them, largest error of the added up changes first.
-        weights: The sites of all gradients in the log, clamped or not.
+        weights: The sites of all gradients of weights' layers in the log, clamped or not.
     """
 
     asked: int | None = None
@@ -276,7 +276,9 @@ def _of_rows(
         unmeasured=sum(row["clamped"] - row["casts"] for row in rows),
         change=sum((site.change for site in sites), GradientChange()),
         sites=_ranked(sites),
-        weights=frozenset(name for name in names if name.role == "grad_output"),
+        weights=frozenset(
+            name for name in names if name.role == "grad_output" and not is_attention_name(name.fqn)
+        ),
     )
 
 

@@ -48,6 +48,10 @@ def coverage(
         chosen = None if recipe is None else Recipe.load(recipe)
         model = model_of(hf_model)
         inputs = batch_of(model, batch=batch, tokens=tokens)
+        if tokens is not None and not any(
+            getattr(value, "shape", ()) == (batch, tokens) for value in inputs.values()
+        ):
+            typer.echo("unclamp: --tokens changes nothing: the model takes none", err=True)
         if chosen is not None:
             convert(model, chosen)
         found = coverage_of(model, **inputs)

@@ -13,14 +13,15 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from unclamp.errors import RecipeError
-from unclamp.names import ROLES
+from unclamp.names import Role
 from unclamp.nn.attend import PV, QK
 from unclamp.nn.attention import WithAttention
 from unclamp.nn.candidates import Candidate
 from unclamp.nn.kinds import kind_of
+from unclamp.nn.operands import Operands
 from unclamp.recipe import Recipe
-from unclamp.rule import LayerPlan, Rule
-from unclamp.scaling import PER_TENSOR
+from unclamp.rule import LayerPlan
+from unclamp.scaling import PER_TENSOR, Scaling
 
 
 class Wanted(NamedTuple):
@@ -47,7 +48,7 @@ def wanted(candidates: Mapping[str, Candidate], recipe: Recipe) -> Wanted:
         if not is_of_attention(candidate):
             computed[fqn] = candidate
             continue
-        if (rule := recipe.rule_for(fqn)) is not None and names(rule, candidate.name):
+        if (rule := recipe.rule_for(fqn)) is not None and names(rule.match, candidate.name):
             _check(fqn, recipe.plan(fqn))
             computed[fqn] = candidate
             continue
@@ -68,9 +69,16 @@ def is_of_attention(candidate: Candidate) -> bool:
     return candidate.matrix.parameter is None and candidate.name.split(".")[0] in (QK, PV)
 
 
-def names(rule: Rule, product: str) -> bool:
-    """Whether a rule that matches a product of an attention names it by its last parts."""
-    parts, wanted = rule.match.removeprefix("^").split("."), product.split(".")
+def product_of_attention(own: Operands) -> str | None:
+    """Return what an attention calls a product of its, such as "qk.3"; None of another module."""
+    parts = own.fqn.split(".")
+    name = ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+    return name if own.weight_name is None and name.split(".")[0] in (QK, PV) else None
+
+
+def names(glob: str, product: str) -> bool:
+    """Whether a glob that matches a product of an attention names it by its last parts."""
+    parts, wanted = glob.removeprefix("^").split("."), product.split(".")
     if len(parts) < len(wanted):
         return fnmatchcase(product, parts[-1]) and parts[-1].strip("*") != ""
     own = parts[-len(wanted) :]
@@ -101,27 +109,41 @@ def _heads(fqn: str, candidate: Candidate) -> dict[str, Candidate]:
 
 def _is_named(recipe: Recipe, fqn: str, candidate: Candidate) -> bool:
     rule = recipe.rule_for(fqn)
-    return rule is not None and names(rule, candidate.name)
+    return rule is not None and names(rule.match, candidate.name)
 
 
 def _check(fqn: str, plan: LayerPlan) -> None:
-    for role in ROLES:
-        scaling = plan.operands[role].scaling
+    check_whole(fqn, {role: operand.scaling for role, operand in plan.operands.items()})
+    if plan.smooth:
+        raise RecipeError(f"{fqn}: a product of an attention cannot be smoothed")
+
+
+def check_whole(fqn: str, scalings: Mapping[Role, Scaling]) -> None:
+    """Check that a product of an attention is given one scale a tensor.
+
+    Raises:
+        RecipeError: It is given one for each row or block.
+    """
+    for role, scaling in scalings.items():
         if scaling.casts and not scaling.granularity.is_whole:
             raise RecipeError(
                 f"{fqn}: expected a scale a tensor for {role} of an attention's product, got "
                 f"{scaling.granularity}: its rows are of other tokens in every matrix of the "
                 "batch; a rule for '*.qk.*' or '*.pv.*' gives each head a scale"
             )
-    if plan.smooth:
-        raise RecipeError(f"{fqn}: a product of an attention cannot be smoothed")
+
+
+def as_whole(scaling: Scaling) -> Scaling:
+    """Return a scaling with one scale a tensor."""
+    if not scaling.casts or scaling.granularity.is_whole:
+        return scaling
+    return replace(scaling, granularity=PER_TENSOR)
 
 
 def _counted(plan: LayerPlan) -> LayerPlan:
     """Return how a product is counted that no rule names: one scale a tensor."""
-    operands = dict(plan.operands)
-    for role, operand in plan.operands.items():
-        scaling = operand.scaling
-        if scaling.casts and not scaling.granularity.is_whole:
-            operands[role] = replace(operand, scaling=replace(scaling, granularity=PER_TENSOR))
+    operands = {
+        role: replace(operand, scaling=as_whole(operand.scaling))
+        for role, operand in plan.operands.items()
+    }
     return replace(plan, operands=operands, smooth=False)

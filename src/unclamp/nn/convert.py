@@ -6,6 +6,7 @@ the adaptor away. Both plan first and touch the model only when nothing can fail
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -73,17 +74,26 @@ class ConvertReport(Shown):
 
     def __str__(self) -> str:
         lines = [f"converted {counted(len(self.converted), 'layer')}, skipped {len(self.skipped)}"]
-        for stack, names in stacks(self.converted).items():
-            plans = [self.converted[name] for name in names]
-            if len(names) >= FOLDED and all(plan == plans[0] for plan in plans):
-                lines.append(f"  {stack}.*, {len(names)} of them: {describe_plan(plans[0])}")
-                continue
-            lines += [f"  {shown(n)}: {describe_plan(self.converted[n])}" for n in names]
+        described = {fqn: describe_plan(plan) for fqn, plan in self.converted.items()}
+        lines += [f"  {line}" for line in _folded(described)]
         if self.observed:
             lines.append(f"  only counted: {few(self.observed)}")
-        lines += [f"  skipped {shown(fqn)}: {why}" for fqn, why in self.skipped.items()]
+        lines += [f"  skipped {line}" for line in _folded(self.skipped)]
         lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
         return "\n".join(lines)
+
+
+def _folded(said: Mapping[str, str]) -> list[str]:
+    """Return a line for each name and what is said of it; for most of a stack, if alike, one."""
+    lines: list[str] = []
+    for stack, names in stacks(said).items():
+        ((usual, count),) = Counter(said[name] for name in names).most_common(1)
+        is_folded = count >= FOLDED
+        lines += [f"{shown(n)}: {said[n]}" for n in names if said[n] != usual or not is_folded]
+        if is_folded:
+            which = "of them" if count == len(names) else f"of {len(names)}, the others"
+            lines.append(f"{stack}.*, {count} {which}: {usual}")
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -8,8 +8,9 @@ plain operation (`nn.accounts`); of a model that is not converted, the copy is.
 
 import copy
 import gc
+import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ from unclamp.nn.watched import Call, Functions, Watch
 from unclamp.recipe import Recipe
 
 TWO_ACTIVATIONS = "a product of two activations"
+UNKNOWN_ATTENTION = (
+    f"{TWO_ACTIVATIONS}; unclamp.attention(self, q, k, v, ...) in its module makes it known"
+)
 ROUTER = "a router"
 """How the reason of a layer begins that chooses experts."""
 NO_LAYER = "not a linear layer"
@@ -51,7 +55,7 @@ def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageRep
         model: Converted, observed or plain. Of a plain one the result says what `convert` would do
             with the default recipe. It may lie on the meta device.
         *inputs: What it is called with: a batch of the training, a small one where data matter.
-        **named_inputs: Likewise, by name.
+        **named_inputs: Likewise, by name: `**batch` for a model of transformers.
 
     Returns:
         The products with their FLOPs and states: print it.
@@ -199,6 +203,7 @@ def _apart(model: nn.Module, fake: FakeTensorMode | None) -> Iterator[None]:
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if fake is not None:
             stack.enter_context(fake)
+            stack.enter_context(_silent(logging.getLogger(FakeTensorMode.__module__)))
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         torch._C._set_mkldnn_enabled(False)
@@ -210,6 +215,20 @@ def _apart(model: nn.Module, fake: FakeTensorMode | None) -> Iterator[None]:
             torch._C._set_mkldnn_enabled(onednn)
 
 
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Have a logger say nothing: torch writes a trace of what goes wrong with shapes alone."""
+    logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
+
+
 def _step(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None) -> None:
     try:
         output = model(*args, **kwargs)
@@ -218,6 +237,11 @@ def _step(model: nn.Module, args: Any, kwargs: Any, fake: FakeTensorMode | None)
             torch.autograd.backward(targets, [torch.ones_like(t) for t in targets])
     except Exception as error:
         if fake is None:
+            if any(isinstance(each, Mapping) for each in args):
+                error.add_note(
+                    "unclamp.coverage called model(*inputs, **named_inputs): a batch by names is "
+                    "unclamp.coverage(model, **batch)"
+                )
             raise
         raise _NeedsDataError from error
 
@@ -305,7 +329,8 @@ def _state(
         return "left out", "the recipe leaves it in high precision"
     if call.weight is None:
         said = [skipped.get(fqn, NO_LAYER) for fqn in (_joined(owner, call.label), owner)]
-        return "left out", next((w for w in said if not w.startswith(NO_LAYER)), TWO_ACTIVATIONS)
+        unknown = UNKNOWN_ATTENTION if call.label in ("qk", "pv") else TWO_ACTIVATIONS
+        return "left out", next((w for w in said if not w.startswith(NO_LAYER)), unknown)
     if module is not None and products_in(module):
         return "left out", "its weight is read outside of the layer"
     if _is_router(module):

@@ -56,7 +56,7 @@ def _experts_below(model: nn.Module) -> dict[str, set[int]]:
     """Return how many experts there are in the children of modules, by the modules' names."""
     counts: dict[str, set[int]] = {}
     for fqn, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and "expert" in _last(fqn):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and "expert" in _last(fqn):
             number = len(module)
         elif is_experts(module):
             number = next(bank.shape[0] for _, bank in banks_of(module))

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from unclamp.errors import ConvertError, RecipeError, did_you_mean, naming_arguments
-from unclamp.names import ROLES, Role
+from unclamp.names import ROLES, Role, shown
+from unclamp.nn.attention_rules import as_whole, check_whole, names, product_of_attention
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.operands import Operands
 from unclamp.nn.products import products_of
@@ -18,9 +19,16 @@ from unclamp.written import counted
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SwitchReport(Shown):
-    """What `switch` did: for each layer and role, the scaling before and after."""
+    """What `switch` did.
+
+    Attributes:
+        switched: For each layer and role, the scaling before and after.
+        only_counted: Those of them that are products of attentions, and only counted: a rule of
+            the recipe has them computed, a switch does not.
+    """
 
     switched: dict[str, dict[Role, tuple[Scaling, Scaling]]]
+    only_counted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.switched:
@@ -29,7 +37,8 @@ class SwitchReport(Shown):
         lines = [f"switched {count}; where compiled by itself, each recompiles once"]
         for fqn, roles in self.switched.items():
             said = (f"{r} {describe(old)} -> {describe(new)}" for r, (old, new) in roles.items())
-            lines.append(f"  {fqn or '(the model itself)'}: {', '.join(said)}")
+            counts = " (only counted)" if fqn in self.only_counted else ""
+            lines.append(f"  {shown(fqn)}{counts}: {', '.join(said)}")
         return "\n".join(lines)
 
 
@@ -64,7 +73,9 @@ def switch(
 
     Raises:
         ConvertError: No converted layer matches. Nothing is changed.
-        RecipeError: No scaling is given, or one that makes no sense for its role.
+        RecipeError: No scaling is given, or one that makes no sense for its role; or the glob names
+            products of an attention, and rows or blocks are given. A glob that names none gives
+            these one scale a tensor.
 
     Example:
         >>> import torch, unclamp
@@ -94,9 +105,25 @@ def switch(
             f"{glob!r} matches no converted layer of the model; it has: {listed or 'none'}"
             f"{did_you_mean(glob, layers)}"
         )
-    for layer in found.values():
-        check_plan(_plan_after(layer, wanted))
-    return SwitchReport(switched=_carry_out(found, wanted))
+    each = {fqn: _wanted_of(fqn, layer, wanted, glob) for fqn, layer in found.items()}
+    for fqn, layer in found.items():
+        check_plan(_plan_after(layer, each[fqn]))
+    switched = _carry_out(found, each)
+    counted_only = [fqn for fqn in switched if found[fqn].only_observed]
+    return SwitchReport(switched=switched, only_counted=tuple(counted_only))
+
+
+def _wanted_of(
+    fqn: str, layer: Operands, wanted: Mapping[Role, Scaling], glob: str
+) -> Mapping[Role, Scaling]:
+    """Return what a layer gets: a product of an attention has one scale a tensor, as ever."""
+    name = product_of_attention(layer)
+    if name is None:
+        return wanted
+    if names(glob, name):
+        check_whole(fqn, wanted)
+        return wanted
+    return {role: as_whole(scaling) for role, scaling in wanted.items()}
 
 
 def _plan_after(layer: Operands, wanted: Mapping[Role, Scaling]) -> LayerPlan:
@@ -108,13 +135,13 @@ def _plan_after(layer: Operands, wanted: Mapping[Role, Scaling]) -> LayerPlan:
 
 
 def _carry_out(
-    layers: Mapping[str, Operands], wanted: Mapping[Role, Scaling]
+    layers: Mapping[str, Operands], wanted: Mapping[str, Mapping[Role, Scaling]]
 ) -> dict[str, dict[Role, tuple[Scaling, Scaling]]]:
     switched: dict[str, dict[Role, tuple[Scaling, Scaling]]] = {}
     changes: dict[Ledger, dict[int, Scaling]] = {}
     for fqn, layer in layers.items():
         for role in ROLES:
-            old, new = layer.operand(role).scaling, wanted.get(role)
+            old, new = layer.operand(role).scaling, wanted[fqn].get(role)
             if new is None or new == old:
                 continue
             switched.setdefault(fqn, {})[role] = (old, new)

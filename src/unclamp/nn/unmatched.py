@@ -4,10 +4,12 @@ The sentences alone: `convert` decides when to warn, the ledger keeps what belon
 figures, and a recorder writes it.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from unclamp.names import GEMMS, shown
+from unclamp.covered import pattern
+from unclamp.names import GEMMS, is_attention_name, shown
 from unclamp.nn.ledger import Ledger
 from unclamp.recipe import Recipe
 from unclamp.rule import LayerPlan, matches
@@ -84,9 +86,20 @@ def _plain_scaling(recipe: Recipe) -> str | None:
 
 def unmatched_text(unmatched: Mapping[str, str], linear: Sequence[str]) -> str:
     """Return a warning of rules and skip globs that decided nothing, with what there is."""
-    listed = ", ".join(map(shown, linear[:MOST_LISTED]))
-    listed += ", ..." if len(linear) > MOST_LISTED else ""
+    names = [shown(fqn) for fqn in linear]
+    if len(names) > MOST_LISTED:  # the layers of a block once, however many blocks
+        alike = Counter(map(pattern, linear))
+        first = {pattern(fqn): fqn for fqn in reversed(linear)}
+        names = [first[name] + (f" x{n}" if n > 1 else "") for name, n in alike.items()]
+    listed = ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
     rules = "; ".join(f"{glob!r}: {why}" for glob, why in unmatched.items())
+    if not any(map(is_attention_name, linear)):
+        missed = (glob for glob, why in unmatched.items() if why == NO_LAYER)
+        if any(map(is_attention_name, missed)):
+            rules += (
+                " (unclamp knows no attention of the model: unclamp.attention(self, q, k, v, ...) "
+                "in place of scaled_dot_product_attention makes one known)"
+            )
     return f"{rules}. The model's linear layers: {listed or 'none'}"
 
 
