@@ -169,9 +169,10 @@ def attach(
         plans = {fqn: plans[fqn] for fqn in converted}
     observed = {fqn: native_plan(p, devices[fqn]) for fqn, (_, p) in asked.observed.items()}
     report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched, observed=observed)
-    _warn(model, report, kept, observes=observes)  # which may raise: the model is as it was
-    if cover is not None:  # and so may this
+    # Both may raise: the model is as it was.
+    if cover is not None:
         report = replace(report, coverage=cover(report, left))
+    _warn(model, report, kept, observes=observes)
     with uncollected():
         ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
         ledger.clock.extend_to(model)
