@@ -14,6 +14,8 @@ from unclamp.names import ROLES
 from unclamp.nn import Ledger, Site
 
 SITES, ROUNDS = 1680, 101
+EXPERTS = 3 * 2 * 128 * 48
+"""Sites of the experts of Qwen3-30B-A3B: two products each, 128 in each of 48 layers."""
 
 
 def update_ms(sites: int, history_len: int) -> float:
@@ -35,7 +37,8 @@ def measure() -> dict[str, dict[str, float]]:
     """Time updates, and a linear layer with the recorder on against off."""
     print("\nledger update")
     results: dict[str, dict[str, float]] = {}
-    for sites, length, target in ((SITES, 16, 0.3), (SITES // 2, 16, None), (SITES, 1024, 2.0)):
+    sizes = ((SITES, 16, 0.3), (SITES // 2, 16, None), (SITES, 1024, 2.0), (EXPERTS, 16, None))
+    for sites, length, target in sizes:
         name = f"{sites} sites, history {length}"
         ms = update_ms(sites, length)
         results[name] = {"ms": ms}

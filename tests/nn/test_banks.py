@@ -335,3 +335,27 @@ class Outside(nn.Module):
     def forward(self, x: Tensor, offs: Tensor) -> Tensor:
         """Return what the bank does."""
         return checkpoint(self.bank, x, offs, use_reentrant=False)  # pyright: ignore[reportReturnType]
+
+
+def test_a_step_notes_the_weights_that_its_optimizer_holds() -> None:
+    """All experts of a bank have one parameter, and of two banks each has its own optimizer."""
+    model = nn.ModuleList([Grouped(), Grouped()])
+    unclamp.convert(model, Recipe())
+    rows = torch.randn(8, WIDTH)
+    offs = torch.tensor([2, 4, 6, 8], dtype=torch.int32)
+    optimizers = [torch.optim.SGD(bank.parameters(), lr=0.1) for bank in model]
+    for bank in model:
+        bank(rows, offs).sum().backward()
+    for place, optimizer in enumerate(optimizers):
+        optimizer.step()
+        for bank in list(model)[: place + 1]:
+            weight = bank.up
+            assert isinstance(weight, nn.Parameter)
+            notes = [own.noted for _, own, _ in products_of(bank)]
+            assert [note and note.version for note in notes] == [weight._version] * EXPERTS
+            assert all(note and note.weight and note.weight() is weight for note in notes)
+    with torch.no_grad():
+        model[1].up.mul_(2)  # by nobody's optimizer
+    optimizers[0].step()
+    versions = {own.noted and own.noted.version for _, own, _ in products_of(model[1])}
+    assert versions == {model[1].up._version - 1}

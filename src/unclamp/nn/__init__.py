@@ -16,6 +16,7 @@ from unclamp.nn.convert import (
 from unclamp.nn.converted import Converted
 from unclamp.nn.copies import EvaluatedSite, EvaluationCounts, evaluation_counts, refresh
 from unclamp.nn.coverage import coverage
+from unclamp.nn.covering import Example, cover
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.linear import Fp8Linear
@@ -32,6 +33,7 @@ __all__ = [
     "Converted",
     "EvaluatedSite",
     "EvaluationCounts",
+    "Example",
     "Fp8Linear",
     "Ledger",
     "Observation",
@@ -41,6 +43,7 @@ __all__ = [
     "SwitchReport",
     "attention",
     "convert",
+    "cover",
     "coverage",
     "evaluation_counts",
     "find_ledgers",

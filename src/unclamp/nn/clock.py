@@ -25,6 +25,7 @@ from unclamp.nn import nesting
 from unclamp.nn.alive import Alive
 from unclamp.nn.groups import follow_wrappers
 from unclamp.nn.holders import Holders, Product
+from unclamp.nn.noted import noted
 from unclamp.nn.products import SITES, Several, products_in
 from unclamp.nn.rehearsal import watch_pipelines
 from unclamp.nn.turns import Turn, Turns
@@ -84,6 +85,8 @@ class Clock:
         self.unseen = Unseen()
         self.graded: set[int] = set()
         self._products: list[Product] = []
+        self._weights: list[list[Product]] = []
+        self._weights_of: list[Product] | None = None
         self._released: set[int] = set()
         self._found_for: Any = None
         self._asked = 0
@@ -177,15 +180,33 @@ class Clock:
         """Note the weights of some products as a step has left them; None: of all."""
         if numbers is not None and not numbers:
             return
-        for product in self.products(ledger):
-            if numbers is None or product.number in numbers:
-                weight, own = product.weight(), product.operands and product.operands()
-                if weight is not None and own is not None:
-                    own.note(weight)
-                    # A bank's gradient does not say which of its experts had tokens.
-                    is_one = not getattr(product.owner(), "may_be_missed", False)
-                    if is_one and weight.is_leaf and weight.grad is not None:
-                        self.graded.add(product.number)
+        for products in self._by_weight(ledger):
+            theirs = [p for p in products if numbers is None or p.number in numbers]
+            weight = next((w for p in theirs if (w := p.weight()) is not None), None)
+            if weight is None:
+                continue
+            note = noted(weight)
+            for product in theirs:
+                own = product.operands and product.operands()
+                if own is not None:
+                    own.noted = note
+            # A bank's gradient does not say which of its experts had tokens.
+            is_one = not getattr(theirs[0].owner(), "may_be_missed", False)
+            if is_one and weight.is_leaf and weight.grad is not None:
+                self.graded |= {p.number for p in theirs}
+
+    def _by_weight(self, ledger: Ticking) -> list[list[Product]]:
+        """Return the products of a ledger, those together that lie in one parameter of a module."""
+        products = self.products(ledger)
+        if self._weights_of is not products:
+            found: dict[tuple[int, str | None], list[Product]] = {}
+            for product in products:
+                own = product.operands and product.operands()
+                module = product.module and product.module()
+                key = (id(module), None if own is None else own.weight_name)
+                found.setdefault(key, []).append(product)
+            self._weights, self._weights_of = list(found.values()), products
+        return self._weights
 
     def told(self, ledger: Ticking, modules: Iterable[nn.Module]) -> None:
         """Update the products of some modules that no optimizer's step is for."""

@@ -1,110 +1,29 @@
-"""Put FP8 into a model and take it out again: the one place that changes a user's model.
+"""`convert`: every linear layer of a model computes in FP8, as a recipe says.
 
-`convert` puts an adaptor in front of each layer's class *in place* (`nn.kinds`): the module object,
-its parameters, hooks and attributes stay, so an optimizer made before stays valid. `revert` takes
-the adaptor away. Both plan first and touch the model only when nothing can fail any more.
+How that is done, and undone, is in `nn.attach`; what share of the work it is, in `nn.coverage`.
 """
 
-import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import torch
 from torch import nn
 
-from unclamp.errors import ConvertError, RecipeError, UnclampWarning, naming_arguments
-from unclamp.names import ROLES, SiteName, shown
-from unclamp.nn.adapted import Adapted
-from unclamp.nn.attention_rules import wanted, with_heads
-from unclamp.nn.candidates import (
-    Candidate,
-    candidates,
-    check_devices,
-    device_of,
-    native_plan,
-    product_names,
-    skipped_by,
-)
-from unclamp.nn.exports import leave_in, leave_out
-from unclamp.nn.fastpath import keep_off
-from unclamp.nn.groups import Given, check_given, forget, give
-from unclamp.nn.kinds import adapted, kind_of, take_away
-from unclamp.nn.layout import Site
-from unclamp.nn.ledger import Ledger
-from unclamp.nn.operands import Operands
-from unclamp.nn.payoff import Timer, check_tokens, unprofitable
-from unclamp.nn.products import SITES, Matrix, Several, products_in, products_of, stacks
-from unclamp.nn.sharded import fit_all
-from unclamp.nn.unmatched import (
-    NO_SKIP,
-    any_in_fp8,
-    describe_plan,
-    few,
-    find_unmatched,
-    kept_text,
-    nothing_in_fp8,
-    unmatched_text,
-)
+from unclamp.errors import naming_arguments
+from unclamp.nn.attach import ConvertReport, Profit, RevertReport, attach, find_ledgers, revert
+from unclamp.nn.candidates import product_names
+from unclamp.nn.covering import Example, covering
+from unclamp.nn.groups import Given, check_given, give
+from unclamp.nn.payoff import Timer, check_tokens
+from unclamp.nn.products import products_of
 from unclamp.recipe import Recipe
-from unclamp.rule import LayerPlan, matches
-from unclamp.shown import Shown
-from unclamp.written import counted
 
-FOLDED = 4
-"""So many products that differ in a number alone, as the experts of a bank, are one line."""
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class ConvertReport(Shown):
-    """What `convert` did.
-
-    Attributes:
-        converted: Each converted layer's name and what it gets.
-        skipped: Each layer with a weight matrix that was left alone, and why.
-        unmatched: Rules and skip globs that decided nothing, and why.
-        observed: Products of attentions that are only counted, since no rule names them.
-    """
-
-    converted: dict[str, LayerPlan]
-    skipped: dict[str, str]
-    unmatched: dict[str, str]
-    observed: dict[str, LayerPlan] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"converted {counted(len(self.converted), 'layer')}, skipped {len(self.skipped)}"]
-        described = {fqn: describe_plan(plan) for fqn, plan in self.converted.items()}
-        lines += [f"  {line}" for line in _folded(described)]
-        if self.observed:
-            lines.append(f"  only counted: {few(self.observed)}")
-        lines += [f"  skipped {line}" for line in _folded(self.skipped)]
-        lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
-        return "\n".join(lines)
-
-
-def _folded(said: Mapping[str, str]) -> list[str]:
-    """Return a line for each name and what is said of it; for most of a stack, if alike, one."""
-    lines: list[str] = []
-    for stack, names in stacks(said).items():
-        ((usual, count),) = Counter(said[name] for name in names).most_common(1)
-        is_folded = count >= FOLDED
-        lines += [f"{shown(n)}: {said[n]}" for n in names if said[n] != usual or not is_folded]
-        if is_folded:
-            which = "of them" if count == len(names) else f"of {len(names)}, the others"
-            lines.append(f"{stack}.*, {count} {which}: {usual}")
-    return lines
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class RevertReport(Shown):
-    """What `revert` did: the layers that are `nn.Linear` again."""
-
-    reverted: tuple[str, ...]
-
-    def __str__(self) -> str:
-        names = "".join(f"\n  {shown(fqn)}" for fqn in self.reverted)
-        return f"reverted {counted(len(self.reverted), 'layer')}{names}"
+__all__ = [
+    "ConvertReport",
+    "RevertReport",
+    "convert",
+    "find_ledgers",
+    "first_and_last",
+    "revert",
+]
 
 
 @naming_arguments
@@ -118,6 +37,7 @@ def convert(
     tokens: int | None = None,
     timer: Timer | None = None,
     group: Given | Mapping[str, Given] | None = None,
+    example: Example | None = None,
 ) -> ConvertReport:
     """Make every linear layer of a model compute in FP8, as the recipe says.
 
@@ -137,12 +57,16 @@ def convert(
             does not know them: one, several (each dimension of a mesh), none (`()`: this process
             alone), or by globs of layers. It decides for layers that are converted already, too.
             DTensors, DDP and FSDP need none (docs/distributed.md).
+        example: A batch of the training: a tensor, a tuple of positional inputs, or a mapping of
+            named ones. One step of a copy of the model is run with it, on shapes alone where that
+            is enough (`coverage`): the report then says what share of the step's FLOPs goes
+            through FP8, and what is left out, and a `Recorder` that is made later records it.
 
     Raises:
         RecipeError: `recipe` is none.
         ConvertError: `strict` and something matched nothing, `skip` is a string, `where_it_pays`
-            without `tokens`, the layers lie on several devices, or `group` is no group of this
-            process. The model is unchanged.
+            without `tokens`, the layers lie on several devices, `group` is no group of this
+            process, or the step with `example` cannot be run. The model is unchanged.
 
     Example:
         >>> import torch, unclamp
@@ -151,164 +75,21 @@ def convert(
         converted 1 layer, skipped 1
           0: input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
           skipped 1: matches skip '1'
+
+        >>> model = torch.nn.Linear(32, 32)
+        >>> print(unclamp.convert(model, unclamp.Recipe(), example=torch.randn(4, 32)))
+        converted 1 layer, skipped 0: converted 100 % of the FLOPs
+          (the model itself): input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
     """
     profit = Profit(check_tokens(tokens), timer) if where_it_pays else None
     check_given(group, (fqn for fqn, _ in model.named_modules()))
-    report = attach(model, recipe, skip=skip, strict=strict, observes=False, profit=profit)
-    give({fqn: module for fqn, _, module in products_of(model)}, group)
+    cover = covering(model, recipe, example, skip=skip, observes=False)
+    report = attach(
+        model, recipe, skip=skip, strict=strict, observes=False, profit=profit, cover=cover
+    )
+    if group is not None:
+        give({fqn: module for fqn, _, module in products_of(model)}, group)
     return report
-
-
-class Profit(NamedTuple):
-    """How `convert` finds out where FP8 pays."""
-
-    tokens: int
-    timer: Timer | None = None
-
-
-def attach(
-    model: nn.Module,
-    recipe: Recipe,
-    *,
-    skip: Sequence[str],
-    strict: bool,
-    observes: bool,
-    profit: Profit | None = None,
-) -> ConvertReport:
-    """Do what `convert` says; where it `observes`, casts are only counted (`nn.observe`).
-
-    Raises:
-        RecipeError: As `convert`.
-        ConvertError: As `convert`; the model is observed; or it is to be, and is converted.
-    """
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(
-            f"expected a Recipe, got {recipe!r}; for one scaling everywhere use "
-            "Recipe.uniform(Dynamic())"
-        )
-    if isinstance(skip, str):
-        raise ConvertError(f"expected a list of globs for skip, got the string {skip!r}")
-    converted, skipped = candidates(model, skip, recipe.rules)
-    _check_not_both(model, observes=observes)
-    others = {fqn: (m, own) for fqn, own, m in products_of(model)}
-    devices = {fqn: device_of(m, own.weight_name) for fqn, (m, own) in others.items()}
-    asked = wanted(converted, recipe)
-    named = [*product_names(model), *with_heads(converted)]
-    converted = asked.computed
-    new = converted | {fqn: candidate for fqn, (candidate, _) in asked.observed.items()}
-    devices |= {fqn: device_of(c.module, c.matrix.parameter) for fqn, c in new.items()}
-    check_devices(devices)
-    unmatched = find_unmatched(named, recipe, skip, [*others, *converted, *asked.observed])
-    # Of a module with several products a skip glob may name the module alone.
-    done = {glob for glob in skip if skipped_by(glob) in skipped.values()}
-    unmatched = {g: why for g, why in unmatched.items() if why != NO_SKIP or g not in done}
-    if strict and unmatched:
-        raise ConvertError(unmatched_text(unmatched, product_names(model)))
-    kept = _kept(others, devices, recipe, skip, warms_anew=bool(converted))
-    plans = {fqn: native_plan(recipe.plan(fqn), devices[fqn]) for fqn in converted}
-    if profit is not None:
-        linear = {f: c.module for f, c in converted.items() if isinstance(c.module, nn.Linear)}
-        left = unprofitable(
-            linear, plans, tokens=profit.tokens, install=_install_alone, timer=profit.timer
-        )
-        skipped |= left
-        converted = {fqn: c for fqn, c in converted.items() if fqn not in left}
-        plans = {fqn: plans[fqn] for fqn in converted}
-    observed = {fqn: native_plan(p, devices[fqn]) for fqn, (_, p) in asked.observed.items()}
-    report = ConvertReport(converted=plans, skipped=skipped, unmatched=unmatched, observed=observed)
-    _warn(model, report, kept, observes=observes)  # which may raise: the model is as it was
-    ledger = next(iter(find_ledgers(model)), None) or Ledger(model)
-    ledger.clock.extend_to(model)
-    ledger.observes = observes
-    if new:
-        ledger.recipe = recipe
-    _install(ledger, {fqn: new[fqn] for fqn in (*plans, *observed)}, plans | observed)
-    for candidate, _ in asked.observed.values():
-        own = products_in(candidate.module)[candidate.name]
-        own.only_observed, own.is_saved = True, False
-    fit_all(model)
-    keep_off(model)
-    leave_out(model)
-    ledger.rebind()  # a warm-up is the whole model's
-    find_ledgers(model)  # layers that were there may have other names in this model
-    _remember(ledger, report, recipe, skip, kept)
-    return report
-
-
-def _remember(
-    ledger: Ledger,
-    report: ConvertReport,
-    recipe: Recipe,
-    skip: Sequence[str],
-    kept: Mapping[str, LayerPlan],
-) -> None:
-    """Have the ledger remember what must stand beside the figures of its runs."""
-    said_anew = {*skip, *(rule.match for rule in recipe.rules)}
-    earlier = {glob: why for glob, why in ledger.unmatched.items() if glob not in said_anew}
-    ledger.unmatched = earlier | report.unmatched
-    if report.converted:
-        ledger.kept = list(dict.fromkeys([*ledger.kept, *kept]))
-
-
-def _install(
-    ledger: Ledger, products: Mapping[str, Candidate], plans: Mapping[str, LayerPlan]
-) -> None:
-    """Give products their sites in a ledger, and their modules an adaptor in front of the class."""
-    sites = [
-        Site.of(
-            fqn,
-            role,
-            plans[fqn].operands[role],
-            shape=product.matrix.shape if role == "weight" else (),
-        )
-        for fqn, product in products.items()
-        for role in ROLES
-    ]
-    # Every class before any module changes: making one runs code of the class it is made of.
-    modules = dict.fromkeys(product.module for product in products.values())
-    classes = {module: adapted(_adaptor_of(module), type(module)) for module in modules}
-    indices = iter(ledger.add(sites))
-    for module, made in classes.items():
-        module.__class__ = made
-    for fqn, (module, name, matrix) in products.items():
-        own = Operands(ledger, {role: next(indices) for role in ROLES}, plans[fqn])
-        own.weight_name = matrix.parameter
-        if name:
-            module.__dict__.setdefault(SITES, Several())[name] = own
-        else:
-            module.__dict__[SITES] = own
-        own.belong_to(module)
-        ledger.move_to(device_of(module, matrix.parameter))
-
-
-def _adaptor_of(module: nn.Module) -> type[Adapted]:
-    kind = kind_of(module)
-    assert kind is not None
-    return kind.adaptor
-
-
-def _install_alone(layer: nn.Linear, plan: LayerPlan) -> None:
-    """Convert a layer that is made to be measured."""
-    weight = Matrix("weight", (layer.out_features, layer.in_features))
-    _install(Ledger(layer), {"": Candidate(layer, "", weight)}, {"": plan})
-
-
-def revert(model: nn.Module) -> RevertReport:
-    """Turn every converted layer back into what it was.
-
-    Parameters keep their identity, the scaling state is dropped. Of a class that something else
-    extended since (FSDP, a parametrization) only the adaptor goes. Other models stay as they are.
-    """
-    leave_in(model)
-    products = products_of(model)
-    for _, own, _ in products:
-        own.ledger.clock.release(own)
-        own.end()
-    for module in dict.fromkeys(module for _, _, module in products):
-        del module.__dict__[SITES]
-        forget(module)
-        take_away(module)
-    return RevertReport(reverted=tuple(fqn for fqn, _, _ in products))
 
 
 def first_and_last(model: nn.Module) -> list[str]:
@@ -320,85 +101,3 @@ def first_and_last(model: nn.Module) -> list[str]:
     """
     linear = [f"^{fqn}" for fqn in product_names(model, of_weights=True)]
     return list(dict.fromkeys([*linear[:1], *linear[-1:]]))
-
-
-def find_ledgers(model: nn.Module) -> list[Ledger]:
-    """Return the ledgers of a model's converted layers: none, or one unless parts of it were
-    converted apart. Their sites are named as the modules are now: within the model of their ledger,
-    so that a wrapper changes no name, and within `model` where two would have the same name.
-    """  # noqa: D205
-    ledgers = list(dict.fromkeys(own.ledger for _, own, _ in products_of(model)))
-    for ledger in ledgers:
-        ledger.clock.adopt(model, ledger)
-    roots = {ledger: ledger.clock.root_in(model) for ledger in ledgers}
-    names = {ledger: _names(ledger, root) for ledger, root in roots.items() if root is not None}
-    every = [name for each in names.values() for name in each.values()]
-    if len(set(every)) < len(every):  # copies of one block, or parts that were converted apart
-        names = {ledger: _names(ledger, model) for ledger in names}
-    for ledger, each in names.items():
-        ledger.rename(each)
-    return ledgers
-
-
-def _names(ledger: Ledger, root: nn.Module) -> dict[int, SiteName]:
-    """Return the names of a ledger's sites within a model, by index."""
-    return {
-        index: SiteName(fqn, role)
-        for fqn, own, _ in products_of(root)
-        if own.ledger is ledger
-        for role, index in own.indices.items()
-    }
-
-
-def _check_not_both(model: nn.Module, *, observes: bool) -> None:
-    ledgers, how = find_ledgers(model), "call stop() of its observation, or unclamp.revert"
-    if any(ledger.observes for ledger in ledgers):
-        raise ConvertError(f"the model is observed already: {how}")
-    if observes and ledgers:
-        raise ConvertError(
-            "expected a model that is not converted: the counts of one that is, a Recorder takes"
-        )
-
-
-def _warn(
-    model: nn.Module, report: ConvertReport, kept: Mapping[str, LayerPlan], *, observes: bool
-) -> None:
-    """Warn, where the user called `convert` or `observe`, of what was not done."""
-    said = []
-    if report.unmatched:
-        said.append(unmatched_text(report.unmatched, product_names(model)))
-    if kept:
-        said.append(kept_text(list(kept), describe_plan(next(iter(kept.values())))))
-    plans = [*report.converted.values(), *(report.observed.values() if observes else ())]
-    is_new = any(plan.casts for plan in plans)
-    if not (is_new or any_in_fp8(find_ledgers(model))):
-        said.append(
-            nothing_in_fp8(
-                report.skipped, plain=list(report.converted), observed=list(report.observed)
-            )
-        )
-    for message in said:
-        # The caller of `attach`, and `naming_arguments` before that.
-        warnings.warn(message, UnclampWarning, stacklevel=5)
-
-
-def _kept(
-    products: Mapping[str, tuple[nn.Module, Operands]],
-    devices: Mapping[str, torch.device],
-    recipe: Recipe,
-    skip: Sequence[str],
-    *,
-    warms_anew: bool,
-) -> dict[str, LayerPlan]:
-    """Return what converted products have that another recipe would not have given them."""
-    kept = {}
-    for fqn, (_, own) in products.items():
-        before = own.ledger.recipe
-        if before == recipe or own.only_observed or any(matches(fqn, glob) for glob in skip):
-            continue
-        plan = own.plan()
-        wanted = native_plan(recipe.plan(fqn), devices[fqn])
-        steps = recipe.warmup_steps if before is None or warms_anew else before.warmup_steps
-        if plan != wanted or steps != recipe.warmup_steps:
-            kept[fqn] = plan
-    return kept

@@ -7,7 +7,7 @@ from torch import nn
 
 from unclamp.errors import ConvertError
 from unclamp.names import ROLES, SiteName
-from unclamp.nn.convert import find_ledgers
+from unclamp.nn.attach import find_ledgers
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.products import products_of
 from unclamp.numerics import Stat

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,12 +24,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unclamp.covered import CoverageReport, CoveredProduct, State
 from unclamp.errors import UnclampWarning, UnsupportedError
 from unclamp.nn.accounts import Account
+from unclamp.nn.attach import attach, find_ledgers, revert
 from unclamp.nn.candidates import candidates
-from unclamp.nn.convert import attach, find_ledgers, revert
 from unclamp.nn.kinds import kind_of
 from unclamp.nn.operands import Operands
 from unclamp.nn.patches import are_patches
 from unclamp.nn.products import products_in
+from unclamp.nn.uncollected import uncollected
 from unclamp.nn.watched import Call, Functions, Watch
 from unclamp.recipe import Recipe
 
@@ -74,20 +76,42 @@ def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageRep
         (the model itself)  8 x 64 x 32  6.554e-05  100 %  would be converted
         would convert 100 % of the FLOPs
     """
+    return covered(model, inputs, named_inputs)
+
+
+def covered(
+    model: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any], plan: "Plan | None" = None
+) -> CoverageReport:
+    """Do what `coverage` says; with a plan of a model that is converted as that says."""
     has_data = not any(t.device.type == "meta" for t in _tensors(model))
     try:
-        return _run(model, inputs, named_inputs, how="fake")
+        return _run(model, inputs, named, how="fake", plan=plan)
     except _NeedsDataError as needs:
         error = needs.__cause__
         assert isinstance(error, Exception)
         if not has_data:
             raise UnsupportedError(
                 f"the model ({type(model).__name__}) cannot run on shapes alone, and lies on the "
-                f"meta device: {_first_line(error)}. Give it weights, or choose an implementation "
+                f"meta device: {first_line(error)}. Give it weights, or choose an implementation "
                 "that does not depend on data (for experts of transformers "
                 "experts_implementation='grouped_mm')"
             ) from error
-    return _run(model, inputs, named_inputs, how="real")
+    return _run(model, inputs, named, how="real", plan=plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a copy is converted: as the model is about to be.
+
+    Attributes:
+        recipe, skip, observes: As `attach` takes them.
+        skipped: What is left alone, and why.
+    """
+
+    recipe: Recipe = field(default_factory=lambda: Recipe())
+    skip: Sequence[str] = ()
+    observes: bool = False
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 class _NeedsDataError(Exception):
@@ -95,33 +119,41 @@ class _NeedsDataError(Exception):
 
 
 def _run(
-    model: nn.Module, inputs: Any, named: Any, *, how: Literal["fake", "real"]
+    model: nn.Module, inputs: Any, named: Any, *, how: Literal["fake", "real"], plan: Plan | None
 ) -> CoverageReport:
-    """Run a step of a copy and say what it was."""
+    """Run a step of a copy, converted as the plan says, and say what it was."""
     fake = FakeTensorMode(allow_non_fake_inputs=True) if how == "fake" else None
-    twin = _twin(model, fake)
-    is_plain = not find_ledgers(twin)
-    try:
-        if is_plain:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UnclampWarning)
-                attach(twin, Recipe(), skip=(), strict=False, observes=False)
-        account = Account(find_ledgers(twin))
-        watch = Watch(twin, account)
-        args, kwargs = tree_map(lambda leaf: _detached(leaf, fake), (inputs, named))
-        with _apart(twin, fake), account.taken(), watch.modules(), Functions(watch), watch:
-            _step(twin, args, kwargs, fake)
-        return CoverageReport(
-            products=tuple(_products(watch.calls, twin, is_plain=is_plain)),
-            how=how,
-            unknown=tuple(watch.unknown),
-            idle=tuple(watch.idle()),
-        )
-    finally:
-        revert(twin)  # or its ledger would be found by optimizers until it is collected
-        del twin
-        if how == "real":
-            gc.collect()
+    with ExitStack() as stack:
+        if fake is not None:
+            stack.enter_context(uncollected())  # and what it leaves behind is small
+        twin = _twin(model, fake)
+        is_plain = plan is None and not find_ledgers(twin)
+        try:
+            if plan is not None or is_plain:
+                _attach(twin, plan or Plan())
+            account = Account(find_ledgers(twin))
+            watch = Watch(twin, account)
+            args, kwargs = tree_map(lambda leaf: _detached(leaf, fake), (inputs, named))
+            with _apart(twin, fake), account.taken(), watch.modules(), Functions(watch), watch:
+                _step(twin, args, kwargs, fake)
+            known = {} if plan is None else plan.skipped
+            return CoverageReport(
+                products=tuple(_products(watch.calls, twin, known, is_plain=is_plain)),
+                how=how,
+                unknown=tuple(watch.unknown),
+                idle=tuple(watch.idle()),
+            )
+        finally:
+            revert(twin)  # or its ledger would be found by optimizers until it is collected
+            del twin
+            if how == "real":
+                gc.collect()
+
+
+def _attach(twin: nn.Module, plan: Plan) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnclampWarning)
+        attach(twin, plan.recipe, skip=plan.skip, strict=False, observes=plan.observes)
 
 
 # ---- a copy ------------------------------------------------------------------------------------
@@ -171,7 +203,7 @@ def _twin(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             return copy.deepcopy(model)
     except Exception as error:
         raise UnsupportedError(
-            f"the model ({type(model).__name__}) cannot be copied: {_first_line(error)}. Ask for "
+            f"the model ({type(model).__name__}) cannot be copied: {first_line(error)}. Ask for "
             "its coverage before it is wrapped or sharded; of DDP, ask for that of model.module"
         ) from error
 
@@ -261,10 +293,10 @@ def _targets(output: Any) -> list[Tensor]:
 
 
 def _products(
-    calls: Sequence[Call], model: nn.Module, *, is_plain: bool
+    calls: Sequence[Call], model: nn.Module, known: Mapping[str, str], *, is_plain: bool
 ) -> Iterator[CoveredProduct]:
-    """Return the products that the calls are of, each once."""
-    skipped = candidates(model, ())[1]
+    """Return the products that the calls are of, each once; `known` is why some are left out."""
+    skipped = {**candidates(model, ())[1], **known}
     modules = dict(model.named_modules())
     merged: dict[tuple[str, State, str], CoveredProduct] = {}
     for call in calls:
@@ -390,6 +422,7 @@ def _class_name(module: nn.Module | None) -> str:
     return plain.__name__.removeprefix("Fp8")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says first, without the stop at its end."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unclamp.covered import CoverageReport
 from unclamp.names import ROLES, SiteName
 from unclamp.nn.alive import Alive
 from unclamp.nn.averaged import is_average, is_fraction
@@ -44,6 +45,7 @@ from unclamp.nn.ring import Ring
 from unclamp.nn.rows import Rows
 from unclamp.nn.shared import Shared
 from unclamp.nn.turns import FRESH, NOTHING, Turn, Turns, clear, taken
+from unclamp.nn.uncollected import uncollected
 from unclamp.nn.update import Asked, Bound, Inspection, Told, Update
 from unclamp.numerics import Stat, empty_details, empty_stats
 from unclamp.numerics.gpu import is_capturing
@@ -69,12 +71,14 @@ class Ledger(Rows, Stepping, Told):
         shared: With whom updates agree on the newest amaxes, and on whether to update.
         unmatched: Rules and skip globs that decided nothing in the conversion, and why.
         kept: Layers that another recipe than the last one made.
+        coverage: What share of a step's FLOPs the last conversion covers, where it was asked.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.recipe: Recipe | None = None
         self.unmatched: dict[str, str] = {}
         self.kept: list[str] = []
+        self.coverage: CoverageReport | None = None
         self.steps, self.evaluated = Steps(), Evaluated()
         self.layers: Alive[Bound] = Alive()
         self.clock, self.turns = Clock(model), Turns()
@@ -143,8 +147,9 @@ class Ledger(Rows, Stepping, Told):
 
     def rebind(self) -> None:
         """Have every layer take its plan and its views anew."""
-        for layer in self.layers:
-            layer.bind()
+        with uncollected():
+            for layer in self.layers:
+                layer.bind()
 
     def rename(self, names: Mapping[int, SiteName]) -> None:
         """Name sites as a model's modules are named now; those of modules that are gone stay.
@@ -374,6 +379,7 @@ class Ledger(Rows, Stepping, Told):
         twin.recipe, twin.updates, twin.observes = self.recipe, self.count(), self.observes
         twin.evaluated.copied_from(self.steps, self.evaluated)
         twin.unmatched, twin.kept = dict(self.unmatched), list(self.kept)
+        twin.coverage = self.coverage
         twin._allocate(
             Layout.of(list(self.sites), device=self.scale.device, remembered=self.layout.remembered)
         )

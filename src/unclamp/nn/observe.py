@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from unclamp.errors import RecipeError, naming_arguments
 from unclamp.names import Role, SiteName
-from unclamp.nn.convert import ConvertReport, attach, find_ledgers, revert
+from unclamp.nn.attach import ConvertReport, attach, find_ledgers, revert
+from unclamp.nn.covering import Example, covering
 from unclamp.nn.first import is_routed
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
@@ -63,7 +64,8 @@ class Observation(Shown):
     """An observed model; made by `observe`. Ends with `stop`, or as a context manager.
 
     Attributes:
-        report: The layers that are observed, and those left out and why.
+        report: The layers that are observed, and those left out and why; with an example also
+            its `coverage`.
     """
 
     @torch.inference_mode(False)  # its totals are written in every step
@@ -191,6 +193,8 @@ class Observation(Shown):
             f"{len(clamped)} of {counted(len(sites), 'site')}, and lost "
             f"{percent(share(lost, elements))} to underflow"
         ]
+        if self.report.coverage is not None:
+            lines[0] += f"; {self.report.coverage.sentence()}"
         lines += [
             f"  {SiteName(site.fqn, site.role)}: {counted(site.saturated, 'element')} clamped in "
             f"{counted(site.clamped_steps, 'step')}, overshoot {times(site.overshoot)}, "
@@ -231,7 +235,11 @@ def _peak(stats: Tensor) -> Tensor:
 
 @naming_arguments
 def observe(
-    model: nn.Module, recipe: Recipe | None = None, *, skip: Sequence[str] = ()
+    model: nn.Module,
+    recipe: Recipe | None = None,
+    *,
+    skip: Sequence[str] = (),
+    example: Example | None = None,
 ) -> Observation:
     """Count what FP8 would lose in every linear layer of a model that goes on as it is.
 
@@ -243,6 +251,8 @@ def observe(
         model: A model that is not converted; it may itself be an `nn.Linear`.
         recipe: What each operand would get; by default delayed scaling everywhere.
         skip: Globs of modules to leave alone.
+        example: A batch of the training, as `convert` takes it: the observation then says what
+            share of a step's FLOPs it sees, and what it leaves out, in its print and its report.
 
     Where no layer is left to observe, it warns and says why.
 
@@ -252,8 +262,9 @@ def observe(
 
     Raises:
         RecipeError: `recipe` is none.
-        ConvertError: The model is converted or observed already, `skip` is a string, or the
-            layers lie on several devices.
+        ConvertError: The model is converted or observed already, `skip` is a string, the
+            layers lie on several devices, or the step with `example` cannot be run. The model is
+            unchanged.
 
     Example:
         >>> import torch, unclamp
@@ -268,4 +279,6 @@ def observe(
           (the model itself) input: 32 elements clamped in 1 step, overshoot 100.00x, clamp error 98 %
     """  # noqa: E501
     recipe = Recipe() if recipe is None else recipe
-    return Observation(model, attach(model, recipe, skip=skip, strict=False, observes=True))
+    cover = covering(model, recipe, example, skip=skip, observes=True)
+    report = attach(model, recipe, skip=skip, strict=False, observes=True, cover=cover)
+    return Observation(model, report)

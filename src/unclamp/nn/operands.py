@@ -143,9 +143,10 @@ class Operands:
             self._bind_role(role, site, ledger.first_row[self.indices[role]])
 
     def _bind_role(self, role: Role, site: Site, row: int) -> None:
-        takes_own = site.operand.scaling.takes_own or site.cast_plan is None
+        scaling, grids = site.operand.scaling, site.grids
+        takes_own = scaling.takes_own or not scaling.casts
         for axis in (1, 0):
-            grid = site.grids.get(axis)
+            grid = grids.get(axis)
             scale = self.ledger.scale[row]
             if grid is not None:
                 last = row + grid[0] * grid[1]

@@ -3,7 +3,7 @@
 from torch import nn
 
 from unclamp.errors import ConvertError
-from unclamp.nn.convert import find_ledgers
+from unclamp.nn.attach import find_ledgers
 
 
 def step(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from unclamp.covered import CoverageReport
+from unclamp.nn.ledger import Ledger
 from unclamp.nn.unmatched import few
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -51,6 +52,19 @@ class Outside:
         """Take the hooks away."""
         while self._hooks:
             self._hooks.popitem()[1].remove()
+
+
+def remembered(model: nn.Module, ledgers: Sequence[Ledger]) -> CoverageReport | None:
+    """Return the coverage that the conversion of a model has left with its ledger; None: none.
+
+    That of a part of the model would be taken for the whole's, and is not returned.
+    """
+    if len(ledgers) != 1 or ledgers[0].coverage is None:
+        return None
+    root = ledgers[0].clock.root_in(model)
+    name = next((fqn for fqn, module in model.named_modules() if module is root), None)
+    is_all = name is not None and all(part in WRAPPERS for part in name.split(".") if part)
+    return ledgers[0].coverage if is_all else None
 
 
 def outside_text(names: Sequence[str]) -> str:

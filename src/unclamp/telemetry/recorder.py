@@ -21,7 +21,7 @@ from torch import nn
 
 from unclamp.covered import CoverageReport
 from unclamp.errors import RunLogError, UnclampWarning, did_you_mean, naming_arguments
-from unclamp.nn.convert import find_ledgers
+from unclamp.nn.attach import find_ledgers
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.unmatched import any_in_fp8
 from unclamp.nn.update import SwitchListener, Update
@@ -32,7 +32,7 @@ from unclamp.telemetry.given import cadence, checked
 from unclamp.telemetry.group import Name, group_name
 from unclamp.telemetry.header import make_header, scaling_data
 from unclamp.telemetry.numbering import Numbering
-from unclamp.telemetry.outside import Outside, outside_text
+from unclamp.telemetry.outside import Outside, outside_text, remembered
 from unclamp.telemetry.rank import find_place
 from unclamp.telemetry.sinks import NumbersFunction, Sink, Sinks
 from unclamp.telemetry.sinks.feed import SinkFeed
@@ -77,8 +77,9 @@ class Recorder:
             device other than the CPU it inspects every cast, since only the device knows. On a
             CPU what a clamped gradient does to the weight's is measured between them as well,
             where at most an eighth of the tokens clamped, unless it is None.
-        coverage: What `unclamp.coverage` found of a batch. The log and the page show it; a module
-            that runs and did not in its step is named, in a warning and in the log.
+        coverage: What `unclamp.coverage` found of a batch; by default what `convert` or `observe`
+            found of its `example`. The log and the page show it; a module that runs and did not
+            in its step is named, in a warning and in the log.
         sinks: Where else the numbers go: `TensorBoard(...)`, `WandB(...)`, `MLflow(...)`, a
             function of step and numbers, or an object with the methods of
             `unclamp.telemetry.Sink`. One that fails is dropped with a warning.
@@ -149,6 +150,7 @@ class Recorder:
         _OPEN[self.path.resolve()] = self
         self._sources = [Source(ledger, self._note_commits) for ledger in ledgers]
         self._uncast = Uncast()
+        coverage = remembered(model, ledgers) if coverage is None else coverage
         self._outside = Outside(model, coverage)
         # No other rank counts in the same numbers: an id is one of its run.
         free_ids = itertools.count(self._writer.first_site + place.rank, place.world_size)
