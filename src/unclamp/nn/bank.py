@@ -25,10 +25,11 @@ from torch.overrides import TorchFunctionMode
 from unclamp.nn.accounts import accounted
 from unclamp.nn.clock import ticking
 from unclamp.nn.counting import count
-from unclamp.nn.grouped import Matrices, sizes_of, split_rows
+from unclamp.nn.gemms import Meets
+from unclamp.nn.grouped import Bank, Part, sizes_of
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
-from unclamp.nn.product import multiply, when_to_commit
+from unclamp.nn.product import check, meeting, multiply, when_to_commit
 from unclamp.nn.products import products_in
 
 BANK = 3
@@ -189,39 +190,47 @@ class Watching(TorchFunctionMode):
             plain: Computes it all without FP8.
         """
         experts = [self.of(found.bank, found.first + number) for number in range(len(sizes))]
-        casts = [own is not None and not (own.is_plain or own.counts_only) for own in experts]
-        counts = [own is not None and own.counts_only and not own.is_plain for own in experts]
-        if not any(casts):
+        casting = [own for own in experts if own is not None and not own.is_plain]
+        if all(own.counts_only for own in casting):  # those of one model all are, or none
             output = plain()
-            if not any(counts):
-                return output
-            made = split_rows(output, sizes)
-        else:
-            made = [None] * (2 * len(sizes) + 1)
-        weights, rows = Matrices.apply(weight), split_rows(x, sizes)
-        biases = [None] * len(sizes) if bias is None else bias.unbind(0)
-        parts: list[Tensor] = []
+            return self._all_counted(experts, output, x, weight, sizes) if casting else output
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        parts, start = [], 0
+        for number, (own, (tokens, padding)) in enumerate(zip(experts, sizes, strict=True)):
+            middle, stop = start + tokens, start + tokens + padding
+            rows, start = slice(start, middle), stop
+            if own is None or own.is_plain:
+                parts += [Part(number, rows)] if tokens else []
+            elif tokens or own.shares:
+                check(own, x, weight)
+                fit(own, weight.shape[:0:-1])
+                parts.append(Part(number, rows, own, self._meeting(own, x[rows], weight, bias)))
+            if padding:
+                parts.append(Part(number, slice(middle, stop), is_padding=True))
+        return Bank.apply(x, weight, bias, parts)
+
+    def _meeting(self, own: Operands, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Meets:
+        return meeting(own, rows, weight, bias, training=self.module.training)
+
+    def _all_counted(
+        self,
+        experts: Sequence[Operands | None],
+        output: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        sizes: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """Return the plain output, with what each expert's casts would lose counted."""
+        every = [size for pair in sizes for size in pair]
+        every.append(len(x) - sum(every))
+        # One node of the graph, whose backward is one copy: a slice each would make as many sums.
+        parts, rows = list(output.split(every)), x.split(every)
         for number, own in enumerate(experts):
-            matrix, shift = weights[number], biases[number]
-            for place in (2 * number, 2 * number + 1):
-                tokens, part = rows[place], made[place]
-                is_counted = place == 2 * number and own is not None and not own.is_plain
-                if not len(tokens) and not (is_counted and own is not None and own.shares):
-                    continue
-                if is_counted and own is not None and own.counts_only:
-                    part = F.linear(tokens, matrix, shift) if part is None else part
-                    parts.append(self._counted(own, part, tokens, matrix))
-                elif is_counted and own is not None and part is None:
-                    fit(own, matrix.shape)
-                    training = self.module.training
-                    parts.append(multiply(own, tokens, matrix, shift, training=training))
-                else:
-                    parts.append(F.linear(tokens, matrix, shift) if part is None else part)
-        tail = rows[-1]
-        if len(tail):
-            rest = made[-1]
-            parts.append(tail.new_zeros(len(tail), weight.shape[-1]) if rest is None else rest)
-        return torch.cat(parts) if parts else plain()
+            place = 2 * number
+            if own is not None and not own.is_plain and (len(rows[place]) or own.shares):
+                parts[place] = self._counted(own, parts[place], rows[place], weight[number].t())
+        return torch.cat(parts)
 
 
 def _local(bank: Any) -> tuple[Tensor, int]:

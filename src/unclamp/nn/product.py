@@ -96,13 +96,7 @@ def multiply(
         return _eagerly(operands, x, weight, bias, training=training)
     if is_sharded(x, weight):
         return on_shards(operands, x, weight, bias, multiply, when_to_commit, training=training)
-    if not torch.compiler.is_compiling():
-        check_device(operands, weight)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise RuntimeError(
-            f"{shown(operands.fqn)}: expected an input of the weight's dtype, {weight.dtype}, got "
-            f"{x.dtype}; convert one of them, or compute under torch.autocast"
-        )
+    check(operands, x, weight)
     meets = meeting(operands, x, weight, bias, training=training, splits=splits)
     if operands.counts_only and not torch.compiler.is_compiling():
         output = F.linear(x, weight, bias) if plain is None else plain()
@@ -164,6 +158,17 @@ def meeting(
 # Between graphs: in one, ranks would not agree. torch's own name, for the public one loads the
 # compiler at once.
 _eagerly: Any = _disable_dynamo(multiply)
+
+
+def check(operands: Operands, x: Tensor, weight: Tensor) -> None:
+    """Raise where input or weight are of another dtype, or lie elsewhere, than is expected."""
+    if not torch.compiler.is_compiling():
+        check_device(operands, weight)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(
+            f"{shown(operands.fqn)}: expected an input of the weight's dtype, {weight.dtype}, got "
+            f"{x.dtype}; convert one of them, or compute under torch.autocast"
+        )
 
 
 def check_device(operands: Operands, weight: Tensor) -> None:
