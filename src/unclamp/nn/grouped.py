@@ -143,7 +143,6 @@ def _plain_backward(
         db.copy_(made) if is_first else db.add_(made)
 
 
-
 def sizes_of(x: Tensor, offs: Tensor) -> list[tuple[int, int]]:
     """Return the rows of each group up to its last one that is not zeros, and those after it."""
     if not len(x):
@@ -166,5 +165,3 @@ def _last_rows(x: Tensor) -> Tensor:
     numbers = torch.arange(1, len(x) + 1, device=x.device)
     last = torch.where(x.any(-1), numbers, 0)
     return torch.cat([last.new_zeros(1), last.cummax(0).values])
-
-

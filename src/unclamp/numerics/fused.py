@@ -67,7 +67,12 @@ def large(like: Tensor, shape: Sequence[int]) -> Tensor:
     every 2 MB in place of one every 4 kB, which for a gradient of a bank cost as much as its casts.
     """
     x = like.new_empty(shape)
-    if x.device.type == "cpu" and type(x) is Tensor and x.nbytes >= HUGE and (advise := _advise()) is not None:
+    if (
+        x.device.type == "cpu"
+        and type(x) is Tensor
+        and x.nbytes >= HUGE
+        and (advise := _advise()) is not None
+    ):
         start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = x.data_ptr() + x.nbytes - start
         advise(start, length - length % mmap.PAGESIZE, _MADV_HUGEPAGE)
