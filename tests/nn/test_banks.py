@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -299,25 +300,59 @@ def test_one_expert_is_switched_and_rules_name_experts() -> None:
     assert not torch.equal(ours[8:15], theirs[8:15])
 
 
+def by_unclamp(bank: Grouped, x: Tensor, offs: Tensor, *, reentrant: bool) -> Any:
+    act = lambda x: unclamp.grouped_mm(x, bank.up.mT, offs)  # noqa: E731
+    return checkpoint(act, x, use_reentrant=reentrant)
+
+
+def by_torch(bank: Grouped, x: Tensor, offs: Tensor, *, reentrant: bool) -> Any:
+    act = lambda x: F.grouped_mm(x, bank.up.mT, offs=offs)  # noqa: E731
+    return checkpoint(act, x, use_reentrant=reentrant)
+
+
+def by_torch_with_a_copy(bank: Grouped, x: Tensor, offs: Tensor, *, reentrant: bool) -> Any:
+    """As libraries do it: the weight is an argument, and was made elsewhere."""
+    weight = bank.up.to(torch.float64).float().mT
+    return checkpoint(run_grouped, x, weight, offs, use_reentrant=reentrant)
+
+
 class Checkpointed(Grouped):
     """The product alone is computed again in backward, outside of the module's forward."""
 
+    act: Any = None
+    reentrant = False
+
     def forward(self, x: Tensor, offs: Tensor) -> Tensor:
         """Return each row's product."""
-        act: Callable[..., Tensor] = lambda x: unclamp.grouped_mm(x, self.up.mT, offs)  # noqa: E731
-        return checkpoint(act, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return type(self).act(self, x, offs, reentrant=self.reentrant)
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-def test_under_checkpointing_it_is_the_same_and_counts_once(inside: bool) -> None:
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+@pytest.mark.parametrize("act", [by_unclamp, by_torch, by_torch_with_a_copy])
+def test_a_product_checkpointed_inside_is_the_same_and_counts_once(
+    act: Callable[..., Tensor], reentrant: bool
+) -> None:
     torch.manual_seed(0)
     bank = Grouped()
     other = copy.deepcopy(bank)
-    model: nn.Module = bank
-    if inside:
-        bank.__class__ = Checkpointed
-    else:
-        model = Outside(bank)
+    bank.__class__ = type(
+        "CheckpointedExperts", (Checkpointed,), {"act": act, "reentrant": reentrant}
+    )
+    for each in (bank, other):
+        unclamp.convert(each, Recipe())
+    one, two = stepped(bank, batches()), stepped(other, batches())
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+        assert torch.equal(a[2]["up"], b[2]["up"])
+    assert torch.equal(ledger_of(bank).amax_history, ledger_of(other).amax_history)
+
+
+def test_under_checkpointing_it_is_the_same_and_counts_once() -> None:
+    torch.manual_seed(0)
+    bank = Grouped()
+    other = copy.deepcopy(bank)
+    model = Outside(bank)
     for each in (model, other):
         unclamp.convert(each, Recipe())
     one, two = stepped(model, batches()), stepped(other, batches())

@@ -4,7 +4,6 @@ and switch.
 
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.attention import Attention, attention
-from unclamp.nn.bank import grouped_mm
 from unclamp.nn.convert import (
     ConvertReport,
     RevertReport,
@@ -25,6 +24,7 @@ from unclamp.nn.products import products_of
 from unclamp.nn.saved import weights_only
 from unclamp.nn.step import step
 from unclamp.nn.switch import SwitchReport, switch
+from unclamp.nn.users_banks import grouped_mm
 
 __all__ = [
     "Adapted",

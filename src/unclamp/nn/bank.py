@@ -13,22 +13,28 @@ casts nothing, and keeps its history. Its weight gets a gradient of zeros.
 The sizes of the groups are needed on the host, so a device is waited for once a product of a bank.
 """
 
+import sys
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from unclamp.errors import UnclampWarning
+from unclamp.names import shown
 from unclamp.nn.accounts import accounted
-from unclamp.nn.clock import ticking
+from unclamp.nn.checkpointed import run_again_within
 from unclamp.nn.counting import count
-from unclamp.nn.grouped import Matrices, sizes_of, split_rows
+from unclamp.nn.gemms import Meets
+from unclamp.nn.grouped import Bank, Part, sizes_of
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
-from unclamp.nn.product import multiply, when_to_commit
+from unclamp.nn.product import check, meeting, multiply, when_to_commit
 from unclamp.nn.products import products_in
 
 BANK = 3
@@ -44,6 +50,11 @@ def banks_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.ndim == BANK:
             yield name, parameter
+
+
+OTHERS = frozenset(["einsum", "tensordot", "baddbmm", "addbmm", "inner", "multi_dot"])
+"""Functions of torch that multiply, too, and that nothing is known of here."""
+_told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 class Place(NamedTuple):
@@ -72,6 +83,19 @@ class Found(NamedTuple):
     is_bank: bool
 
 
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.running: list[Watching] = []
+
+
+_stack = _Stack()
+
+
+def running() -> "list[Watching]":
+    """Return what is watched in this thread, the innermost last."""
+    return _stack.running
+
+
 class Watching(TorchFunctionMode):
     """Makes products with a module's banks FP8 products while its forward runs."""
 
@@ -82,15 +106,16 @@ class Watching(TorchFunctionMode):
         self._places: dict[int, list[Place]] = {}
         self._made: list[Tensor] = []
         for name, bank in banks_of(module):
-            local, first = _local(bank)
+            local, first = local_part(bank)
             self._add(local, name, first=first, step=local.stride(0))
 
     def __enter__(self) -> "Watching":
-        _running().append(self)
+        running().append(self)
+        self._entered_by = sys._getframe(1).f_code
         return super().__enter__()
 
     def __exit__(self, *raised: object) -> None:
-        _running().pop()
+        running().pop()
         super().__exit__(*raised)
 
     def __torch_function__(
@@ -110,6 +135,8 @@ class Watching(TorchFunctionMode):
             made = act(self, lambda: func(*args, **kwargs), *args, **kwargs)
             if made is not None:
                 return made
+        if act is not None or name in OTHERS:
+            self._say_if_missed(name, args)
         made = func(*args, **kwargs)
         if name in CONVERSIONS and args:
             self._follow(args[0], made)
@@ -121,7 +148,7 @@ class Watching(TorchFunctionMode):
         """Return what of the banks a tensor is; None: nothing."""
         if not isinstance(weight, Tensor) or weight.ndim not in (2, BANK):
             return None
-        memory, offset = _memory_of(weight), int(weight.storage_offset())
+        memory, offset = memory_of(weight), int(weight.storage_offset())
         for place in self._places.get(memory, ()):
             if place.start <= offset < place.stop:
                 within = (offset - place.start) // place.step if place.step else 0
@@ -131,15 +158,34 @@ class Watching(TorchFunctionMode):
     def _add(self, x: Tensor, bank: str, *, first: int, step: int) -> None:
         start = int(x.storage_offset())
         place = Place(bank, start, start + max(x.numel(), 1), step, first)
-        self._places.setdefault(_memory_of(x), []).append(place)
+        self._places.setdefault(memory_of(x), []).append(place)
 
     def _follow(self, x: Any, made: Tensor) -> None:
         """Know what was made of a weight as that weight."""
         found = self.find(x)
-        if found is not None and _memory_of(made) != _memory_of(x):
+        if found is not None and memory_of(made) != memory_of(x):
             self._made.append(made)  # or its memory is soon another's
             step = made.stride(0) if found.is_bank else 0
             self._add(made, found.bank, first=found.first, step=step)
+
+    def _say_if_missed(self, name: str, args: Sequence[Any]) -> None:
+        """Warn once of a module that multiplies by a bank in a way that is not known here."""
+        if self.module in _told or accounted(*self.products.values()) is not None:
+            return
+        for arg in tree_leaves(args):
+            found = self.find(arg)
+            own = None if found is None else self.of(found.bank, found.first)
+            if found is None or own is None or own.is_plain:
+                continue
+            _told.add(self.module)
+            warnings.warn(
+                f"{shown(own.fqn.rpartition('.')[0])}: a bank of matrices, by which its forward "
+                f"multiplies through {name}, of which nothing is known here: without FP8; use "
+                "unclamp.grouped_mm (docs/experts.md)",
+                UnclampWarning,
+                stacklevel=3,
+            )
+            return
 
     def of(self, bank: str, number: int) -> Operands | None:
         """Return an expert's operands; None where it is not converted."""
@@ -159,6 +205,7 @@ class Watching(TorchFunctionMode):
         own = self.of(found.bank, found.first)
         if own is None or own.is_plain:
             return plain()
+        run_again_within(self, self._entered_by)
         if not own.counts_only:
             fit(own, weight.shape)
             return multiply(own, x, weight, bias, training=self.module.training)
@@ -189,42 +236,51 @@ class Watching(TorchFunctionMode):
             plain: Computes it all without FP8.
         """
         experts = [self.of(found.bank, found.first + number) for number in range(len(sizes))]
-        casts = [own is not None and not (own.is_plain or own.counts_only) for own in experts]
-        counts = [own is not None and own.counts_only and not own.is_plain for own in experts]
-        if not any(casts):
+        run_again_within(self, self._entered_by)
+        casting = [own for own in experts if own is not None and not own.is_plain]
+        if all(own.counts_only for own in casting):  # those of one model all are, or none
             output = plain()
-            if not any(counts):
-                return output
-            made = split_rows(output, sizes)
-        else:
-            made = [None] * (2 * len(sizes) + 1)
-        weights, rows = Matrices.apply(weight), split_rows(x, sizes)
-        biases = [None] * len(sizes) if bias is None else bias.unbind(0)
-        parts: list[Tensor] = []
+            return self._all_counted(experts, output, x, weight, sizes) if casting else output
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        parts, start = [], 0
+        for number, (own, (tokens, padding)) in enumerate(zip(experts, sizes, strict=True)):
+            middle, stop = start + tokens, start + tokens + padding
+            rows, start = slice(start, middle), stop
+            if own is None or own.is_plain:
+                parts += [Part(number, rows)] if tokens else []
+            elif tokens or own.shares:
+                check(own, x, weight)
+                fit(own, weight.shape[:0:-1])
+                parts.append(Part(number, rows, own, self._meeting(own, x[rows], weight, bias)))
+            if padding:
+                parts.append(Part(number, slice(middle, stop), is_padding=True))
+        return Bank.apply(x, weight, bias, parts)
+
+    def _meeting(self, own: Operands, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Meets:
+        return meeting(own, rows, weight, bias, training=self.module.training)
+
+    def _all_counted(
+        self,
+        experts: Sequence[Operands | None],
+        output: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        sizes: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """Return the plain output, with what each expert's casts would lose counted."""
+        every = [size for pair in sizes for size in pair]
+        every.append(len(x) - sum(every))
+        # One node of the graph, whose backward is one copy: a slice each would make as many sums.
+        parts, rows = list(output.split(every)), x.split(every)
         for number, own in enumerate(experts):
-            matrix, shift = weights[number], biases[number]
-            for place in (2 * number, 2 * number + 1):
-                tokens, part = rows[place], made[place]
-                is_counted = place == 2 * number and own is not None and not own.is_plain
-                if not len(tokens) and not (is_counted and own is not None and own.shares):
-                    continue
-                if is_counted and own is not None and own.counts_only:
-                    part = F.linear(tokens, matrix, shift) if part is None else part
-                    parts.append(self._counted(own, part, tokens, matrix))
-                elif is_counted and own is not None and part is None:
-                    fit(own, matrix.shape)
-                    training = self.module.training
-                    parts.append(multiply(own, tokens, matrix, shift, training=training))
-                else:
-                    parts.append(F.linear(tokens, matrix, shift) if part is None else part)
-        tail = rows[-1]
-        if len(tail):
-            rest = made[-1]
-            parts.append(tail.new_zeros(len(tail), weight.shape[-1]) if rest is None else rest)
-        return torch.cat(parts) if parts else plain()
+            place = 2 * number
+            if own is not None and not own.is_plain and (len(rows[place]) or own.shares):
+                parts[place] = self._counted(own, parts[place], rows[place], weight[number].t())
+        return torch.cat(parts)
 
 
-def _local(bank: Any) -> tuple[Tensor, int]:
+def local_part(bank: Any) -> tuple[Tensor, int]:
     """Return this rank's part of a bank, and the number of its first expert among all."""
     if not is_sharded(bank):
         return bank, 0
@@ -237,7 +293,7 @@ def _local(bank: Any) -> tuple[Tensor, int]:
     return bank._local_tensor, first
 
 
-def _memory_of(x: Tensor) -> int:
+def memory_of(x: Tensor) -> int:
     """Return which memory a tensor lies in; 0 where it has none."""
     try:
         return x.untyped_storage()._cdata
@@ -248,7 +304,7 @@ def _memory_of(x: Tensor) -> int:
 # ---- functions of torch ------------------------------------------------------------------------
 
 
-def _grouped(
+def in_groups(
     watching: Watching,
     plain: Callable[[], Tensor],
     x: Tensor,
@@ -322,8 +378,8 @@ def _addmm(
 
 
 ACTS: dict[str, Callable[..., Tensor | None]] = {
-    "_grouped_mm": _grouped,
-    "grouped_mm": _grouped,
+    "_grouped_mm": in_groups,
+    "grouped_mm": in_groups,
     "bmm": _batched,
     "matmul": _matmul,
     "__matmul__": _matmul,
@@ -331,88 +387,3 @@ ACTS: dict[str, Callable[..., Tensor | None]] = {
     "linear": _linear,
     "addmm": _addmm,
 }
-
-
-# ---- unclamp.grouped_mm ------------------------------------------------------------------------
-
-
-class _Stack(threading.local):
-    def __init__(self) -> None:
-        self.running: list[Watching] = []
-
-
-_stack = _Stack()
-
-
-def _running() -> list[Watching]:
-    """Return what is watched in this thread, the innermost last."""
-    return _stack.running
-
-
-def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply rows in groups each by a matrix of its own: `F.grouped_mm`, in FP8 once converted.
-
-    For a module of one's own whose experts lie in one parameter. It is torch's function until the
-    module that has the parameter goes through `unclamp.convert`, which finds it by this name in the
-    module's code. From then on each expert is a product with scales, histories and counts of its
-    own, named like one of a list of linear layers: `experts.up.5`.
-
-    Shapes: `x` `[T, K]`, `weight` `[E, K, N]` (a transposed parameter `[E, N, K]` is fine), `offs`
-    `[E]`, the end of each group in `x`; `bias` `[E, N]`; the result `[T, N]` in the dtype of `x`.
-
-    Numerics: those of a linear layer for each group. Rows after the last group are zeros where
-    the module is converted, and whatever was in memory where it is not.
-
-    Example:
-        >>> import torch, unclamp
-        >>> class Experts(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.up = torch.nn.Parameter(torch.ones(2, 16, 8))
-        ...     def forward(self, x, offs):
-        ...         return unclamp.grouped_mm(x, self.up.mT, offs)
-        >>> experts = Experts()
-        >>> list(unclamp.convert(experts, unclamp.Recipe()).converted)
-        ['up.0', 'up.1']
-        >>> offs = torch.tensor([3, 4], dtype=torch.int32)
-        >>> experts(torch.ones(4, 8), offs).shape
-        torch.Size([4, 16])
-    """
-    for watching in reversed(_running()):
-        if watching.find(weight) is not None:
-            return _in_fp8(watching, x, weight, offs, bias)
-    module = _converted_module_of(weight)
-    if module is not None:  # a part of a forward that is computed again in backward
-        with Watching(module) as watching:
-            return _in_fp8(watching, x, weight, offs, bias)
-    return _plain(x, weight, offs, bias)
-
-
-def _in_fp8(
-    watching: Watching, x: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None
-) -> Tensor:
-    with torch._C.DisableTorchFunction():
-        made = _grouped(watching, lambda: _plain(x, weight, offs, bias), x, weight, offs, bias)
-    assert made is not None
-    return made
-
-
-def _plain(x: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None) -> Tensor:
-    output = F.grouped_mm(x, weight, offs=offs)
-    if bias is None:
-        return output
-    numbers = torch.arange(len(x), device=x.device, dtype=offs.dtype)
-    group = torch.searchsorted(offs, numbers, right=True).clamp(max=len(offs) - 1)
-    return output + bias[group]
-
-
-def _converted_module_of(weight: Tensor) -> nn.Module | None:
-    """Return the converted module that has a bank, whose forward does not run."""
-    memory = _memory_of(weight)
-    for ledger in ticking:
-        for own in ledger.layers:
-            module = None if own.module is None else own.module()
-            bank = own.parameter_in(module)
-            if bank is not None and bank.ndim == BANK and _memory_of(_local(bank)[0]) == memory:
-                return module
-    return None

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from unclamp.errors import ConvertError
 from unclamp.names import shown
 from unclamp.nn.adapted import Adapted
+from unclamp.nn.experts import unknown_banks
 from unclamp.nn.kinds import is_relative, kind_of
 from unclamp.nn.products import Matrix, joined, products_in
 from unclamp.nn.routers import find_routers
@@ -95,7 +96,7 @@ def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | N
     kind = kind_of(module)
     if kind is None and not is_relative(module):
         has_matrix = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
-        return f"not a linear layer ({type(module).__name__})" if has_matrix else ""
+        return _no_layer(module) if has_matrix else ""
     glob = next((glob for glob in skip if matches(fqn, glob)), None)
     if glob is not None:
         return skipped_by(glob)
@@ -119,6 +120,17 @@ def _reason_to_skip(fqn: str, module: nn.Module, skip: Sequence[str]) -> str | N
     if "forward" in vars(module):
         return "its forward is replaced on the instance, which would bypass the casts"
     return None
+
+
+def _no_layer(module: nn.Module) -> str:
+    said = f"not a linear layer ({type(module).__name__})"
+    banks = ", ".join(f"{name} {shape}" for name, shape in unknown_banks(module).items())
+    if not banks:
+        return said
+    return (
+        f"{said}; if {banks} is a bank of matrices, [E, K, N], its forward does not multiply by it "
+        "in any function known here: use unclamp.grouped_mm (docs/experts.md)"
+    )
 
 
 def _is_memory(weight: Tensor) -> bool:

@@ -6,8 +6,10 @@ a gradient; of a frozen base at the bottom of a model none does, and the first o
 """
 
 import sys
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import CodeType, FrameType
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointFunction
@@ -57,3 +59,43 @@ def _frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+class _Within:
+    """A part of a forward that is computed again in a context."""
+
+    def __init__(self, run: Callable[..., Any], context: AbstractContextManager[Any]) -> None:
+        self._run = run
+        self.context = context
+
+    def __call__(self, *args: Any) -> Any:
+        with self.context:
+            return self._run(*args)
+
+
+def run_again_within(context: AbstractContextManager[Any], opened_by: CodeType) -> None:
+    """Have what is being checkpointed within a context be computed again within it.
+
+    Backward computes it again when the context has long been left. Nothing public tells of it, so
+    the function that is kept for it is found in the frames of torch's own.
+
+    Args:
+        context: What runs; it can be entered again.
+        opened_by: The code that opened it: what is checkpointed around that opens it again.
+    """
+    for frame in _frames():
+        if frame.f_code is opened_by:
+            return
+        if frame.f_code.co_filename != _FILE:
+            continue
+        if frame.f_code is _FIRST:
+            _wrap(frame.f_locals["ctx"], "run_function", context)
+        generator = frame.f_locals.get("gen")
+        if frame.f_code.co_name == "checkpoint" and generator is not None:
+            _wrap(generator.gi_frame.f_locals["new_frame"], "recompute_fn", context)
+
+
+def _wrap(kept: Any, name: str, context: AbstractContextManager[Any]) -> None:
+    run = getattr(kept, name)
+    if not (isinstance(run, _Within) and run.context is context):
+        setattr(kept, name, _Within(run, context))

@@ -26,6 +26,7 @@ from unclamp.errors import UnclampWarning, UnsupportedError
 from unclamp.nn.accounts import Account
 from unclamp.nn.attach import attach, find_ledgers, revert
 from unclamp.nn.candidates import candidates
+from unclamp.nn.experts import unknown_banks
 from unclamp.nn.kinds import kind_of
 from unclamp.nn.operands import Operands
 from unclamp.nn.patches import are_patches
@@ -40,6 +41,10 @@ UNKNOWN_ATTENTION = (
 )
 ROUTER = "a router"
 """How the reason of a layer begins that chooses experts."""
+UNKNOWN_BANK = (
+    "a bank of matrices, [E, K, N], that its forward does not multiply by in any function known "
+    "here; use unclamp.grouped_mm (docs/experts.md)"
+)
 NO_LAYER = "not a linear layer"
 """How the reason of a module begins of which nothing is known but that it has matrices."""
 
@@ -363,6 +368,11 @@ def _state(
         said = [skipped.get(fqn, NO_LAYER) for fqn in (_joined(owner, call.label), owner)]
         unknown = UNKNOWN_ATTENTION if call.label in ("qk", "pv") else TWO_ACTIVATIONS
         return "left out", next((w for w in said if not w.startswith(NO_LAYER)), unknown)
+    if module is not None and call.fqn == owner:
+        names = {name.rpartition(".")[2] for name in call.weight.names}
+        for name, shape in unknown_banks(module).items():
+            if name in names:
+                return "left out", f"{UNKNOWN_BANK}: {name} {shape}"
     if module is not None and products_in(module):
         return "left out", "its weight is read outside of the layer"
     if _is_router(module):

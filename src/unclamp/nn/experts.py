@@ -89,6 +89,17 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
+def unknown_banks(module: nn.Module) -> dict[str, list[int]]:
+    """Return names and shapes of what may be banks, of a module that is not known to have any.
+
+    Layers of torch's own have parameters of three dimensions that are none.
+    """
+    kind = getattr(type(module), "__plain__", type(module))
+    if kind.__module__.startswith("torch.nn."):
+        return {}
+    return {name: list(bank.shape) for name, bank in banks_of(module) if min(bank.shape) > 1}
+
+
 def is_dispatched(kind: type) -> bool:
     """Whether transformers chooses at each call how the experts of a class compute."""
     for base in kind.__mro__:
@@ -103,9 +114,11 @@ def _names(function: FunctionType, wanted: frozenset[str], depth: int) -> bool:
     names = set[str]().union(*(code.co_names for code in _codes(function.__code__)))
     if names & wanted:
         return True
+    called = [function.__globals__.get(name) for name in names]
+    if any(getattr(f, "__name__", None) in wanted for f in called if callable(f)):  # an alias
+        return True
     if depth == 0:
         return False
-    called = (function.__globals__.get(name) for name in names)
     return any(_names(f, wanted, depth - 1) for f in called if isinstance(f, FunctionType))
 
 

@@ -42,8 +42,11 @@ def matmul(
     *,
     accumulate: str = "float32",
     out_dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return `a @ b.T + bias`, `[rows of a, rows of b]`: float32, rounded to `out_dtype`.
+
+    It is put into `out`, if given, a tensor of that shape and dtype: the same bits.
 
     On a GPU the tensor cores add, and "hopper_fast" is their `use_fast_accum`; the other two mean
     without it (`unclamp.numerics.gpu.gemm`).
@@ -59,14 +62,24 @@ def matmul(
         raise unknown_name("accumulate", accumulate, list(ACCUMULATES))
     if torch.is_autocast_enabled(a.tensor.device.type):  # F.linear would leave float32
         with torch.autocast(a.tensor.device.type, enabled=False):
-            return matmul(a, b, bias, accumulate=accumulate, out_dtype=out_dtype)
+            return matmul(a, b, bias, accumulate=accumulate, out_dtype=out_dtype, out=out)
     if goes_to_gpu(a.tensor) and (a.scale_inv is not None or b.scale_inv is not None):
-        return scaled_matmul(a, b, bias, fast=accumulate == "hopper_fast", out_dtype=out_dtype)
+        fast = accumulate == "hopper_fast"
+        return _put(scaled_matmul(a, b, bias, fast=fast, out_dtype=out_dtype), out)
     bias = None if bias is None else bias.to(torch.float32)
     if accumulate == "float32" or a.scale_inv is None or b.scale_inv is None:
-        return F.linear(values_of(a), values_of(b), bias).to(out_dtype)
-    out = _hopper(a, b, fast=accumulate == "hopper_fast")
-    return (out if bias is None else out + bias).to(out_dtype)
+        left, right = values_of(a), values_of(b)
+        if out is None or out.dtype != torch.float32:
+            return _put(F.linear(left, right, bias).to(out_dtype), out)
+        if bias is None:
+            return torch.mm(left, right.t(), out=out)
+        return torch.addmm(bias, left, right.t(), out=out)
+    made = _hopper(a, b, fast=accumulate == "hopper_fast")
+    return _put((made if bias is None else made + bias).to(out_dtype), out)
+
+
+def _put(made: Tensor, out: Tensor | None) -> Tensor:
+    return made if out is None else out.copy_(made)
 
 
 def _hopper(a: GemmOperand, b: GemmOperand, *, fast: bool) -> Tensor:

@@ -112,11 +112,16 @@ def look_at_weight_gradient(
 
 
 def gemm(
-    a: GemmOperand, b: GemmOperand, bias: Tensor | None, accumulate: str, out_dtype: torch.dtype
+    a: GemmOperand,
+    b: GemmOperand,
+    bias: Tensor | None,
+    accumulate: str,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Multiply as `unclamp.numerics.matmul` does."""
+    """Multiply as `unclamp.numerics.matmul` does; no graph has an `out`."""
     if not is_graph_being_made():
-        return matmul(a, b, bias, accumulate=accumulate, out_dtype=out_dtype)
+        return matmul(a, b, bias, accumulate=accumulate, out_dtype=out_dtype, out=out)
     return torch.ops.unclamp.matmul(*_plain(a), *_plain(b), bias, accumulate, out_dtype)
 
 

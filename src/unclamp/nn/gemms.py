@@ -1,0 +1,273 @@
+"""The three GEMMs of a product, as parts of a node of autograd's graph; see `nn.product`.
+
+A node may be one product (`Product`), or hold several (`nn.grouped`): what a product keeps from
+its forward for its backward hangs on a `Part` of the node, and the tensors among it come back for
+`save_for_backward`. Results are written to where they are wanted, if that is said.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unclamp.names import GEMMS, Gemm, Role
+from unclamp.nn.agreed import WHOLE, Splits, smoothing
+from unclamp.nn.casts import Hat, Seen
+from unclamp.nn.first import first_scale
+from unclamp.nn.gradient import cast_gradient, with_look
+from unclamp.nn.groups import Groups
+from unclamp.nn.layout import Axis
+from unclamp.nn.noted import Doubt
+from unclamp.nn.operands import Operands
+from unclamp.nn.split import asked, uncounted
+from unclamp.numerics import CastPlan, GemmOperand
+from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
+
+WANTS_A_VIEW = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+"""Where a compiled function returns an operator's very result, torch 2.11 takes the gradient for
+zeros. A view helps, at the price that nobody may write into it; 2.13 needs none."""
+Commit = Literal["in backward", "now"] | None
+"""When a forward's statistics reach the ledger; None: never, it is an evaluation."""
+Saved = tuple[Tensor | None, ...]
+"""Codes and scales of the input, those of the weight, and the smoothing."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of input, weight and bias; None of what nobody asks for."""
+NOTHING: tuple[None, None] = (None, None)
+"""Stands for an operand that backward does not need."""
+
+
+class Meets(NamedTuple):
+    """What is decided of a forward before anything is cast.
+
+    Attributes:
+        commit: When its statistics reach the ledger.
+        evaluates: Whether its casts are counted apart.
+        together: With whom it agrees on first scales.
+        splits: How it is spread over ranks.
+    """
+
+    commit: Commit
+    evaluates: bool
+    together: Groups = ()
+    splits: Splits = WHOLE
+
+
+class Product(torch.autograd.Function):
+    """A product that is a node by itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operands: Operands, meets: Meets
+    ) -> Tensor:
+        """Return the output."""
+        output, saved = run_forward(ctx, x, weight, bias, operands, meets, ctx.needs_input_grad)
+        # Nothing of the codes may stay outside of `save_for_backward`, or checkpointing keeps it.
+        ctx.save_for_backward(*saved)
+        return output.view_as(output) if WANTS_A_VIEW and torch.compiler.is_compiling() else output
+
+    # A second derivative would silently miss everything that goes through a cast: raise.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the gradients that are asked for."""
+        (dy,) = grad_outputs
+        saved = ctx.saved_tensors  # once: under checkpointing each read unpacks, and may only once
+        return *run_backward(ctx, saved, dy, dy, asked(ctx)), None, None
+
+
+def run_forward(
+    part: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    operands: Operands,
+    meets: Meets,
+    needs: tuple[bool, ...],
+    out: Tensor | None = None,
+) -> tuple[Tensor, Saved]:
+    """Return a product's output, and the tensors that its backward wants.
+
+    Args:
+        part: What is to be kept for backward hangs on it.
+        x: Input `[T, K]`.
+        weight: `[N, K]`.
+        bias: `[N]`, or None.
+        operands: The product's.
+        meets: What is decided of it.
+        needs: Whether input, weight and bias want a gradient.
+        out: Where the output goes, `[T, N]` in the dtype of `x`; fresh memory without it.
+    """
+    needs_input, needs_weight = needs[:2]
+    commit, evaluates, together, splits = meets
+    # What may be trained by a backward has the bits of a training, whatever its mode.
+    doubt = operands.doubt(weight) if evaluates and commit is None else None
+    remakes = needs_input and doubt is None and operands.remakes_weight(weight, x.shape[0])
+    x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
+    # A cast along the other axis is made in any case, to be counted.
+    casts_once = not needs_input or (remakes and operands.square["weight"])
+    w_gemms: list[Gemm] = ["output"] if casts_once else ["output", "grad_input"]
+    output, x_hat, w_hat, smooth, w_scale = cast_and_multiply(
+        operands, x, weight, bias, x_gemms, w_gemms, doubt, together, splits, out
+    )
+
+    # grad_weight will contract T, axis 0 of the input; grad_input N, axis 0 of the weight.
+    kept_x = _kept(operands, "grad_weight", x, x_hat) if needs_weight else None
+    kept_w = _kept(operands, "grad_input", weight, w_hat) if needs_input else None
+    part.remade = operands.plans["weight"] if remakes else None
+    if remakes:
+        kept_w = GemmOperand(weight, _scale_of(operands, w_hat) if w_scale is None else w_scale)
+    seen: dict[Role, Seen] = {
+        "input": operands.seen("input", x_hat),
+        "weight": operands.seen("weight", w_hat),
+    }
+    if commit == "now":
+        operands.commit(seen)
+    if evaluates:
+        operands.evaluate(seen, weight)
+    part.operands, part.commit, part.seen, part.meets = operands, commit, seen, (together, splits)
+    part.counted = None, frozenset()
+    part.grains = tuple(None if k is None else k.granularity for k in (kept_x, kept_w))
+    part.high = {name: operands.is_high(name) for name in GEMMS}
+    part.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+    saved = (*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
+    return output.to(x.dtype), saved
+
+
+def cast_and_multiply(
+    operands: Operands,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_gemms: list[Gemm],
+    w_gemms: list[Gemm],
+    doubt: Doubt = None,
+    together: Groups = (),
+    splits: Splits = WHOLE,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Hat, Hat, Tensor | None, Tensor | None]:
+    """Return the output, both operands after their casts for some GEMMs, and the smoothing.
+
+    Then the weight's scale, where it has a first one that was agreed on `together` with others.
+    """
+    smooth = smoothing(operands, x, splits) if operands.smooth else None
+    x_cast, w_cast = x, weight
+    if smooth is not None:  # float32 holds the products with a power of two exactly
+        x_cast, w_cast = x.to(torch.float32) * smooth, weight.to(torch.float32) / smooth
+    x_scale = first_scale(operands, "input", x_cast, together)
+    w_scale = first_scale(operands, "weight", w_cast, together)
+    x_hat = operands.cast("input", x_cast, x_gemms, scale=x_scale, splits=splits)
+    w_hat = operands.cast("weight", w_cast, w_gemms, doubt=doubt, scale=w_scale, splits=splits)
+    # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
+    if operands.is_high("output"):
+        output = written(plain_gemm(GemmOperand(x), GemmOperand(weight), bias), out)
+    else:
+        mode = operands.modes["output"]
+        output = gemm(x_hat.along(1), w_hat.along(1), bias, mode, x.dtype, out)
+    return output, x_hat, w_hat, smooth, w_scale
+
+
+def run_backward(
+    part: Any,
+    saved: Saved,
+    dy: Tensor,
+    whole: Tensor,
+    needs: tuple[bool, bool, bool],
+    outs: Gradients = (None, None, None),
+) -> Gradients:
+    """Return a product's gradients.
+
+    Args:
+        part: What `run_forward` hung things on.
+        saved: The tensors that it gave.
+        dy: The gradient of the output, `[T, N]`.
+        whole: The gradient that the node was given, of which `dy` is what concerns the product.
+        needs: Which gradients are asked for.
+        outs: Where they go, in the dtypes of their tensors; fresh memory where there is None.
+    """
+    operands: Operands = part.operands
+    x_codes, x_inv, w_codes, w_inv, smooth = saved
+    needs_input, needs_weight, needs_bias = needs
+    x_dtype, weight_dtype, bias_dtype = part.dtypes
+    wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
+    gemms: list[Gemm] = [gemm for gemm, is_on in wanted.items() if is_on]
+    dy_hat, seen = cast_gradient(operands, dy, gemms, *part.meets)
+    if part.commit == "in backward" and not torch.compiler.is_compiling():
+        seen = uncounted(part, whole, dy_hat, seen)
+
+    grad_input = grad_weight = grad_bias = None
+    if needs_input:
+        # grad_input [T, K] = dy_hat [T, N] @ w_hat [N, K], contracting N: axes 1 and 0.
+        if part.remade is not None:
+            w_cast = w_codes if smooth is None else w_codes.to(torch.float32) / smooth
+            axis: Axis = 1 if operands.square["weight"] else 0
+            w_hat = _remade(w_cast, w_inv, part.remade, axis)
+        else:
+            w_hat = GemmOperand(w_codes, w_inv, part.grains[1], 0)
+        if part.high["grad_input"]:
+            grad_input = written(plain_gemm(GemmOperand(dy), w_hat), outs[0])
+        else:
+            mode = operands.modes["grad_input"]
+            if smooth is None:
+                grad_input = gemm(dy_hat.along(1), w_hat, None, mode, x_dtype, outs[0])
+            else:  # smoothing comes after the sum, and before it is rounded
+                grad_input = gemm(dy_hat.along(1), w_hat, None, mode, torch.float32)
+                grad_input = written(grad_input * smooth, outs[0])
+        grad_input = grad_input.to(x_dtype)
+    if needs_weight:
+        # grad_weight [N, K] = dy_hat [T, N].T @ x_hat [T, K], contracting T: axis 0 of both.
+        x_hat = GemmOperand(x_codes, x_inv, part.grains[0], 0)
+        if part.high["grad_weight"]:
+            grad_weight = written(plain_gemm(GemmOperand(dy, axis=0), x_hat), outs[1])
+        else:
+            mode = operands.modes["grad_weight"]
+            if smooth is None:
+                grad_weight = gemm(dy_hat.along(0), x_hat, None, mode, weight_dtype, outs[1])
+            else:
+                grad_weight = gemm(dy_hat.along(0), x_hat, None, mode, torch.float32)
+                grad_weight = written(grad_weight / smooth, outs[1])
+        grad_weight = grad_weight.to(weight_dtype)
+        if part.commit == "in backward" and not part.high["grad_weight"]:
+            seen = with_look(operands, seen, dy, dy_hat, x_hat, grad_weight, smooth)
+    if needs_bias:
+        grad_bias = written(sum_tokens(dy).to(bias_dtype), outs[2])
+    if part.commit == "in backward":
+        operands.commit({**part.seen, "grad_output": seen})
+        part.seen = {}  # a graph that is kept makes one cast more, and not three
+    return grad_input, grad_weight, grad_bias
+
+
+def written(made: Tensor, out: Tensor | None) -> Tensor:
+    """Return a result in the memory where it is wanted."""
+    return made if out is None else out.copy_(made)
+
+
+def _kept(operands: Operands, name: Gemm, plain: Tensor, hat: Hat) -> GemmOperand:
+    """Return what backward's GEMM keeps of an operand that it contracts along axis 0."""
+    if operands.is_high(name):
+        return GemmOperand(plain, axis=0)
+    return hat.along(0)
+
+
+def _scale_of(operands: Operands, hat: Hat) -> Tensor | None:
+    """Return the scale by which the weight can be cast again; None where it takes its own."""
+    axis: Axis = 1 if operands.square["weight"] else 0
+    scale = hat.agreed.get(axis, operands.scales["weight", axis])
+    return None if scale is None else scale.clone()
+
+
+def _remade(weight: Tensor, scale: Tensor | None, plan: CastPlan, axis: Axis) -> GemmOperand:
+    """Return the weight as the forward cast it, for `grad_input`; it is not counted again.
+
+    What a cast does is a function of tensor, scale and plan: the codes are the same.
+    """
+    return quantize_operand(weight, scale, plan, axis, turned=axis == 1).along(0)
+
+
+def plain_gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None = None) -> Tensor:
+    """Multiply in high precision as `nn.Linear` does, in the dtype of the first operand."""
+    left, right = (x.tensor if x.axis == 1 else x.tensor.t() for x in (a, b))
+    with torch.autocast(left.device.type, enabled=False):
+        bias = None if bias is None else bias.to(left.dtype)
+        return F.linear(left, right.to(left.dtype), bias)
