@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from unclamp.nn.accounts import accounted
 from unclamp.nn.clock import ticking
 from unclamp.nn.counting import count
-from unclamp.nn.grouped import Matrices, sizes_of, split_rows
+from unclamp.nn.grouped import Matrices, is_of_experts, sizes_of, split_rows
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
 from unclamp.nn.product import multiply, when_to_commit
@@ -40,9 +40,9 @@ CONVERSIONS = frozenset(
 
 
 def banks_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a module's own parameters that are banks, by name."""
+    """Yield a module's own parameters that are banks, by name; a bias `[E, 1, N]` is none."""
     for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.ndim == BANK:
+        if parameter is not None and parameter.ndim == BANK and 1 not in parameter.shape[1:]:
             yield name, parameter
 
 
@@ -123,7 +123,7 @@ class Watching(TorchFunctionMode):
             return None
         memory, offset = _memory_of(weight), int(weight.storage_offset())
         for place in self._places.get(memory, ()):
-            if place.start <= offset < place.stop:
+            if place.start <= offset < place.stop and is_of_experts(weight, place.step):
                 within = (offset - place.start) // place.step if place.step else 0
                 return Found(place.bank, place.first + within, weight.ndim == BANK)
         return None
@@ -217,8 +217,9 @@ class Watching(TorchFunctionMode):
                     parts.append(multiply(own, tokens, matrix, shift, training=training))
                 else:
                     parts.append(F.linear(tokens, matrix, shift) if part is None else part)
-        tail = rows[-1]
-        if len(tail):
+        if not parts and made[-1] is None:  # a graph all the same, whose gradients are zeros
+            parts.append(F.linear(rows[0], weights[0], biases[0]))
+        if len(tail := rows[-1]):
             rest = made[-1]
             parts.append(tail.new_zeros(len(tail), weight.shape[-1]) if rest is None else rest)
         return torch.cat(parts) if parts else plain()
@@ -274,7 +275,7 @@ def _batched(
 ) -> Tensor | None:
     """`torch.bmm` of a batch an expert, `[E, T, K]`, by a bank, `[E, K, N]`."""
     found = watching.find(weight)
-    if found is None or not found.is_bank or x.ndim != BANK:
+    if found is None or not found.is_bank or x.ndim != BANK or len(x) != len(weight):
         return None
     experts, tokens = x.shape[:2]
     sizes = [(tokens, 0)] * experts
@@ -285,11 +286,12 @@ def _batched(
 def _matmul(
     watching: Watching, plain: Callable[[], Tensor], x: Tensor, weight: Tensor, **_: Any
 ) -> Tensor | None:
-    """`x @ weight`, of tokens by an expert's `[K, N]`, or of batches by a bank."""
+    """`x @ weight`, of tokens by an expert's `[K, N]`, or of batches, or all of them, by a bank."""
     found = watching.find(weight)
     if found is None:
         return None
     if found.is_bank:
+        x = x.expand(len(weight), *x.shape[-2:]) if x.shape[:-2] in ((), (1,)) else x
         return _batched(watching, plain, x, weight)
     return watching.one(found, x, weight.t(), None, plain)
 

@@ -38,6 +38,18 @@ def split_rows(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Any]:
     return list(x.split([*every, len(x) - sum(every)]))
 
 
+def is_of_experts(weight: Tensor, step: int) -> bool:
+    """Whether a part of a bank is experts one after the other, and no matrix of several.
+
+    Args:
+        weight: `[K, N]` or `[experts, K, N]`, a view of the bank's memory.
+        step: Elements from an expert to the next there; 0 where one expert's is all of it.
+    """
+    if weight.ndim == 3 and len(weight) > 1:
+        return weight.stride(0) == step
+    return not step or weight.numel() <= step
+
+
 class Matrices(torch.autograd.Function):
     """A bank `[E, K, N]` as matrices `[N, K]`: views, whose gradients are put together once.
 
