@@ -31,7 +31,7 @@ from unclamp.nn.accounts import accounted
 from unclamp.nn.checkpointed import run_again_within
 from unclamp.nn.counting import count
 from unclamp.nn.gemms import Meets
-from unclamp.nn.grouped import Bank, Part, sizes_of
+from unclamp.nn.grouped import Bank, Part, is_of_experts, sizes_of
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
 from unclamp.nn.product import check, meeting, multiply, when_to_commit
@@ -46,9 +46,9 @@ CONVERSIONS = frozenset(
 
 
 def banks_of(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a module's own parameters that are banks, by name."""
+    """Yield a module's own parameters that are banks, by name; a bias `[E, 1, N]` is none."""
     for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.ndim == BANK:
+        if parameter is not None and parameter.ndim == BANK and 1 not in parameter.shape[1:]:
             yield name, parameter
 
 
@@ -150,7 +150,7 @@ class Watching(TorchFunctionMode):
             return None
         memory, offset = memory_of(weight), int(weight.storage_offset())
         for place in self._places.get(memory, ()):
-            if place.start <= offset < place.stop:
+            if place.start <= offset < place.stop and is_of_experts(weight, place.step):
                 within = (offset - place.start) // place.step if place.step else 0
                 return Found(place.bank, place.first + within, weight.ndim == BANK)
         return None
@@ -330,7 +330,7 @@ def _batched(
 ) -> Tensor | None:
     """`torch.bmm` of a batch an expert, `[E, T, K]`, by a bank, `[E, K, N]`."""
     found = watching.find(weight)
-    if found is None or not found.is_bank or x.ndim != BANK:
+    if found is None or not found.is_bank or x.ndim != BANK or len(x) != len(weight):
         return None
     experts, tokens = x.shape[:2]
     sizes = [(tokens, 0)] * experts
@@ -341,11 +341,12 @@ def _batched(
 def _matmul(
     watching: Watching, plain: Callable[[], Tensor], x: Tensor, weight: Tensor, **_: Any
 ) -> Tensor | None:
-    """`x @ weight`, of tokens by an expert's `[K, N]`, or of batches by a bank."""
+    """`x @ weight`, of tokens by an expert's `[K, N]`, or of batches, or all of them, by a bank."""
     found = watching.find(weight)
     if found is None:
         return None
     if found.is_bank:
+        x = x.expand(len(weight), *x.shape[-2:]) if x.shape[:-2] in ((), (1,)) else x
         return _batched(watching, plain, x, weight)
     return watching.one(found, x, weight.t(), None, plain)
 

@@ -165,3 +165,15 @@ def _last_rows(x: Tensor) -> Tensor:
     numbers = torch.arange(1, len(x) + 1, device=x.device)
     last = torch.where(x.any(-1), numbers, 0)
     return torch.cat([last.new_zeros(1), last.cummax(0).values])
+
+
+def is_of_experts(weight: Tensor, step: int) -> bool:
+    """Whether a part of a bank is experts one after the other, and no matrix of several.
+
+    Args:
+        weight: `[K, N]` or `[experts, K, N]`, a view of the bank's memory.
+        step: Elements from an expert to the next there; 0 where one expert's is all of it.
+    """
+    if weight.ndim == 3 and len(weight) > 1:
+        return weight.stride(0) == step
+    return not step or weight.numel() <= step

@@ -2,9 +2,10 @@
 
 A model's attention module looks up, by its config, the function that computes, and hands it itself
 and its queries, keys and values. An adapted module shows its forward a copy of the config that
-names the function of this file; nobody else sees it, so that masks are made as ever and a saved
-config is the user's own. The function then asks the module's products, and the one that the user's
-config names where the plain attention is to compute.
+names the function of this file where it is looked up, and the user's own where it is compared
+(`_Shown`); nobody else sees it, so that masks are made as ever and a saved config is the user's
+own. The function then asks the module's products, and the one that the user's config names where
+the plain attention is to compute.
 
 `eager` and `sdpa` are known. Flash and flex attention are kernels of their own that also make the
 mask: they are left alone.
@@ -29,6 +30,25 @@ NAME = "unclamp"
 KNOWN = ("eager", "sdpa")
 UNKNOWN = frozenset({"logsumexp", "maybe_autocast"})
 """Calls of an eager attention that computes otherwise: probabilities that do not sum to one."""
+
+
+class _Shown(str):
+    """The user's name of an attention, under which the interface finds the function of this file.
+
+    Forwards compare the name too: DeepSeek's sparse attention makes its mask, and GPT-2 its scores
+    in float32, where it is "eager". A dict asks for the hash first, and finds `NAME`.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(NAME)
+
+    def __eq__(self, other: object) -> bool:
+        return other == NAME or str.__eq__(self, other) is True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
 
 def _forward_of(of: type) -> Any:
@@ -96,7 +116,7 @@ class Fp8InterfaceAttention(WithAttention):
             return super().forward(*args, **kwargs)
         _register()
         shown = copy.copy(config)
-        shown._attn_implementation_internal = NAME
+        shown._attn_implementation_internal = _Shown(implementation_of(self))
         self.__dict__["config"] = shown
         self.__dict__["unclamp_config"] = config
         try:
