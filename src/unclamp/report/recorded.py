@@ -1,6 +1,6 @@
 """What one run recorded, read from its log: curves, spikes, totals of sites. Torch-free."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from unclamp.analysis import (
 )
 from unclamp.analysis.groups import Group, has_kinds
 from unclamp.errors import AnalysisError
-from unclamp.names import SiteName
+from unclamp.names import SiteName, is_attention_name
 from unclamp.report.status import noted
 from unclamp.runlog import PLACES_SQL, Cut, RunLog, SiteInfo, Windows
 from unclamp.study.marks import PLANTED, WORDS
@@ -205,6 +205,23 @@ def _least_by_row(log: RunLog) -> dict[SiteName, float]:
         "WHERE sqnr_row_median_db IS NOT NULL GROUP BY ALL"
     )
     return {SiteName(row["fqn"], row["role"]): row["least"] for row in found.to_pylist()}
+
+
+def of_attention(number: float, elements: str) -> str:
+    """Say how many of the clamped elements belong to products of attention; "" of none.
+
+    Where no rule names these, they are counted and not computed, so the loss knows nothing of them.
+    A log does not tell which are.
+    """
+    if not number:
+        return ""
+    which = "are only counted, and change no loss, where no rule of the recipe names them"
+    return f"; {elements} of these in products of attention (qk, pv), which {which}"
+
+
+def clamped_in_attention(sites: Iterable[SiteRecord]) -> int:
+    """Return how many elements were clamped in products of attention."""
+    return sum(site.totals.saturated for site in sites if is_attention_name(site.name.fqn))
 
 
 def by_clamp_error(sites: list[SiteRecord]) -> list[SiteRecord]:

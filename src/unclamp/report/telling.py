@@ -9,7 +9,13 @@ from unclamp.analysis.groups import kind_in_words
 from unclamp.names import SiteName
 from unclamp.report.bands import final_loss
 from unclamp.report.kinds import kind_sentences
-from unclamp.report.recorded import RunRecord, SiteRecord, by_clamp_error
+from unclamp.report.recorded import (
+    RunRecord,
+    SiteRecord,
+    by_clamp_error,
+    clamped_in_attention,
+    of_attention,
+)
 from unclamp.totals import SiteTotals
 from unclamp.written import counted, loss_text, percent, times
 
@@ -80,10 +86,11 @@ def _clamp_sentences(record: RunRecord) -> list[str]:
     said = [f"Nothing was clamped at any of {counted(len(sites), 'site')}{extent}."]
     if clamped:
         elements = counted(total.saturated, "element was", "elements were")
+        attention = clamped_in_attention(sites)
         said = [
             f"{elements} clamped, in {total.clamped_rows:,} of "
             f"{counted(total.rows, 'recorded cast')}, at {len(clamped):,} of "
-            f"{counted(len(sites), 'site')}{extent}.",
+            f"{counted(len(sites), 'site')}{extent}{of_attention(attention, f'{attention:,}')}.",
             *_worst_sentence(clamped[0]),
             *_gradient_sentences(record),
         ]
