@@ -6,6 +6,7 @@ Expected FLOPs are counted by hand.
 import copy
 import gc
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,7 +284,8 @@ def test_a_wrapper_and_a_copy_keep_it(tmp_path: Path) -> None:
     twin = copy.deepcopy(model)
     run(twin, tmp_path / "copy")
     run(Wrapper(model), tmp_path / "wrapped")
-    for name in ("copy", "wrapped"):
+    run(pickle.loads(pickle.dumps(model)), tmp_path / "pickled")
+    for name in ("copy", "wrapped", "pickled"):
         assert len(events(tmp_path / name, "coverage")) == 1
 
 

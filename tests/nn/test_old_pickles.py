@@ -14,7 +14,7 @@ from unclamp.nn import Ledger, find_ledgers
 
 HISTORY_LEN, STEPS = 4, 3
 ADDED = ("unmatched", "kept", "steps", "evaluated", "gone", "shared", "observes", "inspection",
-         "_asked", "details", "_listeners", "_switch_listeners")  # fmt: skip
+         "_asked", "details", "_listeners", "_switch_listeners", "coverage")  # fmt: skip
 """What a ledger's pickle got from version to version."""
 
 

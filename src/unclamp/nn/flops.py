@@ -5,6 +5,7 @@ Attention has two, `qk` and `pv`; where its kernel is told that it is causal, th
 of positions that see each other, which is what such kernels compute.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def is_product(func: Any) -> bool:
     return name_of(func) in _READERS or gradients_of(func, ()) is not None
 
 
+@functools.cache  # asked thrice of each operator that runs
 def name_of(func: Any) -> str:
     """Return an operator's name without its overload, with the namespace of all but torch's."""
     if isinstance(func, torch._ops.HigherOrderOperator):
