@@ -1,7 +1,7 @@
 """Experts in a compiled model: one break of the graph, the bits of eager mode, counted once."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ class Model(nn.Module):
         return self.last(x.relu())
 
 
-def stepped(model: nn.Module, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
+def stepped(model: Callable[..., Tensor], parameters: list[nn.Parameter]) -> list[list[Tensor]]:
     """Return outputs and gradients, step by step."""
     optimizer, found = torch.optim.SGD(parameters, lr=0.1), []
     for step, ends in enumerate(OFFSETS):

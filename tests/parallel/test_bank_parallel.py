@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -188,12 +189,12 @@ def saving_rank(rank: int, recipe: str, path: str) -> Any:
     train(model, functools.partial(apart, rank=rank))
     state = model.state_dict()
     saved = {key: whole(value) for key, value in state.items()}
-    dcp.save(state, checkpoint_id=path)
+    save(state, checkpoint_id=path)
     other = sharded(recipe)
     other.load_state_dict(state)
     third = sharded(recipe)
     loaded = third.state_dict()
-    dcp.load(loaded, checkpoint_id=path)
+    load(loaded, checkpoint_id=path)
     third.load_state_dict(loaded)
     later = range(STEPS, STEPS + 2)
     going = [train(m, functools.partial(apart, rank=rank), later) for m in (model, other, third)]
@@ -209,7 +210,7 @@ def test_a_checkpoint_holds_the_experts_of_all_ranks(recipe: str, tmp_path: Path
     found = run_ranks(RANKS, saving_rank, recipe, str(tmp_path))
     alone_again = converted(recipe)
     loaded = alone_again.state_dict()
-    dcp.load(loaded, checkpoint_id=str(tmp_path), no_dist=True)
+    load(loaded, checkpoint_id=str(tmp_path), no_dist=True)
     alone_again.load_state_dict(loaded)
     later = range(STEPS, STEPS + 2)
     expected_later = train(truth, alone, later)
