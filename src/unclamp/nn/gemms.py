@@ -30,7 +30,7 @@ WANTS_A_VIEW = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 zeros. A view helps, at the price that nobody may write into it; 2.13 needs none."""
 Commit = Literal["in backward", "now"] | None
 """When a forward's statistics reach the ledger; None: never, it is an evaluation."""
-Saved = tuple[Tensor | None, ...]
+Saved = tuple[Any, ...]
 """Codes and scales of the input, those of the weight, and the smoothing."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of input, weight and bias; None of what nobody asks for."""

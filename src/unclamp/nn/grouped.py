@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unclamp.nn.gemms import Meets, plain_gemm, run_backward, run_forward
+from unclamp.nn.gemms import Gradients, Meets, plain_gemm, run_backward, run_forward
 from unclamp.nn.operands import Operands
 from unclamp.nn.split import asked
 from unclamp.numerics import GemmOperand
@@ -50,7 +50,7 @@ class Bank(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]
     ) -> Tensor:
         """Return the output, `[T, N]`; rows that belong to no expert are zeros."""
-        output = x.new_empty(len(x), weight.shape[-1])
+        output = large(x, (len(x), weight.shape[-1]))
         output[parts[-1].rows.stop if parts else 0 :] = 0
         kept: list[Tensor | None] = []
         for part in parts:
@@ -79,15 +79,18 @@ class Bank(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of rows, bank and biases, as far as they are asked for."""
         (dy,) = grad_outputs
-        weight, *kept = ctx.saved_tensors
+        saved_tensors: tuple[Any, ...] = ctx.saved_tensors
+        weight, kept = saved_tensors[0], saved_tensors[1:]
         needs = asked(ctx)
         grads = _room(ctx, needs)
         untouched = set(range(ctx.shapes[1][0]))
         for part in ctx.parts:
             saved, kept = kept[: part.saved], kept[part.saved :]
-            outs = tuple(
-                None if grad is None else grad[part.rows if place == 0 else part.expert]
-                for place, grad in enumerate(grads)
+            dx, dw, db = grads
+            outs = (
+                None if dx is None else dx[part.rows],
+                None if dw is None else dw[part.expert],
+                None if db is None else db[part.expert],
             )
             if part.operands is None:
                 is_first = part.expert in untouched
@@ -104,14 +107,15 @@ class Bank(torch.autograd.Function):
         return dx, None if dw is None else dw.mT, db, None
 
 
-def _room(ctx: Any, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+def _room(ctx: Any, needs: tuple[bool, bool, bool]) -> Gradients:
     """Return where gradients go: `[T, K]`, `[E, N, K]` and `[E, N]`."""
     (tokens, _), (experts, inputs, outputs) = ctx.shapes
     shapes = ((tokens, inputs), (experts, outputs, inputs), (experts, outputs))
-    return tuple(
+    dx, dw, db = (
         large(like, shape) if is_on else None
         for like, shape, is_on in zip(ctx.like, shapes, needs, strict=True)
     )
+    return dx, dw, db
 
 
 def _plain_backward(

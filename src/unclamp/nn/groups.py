@@ -167,6 +167,11 @@ class Found:
     may_be_missed: bool
 
 
+def _is_over_experts(parameter: nn.Parameter, placement: Any) -> bool:
+    """Whether a bank is split over its experts: each one's matrix is whole where it is."""
+    return parameter.ndim == 3 and placement.dim % 3 == 0
+
+
 class Finder:
     """Looks for the groups of several modules of a model at one time.
 
@@ -227,7 +232,7 @@ class Finder:
         return [
             group
             for group, placement in zip(spec.mesh.get_all_groups(), spec.placements, strict=True)
-            if placement.is_shard()
+            if placement.is_shard() and not _is_over_experts(parameter, placement)
         ]
 
 
