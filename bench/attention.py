@@ -1,5 +1,6 @@
 """The attention of the study's model: observed at the steps that are counted, and in FP8."""
 
+import argparse
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -62,4 +63,5 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__).parse_args()
     measure()

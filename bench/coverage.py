@@ -4,6 +4,7 @@ Run: `python -m bench.coverage`, in some minutes. Models lie on the meta device,
 numbers of their published configs; a step runs on shapes alone.
 """
 
+import argparse
 import json
 import tempfile
 import warnings
@@ -131,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.coverage", description=__doc__).parse_args()
     main()

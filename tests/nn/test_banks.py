@@ -379,18 +379,17 @@ def test_a_step_notes_the_weights_that_its_optimizer_holds() -> None:
     rows = torch.randn(8, WIDTH)
     offs = torch.tensor([2, 4, 6, 8], dtype=torch.int32)
     optimizers = [torch.optim.SGD(bank.parameters(), lr=0.1) for bank in model]
-    for bank in model:
+    for bank in list(model):
         bank(rows, offs).sum().backward()
     for place, optimizer in enumerate(optimizers):
         optimizer.step()
         for bank in list(model)[: place + 1]:
-            weight = bank.up
-            assert isinstance(weight, nn.Parameter)
+            weight = bank.get_parameter("up")
             notes = [own.noted for _, own, _ in products_of(bank)]
             assert [note and note.version for note in notes] == [weight._version] * EXPERTS
             assert all(note and note.weight and note.weight() is weight for note in notes)
     with torch.no_grad():
-        model[1].up.mul_(2)  # by nobody's optimizer
+        model[1].get_parameter("up").mul_(2)  # by nobody's optimizer
     optimizers[0].step()
     versions = {own.noted and own.noted.version for _, own, _ in products_of(model[1])}
-    assert versions == {model[1].up._version - 1}
+    assert versions == {model[1].get_parameter("up")._version - 1}

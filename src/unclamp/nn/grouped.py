@@ -99,8 +99,9 @@ class Bank(torch.autograd.Function):
                 run_backward(part, saved, dy[part.rows], dy, needs, outs)
             untouched.discard(part.expert)
         for grad in grads[1:]:
-            for expert in untouched if grad is not None else ():
-                grad[expert] = 0
+            if grad is not None:
+                for expert in untouched:
+                    grad[expert] = 0
         dx, dw, db = grads
         if dx is not None:
             dx[ctx.parts[-1].rows.stop if ctx.parts else 0 :] = 0
