@@ -98,8 +98,8 @@ class Bank(torch.autograd.Function):
             else:
                 run_backward(part, saved, dy[part.rows], dy, needs, outs)
             untouched.discard(part.expert)
-        for grad in grads[1:]:
-            for expert in untouched if grad is not None else ():
+        for grad in (g for g in grads[1:] if g is not None):
+            for expert in untouched:
                 grad[expert] = 0
         dx, dw, db = grads
         if dx is not None:
