@@ -22,6 +22,7 @@ from unclamp.numerics import (
     quantize,
 )
 from unclamp.numerics.blocks import orient
+from unclamp.numerics.fused import HUGE, large
 from unclamp.numerics.gemm import values_of
 from unclamp.numerics.operators import LIBRARY
 from unclamp.scaling import MX, Granularity, PerBlock, PerRow, PerTensor
@@ -320,3 +321,30 @@ def test_the_operator_sum_tokens_adds_in_float32(shape, dtype):
     exact = x.to(torch.float64).sum(0)
     bound = math.prod(shape) * 2.0**-24 * x.to(torch.float64).abs().sum(0)
     assert bool(((got - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("accumulate", ["float32", "hopper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+def test_a_product_is_put_where_it_is_wanted(
+    has_bias: bool, dtype: torch.dtype, accumulate: str
+) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 16), torch.randn(8, 16)
+    bias = torch.randn(8) if has_bias else None
+    a, b = (quantize(t, E4M3FN) for t in (x, weight))
+    room = torch.full((3, 6, 8), torch.nan, dtype=dtype)
+    made = matmul(a.along(1), b.along(1), bias, accumulate=accumulate, out_dtype=dtype, out=room[1])
+    assert made.data_ptr() == room[1].data_ptr()
+    exact = dequantize(a).double() @ dequantize(b).double().t() + (0 if bias is None else bias)
+    torch.testing.assert_close(room[1].double(), exact, rtol=2e-2, atol=2e-2)
+    plain = matmul(a.along(1), b.along(1), bias, accumulate=accumulate, out_dtype=dtype)
+    assert torch.equal(room[1], plain)
+    assert room[[0, 2]].isnan().all()
+
+
+def test_large_memory_is_that_of_its_like() -> None:
+    made = large(torch.empty(0, dtype=torch.bfloat16), (HUGE // 2 + 5, 1))
+    assert made.shape == (HUGE // 2 + 5, 1)
+    assert made.dtype == torch.bfloat16
+    assert float(made.fill_(1).sum(dtype=torch.float64)) == HUGE // 2 + 5

@@ -98,10 +98,9 @@ class Bank(torch.autograd.Function):
             else:
                 run_backward(part, saved, dy[part.rows], dy, needs, outs)
             untouched.discard(part.expert)
-        for grad in grads[1:]:
-            if grad is not None:
-                for expert in untouched:
-                    grad[expert] = 0
+        for grad in (g for g in grads[1:] if g is not None):
+            for expert in untouched:
+                grad[expert] = 0
         dx, dw, db = grads
         if dx is not None:
             dx[ctx.parts[-1].rows.stop if ctx.parts else 0 :] = 0
