@@ -63,14 +63,17 @@ def counted(
         for head, each in enumerate(products)
         if is_counted(each)
     ]
-    plain = attended.detached()
-    with torch.no_grad():
-        seen = [count.forward(plain) for count in counts]
+    plain, device = attended.detached(), q.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        cast = plain.in_dtype(autocast)
+        seen = [count.forward(cast) for count in counts]
     if commit == "now":
         for count, own in zip(counts, seen, strict=True):
             count.operands.commit(own)
         return output
-    held = _Held(rest=plain.without_tensors(), counts=counts, seen=seen, turns=turns)
+    rest = plain.without_tensors()
+    held = _Held(rest=rest, counts=counts, seen=seen, turns=turns, dtype=autocast)
     shown = _Counted.apply(output, q, k, v, held)
     # As `nn.product` does it: no view, which nobody may write into.
     return torch.ops.aten._unsafe_view(shown, output.shape)
@@ -178,12 +181,14 @@ class _Held:
         counts: What is counted.
         seen: What the forward saw of each, until it was committed.
         turns: Whether the output has heads as its third dimension, and not its second.
+        dtype: What the forward cast its tensors to, under autocast.
     """
 
     rest: Attended
     counts: list[_Count]
     seen: list[dict[Role, Seen]]
     turns: bool
+    dtype: torch.dtype | None
 
     def backward(self, attended: Attended, dy: Tensor) -> None:
         """Count a gradient of the output, and commit all."""
@@ -212,5 +217,5 @@ class _Counted(torch.autograd.Function):
         held: _Held = ctx.held
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             q, k, v = (t.detach() for t in ctx.saved_tensors)
-            held.backward(replace(held.rest, q=q, k=k, v=v), dy.detach())
+            held.backward(replace(held.rest, q=q, k=k, v=v).in_dtype(held.dtype), dy.detach())
         return dy, None, None, None, None

@@ -12,14 +12,18 @@ mask: they are left alone.
 """
 
 import copy
+import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unclamp.errors import UnclampWarning
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.attend import AttentionProducts, attend
 from unclamp.nn.attention import WithAttention
@@ -30,6 +34,8 @@ NAME = "unclamp"
 KNOWN = ("eager", "sdpa")
 UNKNOWN = frozenset({"logsumexp", "maybe_autocast"})
 """Calls of an eager attention that computes otherwise: probabilities that do not sum to one."""
+OWN = frozenset({"sinks"})
+"""Arguments by which an eager attention is told what others are not."""
 
 
 class _Shown(str):
@@ -71,6 +77,11 @@ def implementation_of(module: nn.Module) -> str:
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
+def _named(code: CodeType) -> int:
+    """Return how many arguments a function names."""
+    return code.co_argcount + code.co_kwonlyargcount
+
+
 def _eager_of(of: type) -> Callable[..., Any] | None:
     """Return the eager attention of a class's file, which its forward names."""
     forward = _forward_of(of)
@@ -92,7 +103,8 @@ class Fp8InterfaceAttention(WithAttention):
                 "masks to itself; eager and sdpa are counted"
             )
         eager = _eager_of(type(module))
-        if eager is None or UNKNOWN & set(inspect.unwrap(eager).__code__.co_names):
+        code = None if eager is None else inspect.unwrap(eager).__code__
+        if code is None or UNKNOWN & {*code.co_names} or OWN & {*code.co_varnames[: _named(code)]}:
             return "its eager attention computes differently from others"
         return None
 
@@ -112,17 +124,31 @@ class Fp8InterfaceAttention(WithAttention):
         products = AttentionProducts.of(self)
         is_traced = torch.compiler.is_compiling() and not products.is_computed
         config = self.__dict__.get("config")
-        if config is None or is_traced or implementation_of(self) not in KNOWN:
+        name = implementation_of(self)
+        if config is None or is_traced or name not in KNOWN:
+            if products.is_computed and name not in KNOWN:
+                _say_not_computed(name)
             return super().forward(*args, **kwargs)
         _register()
         shown = copy.copy(config)
-        shown._attn_implementation_internal = _Shown(implementation_of(self))
+        shown._attn_implementation_internal = _Shown(name)
         self.__dict__["config"] = shown
         self.__dict__["unclamp_config"] = config
         try:
             return super().forward(*args, **kwargs)
         finally:
             self.__dict__["config"] = self.__dict__.pop("unclamp_config")
+
+
+@functools.cache
+def _say_not_computed(name: str) -> None:
+    """Tell once in a process that the model was given another attention since `convert`."""
+    warnings.warn(
+        f"attention computed by {name!r} keeps its scores to itself: its products are not in FP8, "
+        "though the recipe names them; set_attn_implementation('sdpa') of the model has them so",
+        UnclampWarning,
+        stacklevel=2,
+    )
 
 
 def _register() -> None:
@@ -205,5 +231,6 @@ def _asked(
             softcap=kwargs.get("softcap"),
             sinks=sinks,
         ),
-        dropout=kwargs.get("dropout", 0.0),
+        # Eager attention drops nothing in evaluation, whatever it is told.
+        dropout=kwargs.get("dropout", 0.0) if name == "sdpa" or module.training else 0.0,
     )

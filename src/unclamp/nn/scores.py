@@ -145,6 +145,12 @@ class Attended:
         q, k, v = (t.detach() for t in (self.q, self.k, self.v))
         return replace(self, q=q, k=k, v=v, scoring=self.scoring.detached())
 
+    def in_dtype(self, dtype: torch.dtype | None) -> "Attended":
+        """Return it with queries, keys and values in a dtype; as they are without one."""
+        if dtype is None:
+            return self
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
+
     def without_tensors(self) -> "Attended":
         """Return it without queries, keys and values."""
         nothing = self.q.new_empty(0)
