@@ -220,3 +220,24 @@ def test_a_checkpoint_holds_the_experts_of_all_ranks(recipe: str, tmp_path: Path
         assert_same(going.histories, expected_later.histories)
     for theirs, _ in found:
         assert_same([theirs], [state])
+
+
+def cut(rank: int, recipe: str) -> str:
+    """Return what the first forward says of banks whose matrices are cut in halves."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model = Experts()
+    for name, bank in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(distribute_tensor(bank.detach(), mesh, [Shard(1)])))
+    unclamp.convert(model, RECIPES[recipe])
+    try:
+        model(torch.randn(4, WIDTH), torch.tensor([1, 2, 3, 4], dtype=torch.int32))
+    except unclamp.UnsupportedError as error:
+        return str(error)
+    except RuntimeError:  # the halves do not fit together, of which the plain model says the same
+        return ""
+    return ""
+
+
+def test_matrices_that_are_cut_have_one_scale_each() -> None:
+    assert all("split over experts" in said for said in run_ranks(RANKS, cut, "rows"))
+    assert run_ranks(RANKS, cut, "delayed") == ["", ""]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from unclamp.errors import UnclampWarning
+from unclamp.errors import UnclampWarning, UnsupportedError
 from unclamp.names import shown
 from unclamp.nn.accounts import accounted
 from unclamp.nn.checkpointed import run_again_within
@@ -106,6 +106,7 @@ class Watching(TorchFunctionMode):
         self._places: dict[int, list[Place]] = {}
         self._made: list[Tensor] = []
         for name, bank in banks_of(module):
+            self._check_matrices_are_whole(name, bank)
             local, first = local_part(bank)
             self._add(local, name, first=first, step=local.stride(0))
 
@@ -141,6 +142,21 @@ class Watching(TorchFunctionMode):
         if name in CONVERSIONS and args:
             self._follow(args[0], made)
         return made
+
+    def _check_matrices_are_whole(self, name: str, bank: Any) -> None:
+        """Raise where ranks hold parts of a matrix whose rows or blocks have histories."""
+        if not is_sharded(bank):
+            return
+        sizes = zip(bank.placements, bank.device_mesh.shape, strict=True)
+        if all(size == 1 or not p.is_shard() or p.is_shard(dim=0) for p, size in sizes):
+            return
+        own = next((each for each in self.products.values() if each.weight_name == name), None)
+        if own is not None and own.ledger.sites[own.indices["weight"]].grids:
+            raise UnsupportedError(
+                f"{shown(own.fqn)}: expected banks that are split over experts, got matrices that "
+                "are split themselves, whose weights have a scale a row or block; split over "
+                "experts, or give these weights one scale (PerTensor())"
+            )
 
     # ---- which weight ----------------------------------------------------------------------
 
