@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from unclamp.names import ROLES
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.replicas import repeated_sites
@@ -59,6 +60,18 @@ class Source:
         """Return the ids of the sites whose tensor a lower rank casts as well."""
         found = repeated_sites(self.ledger, root)
         return frozenset(self.ids[index] for index in found if index < len(self.ids))
+
+    def only_counted(self) -> frozenset[int]:
+        """Return the ids of the sites from whose casts nothing is computed, beside others in FP8.
+
+        None of an observed model, whose casts are all of that kind.
+        """
+        if self.ledger.observes:
+            return frozenset()
+        firsts = [layer.number * len(ROLES) for layer in self.ledger.layers if layer.only_observed]
+        return frozenset(
+            number for first in firsts for number in self.ids[first : first + len(ROLES)]
+        )
 
     def inspect(self, inspection: Inspection, *, between: Inspection) -> None:
         """Have the casts of the coming step inspected; `between` if it is not recorded."""
