@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from unclamp.names import ROLES
 from unclamp.nn.layout import Site
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.replicas import repeated_sites
@@ -66,12 +65,7 @@ class Source:
 
         None of an observed model, whose casts are all of that kind.
         """
-        if self.ledger.observes:
-            return frozenset()
-        firsts = [layer.number * len(ROLES) for layer in self.ledger.layers if layer.only_observed]
-        return frozenset(
-            number for first in firsts for number in self.ids[first : first + len(ROLES)]
-        )
+        return frozenset(self.ids[i] for i in self.ledger.only_counted if i < len(self.ids))
 
     def inspect(self, inspection: Inspection, *, between: Inspection) -> None:
         """Have the casts of the coming step inspected; `between` if it is not recorded."""
