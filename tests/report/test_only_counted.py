@@ -20,7 +20,7 @@ from unclamp.report.text import print_view
 
 STEPS = 300
 PLANTED = [20, 47, 88, 101, 133, 160, 199, 231, 266, 290]
-LARGE = 100.0
+LARGE = 250.0
 """Standard deviation of the queries at planted steps, at which a scale of 1 clamps above 464."""
 QUERIES = SiteName("attn.qk", "input")
 
@@ -34,6 +34,7 @@ class Model(nn.Module):
 
     def forward(self, q: Tensor, kv: Tensor) -> Tensor:
         """Return the layer's output `[B, 1, T, 8]`."""
+        q, kv = q.requires_grad_(), kv.requires_grad_()  # else nobody asks for their gradients
         return self.out(self.attn(q, kv, kv))
 
 
@@ -41,7 +42,7 @@ def drawn(step: int) -> tuple[Tensor, Tensor]:
     """Return queries, and keys that are values too."""
     generator = torch.Generator().manual_seed(step)
     q, kv = (torch.randn(2, 1, 16, 8, generator=generator) for _ in range(2))
-    return (q * 2 * LARGE if step in PLANTED else q), kv
+    return (q * LARGE if step in PLANTED else q), kv
 
 
 def train(path: Path, *rules: str, observed: bool = False) -> Path:
