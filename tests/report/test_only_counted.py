@@ -17,6 +17,8 @@ from unclamp.report.html import write_page
 from unclamp.report.recorded import RunRecord, read_run
 from unclamp.report.runs import RunView
 from unclamp.report.text import print_view
+from unclamp.study.arms import worst_sites
+from unclamp.study.config import StudyConfig, default_toml
 
 STEPS = 300
 PLANTED = [20, 47, 88, 101, 133, 160, 199, 231, 266, 290]
@@ -165,6 +167,15 @@ def test_it_says_nothing_of_where_a_replay_should_start(
     assert (before.steps, before.last, before.sites) == (0, None, ())
 
 
+def test_a_study_switches_no_site_that_is_only_counted(
+    counted_run: Path, computed_run: Path
+) -> None:
+    """A rule that named one would have it computed."""
+    config = StudyConfig.from_toml(default_toml())
+    assert worst_sites([computed_run], config, "mixed") == [("attn.qk", "input")]
+    assert worst_sites([counted_run], config, "mixed") == []
+
+
 def test_page_and_terminal_have_it_apart(counted_run: Path, tmp_path: Path) -> None:
     view = build_view(counted_run, sites=["*.qk"])
     text = write_page(view, tmp_path / "page.html").read_text()
@@ -173,7 +184,7 @@ def test_page_and_terminal_have_it_apart(counted_run: Path, tmp_path: Path) -> N
     assert view.run is not None
     panel = next(p for p in view.run.panels.values() if p.fqn == "attn.qk" and p.role == "input")
     assert max(share or 0 for share in panel.clamp) > 0
-    console = Console(width=100, record=True, file=None, quiet=False)
+    console = Console(width=100)
     with console.capture() as shown:
         print_view(view, console)
     assert "Attention, only counted: 6 sites" in shown.get()
