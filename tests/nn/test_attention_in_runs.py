@@ -85,6 +85,41 @@ def test_an_explanation_names_the_queries_that_were_clamped(tmp_path: Path) -> N
     assert found.clamping_share > 0.9
 
 
+class Counted(Planted):
+    """The same with no rule for the attention, a layer that clamps nothing, and another loss.
+
+    The spike comes of the step's targets: large queries beside it are only counted as clamped.
+    """
+
+    recipe = Recipe().override("1", scaling="dynamic")
+    scaling = unclamp.Dynamic()
+    culprits = ()
+
+    def build(self, recipe: Recipe | None = None) -> Training:
+        """Return the training, converted."""
+        torch.manual_seed(0)
+        model = nn.Sequential(Retrieval(), nn.Linear(WIDTH, WIDTH))
+        unclamp.convert(model, recipe or self.recipe)
+        return Training(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3))
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield queries and targets, at the spike's step larger ones."""
+        for step, (q, target) in enumerate(super().batches()):
+            yield q, target * (5 if step == SPIKE else 1)
+
+
+def test_an_explanation_never_unclamps_what_is_only_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unclamp.nn.counting.COUNTED_EVERY", 1)  # in a replay too
+    case, run = Counted(), tmp_path / "run"
+    losses = record(case, run)  # pyright: ignore[reportArgumentType]
+    assert losses[SPIKE] > 3 * max(losses[:SPIKE])
+    found = explain(case, run)  # pyright: ignore[reportArgumentType]
+    assert found.verdict == "not clamping"
+    assert (found.clamped_sites, found.sites) == (0, ())
+
+
 class Block(nn.Module):
     """An attention between two layers."""
 

@@ -147,20 +147,6 @@ def test_clamps_too_small_for_an_error_have_no_worst_step(tmp_path: Path) -> Non
     write_page(view, tmp_path / "page.html")
 
 
-@pytest.mark.parametrize(
-    ("fqn", "is_told"), [("0.attn.qk", True), ("0.attn.pv.3", True), ("0.attn.q", False)]
-)
-def test_clamps_in_attention_are_told_apart(fqn: str, is_told: bool, tmp_path: Path) -> None:
-    """They may be only counted: the loss then knows nothing of them."""
-    path = write_run(tmp_path / "run", [2.0] * 3, saturated=1, saturated_error=0.0, fqn=fqn)
-    said = "at 1 of 1 site; 3 of these in products of attention (qk, pv), which are only counted"
-    assert any(said in sentence for sentence in run_of(build_view(path)).sentences) == is_told
-    run = record_of(path)
-    arms = scenario_view("text", "", {"dynamic": {0: run}, "delayed": {0: run}}, {})
-    harm = next(line for line in arms.findings if line.startswith("delayed clamped"))
-    assert ("; 3 of these in products of attention" in harm) == is_told
-
-
 def test_a_root_model_has_a_name(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", [2.0] * 3, fqn="", saturated=1, saturated_error=0.5)
     view = build_view(path, sites=["(the model itself) input"])

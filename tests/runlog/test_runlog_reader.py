@@ -94,8 +94,9 @@ def test_what_was_written_is_read_back(batches: list[tuple[str, list[dict], bool
             for row in read[table].to_pylist()
         ]
         if table == "sites":  # one row each, however often it was recorded
-            # What nobody said is no replica, as in logs from before there was such a column.
-            said = [row | {"replicated": bool(row["replicated"])} for row in rows]
+            # What nobody said is neither, as in logs from before there were such columns.
+            flags = ("replicated", "only_counted")
+            said = [row | {flag: bool(row[flag]) for flag in flags} for row in rows]
             distinct = {frozenset(row.items()) for row in said}
             assert {frozenset(row.items()) for row in found} == distinct
             assert [row["site"] for row in found] == sorted(dict(row)["site"] for row in distinct)

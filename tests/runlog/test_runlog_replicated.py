@@ -136,3 +136,15 @@ def test_gradients_of_equal_operands_count_once(tmp_path: Path):
     write_rank(tmp_path, 1, [0], casts=casts, repeated=[X, G])
     with RunLog.open(tmp_path) as log:
         assert clamped_gradients(log).change.unclamped == 9.0
+
+
+def test_ranks_are_not_compared_where_casts_are_only_counted(tmp_path: Path):
+    counted = ("b.qk", "input")
+    for rank, amax in enumerate((224.0, 896.0)):
+        casts = {X: cast(8, 0, 100.0 + rank), counted: cast(8, 3, amax)}
+        write_rank(tmp_path, rank, range(4), casts=casts, only_counted=[counted])
+    with RunLog.open(tmp_path) as log:
+        found = log.overshoots(log.windows().cut)
+        assert [(rank.saturated, rank.worst.name.fqn) for rank in found] == [(0, X[0])] * 2
+        assert [site.fqn for site in log.computed_sites()] == [X[0]]
+        assert [site.only_counted for site in log.named_sites()] == [False, True]

@@ -1,6 +1,7 @@
 """The numbers that sinks send, against what the rows say."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,17 @@ STEPS: Columns = {
 def test_the_step_gives_its_known_numbers_and_the_users() -> None:
     numbers = summarise(SITES, STEPS, None)
     assert numbers == {"loss": 2.5, "lr": 0.1, "step_ms": 20.0, "accuracy": 0.5}
+
+
+def test_what_is_only_counted_is_in_no_number_of_the_model() -> None:
+    """They are those without its rows; its own numbers are sent where a glob asks for them."""
+    sites = SITES | {3: replace(SITES[3], only_counted=True)}
+    without = {name: column[:3] for name, column in CASTS.items()}
+    assert summarise(sites, STEPS, CASTS) == summarise(SITES, STEPS, without)
+    assert summarise(sites, STEPS, CASTS) != summarise(SITES, STEPS, CASTS)
+    alone = {name: column[3:] for name, column in CASTS.items()}
+    assert summarise(sites, STEPS, alone) == summarise(sites, STEPS, None)
+    assert per_site(sites, CASTS, {3}) == per_site(SITES, CASTS, {3})
 
 
 def test_a_nan_loss_stays_a_nan_loss() -> None:

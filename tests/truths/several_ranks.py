@@ -24,6 +24,7 @@ def write_rank(
     resume: bool = False,
     casts: Mapping[Name, Mapping[str, Any]],
     repeated: Iterable[Name] = (),
+    only_counted: Iterable[Name] = (),
     close: bool = True,
     **step: Any,
 ) -> RunLogWriter:
@@ -39,6 +40,7 @@ def write_rank(
             "scaling": "delayed",
             "format_max": 448.0,
             "replicated": (fqn, role) in repeated,
+            "only_counted": (fqn, role) in only_counted,
         }
         for (fqn, role), number in ids.items()
     ]

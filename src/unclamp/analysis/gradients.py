@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from unclamp.analysis.groups import Group
 from unclamp.names import SiteName, is_attention_name
-from unclamp.runlog import PLACES_SQL, RunLog, over_ranks
+from unclamp.runlog import COMPUTED_SQL, RunLog, over_ranks
 from unclamp.totals import GradientChange
 from unclamp.written import counted, listed, percent
 
@@ -29,7 +29,7 @@ _PLACES = f"""
         SELECT rank, site, role, place, replicated,
             coalesce(bool_and(replicated) FILTER (role <> 'weight') OVER (PARTITION BY rank, fqn),
                 false) AS is_same_gradient
-        FROM ({PLACES_SQL}))"""
+        FROM ({COMPUTED_SQL}))"""
 """Ranks with the same input and grad_output of a product have one gradient of its weight; with one
 of the two alike, each has a part of it, whose squares add up."""
 _CASTS = "FROM casts JOIN places USING (rank, site)"
@@ -258,7 +258,7 @@ def _added_up(
     own: list[list[dict]] = [[] for _ in asked]
     for row in rows:
         own[row["kind"]].append(row)
-    names = [site.name for site in log.named_sites()]
+    names = [site.name for site in log.computed_sites()]
     return [
         _of_rows(own[kind], names, asked=size, steps=steps.get(kind, 0))
         for kind, size in enumerate(asked)

@@ -16,7 +16,7 @@ from unclamp.analysis.curves import Losses, run_losses
 from unclamp.analysis.evidence import Clamping
 from unclamp.analysis.groups import Group
 from unclamp.errors import AnalysisError
-from unclamp.runlog import PLACES_SQL, RunLog, SiteInfo
+from unclamp.runlog import COMPUTED_SQL, RunLog, SiteInfo
 from unclamp.written import counted
 
 EFFECT_LAG = {"grad_output": 1}
@@ -25,7 +25,7 @@ MOST_LEFT_OUT = 0.5
 """With a larger share of the clamped steps without a loss, nothing can be told."""
 MOST_GAPS = 0.1
 """With a larger share of steps that do not follow the one before, a lag is no count of steps."""
-_PLACES = f"WITH places AS MATERIALIZED (SELECT rank, site, place FROM ({PLACES_SQL}))"
+_PLACES = f"WITH places AS MATERIALIZED (SELECT rank, site, place FROM ({COMPUTED_SQL}))"
 _NEAR = 100
 """Steps apart within which casts that were recorded again are read at one go."""
 
@@ -80,8 +80,8 @@ def read_history(log: RunLog) -> History:
     """
     losses = _read_loss(log)
     steps, loss = np.array(losses.steps, dtype=np.int64), np.array(losses.values, dtype=np.float64)
-    sites = log.named_sites()
-    if not sites:
+    sites, named = log.computed_sites(), len(log.named_sites())
+    if not named:
         raise AnalysisError(
             f"expected the sites of {log.path} beside its casts, but it has none: its folder "
             "`sites` is missing or empty; copy the run again, with all of its folders"
@@ -91,6 +91,11 @@ def read_history(log: RunLog) -> History:
     refusals, notes = _judge_steps(steps, clamped.step, known)
     if (sparse := _judge_cadence(log)) is not None:
         refusals.insert(0, sparse)
+    if only_counted := named - len(sites):
+        notes.append(
+            f"{counted(only_counted, 'site is', 'sites are')} left out, since nothing is computed "
+            "from the casts there: they are only counted."
+        )
     return History(
         steps=steps,
         loss=loss,

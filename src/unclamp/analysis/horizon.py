@@ -222,8 +222,13 @@ class Horizon:
         )
 
 
+_COMPUTED = "SELECT DISTINCT site, rank, fqn, role FROM sites WHERE NOT only_counted"
+
+
 def clamped_before(run: Path, step: int) -> Clamped:
     """Return what a run's log says was clamped before a step, ranks taken together.
+
+    Sites that are only counted are left out: what they clamp changes nothing.
 
     Raises:
         RunLogError: The folder holds no run.
@@ -233,13 +238,14 @@ def clamped_before(run: Path, step: int) -> Clamped:
         rows = log.sql(
             "SELECT fqn, role, max(step) AS last, max(saturated_error) AS error, "
             "arg_max(step, saturated_error) AS hardest FROM casts "
-            "JOIN (SELECT DISTINCT site, rank, fqn, role FROM sites) USING (site, rank) "
+            f"JOIN ({_COMPUTED}) USING (site, rank) "
             "WHERE saturated > 0 AND step < $step GROUP BY ALL ORDER BY error DESC, fqn, role",
             step=step,
         ).to_pylist()
         (logged,) = log.sql("SELECT min(step) AS first FROM steps").to_pylist()
         (total,) = log.sql(
-            "SELECT count(DISTINCT step) AS steps FROM casts WHERE saturated > 0 AND step < $step",
+            "SELECT count(DISTINCT step) AS steps FROM casts "
+            f"SEMI JOIN ({_COMPUTED}) USING (site, rank) WHERE saturated > 0 AND step < $step",
             step=step,
         ).to_pylist()
     sites = [SiteName.from_dict({"fqn": row["fqn"], "role": row["role"]}) for row in rows]

@@ -87,6 +87,9 @@ class Trace:
 class Replay:
     """Replays steps from one snapshot, in a training that it takes over.
 
+    Sites that are only counted are none of a replay: nothing is computed from their casts, so
+    that no other scaling of theirs could change a loss.
+
     Args:
         training: Made by the build function; its state is replaced again and again.
         step: The step function.
@@ -102,7 +105,11 @@ class Replay:
     ) -> None:
         self.training, self.snapshot, self.ranks = training, snapshot, ranks
         self._step, self._doing = step, "a replay"
-        self.sites = sites_of(training.model)
+        self.sites = {
+            key: place
+            for key, place in sites_of(training.model).items()
+            if place.row not in place.ledger.only_counted
+        }
         self._ledgers = list(dict.fromkeys(place.ledger for place in self.sites.values()))
         self._before = {key: self.scaling_of(key) for key in self.sites}
         self._before |= scalings_of(snapshot.facts)
@@ -243,7 +250,10 @@ class Replay:
             lost = float((rows[:, Stat.UNDERFLOWED] / rows[:, Stat.ELEMENTS].clamp(min=1)).max())
             if lost > 0:
                 underflow[key] = lost
-        rows = list(tables.values())
+        rows = [
+            table[:, [index for one, index in self.sites.values() if one is ledger]]
+            for ledger, table in tables.items()
+        ]
         clamped_on, unequal = self._by_rank(own)
         return Trace(
             losses=ranks.mean(losses),

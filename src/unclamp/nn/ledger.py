@@ -93,6 +93,12 @@ class Ledger(Rows, Stepping, Told):
         self._allocate(Layout.of([], device=torch.device("cpu")))
         follow_optimizers(self)
 
+    @property
+    def only_counted(self) -> frozenset[int]:
+        """The sites from whose casts nothing is computed, beside others in FP8."""
+        own = [] if self.observes else [each for each in self.layers if each.only_observed]
+        return frozenset(each.number * len(ROLES) + i for each in own for i in range(len(ROLES)))
+
     # ---- layout ----------------------------------------------------------------------------
 
     def add(self, sites: list[Site]) -> list[int]:

@@ -32,8 +32,6 @@ from unclamp.report.recorded import (
     SiteRecord,
     SiteRow,
     by_clamp_error,
-    clamped_in_attention,
-    of_attention,
     shown_overshoot,
 )
 from unclamp.study.marks import PLANTED
@@ -84,8 +82,6 @@ class ArmView:
         grad_error: How much clamping changed the weights' gradients, a fraction of their norm
             without clamping, over the casts that clamped; None where it was not measured.
         gradients: What it did to them, in sentences, where that is much.
-        saturated_in_attention: How many of the clamped elements were in products of attention,
-            which may be only counted.
     """
 
     name: str
@@ -110,7 +106,6 @@ class ArmView:
     kinds: list[KindLoss] = field(default_factory=list)
     grad_error: float | None = None
     gradients: list[str] = field(default_factory=list)
-    saturated_in_attention: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +247,6 @@ def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunReco
         ),
         grad_error=gradients.change.error if gradients.casts else None,
         gradients=_taken(gradients),
-        saturated_in_attention=sum(clamped_in_attention(run.sites) for run in whole.values())
-        / len(whole),
     )
 
 
@@ -388,11 +381,9 @@ def _at_planted(arm: str, steps: str, average: float, low: float, high: float) -
 
 
 def _harm(arm: ArmView, gap: PairedDifference, made: int) -> str:
-    attention = arm.saturated_in_attention
     return (
         f"{arm.name} clamped {counted(arm.saturated, 'element')} in "
-        f"{counted(arm.clamped_casts, 'cast')} a run{arm.extent}"
-        f"{of_attention(attention, f'{attention:,.0f}')}; the difference of its final "
+        f"{counted(arm.clamped_casts, 'cast')} a run{arm.extent}; the difference of its final "
         f"loss from that of {BASELINE} on the same seeds is "
         f"{difference_in_words(gap, own=arm.name, other=BASELINE, comparisons=made)}."
     )

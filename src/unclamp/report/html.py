@@ -174,7 +174,9 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
             association_row(row, is_relative=association.get("is_relative") is not False)
             for row in association.get("sites", [])[:LISTED_SITES]
         ],
-        "caution": caution_of(association, clamped=any(site.saturated for site in run.sites)),
+        "caution": caution_of(
+            association, clamped=any(site.saturated and not site.only_counted for site in run.sites)
+        ),
         "explanations": [
             {
                 "name": found.name,

@@ -115,7 +115,7 @@ def choose_sites(
     Raises:
         UnclampError: A glob matches no site.
     """
-    ranked = by_clamp_error(record.sites)
+    ranked = by_clamp_error(record.every_site)
     ranked.sort(key=_by_loss)
     wanted = {site.name for site in ranked[:WORST_PANELS]} | set(named)
     for glob in globs:
@@ -208,9 +208,10 @@ def _over(value: float | None, scale: float) -> float | None:
     return None if value is None or not scale > 0 else value / scale
 
 
-def _by_loss(site: SiteRecord) -> tuple[bool, float, float]:
+def _by_loss(site: SiteRecord) -> tuple[bool, bool, float, float]:
     totals = site.totals
-    return (not totals.saturated, -totals.clamp_error_sum, -totals.underflow_share)
+    ranked = (not totals.saturated, -totals.clamp_error_sum, -totals.underflow_share)
+    return (site.info.only_counted, *ranked)
 
 
 def _matches(name: SiteName, glob: str) -> bool:

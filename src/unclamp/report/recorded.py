@@ -1,6 +1,6 @@
 """What one run recorded, read from its log: curves, spikes, totals of sites. Torch-free."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from unclamp.analysis import (
 )
 from unclamp.analysis.groups import Group, has_kinds
 from unclamp.errors import AnalysisError
-from unclamp.names import SiteName, is_attention_name
+from unclamp.names import SiteName
 from unclamp.report.status import noted
 from unclamp.runlog import PLACES_SQL, Cut, RunLog, SiteInfo, Windows
 from unclamp.study.marks import PLANTED, WORDS
@@ -63,7 +63,9 @@ class RunRecord:
         spikes: Of the loss and the gradient norm, by onset.
         cut: How the steps are cut into windows, for what is told of sites over time.
         recorded: Steps that have rows of casts, where not every step was to have them; else None.
-        sites: Those that cast anything, in the order of their ids.
+        sites: Those that cast anything from which something was computed, in the order of their
+            ids: whatever is said of the run's casts is said of these.
+        counted_sites: Those whose casts were only counted, beside `sites`, in the same order.
         shares: Clamped share a window, of the sites with the largest total clamp error, worst
             first.
         notes: Sentences of its header that a reader must see beside the figures.
@@ -91,6 +93,12 @@ class RunRecord:
     gradients: ClampedGradients = field(default_factory=ClampedGradients)
     kind_gradients: dict[Group, ClampedGradients] = field(default_factory=dict)
     mark: str = PLANTED.word
+    counted_sites: list[SiteRecord] = field(default_factory=list)
+
+    @property
+    def every_site(self) -> list[SiteRecord]:
+        """All that cast anything, those that were only counted last."""
+        return self.sites + self.counted_sites
 
     @property
     def extent(self) -> str:
@@ -123,6 +131,7 @@ class SiteRow:
         worst_step: First step with the largest clamp error.
         grad_error: How much clamping changed the weight's gradient, a fraction of its norm without
             clamping, over the casts that clamped; None where that was not measured.
+        only_counted: Whether nothing is computed from its casts: it would have clamped.
     """
 
     fqn: str
@@ -136,6 +145,7 @@ class SiteRow:
     underflow_share: float | None
     worst_step: int | None
     grad_error: float | None = None
+    only_counted: bool = False
 
 
 def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
@@ -155,11 +165,12 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         ]
         windows = cutting.result()
     by_row = _least_by_row(log)
-    sites = [
-        SiteRecord(place=place, info=info, totals=totals, sqnr_row_db_min=by_row.get(info.name))
+    every = [
+        SiteRecord(place=place, info=info, totals=totals, sqnr_row_db_min=by_row.get(place))
         for place, (info, totals) in enumerate(zip(windows.sites, windows.totals, strict=True))
         if totals.rows
     ]
+    sites = [site for site in every if not site.info.only_counted]
     planted, mark = _marked(log, set(steps))
     record = RunRecord(
         status=log.header.status,
@@ -173,6 +184,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         cut=windows.cut,
         recorded=_recorded_steps(log),
         sites=sites,
+        counted_sites=[site for site in every if site.info.only_counted],
         shares=_shares(sites, windows),
         notes=noted(log),
         has_recipe=log.header.recipe is not None,
@@ -196,32 +208,15 @@ SELECT median(speed) AS speed FROM (
 """Each rank says its own tokens: those of the run are their sum."""
 
 
-def _least_by_row(log: RunLog) -> dict[SiteName, float]:
-    """Return the least `sqnr_row_median_db` of each site; logs of earlier versions have none."""
+def _least_by_row(log: RunLog) -> dict[int, float]:
+    """Return the least `sqnr_row_median_db` by place; logs of earlier versions have none."""
     found = log.sql(
-        f"WITH places AS MATERIALIZED (SELECT rank, site, fqn, role FROM ({PLACES_SQL})) "
-        "SELECT fqn, role, min(sqnr_row_median_db) AS least "
+        f"WITH places AS MATERIALIZED (SELECT rank, site, place FROM ({PLACES_SQL})) "
+        "SELECT place, min(sqnr_row_median_db) AS least "
         "FROM casts JOIN places USING (rank, site) "  # ranks may number sites differently
         "WHERE sqnr_row_median_db IS NOT NULL GROUP BY ALL"
     )
-    return {SiteName(row["fqn"], row["role"]): row["least"] for row in found.to_pylist()}
-
-
-def of_attention(number: float, elements: str) -> str:
-    """Say how many of the clamped elements belong to products of attention; "" of none.
-
-    Where no rule names these, they are counted and not computed, so the loss knows nothing of them.
-    A log does not tell which are.
-    """
-    if not number:
-        return ""
-    which = "are only counted, and change no loss, where no rule of the recipe names them"
-    return f"; {elements} of these in products of attention (qk, pv), which {which}"
-
-
-def clamped_in_attention(sites: Iterable[SiteRecord]) -> int:
-    """Return how many elements were clamped in products of attention."""
-    return sum(site.totals.saturated for site in sites if is_attention_name(site.name.fqn))
+    return {row["place"]: row["least"] for row in found.to_pylist()}
 
 
 def by_clamp_error(sites: list[SiteRecord]) -> list[SiteRecord]:

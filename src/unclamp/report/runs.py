@@ -111,7 +111,8 @@ class RunView:
         events_left_out: How many events are not in `events`, by kind.
         window_steps: First step of each window of the heat map and the panels.
         window_size: Steps a window.
-        sites: All sites, largest total clamp error first: what a row of the table says.
+        sites: All sites, largest total clamp error first, those that are only counted last: what
+            a row of the table says.
         heat: Clamped share a window, by the site's name as text; the worst sites.
         panels: By site id.
         association: As `Association.to_dict`, None where nobody looked.
@@ -285,8 +286,12 @@ def _curve(pairs: Sequence[tuple[int, float]]) -> Curve:
 def _sites(record: RunRecord, switched: Mapping[SiteName, list[int]]) -> list[RunSiteRow]:
     gradients = {name: site.change.error for name, site in record.gradients.by_name.items()}
     return [
-        _site(site, switched.get(site.name, []), gradients.get(site.name))
-        for site in by_clamp_error(record.sites)
+        _site(
+            site,
+            switched.get(site.name, []),
+            None if site.info.only_counted else gradients.get(site.name),
+        )
+        for site in by_clamp_error(record.sites) + by_clamp_error(record.counted_sites)
     ]
 
 
@@ -315,4 +320,5 @@ def _site(site: SiteRecord, switched: list[int], grad_error: float | None) -> Ru
         nonfinite=totals.nonfinite,
         worst_step=totals.worst_step,
         grad_error=rounded(grad_error),
+        only_counted=info.only_counted,
     )

@@ -9,13 +9,7 @@ from unclamp.analysis.groups import kind_in_words
 from unclamp.names import SiteName
 from unclamp.report.bands import final_loss
 from unclamp.report.kinds import kind_sentences
-from unclamp.report.recorded import (
-    RunRecord,
-    SiteRecord,
-    by_clamp_error,
-    clamped_in_attention,
-    of_attention,
-)
+from unclamp.report.recorded import RunRecord, SiteRecord, by_clamp_error, shown_overshoot
 from unclamp.totals import SiteTotals
 from unclamp.written import counted, loss_text, percent, times
 
@@ -33,7 +27,7 @@ def run_sentences(
     risen = [divergence_in_words(drift, name="The loss") for drift in drifts]
     finals = [*_final_sentence(record, final), *kind_sentences(record)]
     spikes = _spike_sentences(record)
-    clamps = _clamp_sentences(record)
+    clamps = [*_clamp_sentences(record), *_counted_sentence(record)]
     if final is not None and not math.isfinite(final):
         said = [*finals, *risen, *spikes, *clamps]
     elif record.loss_spikes or risen:
@@ -86,11 +80,10 @@ def _clamp_sentences(record: RunRecord) -> list[str]:
     said = [f"Nothing was clamped at any of {counted(len(sites), 'site')}{extent}."]
     if clamped:
         elements = counted(total.saturated, "element was", "elements were")
-        attention = clamped_in_attention(sites)
         said = [
             f"{elements} clamped, in {total.clamped_rows:,} of "
             f"{counted(total.rows, 'recorded cast')}, at {len(clamped):,} of "
-            f"{counted(len(sites), 'site')}{extent}{of_attention(attention, f'{attention:,}')}.",
+            f"{counted(len(sites), 'site')}{extent}.",
             *_worst_sentence(clamped[0]),
             *_gradient_sentences(record),
         ]
@@ -102,6 +95,21 @@ def _clamp_sentences(record: RunRecord) -> list[str]:
         elements = counted(total.nonfinite, "element was", "elements were")
         said.append(f"{elements} Inf or NaN, at {counted(broken, 'site')}{extent}.")
     return said
+
+
+def _counted_sentence(record: RunRecord) -> list[str]:
+    """Say what would have been clamped where nothing is computed from the casts."""
+    sites = record.counted_sites
+    if not sites:
+        return []
+    total = sum((site.totals for site in sites), SiteTotals())
+    largest = shown_overshoot(total)
+    by = "" if largest is None else f", largest overshoot {times(largest)}"
+    return [
+        f"Attention, only counted: {counted(len(sites), 'site')}, "
+        f"{counted(total.saturated, 'element')} would have been clamped{by}; nothing is computed "
+        "from these casts, and they are in no other figure."
+    ]
 
 
 def _nothing_cast(record: RunRecord) -> str:

@@ -17,6 +17,7 @@ from unclamp.report.verdict import study_verdict
 from unclamp.runlog import Header, RunLog, is_run
 from unclamp.study.config import StudyConfig, is_study, read_study
 from unclamp.study.scenarios import described
+from unclamp.written import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,8 @@ def _run_facts(header: Header, record: RunRecord) -> dict[str, str]:
     facts = {"status": header.status, "written by": f"unclamp {header.unclamp_version}"}
     facts |= {"created": header.created, "steps": f"{len(record.steps):,}"}
     facts["sites"] = f"{len(record.sites):,}"
+    if record.counted_sites:
+        facts["only counted"] = counted(len(record.counted_sites), "more site")
     if header.world_size > 1:
         facts["ranks"] = str(header.world_size)
     if record.tokens_per_s is not None:

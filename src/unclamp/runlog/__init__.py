@@ -21,11 +21,12 @@ from unclamp.runlog.schema import (
     VIEWS,
     Columns,
 )
-from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
+from unclamp.runlog.sites import COMPUTED_SQL, PLACES_SQL, SiteInfo, over_ranks
 from unclamp.runlog.windows import Cut, Windows
 from unclamp.runlog.writer import RunLogWriter
 
 __all__ = [
+    "COMPUTED_SQL",
     "COVERAGE_EVENT",
     "NUMBER",
     "OUTSIDE_EVENT",

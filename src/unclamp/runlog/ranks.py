@@ -139,7 +139,7 @@ def read_overshoots(
         f"""
         WITH places AS MATERIALIZED (
             SELECT rank, site, place, format_max, replicated FROM ({PLACES_SQL})
-            WHERE place IN (
+            WHERE NOT only_counted AND place IN (
                 SELECT place FROM ({PLACES_SQL}) GROUP BY place HAVING count(DISTINCT rank) > 1)),
         found AS (
             SELECT rank, place, {source.cell} AS cell, max({amax}) AS amax,

@@ -43,7 +43,7 @@ from unclamp.runlog.ranks import (
 )
 from unclamp.runlog.relations import Parts, Relation, relations_of
 from unclamp.runlog.schema import TABLES, VIEWS, describe_columns
-from unclamp.runlog.sites import NAMED_SITES_SQL, SiteInfo
+from unclamp.runlog.sites import COMPUTED_SQL, PLACES_SQL, SiteInfo, named_sites_sql
 from unclamp.runlog.windows import MOST_WINDOWS, Cut, Windows, read_windows
 from unclamp.written import counted
 
@@ -201,12 +201,21 @@ class RunLog:
     def named_sites(self) -> list[SiteInfo]:
         """Return the sites by name, ranks taken together, in the order of their lowest ids.
 
-        Of what ranks or repeated rows say differently, the lowest rank's first row counts.
+        Of what ranks or repeated rows say differently, the lowest rank's first row counts. A name
+        that is only counted in one attempt and computed in another stands for two sites.
 
         Raises:
             RunLogError: as for `sql`.
         """
-        return [SiteInfo(**row) for row in self.sql(NAMED_SITES_SQL).to_pylist()]
+        return [SiteInfo(**row) for row in self.sql(named_sites_sql(PLACES_SQL)).to_pylist()]
+
+    def computed_sites(self) -> list[SiteInfo]:
+        """Return those of `named_sites` from whose casts something is computed.
+
+        Raises:
+            RunLogError: as for `sql`.
+        """
+        return [SiteInfo(**row) for row in self.sql(named_sites_sql(COMPUTED_SQL)).to_pylist()]
 
     def windows(self, *, most: int = MOST_WINDOWS) -> Windows:
         """Return the casts cut into at most `most` windows of steps and added up.

@@ -155,6 +155,14 @@ TABLES: Mapping[str, pa.Schema] = {
                 "parallelism: totals over ranks leave its counts out; false where nobody said",
                 nullable=True,
             ),
+            _column(
+                "only_counted",
+                pa.bool_(),
+                "whether nothing is computed from its casts, though the model trains in FP8: they "
+                "are made to count what FP8 would lose, as of attention's products that no rule "
+                "names; false where nobody said",
+                nullable=True,
+            ),
         ]
     ),
     "casts": pa.schema(

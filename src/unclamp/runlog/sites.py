@@ -5,6 +5,9 @@ a site is asked of its name, so that readers add up ranks by joining with `PLACE
 
 What several ranks hold alike, such as a weight under data parallelism, each of them casts and
 counts. A sum over ranks takes it once: `over_ranks` is the one place that says so.
+
+From some casts nothing is computed: they are made to count what FP8 would lose. What they clamp no
+loss can have seen, so who asks what clamping did takes the sites of `COMPUTED_SQL` alone.
 """
 
 from dataclasses import dataclass
@@ -12,18 +15,28 @@ from typing import cast
 
 from unclamp.names import Role, SiteName
 
-PLACES_SQL = """
-    SELECT *, dense_rank() OVER (ORDER BY first, fqn, role) - 1 AS place
+
+def _places_sql(where: str) -> str:
+    return f"""
+    SELECT *, dense_rank() OVER (ORDER BY first, fqn, role, only_counted) - 1 AS place
     FROM (
-        SELECT *, min(site) OVER (PARTITION BY fqn, role) AS first
-        FROM (SELECT DISTINCT ON (rank, site) * FROM sites ORDER BY ALL)
+        SELECT *, min(site) OVER (PARTITION BY fqn, role, only_counted) AS first
+        FROM (SELECT DISTINCT ON (rank, site) * FROM sites WHERE {where} ORDER BY ALL)
     )"""
+
+
+PLACES_SQL = _places_sql("true")
 """A row for each id of each rank: all columns of `sites`, and `place`, that of its name in
 `RunLog.named_sites`. Join it by rank and site."""
 
+COMPUTED_SQL = _places_sql("NOT only_counted")
+"""The same of the sites from whose casts something is computed; `place` is that of the name in
+`RunLog.computed_sites`."""
+
 SITES_SQL = """
     SELECT DISTINCT * REPLACE (
-        coalesce(bool_or(replicated) OVER (PARTITION BY rank, site), false) AS replicated)
+        coalesce(bool_or(replicated) OVER (PARTITION BY rank, site), false) AS replicated,
+        coalesce(bool_or(only_counted) OVER (PARTITION BY rank, site), false) AS only_counted)
     FROM written_sites"""
 """The view `sites`: each row once, and none from before it was known to be replicated."""
 
@@ -37,10 +50,12 @@ def over_ranks(aggregate: str, where: str = "true") -> str:
     return f"coalesce({aggregate} FILTER (NOT replicated AND {where}), 0)"
 
 
-NAMED_SITES_SQL = f"""
+def named_sites_sql(places_sql: str) -> str:
+    """Return the query of `PLACES_SQL`'s or `COMPUTED_SQL`'s names, with a `SiteInfo` each."""
+    return f"""
     SELECT DISTINCT ON (place) first AS site, fqn, role, format, scaling, format_max, history_len,
-        granularity
-    FROM ({PLACES_SQL}) ORDER BY place, rank, site"""
+        granularity, only_counted
+    FROM ({places_sql}) ORDER BY place, rank, site"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,7 @@ class SiteInfo:
         format_max: Largest finite value of the format, in the scaled tensor's unit.
         history_len: Length of the amax history, updates; None where there is none.
         granularity: Which elements share a scale; None where that was not recorded.
+        only_counted: Whether nothing is computed from its casts.
     """
 
     site: int
@@ -66,6 +82,7 @@ class SiteInfo:
     format_max: float
     history_len: int | None = None
     granularity: str | None = None
+    only_counted: bool = False
 
     @property
     def name(self) -> SiteName:

@@ -85,7 +85,7 @@ def worst_sites(runs: Iterable[Path], config: StudyConfig, arm: str) -> list[Sit
         with RunLog.open(run) as log:
             rows = log.sql(
                 "SELECT fqn, role, sum(saturated_error) AS error FROM casts JOIN sites "
-                "USING (rank, site) WHERE saturated > 0 GROUP BY fqn, role"
+                "USING (rank, site) WHERE saturated > 0 AND NOT only_counted GROUP BY fqn, role"
             ).to_pylist()
         for row in rows:
             site = (row["fqn"], row["role"])

@@ -57,9 +57,20 @@ def step_columns(
 
 
 def site_columns(
-    sites: Sequence[Site], ids: Sequence[int], repeated: Collection[int] = ()
+    sites: Sequence[Site],
+    ids: Sequence[int],
+    *,
+    repeated: Collection[int] = (),
+    only_counted: Collection[int] = (),
 ) -> dict[str, Any]:
-    """Return the rows of sites that have these ids; of some a lower rank casts the same tensor."""
+    """Return the rows of sites.
+
+    Args:
+        sites: The sites.
+        ids: Of each.
+        repeated: Ids of those whose tensor a lower rank casts as well.
+        only_counted: Ids of those from whose casts nothing is computed.
+    """
     scalings = [site.operand.scaling for site in sites]
     return {
         "site": list(ids),
@@ -71,6 +82,7 @@ def site_columns(
         "granularity": [str(s.granularity) for s in scalings],
         "format_max": [site.operand.format.max for site in sites],
         "replicated": [number in repeated for number in ids],
+        "only_counted": [number in only_counted for number in ids],
     }
 
 

@@ -39,10 +39,15 @@ class Numbering:
             if sites:
                 self.formats |= {i: s.operand.format for i, s in zip(ids, sites, strict=True)}
                 self._waiting.append((source, sites, ids))
-                pieces.append(site_columns(sites, ids))
+                pieces.append(site_columns(sites, ids, only_counted=source.only_counted()))
         return pieces
 
     def take(self, root: nn.Module | None) -> list[Columns]:
         """Return rows that were not taken, with what a lower rank of the model `root` has too."""
         waiting, self._waiting = self._waiting, []
-        return [site_columns(sites, ids, source.repeated(root)) for source, sites, ids in waiting]
+        return [
+            site_columns(
+                sites, ids, repeated=source.repeated(root), only_counted=source.only_counted()
+            )
+            for source, sites, ids in waiting
+        ]

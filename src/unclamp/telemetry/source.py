@@ -60,6 +60,13 @@ class Source:
         found = repeated_sites(self.ledger, root)
         return frozenset(self.ids[index] for index in found if index < len(self.ids))
 
+    def only_counted(self) -> frozenset[int]:
+        """Return the ids of the sites from whose casts nothing is computed, beside others in FP8.
+
+        None of an observed model, whose casts are all of that kind.
+        """
+        return frozenset(self.ids[i] for i in self.ledger.only_counted if i < len(self.ids))
+
     def inspect(self, inspection: Inspection, *, between: Inspection) -> None:
         """Have the casts of the coming step inspected; `between` if it is not recorded."""
         self._between = between

@@ -34,7 +34,7 @@
 
   // Filter and order ------------------------------------------------------------------------
   const rows = data.sites.map((site) => ({
-    site, text: `${title(site)} ${site.scaling} ${site.format}`.toLowerCase(),
+    site, text: `${title(site)} ${site.scaling} ${site.format}${site.only_counted ? " only counted" : ""}`.toLowerCase(),
   }));
   const test = (word) => {
     if (!/[*?]/.test(word)) return (text) => text.includes(word);
@@ -54,7 +54,7 @@
     const chosen = state.at >= 0 ? state.shown[state.at] : null;
     state.shown = rows.filter(({ site, text }) =>
       (state.role === "all" || site.role === state.role) &&
-      (!state.clamped || site.saturated > 0) && tests.every((matches) => matches(text)));
+      (!state.clamped || (site.saturated > 0 && !site.only_counted)) && tests.every((matches) => matches(text)));
     if (state.sort) state.shown.sort(compare(state.sort, state.down));
     state.at = state.shown.indexOf(chosen);
     el("count").textContent = `${write.count(state.shown.length)} of ${things(rows.length, "site")}`;
@@ -97,6 +97,9 @@
     if (kind === "scaling") {
       td.textContent = `${value} ${site.format}`;
       if (site.granularity && site.granularity !== "tensor") td.textContent += ` ${site.granularity}`;
+      if (site.only_counted) {
+        td.append(" ", node("span", { class: "note", title: "nothing is computed from these casts" }, "only counted"));
+      }
       if (site.switched.length) {
         const steps = site.switched.map((s) => s.toLocaleString("en-US"));
         const more = steps.length > 2 ? `, ${steps.length - 2} more` : "";
@@ -214,7 +217,8 @@
   const summary = (site) => {
     const window = data.window > 1 ? ` A point is ${data.window} steps.` : "";
     const worst = missing(site.worst_step) ? "" : `, worst at step ${write.step(site.worst_step)}`;
-    return `${site.scaling} ${site.format}: ${things(site.saturated, "element")} clamped in ` +
+    const would = site.only_counted ? " would have been" : "";
+    return `${site.scaling} ${site.format}${site.only_counted ? ", only counted" : ""}: ${things(site.saturated, "element")}${would} clamped in ` +
       `${write.count(site.clamped_casts)} of ${things(site.rows, "recorded cast")}${worst}.${window}`;
   };
   const line = (name, y, axis, style, more = {}) => ({

@@ -49,6 +49,8 @@ def summarise(
 ) -> dict[str, float]:
     """Return the step's numbers, and the casts' under `unclamp/`, for the model and per role.
 
+    Sites that are only counted are in none of these: see `per_site`.
+
     Args:
         sites: The sites that the casts refer to, by id.
         steps: One row of the table `steps`.
@@ -69,10 +71,11 @@ def summarise(
     if casts is None or not len(casts.get("site", ())):
         return numbers
     rows = _Rows(sites, casts)
-    everything = np.ones(len(rows.role), dtype=bool)
-    numbers |= _model_numbers("unclamp", rows, everything)
+    if not rows.is_computed.any():
+        return numbers
+    numbers |= _model_numbers("unclamp", rows, rows.is_computed)
     for role in ROLES:
-        of_role = rows.role == role
+        of_role = rows.is_computed & (rows.role == role)
         if of_role.any():
             numbers |= _model_numbers(f"unclamp/{role}", rows, of_role)
     return numbers
@@ -124,6 +127,7 @@ class _Rows:
     def __init__(self, sites: Mapping[int, SiteInfo], casts: Columns) -> None:
         self.site = [int(site) for site in casts["site"]]
         self.role = np.array([sites[site].role for site in self.site])
+        self.is_computed = np.array([not sites[site].only_counted for site in self.site])
         self.elements = _floats(casts["elements"])
         self.saturated = _floats(casts["saturated"])
         self.underflowed = _floats(casts["underflowed"])
