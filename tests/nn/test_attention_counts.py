@@ -261,3 +261,15 @@ def test_an_output_can_be_written_into_and_derived_twice() -> None:
             (first,) = torch.autograd.grad(function(q).square().sum(), q, create_graph=True)
             found.append(torch.autograd.grad(first.sum(), q)[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("skip", [[], ["layer"]], ids=["with a layer", "attention alone"])
+def test_every_tenth_step_is_counted_without_a_recorder(skip: list[str]) -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    observation = unclamp.observe(model, skip=skip)
+    for _ in range(31):
+        step(model, drawn())
+        optimizer.step()
+    casts = {site.role: site.casts for site in observation.sites() if site.fqn == "attn.qk"}
+    assert casts == {"input": 4, "weight": 4, "grad_output": 4}  # steps 0, 10, 20 and 30

@@ -72,6 +72,7 @@ class Clock:
         holders: The optimizers, and what they hold.
         unseen: Watches for steps that no hook sees.
         graded: Products whose weight ever had a gradient when a step was made.
+        idle: Steps since the last update, in which there was nothing to update.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -84,6 +85,7 @@ class Clock:
         self.holders = Holders()
         self.unseen = Unseen()
         self.graded: set[int] = set()
+        self.idle = 0
         self._products: list[Product] = []
         self._weights: list[list[Product]] = []
         self._weights_of: list[Product] | None = None
@@ -155,8 +157,9 @@ class Clock:
         is_skipped = _is_skipped(optimizer)
         if is_skipped and not ledger.shared.look(ledger):
             return
-        is_due = ledger.is_due
+        is_due, made = ledger.is_due, ledger.turns.made
         updated = self._update(optimizer, ledger, is_skipped) if is_due else frozenset()
+        self.idle = self.idle + 1 if ledger.turns.made == made else 0
         self._note(ledger, updated | self.holders.held_by(optimizer))
 
     def _update(self, optimizer: Optimizer, ledger: Ticking, skipped: bool) -> frozenset[int]:

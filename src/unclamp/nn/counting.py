@@ -32,14 +32,16 @@ def is_counted(operands: Operands) -> bool:
 
     One that is computed in FP8 later (a warm-up), or of an observed model, always. One that is only
     observed whatever its recipe, which has its operands made for it: where a `Recorder` inspects
-    every cast, or every `COUNTED_EVERY` updates where nobody asks for closer looks.
+    every cast, or every `COUNTED_EVERY` updates where nobody asks for closer looks: as many steps,
+    where nothing else of the model is cast, and steps without a cast update nothing.
     """
     if operands.is_plain:
         return False
     if not operands.only_observed:
         return True
     if operands.inspection == "never":
-        return operands.ledger.updates % COUNTED_EVERY == 0
+        ledger = operands.ledger
+        return ledger.updates % COUNTED_EVERY == 0 or ledger.clock.idle >= COUNTED_EVERY - 1
     return operands.inspection == "always"
 
 
