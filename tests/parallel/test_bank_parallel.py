@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import unclamp
+from exchange import Exchange
 from ranks import run_ranks
 from unclamp import Delayed, Guarded, PerBlock, PerRow, Recipe
 from unclamp.nn import find_ledgers
@@ -48,24 +49,6 @@ class Experts(nn.Module):
         """Return each row's expert's output."""
         up, down = (w.to_local() if isinstance(w, DTensor) else w for w in (self.up, self.down))
         return unclamp.grouped_mm(unclamp.grouped_mm(x, up.mT, offs).relu(), down.mT, offs)
-
-
-class Exchange(torch.autograd.Function):
-    """Sends rows to the ranks that they are for, and their gradients back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        ctx.sizes = sent, received
-        out = x.new_empty(sum(received), x.shape[1])
-        dist.all_to_all_single(out, x.contiguous(), received, sent)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        sent, received = ctx.sizes
-        dx = gradients[0].new_empty(sum(sent), gradients[0].shape[1])
-        dist.all_to_all_single(dx, gradients[0].contiguous(), sent, received)
-        return dx, None, None
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

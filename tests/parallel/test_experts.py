@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import unclamp
+from exchange import Exchange
 from ranks import run_ranks
 from unclamp.nn.convert import find_ledgers
 
@@ -54,24 +55,6 @@ class Mixture(nn.Module):
 def batch(step: int) -> Tensor:
     g = torch.Generator().manual_seed(step)
     return torch.randn(TOKENS, WIDTH, generator=g) * (1 + step % 3)
-
-
-class Exchange(torch.autograd.Function):
-    """Sends rows to the ranks that they are for, and their gradients back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        ctx.sizes = sent, received
-        out = x.new_empty(sum(received), x.shape[1])
-        dist.all_to_all_single(out, x.contiguous(), received, sent)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        sent, received = ctx.sizes
-        dx = gradients[0].new_empty(sum(sent), gradients[0].shape[1])
-        dist.all_to_all_single(dx, gradients[0].contiguous(), sent, received)
-        return dx, None, None
 
 
 def run_alone(model: Mixture, step: int) -> Tensor:
