@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
 from torch import Tensor, nn
 
-from unclamp.errors import UnclampError, did_you_mean
+from unclamp.errors import UnclampError, did_you_mean, first_line
 
 HUB_WAIT_S = 5.0
 """How long the hub may take to say whether it has a model."""
@@ -45,13 +45,13 @@ def model_of(name: str) -> nn.Module:
             f"{file} names no model_type: expected the config.json of a model of transformers"
         ) from error
     except Exception as error:  # whatever transformers raises of what it cannot use
-        raise UnclampError(f"cannot read the config {file}: {_first_line(error)}") from error
+        raise UnclampError(f"cannot read the config {file}: {first_line(error)}") from error
     try:
         with torch.device("meta"):
             return _class_for(config)(config)
     except Exception as error:
         raise UnclampError(
-            f"cannot make the model of {file} ({kind}): {_first_line(error)}"
+            f"cannot make the model of {file} ({kind}): {first_line(error)}"
         ) from error
 
 
@@ -89,7 +89,7 @@ def config_file(name: str) -> Path:
     except Exception as error:  # whatever the hub's library and the one below it raise
         raise UnclampError(
             f"{name!r} is no file or folder, and the hub cannot be reached "
-            f"({_first_line(error)}); name a config.json"
+            f"({first_line(error)}); name a config.json"
         ) from error
 
 
@@ -165,8 +165,3 @@ def _class_for(config: Any) -> Any:
 def _unknown(kind: str) -> str:
     near = did_you_mean(kind, list(transformers.CONFIG_MAPPING))
     return f"transformers {transformers.__version__} knows no model_type {kind!r}{near}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__

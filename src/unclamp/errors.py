@@ -95,3 +95,9 @@ def _naming(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         return function(*args, **named)
 
     return checked
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, without its stop; its class if it is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unclamp.names import GEMMS, Gemm, Role
-from unclamp.nn.agreed import WHOLE, Splits, splits_at
+from unclamp.nn.agreed import Splits
 from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.counting import count, is_counted
 from unclamp.nn.first import first_scale
@@ -27,7 +27,7 @@ from unclamp.nn.gradient import cast_gradient
 from unclamp.nn.groups import Groups
 from unclamp.nn.layout import Axis
 from unclamp.nn.operands import Operands
-from unclamp.nn.product import Commit, is_evaluation, when_to_commit
+from unclamp.nn.product import Commit, meeting, when_to_commit
 from unclamp.nn.rehearsal import rehearses
 from unclamp.nn.split import asked, uncounted
 from unclamp.numerics import GemmOperand, matmul_each
@@ -65,31 +65,13 @@ def multiply_each(
             return output
         when = when_to_commit(operands, x, second, None, training=training)
         return output if when is None else count(operands, output, x, _matrix(second), commit=when)
-    commit, together, splits, evaluates = meeting(operands, x, second, training=training)
+    commit, evaluates, together, splits = meeting(operands, x, second, None, training=training)
+    # What data parallelism splits, it splits in both operands.
+    splits = splits._replace(outputs=splits.tokens) if operands.shares else splits
     shape = x.shape[:-2]
     x, second = (t.reshape(-1, *t.shape[-2:]) for t in (x, second))
     output = _Batched.apply(x, second, operands, commit, evaluates, together, splits, turned, dtype)
     return output.view(*shape, *output.shape[-2:])
-
-
-def meeting(
-    operands: Operands, x: Tensor, second: Tensor, *, training: bool
-) -> tuple[Commit, Groups, Splits, bool]:
-    """Return when a forward commits, with whom it agrees on scales, and whether it evaluates."""
-    commit = when_to_commit(operands, x, second, None, training=training)
-    together: Groups = ()
-    if not rehearses():
-        if commit is None:
-            operands.silent_forwards += 1
-        together = operands.ledger.shared.first_groups(
-            operands.ledger, operands.number, commits=commit is not None, training=training
-        )
-    evaluates = is_evaluation(operands, commit, training=training)
-    splits = WHOLE
-    if operands.shares:  # what data parallelism splits, it splits in both operands
-        splits = splits_at(operands, WHOLE, x.shape[:-1].numel(), evaluates=evaluates)
-        splits = splits._replace(outputs=splits.tokens)
-    return commit, together, splits, evaluates
 
 
 class _Batched(torch.autograd.Function):

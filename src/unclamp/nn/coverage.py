@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from unclamp.covered import CoverageReport
-from unclamp.errors import UnclampWarning, UnsupportedError
+from unclamp.errors import UnclampWarning, UnsupportedError, first_line
 from unclamp.nn.accounts import Account
 from unclamp.nn.attach import attach, find_ledgers, revert
 from unclamp.nn.described import described_products
@@ -274,9 +274,3 @@ def _targets(output: Any) -> list[Tensor]:
     leaves += [v for leaf in leaves if hasattr(leaf, "__dict__") for v in tree_leaves(vars(leaf))]
     found = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
     return list({id(t): t for t in found}.values())
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says first, without the stop at its end."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from unclamp.covered import CoverageReport
-from unclamp.errors import ConvertError
+from unclamp.errors import ConvertError, first_line
 from unclamp.nn.attach import ConvertReport, Cover, find_ledgers
-from unclamp.nn.coverage import Plan, covered, first_line
+from unclamp.nn.coverage import Plan, covered
 from unclamp.recipe import Recipe
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]

@@ -133,7 +133,7 @@ def meeting(
     Args:
         operands: The product's.
         x: Its input.
-        weight: Its weight, or the bank that it lies in.
+        weight: Its weight, the bank that it lies in, or an operand that is no parameter.
         bias: Its bias, or None.
         training: Whether the module is in training mode.
         splits: How it is spread over ranks, as far as tensors say.
@@ -142,10 +142,10 @@ def meeting(
     together: Groups = ()
     if not (torch.compiler.is_compiling() or rehearses()):
         ledger, commits = operands.ledger, commit is not None
-        if commits:
-            ledger.clock.unseen.look(operands.number, weight, ledger)
-        else:
+        if not commits:
             operands.silent_forwards += 1
+        elif operands.weight_name is not None:
+            ledger.clock.unseen.look(operands.number, weight, ledger)
         together = ledger.shared.first_groups(
             ledger, operands.number, commits=commits, training=training
         )

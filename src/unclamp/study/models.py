@@ -31,7 +31,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from unclamp.errors import StudyError, UnclampWarning
+from unclamp.errors import StudyError, UnclampWarning, first_line
 from unclamp.nn import find_ledgers
 from unclamp.nn.convert import ConvertReport, convert, revert
 from unclamp.nn.coverage import coverage
@@ -170,7 +170,7 @@ def build_model(settings: ModelConfig) -> nn.Module:
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise StudyError(
-                f"cannot load the model {settings.hf_model!r}: {_first_line(error)}"
+                f"cannot load the model {settings.hf_model!r}: {first_line(error)}"
             ) from error
     if settings.hidden_size % (2 * settings.heads):
         raise StudyError(
@@ -263,7 +263,7 @@ def _tokenizer(name: str) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise StudyError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
+        raise StudyError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
     return tokenizer if tokenizer.vocab_size else None
 
 
@@ -309,7 +309,7 @@ def _folder(name: str) -> str:
     except Exception as error:  # whatever the hub's library and the one below it raise
         raise StudyError(
             f"{name!r} is no folder, {where}, and the hub cannot be reached "
-            f"({_first_line(error)}); name a folder that holds a model"
+            f"({first_line(error)}); name a folder that holds a model"
         ) from error
 
 
@@ -337,8 +337,3 @@ def _has_weights(folder: Path) -> bool:
                 return all((folder / shard).is_file() for shard in shards)
             return False
     return False
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
