@@ -24,7 +24,7 @@ LAYERS = [
     {"blueprint", "telemetry", "parallel"},
     {"analysis"},
     {"explain"},
-    {"study"},
+    {"integrations", "study"},
     {"doctor"},
     {"report"},
     {"cli"},
