@@ -106,7 +106,7 @@ def unmatched_text(unmatched: Mapping[str, str], linear: Sequence[str]) -> str:
 def kept_text(names: Sequence[str], has: str) -> str:
     """Return a warning of layers that were converted before, the first of which `has` this."""
     return (
-        f"{_count(names)} converted already, with another recipe, and kept what they had, such as "
+        f"{_count(names)} converted already, with another recipe, which stays; such as "
         f"{shown(names[0])}: {has}. unclamp.switch changes the scaling of converted layers; after "
         "unclamp.revert(model) a recipe is taken up anew"
     )
