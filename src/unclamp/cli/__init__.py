@@ -20,6 +20,7 @@ from unclamp.cli import (  # noqa: F401  (they register)
     study,
 )
 from unclamp.cli.app import USER_ERROR, app, show_warnings_as_lines
+from unclamp.cli.plain import show_what_can_be_shown
 from unclamp.errors import UnclampError
 from unclamp.version import __version__
 
@@ -42,6 +43,7 @@ def _options(
 def main() -> None:
     """Run the command line; the entry point `unclamp`."""
     show_warnings_as_lines()
+    show_what_can_be_shown()
     try:
         app()
     except UnclampError as error:
