@@ -7,21 +7,20 @@ imported already is what it is a callback of. For Fabric see `FabricRecorder`.
 import importlib
 import importlib.util
 import sys
-import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unclamp.errors import UnclampWarning, UnsupportedError
+from unclamp.errors import UnsupportedError
 from unclamp.integrations.fabric import FabricRecorder
 from unclamp.integrations.norms import grad_norm as norm_of
 from unclamp.integrations.norms import together, unscaled
 from unclamp.integrations.recorded import Framework, Recorded, Recording, status_of
 from unclamp.integrations.scaled import Scaled
+from unclamp.nn.convert import State
 from unclamp.recipe import Recipe
 
 __all__ = ["FabricRecorder", "UnclampCallback"]
@@ -93,7 +92,7 @@ class UnclampCallback(_Base):
         run: str | Path | None = None,
         *,
         skip: Sequence[str] = (),
-        state: Literal["apart", "model"] = "apart",
+        state: State = "apart",
         loss: str | None = None,
         scalars: Sequence[str] = (),
         grad_norm: bool = True,

@@ -7,15 +7,16 @@ a state_dict (Fabric). The order in which they restore things is theirs.
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from unclamp.errors import UnclampWarning
 from unclamp.integrations.recorded import say
 from unclamp.nn.attach import find_ledgers
-from unclamp.nn.convert import ConvertReport, convert
+from unclamp.nn.convert import ConvertReport, State, convert
 from unclamp.nn.saved import is_state_key
+from unclamp.nn.scaling_state import ScalingState
 from unclamp.recipe import Recipe
 
 PART = "scaling"
@@ -28,15 +29,13 @@ class Scaled:
     Args:
         recipe: What to convert by; None leaves the model as it is.
         skip: As `unclamp.convert` takes it.
-        state: Whether scaling state is among the model's own keys, too.
+        state: As `unclamp.convert` takes it, for a model that this converts.
 
     Attributes:
         report: What the conversion did; None before it.
     """
 
-    def __init__(
-        self, recipe: Recipe | None, *, skip: Sequence[str], state: Literal["apart", "model"]
-    ) -> None:
+    def __init__(self, recipe: Recipe | None, *, skip: Sequence[str], state: State | None) -> None:
         self.report: ConvertReport | None = None
         self._recipe, self._skip, self._state = recipe, skip, state
         self._model: weakref.ref[nn.Module] | None = None
@@ -52,18 +51,18 @@ class Scaled:
         if self.model is not model:
             self._model = weakref.ref(model)
             if self._recipe is not None:
-                self.report = convert(model, self._recipe, skip=self._skip)
+                self.report = convert(model, self._recipe, skip=self._skip, state=self._state)
                 say(str(self.report).splitlines()[0])
         if self._pending is not None and find_ledgers(model):
             pending, self._pending = self._pending, None
-            model.load_state_dict(pending, strict=False)
+            ScalingState(model).load_state_dict(pending)
 
     def state_dict(self) -> dict[str, Any]:
         """Return our part of a checkpoint; empty where no model is converted."""
         model = self.model
         if model is None or not find_ledgers(model):
             return {}
-        return {PART: {k: v for k, v in model.state_dict().items() if is_state_key(k)}}
+        return {PART: ScalingState(model).state_dict()}
 
     def load_state_dict(self, part: Mapping[str, Any]) -> None:
         """Load our part of a checkpoint: now, or as soon as the model is converted."""
