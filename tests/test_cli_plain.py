@@ -28,7 +28,7 @@ for line in json.loads(sys.argv[1]):
 
 
 def test_every_command_prints_where_only_ascii_can_be_shown(tmp_path: Path) -> None:
-    run = str(write_planted(tmp_path / "größe", scenario="outlier"))
+    run = str(write_planted(tmp_path / "run", scenario="größe"))
     other = str(write_planted(tmp_path / "other", scenario="outlier", lr=0.1))
     page = str(tmp_path / "page.html")
     lines = [["doctor"], ["formats"], ["report", run, "--out", page], ["spikes", run],
@@ -41,9 +41,7 @@ def test_every_command_prints_where_only_ascii_can_be_shown(tmp_path: Path) -> N
         capture_output=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
-    said = dict(
-        part.split("\n", 1) for part in done.stdout.decode("ascii").split("==== ") if part
-    )
+    said = dict(part.split("\n", 1) for part in done.stdout.decode("ascii").split("==== ") if part)
     assert len(done.stdout.decode("ascii").split("==== ")) == len(lines) + 1
     assert "- " in said["doctor"]
     assert str(SPIKE) in said["spikes"]
@@ -55,7 +53,7 @@ def test_every_command_prints_where_only_ascii_can_be_shown(tmp_path: Path) -> N
         ("a · b", b"a - b"),
         ("model.l…down: 1 → 2", b"model.l~down: 1 -> 2"),
         ("größe", rb"gr\u00f6\u00dfe"),
-        ("𝛼\ud800", rb"\ud835\udefc\ud800"),
+        ("\U0001d6fc\ud800", rb"\ud835\udefc\ud800"),
     ],
 )
 def test_what_cannot_be_shown_is_an_escape_that_json_reads(text: str, shown: bytes) -> None:

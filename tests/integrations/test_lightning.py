@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import (  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
-from unclamp.integrations.lightning import UnclampCallback  # noqa: E402
+from unclamp.integrations.lightning import Fp8Precision, UnclampCallback  # noqa: E402
 
 pytestmark = [
     pytest.mark.xdist_group("lightning"),
@@ -190,7 +190,9 @@ def test_validations_are_events_and_a_sanity_check_is_none(taken) -> None:
     with RunLog.open(taken[0] / "run") as log:
         events = log.sql("SELECT step, data FROM events WHERE kind = 'evaluation' ORDER BY step")
         got = [(row["step"], json.loads(row["data"])["metrics"]) for row in events.to_pylist()]
-    own = [(int(row["step"]), float(row["val_loss"])) for row in logged(taken[0]) if row["val_loss"]]
+    own = [
+        (int(row["step"]), float(row["val_loss"])) for row in logged(taken[0]) if row["val_loss"]
+    ]
     assert [(step, metrics["val_loss"]) for step, metrics in got] == own
     assert [list(metrics) for _, metrics in got] == [["val_loss"]] * 2
 
@@ -217,7 +219,9 @@ def test_a_step_of_several_batches_has_the_mean_of_their_losses(scheduled, tmp_p
     sizes = [2, 2, 2, 3, 3] if scheduled else [4, 2, 4, 2]
     shares = [2, 2, 2, 3, 3] if scheduled else [4] * 4
     losses, seen = iter(module.micro), iter(2 * batches())
-    expected = [sum(next(losses) / share for _ in range(n)) for n, share in zip(sizes, shares)]
+    expected = [
+        sum(next(losses) / share for _ in range(n)) for n, share in zip(sizes, shares, strict=True)
+    ]
     largest = [max(float(next(seen).abs().max()) for _ in range(n)) for n in sizes]
     got = rows(tmp_path / "run")
     assert [row["loss"] for row in got] == [float(each) for each in expected]
@@ -303,7 +307,9 @@ def test_a_checkpoint_has_the_keys_of_a_plain_module(resumed, tmp_path: Path) ->
 def test_a_weights_only_checkpoint_is_clean_too(tmp_path: Path) -> None:
     weights = saved(tmp_path / "ckpt", save_weights_only=True)
     callback = UnclampCallback(unclamp.Recipe())
-    trainer(tmp_path, callback, weights, enable_checkpointing=True, max_steps=2).fit(Net(), Loader())
+    trainer(tmp_path, callback, weights, enable_checkpointing=True, max_steps=2).fit(
+        Net(), Loader()
+    )
     held = torch.load(tmp_path / "ckpt" / "step=2.ckpt", weights_only=True)
     assert list(held["state_dict"]) == list(Net().state_dict())
 
@@ -408,9 +414,7 @@ class Gan(L.LightningModule):
 
 def test_manual_optimisation_is_one_row_a_batch_with_the_loss_that_is_named(tmp_path) -> None:
     module = Gan()
-    callback = UnclampCallback(
-        unclamp.Recipe(), tmp_path / "run", loss="maker", scalars=["critic"]
-    )
+    callback = UnclampCallback(unclamp.Recipe(), tmp_path / "run", loss="maker", scalars=["critic"])
     trainer(tmp_path, callback, max_epochs=1).fit(module, Loader())
     got = rows(tmp_path / "run")
     assert [row["loss"] for row in got] == pytest.approx(module.losses, rel=1e-6)
@@ -494,6 +498,30 @@ def test_a_trained_module_is_tested_with_its_scales(resumed, tmp_path: Path) -> 
     held = torch.load(resumed["path"], weights_only=True)["callbacks"]["UnclampCallback"]
     now = unclamp.ScalingState(module).state_dict()
     assert all(torch.equal(value, now[key]) for key, value in held["scaling"].items())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_precision_plugin_converts_and_resumes(precision: str, tmp_path: Path) -> None:
+    """The plugin alone is what callback and Lightning's own plugin are together."""
+    modules = [Net(), Net(), Net()]
+    for module in modules[1:]:
+        module.configure_gradient_clipping = lambda *_, **__: None
+    callback = UnclampCallback(unclamp.Recipe())
+    trainer(tmp_path, callback, precision=precision).fit(modules[0], Loader())
+    for index, limit in ((1, 8), (2, -1)):
+        trainer(
+            tmp_path, saved(tmp_path / "ckpt"), enable_checkpointing=True, max_steps=limit,
+            plugins=[Fp8Precision(unclamp.Recipe(), precision)],
+        ).fit(
+            modules[index], Loader(),
+            ckpt_path=tmp_path / "ckpt" / "step=8.ckpt" if index == 2 else None,
+        )  # fmt: skip
+    states = [unclamp.ScalingState(module).state_dict() for module in (modules[0], modules[2])]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    for name, value in modules[0].state_dict().items():
+        assert torch.equal(value, modules[2].state_dict()[name]), name
+    with pytest.raises(unclamp.UnsupportedError, match="did you mean 'bf16-mixed'"):
+        Fp8Precision(unclamp.Recipe(), "bf16-mix")
 
 
 OTHER = """

@@ -1,7 +1,8 @@
 """PyTorch Lightning: a callback that converts the module and records every optimizer step.
 
 `UnclampCallback` works with `lightning.pytorch` and with `pytorch_lightning`; whichever of them is
-imported already is what it is a callback of. For Fabric see `FabricRecorder`.
+imported already is what it is a callback of. `Fp8Precision` is a plugin that converts, for those
+who look for FP8 there. For Fabric see `FabricRecorder`.
 """
 
 import importlib
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from unclamp.errors import UnsupportedError
 from unclamp.integrations.fabric import FabricRecorder
+from unclamp.integrations.lightning_precision import Fp8Precision
 from unclamp.integrations.norms import grad_norm as norm_of
 from unclamp.integrations.norms import together, unscaled
 from unclamp.integrations.recorded import Framework, Recorded, Recording, status_of
@@ -23,7 +25,7 @@ from unclamp.integrations.scaled import Scaled
 from unclamp.nn.convert import State
 from unclamp.recipe import Recipe
 
-__all__ = ["FabricRecorder", "UnclampCallback"]
+__all__ = ["FabricRecorder", "Fp8Precision", "UnclampCallback"]
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
