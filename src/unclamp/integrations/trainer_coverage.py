@@ -19,7 +19,7 @@ def batch_coverage(trainer: Any, batch: Any) -> CoverageReport | None:
     The model is called with those of the batch's values that its forward knows by name, which of
     the trainers of TRL are not all: then outputs are differentiated in place of their loss.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model = trainer.model
     try:
         named = known_to(model, batch)
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):

@@ -318,6 +318,7 @@ class Attached:
             self._close_snapshots()
             self._recorded.end("failed")
             self._resumes = True  # in the same folder, from its first step on
+            self._is_step_open = False
 
     def _open_step(self, inputs: Any) -> None:
         """Be before the first micro-batch of a step."""
