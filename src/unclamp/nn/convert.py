@@ -12,6 +12,7 @@ from unclamp.nn.attach import ConvertReport, Profit, RevertReport, attach, find_
 from unclamp.nn.candidates import product_names
 from unclamp.nn.covering import Example, covering
 from unclamp.nn.groups import Given, check_given, give
+from unclamp.nn.named import named_modules
 from unclamp.nn.payoff import Timer, check_tokens
 from unclamp.nn.products import products_of
 from unclamp.recipe import Recipe
@@ -82,7 +83,7 @@ def convert(
           (the model itself): input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
     """
     profit = Profit(check_tokens(tokens), timer) if where_it_pays else None
-    check_given(group, (fqn for fqn, _ in model.named_modules()))
+    check_given(group, (fqn for fqn, _ in named_modules(model)))
     cover = covering(model, recipe, example, skip=skip, observes=False)
     report = attach(
         model, recipe, skip=skip, strict=strict, observes=False, profit=profit, cover=cover
