@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
@@ -328,17 +327,6 @@ def test_it_is_read_with_weights_only_and_is_no_view(tmp_path: Path) -> None:
     assert not same(ScalingState(model).state_dict(), saved)
 
 
-def test_a_full_state_dict_of_a_part_forgets_nothing() -> None:
-    model = fresh()
-    train(model, 3)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(model, {"0.bias": torch.zeros(8)}, options=options)
-    after = model.state_dict()
-    assert (after["0.bias"] == 0).all()
-    assert same({**after, "0.bias": before["0.bias"]}, before)
-
-
 def test_evaluations_after_a_load_are_those_before_it() -> None:
     model, other = apart(), apart()
     train(model, 3)
@@ -348,4 +336,4 @@ def test_evaluations_after_a_load_are_those_before_it() -> None:
     ScalingState(other).load_state_dict(ScalingState(model).state_dict())
     x = torch.randn(5, 6) * 3
     with torch.no_grad():
-        assert torch.equal(model(x), other(x))
+        assert torch.equal(model.eval()(x), other.eval()(x))
