@@ -317,7 +317,7 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
 def _names(ledger: Ledger, root: nn.Module) -> dict[int, SiteName]:
     """Return the names of a ledger's sites within a model, by index."""
     return {
-        index: SiteName(fqn, role)
+        index: SiteName(str(fqn), role)
         for fqn, own, _ in products_of(root)
         if own.ledger is ledger
         for role, index in own.indices.items()

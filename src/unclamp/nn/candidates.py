@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from unclamp.errors import ConvertError
-from unclamp.names import shown
+from unclamp.names import joined, shown
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.experts import unknown_banks
 from unclamp.nn.kinds import is_relative, kind_of
-from unclamp.nn.products import Matrix, joined, products_in
+from unclamp.nn.named import named_modules
+from unclamp.nn.products import Matrix, products_in
 from unclamp.nn.routers import find_routers
 from unclamp.numerics.gpu import architecture
 from unclamp.numerics.gpu.formats import native_format
@@ -36,7 +37,7 @@ def candidates(
     """Return the products to convert, by name, and why other weight matrices are left alone."""
     converted: dict[str, Candidate] = {}
     skipped: dict[str, str] = {}
-    for fqn, module in model.named_modules():
+    for fqn, module in named_modules(model):
         reason = _reason_to_skip(fqn, module, skip)
         if reason:
             skipped[fqn] = reason
@@ -48,8 +49,8 @@ def candidates(
             else:
                 skipped[product] = skipped_by(glob)
     for fqn in _read_elsewhere(model, {c.module for c in converted.values()}):
-        if converted.pop(fqn, None) is not None:
-            name = type(model.get_submodule(fqn)).__name__
+        if (own := converted.pop(fqn, None)) is not None:
+            name = type(own.module).__name__
             skipped[fqn] = (
                 f"its weight is read by nn.MultiheadAttention, which never calls it ({name})"
             )
@@ -62,7 +63,7 @@ def _read_elsewhere(model: nn.Module, converted: set[nn.Module]) -> list[str]:
     """Return layers whose weight their parent reads: one that is converted calls them."""
     return [
         joined(fqn, "out_proj")
-        for fqn, module in model.named_modules()
+        for fqn, module in named_modules(model)
         if isinstance(module, nn.MultiheadAttention)
         and not isinstance(module, Adapted)
         and module not in converted
@@ -151,7 +152,7 @@ def product_names(model: nn.Module, *, of_weights: bool = False) -> list[str]:
     """
     return [
         joined(fqn, name)
-        for fqn, module in model.named_modules()
+        for fqn, module in named_modules(model)
         for name in ([""] if is_relative(module) else _names(module, of_weights=of_weights))
     ]
 
