@@ -63,6 +63,10 @@ def shown(fqn: str) -> str:
     return fqn or "(the model itself)"
 
 
+NO_MARKS = frozenset({"model"})
+"""Parts of wrappers that say nothing in a glob: PEFT's `base_model.model` is known by the first."""
+
+
 class ModuleName(str):
     """A dotted name without the parts that wrappers put into it, which knows its other spellings.
 
@@ -145,7 +149,7 @@ def without_wrappers(
     around = {path.rpartition(".")[0] for path in put_in}
     there = {path: key for path, key in paths if path not in around}
     _keep_apart(plain, there)
-    marks = frozenset(path.rpartition(".")[2] for path in put_in)
+    marks = frozenset(path.rpartition(".")[2] for path in put_in) - NO_MARKS
     marks -= {part for path in there for part in plain[path].split(".")}
     names: list[str] = []
     for path, _ in paths:

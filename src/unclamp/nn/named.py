@@ -1,9 +1,9 @@
 """What modules are called: without the parts that wrappers put between them.
 
-DDP, FSDP1, `torch.compile`, activation checkpointing, averages and PEFT put a module around another,
-and a part into every name below it: `q_proj.base_layer`, `module.layers.0`. A run of a wrapped
-model has the names of the plain one, whichever was first, the wrapper or the conversion. The keys
-of a state_dict are torch's own, and stay.
+DDP, FSDP1, `torch.compile`, activation checkpointing, averages and PEFT put a module around
+another, and a part into every name below it: `q_proj.base_layer`, `module.layers.0`. A run of a
+wrapped model has the names of the plain one, whichever was first, the wrapper or the conversion.
+The keys of a state_dict are torch's own, and stay.
 
 A part is a wrapper's by the class of what is around: an attribute of a user's own may be called
 `module` too.
