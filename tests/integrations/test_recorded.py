@@ -40,7 +40,7 @@ def step(recorded: Recorded, optimizer: torch.optim.Optimizer, number: int) -> f
     recorded.grad_norm(torch.tensor(float(number)))
     optimizer.step()
     optimizer.zero_grad()
-    recorded.step(number, lr=0.1, rewards=2.0)
+    recorded.step(number, lr=0.1, scalars={"rewards/chosen": 2.0})
     return total.item()
 
 
