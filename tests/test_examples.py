@@ -117,3 +117,24 @@ def test_the_script_for_many_processes_trains_and_records(tmp_path: Path) -> Non
     ]
     losses = [row["loss"] for row in steps]
     assert sum(losses[-10:]) < sum(losses[:10]) / 1.4
+
+
+def test_the_script_for_lightning_trains_and_goes_on(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "examples" / "train_lightning.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) < 60
+    pytest.importorskip("lightning")
+    source = str(Path(unclamp.__file__).parents[1])
+    for epochs in ("1", "2"):
+        ended = subprocess.run(
+            [sys.executable, str(script), str(tmp_path), epochs],
+            env={**os.environ, "PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        assert "converted 2 layers, skipped 2" in ended.stdout
+    with unclamp.RunLog.open(tmp_path / "run") as log:
+        assert log.header.status == "finished"
+        steps = log.sql("SELECT step, loss FROM steps ORDER BY step").to_pylist()
+    assert [row["step"] for row in steps] == list(range(len(steps)))
+    losses = [row["loss"] for row in steps]
+    assert sum(losses[-10:]) < sum(losses[:10]) / 1.5

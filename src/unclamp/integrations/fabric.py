@@ -81,6 +81,7 @@ class FabricRecorder:
         self._recorded: Recorded | None = None
         self._fabric: Any = None
         self._optimizer: int | None = None
+        self._losses: list[Number] = []
         self._norm: Tensor | None = None
         self._is_clipped = False
         self._lr: Number | None = None
@@ -133,21 +134,21 @@ class FabricRecorder:
 
     # ---- what a user calls ---------------------------------------------------------------------
 
-    def step(self, *, group: Name = None, **scalars: Number) -> None:
+    def step(self, *, loss: Number | None = None, group: Name = None, **scalars: Number) -> None:
         """Record the iteration that was just made, with `manual=True`.
 
-        The loss is the sum of what `fabric.backward` got since the last call.
-
         Args:
+            loss: Its loss; by default the sum of what `fabric.backward` got since the last call.
             group: The kind of its batch.
-            **scalars: What else to record, by name; also another loss, lr or grad_norm.
+            **scalars: What else to record, by name.
         """
         self._steps += 1
         if self._recorded is not None:
+            for each in self._losses if loss is None else [loss]:
+                self._recorded.micro(each)
             self._recorded.grad_norm(self._norm)
-            scalars.setdefault("lr", self._lr)  # pyright: ignore[reportArgumentType]
-            self._recorded.step(self._steps, group=group, **scalars)
-        self._norm, self._lr, self._is_clipped = None, None, False
+            self._recorded.step(self._steps, lr=self._lr, group=group, scalars=scalars)
+        self._losses, self._norm, self._lr, self._is_clipped = [], None, None, False
 
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Record an evaluation's metrics, as an event at the present step."""
@@ -184,7 +185,7 @@ class FabricRecorder:
         if self._recorded is None or self._fabric is None:
             return
         self._recorded.begin(_framework(self._fabric), resumes=self._resumes)
-        self._recorded.micro(tensor)
+        self._losses.append(tensor.detach())
 
     def _on_clipped(self, norm: Tensor | None) -> None:
         self._norm, self._is_clipped = norm, True

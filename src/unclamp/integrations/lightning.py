@@ -191,7 +191,7 @@ class UnclampCallback(_Base):
         self._steps = trainer.global_step
         recorded.grad_norm(together(self._norms.values()))
         scalars = {name: logged[name] for name in self._scalars if name in logged}
-        recorded.step(_step(trainer), lr=self._lr, **scalars)
+        recorded.step(_step(trainer), lr=self._lr, scalars=scalars)
         self._forget()
 
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
