@@ -15,7 +15,7 @@ pytest.importorskip("lightning.fabric")
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision
 
-from unclamp.integrations.lightning import FabricRecorder
+from unclamp.integrations.lightning import FabricRecorder, Fp8Precision
 
 pytestmark = [
     pytest.mark.xdist_group("lightning"),
@@ -69,7 +69,7 @@ class Training:
             total += loss.detach()
         self.losses.append(float(total))
         if clip is not None:
-            norm = self.fabric.clip_gradients(
+            norm: Any = self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=clip, error_if_nonfinite=False
             )
             self.norms.append(float(norm))
@@ -235,7 +235,7 @@ def test_several_optimizers_need_to_say_when_a_step_ends(tmp_path: Path) -> None
             halves = nn.ModuleDict({"critic": nn.Linear(8, 1), "maker": nn.Linear(8, 8)})
             own = [torch.optim.SGD(half.parameters(), lr=0.1) for half in halves.values()]
             _, critic, maker = fabric.setup(halves, *own)
-            x = torch.randn(4, 8)
+            x, loss = torch.randn(4, 8), torch.zeros(())
             for _ in range(3):
                 fabric.backward(halves["critic"](halves["maker"](x).detach()).mean())
                 critic.step()
@@ -253,7 +253,10 @@ def test_several_optimizers_need_to_say_when_a_step_ends(tmp_path: Path) -> None
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_replaced_on_demand(tmp_path: Path) -> None:
-    for settings, refused in (({}, False), ({}, True), ({"overwrite": True}, False)):
+    choices: list[tuple[dict[str, Any], bool]] = [
+        ({}, False), ({}, True), ({"overwrite": True}, False)
+    ]  # fmt: skip
+    for settings, refused in choices:
         recorder = FabricRecorder(unclamp.Recipe(), tmp_path / "run", **settings)
         training = Training(recorder)
         if refused:
@@ -273,3 +276,17 @@ def test_an_evaluation_is_an_event(tmp_path: Path) -> None:
     with RunLog.open(tmp_path / "run") as log:
         events = log.sql("SELECT step FROM events WHERE kind = 'evaluation'").to_pylist()
     assert events == [{"step": 1}]
+
+
+def test_a_precision_plugin_converts_for_fabric(tmp_path: Path) -> None:
+    losses = []
+    for plugin in (True, False):
+        with FabricRecorder(None if plugin else unclamp.Recipe(), tmp_path / f"{plugin}") as one:
+            own = Fp8Precision(unclamp.Recipe(), "32-true", fabric=True)
+            training = Training(one, plugins=[own] if plugin else None)
+            for batch in batches():
+                training.step(batch)
+        losses.append(training.losses)
+        assert one.state_dict()["scaling"]
+    assert losses[0] == losses[1]
+    assert rows(tmp_path / "True") == rows(tmp_path / "False")

@@ -230,6 +230,61 @@ def test_a_step_of_several_batches_has_the_mean_of_their_losses(scheduled, tmp_p
     assert history[: len(sizes)].tolist() == largest[::-1]
 
 
+def test_a_loss_by_name_is_the_mean_over_the_steps_batches(tmp_path: Path) -> None:
+    class Several(Net):
+        def training_step(self, batch: Tensor, index: int) -> Any:
+            return {"loss": super().training_step(batch, index), "half": self.micro[-1] / 2}
+
+    module = Several()
+    callback = UnclampCallback(unclamp.Recipe(), tmp_path / "run", loss="half")
+    trainer(tmp_path, callback, accumulate_grad_batches=2, max_epochs=1).fit(module, Loader())
+    pairs = zip(module.micro[::2], module.micro[1::2], strict=True)
+    expected = [float(a / 2 / 2 + b / 2 / 2) for a, b in pairs]
+    assert [row["loss"] for row in rows(tmp_path / "run")] == expected
+
+
+def test_a_fit_that_is_called_again_goes_on(tmp_path: Path) -> None:
+    module, callback = Net(), UnclampCallback(unclamp.Recipe(), tmp_path / "run")
+    driver = trainer(tmp_path, callback, max_epochs=1)
+    driver.fit(module, Loader())
+    driver.fit_loop.max_epochs = 2
+    driver.fit(module, Loader())
+    got = rows(tmp_path / "run")
+    assert [row["step"] for row in got] == list(range(2 * BATCHES))
+    assert [row["loss"] for row in got] == [loss.item() for loss in module.micro]
+
+
+def test_a_search_for_a_learning_rate_is_no_part_of_the_run(tmp_path: Path) -> None:
+    class Found(Net):
+        lr = 0.01
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    callback = UnclampCallback(unclamp.Recipe(), tmp_path / "run")
+    search = L.callbacks.LearningRateFinder(num_training_steps=5, update_attr=False)
+    module = Found()
+    loader = torch.utils.data.DataLoader(batches(), batch_size=None)  # pyright: ignore
+    trainer(tmp_path, callback, search, max_epochs=1).fit(module, loader, Loader(2))
+    got = rows(tmp_path / "run")
+    assert [row["step"] for row in got] == list(range(BATCHES))
+    history = unclamp.ScalingState(module).state_dict()["net.0.unclamp_input_amax_history"]
+    assert history[:BATCHES].tolist() == [float(x.abs().max()) for x in batches()][::-1]
+    assert not history[BATCHES:].any()
+
+
+def test_without_the_package_one_is_told_what_to_install(monkeypatch) -> None:
+    import importlib.util
+
+    from unclamp.integrations import lightning as ours
+
+    for name in ours.PACKAGES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(unclamp.UnsupportedError, match=r"pip install .unclamp\[lightning\]"):
+        ours._bases()
+
+
 def saved(folder: Path, **settings: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}",
                            **settings)  # fmt: skip
@@ -315,7 +370,9 @@ def test_a_weights_only_checkpoint_is_clean_too(tmp_path: Path) -> None:
 
 
 def test_state_among_the_modules_keys_if_asked_for(tmp_path: Path) -> None:
-    for name, state in (("first", "model"), ("second", "apart")):
+    choices: list[tuple[str, Any]] = [("first", "model"), ("second", "apart")]
+    ended: list[dict[str, Tensor]] = []
+    for name, state in choices:
         callback = UnclampCallback(unclamp.Recipe(), state=state)
         module = Net()
         trainer(tmp_path, callback, saved(tmp_path / name), enable_checkpointing=True,
@@ -323,10 +380,8 @@ def test_state_among_the_modules_keys_if_asked_for(tmp_path: Path) -> None:
                                  tmp_path / "first" / "step=2.ckpt")  # fmt: skip
         keys = list(torch.load(tmp_path / name / "step=4.ckpt", weights_only=True)["state_dict"])
         assert any("unclamp" in key for key in keys) == (state == "model")
-        states = unclamp.ScalingState(module).state_dict()
-        if name == "first":
-            whole = states
-    assert all(torch.equal(value, states[key]) for key, value in whole.items())
+        ended.append(unclamp.ScalingState(module).state_dict())
+    assert all(torch.equal(value, ended[1][key]) for key, value in ended[0].items())
 
 
 def test_a_checkpoint_without_scaling_state_is_said(tmp_path: Path) -> None:
@@ -395,6 +450,7 @@ class Gan(L.LightningModule):
 
     def training_step(self, batch: Tensor, index: int) -> None:
         critic, maker = self.optimizers()
+        loss = torch.zeros(())
         for _ in range(2):
             made = self.halves["maker"](batch[:, :8]).detach()
             loss = (self.halves["critic"](made) - self.halves["critic"](batch)).mean()

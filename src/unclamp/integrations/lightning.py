@@ -131,9 +131,9 @@ class UnclampCallback(_Base):
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Convert what is not converted yet, and refuse a folder that holds another run."""
         self._scaled.take(pl_module)
-        self._recorded = Recorded(
-            pl_module, None if trainer.fast_dev_run else self._run, recording=self._recording
-        )
+        is_trial = bool(getattr(trainer, "fast_dev_run", False))
+        run = None if is_trial else self._run
+        self._recorded = Recorded(pl_module, run, recording=self._recording)
         self._recorded.check(resumes=_resumes(trainer))
 
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -184,7 +184,7 @@ class UnclampCallback(_Base):
         if recorded is None or self.recorder is None:
             return
         logged = trainer.callback_metrics if self._loss or self._scalars else {}
-        if (loss := self._loss_in(outputs, logged)) is not None:
+        if (loss := self._loss_in(trainer, outputs, logged)) is not None:
             recorded.micro(loss)
         if trainer.global_step == self._steps:
             return
@@ -237,20 +237,22 @@ class UnclampCallback(_Base):
 
     # ---- inside --------------------------------------------------------------------------------
 
-    def _loss_in(self, outputs: Any, logged: Mapping[str, Any]) -> Any:
-        name = self._loss or "loss"
-        if isinstance(outputs, Mapping):
-            found = outputs.get(name)
-        else:
-            found = outputs if self._loss is None else None
-        if found is None and self._loss is not None:
-            found = logged.get(self._loss)
-            if found is None:
-                raise UnsupportedError(
-                    f"UnclampCallback(loss={self._loss!r}): training_step neither returns nor "
-                    f"logs it; it has logged {sorted(logged)}"
-                )
-        return found
+    def _loss_in(self, trainer: "Trainer", outputs: Any, logged: Mapping[str, Any]) -> Any:
+        """Return the batch's share of the step's loss; None where nobody says it."""
+        returned = outputs if isinstance(outputs, Mapping) else {"loss": outputs}
+        if self._loss is None:
+            return returned.get("loss")
+        found = returned.get(self._loss, logged.get(self._loss))
+        if found is None:
+            raise UnsupportedError(
+                f"UnclampCallback(loss={self._loss!r}): training_step neither returns nor "
+                f"logs it; it has logged {sorted(logged)}"
+            )
+        # Lightning has divided what it trains by, and nothing else.
+        is_divided = self._loss == "loss" and "loss" in returned
+        if is_divided or not trainer.lightning_module.automatic_optimization:
+            return found
+        return found / trainer.accumulate_grad_batches
 
     def _forget(self) -> None:
         self._norms, self._lr = {}, None

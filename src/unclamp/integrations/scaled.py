@@ -37,7 +37,8 @@ class Scaled:
 
     def __init__(self, recipe: Recipe | None, *, skip: Sequence[str], state: State | None) -> None:
         self.report: ConvertReport | None = None
-        self._recipe, self._skip, self._state = recipe, skip, state
+        self._recipe, self._skip = recipe, skip
+        self._state: State | None = state
         self._model: weakref.ref[nn.Module] | None = None
         self._pending: Mapping[str, Tensor] | None = None
 
