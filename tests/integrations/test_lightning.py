@@ -416,6 +416,24 @@ def test_a_compiled_module_is_recorded_alike(part: str, plain, tmp_path: Path) -
     assert history[:BATCHES].tolist() == [float(x.abs().max()) for x in batches()][::-1]
 
 
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_averaged_weights_are_saved_plain_and_resume_bit_for_bit(first, tmp_path: Path) -> None:
+    ended = []
+    for path in (None, tmp_path / "ckpt" / "step=8.ckpt"):
+        own = UnclampCallback(unclamp.Recipe(), tmp_path / "run")
+        average = L.callbacks.EMAWeightAveraging(decay=0.9)
+        both = [own, average] if first == "ours" else [average, own]
+        module = Net()
+        trainer(tmp_path, *both, saved(tmp_path / "ckpt"), enable_checkpointing=True).fit(
+            module, Loader(), Loader(2), ckpt_path=path
+        )
+        ended.append({**module.state_dict(), **unclamp.ScalingState(module).state_dict()})
+    assert all(torch.equal(value, ended[1][name]) for name, value in ended[0].items())
+    held = torch.load(tmp_path / "ckpt" / "step=8.ckpt", weights_only=True)
+    for part in ("state_dict", "current_model_state"):
+        assert list(held[part]) == list(Net().state_dict())
+
+
 class Later(Net):
     """Makes its layers when the strategy asks for them."""
 
