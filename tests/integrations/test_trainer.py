@@ -44,16 +44,22 @@ COMPILE = pytest.mark.cell("Trainer", "compile")
 CASES = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 3, "max_steps": 6},
-    "bf16": {"bf16": True, "gradient_accumulation_steps": 2},
-    "unclipped": {"max_grad_norm": 0.0},
-    "clipped": {"max_grad_norm": 0.1},
-    "own-mean": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
-    "epochs": {"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 0.5},
-    "rows": {"lr_scheduler_type": "cosine", "weight_decay": 0.1, "optim": "adafactor"},
-    "checkpointing": {"activation_checkpointing": True},
+    "bf16": {
+        **{"bf16": True, "gradient_accumulation_steps": 2},
+        **{"average_tokens_across_devices": False},
+    },
+    "unclipped": {
+        **{"max_grad_norm": 0.0, "optim": "adafactor"},
+        **{"lr_scheduler_type": "cosine", "weight_decay": 0.1},
+    },
+    "clipped": {
+        **{"max_grad_norm": 0.1, "logging_strategy": "epoch"},
+        **{"max_steps": -1, "num_train_epochs": 0.25},
+    },
+    "checkpointing": {"activation_checkpointing": True, "max_steps": 4},
     "reentrant": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
+        **{"activation_checkpointing": True, "max_steps": 4},
+        **{"activation_checkpointing_kwargs": {"use_reentrant": True}},
     },
     "compile": {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4},
 }
