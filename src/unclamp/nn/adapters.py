@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from unclamp.nn.kinds import kind_of
 from unclamp.nn.named import COPIES, is_of, named_modules
 from unclamp.rule import Rule
 
@@ -17,6 +18,7 @@ REASON = (
     "a layer of an adapter ({part}), which is thin and learns all: left in high precision on "
     "purpose; a rule that names it, such as {glob!r}, takes it in"
 )
+PART = "a part of an adapter ({part})"
 READS_BASE = (
     "DoRA's magnitude: with dropout it multiplies by the base's weight by itself, past the casts "
     "of the base, in high precision"
@@ -45,7 +47,8 @@ def find_adapters(model: nn.Module, rules: Iterable[Rule]) -> dict[str, str]:
         if type(module).__name__.startswith("Dora"):
             found[fqn] = READS_BASE
         elif any(p.ndim >= 2 for p in module.parameters(recurse=False)):
-            found[fqn] = REASON.format(part=part, glob=f"*.{part}.*")
+            said = REASON if kind_of(module) is not None else PART
+            found[fqn] = said.format(part=part, glob=f"{part}.*")
     return found
 
 

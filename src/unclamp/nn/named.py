@@ -29,6 +29,8 @@ LIBRARIES = ("deepspeed", "megatron", "fairscale", "apex", "colossalai", "torcht
 """Libraries whose wrappers have a `module`."""
 ADAPTED = "base_layer"
 """What PEFT's layers call the layer that they adapt."""
+TOKENS = "token_adapter"
+"""What PEFT calls the layer that trains some rows of another."""
 ORIGINAL, COPIES = "original_module", "modules_to_save"
 """What PEFT calls a module that an adapter trains a copy of, and the copies."""
 
@@ -61,7 +63,7 @@ def is_put_in(parent: nn.Module, name: str) -> bool:
     """Whether a module is a wrapper of its child of this name."""
     if name in PRIVATE:
         return True
-    if name not in ("module", ADAPTED, ORIGINAL, "base_model", "model"):
+    if name not in ("module", ADAPTED, ORIGINAL, TOKENS, "base_model", "model"):
         return False
     if any(parameter.ndim >= 2 for parameter in parent.parameters(recurse=False)):
         return False  # it may be a product itself, which needs the name
