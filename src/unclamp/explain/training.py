@@ -55,10 +55,28 @@ class Training:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-Build = Callable[..., Training]
-"""Makes the training anew; its weights and states do not matter, they are replaced."""
+Build = Callable[..., Any]
+"""Makes the training anew, or a trainer that has one (`as_training`); its weights and states do not
+matter, they are replaced."""
 Step = Callable[[Training, Any], Any]
 """Does one optimizer step on a batch and returns its loss, a number or a tensor of one."""
+
+
+def as_training(made: Any) -> Training:
+    """Return what a build function made: a training, or a trainer that knows its own.
+
+    Raises:
+        ReplayError: It is neither.
+    """
+    if isinstance(made, Training):
+        return made
+    own = getattr(made, "unclamp_training", None)
+    if callable(own):
+        return as_training(own())
+    raise ReplayError(
+        "expected the build function to return an unclamp.Training, or a trainer that an "
+        f"integration has attached to, got {type(made).__name__}"
+    )
 
 
 class Batch(NamedTuple):

@@ -68,15 +68,28 @@ def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageRep
 
 
 def covered(
-    model: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any], plan: "Plan | None" = None
+    model: nn.Module,
+    inputs: Sequence[Any],
+    named: Mapping[str, Any],
+    plan: "Plan | None" = None,
+    *,
+    shapes_only: bool = False,
 ) -> CoverageReport:
-    """Do what `coverage` says; with a plan of a model that is converted as that says."""
+    """Do what `coverage` says; with a plan of a model that is converted as that says.
+
+    Where `shapes_only`, a model that needs data is refused: of a large one there may be no second.
+    """
     has_data = not any(t.device.type == "meta" for t in _tensors(model))
     try:
         return _run(model, inputs, named, how="fake", plan=plan)
     except _NeedsDataError as needs:
         error = needs.__cause__
         assert isinstance(error, Exception)
+        if shapes_only:
+            raise UnsupportedError(
+                f"the model ({type(model).__name__}) cannot run on shapes alone: "
+                f"{first_line(error)}"
+            ) from error
         if not has_data:
             raise UnsupportedError(
                 f"the model ({type(model).__name__}) cannot run on shapes alone, and lies on the "
