@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from unclamp.names import ROLES, Role
 from unclamp.nn.noted import is_other
+from unclamp.nn.named import is_copied_by
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
 from unclamp.nn.products import Matrix, products_in, stacks
@@ -117,8 +118,10 @@ class Adapted(nn.Module):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
+        is_adapters = is_copied_by("peft", sys._getframe(1))
         for own in products_in(self).values():
             own.belong_to(self)
+            own.is_saved &= not is_adapters
 
     # ---- saved state -----------------------------------------------------------------------
 

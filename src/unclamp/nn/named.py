@@ -9,7 +9,9 @@ A part is a wrapper's by the class of what is around: an attribute of a user's o
 `module` too.
 """
 
+import copy
 from collections.abc import Collection
+from types import FrameType
 
 from torch import nn
 
@@ -77,6 +79,18 @@ def is_put_in(parent: nn.Module, name: str) -> bool:
             for base in type(parent).__mro__
         )
     return is_of(parent, ("peft",))
+
+
+def is_copied_by(library: str, frame: FrameType | None) -> bool:
+    """Whether a frame is inside of a deep copy that a library makes.
+
+    PEFT copies whole modules for an adapter to train, and takes all that their state_dict holds
+    into the adapter's file. Nothing of a copy says so before PEFT has put it in its place.
+    """
+    while frame is not None and frame.f_globals.get("__name__") == copy.__name__:
+        frame = frame.f_back
+    name = "" if frame is None else str(frame.f_globals.get("__name__"))
+    return name.partition(".")[0] == library
 
 
 def is_of(module: nn.Module, libraries: Collection[str]) -> bool:
