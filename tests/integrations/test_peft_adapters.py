@@ -516,3 +516,55 @@ def test_adapters_around_adapters_keep_the_names_apart() -> None:
         "0.lora_A.default",
         "0.base_layer.lora_A.default",
     }
+
+
+# ---- experts, first and last -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_experts_whose_weights_an_adapter_replaces_are_named(order: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            vocab_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+        )
+    )
+    if order == "before":
+        unclamp.convert(model, Recipe())
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    model = peft.get_peft_model(model, config)
+    if order == "after":
+        report = unclamp.convert(model, Recipe())
+        why = {report.skipped[f"{experts}.{n}"] for n in (0, 1)}
+        assert len(why) == 1
+        assert "target_parameters" in why.pop()
+        assert "model.layers.0.mlp.experts.down_proj.0" in report.converted
+        assert train(model, 1)
+        return
+    with (
+        pytest.warns(unclamp.UnclampWarning, match=rf"{experts}.0, {experts}.1: converted"),
+        unclamp.Recorder(model, tmp_path / "run") as recorder,
+    ):
+        optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(10):
+            loss = model(input_ids=IDS[0], labels=IDS[0]).loss
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss=loss)
+
+
+def test_first_and_last_are_the_bases_and_their_copies() -> None:
+    model = adapted(llama(), target_modules=["q_proj", "lm_head"])
+    assert unclamp.first_and_last(model) == ["^model.layers.0.self_attn.q_proj", "^lm_head"]
+    model = adapted(llama(), modules_to_save=["lm_head"])
+    skip = unclamp.first_and_last(model)
+    assert skip == ["^model.layers.0.self_attn.q_proj", "^lm_head"]
+    converted = unclamp.convert(model, Recipe(), skip=skip).converted
+    assert [fqn for fqn in converted if "lm_head" in fqn] == []

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclamp.names import ROLES, Role
-from unclamp.nn.noted import is_other
 from unclamp.nn.named import is_copied_by
+from unclamp.nn.noted import is_other
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
 from unclamp.nn.products import Matrix, products_in, stacks

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from unclamp.nn.kinds import kind_of
-from unclamp.nn.named import COPIES, is_of, named_modules
+from unclamp.nn.named import ADAPTED, COPIES, is_of, named_modules
 from unclamp.rule import Rule
 
 REASON = (
@@ -19,6 +19,10 @@ REASON = (
     "purpose; a rule that names it, such as {glob!r}, takes it in"
 )
 PART = "a part of an adapter ({part})"
+SUM = (
+    "an adapter puts a sum in its place in every forward (target_parameters of PEFT), which goes "
+    "past the casts of experts: left in high precision"
+)
 READS_BASE = (
     "DoRA's magnitude: with dropout it multiplies by the base's weight by itself, past the casts "
     "of the base, in high precision"
@@ -49,6 +53,22 @@ def find_adapters(model: nn.Module, rules: Iterable[Rule]) -> dict[str, str]:
         elif any(p.ndim >= 2 for p in module.parameters(recurse=False)):
             said = REASON if kind_of(module) is not None else PART
             found[fqn] = said.format(part=part, glob=f"{part}.*")
+    return found
+
+
+def adapted_parameters(model: nn.Module) -> dict[nn.Module, set[str]]:
+    """Return the parameters that PEFT puts a sum in place of while a module runs, by the module.
+
+    That is what it does for `target_parameters`.
+    """
+    found: dict[nn.Module, set[str]] = {}
+    for module in model.modules():
+        name, base = getattr(module, "parameter_name", None), module
+        if not isinstance(name, str) or ADAPTED not in module._modules:
+            continue
+        while (inner := base._modules.get(ADAPTED)) is not None:
+            base = inner
+        found.setdefault(base, set()).add(name)
     return found
 
 

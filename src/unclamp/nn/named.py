@@ -25,10 +25,21 @@ PRIVATE = (
     "_original_module",
 )
 """Attributes of wrappers of torch and Lightning Fabric, which nobody else has."""
-AROUND_ALL = ("DistributedDataParallel", "DataParallel", "AveragedModel")
-"""torch's classes with a `module`."""
-LIBRARIES = ("deepspeed", "megatron", "fairscale", "apex", "colossalai", "torchtitan")
-"""Libraries whose wrappers have a `module`."""
+WITH_MODULE = frozenset(
+    {
+        ("torch", "DistributedDataParallel"),
+        ("torch", "DataParallel"),
+        ("torch", "AveragedModel"),
+        ("deepspeed", "DeepSpeedEngine"),
+        ("megatron", "_BaseDataParallel"),
+        ("megatron", "DistributedDataParallelBase"),
+        ("megatron", "DistributedDataParallel"),
+        ("megatron", "FullyShardedDataParallel"),
+        ("megatron", "Float16Module"),
+        ("apex", "DistributedDataParallel"),
+    }
+)
+"""Wrappers that call what they wrap `module`: library and class."""
 ADAPTED = "base_layer"
 """What PEFT's layers call the layer that they adapt."""
 TOKENS = "token_adapter"
@@ -74,8 +85,8 @@ def is_put_in(parent: nn.Module, name: str) -> bool:
     if name == ADAPTED:
         return isinstance(getattr(parent, "adapter_layer_names", None), tuple | list)
     if name == "module":
-        return is_of(parent, LIBRARIES) or any(
-            base.__name__ in AROUND_ALL and base.__module__.startswith("torch.")
+        return any(
+            (base.__module__.partition(".")[0], base.__name__) in WITH_MODULE
             for base in type(parent).__mro__
         )
     return is_of(parent, ("peft",))
