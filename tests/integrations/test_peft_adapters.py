@@ -5,6 +5,7 @@ that hooks of our own take down.
 """
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -548,16 +549,16 @@ def test_experts_whose_weights_an_adapter_replaces_are_named(order: str, tmp_pat
         assert "model.layers.0.mlp.experts.down_proj.0" in report.converted
         assert train(model, 1)
         return
-    with (
-        pytest.warns(unclamp.UnclampWarning, match=rf"{experts}.0, {experts}.1: converted"),
-        unclamp.Recorder(model, tmp_path / "run") as recorder,
-    ):
+    with unclamp.Recorder(model, tmp_path / "run") as recorder:
         optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         for _ in range(10):
             loss = model(input_ids=IDS[0], labels=IDS[0]).loss
             loss.backward()
             optimizer.step()
             recorder.step(loss=loss)
+    with unclamp.RunLog.open(tmp_path / "run") as log:
+        (data,) = log.sql("SELECT data FROM events WHERE kind = 'uncast'").to_pydict()["data"]
+    assert json.loads(data) == {"frozen": [f"{experts}.0", f"{experts}.1"]}
 
 
 def test_first_and_last_are_the_bases_and_their_copies() -> None:
