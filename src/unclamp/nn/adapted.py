@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclamp.names import ROLES, Role
+from unclamp.nn.named import is_copied_by
 from unclamp.nn.noted import is_other
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
@@ -119,8 +120,10 @@ class Adapted(nn.Module):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
+        is_adapters = is_copied_by("peft", sys._getframe(1))
         for own in products_in(self).values():
             own.belong_to(self)
+            own.is_saved &= not is_adapters
 
     # ---- saved state -----------------------------------------------------------------------
 
