@@ -44,6 +44,7 @@ RECIPE = Recipe.uniform(Delayed(history_len=HISTORY))
 @pytest.fixture(autouse=True)
 def anew() -> Iterator[None]:
     """Have no accelerator know of the one before."""
+    anew_now()
     yield
     anew_now()
 
