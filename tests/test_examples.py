@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run, a second time too, and lie in the repository without outputs."""
+"""The examples run; notebooks a second time too, and they lie in the repository without outputs."""
 
 import json
 import os
@@ -117,3 +117,60 @@ def test_the_script_for_many_processes_trains_and_records(tmp_path: Path) -> Non
     ]
     losses = [row["loss"] for row in steps]
     assert sum(losses[-10:]) < sum(losses[:10]) / 1.4
+
+
+TWICE = """
+import runpy, sys
+script, folder = sys.argv[1:]
+for epochs in ("1", "2"):
+    sys.argv = [script, folder, epochs]
+    runpy.run_path(script, run_name="__main__")
+"""
+"""Runs a script, and again with more epochs; in one process, for what it takes to import."""
+
+
+def test_the_script_for_lightning_trains_and_goes_on(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "examples" / "train_lightning.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) < 60
+    pytest.importorskip("lightning")
+    source = str(Path(unclamp.__file__).parents[1])
+    ended = subprocess.run(
+        [sys.executable, "-c", TWICE, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("converted 2 layers, skipped 2") == 2
+    with unclamp.RunLog.open(tmp_path / "run") as log:
+        assert log.header.status == "finished"
+        steps = log.sql("SELECT step, loss FROM steps ORDER BY step").to_pylist()
+    assert [row["step"] for row in steps] == list(range(len(steps)))
+    losses = [row["loss"] for row in steps]
+    assert sum(losses[-10:]) < sum(losses[:10]) / 1.5
+
+
+def test_the_example_of_transformers_trainer_records_and_saves(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("transformers")
+    script = Path(__file__).parent.parent / "examples" / "train_trainer.py"
+    source = str(Path(unclamp.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, str(script), "run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "unclamp report run"
+    with unclamp.RunLog.open(tmp_path / "run") as log:
+        assert log.header.status == "finished"
+        losses = [
+            row["loss"] for row in log.sql("SELECT loss FROM steps ORDER BY step").to_pylist()
+        ]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert (tmp_path / "run-checkpoints" / "checkpoint-30" / "unclamp_scaling_state.pt").is_file()

@@ -1,5 +1,6 @@
 """The sinks: what each service was given is read back with that service's own means."""
 
+import contextvars
 import json
 import math
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import unclamp
 from unclamp import UnclampWarning, UnsupportedError
 from unclamp.runlog import Columns, Header, RunLogWriter, Status
 from unclamp.telemetry import MLflow, Sink, Sinks, TensorBoard, WandB
@@ -164,6 +167,41 @@ def test_a_failure_on_the_writers_thread_neither_stops_the_log_nor_is_lost(tmp_p
         sinks.warn()
 
 
+RUN: contextvars.ContextVar[str] = contextvars.ContextVar("run")
+"""Where a tracker keeps its open run, as trackio does."""
+
+
+class Tracker(Keeper):
+    """A sink that opens its run in `start`, and needs it on the sinks' thread."""
+
+    def start(self, header: Header, sites: Mapping[int, SiteInfo]) -> None:
+        RUN.set(f"{RUN.get()}, opened by the sink")
+
+    def step(self, step: int, steps: Columns, casts: Columns | None) -> None:
+        self.got.append(f"{step}: {RUN.get()}")
+        RUN.set(f"{RUN.get()}, seen")
+
+
+def test_the_sinks_thread_sees_the_context_of_who_made_the_recorder(tmp_path: Path) -> None:
+    """A tracker that keeps its open run in a context variable knows it on that thread."""
+    got, tracker = [], Tracker()
+    before = RUN.set("mine")
+    try:
+        with unclamp.Recorder(
+            torch.nn.Linear(1, 1), tmp_path / "run", plain=True,
+            sinks=[lambda step, numbers: got.append((step, RUN.get())), tracker],
+        ) as recorder:  # fmt: skip
+            recorder.step(loss=1.0)
+            recorder.event("switched")
+            RUN.set("another")
+            recorder.step(loss=1.0)
+    finally:
+        RUN.reset(before)
+    assert got == [(0, "mine, opened by the sink"), (1, "mine, opened by the sink, seen")]
+    steps = [call for call in tracker.got if call[0].isdigit()]
+    assert steps == ["0: mine, opened by the sink", "1: mine, opened by the sink, seen"]
+
+
 def test_nothing_reaches_a_sink_after_close() -> None:
     keeper = Keeper()
     sinks = Sinks([keeper])
@@ -245,6 +283,23 @@ def test_tensorboard_shows_what_was_sent(tmp_path: Path) -> None:
     assert b'"git_commit": "abc"' in header.tensor_proto.string_val[0]
 
 
+def test_a_prefix_is_before_every_name_once(tmp_path: Path) -> None:
+    """A trainer's own logger may write a `loss` into the same folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = {}
+    for prefix in ("", "fp8/", "unclamp/"):
+        folder = tmp_path / f"at {prefix}".replace("/", "")
+        record(TensorBoard(folder, sites="layers.*", prefix=prefix))
+        read = EventAccumulator(str(folder)).Reload().Tags()
+        tags[prefix] = {kind: set(read[kind]) for kind in ("scalars", "histograms", "tensors")}
+    assert {"loss", "acc@1", "unclamp/saturated", f"{UP}/overshoot"} < tags[""]["scalars"]
+    for kind, plain in tags[""].items():
+        assert tags["fp8/"][kind] == {f"fp8/{name}" for name in plain}
+        bare = {name.removeprefix("unclamp/") for name in plain}
+        assert tags["unclamp/"][kind] == {f"unclamp/{name}" for name in bare}
+
+
 @pytest.fixture
 def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -324,6 +379,13 @@ def test_an_open_wandb_run_is_used_left_open_and_loses_nothing(wandb, tmp_path: 
     assert [row.get("loss") for row in history.values()] == [None, 1, 2, 3]
 
 
+def test_names_in_wandb_take_a_prefix(wandb, tmp_path: Path) -> None:
+    record(WandB(project="fp8", mode="offline", prefix="fp8/"))
+    names = [name for name in wandb_history(tmp_path)[0] if name[0] != "_"]
+    assert {"fp8/loss", "fp8/unclamp/saturated"} < set(names)
+    assert all(name.startswith("fp8/") for name in names)
+
+
 def mlflow_series(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
 
@@ -358,6 +420,14 @@ def test_mlflow_keeps_what_was_sent(mlflow_client, tmp_path, monkeypatch, capfd)
     assert mlflow_series(client, run.info.run_id, "unclamp/events/switch") == [(1, 1)]
     header = Path(client.download_artifacts(run.info.run_id, "unclamp.json"))
     assert json.loads(header.read_text())["git_commit"] == "abc"
+
+
+def test_names_in_mlflow_take_a_prefix(mlflow_client, tmp_path: Path) -> None:
+    record(MLflow(tmp_path / "ml", prefix="fp8/"))
+    client = mlflow_client()
+    (run,) = client.search_runs([client.get_experiment_by_name("unclamp").experiment_id])
+    assert {"fp8/loss", "fp8/acc_1", "fp8/unclamp/saturated"} < set(run.data.metrics)
+    assert all(name.startswith("fp8/") for name in run.data.metrics)
 
 
 def test_more_numbers_than_a_request_takes_are_all_kept(mlflow_client, tmp_path: Path) -> None:

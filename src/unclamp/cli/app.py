@@ -47,7 +47,6 @@ def _bare_flags(parameters: list[Any]) -> list[Any]:
 app = _App(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="FP8 training in which clamping is measured, explained and prevented.",
 )

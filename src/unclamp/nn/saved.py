@@ -16,7 +16,8 @@ can load. What it learnt of it renames (DDP's "module.", the prefix of a compile
 to the other ranks; the rest is lost. Scaling state is neither, because optimizers, wrappers and
 changes of dtype must not see it. So to that one caller, whom only its frame tells from others,
 `named_buffers` shows a tensor to fill for each. Those that it filled are loaded. Those of which
-the checkpoint does not speak are still NaN, which means: forget, the next tensor seeds the scale.
+the checkpoint does not speak are still NaN, which means that nothing is said of them. Weights of
+which it does not speak come as the model's own, and were not written since it asked.
 """
 
 import math
@@ -130,18 +131,56 @@ def off_mesh(value: Any) -> Tensor | None:
     return None if value.isnan().any() else value
 
 
-def wants_to_fill(frame: FrameType | None) -> bool:
-    """Whether in this frame torch's distributed checkpoints ask what a model can load.
+def as_plain(value: Tensor) -> Tensor:
+    """Return a value of a state_dict that every rank has as a plain tensor; a part as it is."""
+    placements: Any = getattr(value, "placements", None)
+    if placements is None or not all(p.is_replicate() for p in placements):
+        return value
+    return value.to_local()  # pyright: ignore
 
-    Not where what they load holds no scaling state, as that of a plain model: what they were shown
-    they would miss.
-    """
+
+def is_part(value: Tensor) -> bool:
+    """Whether a value of a state_dict is this rank's part of it."""
+    return hasattr(as_plain(value), "device_mesh")
+
+
+def like(value: Any, own: Tensor | None) -> Any:
+    """Return a whole value as this rank's part of it, where its own one is a part."""
+    if own is None or not is_part(own) or hasattr(value, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415  # slow to import
+
+    there: Any = own
+    if tuple(value.shape) != tuple(there.shape):
+        return value
+    return distribute_tensor(
+        value.to(there.device), there.device_mesh, there.placements, src_data_rank=None
+    )
+
+
+def asked_to_load(frame: FrameType | None) -> Mapping[str, Any] | None:
+    """Return what torch's distributed checkpoints load if, in this frame, they ask what a model
+    can load; else None.
+    """  # noqa: D205
     while frame is not None and frame.f_globals.get("__name__") == _CHECKPOINTS:
         if frame.f_code.co_name == _LOADING:
-            given = frame.f_locals["state_dict"]  # empty where another rank sends it
-            return not given or any(is_state_key(key) for key in given)
+            return frame.f_locals["state_dict"]  # empty where another rank sends it
         frame = frame.f_back
-    return False
+    return None
+
+
+def wants_to_fill(given: Mapping[str, Any]) -> bool:
+    """Whether what they load may hold scaling state.
+
+    That of a plain model does not: what they were shown they would miss.
+    """
+    return not given or any(is_state_key(key) for key in given)
+
+
+def version_of(weight: Tensor) -> int | None:
+    """Return how often a weight, or this rank's part, was written; None where torch cannot say."""
+    local: Tensor = getattr(weight, "_local_tensor", weight)
+    return None if local.is_inference() else local._version
 
 
 def to_fill(state: Mapping[str, Tensor], device: torch.device) -> Iterator[tuple[str, Tensor]]:

@@ -136,10 +136,30 @@ def nothing_in_fp8(
             f"no layer is in FP8: {few(observed)} are only counted; a rule for '*.qk' or '*.pv' "
             "computes the products of attentions in FP8"
         )
+    ours = " by unclamp" if any(why.startswith("torchao") for why in skipped.values()) else ""
     if not plain:
-        return f"no layer is in FP8: {reasons(skipped)}"
+        return f"no layer is in FP8{ours}: {reasons(skipped)}"
     left = f"the recipe leaves {few(plain)} in high precision"
-    return f"no layer is in FP8: {'; '.join([left, *([reasons(skipped)] if skipped else [])])}"
+    return (
+        f"no layer is in FP8{ours}: {'; '.join([left, *([reasons(skipped)] if skipped else [])])}"
+    )
+
+
+def quantised(layers: Mapping[str, str], taken: Sequence[str]) -> str:
+    """Say that most of a model is quantised, and what is left of it for FP8.
+
+    Args:
+        layers: Those whose weights are codes, and why each is left alone.
+        taken: Those that FP8 takes all the same.
+    """
+    first, why = next(iter(layers.items()))
+    said = (
+        f"the model is quantised ({counted(len(layers), 'layer')}, such as {shown(first)}: {why}), "
+        "and FP8 needs weights in high precision"
+    )
+    if taken:
+        return f"{said}: little worth it is left, {few(taken)}"
+    return f"no layer is in FP8: {said}: nothing worth it is left"
 
 
 def reasons(skipped: Mapping[str, str]) -> str:

@@ -2,27 +2,65 @@
 
 Threads are plain ones: numba's own pool dies of a fork, and of two callers at a time. The kernels
 release the interpreter's lock.
+
+Compiled kernels are kept where numba keeps them: in `NUMBA_CACHE_DIR`, beside our code, or in the
+user's cache. Where none of these can be written (a container's read-only image and home), they
+are kept in a temporary folder of the user's; without that, each process would compile anew.
 """
 
 import functools
 import os
+import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from numba import njit
+from numba.core import config
 from numba.core.event import Event, Listener, install_listener
 
 
 def compiled(function: Callable, **options: Any) -> Callable:
     """Compile a function at its first call, kept on disk where there is a folder for it."""
+    njit_it = functools.partial(njit, function, nogil=True, **options)
+    with suppress(RuntimeError):  # no folder to write the cache to
+        return njit_it(cache=True)
+    with suppress(RuntimeError), _kept_in(_temporary()):
+        return njit_it(cache=True)
+    return njit_it()
+
+
+@functools.cache
+def _temporary() -> Path | None:
+    """Return a temporary folder that only this user can write; None where there is none.
+
+    What lies in it is loaded and run, so a folder that somebody else has made is not used.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else None  # Windows: the folder is the user's
     try:
-        return njit(function, nogil=True, cache=True, **options)
-    except RuntimeError:  # no folder to write the cache to
-        return njit(function, nogil=True, **options)
+        folder = Path(tempfile.gettempdir()) / ("unclamp" if user is None else f"unclamp-{user}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    is_ours = user is None or (found.st_uid == user and not stat.S_IMODE(found.st_mode) & 0o022)
+    return folder if is_ours and stat.S_ISDIR(found.st_mode) else None
+
+
+@contextmanager
+def _kept_in(folder: Path | None) -> Iterator[None]:
+    """Have numba choose `folder` for what is declared in here, and for nobody else's functions."""
+    before: Any = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
+    config.CACHE_DIR = str(folder or before)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
@@ -43,15 +81,23 @@ class _Announcer(Listener):
         data: Any = event.data  # numba does not say its type
         kernel = data["dispatcher"]
         if kernel.py_func.__module__.startswith("unclamp."):
-            _announce(is_kept=kernel.stats.cache_path is not None)
+            _announce(kernel.stats.cache_path)
 
     def on_end(self, event: Event) -> None:
         pass
 
 
 @functools.cache
-def _announce(*, is_kept: bool) -> None:
-    fate = "once: they are kept on disk" if is_kept else "for this process: no folder to keep them"
+def _announce(folder: str | None) -> None:
+    if folder is None:
+        fate = "for this process: no folder to keep them"
+    elif (parent := Path(folder).parent) != _temporary():
+        fate = "once: they are kept on disk"
+    else:
+        fate = (
+            f"once: they are kept in {parent}, since neither beside unclamp nor in your home can "
+            "be written; NUMBA_CACHE_DIR names another folder"
+        )
     with suppress(OSError, ValueError):  # a stderr that is closed must not stop the compiler
         print(f"unclamp: compiling the CPU kernels, about 20 s, {fate}", file=sys.stderr)
 

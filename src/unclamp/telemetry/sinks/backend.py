@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from unclamp.errors import UnclampWarning, UnsupportedError
 from unclamp.runlog import Columns, Header, Status
@@ -21,12 +21,15 @@ from unclamp.telemetry.sinks.numbers import (
     summarise,
 )
 
+T = TypeVar("T")
+
 
 class Backend(ABC):
     """A sink that sends named numbers, and the chosen sites' series, to a service.
 
     Args:
         sites: A glob or several: modules whose sites get series of their own; as in recipes.
+        prefix: Before every name that does not begin with it, such as "fp8/".
 
     Raises:
         UnsupportedError: The service's package is not installed.
@@ -35,8 +38,9 @@ class Backend(ABC):
     package: ClassVar[str]
     """What is imported, and the name of the extra that installs it."""
 
-    def __init__(self, *, sites: str | Sequence[str] = ()) -> None:
+    def __init__(self, *, sites: str | Sequence[str] = (), prefix: str = "") -> None:
         self._globs = [sites] if isinstance(sites, str) else list(sites)
+        self._prefix = prefix
         self._sites: Mapping[int, SiteInfo] = {}
         self._chosen: set[int] = set()
         if not _is_installed(self.package):
@@ -62,11 +66,19 @@ class Backend(ABC):
         """Send one step's numbers, and what is known of the chosen sites."""
         numbers = summarise(self._sites, steps, casts)
         numbers |= per_site(self._sites, casts, self._chosen)
-        self._write(step, numbers, histograms(self._sites, casts, self._chosen))
+        found = histograms(self._sites, casts, self._chosen)
+        self._write(step, self._named(numbers), self._named(found))
 
     def event(self, step: int, kind: str, data: Mapping[str, Any]) -> None:
         """Mark the step with a 1 under `unclamp/events/<kind>`."""
-        self._write(step, {f"unclamp/events/{kind}": 1.0}, {})
+        self._write(step, self._named({f"unclamp/events/{kind}": 1.0}), {})
+
+    def _name(self, name: str) -> str:
+        """Return a name with the prefix; "unclamp/" adds nothing to "unclamp/saturated"."""
+        return name if name.startswith(self._prefix) else f"{self._prefix}{name}"
+
+    def _named(self, values: Mapping[str, T]) -> dict[str, T]:
+        return {self._name(name): value for name, value in values.items()}
 
     @abstractmethod
     def close(self, status: Status) -> None:

@@ -31,6 +31,7 @@ class MLflow(Backend):
         experiment: Name of the experiment, made where it does not exist.
         run_name: Name of the run; MLflow invents one by default.
         sites: Globs of modules whose sites get their own series.
+        prefix: Before every name that does not begin with it, such as "fp8/".
 
     Raises:
         UnsupportedError: The package mlflow is not installed.
@@ -45,8 +46,9 @@ class MLflow(Backend):
         experiment: str = "unclamp",
         run_name: str | None = None,
         sites: str | Sequence[str] = (),
+        prefix: str = "",
     ) -> None:
-        super().__init__(sites=sites)
+        super().__init__(sites=sites, prefix=prefix)
         self._tracking = tracking
         self._experiment = experiment
         self._run_name = run_name

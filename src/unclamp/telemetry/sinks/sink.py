@@ -1,10 +1,12 @@
 """What a sink is, and how the recorder keeps several of them.
 
 A sink that fails costs itself, never another sink or the run. The recorder starts and closes the
-sinks from the training's thread and hands them every step on the run log's writing thread, so
-that a slow one delays the numbers and not the training.
+sinks from the training's thread and hands them every step on a thread of their own, so that a slow
+one delays the numbers and not the training. That thread sees the context variables (`contextvars`)
+of whoever started the sinks: there a tracker may keep its open run.
 """
 
+import contextvars
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -68,6 +70,7 @@ class Sinks:
         self._failures: list[str] = []
         self._lock = threading.Lock()  # failures come from the thread, warnings leave outside it
         self._closed = False
+        self._context = contextvars.copy_context()
 
     def __len__(self) -> int:
         """Return how many sinks still take numbers."""
@@ -82,17 +85,18 @@ class Sinks:
         """
         infos = site_infos(*sites)
         self._each("at its start", lambda sink: sink.start(header, infos), close_failed=False)
+        self._context = contextvars.copy_context()  # with what the sinks have set in `start`
         self.warn(stacklevel=4)
 
     def step(self, step: int, steps: Columns, casts: Columns | None) -> None:
         """Hand one step's rows to every sink; after `close` to none."""
         if not self._closed:
-            self._each(f"at step {step}", lambda sink: sink.step(step, steps, casts))
+            self._on_thread(step, lambda sink: sink.step(step, steps, casts))
 
     def event(self, step: int, kind: str, data: Mapping[str, Any]) -> None:
         """Hand an event to every sink; after `close` to none."""
         if not self._closed:
-            self._each(f"at step {step}", lambda sink: sink.event(step, kind, data))
+            self._on_thread(step, lambda sink: sink.event(step, kind, data))
 
     def close(self, status: Status) -> None:
         """Close every sink, once, when all steps are handed over; call `warn` after it."""
@@ -109,6 +113,9 @@ class Sinks:
             failures, self._failures = self._failures, []
         for failure in failures:
             warnings.warn(failure, UnclampWarning, stacklevel=stacklevel)
+
+    def _on_thread(self, step: int, call: Callable[[Sink], None]) -> None:
+        self._context.run(self._each, f"at step {step}", call)
 
     def _each(self, when: str, call: Callable[[Sink], None], *, close_failed: bool = True) -> None:
         for entry in list(self._sinks):

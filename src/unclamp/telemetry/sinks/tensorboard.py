@@ -21,6 +21,8 @@ class TensorBoard(Backend):
     Args:
         folder: Where; a folder a run, as TensorBoard has it.
         sites: Globs of modules whose sites get their own series and exponent histograms.
+        prefix: Before every tag that does not begin with it: "fp8/" where the trainer's own
+            logger has a `loss` too.
 
     Raises:
         UnsupportedError: The package tensorboard is not installed.
@@ -28,8 +30,10 @@ class TensorBoard(Backend):
 
     package = "tensorboard"
 
-    def __init__(self, folder: str | Path, *, sites: str | Sequence[str] = ()) -> None:
-        super().__init__(sites=sites)
+    def __init__(
+        self, folder: str | Path, *, sites: str | Sequence[str] = (), prefix: str = ""
+    ) -> None:
+        super().__init__(sites=sites, prefix=prefix)
         self._folder = str(folder)
 
     def event(self, step: int, kind: str, data: Mapping[str, Any]) -> None:
@@ -76,4 +80,4 @@ class TensorBoard(Backend):
         )
 
     def _text(self, name: str, content: str, step: int) -> None:
-        self._writer.add_summary(self._as_text(name, f"```\n{content}\n```"), step)
+        self._writer.add_summary(self._as_text(self._name(name), f"```\n{content}\n```"), step)

@@ -20,6 +20,7 @@ class WandB(Backend):
 
     Args:
         sites: Globs of modules whose sites get their own series and exponent histograms.
+        prefix: Before every name that does not begin with it, such as "fp8/".
         **init: Arguments of `wandb.init`, such as project, name, mode="offline" and dir.
 
     Raises:
@@ -28,8 +29,8 @@ class WandB(Backend):
 
     package = "wandb"
 
-    def __init__(self, *, sites: str | Sequence[str] = (), **init: Any) -> None:
-        super().__init__(sites=sites)
+    def __init__(self, *, sites: str | Sequence[str] = (), prefix: str = "", **init: Any) -> None:
+        super().__init__(sites=sites, prefix=prefix)
         quiet = {"silent": True, "console": "off"}
         self._init = {**init, "settings": init.get("settings", quiet)}
 
