@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 from unclamp.runlog import RunLog
+from unclamp.runlog.sites import COMPUTED_SQL
 from unclamp.scaling import Scaling
 from unclamp.written import counted
 
-FACTS_SQL = """
+FACTS_SQL = f"""
     SELECT count(*) AS casts, count(*) FILTER (saturated > 0) AS clamped,
         count(*) FILTER (microsteps > 1) AS merged, count(DISTINCT step) AS steps,
         max(step) - min(step) + 1 AS span
-    FROM casts"""
+    FROM casts SEMI JOIN ({COMPUTED_SQL}) USING (rank, site)"""
 
 
 def find_limits(
