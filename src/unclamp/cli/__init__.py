@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from unclamp.cli import (  # noqa: F401  (they register)
+    advise,
     associate,
     coverage,
     explain,
