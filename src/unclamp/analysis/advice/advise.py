@@ -30,17 +30,19 @@ LADDER: tuple[Scaling, ...] = (
     Delayed(),
     Delayed(128),
     Delayed(1024),
-    Delayed(1024, margin=1),
     Guarded(),
     Dynamic(),
 )
-"""From the cheapest on; of one price the usual one first."""
+"""From the cheapest on; of one price the usual one first. No margins: they meet the outliers that a
+log has seen, and not the next larger one."""
 USUAL = LADDER[0]
 MORE_UNDERFLOW = 0.001
 """Share of elements that a policy may make zero beyond those that dynamic scaling does."""
 LEAST_UPDATES = 3
 """Lengths of the usual history below which a log is too short to say anything."""
 SIGNIFICANT = 0.05
+NOTABLE = 1.25
+"""Overshoot from which on a cast counts for the trend: a little is outrun all the time."""
 
 Verdict = Literal["too short", "does not matter", "matters"]
 
@@ -59,7 +61,7 @@ class GroupAdvice:
         overshoot: The largest, under the usual history; 1 where none is outrun.
         hardest: The site with that.
         first_hard: The first such step; None for none.
-        trend: Whether amaxes outrun the usual history more often as the run goes on.
+        trend: Whether amaxes outrun the usual history by more than 1.25x more often as it goes on.
         trend_p: Its p, with all groups counted (Holm).
         reads: Reads an element of what is advised.
         recast: Share of casts that it repeats.
@@ -293,7 +295,9 @@ def _advice(
         overshoot=1.0 if worst is None else float(mine.overshoot[worst]),
         hardest=names[group.sites[0] if worst is None else mine.site[worst]],
         first_hard=int(mine.step[hard].min()) if hard.any() else None,
-        trend=trend(mine.step, first=first + window, last=last, shortest=window),
+        trend=trend(
+            mine.step[mine.overshoot > NOTABLE], first=first + window, last=last, shortest=window
+        ),
         trend_p=1.0,
         reads=share(sum(s.reads for s in sites), elements),
         recast=share(sum(s.recast for s in sites), casts),
