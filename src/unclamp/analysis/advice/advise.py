@@ -287,13 +287,13 @@ def _advice(
     window = usual.policy.history_len or 1
     return GroupAdvice(
         group=group,
-        products=tuple(names[i] for i in group.sites),
+        products=tuple(names[int(i)] for i in group.sites),
         scaling=scaling,
         casts=casts,
         outrun=len(mine.step),
         hard=int(hard.sum()),
         overshoot=1.0 if worst is None else float(mine.overshoot[worst]),
-        hardest=names[group.sites[0] if worst is None else mine.site[worst]],
+        hardest=names[int(group.sites[0] if worst is None else mine.site[worst])],
         first_hard=int(mine.step[hard].min()) if hard.any() else None,
         trend=trend(
             mine.step[mine.overshoot > NOTABLE], first=first + window, last=last, shortest=window

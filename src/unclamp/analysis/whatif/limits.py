@@ -67,7 +67,8 @@ def _bias(facts: dict[str, int], *, observed: bool) -> str:
         )
     return (
         f"{counted(facts['clamped'], 'cast')} of {facts['casts']:,} were clamped in this run, so "
-        "its later tensors are not those of another policy. What is clamped is smaller behind it: "
-        "clamping under other policies tends to be understated. A log of a dynamic, guarded or "
-        "observed run would tell it without bias."
+        "its later tensors are not those of another policy. What lies behind a clamp in the same "
+        "step is too small, so that clamping there is understated; where clamping made the loss "
+        "spike, gradients are too large, so that theirs is overstated. A log of a dynamic, guarded "
+        "or observed run tells it without bias."
     )
