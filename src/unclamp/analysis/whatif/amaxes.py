@@ -1,0 +1,146 @@
+"""The amaxes of a log, site by site in the order of its updates, a chunk of steps at a time.
+
+A history takes one amax a site and update, and takes none of an update in which the site cast
+nothing or saw no finite element. So each site's amaxes are packed: what stands one behind the other
+here is what stands one behind the other in a history.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from unclamp.errors import AnalysisError
+from unclamp.names import SiteName
+from unclamp.runlog import RunLog
+from unclamp.runlog.sites import PLACES_SQL, SiteInfo
+
+CHUNK_ROWS = 2_000_000
+"""Rows of `casts` that are in memory at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Consecutive casts of all sites, each site's packed to the left.
+
+    Shapes: `[sites, longest]`; beyond `counts[i]` nothing of site `i` is meant.
+
+    Attributes:
+        amax: Float32; 0 beyond.
+        step: Of each, int64.
+        elements: Of each, int64.
+        microsteps: Casts that a row stands for, int32.
+        counts: Casts of each site, `[sites]`.
+    """
+
+    amax: np.ndarray
+    step: np.ndarray
+    elements: np.ndarray
+    microsteps: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def is_there(self) -> np.ndarray:
+        """Which places hold a cast, bool `[sites, longest]`."""
+        return np.arange(self.amax.shape[1]) < self.counts[:, None]
+
+
+def chosen_sites(log: RunLog, glob: str | None) -> list[SiteInfo]:
+    """Return the sites whose names match: a glob of products, roles, or of "product role".
+
+    Without one all from whose casts something is computed; one may name the others too.
+    """
+    if glob is None:
+        return log.computed_sites()
+    sites = log.named_sites()
+    found = [site for site in sites if _matches(site.name, glob)]
+    if not found:
+        raise AnalysisError(
+            f"no site of the run matches {glob!r}; sites are named like "
+            f"{', '.join(repr(f'{s.fqn} {s.role}') for s in sites[:3]) or '(there are none)'}"
+        )
+    return found
+
+
+def _matches(name: SiteName, glob: str) -> bool:
+    texts = (name.fqn, f"{name.fqn} {name.role}", name.role)
+    return any(fnmatchcase(text, g) for text in texts for g in (glob, f"*.{glob}"))
+
+
+def read_chunks(log: RunLog, sites: Sequence[SiteInfo]) -> Iterator[Chunk]:
+    """Yield the casts of sites in the order of steps.
+
+    On several ranks the amax is the largest of all, as ranks share it; elements add up, of what
+    several hold alike once.
+    """
+    places = places_of(log, sites)
+    per_step = max(len(sites), 1)
+    bounds = log.sql("SELECT min(step) AS low, max(step) AS high FROM casts").to_pylist()[0]
+    if bounds["low"] is None:
+        return
+    width = max(CHUNK_ROWS // (per_step * max(log.header.world_size, 1)), 1)
+    for first in range(bounds["low"], bounds["high"] + 1, width):
+        chunk = _read(log, places, len(sites), first, first + width)
+        if chunk is not None:
+            yield chunk
+
+
+def places_of(log: RunLog, sites: Sequence[SiteInfo]) -> np.ndarray:
+    """Return which of the sites an id stands for, -1 for none: `[largest id + 1]`."""
+    wanted = {(s.fqn, s.role, s.only_counted): i for i, s in enumerate(sites)}
+    rows = log.sql(f"SELECT site, fqn, role, only_counted FROM ({PLACES_SQL})").to_pylist()
+    places = np.full(max((row["site"] for row in rows), default=-1) + 1, -1, np.int64)
+    for row in rows:
+        key = (row["fqn"], row["role"], row["only_counted"])
+        places[row["site"]] = wanted.get(key, -1)
+    return places
+
+
+ONE_RANK_SQL = """
+    SELECT step, site, amax, elements, microsteps FROM casts
+    WHERE step >= $first AND step < $last AND nonfinite < elements"""
+"""A row whose elements are all NaN or Inf, or that has none, enters no history."""
+RANKS_SQL = f"""
+    SELECT step, first AS site, max(amax) FILTER (isfinite(amax)) AS amax,
+        sum(elements) FILTER (NOT replicated)::BIGINT AS elements,
+        max(microsteps) AS microsteps
+    FROM casts JOIN ({PLACES_SQL}) USING (rank, site)
+    WHERE step >= $first AND step < $last AND nonfinite < elements
+    GROUP BY step, first"""
+
+
+def _read(log: RunLog, places: np.ndarray, sites: int, first: int, last: int) -> Chunk | None:
+    query = ONE_RANK_SQL if log.header.world_size == 1 else RANKS_SQL
+    table = log.sql(query, first=first, last=last)
+    step, site, amax, elements, microsteps = (
+        table.column(name).to_numpy() for name in ("step", "site", "amax", "elements", "microsteps")
+    )
+    place = places[site]
+    wanted = place >= 0
+    if not wanted.all():
+        step, place, amax = step[wanted], place[wanted], amax[wanted]
+        elements, microsteps = elements[wanted], microsteps[wanted]
+    if not len(step):
+        return None
+    if (np.diff(step) < 0).any():
+        order = np.lexsort((step, place))
+    else:
+        order = np.argsort(place, kind="stable")
+    place = place[order]
+    counts = np.bincount(place, minlength=sites)
+    column = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shape = (sites, int(counts.max()))
+
+    def packed(values: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+        out = np.zeros(shape, dtype)
+        out[place, column] = values[order]
+        return out
+
+    return Chunk(
+        amax=packed(np.nan_to_num(amax), np.float32),
+        step=packed(step, np.int64),
+        elements=packed(elements, np.int64),
+        microsteps=packed(microsteps, np.int32),
+        counts=counts,
+    )
