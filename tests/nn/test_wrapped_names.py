@@ -56,11 +56,10 @@ class Mine(DataParallel):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_process() -> Iterator[None]:
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A world of one process."""
-    dist.init_process_group(
-        "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-    )
+    file = tmp_path_factory.mktemp("world") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
