@@ -10,6 +10,7 @@ import unclamp
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchao warns while it is imported
+    from peft import LoraConfig, get_peft_model
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -64,6 +65,13 @@ def trainer(folder: Path, *, of: type[Trainer] = Trainer, model: Any = None, **c
     return of(model=made, args=asked, train_dataset=tokens(), eval_dataset=tokens(4))
 
 
+def adapted(model: Any, **changes: Any) -> Any:
+    """Return a model with an adapter of PEFT that has dropout."""
+    torch.manual_seed(0)
+    asked = {"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"], **changes}
+    return get_peft_model(model, LoraConfig(**asked))
+
+
 def trained(folder: Path, **changes: Any) -> Any:
     """Train a converted model that nothing of ours is attached to; its own log has every step."""
     plain = trainer(folder, **{**changes, "logging_steps": 1, "logging_strategy": "steps"})
@@ -96,7 +104,7 @@ def status(run: Path) -> str:
 
 def everything(of: Any) -> dict[str, torch.Tensor]:
     """Return every tensor that decides a trainer's next step: model, scaling, optimizer."""
-    found = dict(of.model.state_dict())
+    found = dict(unclamp.weights_only(of.model.state_dict()))
     found |= {f"scaling {name}": value for name, value in scaling(of.model).items()}
     for number, state in of.optimizer.state_dict()["state"].items():
         found |= {
@@ -106,8 +114,13 @@ def everything(of: Any) -> dict[str, torch.Tensor]:
 
 
 def scaling(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's scaling state."""
-    return {k: v for k, v in model.state_dict().items() if "unclamp_" in k}
+    """Return a model's scaling state, but for what is only counted.
+
+    The attentions of these models are: nothing is computed from that, and a run counts it at its
+    first step too, wherever it begins.
+    """
+    state = unclamp.ScalingState(model).state_dict()
+    return {key: value for key, value in state.items() if ".self_attn.unclamp_" not in key}
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:

@@ -44,6 +44,7 @@ RECIPE = Recipe.uniform(Delayed(history_len=HISTORY))
 @pytest.fixture(autouse=True)
 def anew() -> Iterator[None]:
     """Have no accelerator know of the one before."""
+    anew_now()
     yield
     anew_now()
 
@@ -123,7 +124,7 @@ class Loop:
                 total = total + loss.detach() / accelerator.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), 0.5)
-                    self.norms.append(float(norm))
+                    self.norms.append(float(norm))  # pyright: ignore
                     self.rates.append(self.optimizer.param_groups[0]["lr"])
                     self.losses.append(float(total))
                     total = torch.zeros(())

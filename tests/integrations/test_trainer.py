@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import unclamp
 from hf_training import (
     Trainer,
     TrainerCallback,
+    adapted,
     differing,
     everything,
     own_log,
@@ -32,8 +34,9 @@ from hf_training import (
 from unclamp.integrations.recorded import SCALING_STATE_FILE
 from unclamp.integrations.transformers import UnclampCallback, attach
 
-pytestmark = [  # of torch, while it compiles
+pytestmark = [  # of torch, while it compiles; of transformers, about PEFT
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
 ACCUMULATION = pytest.mark.cell("Trainer", "accumulation")
@@ -41,16 +44,22 @@ COMPILE = pytest.mark.cell("Trainer", "compile")
 CASES = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 3, "max_steps": 6},
-    "bf16": {"bf16": True, "gradient_accumulation_steps": 2},
-    "unclipped": {"max_grad_norm": 0.0},
-    "clipped": {"max_grad_norm": 0.1},
-    "own-mean": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
-    "epochs": {"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 0.5},
-    "rows": {"lr_scheduler_type": "cosine", "weight_decay": 0.1, "optim": "adafactor"},
-    "checkpointing": {"activation_checkpointing": True},
+    "bf16": {
+        **{"bf16": True, "gradient_accumulation_steps": 2},
+        **{"average_tokens_across_devices": False},
+    },
+    "unclipped": {
+        **{"max_grad_norm": 0.0, "optim": "adafactor"},
+        **{"lr_scheduler_type": "cosine", "weight_decay": 0.1},
+    },
+    "clipped": {
+        **{"max_grad_norm": 0.1, "logging_strategy": "epoch"},
+        **{"max_steps": -1, "num_train_epochs": 0.25},
+    },
+    "checkpointing": {"activation_checkpointing": True, "max_steps": 4},
     "reentrant": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
+        **{"activation_checkpointing": True, "max_steps": 4},
+        **{"activation_checkpointing_kwargs": {"use_reentrant": True}},
     },
     "compile": {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4},
 }
@@ -143,25 +152,29 @@ class Breaks(TrainerCallback):
             raise self._error
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+SAVING: dict[str, Any] = {
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "gradient_accumulation_steps": 2,
+}
 
 
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def broken_and_resumed(
+    folder: Path, model: Callable[[], Any], recipe: unclamp.Recipe
+) -> dict[str, Any]:
     """Train without a break; and with one, going on from the last checkpoint."""
-    folder = tmp_path_factory.mktemp("resumed")
-    whole = trainer(folder / "whole", **SAVING)
-    attach(whole, unclamp.Recipe(), folder / "whole-run")
+    whole = trainer(folder / "whole", model=model(), **SAVING)
+    attach(whole, recipe, folder / "whole-run")
     whole.train()
-    broken = trainer(folder / "broken", **SAVING, save_total_limit=1)
-    attach(broken, unclamp.Recipe(), folder / "run")
+    broken = trainer(folder / "broken", model=model(), **SAVING, save_total_limit=1)
+    attach(broken, recipe, folder / "run")
     error = ZeroDivisionError("planted")
     broken.add_callback(Breaks(5, error))
     with pytest.raises(ZeroDivisionError) as raised:
         broken.train()
     then = status(folder / "run")
-    again = trainer(folder / "broken", **SAVING)
-    attach(again, unclamp.Recipe(), folder / "run")
+    again = trainer(folder / "broken", model=model(), **SAVING)
+    attach(again, recipe, folder / "run")
     with pytest.raises(unclamp.RunLogError) as refused:
         again.train()
     again.train(resume_from_checkpoint=True)
@@ -169,6 +182,12 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         **{"folder": folder, "whole": whole, "again": again, "error": error},
         **{"raised": raised.value, "then": then, "refused": str(refused.value)},
     }
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Break a training of a whole model."""
+    return broken_and_resumed(tmp_path_factory.mktemp("resumed"), tiny_llama, unclamp.Recipe())
 
 
 @pytest.mark.cell("Trainer", "resume bit for bit")
@@ -181,6 +200,25 @@ def test_a_resumed_training_is_the_uninterrupted_one(resumed: dict[str, Any]) ->
     with unclamp.RunLog.open(folder / "run") as log:
         assert len(log.header.attempts) == 2
         assert log.header.status == "finished"
+
+
+@pytest.mark.cell("PEFT", "resume bit for bit")
+@pytest.mark.parametrize("inside", [False, True], ids=["base", "and-adapter"])
+def test_a_resumed_training_of_an_adapter_is_the_uninterrupted_one(
+    tmp_path: Path, inside: bool
+) -> None:
+    recipe = unclamp.Recipe(warmup_steps=5)
+    recipe = recipe.override("*lora_A*", input=unclamp.Delayed(4)) if inside else recipe
+    found = broken_and_resumed(tmp_path, lambda: adapted(tiny_llama()), recipe)
+    whole, again = found["whole"], found["again"]
+    is_there = [name for name in scaling(whole.model) if "lora_A" in name]
+    assert bool(is_there) is inside
+    assert len(scaling(whole.model)) > 50
+    assert differing(everything(whole), everything(again)) == []
+    assert recorded(tmp_path / "run") == recorded(tmp_path / "whole-run")
+    adapter = tmp_path / "whole" / "checkpoint-8" / "adapter_model.safetensors"
+    with safe_open(adapter, "pt") as own:
+        assert not [key for key in own.keys() if "unclamp" in key]  # noqa: SIM118, it is no dict
 
 
 @pytest.mark.cell("Trainer", "exception")
@@ -223,6 +261,8 @@ def test_the_best_model_gets_its_scales_back(tmp_path: Path) -> None:
     best = Path(made.state.best_model_checkpoint)
     assert best.name != "checkpoint-8"
     kept = torch.load(best / SCALING_STATE_FILE, weights_only=True)
+    counted = {n for n in kept if ".self_attn.unclamp_" in n}
+    kept = {n: v for n, v in kept.items() if n not in counted}
     assert differing(kept, scaling(made.model)) == []
 
 

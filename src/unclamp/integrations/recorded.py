@@ -6,7 +6,6 @@ was resumed), adding up the losses of micro-batches, closing the run with the ri
 keeping the scaling state beside a checkpoint.
 """
 
-import io
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 
 from unclamp.covered import CoverageReport
 from unclamp.errors import RunLogError, UnclampWarning, UnsupportedError
-from unclamp.files import write_atomically
-from unclamp.nn.convert import ConvertReport, convert, find_ledgers
-from unclamp.nn.saved import is_state_key
+from unclamp.nn.convert import ConvertReport, State, convert, find_ledgers
+from unclamp.nn.scaling_state import ScalingState
 from unclamp.recipe import Recipe
 from unclamp.runlog import Every, Status
 from unclamp.runlog.finder import is_run
@@ -95,6 +93,7 @@ class Recorded:
         run: The run's folder; None: no run.
         recipe: Converts the model now. None leaves it: plain, observed or converted already.
         skip: As `unclamp.convert` takes it.
+        state: Likewise.
         recording: What is recorded, and how.
 
     Attributes:
@@ -113,13 +112,14 @@ class Recorded:
         *,
         recipe: Recipe | None = None,
         skip: Sequence[str] = (),
+        state: State | None = None,
         recording: Recording | None = None,
     ) -> None:
         self.model = model
         self.report: ConvertReport | None = None
         self.recorder: Recorder | None = None
         self.path: Path | None = None
-        self._run = run
+        self._run, self._state = run, state
         self._recording = recording or Recording()
         self._loss: Tensor | None = None
         self._grad_norm: Number | None = None
@@ -138,7 +138,7 @@ class Recorded:
             RecipeError, ConvertError: As `unclamp.convert`.
         """
         self.model = model
-        self.report = convert(model, recipe, skip=skip)
+        self.report = convert(model, recipe, skip=skip, state=self._state)
         say(str(self.report).splitlines()[0])
 
     def check(self, *, resumes: bool) -> None:
@@ -170,7 +170,7 @@ class Recorded:
         """
         if self.recorder is not None:
             return
-        self._forget()
+        self.forget()
         if coverage is not None:
             say(coverage.sentence())
         if self._run is None:
@@ -228,7 +228,7 @@ class Recorded:
             own = {"loss": self._loss, "grad_norm": self._grad_norm, "lr": lr}
             others = {name: value for name, value in scalars.items() if name not in _TAKEN}
             self.recorder.step(step, group=group, **own, **others)
-        self._forget()
+        self.forget()
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record an evaluation as an event; what is no JSON data in it becomes a text."""
@@ -238,7 +238,7 @@ class Recorded:
     def end(self, status: Status = "finished") -> None:
         """Close the run, if one is open."""
         recorder, self.recorder = self.recorder, None
-        self._forget()
+        self.forget()
         if recorder is not None:
             recorder.close(status)
 
@@ -255,7 +255,8 @@ class Recorded:
             raise
         self.end("finished")
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Forget losses and norm of a step that is not made: one that a gradient scaler skips."""
         self._loss = self._grad_norm = None
 
 
@@ -302,24 +303,29 @@ def save_scaling_state(model: nn.Module, folder: str | Path) -> None:
     """Put a model's scaling state into a checkpoint's folder; nothing if it has none.
 
     Where ranks hold the same, one of them calls it for each folder.
+
+    Raises:
+        ConvertError: Ranks hold parts of it; the message names what saves it then.
+        OSError: The disk refuses.
     """
-    state = {key: value for key, value in model.state_dict().items() if is_state_key(key)}
-    if state:
-        held = io.BytesIO()
-        torch.save(state, held)
-        write_atomically(Path(folder) / SCALING_STATE_FILE, held.getvalue())
+    if find_ledgers(model):
+        ScalingState(model).save(Path(folder) / SCALING_STATE_FILE)
 
 
 def load_scaling_state(model: nn.Module, folder: str | Path) -> None:
     """Bring a model's scaling state back from a checkpoint's folder, after its weights.
 
     It warns where the folder has none and the model would.
+
+    Raises:
+        ConvertError: The file is of another model, or cannot be read.
     """
     path = Path(folder) / SCALING_STATE_FILE
+    if not find_ledgers(model):
+        return
     if path.is_file():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state, strict=False)
-    elif find_ledgers(model):
+        ScalingState(model).load(path)
+    else:
         warnings.warn(
             f"{folder} has no {SCALING_STATE_FILE}, so the histories of scales start anew: the "
             "first tensor determines each scale, and losses differ a little from those of a "

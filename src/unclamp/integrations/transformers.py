@@ -17,6 +17,7 @@ A step of Trainer is recorded under the number of its log, `global_step` after i
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unclamp.errors import ConvertError, ReplayError, UnsupportedError, naming_arguments
+from unclamp.errors import (
+    ConvertError,
+    ReplayError,
+    UnclampWarning,
+    UnsupportedError,
+    naming_arguments,
+)
 from unclamp.explain import Explanation, Limits, Snapshots, Training, explain_spike
 from unclamp.explain.training import Build, put_state, take_state
 from unclamp.integrations.recorded import (
@@ -115,7 +122,8 @@ def attach(
     if not isinstance(recording, Recording):
         recording = Recording(**(recording or {}))
     model: Any = trainer.model
-    recorded = Recorded(model, run, recipe=recipe, skip=skip, recording=recording)
+    # The scaling state has a file of its own, so that those of the weights are a plain model's.
+    recorded = Recorded(model, run, recipe=recipe, skip=skip, state="apart", recording=recording)
     return Attached(
         trainer,
         recorded,
@@ -155,7 +163,7 @@ class Attached:
         self._said = Said(trainer)
         self._batches: Any = None
         self._loss: Tensor | None = None
-        self._trains = self._resumes = self._is_step_open = False
+        self._trains = self._resumes = self._is_step_open = self._has_warned = False
         self._callback = _Heard(self)
         self._replaced = Replaced(trainer)
         for name in (
@@ -287,8 +295,16 @@ class Attached:
         folder = args[0] if args else named.get("output_dir")
         is_checkpoint = named.get("_internal_call", len(args) > 1 and args[1])
         if is_checkpoint and folder is not None and self.trainer.args.should_save:
-            save_scaling_state(self.trainer.model, folder)
+            self._save_scaling_state(folder)
         return done
+
+    def _save_scaling_state(self, folder: str) -> None:
+        try:
+            save_scaling_state(self.trainer.model, folder)
+        except ConvertError as error:  # no reason to lose the training
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(f"{folder}: {error}", UnclampWarning, stacklevel=2)
 
     def _load_optimizer_and_scheduler(
         self, plain: Callable[..., Any], checkpoint: str | None, *args: Any

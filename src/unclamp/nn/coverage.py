@@ -27,6 +27,7 @@ from unclamp.nn.accounts import Account
 from unclamp.nn.attach import attach, find_ledgers, revert
 from unclamp.nn.beside import compute_plainly
 from unclamp.nn.described import described_products
+from unclamp.nn.shared_forward import forget_shared_forwards
 from unclamp.nn.uncollected import uncollected
 from unclamp.nn.watched import Functions, Watch
 from unclamp.recipe import Recipe
@@ -202,12 +203,14 @@ def _twin(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     model = getattr(model, "_orig_mod", model)  # what torch.compile made it of
     try:
         with _Copying(fake):
-            return copy.deepcopy(model)
+            twin = copy.deepcopy(model)
     except Exception as error:
         raise UnsupportedError(
             f"the model ({type(model).__name__}) cannot be copied: {first_line(error)}. Ask for "
             "its coverage before it is wrapped or sharded; of DDP, ask for that of model.module"
         ) from error
+    forget_shared_forwards(twin, model)
+    return twin
 
 
 def _detached(leaf: Any, fake: FakeTensorMode | None) -> Any:
