@@ -30,7 +30,7 @@ class Net(nn.Module):
         return {"loss": (self.layers(x) - y).square().mean()}
 
 
-def examples() -> list[dict[str, Tensor]]:
+def examples() -> Any:
     """Return inputs and what a teacher makes of them; one input is large."""
     teacher, generator = Net().layers, torch.Generator().manual_seed(0)
     x = torch.randn(STEPS * 2 * BATCH, 16, generator=generator)

@@ -37,7 +37,7 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
-def tokens(count: int = 64) -> list[dict[str, list[int]]]:
+def tokens(count: int = 64) -> Any:
     """Return examples of one length, as a data set; from 1 to 11 of their tokens are predicted."""
     made = torch.randint(0, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(1))
     hidden = [[-100] * (n % (LENGTH - 1)) for n in range(count)]

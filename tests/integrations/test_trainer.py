@@ -86,7 +86,13 @@ def test_what_is_recorded_is_trainers_own_log_of_every_step(
 
 @pytest.mark.cell("Trainer", "updates once a step")
 def test_scales_follow_each_step_once_and_evaluations_not_at_all(tmp_path: Path) -> None:
-    made = trainer(tmp_path, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=3)
+    made = trainer(
+        tmp_path,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=3,
+        eval_on_start=True,
+    )
     attach(made, unclamp.Recipe(), tmp_path / "run")
     seen: list[float] = []
 
@@ -105,7 +111,7 @@ def test_scales_follow_each_step_once_and_evaluations_not_at_all(tmp_path: Path)
         events = log.sql("SELECT step, data FROM events WHERE kind = 'evaluation'").to_pylist()
     assert [row["step"] for row in rows] == list(range(1, 9))
     said = [s for s in made.state.log_history if "eval_loss" in s]
-    assert [event["step"] for event in events] == [s["step"] for s in said] == [3, 6, 8]
+    assert [event["step"] for event in events] == [s["step"] for s in said] == [0, 3, 6, 8]
     for event, own in zip(events, said, strict=True):
         assert json.loads(event["data"])["metrics"]["eval_loss"] == own["eval_loss"]
 
@@ -118,7 +124,7 @@ class Poisoned(Trainer):
     def compute_loss(self, *args: Any, **named: Any) -> Any:
         """Return the loss, or NaN, or Inf."""
         self.called += 1
-        loss = super().compute_loss(*args, **named)
+        loss: Any = super().compute_loss(*args, **named)
         return loss * {3: math.nan, 5: math.inf, 6: math.inf}.get(self.called, 1.0)
 
 
@@ -200,6 +206,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(resumed: dict[str, Any]) ->
     with unclamp.RunLog.open(folder / "run") as log:
         assert len(log.header.attempts) == 2
         assert log.header.status == "finished"
+        assert log.header.metadata["framework"] == "transformers Trainer"
 
 
 @pytest.mark.cell("PEFT", "resume bit for bit")

@@ -46,8 +46,8 @@ def test_the_planted_clamp_is_named_and_training_anew_without_it_has_no_spike(
     assert "layers.0 input" in named
     recipe = RECIPE
     for site in answer.named:
-        scaling = unclamp.Guarded()
-        recipe = recipe.override(f"^{site.fqn}", **{site.role: scaling})
+        unclamped: dict[str, Any] = {site.role: unclamp.Guarded()}
+        recipe = recipe.override(f"^{site.fqn}", **unclamped)
     anew, _ = made(recipe, tmp_path / "anew")
     anew.train()
     before, after = losses(spiked["run"]), losses(tmp_path / "anew")

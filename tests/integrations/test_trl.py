@@ -34,7 +34,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of experimental parts, while it is imported
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
 pytestmark = [  # of transformers, about TRL
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -206,3 +209,12 @@ def test_files_hold_no_key_of_ours(of: tuple[Path, dict[str, Any]], tmp_path: Pa
         safe_open(folder / "whole" / "checkpoint-6" / "model.safetensors", "pt") as own,
     ):
         assert sorted(own.keys()) == sorted(plain.keys())
+
+
+def test_the_head_that_trl_reads_itself_is_named(tmp_path: Path) -> None:
+    made = dpo(tmp_path / "dpo", max_steps=9, gradient_accumulation_steps=1, save_strategy="no")
+    attach(made, unclamp.Recipe(), tmp_path / "run", coverage=False)
+    with pytest.warns(unclamp.UnclampWarning, match="lm_head"):
+        made.train()
+    with unclamp.RunLog.open(tmp_path / "run") as log:
+        assert log.header.metadata["framework"] == "trl DPOTrainer"

@@ -24,6 +24,7 @@ from unclamp.nn.convert import ConvertReport, State, convert, find_ledgers
 from unclamp.nn.scaling_state import ScalingState
 from unclamp.recipe import Recipe
 from unclamp.runlog import Every, Status
+from unclamp.runlog.beginning import NUMBER
 from unclamp.runlog.finder import is_run
 from unclamp.telemetry import Recorder
 from unclamp.telemetry.columns import Number
@@ -34,6 +35,9 @@ from unclamp.telemetry.sinks import NumbersFunction, Sink
 
 EVALUATION_EVENT = "evaluation"
 """Kind of the event with an evaluation's metrics."""
+MOST_LINES = 6
+"""Lines about what a conversion did not do."""
+_NOT_DONE = ("  skipped", "  unmatched", "  only counted")
 _TAKEN = ("step", "loss", "grad_norm", "lr", "group")
 
 
@@ -119,7 +123,8 @@ class Recorded:
         self.report: ConvertReport | None = None
         self.recorder: Recorder | None = None
         self.path: Path | None = None
-        self._run, self._state = run, state
+        self._run = run
+        self._state: State | None = state
         self._recording = recording or Recording()
         self._loss: Tensor | None = None
         self._grad_norm: Number | None = None
@@ -139,14 +144,20 @@ class Recorded:
         """
         self.model = model
         self.report = convert(model, recipe, skip=skip, state=self._state)
-        say(str(self.report).splitlines()[0])
+        say(_shortly(self.report))
 
     def check(self, *, resumes: bool) -> None:
         """Refuse a folder that holds another run, before a trainer spends time on its start.
 
         Raises:
-            RunLogError: The training is not resumed, and the folder holds a run.
+            RunLogError: The training is not resumed, and the folder holds a run; or it is, and the
+                folder is to get a new number.
         """
+        if resumes and NUMBER in str(self._run):
+            raise RunLogError(
+                f"{self._run} is a new folder each time, and this training is resumed: name the "
+                "folder of the run that it goes on with"
+            )
         is_free = self._run is None or resumes or self._recording.overwrite
         if not is_free and find_place().rank == 0 and is_run(Path(self._run or "")):
             raise RunLogError(
@@ -274,6 +285,14 @@ def say(text: str) -> None:
     """Print a text on rank 0."""
     if find_place().rank == 0:
         print(f"unclamp: {text}", flush=True)
+
+
+def _shortly(report: ConvertReport) -> str:
+    """Return how many layers were converted, and what was not."""
+    first, *lines = str(report).splitlines()
+    told = [line for line in lines if line.startswith(_NOT_DONE)]
+    more = [f"  and {len(told) - MOST_LINES:,} more"] if len(told) > MOST_LINES else []
+    return "\n".join([first, *told[:MOST_LINES], *more])
 
 
 def _json(value: Any) -> Any:

@@ -35,7 +35,6 @@ from unclamp.errors import (
 from unclamp.explain import Explanation, Limits, Snapshots, Training, explain_spike
 from unclamp.explain.training import Build, put_state, take_state
 from unclamp.integrations.recorded import (
-    Framework,
     Recorded,
     Recording,
     load_scaling_state,
@@ -48,10 +47,10 @@ from unclamp.nn import ConvertReport
 from unclamp.recipe import Recipe
 
 try:
-    import transformers
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
 
     from unclamp.integrations.trainer_callback import UnclampCallback
+    from unclamp.integrations.trainer_events import Heard, framework_of
     from unclamp.integrations.trainer_replay import replay_step, training
 except ModuleNotFoundError as error:
     raise not_installed(error, "hf") from error
@@ -163,8 +162,9 @@ class Attached:
         self._said = Said(trainer)
         self._batches: Any = None
         self._loss: Tensor | None = None
+        self._early: list[tuple[int, dict[str, Any]]] = []
         self._trains = self._resumes = self._is_step_open = self._has_warned = False
-        self._callback = _Heard(self)
+        self._callback = Heard(self)
         self._replaced = Replaced(trainer)
         for name in (
             *("train", "training_step", "get_batch_samples", "save_model", "call_model_init"),
@@ -263,6 +263,7 @@ class Attached:
         self._resumes = bool(checkpoint)
         self._recorded.check(resumes=self._resumes)
         self._trains = True
+        self._early.clear()
         try:
             with self._recorded.closing(), self._closing_snapshots():
                 return plain(*args, **named)
@@ -348,7 +349,10 @@ class Attached:
 
     def _open_run(self, inputs: Any) -> None:
         found = batch_coverage(self.trainer, inputs) if self._covers else None
-        self._recorded.begin(_framework(self.trainer), resumes=self._resumes, coverage=found)
+        self._recorded.begin(framework_of(self.trainer), resumes=self._resumes, coverage=found)
+        for step, metrics in self._early:
+            self._recorded.evaluation(step, metrics)
+        self._early.clear()
         recorder = self._recorded.recorder
         if self._asked is not None and recorder is not None:
             self._snapshots = Snapshots(
@@ -375,8 +379,11 @@ class Attached:
             self._snapshots.after(self.trainer.state.global_step, self._loss)
 
     def evaluated(self, metrics: Mapping[str, Any]) -> None:
-        """Hear of an evaluation."""
-        self._recorded.evaluation(self.trainer.state.global_step, metrics)
+        """Hear of an evaluation; one before the first step waits for the run."""
+        if self._trains and self._recorded.recorder is None:
+            self._early.append((self.trainer.state.global_step, dict(metrics)))
+        else:
+            self._recorded.evaluation(self.trainer.state.global_step, metrics)
 
     @contextmanager
     def _closing_snapshots(self) -> Iterator[None]:
@@ -394,36 +401,6 @@ class Attached:
         snapshots, self._snapshots = self._snapshots, None
         if snapshots is not None:
             snapshots.close()
-
-
-class _Heard(TrainerCallback):
-    """Passes on the events that Trainer does tell right."""
-
-    def __init__(self, attached: Attached) -> None:
-        self._attached = attached
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._attached.begin()
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._attached.stepped()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._attached.step_ended()
-
-    def on_evaluate(self, *_: Any, metrics: Mapping[str, Any] | None = None, **__: Any) -> None:
-        self._attached.evaluated(metrics or {})
-
-
-def _framework(trainer: Trainer) -> Framework:
-    """Return what the header says of a trainer."""
-    return Framework(
-        name=f"{type(trainer).__module__.partition('.')[0]} {type(trainer).__name__}",
-        version=transformers.__version__,
-        accumulation=trainer.args.gradient_accumulation_steps,
-        precision=trainer.accelerator.mixed_precision,
-        world_size=trainer.args.world_size,
-    )
 
 
 def _plain(batch: Any) -> Any:
