@@ -144,8 +144,9 @@ def without_wrappers(
         above, _, last = path.rpartition(".")
         if path:
             plain[path] = plain[above] if path in put_in else joined(plain[above], last)
-            is_in = path in put_in or path in copies
-            stands[path] = stands[above] if is_in else joined(stands[above], last)
+            if copies:
+                is_in = path in put_in or path in copies
+                stands[path] = stands[above] if is_in else joined(stands[above], last)
     around = {path.rpartition(".")[0] for path in put_in}
     there = {path: key for path, key in paths if path not in around}
     _keep_apart(plain, there, frozenset(put_in))
