@@ -150,3 +150,17 @@ def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.Monk
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(unclamp.UnsupportedError, match=r"pip install .unclamp\[hf\]"):
         importlib.import_module("unclamp.integrations.transformers")
+
+
+def test_a_run_that_ended_before_its_first_step_is_replaced(tmp_path: Path) -> None:
+    recorded, _ = training(tmp_path / "run")
+    recorded.begin(BY_HAND, resumes=False)
+    with pytest.raises(ValueError, match="no batch"), recorded.closing():
+        raise ValueError("no batch")
+    recorded, optimizer = training(tmp_path / "run")
+    recorded.begin(BY_HAND, resumes=False)
+    with recorded.closing():
+        loss = step(recorded, optimizer, 1)
+    assert [row["loss"] for row in rows(tmp_path / "run")] == [pytest.approx(loss)]
+    with unclamp.RunLog.open(tmp_path / "run") as log:
+        assert log.header.status == "finished"

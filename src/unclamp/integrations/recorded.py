@@ -23,7 +23,7 @@ from unclamp.errors import RunLogError, UnclampWarning, UnsupportedError
 from unclamp.nn.convert import ConvertReport, State, convert, find_ledgers
 from unclamp.nn.scaling_state import ScalingState
 from unclamp.recipe import Recipe
-from unclamp.runlog import Every, Status
+from unclamp.runlog import Every, RunLog, Status
 from unclamp.runlog.beginning import NUMBER
 from unclamp.runlog.finder import is_run
 from unclamp.telemetry import Recorder
@@ -158,7 +158,7 @@ class Recorded:
                 f"{self._run} is a new folder each time, and this training is resumed: name the "
                 "folder of the run that it goes on with"
             )
-        is_free = self._run is None or resumes or self._recording.overwrite
+        is_free = self._run is None or resumes or self._replaces()
         if not is_free and find_place().rank == 0 and is_run(Path(self._run or "")):
             raise RunLogError(
                 f"{self._run} already holds a run, and this training begins anew: resume it from "
@@ -198,11 +198,21 @@ class Recorded:
             inspect=asked.inspect,
             coverage=coverage,
             sinks=asked.sinks,
-            overwrite=asked.overwrite and not resumes,
+            overwrite=not resumes and self._replaces(),
             resume=resumes,
             flush_interval_s=asked.flush_interval_s,
         )
         self.path = self.recorder.path
+
+    def _replaces(self) -> bool:
+        """Whether a run in the folder may go: as asked, or since it ended before its first step."""
+        if self._recording.overwrite or self._run is None or not is_run(Path(self._run)):
+            return self._recording.overwrite
+        if find_place().world_size > 1:
+            return False
+        with RunLog.open(self._run) as log:
+            is_over = log.header.status != "running"
+            return is_over and not log.sql("SELECT 1 FROM steps LIMIT 1").num_rows
 
     def micro(self, loss: Number) -> None:
         """Add a micro-batch's loss, as large as its share of the step's. It waits for no device.
