@@ -20,6 +20,7 @@ from unclamp.nn import find_ledgers
 pytest.importorskip("accelerate")
 
 STEPS, RANKS, WIDTH = 4, 2, 8
+KINDS = ("ddp", "fsdp2")
 RECIPE = Recipe.uniform(Delayed(history_len=4))
 
 
@@ -104,7 +105,11 @@ class Loop:
 
 
 @quiet
-def _runs(rank: int, kind: str, folder: Path) -> Any:
+def _each_kind(rank: int, folder: Path) -> dict[str, Any]:
+    return {kind: _runs(kind, folder / kind) for kind in KINDS}
+
+
+def _runs(kind: str, folder: Path) -> Any:
     ends = {}
     for converts in ("before", "after"):
         own = folder / converts
@@ -122,12 +127,21 @@ def _runs(rank: int, kind: str, folder: Path) -> Any:
     return ends
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    """Return how each rank's runs ended, and where they were: what takes long is the import."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return run_ranks(RANKS, _each_kind, folder), folder
+
+
 @pytest.mark.cell("Accelerate", "resume bit for bit")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_ranks_convert_before_or_after_prepare_and_resume_bit_for_bit(kind, tmp_path) -> None:
-    ranks = run_ranks(RANKS, _runs, kind, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_convert_before_or_after_prepare_and_resume_bit_for_bit(
+    kind: str, both: tuple[list[dict[str, Any]], Path]
+) -> None:
+    ranks, folders = both
     states = []
-    for ends in ranks:
+    for ends in (each[kind] for each in ranks):
         for whole, resumed, step in ends.values():
             assert resumed == whole
             assert step == STEPS
@@ -136,6 +150,6 @@ def test_ranks_convert_before_or_after_prepare_and_resume_bit_for_bit(kind, tmp_
     assert states[0] == states[1]
     assert {key for key in states[0] if "unclamp_" not in key} == set(Net().state_dict())
     for converts in ("before", "after"):
-        folder = tmp_path / converts / "checkpoint"
+        folder = folders / kind / converts / "checkpoint"
         assert json.loads((folder / "unclamp_step.json").read_text()) == {"step": 2}
         assert (folder / "unclamp_scaling_state.pt").exists()
