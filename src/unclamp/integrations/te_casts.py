@@ -22,9 +22,10 @@ UNREAD_EVENT = "unread"
 """The event of a step whose casts could not be followed."""
 TOO_MANY = (
     "the scales of Transformer Engine were updated more than {most} times between two calls of "
-    "step (microbatches or evaluations), or its state was loaded or reset: the casts of such steps "
-    "are not in the log, which has an event 'unread' for each. If they were microbatches say "
-    "record_transformer_engine(..., microbatches={more})"
+    "step (microbatches or evaluations), or more often than its history has rows, or its state was "
+    "loaded or reset: the casts of such steps are not in the log, which has an event 'unread' for "
+    "each. If they were microbatches say record_transformer_engine(..., microbatches={more}), and "
+    "have an amax_history_len of two more at least"
 )
 
 

@@ -1,10 +1,10 @@
 """What the casts of Transformer Engine did, from the histories and scales that it keeps.
 
 Between two optimizer steps a state is updated once a pass: `k` passes of microbatches (and, where
-it does not ask for gradients, of evaluations) roll `k` amaxes into the history. How many it were is found
-by where the newest amaxes of last time lie now. The scale of the first pass is the one that was
-there last time; those of the others follow from the amaxes by Transformer Engine's own rule, and
-are believed if they lead to the scale that is there now. No torch is used here.
+it does not ask for gradients, of evaluations) roll `k` amaxes into the history. How many it were
+is found by where the newest amaxes of last time lie now. The scale of the first pass is the one
+that was there last time; those of the others follow from the amaxes by Transformer Engine's own
+rule, and are believed if they lead to the scale that is there now. No torch is used here.
 """
 
 from collections.abc import Callable, Sequence
@@ -98,12 +98,13 @@ class Tracker:
             return {1}
         rows = min(len(now.newest), len(self._past.newest))
         # What ranks have not reduced yet will be another number.
-        skipped = int(self.rule.timing == "before")
+        skipped = int(self.rule.timing == "before" and bool(self._past.newest[:1].any()))
+        is_same = np.array_equal(now.newest[:skipped], self._past.newest[:skipped], equal_nan=True)
         # A history of two rows shows one update and no more; it is taken for one.
         most = rows - skipped + (self.rule.length <= 2)
         return {
             k
-            for k in range(most)
+            for k in range(0 if is_same else 1, most)
             if np.array_equal(
                 now.newest[k + skipped : rows],
                 self._past.newest[skipped : rows - k],
@@ -121,7 +122,7 @@ class Tracker:
 
     def advance(self, now: Reading, updates: int, limit: float) -> Casts:
         """Return the casts of so many updates; `limit` is the format's overflow limit."""
-        if self.rule.length == 1:
+        if self.rule.length == 1 and self.rule.timing == "after":
             amaxes = self._from_scales(now)
         else:
             amaxes = now.newest[:updates][::-1]  # oldest first
