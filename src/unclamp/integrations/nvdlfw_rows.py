@@ -126,6 +126,11 @@ class Rows:
         self._new: list[tuple[int, SiteName, str]] = []
         self.zeros: dict[str, int] = {}
 
+    @property
+    def names(self) -> set[SiteName]:
+        """The sites that came up so far."""
+        return set(self._sites)
+
     def casts(
         self, iteration: int, values: Mapping[str, float]
     ) -> tuple[Columns, dict[str, float]]:
@@ -141,8 +146,8 @@ class Rows:
                 others[name] = value
                 tensors[site].recipe = tensors[site].recipe or _recipe_of(statistic.stat)
         self._count_zeros(values)
-        rows = [self._row(iteration, site, own) for site, own in sorted(tensors.items())]
-        rows = [row for row in rows if row["amax"] is not None or row["scale"] is not None]
+        every = (self._row(iteration, site, own) for site, own in sorted(tensors.items()))
+        rows = [row for row in every if row is not None]
         return ({key: [row[key] for row in rows] for key in rows[0]} if rows else {}), others
 
     def new_sites(self) -> Columns:
@@ -162,11 +167,14 @@ class Rows:
             "only_counted": [False] * len(taken),
         }
 
-    def _row(self, iteration: int, site: SiteName, tensor: _Tensor) -> dict[str, Any]:
+    def _row(self, iteration: int, site: SiteName, tensor: _Tensor) -> dict[str, Any] | None:
+        """Return a cast; None where neither its amax nor its scale is known."""
         ends = [abs(end) for end in (tensor.low, tensor.high) if end is not None]
         amax = tensor.amax if tensor.amax is not None else max(ends, default=None)
         inverse = tensor.inverses.get("max", tensor.inverses.get("min"))
-        amax, inverse = self._told(amax), self._told(inverse)
+        amax, inverse = _told(amax), _told(inverse)
+        if amax is None and inverse is None:
+            return None
         scaling = _scaling_of(tensor.recipe)
         fmt = self._format(site)
         scale = None if inverse is None else 1 / inverse
@@ -182,10 +190,6 @@ class Rows:
             if amax is None or scale is None
             else headroom_bits(amax * scale, fmt.max),
         }
-
-    def _told(self, value: float | None) -> float | None:
-        """Return a number that is one: 0 may be anything that was rounded to it."""
-        return value if value is not None and math.isfinite(value) and value > 0 else None
 
     def _clamped(
         self, amax: float | None, inverse: float | None, fmt: Format, scaling: str
@@ -219,6 +223,11 @@ class Rows:
             kind = _kind_of(statistic.stat) if statistic is not None and value == 0 else None
             if kind is not None:
                 self.zeros[kind] = self.zeros.get(kind, 0) + 1
+
+
+def _told(value: float | None) -> float | None:
+    """Return a number that is one: 0 may be anything that was rounded to it."""
+    return value if value is not None and math.isfinite(value) and value > 0 else None
 
 
 def _kind_of(stat: str) -> str | None:
