@@ -66,8 +66,9 @@ class RecipeState:
 
 def update(history: Tensor, scale: Tensor, recipe: DelayedScaling, largest: float) -> Tensor:
     """Make the next scales in place and return the rolled history, which is another tensor."""
+    amax: Tensor
     if callable(recipe.amax_compute_algo):
-        amax = recipe.amax_compute_algo(history)
+        amax = recipe.amax_compute_algo(history)  # type: ignore[assignment]
     elif recipe.amax_compute_algo == "max":
         amax = history.max(0).values
     else:

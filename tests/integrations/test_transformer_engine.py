@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import unclamp
 from integrations.te_standin import (
@@ -28,6 +29,7 @@ from integrations.te_standin import (
     Version,
 )
 from unclamp import RunLog, record_transformer_engine
+from unclamp.cli import app
 from unclamp.errors import RunLogError, UnclampWarning
 from unclamp.formats import E4M3FN, E5M2
 
@@ -181,6 +183,32 @@ def test_losses_and_norms_are_those_of_the_loop(trained: Trained):
         assert log.header.metadata["framework"] == "Transformer Engine"
     assert [row["loss"] for row in steps] == trained.losses
     assert [row["grad_norm"] for row in steps] == trained.norms
+
+
+def test_commands_read_the_run(trained: Trained, tmp_path: Path):
+    """What each says is tried with `tests/report/test_uncounted_runs.py`; here that they work."""
+    run, page = str(trained.path), str(tmp_path / "page.html")
+    for arguments in (["spikes", run], ["associate", run], ["report", run, "--out", page]):
+        shown = CliRunner().invoke(app, arguments)
+        assert shown.exit_code == 0, shown.output
+    assert "recorded casts clamped, at" in shown.output
+    assert "How many elements, and how much that removed, is not known." in Path(page).read_text()
+
+
+def test_a_state_that_is_there_before_the_run_gives_its_recipe(tmp_path: Path):
+    te = TE("2.x")
+    model = nn.Sequential(Linear(te, "0", 8, 8))
+    for recipe, is_told in ((DelayedScaling(amax_history_len=3), True),
+                            (DelayedScaling(amax_compute_algo=lambda h: h.mean(0)), False)):  # fmt: skip
+        model[0].fp8_meta.pop("scaling_fwd", None)
+        with te.autocast(recipe):
+            model(torch.ones(4, 8))
+        path = tmp_path / str(is_told)
+        record_transformer_engine(model, path).close()
+        with RunLog.open(path) as log:
+            told = log.header.recipe
+        assert (told is not None) == is_told
+        assert told is None or unclamp.Recipe.from_dict(told).input == unclamp.Delayed(3)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

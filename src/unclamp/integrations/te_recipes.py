@@ -45,12 +45,11 @@ def recipe(te_recipe: object) -> Recipe:
         RecipeError: It is no recipe of Transformer Engine, or nothing of it maps, as of `NVFP4`.
 
     Example:
-        >>> class DelayedScaling:
-        ...     margin, amax_history_len, amax_compute_algo = 1, 4, "max"
-        >>> found = recipe(DelayedScaling())
-        >>> (found.input, found.grad_output_format)
-        (Delayed(history_len=4, reduce='max', margin=1, power_of_two=False, \
-granularity=PerTensor()), 'e5m2')
+        >>> class MXFP8BlockScaling:
+        ...     margin = 0
+        >>> found = recipe(MXFP8BlockScaling())
+        >>> found.weight.kind, found.grad_output_format
+        ('dynamic', 'e4m3fn')
     """
     name = type(te_recipe).__name__
     if "FP4" in name:

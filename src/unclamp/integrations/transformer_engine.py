@@ -19,10 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import nn
 
-from unclamp.errors import RunLogError, UnclampWarning
+from unclamp.errors import RecipeError, RunLogError, UnclampWarning
 from unclamp.integrations.te_casts import CastRows
 from unclamp.integrations.te_layouts import VERSIONS, Found, find, is_shared
 from unclamp.integrations.te_reading import Reader
@@ -48,8 +47,9 @@ AMAXES_ONLY = (
     "update: whether a cast clamped is known, and how many elements were clamped is not."
 )
 REDUCED = (
-    "Transformer Engine reduces amaxes over {ranks}: a row tells of the largest of them, and not "
-    "whose it was. The totals count it once."
+    "On {ranks} ranks Transformer Engine reduces amaxes over a group, unless the recipe says "
+    "reduce_amax=False: a row then tells of the largest of the group, and not whose it was, and "
+    "the totals count it once (the event transformer_engine says which it is)."
 )
 STATELESS = (
     "{which} of {all} Transformer Engine {modules} no scaling state ({recipes}): current and "
@@ -142,7 +142,7 @@ class TransformerEngineRecorder:
                       "reads": f"delayed scaling state of {VERSIONS}", **(metadata or {})},
             cadence=Cadence(casts=self._casts, inspect=None),
             counts="casts",
-            notes=[*notes, AMAXES_ONLY, *_reduced(found), *_unread(found)],
+            notes=[*notes, AMAXES_ONLY, *_reduced(), *_unread(found)],
         )  # fmt: skip
         self._writer = RunLogWriter(
             run,
@@ -273,9 +273,12 @@ def _recipe_data(found: Found) -> dict[str, Any] | None:
     known = next((state.recipe for state in found.states if state.recipe is not None), None)
     if known is None:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnclampWarning)
-        return recipe(known).to_dict()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnclampWarning)
+            return recipe(known).to_dict()
+    except RecipeError:  # a function is part of it, or nothing of it maps
+        return None
 
 
 def _layouts(found: Found) -> dict[str, Any]:
@@ -287,17 +290,16 @@ def _layouts(found: Found) -> dict[str, Any]:
         "columns": sum(state.scale.numel() for state in found.states),
         "history_len": None if first is None else len(first.history),
         "updates": None if first is None else f"{first.timing} a pass",
+        "recipe": None if first is None else str(first.recipe)[:400],
         "stateless": sorted(set(found.stateless.values())),
         "reduced": first is not None and is_shared(first),
     }
 
 
-def _reduced(found: Found) -> list[str]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return []
-    ranks = torch.distributed.get_world_size()
-    is_told = not found.states or any(is_shared(state) for state in found.states)
-    return [REDUCED.format(ranks=f"the ranks of its group ({ranks} in all)")] if is_told else []
+def _reduced() -> list[str]:
+    """Say what several ranks come to; whether they reduce is not known before the first pass."""
+    ranks = find_place().world_size
+    return [REDUCED.format(ranks=ranks)] if ranks > 1 else []
 
 
 def _unread(found: Found) -> list[str]:
