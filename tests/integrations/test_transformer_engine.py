@@ -197,10 +197,11 @@ def test_commands_read_the_run(trained: Trained, tmp_path: Path):
 
 def test_a_state_that_is_there_before_the_run_gives_its_recipe(tmp_path: Path):
     te = TE("2.x")
-    model = nn.Sequential(Linear(te, "0", 8, 8))
-    for recipe, is_told in ((DelayedScaling(amax_history_len=3), True),
-                            (DelayedScaling(amax_compute_algo=lambda h: h.mean(0)), False)):  # fmt: skip
-        model[0].fp8_meta.pop("scaling_fwd", None)
+    layer = Linear(te, "0", 8, 8)
+    model = nn.Sequential(layer)
+    of_a_function = DelayedScaling(amax_compute_algo=lambda history: history.mean(0))
+    for recipe, is_told in ((DelayedScaling(amax_history_len=3), True), (of_a_function, False)):
+        layer.fp8_meta.pop("scaling_fwd", None)
         with te.autocast(recipe):
             model(torch.ones(4, 8))
         path = tmp_path / str(is_told)
@@ -281,6 +282,36 @@ def test_more_updates_than_are_looked_for_are_told(tmp_path: Path):
     recipe = DelayedScaling(amax_history_len=64)
     with pytest.warns(UnclampWarning, match="microbatches=4"):
         train(tmp_path / "run", "2.x", microbatches=7, recipe=recipe, steps=6, most=1)
+
+
+def test_a_state_that_was_loaded_in_between_is_not_guessed_at(tmp_path: Path):
+    te = TE("2.x")
+    layer = Linear(te, "0", 8, 8)
+    model = nn.Sequential(layer)
+    recipe = DelayedScaling(amax_history_len=16)
+
+    def record() -> None:
+        with record_transformer_engine(model, tmp_path / "run") as recorder:
+            for step in range(6):
+                if step == 3:
+                    state = layer.fp8_meta["scaling_fwd"]
+                    state.amax_history.copy_(torch.rand(16, 3) + 5)
+                    state.scale.fill_(7.0)
+                te.step = step
+                with te.autocast(recipe):
+                    out = model(torch.full((4, 8), 2.0 + step))
+                out.sum().backward()
+                recorder.step(step, loss=1.0)
+
+    with pytest.warns(UnclampWarning, match="loaded or reset"):
+        record()
+    rows = rows_of(tmp_path / "run")
+    assert [step for step, site in rows if site == ("0", "input")] == [0, 1, 2, 4, 5]
+    truth = {cast.step: cast.scale for cast in te.truth if cast.role == "input"}
+    assert rows[4, ("0", "input")]["scale"] == pytest.approx(truth[4])
+    with RunLog.open(tmp_path / "run") as log:
+        unread = log.sql("SELECT step FROM events WHERE kind = 'unread'").to_pylist()
+    assert unread == [{"step": 3}]
 
 
 @pytest.mark.cell("Transformer Engine", "exception")

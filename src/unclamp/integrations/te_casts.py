@@ -39,6 +39,11 @@ class _Followed:
     used: frozenset[int] = frozenset()
     ids: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of its history, and columns."""
+        return self.tracker.rule.length, self.tracker.columns
+
 
 class CastRows:
     """Makes the rows of a run from what was read at each step.
@@ -50,7 +55,7 @@ class CastRows:
 
     def __init__(self, ids: Iterator[int], *, microbatches: int) -> None:
         self._ids, self._microbatches = ids, microbatches
-        self._followed: dict[int, _Followed] = {}
+        self._followed: dict[tuple[str, str], _Followed] = {}
         self._sites: list[tuple[int, SiteName, _Followed]] = []
         self._events: list[tuple[int, str, dict[str, Any]]] = []
         self._warnings: list[str] = []
@@ -130,10 +135,16 @@ class CastRows:
             self._warnings.append(text)
 
     def _of(self, state: State, reading: Reading) -> _Followed:
-        """Return what follows a state; one that has come up since began with scales of 1."""
-        known = self._followed.get(id(state.tensors))
-        if known is not None and known.tracker.columns == reading.scale.size:
+        """Return what follows a state; one that has come up since began with scales of 1.
+
+        One that has got another shape is begun anew, with what is there as its past.
+        """
+        known = self._followed.get((state.fqn, state.direction))
+        shape = (len(state.history), reading.scale.size)
+        if known is not None and known.shape == shape:
             return known
+        if known is not None:
+            return self._follow(state, reading, ids=known)
         rows = max(len(state.history) - (state.timing == "after"), 0)
         blank = Reading(
             newest=np.zeros((rows, reading.scale.size), np.float32),
@@ -141,7 +152,7 @@ class CastRows:
         )
         return self._follow(state, blank)
 
-    def _follow(self, state: State, reading: Reading) -> _Followed:
+    def _follow(self, state: State, reading: Reading, ids: _Followed | None = None) -> _Followed:
         recipe, fmt = state.recipe, state.format
         reduce = getattr(recipe, "amax_compute_algo", "max")
         is_own = callable(reduce) or getattr(recipe, "scaling_factor_compute_algo", None)
@@ -152,7 +163,9 @@ class CastRows:
             timing=state.timing,
         )
         followed = _Followed(state=state, tracker=Tracker(rule, reading), format=fmt)
-        self._followed[id(state.tensors)] = followed
+        if ids is not None and ids.tracker.columns == followed.tracker.columns:
+            followed.used, followed.ids = ids.used, ids.ids
+        self._followed[state.fqn, state.direction] = followed
         return followed
 
     def _rows(self, step: int, followed: _Followed, found: Casts) -> Iterator[dict[str, Any]]:

@@ -195,41 +195,61 @@ def _joined(*parts: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a model holds of Transformer Engine.
+    """What the modules of Transformer Engine hold by now.
 
     Attributes:
-        states: The delayed scaling states there are by now; they come with the first FP8 forward.
-        modules: Modules with an `fp8_meta`, by name.
-        stateless: Of those, the ones whose recipe keeps no state (current, block scaling), with
-            the name of their recipe.
-        unread: Modules whose state has a layout that is not read here: `te.ops`, and custom recipes
-            of which some tensors alone are scaled by histories.
+        states: The delayed scaling states there are; they come with the first FP8 forward.
+        stateless: Modules whose recipe keeps no state (current, block scaling), with its name.
+        unread: Modules whose state has a layout that is not read here: custom recipes of which
+            some tensors alone are scaled by histories.
     """
 
     states: list[State]
-    modules: list[str]
     stateless: dict[str, str]
     unread: list[str]
 
 
-def find(model: nn.Module) -> Found:
-    """Return the modules of Transformer Engine in a model, and their states, in its order."""
-    states, modules, stateless, unread = [], [], {}, []
-    for name, module in model.named_modules():
-        fqn = _bare(name)
-        if getattr(module, "_fp8_metas", None) is not None:  # te.ops
-            unread.append(fqn)
-        if not isinstance(getattr(module, "fp8_meta", None), Mapping):
-            continue
-        modules.append(fqn)
-        own = list(_states(fqn, module))
-        if any(hasattr(state.tensors, "_inner_delayed_scaling_recipe") for state in own):
-            unread.append(fqn)
-            continue
-        states += [state for state in own if _is_delayed(state.tensors)]
-        if own and not any(_is_delayed(state.tensors) for state in own):
-            stateless[fqn] = type(own[0].recipe).__name__
-    return Found(states=states, modules=modules, stateless=stateless, unread=unread)
+@dataclass(frozen=True, kw_only=True)
+class Modules:
+    """The modules of Transformer Engine in a model, found once.
+
+    Attributes:
+        by_name: Those with an `fp8_meta`, by their dotted names, in the model's order.
+        operations: Names of `te.ops`, whose state is not read.
+    """
+
+    by_name: Mapping[str, nn.Module]
+    operations: list[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Modules":
+        """Find those of a model."""
+        named = [(_bare(name), module) for name, module in model.named_modules()]
+        return cls(
+            by_name={
+                name: module
+                for name, module in named
+                if isinstance(getattr(module, "fp8_meta", None), Mapping)
+            },
+            operations=[
+                name for name, module in named if getattr(module, "_fp8_metas", None) is not None
+            ],
+        )
+
+    def find(self) -> Found:
+        """Return what they hold now."""
+        states: list[State] = []
+        stateless, unread = {}, []
+        for fqn, module in self.by_name.items():
+            own = list(_states(fqn, module))
+            if any(hasattr(state.tensors, "_inner_delayed_scaling_recipe") for state in own):
+                unread.append(fqn)
+                continue
+            delayed = [state for state in own if _is_delayed(state.tensors)]
+            states += delayed
+            if own and not delayed:
+                stateless[fqn] = type(own[0].recipe).__name__
+        return Found(states=states, stateless=stateless, unread=unread)
 
 
 def _states(fqn: str, module: Any) -> Iterator[State]:
@@ -261,8 +281,12 @@ def is_shared(state: State) -> bool:
 
 
 def repeats_lower(state: State) -> bool:
-    """Whether a lower rank of the group holds the same amaxes."""
-    return is_shared(state) and dist.get_rank(_group(state)) > 0
+    """Whether a lower rank of the group holds the same amaxes.
+
+    Before a next pass has reduced them they are the rank's own.
+    """
+    is_reduced = state.timing == "after" and is_shared(state)
+    return is_reduced and dist.get_rank(_group(state)) > 0
 
 
 def _is_reduced(state: State) -> bool:

@@ -23,7 +23,7 @@ from torch import nn
 
 from unclamp.errors import RecipeError, RunLogError, UnclampWarning
 from unclamp.integrations.te_casts import CastRows
-from unclamp.integrations.te_layouts import VERSIONS, Found, find, is_shared
+from unclamp.integrations.te_layouts import VERSIONS, Found, Modules, is_shared
 from unclamp.integrations.te_reading import Reader
 from unclamp.integrations.te_recipes import recipe
 from unclamp.runlog import Cadence, Columns, Every, Header, RunLogWriter, Status
@@ -33,6 +33,7 @@ from unclamp.telemetry.group import Name, group_name
 from unclamp.telemetry.header import environment, git_commit
 from unclamp.telemetry.rank import find_place
 from unclamp.version import __version__
+from unclamp.written import listed
 
 __all__ = ["TransformerEngineRecorder", "recipe", "record_transformer_engine"]
 
@@ -124,11 +125,11 @@ class TransformerEngineRecorder:
     ) -> None:
         if microbatches < 1:
             raise RunLogError(f"expected at least 1 for microbatches, got {microbatches}")
-        self._model = model
         self._casts = cadence(casts, "casts")
         self._reader = Reader(most=microbatches + 2)
-        found = find(model)
-        if not found.modules and not found.unread:
+        self._modules = Modules.of(model)
+        found = self._modules.find()
+        if not self._modules.by_name and not self._modules.operations:
             raise RunLogError(NO_MODULE)
         place = find_place()
         header = Header(
@@ -142,7 +143,7 @@ class TransformerEngineRecorder:
                       "reads": f"delayed scaling state of {VERSIONS}", **(metadata or {})},
             cadence=Cadence(casts=self._casts, inspect=None),
             counts="casts",
-            notes=[*notes, AMAXES_ONLY, *_reduced(), *_unread(found)],
+            notes=[*notes, AMAXES_ONLY, *_reduced(), *_unread(self._modules.operations)],
         )  # fmt: skip
         self._writer = RunLogWriter(
             run,
@@ -196,7 +197,7 @@ class TransformerEngineRecorder:
         timing = {"time_s": [now - self._began], "step_ms": [(now - self._last) * 1e3]}
         self._last = now
         self._writer.add("steps", cache(lambda: step_columns(step, values, timing, kind)))
-        found = find(self._model)
+        found = self._modules.find()
         copies = self._reader.read(found.states)
         self._writer.add("casts", lambda: self._due(step, self._rows.casts(step, copies)))
         self._writer.add("sites", self._rows.new_sites)
@@ -246,16 +247,18 @@ class TransformerEngineRecorder:
     def _tell(self, found: Found) -> None:
         """Say once what of the model is not read, as soon as its first FP8 forward has shown it."""
         self._warn()
-        if self._has_told or not (found.states or found.stateless):
+        if self._has_told or not (found.states or found.stateless or found.unread):
             return
         self._has_told = True
-        self.event("transformer_engine", **_layouts(found))
+        self.event("transformer_engine", modules=len(self._modules.by_name), **_layouts(found))
+        for said in _unread(found.unread):
+            warnings.warn(said, UnclampWarning, stacklevel=3)
         if found.stateless:
             has = "module keeps" if len(found.stateless) == 1 else "modules keep"
             warnings.warn(
                 STATELESS.format(
                     which=f"{len(found.stateless):,}",
-                    all=f"{len(found.modules):,}",
+                    all=f"{len(self._modules.by_name):,}",
                     modules=has,
                     recipes=", ".join(sorted(set(found.stateless.values()))),
                 ),
@@ -285,13 +288,13 @@ def _layouts(found: Found) -> dict[str, Any]:
     """Return what was found of the model, for the log."""
     first = found.states[0] if found.states else None
     return {
-        "modules": len(found.modules),
         "states": len(found.states),
         "columns": sum(state.scale.numel() for state in found.states),
         "history_len": None if first is None else len(first.history),
         "updates": None if first is None else f"{first.timing} a pass",
         "recipe": None if first is None else str(first.recipe)[:400],
         "stateless": sorted(set(found.stateless.values())),
+        "unread": found.unread,
         "reduced": first is not None and is_shared(first),
     }
 
@@ -302,10 +305,8 @@ def _reduced() -> list[str]:
     return [REDUCED.format(ranks=ranks)] if ranks > 1 else []
 
 
-def _unread(found: Found) -> list[str]:
-    if not found.unread:
-        return []
-    return [UNREAD.format(names=", ".join(found.unread[:5]), versions=VERSIONS)]
+def _unread(names: Sequence[str]) -> list[str]:
+    return [UNREAD.format(names=listed(names, most=5), versions=VERSIONS)] if names else []
 
 
 def _version() -> str | None:
