@@ -39,6 +39,7 @@ from unclamp.version import __version__
 if TYPE_CHECKING:
     from unclamp.analysis.explanation import Explanation
     from unclamp.explain import Snapshots, Training, explain_spike
+    from unclamp.integrations.transformer_engine import record_transformer_engine
     from unclamp.nn import (
         Attention,
         ConvertReport,
@@ -99,6 +100,7 @@ _LAZY = {
     "Snapshots": "unclamp.explain",
     "Training": "unclamp.explain",
     "explain_spike": "unclamp.explain",
+    "record_transformer_engine": "unclamp.integrations.transformer_engine",
     "Every": "unclamp.telemetry",
     "MLflow": "unclamp.telemetry",
     "Recorder": "unclamp.telemetry",
@@ -167,6 +169,7 @@ __all__ = [
     "grouped_mm",
     "observe",
     "quantize",
+    "record_transformer_engine",
     "refresh",
     "revert",
     "scale_from_amax",

@@ -14,6 +14,11 @@ Value = TypeVar("Value")
 
 SCALED_AMAX_SQL = "amax::DOUBLE * scale"
 """`scaled_amax` of a row of `casts`; the columns are float32, and their product may not fit it."""
+CLAMPED_SQL = "coalesce(clamped, saturated > 0, false)"
+"""Whether a row of `casts` is known to have clamped; older logs tell it by their counts alone."""
+LOST_SQL = f"coalesce(saturated_error, greatest(1 - 1 / ({SCALED_AMAX_SQL}), 1e-6))"
+"""What rows of `casts` that clamped are ordered by: the clamp error; where elements were not
+counted, what rises with the scaled amax, which is above 0 and means nothing else."""
 
 
 def scaled_amax(amax: Value, scale: Value) -> Value:
@@ -164,6 +169,8 @@ class SiteTotals:
             where all inspected ones were exact.
         sqnr_db_sum: The finite ones, added up.
         sqnr_rows: How many were finite.
+        uncounted: Rows of which only the largest element is known, as of the scaling state of
+            others: they clamped or not, and how many elements is not known.
     """
 
     rows: int = 0
@@ -181,21 +188,30 @@ class SiteTotals:
     sqnr_db_min: float | None = None
     sqnr_db_sum: float = 0.0
     sqnr_rows: int = 0
+    uncounted: int = 0
 
     @property
-    def clamp_error(self) -> float:
-        """Mean clamp error of the rows in which anything was clamped; 0 without any."""
-        return share(self.clamp_error_sum, self.clamped_rows)
+    def is_counted(self) -> bool:
+        """Whether the elements of all rows were counted."""
+        return not self.uncounted
 
     @property
-    def underflow_share(self) -> float:
+    def clamp_error(self) -> float | None:
+        """Mean clamp error of the rows in which anything was clamped; 0 without any.
+
+        None where elements were not counted, and so are the shares.
+        """
+        return share(self.clamp_error_sum, self.clamped_rows) if self.is_counted else None
+
+    @property
+    def underflow_share(self) -> float | None:
         """Underflowed elements, a fraction of all."""
-        return share(self.underflowed, self.elements)
+        return share(self.underflowed, self.elements) if self.is_counted else None
 
     @property
-    def saturated_share(self) -> float:
+    def saturated_share(self) -> float | None:
         """Clamped elements, a fraction of all."""
-        return share(self.saturated, self.elements)
+        return share(self.saturated, self.elements) if self.is_counted else None
 
     @property
     def sqnr_db_mean(self) -> float | None:
@@ -222,4 +238,5 @@ class SiteTotals:
             sqnr_db_min=min(sqnr, default=None),
             sqnr_db_sum=self.sqnr_db_sum + other.sqnr_db_sum,
             sqnr_rows=self.sqnr_rows + other.sqnr_rows,
+            uncounted=self.uncounted + other.uncounted,
         )

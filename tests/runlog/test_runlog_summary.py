@@ -18,6 +18,7 @@ from truths.rows import (
     columns,
     merge_early,
     parts_of,
+    uncounted_row,
 )
 from unclamp.errors import UnclampWarning
 from unclamp.runlog import VIEWS, Header, RunLog, RunLogWriter, compactor
@@ -35,7 +36,16 @@ rows = st.fixed_dictionaries(
         "saturated_error": st.sampled_from([0.0, 0.25, 0.5]) | st.floats(0, 1),
         "sqnr_db": st.none() | st.just(math.inf) | st.floats(-40, 200),
         **{name: st.integers(0, 2**30) for name in COUNTS},
+        "clamped": st.none() | st.booleans(),
     }
+) | st.builds(
+    uncounted_row,
+    st.integers(-101, 301),
+    st.integers(0, 2),
+    rank=st.integers(0, 2),
+    amax=floats,
+    scale=floats,
+    clamped=st.booleans(),
 )
 
 

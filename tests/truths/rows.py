@@ -60,8 +60,9 @@ def summarise(casts: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def _summary(first_step: int, rank: int, site: int, *, rows: list[Row]) -> dict[str, Any]:
-    errors = [row["saturated_error"] for row in rows]
-    worst = [row["step"] for row in rows if row["saturated_error"] == max(errors) > 0]
+    errors = [row["saturated_error"] for row in rows if row["saturated_error"] is not None]
+    most = max(errors, default=None)
+    worst = [row["step"] for row in rows if most and row["saturated_error"] == most]
     inspected = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
     finite = [value for value in inspected if math.isfinite(value)]
     return {
@@ -69,20 +70,39 @@ def _summary(first_step: int, rank: int, site: int, *, rows: list[Row]) -> dict[
         "rank": rank,
         "site": site,
         "steps": len(rows),
-        **{name: sum(row[name] for row in rows) for name in COUNTS},
-        "clamped": sum(row["saturated"] > 0 for row in rows),
+        **{name: _total(row[name] for row in rows) for name in COUNTS},
+        "clamped": sum(_has_clamped(row) for row in rows),
         "amax_max": max(row["amax"] for row in rows),
         "amax_mean": math.fsum(row["amax"] for row in rows) / len(rows),
         "scaled_amax_max": max(row["amax"] * row["scale"] for row in rows),
         "scale_min": min(row["scale"] for row in rows),
         "scale_max": max(row["scale"] for row in rows),
-        "saturated_error_sum": math.fsum(errors),
-        "saturated_error_max": max(errors),
+        "saturated_error_sum": math.fsum(errors) if errors else None,
+        "saturated_error_max": most,
         "worst_step": min(worst, default=None),
         "sqnr_db_min": min(inspected, default=None),
         "sqnr_db_mean": math.fsum(finite) / len(finite) if finite else None,
         "sqnr_steps": len(finite),
+        "uncounted": sum(row["elements"] is None for row in rows),
     }
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _has_clamped(row: Row) -> bool:
+    told = row.get("clamped")
+    return bool(row["saturated"]) if told is None else told
+
+
+def uncounted_row(step: int, site: int, **changes: Any) -> dict[str, Any]:
+    """Return a row of which only the largest element is known."""
+    nothing = dict.fromkeys(
+        ("elements", "saturated", "underflowed", "nonfinite", "saturated_error"), None
+    )
+    return cast_row(step, site, **nothing, **{"recast": 0, "clamped": False} | changes)
 
 
 def assert_summaries_are_those_of_casts(log: RunLog) -> None:

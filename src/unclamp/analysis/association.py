@@ -145,6 +145,7 @@ def associate(
         refusal=history.refusal,
         notes=history.notes,
         is_observed=log.header.observed,
+        is_counted=history.is_counted,
         lr=history.lr,
         groups=history.groups,
         max_lag=max_lag,
@@ -164,6 +165,7 @@ def associate_series(
     refusal: str | None = None,
     notes: Sequence[str] = (),
     is_observed: bool = False,
+    is_counted: bool = True,
     lr: NDArray[np.float64] | None = None,
     groups: Sequence[Group] = (),
     max_lag: int = MAX_LAG,
@@ -182,6 +184,8 @@ def associate_series(
         refusal: Why these arrays cannot tell, a sentence: then nobody is named.
         notes: Further sentences for the answer.
         is_observed: Whether the clamping is only what FP8 would have done.
+        is_counted: Whether the errors of `clamping` are clamp errors; else they only order it, and
+            the answer tells none.
         lr: Learning rate of each step, NaN where it is not known: its jumps are a schedule.
         groups: The kind of each step's batch: a loss is compared with those of its own kind.
             Without them all are of one kind.
@@ -221,6 +225,8 @@ def associate_series(
     evidence = rank_sites(
         weights, clamping, onsets, names, sqnr_db or {}, is_relative, max_lag, level
     )
+    if not is_counted:
+        evidence = [replace(e, clamp_error=None) for e in evidence]
     can_tell = refusal is None
     enough = can_tell and level * min(moves.distinct, len(moves.offsets)) >= 1
     if not enough:

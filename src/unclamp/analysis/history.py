@@ -17,6 +17,7 @@ from unclamp.analysis.evidence import Clamping
 from unclamp.analysis.groups import Group
 from unclamp.errors import AnalysisError
 from unclamp.runlog import COMPUTED_SQL, RunLog, SiteInfo
+from unclamp.totals import CLAMPED_SQL, LOST_SQL
 from unclamp.written import counted
 
 EFFECT_LAG = {"grad_output": 1}
@@ -42,6 +43,7 @@ class History:
         clamping: At those steps, one row a site.
         names: Id, fqn and role of each site, ranks taken together; of several ids the lowest.
         sqnr_db: Least signal-to-noise ratio by that id, where it was measured; decibel.
+        is_counted: Whether elements were counted; else the errors of `clamping` only order it.
         refusal: Why nothing can be told from this record, a sentence; None where something can.
         notes: What else to know of the record, a sentence each.
     """
@@ -53,6 +55,7 @@ class History:
     clamping: Clamping
     names: list[tuple[int, str, str]]
     sqnr_db: dict[int, float]
+    is_counted: bool
     refusal: str | None
     notes: list[str]
 
@@ -104,6 +107,7 @@ def read_history(log: RunLog) -> History:
         clamping=_to_clamping(clamped, known, steps, sites),
         names=[(site.site, site.fqn, site.role) for site in sites],
         sqnr_db=_read_sqnr(log, sites),
+        is_counted=log.header.counts == "elements",
         refusal=refusals[0] if refusals else None,
         notes=notes + refusals[1:],
     )
@@ -183,9 +187,9 @@ def _read_clamped(log: RunLog) -> _Clamped:
     )
     again = " OR ".join(f"step BETWEEN {first} AND {last}" for first, last in ranges) or "false"
     once = log.sql(
-        f"{_PLACES} SELECT place, step, max(saturated_error) AS error "
-        "FROM casts JOIN places USING (rank, site) WHERE saturated > 0 "
-        f"AND saturated_error > 0 AND NOT ({again}) GROUP BY place, step"
+        f"{_PLACES} SELECT place, step, max({LOST_SQL}) AS error "
+        f"FROM casts JOIN places USING (rank, site) WHERE {CLAMPED_SQL} "
+        f"AND {LOST_SQL} > 0 AND NOT ({again}) GROUP BY place, step"
     )
     parts = [tuple(once[name].to_numpy() for name in ("place", "step", "error"))]
     if ranges:
@@ -202,7 +206,7 @@ def _read_clamped(log: RunLog) -> _Clamped:
 def _read_last(log: RunLog, where: str) -> tuple[NDArray, NDArray, NDArray]:
     """Return the clamped of the last recordings of each step, rank and site."""
     rows = log.sql(
-        "SELECT site, rank, step, if(saturated > 0, saturated_error, 0) AS error "
+        f"SELECT site, rank, step, if({CLAMPED_SQL}, {LOST_SQL}, 0) AS error "
         f"FROM casts WHERE {where}"
     )
     names = ("site", "rank", "step", "error")

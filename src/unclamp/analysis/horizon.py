@@ -13,6 +13,7 @@ from unclamp.analysis.reading import Reading
 from unclamp.analysis.shares import gone
 from unclamp.names import ROLES, SiteName
 from unclamp.runlog import RunLog
+from unclamp.totals import CLAMPED_SQL, LOST_SQL
 from unclamp.written import counted
 
 Stop = Literal[
@@ -236,16 +237,16 @@ def clamped_before(run: Path, step: int) -> Clamped:
     with RunLog.open(run) as log:
         cadence = log.header.cadence
         rows = log.sql(
-            "SELECT fqn, role, max(step) AS last, max(saturated_error) AS error, "
-            "arg_max(step, saturated_error) AS hardest FROM casts "
+            f"SELECT fqn, role, max(step) AS last, max({LOST_SQL}) AS error, "
+            f"arg_max(step, {LOST_SQL}) AS hardest FROM casts "
             f"JOIN ({_COMPUTED}) USING (site, rank) "
-            "WHERE saturated > 0 AND step < $step GROUP BY ALL ORDER BY error DESC, fqn, role",
+            f"WHERE {CLAMPED_SQL} AND step < $step GROUP BY ALL ORDER BY error DESC, fqn, role",
             step=step,
         ).to_pylist()
         (logged,) = log.sql("SELECT min(step) AS first FROM steps").to_pylist()
         (total,) = log.sql(
             "SELECT count(DISTINCT step) AS steps FROM casts "
-            f"SEMI JOIN ({_COMPUTED}) USING (site, rank) WHERE saturated > 0 AND step < $step",
+            f"SEMI JOIN ({_COMPUTED}) USING (site, rank) WHERE {CLAMPED_SQL} AND step < $step",
             step=step,
         ).to_pylist()
     sites = [SiteName.from_dict({"fqn": row["fqn"], "role": row["role"]}) for row in rows]

@@ -41,7 +41,7 @@ class SiteEvidence:
             `loss_change`: an upper bound that holds for all cleared sites at once with a chance
             of 95 %; that of a site that is not cleared can be too low. None where unknown, and for
             a site that clamps too densely.
-        clamp_error: Mean clamp error over the clamped steps.
+        clamp_error: Mean clamp error over the clamped steps; None where elements were not counted.
         sqnr_db: Least signal-to-noise ratio seen, decibel; None where none was measured.
         cleared: Whether the run shows it harmless: not named, `low` at most 0, `bound` at most
             `CLEARED` (a share of the median size of the loss), not before every spike.
@@ -64,7 +64,7 @@ class SiteEvidence:
     low: float | None
     high: float | None
     bound: float | None
-    clamp_error: float
+    clamp_error: float | None
     sqnr_db: float | None = None
     cleared: bool = False
     doubt: Doubt | None = None

@@ -305,8 +305,14 @@ def _loss_power(finding: Finding, needed: float) -> str:
 
 
 def _caution(finding: Finding) -> str:
-    worst = sorted(finding.sites, key=lambda site: -site.clamp_error)[:WORST]
-    listed = ", ".join(f"{s.fqn} {s.role} ({100 * s.clamp_error:.2g} %)" for s in worst)
+    if any(site.clamp_error is None for site in finding.sites):
+        return (
+            "Clamping can also do harm that the training loss does not show (arXiv 2605.26189): "
+            "look at the overshoot (amax * scale over format_max in `casts`); how much clamping "
+            "removed is not in this log, since elements were not counted."
+        )
+    worst = sorted(finding.sites, key=lambda site: -(site.clamp_error or 0.0))[:WORST]
+    listed = ", ".join(f"{s.fqn} {s.role} ({100 * (s.clamp_error or 0.0):.2g} %)" for s in worst)
     noisy = sorted(
         (s for s in finding.sites if s.sqnr_db is not None), key=lambda s: s.sqnr_db or 0.0
     )

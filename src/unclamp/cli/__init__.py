@@ -15,6 +15,7 @@ from unclamp.cli import (  # noqa: F401  (they register)
     associate,
     coverage,
     explain,
+    importing,
     machine,
     report,
     spikes,

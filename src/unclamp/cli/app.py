@@ -50,6 +50,15 @@ app = _App(
     pretty_exceptions_enable=False,
     help="FP8 training in which clamping is measured, explained and prevented.",
 )
+
+
+def command_group(name: str, *, help: str) -> typer.Typer:
+    """Return a group of commands, `unclamp NAME COMMAND`, that is part of the app."""
+    group = _App(cls=_Group, no_args_is_help=True, help=help)
+    app.add_typer(group, name=name)
+    return group
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 

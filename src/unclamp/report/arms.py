@@ -233,7 +233,7 @@ def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunReco
         casts=total.casts / len(whole),
         clamped_casts=total.clamped_rows / len(whole),
         recasts=total.recasts / len(whole),
-        underflow_share=total.underflow_share,
+        underflow_share=total.underflow_share or 0.0,  # a study counts elements
         overshoot=shown_overshoot(total),
         nonfinite_seeds=sum(
             not all(map(math.isfinite, by_step(run).values())) for run in runs.values()
@@ -312,7 +312,7 @@ def _worst(runs: list[RunRecord]) -> list[SiteRow]:
         known = merged.get(site.name)
         both = site if known is None else replace(known, totals=known.totals + site.totals)
         merged[site.name] = both
-    clamped = [site for site in merged.values() if site.totals.saturated]
+    clamped = [site for site in merged.values() if site.totals.clamped_rows]
     taken = {name: site.change.error for name, site in _gradients(runs).by_name.items()}
     ranked = by_clamp_error(clamped)[:WORST_SITES]
     return [_site_row(site, taken.get(site.name)) for site in ranked]

@@ -55,7 +55,8 @@ class ExpertsRow:
         name: Of the product, a star in place of the expert's number.
         experts: How many there are.
         fewest: The expert with the fewest tokens, by its name.
-        even_share: Its tokens over those of an even share, fraction.
+        even_share: Its tokens over those of an even share, fraction; None where the log counts no
+            elements: then `fewest` is the one with the fewest casts.
         idle: Recorded steps in which some expert cast nothing: of the expert with most of them.
         gap: Steps in a row without tokens, the most of any expert.
         stale: Experts that once had none for longer than their history looks back.
@@ -66,7 +67,7 @@ class ExpertsRow:
     name: str
     experts: int
     fewest: str
-    even_share: float
+    even_share: float | None
     idle: int
     gap: int
     stale: int
@@ -90,19 +91,26 @@ def read_experts(log: RunLog) -> list[ExpertsRow]:
         name = _NUMBER.sub(lambda found: f"{found[1] or ''}.*", row["fqn"], count=1)
         if name != row["fqn"]:
             banks.setdefault(name, []).append(row)
-    found = [_row(name, own, span["steps"]) for name, own in banks.items() if len(own) > 1]
-    return sorted(found, key=lambda row: (row.even_share, row.name))
+    is_counted = log.header.counts == "elements"
+    found = [
+        _row(name, own, span["steps"], is_counted=is_counted)
+        for name, own in banks.items()
+        if len(own) > 1
+    ]
+    return sorted(found, key=lambda row: (row.even_share or 0.0, row.name))
 
 
-def _row(name: str, experts: Sequence[dict[str, Any]], steps: int) -> ExpertsRow:
-    least = min(experts, key=lambda row: (row["elements"], row["fqn"]))
+def _row(
+    name: str, experts: Sequence[dict[str, Any]], steps: int, *, is_counted: bool
+) -> ExpertsRow:
+    least = min(experts, key=lambda row: (row["elements"], row["steps"], row["fqn"]))
     mean = sum(row["elements"] for row in experts) / len(experts)
     ages = [row["age"] for row in experts if row["age"] is not None]
     return ExpertsRow(
         name=name,
         experts=len(experts),
         fewest=least["fqn"],
-        even_share=least["elements"] / mean if mean else 0.0,
+        even_share=(least["elements"] / mean if mean else 0.0) if is_counted else None,
         idle=steps - min(row["steps"] for row in experts),
         gap=max(row["gap"] for row in experts),
         stale=sum(
@@ -118,7 +126,7 @@ def experts_row(row: ExpertsRow) -> list[str]:
         row.name,
         f"{row.experts:,}",
         row.fewest,
-        percent(row.even_share),
+        "-" if row.even_share is None else percent(row.even_share),
         f"{row.idle:,}",
         f"{row.gap:,}",
         f"{row.stale:,}",

@@ -175,7 +175,8 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
             for row in association.get("sites", [])[:LISTED_SITES]
         ],
         "caution": caution_of(
-            association, clamped=any(site.saturated and not site.only_counted for site in run.sites)
+            association,
+            clamped=any(site.clamped_casts and not site.only_counted for site in run.sites),
         ),
         "explanations": [
             {

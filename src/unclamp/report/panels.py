@@ -80,7 +80,7 @@ class Panel:
         amax: Largest amax.
         top: Largest value that the scale represents, as tight as it was in the window.
         bottom: Its smallest subnormal, likewise.
-        clamp: Share of the elements that were clamped.
+        clamp: Share of the elements that were clamped; None where they were not counted.
         under: Share that underflowed.
         sqnr: Mean signal-to-noise ratio, decibel.
         sqnr_min: The least one.
@@ -204,13 +204,13 @@ def _subnormal(site: SiteRecord) -> float | None:
     return None if fmt is None else fmt.min_subnormal
 
 
-def _over(value: float | None, scale: float) -> float | None:
-    return None if value is None or not scale > 0 else value / scale
+def _over(value: float | None, scale: float | None) -> float | None:
+    return None if value is None or scale is None or not scale > 0 else value / scale
 
 
 def _by_loss(site: SiteRecord) -> tuple[bool, bool, float, float]:
     totals = site.totals
-    ranked = (not totals.saturated, -totals.clamp_error_sum, -totals.underflow_share)
+    ranked = (not totals.clamped_rows, -totals.clamp_error_sum, -(totals.underflow_share or 0.0))
     return (site.info.only_counted, *ranked)
 
 

@@ -30,7 +30,7 @@ class RankRow:
         rank: The rank.
         overshoot: Largest amax over the largest representable value.
         worst: The site of it, as text.
-        saturated: Elements that it clamped, replicated operands left out.
+        saturated: Elements that it clamped, replicated operands left out; None if not counted.
         led: Share of windows and sites in which its amax was the largest, where ranks differed.
         cells: Largest overshoot a window, None without casts; only drawn.
     """
@@ -38,7 +38,7 @@ class RankRow:
     rank: int
     overshoot: float | None
     worst: str
-    saturated: int
+    saturated: int | None
     led: float | None
     cells: list[float | None] = field(default_factory=list)
 
@@ -83,7 +83,7 @@ def rank_row(row: RankRow) -> list[str]:
         str(row.rank),
         "-" if row.overshoot is None else times(row.overshoot),
         row.worst,
-        f"{row.saturated:,}",
+        "-" if row.saturated is None else f"{row.saturated:,}",
         "-" if row.led is None else percent(row.led),
     ]
 

@@ -65,9 +65,10 @@ class RunRecord:
         recorded: Steps that have rows of casts, where not every step was to have them; else None.
         sites: Those that cast anything from which something was computed, in the order of their
             ids: whatever is said of the run's casts is said of these.
+        is_counted: Whether the elements of its casts were counted, and not only their largest one.
         counted_sites: Those whose casts were only counted, beside `sites`, in the same order.
         shares: Clamped share a window, of the sites with the largest total clamp error, worst
-            first.
+            first; of the casts where elements were not counted.
         notes: Sentences of its header that a reader must see beside the figures.
         has_recipe: Whether its header names a recipe; a training in high precision has none.
         is_plain: Whether its header says that no layer was meant to be in FP8.
@@ -94,6 +95,7 @@ class RunRecord:
     kind_gradients: dict[Group, ClampedGradients] = field(default_factory=dict)
     mark: str = PLANTED.word
     counted_sites: list[SiteRecord] = field(default_factory=list)
+    is_counted: bool = True
 
     @property
     def every_site(self) -> list[SiteRecord]:
@@ -122,7 +124,7 @@ class SiteRow:
         role: Which operand.
         format: Name of the FP8 format.
         scaling: Kind of scaling at the beginning.
-        saturated: Finite elements clamped.
+        saturated: Finite elements clamped; None where they were not counted.
         clamped_casts: Recorded casts in which anything was clamped.
         overshoot: Largest amax over the largest representable value; None where nothing was
             clamped, since up to half a rounding step above it an element still fits.
@@ -138,7 +140,7 @@ class SiteRow:
     role: str
     format: str
     scaling: str
-    saturated: int
+    saturated: int | None
     clamped_casts: int
     overshoot: float | None
     clamp_error: float | None
@@ -189,6 +191,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         notes=noted(log),
         has_recipe=log.header.recipe is not None,
         is_plain=log.header.plain,
+        is_counted=log.header.counts == "elements",
         groups=groups,
         gradients=clamped_gradients(log),
         kind_gradients=clamped_gradients_by(log, dict(zip(steps, groups, strict=True)))
@@ -220,8 +223,19 @@ def _least_by_row(log: RunLog) -> dict[int, float]:
 
 
 def by_clamp_error(sites: list[SiteRecord]) -> list[SiteRecord]:
-    """Return the sites with the largest total clamp error first; then by name."""
-    return sorted(sites, key=lambda site: (-site.totals.clamp_error_sum, site.name))
+    """Return the sites with the largest total clamp error first; then by name.
+
+    Where elements were not counted, those with the most clamped casts.
+    """
+    return sorted(sites, key=_by_clamping)
+
+
+def _by_clamping(site: SiteRecord) -> tuple[float, int, float, SiteName]:
+    """Order a site; where no error is known, by its clamped casts and then its overshoot."""
+    totals = site.totals
+    if totals.is_counted:
+        return (-totals.clamp_error_sum, 0, 0.0, site.name)
+    return (-totals.clamp_error_sum, -totals.clamped_rows, -totals.overshoot, site.name)
 
 
 def shown_overshoot(totals: SiteTotals) -> float | None:
@@ -230,7 +244,7 @@ def shown_overshoot(totals: SiteTotals) -> float | None:
     An element up to half a rounding step above it is rounded to it, so an overshoot of 1.03
     beside no clamped element would look like a contradiction and is none.
     """
-    return totals.overshoot if totals.saturated else None
+    return totals.overshoot if totals.clamped_rows else None
 
 
 def _column(log: RunLog, query: str) -> list:
@@ -264,5 +278,5 @@ def _series(log: RunLog) -> tuple[list[int], dict[str, list[float | None]], list
 
 
 def _shares(sites: list[SiteRecord], windows: Windows) -> dict[SiteName, np.ndarray]:
-    clamped = [site for site in by_clamp_error(sites) if site.totals.saturated][:HEAT_SITES]
+    clamped = [site for site in by_clamp_error(sites) if site.totals.clamped_rows][:HEAT_SITES]
     return {site.name: windows.saturated_share(site.place) for site in clamped}

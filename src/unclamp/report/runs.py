@@ -80,7 +80,7 @@ class RunSiteRow(SiteRow):
         sqnr_db_mean: Mean of the finite ones, decibel.
         sqnr_row_db_min: Least median over rows, decibel.
         recasts: Casts that guarded scaling repeated.
-        nonfinite: Inf and NaN elements.
+        nonfinite: Inf and NaN elements; None where they were not counted.
     """
 
     site: int
@@ -92,7 +92,7 @@ class RunSiteRow(SiteRow):
     sqnr_db_mean: float | None
     sqnr_row_db_min: float | None
     recasts: int
-    nonfinite: int
+    nonfinite: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,7 @@ class RunView:
         ranks: The ranks apart, where they differ.
         coverage: What FP8 covers of a step; None where the run did not record it.
         experts: Products of experts, by their tokens.
+        is_counted: Whether elements were counted; else `heat` is of casts.
     """
 
     name: str
@@ -147,6 +148,7 @@ class RunView:
     ranks: RanksView = field(default_factory=RanksView)
     coverage: CoverageView | None = None
     experts: list[ExpertsRow] = field(default_factory=list)
+    is_counted: bool = True
 
 
 def read_run_view(
@@ -193,6 +195,7 @@ def read_run_view(
         ranks=ranks,
         coverage=read_coverage(log),
         experts=read_experts(log) if record.sites else [],
+        is_counted=record.is_counted,
     )
 
 
@@ -306,18 +309,18 @@ def _site(site: SiteRecord, switched: list[int], grad_error: float | None) -> Ru
         format=info.format,
         granularity=info.granularity,
         switched=switched,
-        saturated=totals.saturated,
+        saturated=totals.saturated if totals.is_counted else None,
         clamped_casts=totals.clamped_rows,
         rows=totals.rows,
         clamp_error=rounded(totals.clamp_error) if totals.clamped_rows else None,
-        clamp_error_max=rounded(totals.clamp_error_max),
+        clamp_error_max=rounded(totals.clamp_error_max) if totals.is_counted else None,
         overshoot=rounded(shown_overshoot(totals)),
         underflow_share=rounded(totals.underflow_share),
         sqnr_db_min=rounded(totals.sqnr_db_min),
         sqnr_db_mean=rounded(totals.sqnr_db_mean),
         sqnr_row_db_min=rounded(site.sqnr_row_db_min),
         recasts=totals.recasts,
-        nonfinite=totals.nonfinite,
+        nonfinite=totals.nonfinite if totals.is_counted else None,
         worst_step=totals.worst_step,
         grad_error=rounded(grad_error),
         only_counted=info.only_counted,

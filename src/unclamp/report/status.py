@@ -21,6 +21,11 @@ OBSERVED = (
     "have lost, and the loss is that of the training without it."
 )
 
+UNCOUNTED = (
+    "Only the largest element of each cast is in this log: whether a cast clamped is known, and "
+    "how many elements were clamped, underflowed or were not finite is not."
+)
+
 
 def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
     """Return what a reader must know of a run before its figures; nothing of a whole one.
@@ -46,7 +51,8 @@ def run_notes(log: RunLog, *, now_s: float | None = None) -> list[str]:
     ]
     notes += [f"{part}." for part in log.damaged]
     notes += [*attempt_notes(log), *rank_notes(log, is_going_on=_is_going_on(log, now_s))]
-    return notes + ([OBSERVED] if header.observed else []) + noted(log)
+    notes += [OBSERVED] if header.observed else []
+    return notes + ([UNCOUNTED] if header.counts == "casts" else []) + noted(log)
 
 
 def attempt_notes(log: RunLog) -> list[str]:

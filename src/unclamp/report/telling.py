@@ -76,9 +76,11 @@ def _clamp_sentences(record: RunRecord) -> list[str]:
     if not sites:
         return [_nothing_cast(record)]
     total = sum((site.totals for site in sites), SiteTotals())
-    clamped = by_clamp_error([site for site in sites if site.totals.saturated])
+    clamped = by_clamp_error([site for site in sites if site.totals.clamped_rows])
     said = [f"Nothing was clamped at any of {counted(len(sites), 'site')}{extent}."]
-    if clamped:
+    if clamped and not total.is_counted:
+        said = [_casts_sentence(clamped, total, len(sites), extent)]
+    elif clamped:
         elements = counted(total.saturated, "element was", "elements were")
         said = [
             f"{elements} clamped, in {total.clamped_rows:,} of "
@@ -95,6 +97,20 @@ def _clamp_sentences(record: RunRecord) -> list[str]:
         elements = counted(total.nonfinite, "element was", "elements were")
         said.append(f"{elements} Inf or NaN, at {counted(broken, 'site')}{extent}.")
     return said
+
+
+def _casts_sentence(
+    clamped: Sequence[SiteRecord], total: SiteTotals, sites: int, extent: str
+) -> str:
+    """Say which casts clamped where nobody counted elements."""
+    worst = max(clamped, key=lambda site: site.totals.overshoot)
+    return (
+        f"{total.clamped_rows:,} of {counted(total.rows, 'recorded cast')} clamped, at "
+        f"{len(clamped):,} of {counted(sites, 'site')}{extent}; the largest overshoot is "
+        f"{times(worst.totals.overshoot)}, at {worst.name}. Most often: "
+        f"{clamped[0].name}, in {clamped[0].totals.clamped_rows:,} of "
+        f"{clamped[0].totals.rows:,}. How many elements, and how much that removed, is not known."
+    )
 
 
 def _counted_sentence(record: RunRecord) -> list[str]:

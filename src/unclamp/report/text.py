@@ -90,7 +90,7 @@ def _run(run: RunView, width: int) -> RenderableType:
     for found in run.explanations:
         parts.append(Text(f"\nreplay {found.name}", style="bold"))
         parts += [_bullet(sentence) for sentence in found.sentences]
-    clamped = [site for site in run.sites if site.saturated and not site.only_counted][
+    clamped = [site for site in run.sites if site.clamped_casts and not site.only_counted][
         :TERMINAL_SITES
     ]
     if clamped:

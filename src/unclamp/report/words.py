@@ -196,14 +196,19 @@ def site_row(site: SiteRow) -> list[str]:
         shown(site.fqn),
         site.role,
         f"{site.scaling} {site.format}",
-        f"{site.saturated:,}",
+        "-" if site.saturated is None else f"{site.saturated:,}",
         f"{site.clamped_casts:,}",
         "-" if site.overshoot is None else times(site.overshoot),
-        percent(site.clamp_error or 0.0),
+        _lost(site, site.clamp_error),
         "-" if site.grad_error is None else percent(site.grad_error),
-        percent(site.underflow_share or 0.0),
+        _lost(site, site.underflow_share),
         "-" if site.worst_step is None else f"{site.worst_step:,}",
     ]
+
+
+def _lost(site: SiteRow, share: float | None) -> str:
+    """Return a share of what was lost; none of a site whose elements were not counted."""
+    return "-" if site.saturated is None else percent(share or 0.0)
 
 
 def association_row(row: Mapping[str, Any], *, is_relative: bool = True) -> list[str]:

@@ -16,11 +16,13 @@ SCHEMA_VERSION = 2
 RUN_FILE = "run.json"
 _LATER_FIELDS = {
     "run_id": None, "missing": None, "cadence": None, "observed": False,
-    "notes": [], "attempts": [],
+    "notes": [], "attempts": [], "counts": "elements",
 }  # fmt: skip
 """What the headers of version 1 did not have, or not from the start."""
 
 Status = Literal["running", "finished", "interrupted", "failed"]
+Counts = Literal["elements", "casts"]
+"""What a run counts: the elements that casts lost, or only which casts clamped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,10 @@ class Header:
     to the end. `missing` says what of rank 0 could not be written, None where nothing is known to
     be. `cadence` says how often casts were recorded, None where nobody said; `observed` that they
     were only counted, in a training without FP8; `plain` that no layer was meant to be in FP8: a
-    run without a recipe that is not plain may have been converted after its log began. `run_id` is
-    the same for all ranks of a launch, None where nobody said. `notes` are sentences that a reader
+    run without a recipe that is not plain may have been converted after its log began. `counts` is
+    "casts" where only the largest element of each cast is known, as of the scaling state that
+    others keep: which casts clamped is known, and how many elements, null. `run_id` is the same for
+    all ranks of a launch, None where nobody said. `notes` are sentences that a reader
     must see beside the figures, such as an override that matched no layer. `attempts` are the
     beginnings of a run that was begun again, the first one first, and empty for others: what else
     the header says is of the last one. `created` is that of the first, ISO-8601 in UTC. `recipe`,
@@ -74,6 +78,7 @@ class Header:
     cadence: Cadence | None = None
     observed: bool = False
     plain: bool = False
+    counts: Counts = "elements"
     notes: list[str] = field(default_factory=list)
     run_id: str | None = None
     missing: str | None = None
@@ -111,6 +116,8 @@ class Header:
             raise RunLogError(
                 f"status must be one of {get_args(Status)}, got {data['status']!r}{hint}"
             )
+        if data["counts"] not in get_args(Counts):
+            raise RunLogError(f"counts must be one of {get_args(Counts)}, got {data['counts']!r}")
         given: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
         given["cadence"] = Cadence.from_dict(given["cadence"])
         given["attempts"] = [_attempt(each) for each in given["attempts"]]

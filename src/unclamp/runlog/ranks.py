@@ -15,7 +15,7 @@ from unclamp.runlog.header import Attempt, Header
 from unclamp.runlog.relations import Parts, first_steps
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.runlog.windows import Cut, source_of
-from unclamp.totals import SCALED_AMAX_SQL
+from unclamp.totals import CLAMPED_SQL, SCALED_AMAX_SQL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,8 @@ class RankOvershoot:
         rank: The rank.
         cells: Largest overshoot in each window; NaN in one without casts.
         worst: The site of the largest one.
-        saturated: Finite elements that it clamped, but for those that a lower rank has clamped too.
+        saturated: Finite elements that it clamped, but for those that a lower rank has clamped
+            too; None where they were not counted.
         led: Share of windows and sites in which its amax was the largest, of those in which ranks
             differed; of equal ones that of the lowest rank counts.
     """
@@ -71,7 +72,7 @@ class RankOvershoot:
     rank: int
     cells: NDArray[np.float64]
     worst: SiteInfo
-    saturated: int
+    saturated: int | None
     led: float
 
     @property
@@ -135,6 +136,8 @@ def read_overshoots(
     source = source_of(cut)
     scaled = "scaled_amax_max" if cut.from_summaries else SCALED_AMAX_SQL
     amax = "amax_max" if cut.from_summaries else "amax"
+    clamped = "clamped > 0" if cut.from_summaries else CLAMPED_SQL
+    uncounted = "coalesce(uncounted, 0) > 0" if cut.from_summaries else "elements IS NULL"
     rows = sql(
         f"""
         WITH places AS MATERIALIZED (
@@ -143,10 +146,10 @@ def read_overshoots(
                 SELECT place FROM ({PLACES_SQL}) GROUP BY place HAVING count(DISTINCT rank) > 1)),
         found AS (
             SELECT rank, place, {source.cell} AS cell, max({amax}) AS amax,
-                max(CASE WHEN saturated > 0 THEN {scaled} / format_max
+                max(CASE WHEN {clamped} THEN {scaled} / format_max
                     ELSE least({scaled} / format_max, 1) END)
                     FILTER (isfinite({scaled})) AS overshoot,
-                {over_ranks("sum(saturated)")} AS saturated
+                {over_ranks("sum(saturated)")} AS saturated, bool_or({uncounted}) AS uncounted
             FROM {source.table} JOIN places USING (rank, site) GROUP BY ALL),
         compared AS (
             SELECT *, rank = first_value(rank) OVER (
@@ -158,6 +161,7 @@ def read_overshoots(
             FROM found)
         SELECT rank, cell, max(overshoot) AS overshoot, max_by(place, (overshoot, -place)) AS worst,
             sum(saturated)::BIGINT AS saturated, count(*) FILTER (leads) AS led,
+            bool_or(uncounted) AS uncounted,
             count(*) AS casts, bool_or(most > least) AS differs
         FROM compared WHERE overshoot IS NOT NULL GROUP BY rank, cell ORDER BY rank, cell"""
     ).to_pylist()
@@ -180,7 +184,7 @@ def _overshoot(
         rank=rank,
         cells=cells,
         worst=sites[worst["worst"]],
-        saturated=_total(rows, "saturated"),
+        saturated=None if any(r["uncounted"] for r in rows) else _total(rows, "saturated"),
         led=_total(rows, "led") / max(1, every),
     )
 

@@ -31,6 +31,12 @@ def _column(name: str, dtype: pa.DataType, meaning: str, *, nullable: bool = Fal
     return pa.field(name, dtype, nullable=nullable, metadata={"meaning": meaning})
 
 
+def _uncounted(name: str, meaning: str, dtype: pa.DataType | None = None) -> pa.Field:
+    """Return a column that only counting elements fills: a run of counts "casts" has none of it."""
+    meaning = f"{meaning}; null where elements were not counted"
+    return _column(name, pa.int64() if dtype is None else dtype, meaning, nullable=True)
+
+
 _STEP = _column("step", pa.int64(), "optimizer step, from the recorder's count")
 _RANK = _column("rank", pa.int32(), "rank of the process that recorded the row")
 _SITE = _column(
@@ -173,24 +179,34 @@ TABLES: Mapping[str, pa.Schema] = {
             _column(
                 "amax",
                 pa.float32(),
-                "largest absolute finite element of all the step's casts, in the tensor's unit",
+                "largest absolute finite element of all the step's casts, in the tensor's unit; "
+                "null where a log of others does not tell it",
+                nullable=True,
             ),
             _column(
                 "scale",
                 pa.float32(),
                 "factor the tensor was multiplied by before the cast; of several casts in a step "
-                "(microsteps), or several scales of one cast, the smallest",
+                "(microsteps), or several scales of one cast, the smallest; null likewise",
+                nullable=True,
             ),
-            _column("elements", pa.int64(), "elements cast, of all the step's casts, count"),
-            _column("saturated", pa.int64(), "finite elements clamped to +-max, count"),
-            _column("underflowed", pa.int64(), "non-zero elements that became zero, count"),
-            _column("nonfinite", pa.int64(), "Inf and NaN elements, count"),
+            _uncounted("elements", "elements cast, of all the step's casts, count"),
+            _uncounted("saturated", "finite elements clamped to +-max, count"),
+            _uncounted("underflowed", "non-zero elements that became zero, count"),
+            _uncounted("nonfinite", "Inf and NaN elements, count"),
             _column("recast", pa.int64(), "casts repeated with the true scale, count"),
-            _column(
+            _uncounted(
                 "saturated_error",
-                pa.float64(),
                 "sum of squares removed by saturation over the sum of squares of the tensor, "
                 "fraction; 0 where nothing is saturated",
+                pa.float64(),
+            ),
+            _column(
+                "clamped",
+                pa.bool_(),
+                "whether any element was clamped; null where nobody knows, and in older logs, "
+                "where saturated tells it",
+                nullable=True,
             ),
             _column(
                 "microsteps",
@@ -217,6 +233,10 @@ def _count(name: str, meaning: str) -> pa.Field:
     return _column(name, pa.int64(), f"{meaning}, count")
 
 
+def _known(name: str, dtype: pa.DataType, meaning: str) -> pa.Field:
+    return _column(name, dtype, f"{meaning}; null where no row has it", nullable=True)
+
+
 VIEWS: Mapping[str, pa.Schema] = {
     "summaries": pa.schema(
         [
@@ -229,23 +249,23 @@ VIEWS: Mapping[str, pa.Schema] = {
             _SITE,
             _count("steps", "rows of casts in this one"),
             _count("microsteps", "casts; a row of casts may stand for several"),
-            _count("elements", "elements cast"),
-            _count("saturated", "finite elements clamped to +-max"),
-            _count("underflowed", "non-zero elements that became zero"),
-            _count("nonfinite", "Inf and NaN elements"),
+            _uncounted("elements", "elements cast, count"),
+            _uncounted("saturated", "finite elements clamped to +-max, count"),
+            _uncounted("underflowed", "non-zero elements that became zero, count"),
+            _uncounted("nonfinite", "Inf and NaN elements, count"),
             _count("recast", "casts repeated with the true scale"),
-            _count("clamped", "rows of casts with anything saturated, however many casts in it"),
-            _column("amax_max", pa.float32(), "largest amax, in the tensor's unit"),
-            _column("amax_mean", pa.float64(), "mean amax, in the tensor's unit"),
-            _column(
+            _count("clamped", "rows of casts with anything clamped, however many casts in it"),
+            _known("amax_max", pa.float32(), "largest amax, in the tensor's unit"),
+            _known("amax_mean", pa.float64(), "mean amax, in the tensor's unit"),
+            _known(
                 "scaled_amax_max",
                 pa.float64(),
                 "largest product of amax and scale; over sites.format_max it is the overshoot",
             ),
-            _column("scale_min", pa.float32(), "smallest scale"),
-            _column("scale_max", pa.float32(), "largest scale"),
-            _column("saturated_error_sum", pa.float64(), "sum of saturated_error"),
-            _column("saturated_error_max", pa.float64(), "largest saturated_error, fraction"),
+            _known("scale_min", pa.float32(), "smallest scale"),
+            _known("scale_max", pa.float32(), "largest scale"),
+            _uncounted("saturated_error_sum", "sum of saturated_error", pa.float64()),
+            _uncounted("saturated_error_max", "largest saturated_error, fraction", pa.float64()),
             _column(
                 "worst_step",
                 pa.int64(),
@@ -266,6 +286,12 @@ VIEWS: Mapping[str, pa.Schema] = {
                 nullable=True,
             ),
             _count("sqnr_steps", "rows of casts with a finite sqnr_db"),
+            _column(
+                "uncounted",
+                pa.int64(),
+                "rows of casts whose elements were not counted, count; null in older logs: none",
+                nullable=True,
+            ),
         ]
     ),
     "amaxes": pa.schema(

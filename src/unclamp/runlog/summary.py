@@ -8,7 +8,7 @@ that went back to an earlier step adds to the windows it had: summaries are merg
 """
 
 from unclamp.runlog.schema import SUMMARY_STEPS
-from unclamp.totals import SCALED_AMAX_SQL
+from unclamp.totals import CLAMPED_SQL, SCALED_AMAX_SQL
 
 _COUNTS = ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
 _INT64 = (-(2**63), 2**63 - 1)
@@ -23,7 +23,7 @@ def summary_sql(casts: str) -> str:
     return f"""
         SELECT {_window("step")} AS first_step, rank, site,
             count(*) AS steps, {totals},
-            count(*) FILTER (saturated > 0) AS clamped,
+            count(*) FILTER ({CLAMPED_SQL}) AS clamped,
             max(amax) AS amax_max,
             avg(amax::DOUBLE) AS amax_mean,
             max({SCALED_AMAX_SQL}) AS scaled_amax_max,
@@ -34,7 +34,8 @@ def summary_sql(casts: str) -> str:
             {_worst("step", "saturated_error")} AS worst_step,
             min(sqnr_db) AS sqnr_db_min,
             avg(sqnr_db) FILTER (isfinite(sqnr_db)) AS sqnr_db_mean,
-            count(*) FILTER (isfinite(sqnr_db)) AS sqnr_steps
+            count(*) FILTER (isfinite(sqnr_db)) AS sqnr_steps,
+            count(*) FILTER (elements IS NULL) AS uncounted
         FROM {casts} GROUP BY ALL"""
 
 
@@ -45,7 +46,7 @@ def merged_sql(summaries: str) -> str:
     return f"""
         SELECT first_step, rank, site, {totals},
             max(amax_max) AS amax_max,
-            sum(amax_mean * steps) / sum(steps) AS amax_mean,
+            sum(amax_mean * steps) / sum(steps) FILTER (amax_mean IS NOT NULL) AS amax_mean,
             max(scaled_amax_max) AS scaled_amax_max,
             min(scale_min) AS scale_min,
             max(scale_max) AS scale_max,
@@ -54,7 +55,8 @@ def merged_sql(summaries: str) -> str:
             {_worst("worst_step", "saturated_error_max")} AS worst_step,
             min(sqnr_db_min) AS sqnr_db_min,
             sum(sqnr_db_mean * sqnr_steps) / nullif(sum(sqnr_steps), 0) AS sqnr_db_mean,
-            {_total("sqnr_steps")} AS sqnr_steps
+            {_total("sqnr_steps")} AS sqnr_steps,
+            coalesce(sum(uncounted), 0)::BIGINT AS uncounted
         FROM {summaries} GROUP BY ALL"""
 
 
@@ -65,7 +67,9 @@ def _window(step: str) -> str:
 
 
 def _total(count: str) -> str:
-    return f"least(greatest(sum({count}), {_INT64[0]}), {_INT64[1]})::BIGINT"
+    """Return a sum within int64; null of nulls alone, which `least` and `greatest` would drop."""
+    within = f"least(greatest(sum({count}), {_INT64[0]}), {_INT64[1]})::BIGINT"
+    return f"CASE WHEN count({count}) > 0 THEN {within} END"
 
 
 def _worst(step: str, error: str) -> str:

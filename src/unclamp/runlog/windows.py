@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from unclamp.runlog.schema import SUMMARY_STEPS
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.runlog.summary import summary_sql
-from unclamp.totals import SCALED_AMAX_SQL, SiteTotals, overshoot, share
+from unclamp.totals import CLAMPED_SQL, SCALED_AMAX_SQL, SiteTotals, overshoot, share
 
 MOST_WINDOWS = 300
 LONG_STEPS, LONG_ROWS = 2_000, 2_000_000
@@ -31,7 +31,8 @@ _SUMS = ", ".join(
     for name in ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
 )
 _FROM_CASTS = f"""
-    {over_ranks("count(*)")} AS steps, {over_ranks("count(*)", "saturated > 0")} AS clamped,
+    {over_ranks("count(*)")} AS steps, {over_ranks("count(*)", CLAMPED_SQL)} AS clamped,
+    {over_ranks("count(*)", "elements IS NULL")} AS uncounted,
     max(amax) AS amax_max, max({SCALED_AMAX_SQL}) AS scaled_amax_max,
     min(scale) AS scale_min, max(scale) AS scale_max,
     {over_ranks("sum(saturated_error)")} AS saturated_error_sum,
@@ -42,6 +43,7 @@ _FROM_CASTS = f"""
     {over_ranks("count(*)", "isfinite(sqnr_db)")} AS sqnr_steps"""
 _FROM_SUMMARIES = f"""
     {over_ranks("sum(steps)")}::BIGINT AS steps, {over_ranks("sum(clamped)")}::BIGINT AS clamped,
+    {over_ranks("sum(uncounted)")}::BIGINT AS uncounted,
     max(amax_max) AS amax_max, max(scaled_amax_max) AS scaled_amax_max,
     min(scale_min) AS scale_min, max(scale_max) AS scale_max,
     {over_ranks("sum(saturated_error_sum)")} AS saturated_error_sum,
@@ -63,6 +65,7 @@ _FIELDS = {
     "worst_step": "worst_step",
     "sqnr_db_min": "sqnr_db_min",
     "sqnr_rows": "sqnr_steps",
+    "uncounted": "uncounted",
 }
 """Fields of `SiteTotals` that are columns as they stand."""
 _FROM_WINDOWS = _FROM_SUMMARIES.replace("sum(sqnr_db_mean * sqnr_steps)", "sum(sqnr_db_sum)")
@@ -97,16 +100,16 @@ class Window:
     Attributes:
         cell: Number of the window.
         totals: What they lost.
-        amax: The largest one, in the tensor's unit.
-        scale_min: Smallest scale.
-        scale_max: Largest scale.
+        amax: The largest one, in the tensor's unit; None where a log of others tells none.
+        scale_min: Smallest scale; None likewise.
+        scale_max: Largest scale; None likewise.
     """
 
     cell: int
     totals: SiteTotals
-    amax: float
-    scale_min: float
-    scale_max: float
+    amax: float | None
+    scale_min: float | None
+    scale_max: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +142,15 @@ class Windows:
         ]
 
     def saturated_share(self, place: int) -> NDArray[np.float64]:
-        """Return the share of the site's elements that were clamped, for each window."""
+        """Return the share of the site's elements that were clamped, for each window.
+
+        Of the casts, where elements were not counted.
+        """
         rows = self._rows_of(place)
         shares = np.zeros(self.cut.count)
-        lost = share(rows["saturated"].to_numpy(), rows["elements"].to_numpy())
+        part, whole = ("saturated", "elements") if self.totals[place].is_counted else (
+            "clamped", "steps")  # fmt: skip
+        lost = share(rows[part].to_numpy(), rows[whole].to_numpy())
         shares[rows["cell"].to_numpy()] = lost
         return shares
 
@@ -205,12 +213,13 @@ def _by_place(windows: pa.Table) -> pa.Table:
 
 def _totals(rows: pa.Table, sites: Sequence[SiteInfo]) -> list[SiteTotals]:
     """Return what each row of sums says of its site."""
-    records = (dict(zip(_FIELDS, row, strict=True)) for row in _columns(rows, _FIELDS.values()))
+    named = (dict(zip(_FIELDS, row, strict=True)) for row in _columns(rows, _FIELDS.values()))
+    records = ({**row, "clamp_error_max": row["clamp_error_max"] or 0.0} for row in named)
     peaks = rows["scaled_amax_max"].to_pylist()
     return [
         SiteTotals(
             **record,
-            overshoot=overshoot(peak, site.format_max),
+            overshoot=0.0 if peak is None else overshoot(peak, site.format_max),
             clamp_error_sum=_settled(error),
             sqnr_db_sum=_settled(sqnr or 0.0),
         )

@@ -131,6 +131,7 @@ def _part(ids: list[int], update: Update, formats: Mapping[int, Format]) -> dict
         "saturated_error": clamp_error(table[:, Stat.SATURATED_SQUARE], table[:, Stat.SQUARE]),
         "microsteps": table[:, Stat.CASTS].astype(np.int32),
     }
+    columns["clamped"] = columns["saturated"] > 0
     looks: list[dict[str, Any]] = [{}] * len(rows)
     if update.details is not None and update.scale_age is not None:
         details, ages = update.details.cpu().numpy()[rows], update.scale_age.cpu().numpy()[rows]

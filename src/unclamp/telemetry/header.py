@@ -50,8 +50,8 @@ def make_header(
         world_size=place.world_size,
         run_id=place.run_id,
         recipe=_recipe_data(ledgers),
-        environment=_environment(model),
-        git_commit=_git_commit(),
+        environment=environment(model),
+        git_commit=git_commit(),
         metadata=dict(metadata or {}),
         cadence=Cadence(casts=casts, inspect=inspect),
         observed=any(ledger.observes for ledger in ledgers),
@@ -101,7 +101,8 @@ def _recipe_data(ledgers: list[Ledger]) -> dict[str, Any] | None:
         return None
 
 
-def _environment(model: nn.Module) -> dict[str, Any]:
+def environment(model: nn.Module) -> dict[str, Any]:
+    """Return what the training runs on."""
     device = next((p.device.type for p in model.parameters()), "cpu")
     return {
         "python": platform.python_version(),
@@ -111,7 +112,7 @@ def _environment(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the commit of the folder the training runs in, None outside of one."""
     command = ["git", "rev-parse", "HEAD"]
     try:

@@ -34,7 +34,7 @@ class RunRow:
             different lengths end elsewhere, so arms are compared by `LossDifference`.
         nonfinite: Steps at which the loss is NaN or Inf.
         spikes: Onsets of the loss's spikes.
-        saturated: Finite elements clamped.
+        saturated: Finite elements clamped; None where they were not counted.
         clamped_casts: Recorded casts in which anything was clamped.
         casts: Recorded casts.
     """
@@ -50,7 +50,7 @@ class RunRow:
     final_loss: float | None
     nonfinite: list[int]
     spikes: list[int]
-    saturated: int
+    saturated: int | None
     clamped_casts: int
     casts: int
 
@@ -166,7 +166,7 @@ def _run_row(run: Side, arm: str) -> RunRow:
         final_loss=final_loss(run.record),
         nonfinite=_nonfinite(run),
         spikes=_spikes(run),
-        saturated=total.saturated,
+        saturated=total.saturated if total.is_counted else None,
         clamped_casts=total.clamped_rows,
         casts=total.rows,
     )

@@ -19,7 +19,8 @@ class SiteLoss:
     Attributes:
         casts: Recorded casts.
         clamped_casts: Those in which anything was clamped.
-        saturated: Finite elements clamped.
+        saturated: Finite elements clamped; None where the arm's runs do not count them, and so are
+            the two clamp errors and the underflow.
         clamp_error: Mean clamp error of the casts that clamped, a fraction; None without any.
         clamp_error_a_cast: Clamp error of all recorded casts, a fraction: 0 in those that did
             not clamp.
@@ -30,11 +31,11 @@ class SiteLoss:
 
     casts: float
     clamped_casts: float
-    saturated: float
+    saturated: float | None
     clamp_error: float | None
-    clamp_error_a_cast: float
+    clamp_error_a_cast: float | None
     overshoot: float | None
-    underflow_share: float
+    underflow_share: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class SiteRowOfArms:
 
     Attributes:
         arms: By name; None where the arm did not cast there.
-        difference: Largest minus smallest clamp error a recorded cast, of the arms that cast.
+        difference: Largest minus smallest clamp error a recorded cast, of the arms that cast and
+            count elements.
         underflow_difference: The same of the underflow.
     """
 
@@ -56,7 +58,7 @@ class SiteRowOfArms:
     @property
     def is_clamped(self) -> bool:
         """Whether anything was clamped in any arm."""
-        return any(loss is not None and loss.saturated > 0 for loss in self.arms.values())
+        return any(loss is not None and loss.clamped_casts > 0 for loss in self.arms.values())
 
 
 def compare_sites(arms: Sequence[Arm]) -> list[SiteRowOfArms]:
@@ -79,14 +81,14 @@ def compare_sites(arms: Sequence[Arm]) -> list[SiteRowOfArms]:
 
 def _row(site: SiteName, arms: dict[str, SiteLoss | None]) -> SiteRowOfArms:
     there = [loss for loss in arms.values() if loss is not None]
-    errors = [loss.clamp_error_a_cast for loss in there]
-    underflows = [loss.underflow_share for loss in there]
+    errors = [loss.clamp_error_a_cast for loss in there if loss.clamp_error_a_cast is not None]
+    underflows = [loss.underflow_share for loss in there if loss.underflow_share is not None]
     return SiteRowOfArms(
         fqn=site.fqn,
         role=site.role,
         arms=arms,
-        difference=max(errors) - min(errors),
-        underflow_difference=max(underflows) - min(underflows),
+        difference=max(errors, default=0.0) - min(errors, default=0.0),
+        underflow_difference=max(underflows, default=0.0) - min(underflows, default=0.0),
     )
 
 
@@ -94,9 +96,11 @@ def _loss(totals: SiteTotals, runs: int) -> SiteLoss:
     return SiteLoss(
         casts=totals.rows / runs,
         clamped_casts=totals.clamped_rows / runs,
-        saturated=totals.saturated / runs,
+        saturated=totals.saturated / runs if totals.is_counted else None,
         clamp_error=totals.clamp_error if totals.clamped_rows else None,
-        clamp_error_a_cast=share(totals.clamp_error_sum, float(totals.rows)),
-        overshoot=totals.overshoot if totals.saturated else None,
+        clamp_error_a_cast=share(totals.clamp_error_sum, float(totals.rows))
+        if totals.is_counted
+        else None,
+        overshoot=totals.overshoot if totals.clamped_rows else None,
         underflow_share=totals.underflow_share,
     )

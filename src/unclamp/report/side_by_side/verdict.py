@@ -192,7 +192,7 @@ def _clamped(arms: Sequence[Arm], sites: Sequence[SiteRowOfArms]) -> list[str]:
     cast = [arm for arm in arms if totals[arm.name].rows]
     if not cast:
         return ["No cast was recorded in any of these runs."]
-    if not any(total.saturated for total in totals.values()):
+    if not any(total.clamped_rows for total in totals.values()):
         none = ", ".join(arm.name for arm in arms if arm not in cast)
         is_sparse = any(run.record.recorded is not None for arm in cast for run in arm.runs)
         where = "in the recorded casts of any run" if is_sparse else "in any run"
@@ -202,8 +202,11 @@ def _clamped(arms: Sequence[Arm], sites: Sequence[SiteRowOfArms]) -> list[str]:
         total = totals[arm.name]
         if not total.rows:
             parts.append(f"{arm.name} no cast")
-        elif not total.saturated:
+        elif not total.clamped_rows:
             parts.append(f"{arm.name} nothing")
+        elif not total.is_counted:
+            cut = percent(total.clamped_rows / total.rows)
+            parts.append(f"{arm.name} in {cut} of its recorded casts, elements not counted")
         else:
             mean = count(total.saturated / len(arm.runs))
             word = "element" if mean == "1" else "elements"

@@ -77,8 +77,14 @@ def run_row(run: RunRow) -> list[str]:
         "-" if run.last is None else f"{run.first:,} to {run.last:,}",
         _loss(run.final_loss),
         f"{len(run.spikes):,}",
-        f"{run.saturated:,}" if run.casts else "no cast",
+        _clamped(run),
     ]
+
+
+def _clamped(run: RunRow) -> str:
+    if not run.casts:
+        return "no cast"
+    return "not counted" if run.saturated is None else f"{run.saturated:,}"
 
 
 def site_figures(loss: SiteLoss | None) -> list[str]:
@@ -87,10 +93,10 @@ def site_figures(loss: SiteLoss | None) -> list[str]:
         return ["not there", *["-"] * (len(SITE_FIGURES) - 1)]
     return [
         f"{count(loss.clamped_casts)} of {count(loss.casts)}",
-        count(loss.saturated),
+        "-" if loss.saturated is None else count(loss.saturated),
         "-" if loss.clamp_error is None else percent(loss.clamp_error),
         "-" if loss.overshoot is None else times(loss.overshoot),
-        percent(loss.underflow_share),
+        "-" if loss.underflow_share is None else percent(loss.underflow_share),
     ]
 
 

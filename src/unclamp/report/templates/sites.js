@@ -54,7 +54,7 @@
     const chosen = state.at >= 0 ? state.shown[state.at] : null;
     state.shown = rows.filter(({ site, text }) =>
       (state.role === "all" || site.role === state.role) &&
-      (!state.clamped || (site.saturated > 0 && !site.only_counted)) && tests.every((matches) => matches(text)));
+      (!state.clamped || (site.clamped_casts > 0 && !site.only_counted)) && tests.every((matches) => matches(text)));
     if (state.sort) state.shown.sort(compare(state.sort, state.down));
     state.at = state.shown.indexOf(chosen);
     el("count").textContent = `${write.count(state.shown.length)} of ${things(rows.length, "site")}`;
@@ -218,7 +218,7 @@
     const window = data.window > 1 ? ` A point is ${data.window} steps.` : "";
     const worst = missing(site.worst_step) ? "" : `, worst at step ${write.step(site.worst_step)}`;
     const would = site.only_counted ? " would have been" : "";
-    return `${site.scaling} ${site.format}${site.only_counted ? ", only counted" : ""}: ${things(site.saturated, "element")}${would} clamped in ` +
+    return `${site.scaling} ${site.format}${site.only_counted ? ", only counted" : ""}: ${missing(site.saturated) ? "" : things(site.saturated, "element")}${would} clamped in ` +
       `${write.count(site.clamped_casts)} of ${things(site.rows, "recorded cast")}${worst}.${window}`;
   };
   const line = (name, y, axis, style, more = {}) => ({
