@@ -134,3 +134,18 @@ def test_observed_models_load_parts_too() -> None:
     convert(convert_later, Recipe())
     ScalingState(convert_later).load_state_dict(before)
     assert find_ledgers(convert_later)[0].count() == 2
+
+
+def test_weights_swapped_by_a_load_are_as_before_with_the_scaling_state_of_before() -> None:
+    model, other = fresh(), fresh()
+    train(model, 3)
+    want = copy.deepcopy(model)
+    own = {k: v.clone() for k, v in weights_only(model.state_dict()).items()}
+    state = ScalingState(model).state_dict()
+    model.load_state_dict(weights_only(other.state_dict()))
+    with torch.no_grad():
+        model.eval()(torch.randn(4, 6))
+    model.train().load_state_dict(own)
+    ScalingState(model).load_state_dict(state)
+    assert differs(model.state_dict(), want.state_dict()) == []
+    assert all(torch.equal(a, b) for a, b in zip(train(model, 3), train(want, 3), strict=True))

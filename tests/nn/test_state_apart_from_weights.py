@@ -256,17 +256,20 @@ def test_a_wrapped_name_that_could_be_two_layers_is_unknown() -> None:
         ScalingState(model).load_state_dict({"_orig_mod.a.unclamp_updates": torch.ones(())})
 
 
-def test_layers_in_adapters_and_what_is_only_counted_are_part_of_it() -> None:
-    model = nn.Sequential(WithAdapter(), nn.Linear(8, 4))
-    convert(model, Recipe())
+def with_rule_for_adapters(warmup_steps: int = 0) -> Recipe:
+    return Recipe(warmup_steps=warmup_steps).override("added.*", weight="delayed")
+
+
+def test_layers_in_adapters_are_part_of_it_and_of_no_state_dict() -> None:
+    model, twin = (nn.Sequential(WithAdapter(), nn.Linear(8, 4)) for _ in range(2))
+    for each in (model, twin):
+        assert len(convert(each, with_rule_for_adapters()).converted) == 3
     train(model, 3)
     state = ScalingState(model).state_dict()
     adapters = {key for key in state if ".added." in key}
+    assert len(adapters) == 7
+    assert len(state) == 3 * 7
     assert not adapters & model.state_dict().keys()
-    converted = [fqn for fqn, m in model.named_modules() if hasattr(m, "scaling_state")]
-    assert len(state) == 7 * len(converted)
-    twin = nn.Sequential(WithAdapter(), nn.Linear(8, 4))
-    convert(twin, Recipe())
     twin.load_state_dict(model.state_dict())
     ScalingState(twin).load_state_dict(state)
     assert goes_on_alike(model, twin)
@@ -275,33 +278,27 @@ def test_layers_in_adapters_and_what_is_only_counted_are_part_of_it() -> None:
 def test_a_state_of_adapters_alone_brings_their_updates() -> None:
     made = [nn.Sequential(WithAdapter()) for _ in range(2)]
     for model in made:
-        convert(model, Recipe(warmup_steps=9), skip=["^0"])
+        report = convert(model, with_rule_for_adapters(9), skip=["^0"])
+        assert list(report.converted) == ["0.added.default"]
     train(made[0], 3)
     ScalingState(made[1]).load_state_dict(ScalingState(made[0]).state_dict())
     assert find_ledgers(made[1])[0].count() == 3
 
 
 def test_an_observed_model_goes_on_counting_as_if_nothing_had_been() -> None:
-    def sites(models: list[nn.Module], seen: list[Any]) -> list[Any]:
-        for model in models:
-            drive(model, 4.0, 0.5)
-        return [each.sites() for each in seen]
-
-    models = [plain() for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    seen = [observe(models[0])]
-    drive(models[0], 2.0)
-    seen[0].stop()
-    first = plain()
-    first.load_state_dict(models[0].state_dict())
-    one, two = observe(first), None
-    drive(first, 2.0)
+    first, second = plain(), plain()
+    observe(first)
+    drive(first, 2.0, 8.0)
     state = ScalingState(first).state_dict()
     assert not state.keys() & first.state_dict().keys()
-    two = observe(models[1])
-    ScalingState(models[1]).load_state_dict(state)
-    assert same(ScalingState(models[1]).state_dict(), state)
-    assert sites([first, models[1]], [one, two])[1] != []
+    seen = observe(second)
+    second.load_state_dict(first.state_dict())
+    ScalingState(second).load_state_dict(state)
+    assert same(ScalingState(second).state_dict(), state)
+    drive(second, 4.0, 16.0)
+    # 4 would not be clamped beside 8; 16 would, at twice what the history has.
+    (site,) = [s for s in seen.sites() if (s.fqn, s.role) == ("0", "input")]
+    assert (site.clamped_steps, site.overshoot) == (1, pytest.approx(2.0))
 
 
 def test_it_is_a_stateful_of_distributed_checkpoints(tmp_path: Path) -> None:
