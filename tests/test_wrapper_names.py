@@ -149,5 +149,6 @@ def test_a_part_of_a_module_has_its_spellings_too() -> None:
 def test_a_name_is_copied_and_pickled_with_its_spellings() -> None:
     (name,) = wrapped("a")
     for twin in (copy.deepcopy(name), pickle.loads(pickle.dumps(name))):
+        assert isinstance(twin, ModuleName)
         assert (twin, twin.spelled, twin.marks) == ("a", "module.a", frozenset({"module"}))
     assert SiteName.from_dict(SiteName(name, "input").to_dict()) == SiteName("a", "input")

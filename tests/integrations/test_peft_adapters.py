@@ -446,9 +446,9 @@ class Linear4bit(nn.Linear):
         codes = (plain.weight.detach() / self.absmax * 7 + 8).round().to(torch.uint8).reshape(-1, 1)
         self.weight = Params4bit(codes, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = (self.weight.to(x.dtype) - 8) / 7 * self.absmax
-        return x @ weight.reshape(self.out_features, self.in_features).T
+    def forward(self, input: Tensor) -> Tensor:
+        weight = (self.weight.to(input.dtype) - 8) / 7 * self.absmax
+        return input @ weight.reshape(self.out_features, self.in_features).T
 
 
 def quantised() -> Any:

@@ -53,7 +53,7 @@ def made(name: str = "tensorwise", **changes: Any) -> Any:
     return dataclasses.replace(config, **({"emulate": True} | changes))
 
 
-def converted(config: Any = None) -> Net:
+def converted(config: Any = None) -> Any:
     """The model as torchao makes it, the same each time."""
     from torchao.float8 import convert_to_float8_training
 

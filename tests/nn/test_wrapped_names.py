@@ -56,9 +56,10 @@ class Mine(DataParallel):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_process() -> Iterator[None]:
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A world of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    file = tmp_path_factory.mktemp("world") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -144,7 +145,7 @@ def test_globs_for_the_plain_model_do_the_same_in_a_wrapped_one(outside) -> None
 def test_globs_in_the_spelling_of_the_wrapped_model_match_too() -> None:
     net = Net()
     del net.module
-    model = torch.compile(DistributedDataParallel(net))
+    model: Any = torch.compile(DistributedDataParallel(net))
     skip = ["module.head", "_orig_mod.module.body.1.*", "^_orig_mod.module.model.base_layer"]
     report = unclamp.convert(model, Recipe(), skip=skip)
     assert list(report.skipped) == ["body.1.0", "model.base_layer", "head"]
@@ -203,7 +204,8 @@ def test_coverage_has_the_names_of_the_plain_model() -> None:
     x = torch.randn(2, 8)
     net = Net()
     part(net, "checkpoint")
-    found = [unclamp.coverage(m, x) for m in (Net(), net, torch.compile(net))]
+    compiled: Any = torch.compile(net)
+    found = [unclamp.coverage(m, x) for m in (Net(), net, compiled)]
     assert [[p.fqn for p in each.products] for each in found] == [NAMES] * 3
 
 

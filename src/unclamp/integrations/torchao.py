@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from unclamp.errors import RecipeError, UnclampWarning
-from unclamp.names import GEMMS, Gemm, Role
+from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.recipe import Recipe
 from unclamp.rule import OPERANDS, Mode
 from unclamp.scaling import Dynamic, HighPrecision, PerRow, PerTensor
@@ -50,15 +50,16 @@ def recipe(config: Any) -> Recipe:
             f"expected torchao's {CONFIG}, got {type(config).__name__}; of a name ask "
             f"{CONFIG}.from_recipe_name"
         )
-    gemms = {gemm: _mode(config, gemm) for gemm in GEMMS}
+    gemms: dict[Gemm, Mode] = {gemm: _mode(config, gemm) for gemm in GEMMS}
     lost = list(_lost(config))
     if lost:
         warnings.warn(
             f"{CONFIG} as a recipe of unclamp: {'; '.join(lost)}", UnclampWarning, stacklevel=2
         )
-    scalings = {role: _scaling(config, role, gemms) for role in ("input", "weight", "grad_output")}
     return Recipe(
-        **scalings,
+        input=_scaling(config, "input", gemms),
+        weight=_scaling(config, "weight", gemms),
+        grad_output=_scaling(config, "grad_output", gemms),
         input_format=_format(config, "input"),
         weight_format=_format(config, "weight"),
         grad_output_format=_format(config, "grad_output"),
@@ -112,7 +113,7 @@ def _format(config: Any, role: Role) -> str:
 
 def _lost(config: Any) -> Iterator[str]:
     """Yield what of the settings is otherwise here."""
-    for role in ("input", "weight", "grad_output"):
+    for role in ROLES:
         kinds = [
             f"{cast.scaling_granularity.value} for {gemm}"
             for gemm, cast in _uses(config, role)

@@ -67,7 +67,7 @@ def named_modules(
             put_in.add(path)
         elif last == COPIES and ORIGINAL in parent._modules:
             copies.add(path)
-            copies |= {f"{path}.{name}" for name in parent._modules[COPIES]._modules}
+            copies |= {f"{path}.{name}" for name in modules[path]._modules}
     names = without_wrappers([(path, id(m)) for path, m in found], put_in, copies)
     return [(name, module) for name, (_, module) in zip(names, found, strict=True)]
 
