@@ -15,7 +15,9 @@ from rich.console import Console
 
 from truths.rows import assert_summaries_are_those_of_casts, columns, merge_early, uncounted_row
 from unclamp.analysis import associate, clamped_gradients, find_spikes, run_curve
+from unclamp.analysis.advice import advise
 from unclamp.analysis.horizon import clamped_before
+from unclamp.analysis.whatif import evaluate, parse_policy
 from unclamp.names import SiteName
 from unclamp.report import build_view
 from unclamp.report.html import write_page
@@ -271,3 +273,17 @@ def test_a_header_with_other_counts_is_refused(run: Path, tmp_path: Path):
         Header.from_dict({**data, "counts": "bits"})
     del data["counts"]
     assert Header.from_dict(data).counts == "elements"  # of older logs
+
+
+def test_what_if_and_advice_are_made_of_amaxes_alone(tmp_path: Path) -> None:
+    with RunLog.open(write(tmp_path / "run")) as log:
+        found = evaluate(log, [parse_policy("delayed(16)"), parse_policy("guarded")])
+        advice = advise(log)
+    delayed, guarded = found.outcomes
+    assert delayed.lost is None
+    assert delayed.casts == STEPS * len(SITES)
+    assert delayed.reads == 1.0
+    assert guarded.reads == pytest.approx(1 + guarded.recast / guarded.casts)
+    assert found.recorded.clamped == len(CLAMPED) + len(OTHERS)
+    assert "Nobody counted this run's elements" in " ".join(found.limits)
+    assert advice.verdict == "does not matter"

@@ -97,16 +97,19 @@ def places_of(log: RunLog, sites: Sequence[SiteInfo]) -> np.ndarray:
     return places
 
 
-ONE_RANK_SQL = """
-    SELECT step, site, amax, elements, microsteps FROM casts
-    WHERE step >= $first AND step < $last AND nonfinite < elements"""
-"""A row whose elements are all NaN or Inf, or that has none, enters no history."""
+SEEN_SQL = "coalesce(nonfinite < elements, true)"
+"""Whether a row of `casts` saw a finite element. One that did not enters no history."""
+ELEMENTS_SQL = "coalesce(elements, 1)"
+"""Elements of a row; where nobody counted them, casts are as good as each other."""
+ONE_RANK_SQL = f"""
+    SELECT step, site, amax, {ELEMENTS_SQL} AS elements, microsteps FROM casts
+    WHERE step >= $first AND step < $last AND {SEEN_SQL}"""
 RANKS_SQL = f"""
     SELECT step, first AS site, max(amax) FILTER (isfinite(amax)) AS amax,
-        sum(elements) FILTER (NOT replicated)::BIGINT AS elements,
+        sum({ELEMENTS_SQL}) FILTER (NOT replicated)::BIGINT AS elements,
         max(microsteps) AS microsteps
     FROM casts JOIN ({PLACES_SQL}) USING (rank, site)
-    WHERE step >= $first AND step < $last AND nonfinite < elements
+    WHERE step >= $first AND step < $last AND {SEEN_SQL}
     GROUP BY step, first"""
 
 

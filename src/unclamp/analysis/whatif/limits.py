@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from unclamp.runlog import RunLog
 from unclamp.runlog.sites import COMPUTED_SQL
 from unclamp.scaling import Scaling
+from unclamp.totals import CLAMPED_SQL
 from unclamp.written import counted
 
 FACTS_SQL = f"""
-    SELECT count(*) AS casts, count(*) FILTER (saturated > 0) AS clamped,
+    SELECT count(*) AS casts, count(*) FILTER ({CLAMPED_SQL}) AS clamped,
         count(*) FILTER (microsteps > 1) AS merged, count(DISTINCT step) AS steps,
         max(step) - min(step) + 1 AS span
     FROM casts SEMI JOIN ({COMPUTED_SQL}) USING (rank, site)"""
@@ -42,7 +43,12 @@ def find_limits(
             "microsteps, of which the log keeps the largest amax: scales are exact, a clamped row "
             "counts once, and so does a repeated one, however many of its casts were."
         )
-    if not looked_at:
+    if header.counts == "casts":
+        said.append(
+            "Nobody counted this run's elements: what casts lose is unknown, and reads are those "
+            "of a cast, large tensors and small ones alike."
+        )
+    elif not looked_at:
         said.append(
             "No cast was inspected: what casts lose (elements, clamp error, underflow) is unknown. "
             "Recorder(inspect=) counts exponents."

@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from unclamp.analysis.whatif.amaxes import ELEMENTS_SQL, SEEN_SQL
 from unclamp.runlog import RunLog
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.scaling import SCALINGS
-from unclamp.totals import share
+from unclamp.totals import CLAMPED_SQL, share
 
 RECORDED_SQL = f"""
     SELECT first AS site, scaling, count(DISTINCT step) AS casts,
-        count(DISTINCT step) FILTER (saturated > 0) AS clamped,
+        count(DISTINCT step) FILTER ({CLAMPED_SQL}) AS clamped,
         count(DISTINCT step) FILTER (recast > 0) AS recast,
-        {over_ranks("sum(elements)")} AS elements,
-        {over_ranks("sum(elements)", "recast > 0")} AS again
-    FROM casts JOIN ({PLACES_SQL}) USING (rank, site) WHERE nonfinite < elements
+        {over_ranks(f"sum({ELEMENTS_SQL})")} AS elements,
+        {over_ranks(f"sum({ELEMENTS_SQL})", "recast > 0")} AS again
+    FROM casts JOIN ({PLACES_SQL}) USING (rank, site) WHERE {SEEN_SQL}
     GROUP BY first, scaling"""
 
 
