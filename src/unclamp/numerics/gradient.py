@@ -86,7 +86,7 @@ def _sums_on_cpu(
     sums = torch.zeros(3, dtype=torch.float64)
     if not stats[Stat.SATURATED] > 0:
         return sums
-    tokens = _clamped_tokens(dy, _each(scale_inv, dy, plan, axis), plan)
+    tokens = _clamped_tokens(dy, inverse_of_each(scale_inv, dy, plan, axis), plan)
     if few_tokens and len(tokens) > max(ALWAYS_FEW, FEW * len(dy)):
         return sums.fill_(torch.nan)
     change = change_of(dy, scale_inv, plan, axis, x, tokens=tokens)
@@ -130,7 +130,7 @@ def change_of(
     if torch.is_autocast_enabled(dy.device.type):  # the product would leave float32
         with torch.autocast(dy.device.type, enabled=False):
             return change_of(dy, scale_inv, plan, axis, x, tokens=tokens)
-    each_inv = _each(scale_inv, dy, plan, axis)
+    each_inv = inverse_of_each(scale_inv, dy, plan, axis)
     if tokens is None:
         dtype = torch.float32 if dy.dtype in (torch.float32, torch.float64) else torch.bfloat16
         taken = _taken(dy, each_inv, plan).to(dtype)
@@ -139,11 +139,11 @@ def change_of(
     return _taken(dy[tokens], some_inv, plan).t() @ _values_at(x, tokens)
 
 
-def _each(scale_inv: Tensor, dy: Tensor, plan: CastPlan, axis: int) -> Tensor:
-    """Return 1 / scale of each element: a matrix that broadcasts against the gradient."""
+def inverse_of_each(scale_inv: Tensor, x: Tensor, plan: CastPlan, axis: int) -> Tensor:
+    """Return 1 / scale of each element: a matrix that broadcasts against `x`."""
     if plan.granularity.is_whole:
         return scale_inv.reshape(1, 1)
-    each = spread(scale_inv, orient(dy, axis).shape, plan.granularity.block)
+    each = spread(scale_inv, orient(x, axis).shape, plan.granularity.block)
     return each if axis % 2 else each.t()
 
 

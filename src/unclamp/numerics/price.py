@@ -1,0 +1,182 @@
+"""The price of a cast: what it changed of the loss, to first order.
+
+With x a matrix, x_hat what its GEMM got in place of it, and g the gradient of the loss by x_hat:
+
+    price = sum of g * (x_hat - x)        units of the loss; positive where the cast raised it
+
+It falls into the part of the elements that were clamped, and that of all others: rounding, and
+underflow with it. g comes in backward, when x is long gone. So the forward sets aside what clamping
+took, of the clamped elements alone (`CutOff`); for the part of rounding it has to keep x.
+
+The result is three numbers that travel and add up with a closer look (`inspection`):
+
+    PRICES            casts priced
+    CLAMP_PRICE       the part of the clamped elements
+    ROUNDING_PRICE    that of the others
+
+NaN stands for "not known", and stays so in a sum of casts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unclamp.numerics.cast import dequantize_codes
+from unclamp.numerics.gradient import inverse_of_each
+from unclamp.numerics.inspection import CLAMP_PRICE, DETAILS, PRICES, ROUNDING_PRICE
+from unclamp.numerics.record import CastPlan, Quantized
+from unclamp.numerics.stats import Stat
+
+MOST_ON_CPU = 1 / 16
+"""Share of the elements that are set aside at most: 20 bytes each, about as much as the codes."""
+MOST_ELSEWHERE = 1 / 128
+"""The same where the host cannot know how many there are, and room for as many is made."""
+ALWAYS = 1024
+"""So many are set aside of any matrix."""
+CHUNK_ON_CPU = 1 << 16
+CHUNK_ELSEWHERE = 1 << 24
+"""Elements that are added up at a time."""
+
+
+class CutOff(NamedTuple):
+    """What clamping took of a matrix `[R, C]`, by element.
+
+    Attributes:
+        rows: int64 `[n]`.
+        columns: int64 `[n]`.
+        taken: float32 `[n]`: x - x_hat. NaN where it is not known.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    taken: Tensor
+
+    @classmethod
+    def nothing(cls, device: torch.device) -> "CutOff":
+        """Return that of a cast that clamped nothing."""
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls(none, none, torch.zeros(0, device=device))
+
+    @classmethod
+    def unknown(cls, device: torch.device) -> "CutOff":
+        """Return that of a cast whose clamped elements were not set aside."""
+        first = torch.zeros(1, dtype=torch.int64, device=device)
+        return cls(first, first, torch.full((1,), torch.nan, device=device))
+
+
+@torch.no_grad()
+def cut_off(x: Tensor, q: Quantized, factor: Tensor | None = None) -> CutOff:
+    """Return what a cast's clamping took, where that is of few enough elements; else unknown.
+
+    Args:
+        x: The matrix that was cast, `[R, C]`.
+        q: Its cast.
+        factor: `[C]`: what each column is multiplied by to give the tensor in its own units.
+
+    Numerics: Inf and NaN were not clamped, and nothing was taken of them. On a CPU the host looks
+    at the data; elsewhere it does not.
+    """
+    x = x.detach()
+    if not x.numel():
+        return CutOff.nothing(x.device)
+    each = inverse_of_each(q.scale_inv, x, q.plan, q.axis)
+    places, is_there, is_known = (_on_cpu if x.device.type == "cpu" else _elsewhere)(x, q, each)
+    if places is None:
+        return CutOff.unknown(x.device)
+    rows, columns = places.div(x.shape[1], rounding_mode="floor"), places % x.shape[1]
+    values = x[rows, columns].to(torch.float32)
+    each = each.expand(x.shape)[rows, columns]
+    is_clamped = _is_clamped(values, each, q.plan)
+    is_clamped = is_clamped if is_there is None else is_clamped & is_there
+    taken = torch.where(is_clamped, values - torch.copysign(q.plan.format.max * each, values), 0)
+    taken = taken if factor is None else taken * factor[columns]
+    taken = taken if is_known is None else torch.where(is_known, taken, torch.nan)
+    return CutOff(rows, columns, taken)
+
+
+def _on_cpu(x: Tensor, q: Quantized, each: Tensor) -> tuple[Tensor | None, None, None]:
+    """Return the places of codes of the largest value: all that were clamped are among them."""
+    if q.stats[Stat.SATURATED] > max(ALWAYS, MOST_ON_CPU * x.numel()):
+        return None, None, None
+    codes = q.codes.view(torch.uint8).reshape(-1)
+    return ((codes & 0x7F) == q.plan.format.max_code).nonzero().squeeze(1), None, None
+
+
+def _elsewhere(x: Tensor, q: Quantized, each: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return places of clamped elements, as many as there is room for; which are; if all are."""
+    room = min(x.numel(), max(ALWAYS, int(MOST_ELSEWHERE * x.numel())))
+    mask = _is_clamped(x.to(torch.float32), each, q.plan).reshape(-1)
+    places = torch.nonzero_static(mask, size=room, fill_value=0).squeeze(1)
+    count = mask.sum()
+    return places, torch.arange(room, device=x.device) < count, count <= room
+
+
+def _is_clamped(values: Tensor, each_inv: Tensor, plan: CastPlan) -> Tensor:
+    scaled = values.abs() * each_inv.reciprocal()
+    return (scaled > plan.format.overflow_limit) & values.isfinite()
+
+
+@torch.no_grad()
+def clamp_price(cut: CutOff, grad: Tensor) -> Tensor:
+    """Return the part of the clamped elements, float64 0-d.
+
+    Args:
+        cut: What was set aside.
+        grad: The gradient by the matrix, in its shape.
+    """
+    return -torch.dot(grad.detach()[cut.rows, cut.columns].double(), cut.taken.double())
+
+
+@torch.no_grad()
+def whole_price(
+    x: Tensor,
+    codes: Tensor,
+    scale_inv: Tensor,
+    plan: CastPlan,
+    grad: Tensor,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """Return both parts of a price, float64 `[2]`: that of the clamped elements comes first.
+
+    Args:
+        x: The matrix, `[R, C]`, in its own units.
+        codes: Of its cast along the last axis.
+        scale_inv: As in `Quantized`.
+        plan: How it was cast.
+        grad: The gradient by the matrix, in its shape.
+        factor: `[C]`: each column of it was divided by this before it was cast.
+
+    Numerics: elements that are Inf or NaN are left out.
+    """
+    x, sums = x.detach(), torch.zeros(2, dtype=torch.float64, device=x.device)
+    if not x.numel():
+        return sums
+    hats = dequantize_codes(codes, scale_inv, granularity=plan.granularity, axis=1)
+    each = inverse_of_each(scale_inv, x, plan, 1).expand(x.shape)
+    chunk = CHUNK_ON_CPU if x.device.type == "cpu" else CHUNK_ELSEWHERE
+    rows = max(1, chunk // x.shape[1])
+    parts = (t.split(rows) for t in (x, hats, each, grad.detach()))
+    for values, hat, inv, slope in zip(*parts, strict=True):
+        values = values.to(torch.float32)  # noqa: PLW2901
+        values = values if factor is None else values / factor  # noqa: PLW2901
+        changed = torch.where(values.isfinite(), hat.double() - values.double(), 0)
+        changed = changed if factor is None else changed * factor
+        products = changed * slope.double()
+        is_clamped = _is_clamped(values, inv, plan)
+        sums[0] += torch.where(is_clamped, products, 0).sum()
+        sums[1] += torch.where(is_clamped, 0, products).sum()
+    return sums
+
+
+def price_look(clamp: Tensor, rounding: Tensor | None = None) -> Tensor:
+    """Return a closer look that holds a price and nothing else, float64 `[DETAILS]`.
+
+    Args:
+        clamp: The part of the clamped elements.
+        rounding: That of the others; None where it is not known.
+    """
+    look = torch.zeros(DETAILS, dtype=torch.float64, device=clamp.device)
+    look[PRICES], look[CLAMP_PRICE] = 1, clamp
+    look[ROUNDING_PRICE] = torch.nan if rounding is None else rounding
+    return look
