@@ -103,7 +103,8 @@ def set_aside(
         elif _has_clamped_nothing(q):
             cuts[role] = CutOff.nothing(q.stats.device)
         else:
-            cuts[role] = cut_off(hats[role].tensor, q, _factor(role, smooth))
+            only_few = operands.inspection == "gradients"
+            cuts[role] = cut_off(hats[role].tensor, q, _factor(role, smooth), only_few=only_few)
     return Aside(cuts, plans), tuple(kept)
 
 

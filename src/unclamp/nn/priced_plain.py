@@ -16,9 +16,8 @@ from unclamp.names import Role
 from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.operands import Operands
 from unclamp.nn.priced import Aside, set_aside
-from unclamp.nn.update import LOOKS_AT_ALL
 from unclamp.numerics.gradient import ALWAYS_FEW, FEW
-from unclamp.numerics.price import CutOff, clamp_price, price_look
+from unclamp.numerics.price import clamp_price, clamped_rows, price_look
 
 
 class PlainPricing(NamedTuple):
@@ -69,11 +68,10 @@ class PlainPricing(NamedTuple):
         cut = self.aside.cuts.get(role)
         if cut is None or left.device.type != "cpu":
             return self.aside.look(role, left @ right, self.kept, self.smooth)
-        rows, places = cut.rows.unique(return_inverse=True)
+        rows, own = clamped_rows(cut, right.shape[1])
         if self.few and len(rows) > max(ALWAYS_FEW, FEW * len(left)):
-            cut = CutOff.unknown(left.device)
-            return price_look(cut.taken[0])
-        return price_look(clamp_price(cut._replace(rows=places), left[rows] @ right))
+            return price_look(left.new_full((), torch.nan))
+        return price_look(clamp_price(own, left[rows] @ right))
 
 
 def plain_pricing(
@@ -101,7 +99,7 @@ def plain_pricing(
         return None
     return PlainPricing(
         aside, kept, x if aside.waits_for("weight") else None, weight,
-        (_version(x), _version(weight)), smooth, few=operands.inspection not in LOOKS_AT_ALL,
+        (_version(x), _version(weight)), smooth, few=operands.inspection == "gradients",
     )  # fmt: skip
 
 

@@ -29,7 +29,12 @@ from torch import Tensor
 from unclamp.numerics.blocks import orient, spread
 from unclamp.numerics.cast import dequantize_codes
 from unclamp.numerics.gemm import values_of
-from unclamp.numerics.inspection import GRADIENTS
+from unclamp.numerics.inspection import (
+    CHANGE_PRODUCT,
+    DETAILS,
+    GRADIENT_SQUARE,
+    GRADIENTS,
+)
 from unclamp.numerics.record import CastPlan, GemmOperand
 from unclamp.numerics.stats import Stat
 
@@ -109,8 +114,10 @@ def _sums(grad: Tensor, change: Tensor, smooth: Tensor | None) -> Tensor:
 
 def _vector(sums: Tensor) -> Tensor:
     """Return a closer look that holds these sums and nothing else."""
-    looked = torch.ones(1, dtype=torch.float64, device=sums.device)
-    return torch.cat([looked.new_zeros(GRADIENTS), looked, sums])
+    looked = torch.zeros(DETAILS, dtype=torch.float64, device=sums.device)
+    looked[GRADIENTS] = 1
+    looked[GRADIENT_SQUARE : CHANGE_PRODUCT + 1] = sums
+    return looked
 
 
 def change_of(

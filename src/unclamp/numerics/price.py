@@ -28,8 +28,8 @@ from unclamp.numerics.inspection import CLAMP_PRICE, DETAILS, PRICES, ROUNDING_P
 from unclamp.numerics.record import CastPlan, Quantized
 from unclamp.numerics.stats import Stat
 
-MOST_ON_CPU = 1 / 16
-"""Share of the elements that are set aside at most: 20 bytes each, about as much as the codes."""
+FEW = 1 / 8
+"""Share of the elements: at 8 bytes each, what is set aside is no more than the codes are."""
 MOST_ELSEWHERE = 1 / 128
 """The same where the host cannot know how many there are, and room for as many is made."""
 ALWAYS = 1024
@@ -43,36 +43,38 @@ class CutOff(NamedTuple):
     """What clamping took of a matrix `[R, C]`, by element.
 
     Attributes:
-        rows: int64 `[n]`.
-        columns: int64 `[n]`.
+        places: int32 or int64 `[n]`: row times C plus column.
         taken: float32 `[n]`: x - x_hat. NaN where it is not known.
     """
 
-    rows: Tensor
-    columns: Tensor
+    places: Tensor
     taken: Tensor
 
     @classmethod
     def nothing(cls, device: torch.device) -> "CutOff":
         """Return that of a cast that clamped nothing."""
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        return cls(none, none, torch.zeros(0, device=device))
+        return cls(none, torch.zeros(0, device=device))
 
     @classmethod
     def unknown(cls, device: torch.device) -> "CutOff":
         """Return that of a cast whose clamped elements were not set aside."""
         first = torch.zeros(1, dtype=torch.int64, device=device)
-        return cls(first, first, torch.full((1,), torch.nan, device=device))
+        return cls(first, torch.full((1,), torch.nan, device=device))
 
 
 @torch.no_grad()
-def cut_off(x: Tensor, q: Quantized, factor: Tensor | None = None) -> CutOff:
+def cut_off(
+    x: Tensor, q: Quantized, factor: Tensor | None = None, *, only_few: bool = False
+) -> CutOff:
     """Return what a cast's clamping took, where that is of few enough elements; else unknown.
 
     Args:
         x: The matrix that was cast, `[R, C]`.
         q: Its cast.
         factor: `[C]`: what each column is multiplied by to give the tensor in its own units.
+        only_few: Whether more than `FEW` of the elements are too many on a CPU. Elsewhere more
+            than `MOST_ELSEWHERE` are in any case.
 
     Numerics: Inf and NaN were not clamped, and nothing was taken of them. On a CPU the host looks
     at the data; elsewhere it does not.
@@ -81,35 +83,54 @@ def cut_off(x: Tensor, q: Quantized, factor: Tensor | None = None) -> CutOff:
     if not x.numel():
         return CutOff.nothing(x.device)
     each = inverse_of_each(q.scale_inv, x, q.plan, q.axis)
-    places, is_there, is_known = (_on_cpu if x.device.type == "cpu" else _elsewhere)(x, q, each)
-    if places is None:
+    is_there = is_known = None
+    if x.device.type != "cpu":
+        places, is_there, is_known = _clamped_elsewhere(x, each, q.plan)
+    elif only_few and q.stats[Stat.SATURATED] > max(ALWAYS, FEW * x.numel()):
         return CutOff.unknown(x.device)
-    rows, columns = places.div(x.shape[1], rounding_mode="floor"), places % x.shape[1]
+    else:
+        places = _largest(q)
+    rows, columns = _split(places, x.shape[1])
     values = x[rows, columns].to(torch.float32)
     each = each.expand(x.shape)[rows, columns]
     is_clamped = _is_clamped(values, each, q.plan)
-    is_clamped = is_clamped if is_there is None else is_clamped & is_there
+    if is_there is not None:
+        is_clamped &= is_there
+    else:
+        places, values, each, columns = (t[is_clamped] for t in (places, values, each, columns))
+        is_clamped = is_clamped[is_clamped]
     taken = torch.where(is_clamped, values - torch.copysign(q.plan.format.max * each, values), 0)
     taken = taken if factor is None else taken * factor[columns]
     taken = taken if is_known is None else torch.where(is_known, taken, torch.nan)
-    return CutOff(rows, columns, taken)
+    is_small = x.device.type == "cpu" and x.numel() < 1 << 31
+    return CutOff(places.to(torch.int32) if is_small else places, taken)
 
 
-def _on_cpu(x: Tensor, q: Quantized, each: Tensor) -> tuple[Tensor | None, None, None]:
+def _largest(q: Quantized) -> Tensor:
     """Return the places of codes of the largest value: all that were clamped are among them."""
-    if q.stats[Stat.SATURATED] > max(ALWAYS, MOST_ON_CPU * x.numel()):
-        return None, None, None
     codes = q.codes.view(torch.uint8).reshape(-1)
-    return ((codes & 0x7F) == q.plan.format.max_code).nonzero().squeeze(1), None, None
+    return ((codes & 0x7F) == q.plan.format.max_code).nonzero().squeeze(1)
 
 
-def _elsewhere(x: Tensor, q: Quantized, each: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _clamped_elsewhere(x: Tensor, each: Tensor, plan: CastPlan) -> tuple[Tensor, Tensor, Tensor]:
     """Return places of clamped elements, as many as there is room for; which are; if all are."""
     room = min(x.numel(), max(ALWAYS, int(MOST_ELSEWHERE * x.numel())))
-    mask = _is_clamped(x.to(torch.float32), each, q.plan).reshape(-1)
+    mask = _is_clamped(x.to(torch.float32), each, plan).reshape(-1)
     places = torch.nonzero_static(mask, size=room, fill_value=0).squeeze(1)
     count = mask.sum()
     return places, torch.arange(room, device=x.device) < count, count <= room
+
+
+def _split(places: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of places in a matrix."""
+    return places.div(max(width, 1), rounding_mode="floor"), places % max(width, 1)
+
+
+def clamped_rows(cut: CutOff, width: int) -> tuple[Tensor, CutOff]:
+    """Return the rows of a matrix that have clamped elements, and these as those of such rows."""
+    rows, columns = _split(cut.places.long(), width)
+    some, own = rows.unique(return_inverse=True)
+    return some, CutOff(own * width + columns, cut.taken)
 
 
 def _is_clamped(values: Tensor, each_inv: Tensor, plan: CastPlan) -> Tensor:
@@ -125,7 +146,8 @@ def clamp_price(cut: CutOff, grad: Tensor) -> Tensor:
         cut: What was set aside.
         grad: The gradient by the matrix, in its shape.
     """
-    return -torch.dot(grad.detach()[cut.rows, cut.columns].double(), cut.taken.double())
+    slopes = grad.detach()[_split(cut.places.long(), grad.shape[1])]
+    return -torch.dot(slopes.double(), cut.taken.double())
 
 
 @torch.no_grad()
