@@ -2,8 +2,8 @@
 
 One extra pass over the steps, in which the casts tell their prices (`numerics.price`): with x as it
 came, x_hat as clamped, and g the gradient of the loss by the operand, un-clamping changes the loss
-by about <g, x - x_hat>, which is the price with the other sign. Inputs and weights have that. What a
-gradient's clamp removes cannot change the loss of its own step, and acts through the optimizer
+by about <g, x - x_hat>, which is the price with the other sign. Inputs and weights have that. What
+a gradient's clamp removes cannot change the loss of its own step, and acts through the optimizer
 later: such sites are ranked by clamp error.
 
 On several ranks each has the gradients of its own loss, and the effect is the mean. Casts whose

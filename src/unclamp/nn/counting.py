@@ -22,7 +22,7 @@ from unclamp.names import Gemm, Role
 from unclamp.nn.agreed import WHOLE, Splits, smoothing
 from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.operands import Operands
-from unclamp.nn.priced import with_prices
+from unclamp.nn.priced import SHARES, Wanted, with_prices
 from unclamp.nn.priced_plain import PlainPricing, has_input_at_hand, plain_pricing
 from unclamp.nn.update import LOOKS_AT_ALL
 
@@ -90,7 +90,7 @@ def count(
             dy = dy.detach() if part is None else part(dy.detach())
             tokens = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
             hat = operands.cast("grad_output", tokens, needs, splits=splits)
-            seen = {**held, "grad_output": operands.seen("grad_output", hat)}
+            seen: dict[Role, Seen] = {**held, "grad_output": operands.seen("grad_output", hat)}
             operands.commit(seen if pricing is None else with_prices(seen, pricing.looks(tokens)))
         held.clear()  # a graph that is kept makes one cast more, and not three
 
@@ -117,11 +117,12 @@ def _cast_forward(
         "input": operands.seen("input", x_hat),
         "weight": operands.seen("weight", w_hat),
     }
-    wanted: dict[Role, bool] = {
-        "input": comes_back and x.requires_grad,
+    wanted: dict[Role, Wanted] = dict.fromkeys(SHARES, "never")
+    if comes_back:
+        wanted["input"] = "comes"
         # Where backward does not have the input at hand, it would be kept for this alone.
-        "weight": comes_back and weight.requires_grad and has_input_at_hand(operands, x),
-    }
+        if weight.requires_grad and has_input_at_hand(operands, x):
+            wanted["weight"] = "comes"
     hats: dict[Role, Hat] = {"input": x_hat, "weight": w_hat}
     return seen, plain_pricing(operands, seen, hats, plain, wanted, smooth)
 

@@ -21,7 +21,7 @@ from unclamp.nn.groups import Groups
 from unclamp.nn.layout import Axis
 from unclamp.nn.noted import Doubt
 from unclamp.nn.operands import Operands
-from unclamp.nn.priced import set_aside, with_prices
+from unclamp.nn.priced import SHARES, Wanted, set_aside, with_prices
 from unclamp.nn.split import asked, uncounted
 from unclamp.numerics import CastPlan, GemmOperand
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
@@ -127,13 +127,12 @@ def run_forward(
     }
     part.aside, kept = None, ()
     if commit is not None:
-        counts = commit == "in backward" and not (is_part or splits.told)
-        wanted: dict[Role, bool] = {
-            "input": needs_input and counts,
-            "weight": needs_weight and counts,
-        }
         hats: dict[Role, Hat] = {"input": x_hat, "weight": w_hat}
         plain: dict[Role, Tensor] = {"input": x, "weight": weight}
+        wanted: dict[Role, Wanted] = dict.fromkeys(SHARES, "never")
+        if commit == "in backward" and not (is_part or splits.told):
+            wanted["input"] = "comes" if needs_input else "to be made"
+            wanted["weight"] = "comes" if needs_weight else "never"
         part.aside, kept = set_aside(operands, seen, hats, plain, wanted, smooth)
     if commit == "now":
         operands.commit(seen)
@@ -231,6 +230,8 @@ def run_backward(
         grad_input = grad_input.to(x_dtype)
         if part.aside is not None and part.aside.waits_for("input"):
             prices["input"] = part.aside.look("input", grad_input, kept, smooth)
+    elif part.aside is not None and part.aside.makes_input:
+        prices["input"] = part.aside.made_look(dy, kept, smooth)
     if needs_weight:
         # grad_weight [N, K] = dy_hat [T, N].T @ x_hat [T, K], contracting T: axis 0 of both.
         x_hat = GemmOperand(x_codes, x_inv, part.grains[0], 0)

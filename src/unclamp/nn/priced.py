@@ -5,13 +5,16 @@ input and weight that the GEMM of the output multiplies: where blocks are not sq
 have casts of their own, which change gradients, and not the loss of their step. A gradient's cast
 changes no loss either: what it takes from the update is measured apart (`gradient`).
 
-What has no price in a step: casts whose gradient nobody asks for, products of tensors that ranks
-have parts of (the gradients of which may be partial sums), attention's, and those of a compiled
-graph. A cast that clamped and has no price makes its row's unknown.
+An input that wants no gradient, such as the data themselves, has a price all the same: what is
+needed of its gradient is made for it, of the weight's codes. A weight that is not trained has none.
+
+What else has no price in a step: products of tensors that ranks have parts of (the gradients of
+which may be partial sums), attention's, and those of a compiled graph. A cast that clamped and has
+no price makes its row's unknown.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +25,18 @@ from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.operands import HIGH, Operands
 from unclamp.nn.update import LOOKS_AT_ALL
 from unclamp.numerics import CastPlan, Quantized, Stat
-from unclamp.numerics.price import CutOff, clamp_price, cut_off, price_look, whole_price
+from unclamp.numerics.cast import dequantize_codes
+from unclamp.numerics.price import (
+    CutOff,
+    clamp_price,
+    clamped_rows,
+    cut_off,
+    price_look,
+    whole_price,
+)
 
+Wanted = Literal["comes", "to be made", "never"]
+"""Whether backward computes the gradient by an operand, or it would have to be made."""
 SHARES: tuple[Role, Role] = ("input", "weight")
 """The roles whose casts change the loss."""
 
@@ -34,10 +47,15 @@ class Aside(NamedTuple):
     Attributes:
         cuts: What clamping took, by role.
         plans: Of roles whose operand is kept whole, how it was cast.
+        makes_input: Whether the gradient by the input is to be made; what it is made of are the
+            last two tensors kept.
+        weight_plan: How the weight was cast; None: it was not.
     """
 
     cuts: Mapping[Role, CutOff]
     plans: Mapping[Role, CastPlan]
+    makes_input: bool = False
+    weight_plan: CastPlan | None = None
 
     def waits_for(self, role: Role) -> bool:
         """Whether a gradient is to be multiplied with what was set aside."""
@@ -61,6 +79,24 @@ class Aside(NamedTuple):
         factor = _factor(role, smooth)
         return price_look(*whole_price(x, codes, scale_inv, self.plans[role], grad, factor))
 
+    def made_look(self, dy: Tensor, kept: Sequence[Tensor], smooth: Tensor | None) -> Tensor:
+        """Return the look of an input whose gradient nobody computed, of that of the output.
+
+        Only tokens with a clamped element are multiplied, unless the input is kept whole, or the
+        host does not know which these are.
+        """
+        weight, scale_inv = kept[-2:]
+        values = weight.detach().to(torch.float32)
+        if self.weight_plan is not None:
+            grain = self.weight_plan.granularity
+            values = dequantize_codes(weight, scale_inv, granularity=grain, axis=1)
+            values = values if smooth is None else values * smooth
+        dy = dy.detach().to(torch.float32)
+        if dy.device.type != "cpu" or "input" not in self.cuts:
+            return self.look("input", dy @ values, kept, smooth)
+        rows, own = clamped_rows(self.cuts["input"], values.shape[1])
+        return price_look(clamp_price(own, dy[rows] @ values))
+
 
 NOTHING_ASIDE = Aside({}, {})
 
@@ -70,9 +106,9 @@ def set_aside(
     seen: dict[Role, Seen],
     hats: Mapping[Role, Hat],
     plain: Mapping[Role, Tensor],
-    wanted: Mapping[Role, bool],
+    wanted: Mapping[Role, Wanted],
     smooth: Tensor | None,
-) -> tuple[Aside, tuple[Tensor, ...]]:
+) -> tuple[Aside, tuple[Any, ...]]:
     """Return what is to wait for backward, and the tensors that it is to keep for it.
 
     A cast whose price nobody will know has that noted in `seen`.
@@ -89,12 +125,12 @@ def set_aside(
         return NOTHING_ASIDE, ()
     cuts: dict[Role, CutOff] = {}
     plans: dict[Role, CastPlan] = {}
-    kept: list[Tensor] = []
+    kept: list[Any] = []
     for role in SHARES:
         q = hats[role].casts.get(1)
         if q is None or not _wants_look(operands, q):
             continue
-        if not wanted[role] or isinstance(plain[role], GatheredCodes):
+        if wanted[role] == "never" or isinstance(plain[role], GatheredCodes):
             unknown = torch.where(q.stats[Stat.SATURATED] > 0, torch.nan, 0.0)
             seen[role] = _with(seen[role], price_look(unknown))
         elif operands.inspection == "priced":
@@ -105,7 +141,11 @@ def set_aside(
         else:
             only_few = operands.inspection == "gradients"
             cuts[role] = cut_off(hats[role].tensor, q, _factor(role, smooth), only_few=only_few)
-    return Aside(cuts, plans), tuple(kept)
+    if wanted["input"] != "to be made" or not ("input" in cuts or "input" in plans):
+        return Aside(cuts, plans), tuple(kept)
+    w = hats["weight"].casts.get(1)
+    kept += [plain["weight"].detach(), None] if w is None else [w.codes, w.scale_inv]
+    return Aside(cuts, plans, True, None if w is None else w.plan), tuple(kept)
 
 
 def with_prices(seen: Mapping[Role, Seen], looks: Mapping[Role, Tensor]) -> dict[Role, Seen]:

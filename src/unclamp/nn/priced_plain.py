@@ -7,7 +7,7 @@ gets a closer look. No bit of the model changes.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from unclamp.names import Role
 from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.operands import Operands
-from unclamp.nn.priced import Aside, set_aside
+from unclamp.nn.priced import Aside, Wanted, set_aside
 from unclamp.numerics.gradient import ALWAYS_FEW, FEW
 from unclamp.numerics.price import clamp_price, clamped_rows, price_look
 
@@ -79,7 +79,7 @@ def plain_pricing(
     seen: dict[Role, Seen],
     hats: Mapping[Role, Hat],
     plain: tuple[Tensor, Tensor],
-    wanted: Mapping[Role, bool],
+    wanted: Mapping[Role, Wanted],
     smooth: Tensor | None,
 ) -> PlainPricing | None:
     """Return what waits for the gradient of an output; None where nothing does.
@@ -114,7 +114,8 @@ def has_input_at_hand(operands: Operands, x: Tensor) -> bool:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
         return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks._top_saved_tensors_default_hooks(True) is None
 
 
 def _version(x: Tensor) -> int:

@@ -180,8 +180,8 @@ def whole_price(
     rows = max(1, chunk // x.shape[1])
     parts = (t.split(rows) for t in (x, hats, each, grad.detach()))
     for values, hat, inv, slope in zip(*parts, strict=True):
-        values = values.to(torch.float32)  # noqa: PLW2901
-        values = values if factor is None else values / factor  # noqa: PLW2901
+        values = values.to(torch.float32)
+        values = values if factor is None else values / factor
         changed = torch.where(values.isfinite(), hat.double() - values.double(), 0)
         changed = changed if factor is None else changed * factor
         products = changed * slope.double()
