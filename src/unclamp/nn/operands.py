@@ -308,11 +308,10 @@ class Operands:
             return seen
         if self.inspection == "gradients" and hat.tensor.device.type != "cpu":
             return seen
+        few, some = self.inspection == "gradients", self.inspection not in LOOKS_AT_ALL
         look = look_at_weight_gradient(
-            hat.tensor, q, x, grad, smooth,
-            only_clamped=self.inspection not in LOOKS_AT_ALL,
-            few_tokens=self.inspection == "gradients",
-        )  # fmt: skip
+            hat.tensor, q, x, grad, smooth, only_clamped=some, few_tokens=few
+        )
         if look is None:
             return seen
         return seen._replace(details=look if seen.details is None else seen.details + look)

@@ -94,11 +94,11 @@ GLOSSARY = (
     Term(
         word="price of clamping",
         short="how much clamping raised the loss, to first order, in units of the loss",
-        meaning="Of an input or weight: the gradient of the loss times what clamping changed, added "
-        "up over the clamped elements of a step. Above 0 clamping raised the loss of the step, "
-        "below 0 it lowered it. The table has the step in which it was largest. It ranks sites, "
-        "and is no measurement: outliers are large, and where gradients clamped in the same step "
-        "it is too small. '-' where nothing was clamped or it was not measured, and for "
+        meaning="Of an input or weight: the gradient of the loss times what clamping changed, "
+        "added up over the clamped elements of a step. Above 0 clamping raised the loss of the "
+        "step, below 0 it lowered it. The table has the step in which it was largest. It ranks "
+        "sites, and is no measurement: outliers are large, and where gradients clamped in the "
+        "same step it is too small. '-' where nothing was clamped or it was not measured, and for "
         "gradients. The run log's column is called price_clamp.",
     ),
     Term(

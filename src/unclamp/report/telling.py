@@ -13,7 +13,6 @@ from unclamp.report.recorded import RunRecord, SiteRecord, by_clamp_error, shown
 from unclamp.totals import SiteTotals
 from unclamp.written import counted, loss_text, percent, times
 
-
 DEAR = 0.01
 """Share of a step's loss: clamping that cost less, by its price, is not told in words."""
 
