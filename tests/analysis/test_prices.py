@@ -21,7 +21,8 @@ def write(path: Path, rows: Sequence[dict], *, ranks: int = 1) -> Path:
             ids = [rank + ranks * number for number in range(3)]
             writer.add("sites", {"site": ids, "fqn": [s.fqn for s in SITES],
                                  "role": [s.role for s in SITES], "format": ["e4m3fn"] * 3,
-                                 "scaling": ["delayed"] * 3, "format_max": [448.0] * 3})  # fmt: skip
+                                 "scaling": ["delayed"] * 3,
+                                 "format_max": [448.0] * 3})  # fmt: skip
             for step in range(10):
                 writer.add("steps", {"step": [step], "loss": [2.0], "time_s": [float(step)]})
             for row in rows:

@@ -27,6 +27,7 @@ from unclamp import (
     Static,
 )
 from unclamp.nn import find_ledgers
+from unclamp.nn.product import multiply
 from unclamp.nn.update import Inspection, Update
 from unclamp.numerics import dequantize, quantize
 from unclamp.numerics.inspection import CLAMP_PRICE, PRICES, ROUNDING_PRICE
@@ -479,3 +480,78 @@ def test_autocast_prices_the_tensor_that_is_cast():
     found = prices(model, heard[0])["up", "input"]
     assert found[1] == pytest.approx(true["up", "input"][0], rel=0.05)
     assert found[2] == pytest.approx(true["up", "input"][1], rel=0.05, abs=1e-3)
+
+
+def test_an_observation_adds_up_what_was_priced():
+    model, inputs = net(), [batch(seed).requires_grad_() for seed in (0, 1)]
+    true = [plain_truth(model, x.detach())["up", "input"][0] for x in inputs]
+    with unclamp.observe(model, STATIC) as observation:
+        assert all(site.price is None for site in observation.sites())
+        (ledger,) = find_ledgers(model)
+        for x, inspection in ((inputs[0], "always"), (inputs[1], "never"), (inputs[1], "always")):
+            ledger.inspect(inspection)
+            stepped(model, loss_of(model, x))
+    sites = {(site.fqn, site.role): site for site in observation.sites()}
+    price = sites["up", "input"].price
+    assert price is not None
+    assert close(price, sum(true))
+    assert f"price {price:.3g}" in str(observation)
+
+
+@pytest.mark.parametrize("inspection", ["always", "priced"])
+def test_a_backward_for_one_gradient_at_a_time_prices_each_once(inspection: Inspection):
+    """As a zero-bubble schedule runs it."""
+    x, dy = batch().requires_grad_(), slopes()
+    _, whole = layer_prices(STATIC, x, dy, inspection)
+    torch.manual_seed(0)
+    layer = nn.Linear(IN, WIDTH)
+    unclamp.convert(layer, STATIC)
+    heard = heard_by(layer, inspection)
+    output = layer(x)
+    torch.autograd.grad(output, x, dy, retain_graph=True)
+    (layer.weight.grad,) = torch.autograd.grad(output, layer.weight, dy)
+    SGD(layer.parameters(), lr=0.0).step()
+    apart = {role: row for (_, role), row in prices(layer, heard[0]).items()}
+    assert repr(apart) == repr(whole)
+
+
+def test_of_parts_that_ranks_have_no_price_is_told():
+    """Their gradients may be partial sums."""
+    torch.manual_seed(0)
+    layer = nn.Linear(IN, WIDTH)
+    unclamp.convert(layer, STATIC)
+    heard = heard_by(layer, "always")
+    operands = layer.sites  # pyright: ignore[reportAttributeAccessIssue]
+    x = batch().requires_grad_()
+    output = multiply(operands, x, layer.weight, layer.bias, training=True, is_part=True)
+    output.backward(slopes())
+    SGD(layer.parameters(), lr=0.0).step()
+    found = prices(layer, heard[0])
+    for role in ("input", "weight"):
+        count, clamp, _ = found["", role]
+        assert count == 1
+        assert clamp != clamp
+
+
+def saved_bytes(inspection: Inspection) -> int:
+    """Return what a layer keeps for backward."""
+    torch.manual_seed(0)
+    layer = nn.Linear(IN, WIDTH)
+    unclamp.convert(layer, STATIC)
+    heard_by(layer, inspection)
+    kept: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(batch().requires_grad_())
+    return sum(kept)
+
+
+def test_only_who_asks_for_rounding_has_operands_kept():
+    least = saved_bytes("never")
+    assert [saved_bytes(each) for each in ("gradients", "clamped", "always")] == [least] * 3
+    whole = 4 * (TOKENS * IN + WIDTH * IN)
+    assert saved_bytes("priced") >= least + whole
