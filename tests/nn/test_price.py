@@ -6,6 +6,7 @@ loss changes with it.
 """
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -488,7 +489,8 @@ def test_an_observation_adds_up_what_was_priced():
     with unclamp.observe(model, STATIC) as observation:
         assert all(site.price is None for site in observation.sites())
         (ledger,) = find_ledgers(model)
-        for x, inspection in ((inputs[0], "always"), (inputs[1], "never"), (inputs[1], "always")):
+        modes: tuple[Inspection, ...] = ("always", "never", "always")
+        for x, inspection in zip((inputs[0], inputs[1], inputs[1]), modes, strict=True):
             ledger.inspect(inspection)
             stepped(model, loss_of(model, x))
     sites = {(site.fqn, site.role): site for site in observation.sites()}
@@ -521,7 +523,7 @@ def test_of_parts_that_ranks_have_no_price_is_told():
     layer = nn.Linear(IN, WIDTH)
     unclamp.convert(layer, STATIC)
     heard = heard_by(layer, "always")
-    operands = layer.sites  # pyright: ignore[reportAttributeAccessIssue]
+    operands: Any = layer.sites
     x = batch().requires_grad_()
     output = multiply(operands, x, layer.weight, layer.bias, training=True, is_part=True)
     output.backward(slopes())
@@ -552,6 +554,6 @@ def saved_bytes(inspection: Inspection) -> int:
 
 def test_only_who_asks_for_rounding_has_operands_kept():
     least = saved_bytes("never")
-    assert [saved_bytes(each) for each in ("gradients", "clamped", "always")] == [least] * 3
+    assert saved_bytes("gradients") == saved_bytes("clamped") == saved_bytes("always") == least
     whole = 4 * (TOKENS * IN + WIDTH * IN)
     assert saved_bytes("priced") >= least + whole

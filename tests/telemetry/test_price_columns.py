@@ -4,6 +4,8 @@ The loss is linear in the output of one layer, and all but planted elements are 
 holds exactly: what the casts change is known.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,9 @@ def record(path, *, loss_scale=None, **settings):
                 scaled = torch.tensor(dy).float() * (loss_scale or 1)
                 layer(torch.tensor(x).float().requires_grad_()).backward(scaled)
             optimizer.step()
-            given = {} if loss_scale is None else {"loss_scale": torch.tensor(float(loss_scale))}
+            given: dict[str, Any] = (
+                {} if loss_scale is None else {"loss_scale": torch.tensor(float(loss_scale))}
+            )
             recorder.step(loss=0.0, **given)
     with RunLog.open(path) as log:
         rows = log.casts().to_pylist()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from unclamp.names import SiteName
 from unclamp.runlog import COMPUTED_SQL, RunLog
@@ -163,6 +164,6 @@ def _rank(site: SitePrice) -> tuple[bool, float, SiteName]:
     return site.worst is None, -(site.worst or 0.0), site.name
 
 
-def _settled(value: float | int | None) -> float | int | None:
+def _settled(value: Any) -> Any:
     """Return a sum without the last digits, which the order of adding decides."""
     return float(f"{value:.9g}") if isinstance(value, float) else value
