@@ -34,7 +34,7 @@ from unclamp.explain.training import Batch, take_state
 from unclamp.names import SiteName
 from unclamp.nn import find_ledgers
 from unclamp.nn.update import Update
-from unclamp.numerics.inspection import CLAMP_PRICE, PRICES, ROUNDING_PRICE
+from unclamp.numerics.inspection import CLAMP_PRICE, PRICES, ROUNDING_PRICE, ROUNDINGS
 from unclamp.policy import unclamped
 from unclamp.study.config import StudyConfig, default_toml
 from unclamp.study.data import Batches, read_text
@@ -96,7 +96,9 @@ class Heard:
         for site, row in zip(ledger.sites, update.details.tolist(), strict=True):
             if row[PRICES]:
                 name = SiteName(site.fqn, site.role)
-                self.prices[name] = self.prices.get(name, 0.0) + row[self._field]
+                is_known = self._field == CLAMP_PRICE or row[ROUNDINGS] == row[PRICES]
+                price = row[self._field] if is_known else math.nan
+                self.prices[name] = self.prices.get(name, 0.0) + price
 
 
 def prepared(training: Training, build: Any, step: Any, batches: Iterable[Any], at: int) -> Replay:

@@ -6,6 +6,7 @@ loss changes with it.
 """
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from unclamp.nn import find_ledgers
 from unclamp.nn.product import multiply
 from unclamp.nn.update import Inspection, Update
 from unclamp.numerics import dequantize, quantize
-from unclamp.numerics.inspection import CLAMP_PRICE, PRICES, ROUNDING_PRICE
+from unclamp.numerics.inspection import CLAMP_PRICE, PRICES, ROUNDING_PRICE, ROUNDINGS
 
 TOKENS, IN, WIDTH, OUT = 48, 16, 12, 5
 SCALE = 128.0
@@ -82,9 +83,12 @@ def prices(model: nn.Module, update: Update) -> Prices:
     """Return how many casts of each site were priced, and both parts of the price."""
     (ledger,) = find_ledgers(model)
     assert update.details is not None
-    fields = [PRICES, CLAMP_PRICE, ROUNDING_PRICE]
+    fields = [PRICES, CLAMP_PRICE, ROUNDINGS, ROUNDING_PRICE]
     rows = update.details[:, fields].tolist()
-    return {(s.fqn, s.role): tuple(row) for s, row in zip(ledger.sites, rows, strict=True)}
+    return {
+        (site.fqn, site.role): (count, clamp, rounding if both == count else math.nan)
+        for site, (count, clamp, both, rounding) in zip(ledger.sites, rows, strict=True)
+    }
 
 
 def parts(x: Tensor, scale: float, slope: Tensor | None) -> tuple[float, float]:

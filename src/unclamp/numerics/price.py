@@ -8,13 +8,14 @@ It falls into the part of the elements that were clamped, and that of all others
 underflow with it. g comes in backward, when x is long gone. So the forward sets aside what clamping
 took, of the clamped elements alone (`CutOff`); for the part of rounding it has to keep x.
 
-The result is three numbers that travel and add up with a closer look (`inspection`):
+The result is four numbers that travel and add up with a closer look (`inspection`):
 
     PRICES            casts priced
     CLAMP_PRICE       the part of the clamped elements
-    ROUNDING_PRICE    that of the others
+    ROUNDINGS         those of the casts of which the other part is known, too
+    ROUNDING_PRICE    that part
 
-NaN stands for "not known", and stays so in a sum of casts.
+NaN stands for a clamped cast whose price is not known, and stays so in a sum of casts.
 """
 
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from unclamp.numerics.cast import dequantize_codes
 from unclamp.numerics.gradient import inverse_of_each
-from unclamp.numerics.inspection import CLAMP_PRICE, DETAILS, PRICES, ROUNDING_PRICE
+from unclamp.numerics.inspection import CLAMP_PRICE, DETAILS, PRICES, ROUNDING_PRICE, ROUNDINGS
 from unclamp.numerics.record import CastPlan, Quantized
 from unclamp.numerics.stats import Stat
 
@@ -200,5 +201,6 @@ def price_look(clamp: Tensor, rounding: Tensor | None = None) -> Tensor:
     """
     look = torch.zeros(DETAILS, dtype=torch.float64, device=clamp.device)
     look[PRICES], look[CLAMP_PRICE] = 1, clamp
-    look[ROUNDING_PRICE] = torch.nan if rounding is None else rounding
+    if rounding is not None:
+        look[ROUNDINGS], look[ROUNDING_PRICE] = 1, rounding
     return look

@@ -25,6 +25,7 @@ from unclamp.numerics.inspection import (
     MAGNITUDES,
     PRICES,
     ROUNDING_PRICE,
+    ROUNDINGS,
     ROW_SQNR,
     range_used,
     row_median_db,
@@ -205,9 +206,10 @@ def _price(details: np.ndarray, loss_scale: float) -> dict[str, float]:
     """Return the columns that tell what casts changed of the loss, where it is known."""
     if not details[PRICES] or not loss_scale > 0:
         return {}
-    parts = (float(details[field]) / loss_scale for field in (CLAMP_PRICE, ROUNDING_PRICE))
-    found = zip(PRICE_COLUMNS, parts, strict=True)
-    return {name: price for name, price in found if math.isfinite(price)}
+    found = {"price_clamp": float(details[CLAMP_PRICE]) / loss_scale}
+    if details[ROUNDINGS] == details[PRICES]:
+        found["price_rounding"] = float(details[ROUNDING_PRICE]) / loss_scale
+    return {name: price for name, price in found.items() if math.isfinite(price)}
 
 
 def _decibel(signal: float, noise: float) -> float:
