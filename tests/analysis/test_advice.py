@@ -199,3 +199,25 @@ def test_tokens_without_their_number_a_step_are_asked_for(tmp_path: Path) -> Non
     assert_one_clear_line(unclamp("advise", run, "--tokens", "1T"), "--tokens-per-step")
     done = unclamp("advise", run, "--tokens", "much", "--tokens-per-step", "4k")
     assert_one_clear_line(done, "expected a number such as 200B for --tokens, got 'much'")
+
+
+def test_what_clamping_cost_takes_a_group_off_the_cheap_rungs(tmp_path: Path) -> None:
+    """Mild overshoots that the run priced at a tenth of a step's loss, and others at nothing."""
+    amaxes = calm(14)
+    for name in ("layers.0.up_proj", "layers.0.down_proj"):
+        amaxes[name, "input"][[150, 300]] *= 2
+    run = write_amaxes(
+        tmp_path / "run",
+        amaxes,
+        priced={("layers.0.up_proj", "input"): 0.2, ("layers.0.down_proj", "input"): 0.002},
+        clamped_at=(150, 300),
+        loss=2.0,
+    )
+    with RunLog.open(run) as log:
+        advice = advise(log)
+    up = next(g for g in advice.groups if (g.group.match, g.group.role) == ("*.up_proj", "input"))
+    assert up.price == pytest.approx(0.1)
+    assert advice.verdict == "matters"
+    assert advice.recipe.plan("layers.2.up_proj").operands["input"].scaling == Guarded()
+    assert advice.recipe.plan("layers.2.down_proj").operands["input"].scaling == Delayed()
+    assert "cost up to 10 % of a step's loss" in " ".join(reasons(advice))

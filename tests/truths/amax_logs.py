@@ -1,7 +1,8 @@
 """Logs of planted amaxes, as a dynamic run would have written them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +13,23 @@ Site = tuple[str, str]
 DEFAULT_FORMATS = {"input": "e4m3fn", "weight": "e4m3fn", "grad_output": "e5m2"}
 
 
-def write_amaxes(path: Path, amaxes: Mapping[Site, np.ndarray], **header: object) -> Path:
-    """Write a run: of each site, (fqn, role), one amax a step."""
-    sites = list(amaxes)
+def write_amaxes(
+    path: Path,
+    amaxes: Mapping[Site, np.ndarray],
+    *,
+    priced: Mapping[Site, float] | None = None,
+    clamped_at: Sequence[int] = (),
+    loss: float | None = None,
+    **header: Any,
+) -> Path:
+    """Write a run: of each site, (fqn, role), one amax a step.
+
+    Of sites that are `priced`, the casts `clamped_at` these steps clamped one element at this
+    price. With a `loss` every step has it.
+    """
+    sites, priced = list(amaxes), priced or {}
     formats = [DEFAULT_FORMATS[role] for _, role in sites]
-    with RunLogWriter(path, header=Header(unclamp_version="0", **header)) as writer:  # type: ignore[arg-type]
+    with RunLogWriter(path, header=Header(unclamp_version="0", **header)) as writer:
         writer.add(
             "sites",
             {
@@ -31,6 +44,7 @@ def write_amaxes(path: Path, amaxes: Mapping[Site, np.ndarray], **header: object
         for number, site in enumerate(sites):
             amax = np.asarray(amaxes[site], np.float32)
             zeros = np.zeros(len(amax), np.int64)
+            hit = np.isin(np.arange(len(amax)), clamped_at) & (site in priced)
             writer.add(
                 "casts",
                 {
@@ -39,9 +53,16 @@ def write_amaxes(path: Path, amaxes: Mapping[Site, np.ndarray], **header: object
                     "amax": amax,
                     "scale": 448 / np.maximum(amax, 1e-6),
                     "elements": zeros + 1000,
-                    **dict.fromkeys(("saturated", "underflowed", "nonfinite", "recast"), zeros),
-                    "saturated_error": zeros.astype(float),
+                    **dict.fromkeys(("underflowed", "nonfinite", "recast"), zeros),
+                    "saturated": hit.astype(np.int64),
+                    "saturated_error": 0.1 * hit,
+                    "price_clamp": [priced[site] if each else None for each in hit],
                     "microsteps": (zeros + 1).astype(np.int32),
                 },
+            )
+        if loss is not None:
+            steps = np.arange(len(next(iter(amaxes.values()))))
+            writer.add(
+                "steps", {"step": steps, "time_s": steps * 1.0, "loss": np.full(len(steps), loss)}
             )
     return path

@@ -1,8 +1,10 @@
 """Which scaling, for which sites of a run: the cheapest whose losses stay tolerable, and why.
 
 Of each group of sites the ladder is tried from the cheapest policy on, on the log's own amaxes. A
-policy is taken if no cast could have lost more than what is tolerated (`outruns.error_bound`), and
-if it makes not many more elements zero than dynamic scaling does.
+policy is taken if no cast could have lost more than what is tolerated (`outruns.error_bound`), if
+it makes not many more elements zero than dynamic scaling does, and, where the run priced its own
+clamping (`analysis.prices`), if that cost little of the loss. First order may be wrong in both
+directions, so a price takes a group off the cheap rungs and never puts one back.
 """
 
 import math
@@ -16,8 +18,10 @@ from unclamp.analysis.advice.groups import Group, groups_of
 from unclamp.analysis.advice.outruns import Outruns, outruns
 from unclamp.analysis.advice.record import PUBLIC_RUNS, PublicRun
 from unclamp.analysis.advice.tails import Tail, Trend, tail, trend
+from unclamp.analysis.prices import cast_prices
 from unclamp.analysis.whatif import Outcome, WhatIf, evaluate, policy_text
 from unclamp.errors import AnalysisError
+from unclamp.names import SiteName
 from unclamp.recipe import Recipe
 from unclamp.runlog import RunLog
 from unclamp.scaling import Delayed, Dynamic, Guarded, Scaling
@@ -40,6 +44,8 @@ MORE_UNDERFLOW = 0.001
 """Share of elements that a policy may make zero beyond those that dynamic scaling does."""
 LEAST_UPDATES = 3
 """Lengths of the usual history below which a log is too short to say anything."""
+MOST_PRICE = 0.01
+"""Share of a step's loss that clamping at a site may cost, to first order."""
 SIGNIFICANT = 0.05
 NOTABLE = 1.25
 """Overshoot from which on a cast counts for the trend: a little is outrun all the time."""
@@ -61,6 +67,8 @@ class GroupAdvice:
         overshoot: The largest, under the usual history; 1 where none is outrun.
         hardest: The site with that.
         first_hard: The first such step; None for none.
+        price: Largest share of a step's loss that clamping cost here, to first order, in the run
+            itself; None where it clamped nothing that was priced.
         trend: Whether amaxes outrun the usual history by more than 1.25x more often as it goes on.
         trend_p: Its p, with all groups counted (Holm).
         reads: Reads an element of what is advised.
@@ -76,10 +84,16 @@ class GroupAdvice:
     overshoot: float
     hardest: str
     first_hard: int | None
+    price: float | None
     trend: Trend
     trend_p: float
     reads: float
     recast: float
+
+    @property
+    def is_needy(self) -> bool:
+        """Whether the usual scaling would not do."""
+        return self.hard > 0 or (self.price or 0) > MOST_PRICE
 
     @property
     def rises(self) -> bool:
@@ -149,6 +163,7 @@ def _group_data(each: GroupAdvice) -> dict[str, Any]:
         "largest_overshoot": each.overshoot,
         "hardest_product": each.hardest,
         "first_hard_step": each.first_hard,
+        "price_share": each.price,
         "trend_tau": each.trend.tau,
         "trend_p": each.trend_p,
         "rates": list(each.trend.rates),
@@ -188,11 +203,15 @@ def advise(
     first, last = _span(log)
     groups = groups_of(sites)
     names = [site.fqn for site in sites]
-    chosen = [_choice(group, found, missed, harm) for group in groups]
+    prices = [_price(log, group, names) for group in groups]
+    chosen = [
+        _choice(group, found, missed, harm, is_dear=(price or 0) > MOST_PRICE)
+        for group, price in zip(groups, prices, strict=True)
+    ]
     chosen = chosen if budget is None else _within(chosen, groups, found, missed, harm, budget)
     advices = [
-        _advice(group, LADDER[rung], found.outcomes[rung], missed[0], names, harm, first, last)
-        for group, rung in zip(groups, chosen, strict=True)
+        _advice(group, found.outcomes[rung], missed[0], names, price, harm, (first, last))
+        for group, rung, price in zip(groups, chosen, prices, strict=True)
     ]
     advices = _with_all_counted(advices)
     steps = last - first + 1
@@ -200,7 +219,7 @@ def advise(
     usual = missed[0]
     return Advice(
         verdict=_verdict(advices, steps),
-        groups=tuple(sorted(advices, key=lambda a: (-a.hard, -a.overshoot))),
+        groups=tuple(sorted(advices, key=lambda a: (-a.hard, -(a.price or 0), -a.overshoot))),
         recipe=_recipe(advices),
         steps=steps,
         reads=_reads(groups, chosen, found),
@@ -218,14 +237,33 @@ def _span(log: RunLog) -> tuple[int, int]:
     return row["low"], row["high"]
 
 
-def _choice(group: Group, found: WhatIf, missed: Sequence[Outruns], harm: float) -> int:
+def _price(log: RunLog, group: Group, names: Sequence[str]) -> float | None:
+    """Return the largest share of a step's loss that clamping at the group cost; None: unknown."""
+    sites = {SiteName(names[int(i)], group.role) for i in group.sites}
+    worst = {
+        each.worst_step: each.worst
+        for each in cast_prices(log).sites
+        if each.name in sites and each.worst is not None and each.worst_step is not None
+    }
+    if not worst:
+        return None
+    rows = log.sql(
+        "SELECT step, avg(loss) AS loss FROM steps WHERE step IN (SELECT unnest($asked::BIGINT[])) "
+        "AND isfinite(loss) AND loss > 0 GROUP BY step",
+        asked=list(worst),
+    ).to_pylist()
+    return max((worst[row["step"]] / row["loss"] for row in rows), default=None)
+
+
+def _choice(
+    group: Group, found: WhatIf, missed: Sequence[Outruns], harm: float, *, is_dear: bool
+) -> int:
     """Return the first rung that is tolerable."""
     plain = _underflow(found.outcomes[-1], group)
     for rung, outcome in enumerate(found.outcomes):
         policy = outcome.policy
-        is_kept = policy.guards or policy.takes_own or not missed[rung].of_sites(
-            group.sites
-        ).hard(harm)  # fmt: skip
+        cannot_clamp = policy.guards or policy.takes_own
+        is_kept = cannot_clamp or not (is_dear or missed[rung].of_sites(group.sites).hard(harm))
         if is_kept and _underflow(outcome, group) <= plain + MORE_UNDERFLOW:
             return rung
     return len(found.outcomes) - 1
@@ -271,13 +309,12 @@ def _reads(groups: Sequence[Group], chosen: Sequence[int], found: WhatIf) -> flo
 
 def _advice(
     group: Group,
-    scaling: Scaling,
     outcome: Outcome,
     usual: Outruns,
     names: Sequence[str],
+    price: float | None,
     harm: float,
-    first: int,
-    last: int,
+    span: tuple[int, int],
 ) -> GroupAdvice:
     mine = usual.of_sites(group.sites)
     sites = [outcome.sites[i] for i in group.sites]
@@ -285,18 +322,23 @@ def _advice(
     worst = int(np.argmax(mine.overshoot)) if len(mine.overshoot) else None
     hard = np.square(1 - 1 / np.maximum(mine.overshoot, 1)) > harm
     window = usual.policy.history_len or 1
+    notable = mine.step[mine.overshoot > NOTABLE]
     return GroupAdvice(
         group=group,
         products=tuple(names[int(i)] for i in group.sites),
-        scaling=scaling,
+        scaling=outcome.policy,
         casts=casts,
         outrun=len(mine.step),
         hard=int(hard.sum()),
         overshoot=1.0 if worst is None else float(mine.overshoot[worst]),
         hardest=names[int(group.sites[0] if worst is None else mine.site[worst])],
         first_hard=int(mine.step[hard].min()) if hard.any() else None,
+        price=price,
         trend=trend(
-            mine.step[mine.overshoot > NOTABLE], first=first + window, last=last, shortest=window
+            mine.step[mine.overshoot > NOTABLE],
+            first=span[0] + window,
+            last=span[1],
+            shortest=window,
         ),
         trend_p=1.0,
         reads=share(sum(s.reads for s in sites), elements),
@@ -319,7 +361,7 @@ def _with_all_counted(advices: Sequence[GroupAdvice]) -> list[GroupAdvice]:
 def _verdict(advices: Sequence[GroupAdvice], steps: int) -> Verdict:
     if steps < LEAST_UPDATES * (USUAL.history_len or 1):
         return "too short"
-    if any(each.hard for each in advices):
+    if any(each.is_needy for each in advices):
         return "matters"
     return "does not matter"
 

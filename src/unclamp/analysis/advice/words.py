@@ -28,11 +28,12 @@ def verdict_sentence(advice: Advice) -> str:
             f"overshoots up to {times(tolerated_overshoot(advice.harm))} is tolerated. Delayed "
             "scaling is the cheapest."
         )
-    needy = [g for g in advice.groups if g.hard]
+    needy = [g for g in advice.groups if g.is_needy]
     return (
-        f"It matters: delayed scaling would have clamped hard at {_places(needy)}, by up to "
-        f"{times(hardest.overshoot)} (at {hardest.hardest or '(the model itself)'}, "
-        f"{hardest.group.role}). The recipe below costs {advice.reads:.3f} reads an element, where "
+        f"It matters: delayed scaling would have clamped too much at {_places(needy)}; amaxes "
+        f"outran a history of 16 by up to {times(hardest.overshoot)} (at "
+        f"{hardest.hardest or '(the model itself)'}, {hardest.group.role}). "
+        f"The recipe below costs {advice.reads:.3f} reads an element, where "
         "delayed scaling costs 1 and dynamic scaling 2."
     )
 
@@ -46,8 +47,8 @@ def _places(groups: list[GroupAdvice]) -> str:
 def reasons(advice: Advice) -> list[str]:
     """Return what the advice is based on, what the log cannot know, and what would change it."""
     said = [verdict_sentence(advice)]
-    said += [_group_sentence(g) for g in advice.groups if g.hard][:MOST_GROUPS]
-    mild = [g for g in advice.groups if g.outrun and not g.hard]
+    said += [_group_sentence(g) for g in advice.groups if g.is_needy][:MOST_GROUPS]
+    mild = [g for g in advice.groups if g.outrun and not g.is_needy]
     if mild:
         casts, outrun = sum(g.casts for g in mild), sum(g.outrun for g in mild)
         said.append(
@@ -60,7 +61,7 @@ def reasons(advice: Advice) -> list[str]:
         said.append(_horizon_sentence(advice))
     if advice.budget is not None and advice.reads > advice.budget:
         said.append(f"The budget of {advice.budget:g} reads an element cannot be kept.")
-    elif advice.budget is not None and any(g.hard and not _is_safe(g) for g in advice.groups):
+    elif advice.budget is not None and any(g.is_needy and not _is_safe(g) for g in advice.groups):
         said.append(
             "To keep the budget, groups that would clamp hard have delayed scaling all the same: "
             "guarded scaling of them costs more."
@@ -82,10 +83,20 @@ def _group_sentence(g: GroupAdvice) -> str:
     place = f"{g.group.match.removeprefix('*.').removeprefix('^') or '(the model itself)'}"
     how = f"{policy_text(g.scaling)}"
     again = f", which repeats {percent(g.recast)} of its casts" if g.scaling.guards else ""
+    hard = (
+        f", of which {counted(g.hard, 'cast')} may have lost more than is tolerated (up to "
+        f"{times(g.overshoot)}, first at step {g.first_hard:,})"
+        if g.hard
+        else f" (up to {times(g.overshoot)})"
+    )
+    price = (
+        f"; its clamping cost up to {percent(g.price)} of a step's loss in this run, to first order"
+        if g.price is not None and g.price > 0
+        else ""
+    )
     return (
         f"{place} {g.group.role}: amax outran a history of 16 in {counted(g.outrun, 'cast')} of "
-        f"{g.casts:,}, of which {counted(g.hard, 'cast')} may have lost more than is tolerated "
-        f"(up to {times(g.overshoot)}, first at step {g.first_hard:,}): {how}{again}."
+        f"{g.casts:,}{hard}{price}: {how}{again}."
     )
 
 
