@@ -1,0 +1,232 @@
+"""torchtitan's own Trainer on a CPU, with tiny data of its own: about ten lines of shims.
+
+To be imported in a process of its own, before anything else of torchtitan: what a Trainer does to a
+process (no garbage collection, autograd in one thread) is not undone.
+"""
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+warnings.filterwarnings("ignore", module=r"torchao\.")  # of what its import registers
+
+import torch
+import torchtitan.tools.utils as titan_utils
+from torch import Tensor
+
+titan_utils.device_type = "cpu"
+titan_utils.device_module = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+    set_device=lambda device: None,
+    get_device_name=lambda device: "A100",  # whose peak it knows
+    current_device=lambda: 0,
+    device_count=lambda: 1,
+    get_device_properties=lambda device: SimpleNamespace(total_memory=1 << 34),
+    reset_peak_memory_stats=lambda: None,
+    empty_cache=lambda: None,
+    memory_stats=lambda device: {},
+    synchronize=lambda: None,
+)
+
+import torchtitan.distributed.utils as titan_distributed
+import torchtitan.trainer
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.trainer import Trainer
+
+import unclamp
+
+titan_utils.get_local_device = lambda: torch.device("cpu")
+titan_distributed.set_pg_timeouts = lambda **kwargs: None
+torchtitan.trainer.time = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+    sleep=lambda seconds: None, perf_counter=time.perf_counter
+)
+warnings.filterwarnings("ignore", message="DTensor random operators may not")
+warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
+
+VOCABULARY = 2048
+
+
+class NoTokenizer(BaseTokenizer):
+    """Text is made by nobody here."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseTokenizer.Config):
+        pass
+
+    def __init__(self, config: Config, *, tokenizer_path: str) -> None:
+        super().__init__()
+
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        raise NotImplementedError
+
+    def get_vocab_size(self) -> int:
+        return VOCABULARY
+
+
+class Batches(BaseDataLoader):
+    """Token ids from a seed; a rank's batch is its part of the same global sequence of batches."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        count: int = 1 << 30
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dp_world_size: int,
+        dp_rank: int,
+        seq_len: int,
+        local_batch_size: int,
+        **_: Any,
+    ) -> None:
+        self.count = config.count
+        self.world, self.rank = dp_world_size, dp_rank
+        self.shape = (local_batch_size, seq_len + 1)
+        self.given = 0
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        while self.given < self.count:
+            number = self.given * self.world + self.rank
+            generator = torch.Generator().manual_seed(number)
+            ids = torch.randint(64, self.shape, generator=generator)
+            self.given += 1
+            yield {"input": ids[:, :-1].contiguous()}, ids[:, 1:].contiguous()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.given = state_dict["given"]
+
+
+def without_flex(spec: ModelSpec) -> ModelSpec:
+    """Have scaled dot products in place of FlexAttention, whose backward needs a GPU."""
+    for _, _, parent, name in list(spec.model.traverse(FlexAttention.Config)):
+        setattr(parent, name, ScaledDotProductAttention.Config())
+    return spec
+
+
+def configuration(spec: ModelSpec, folder: str, **changes: Any) -> Trainer.Config:
+    """Return what a training of a model on tiny data is; `changes` by dotted name, `a__b`."""
+    config: Any = Trainer.Config(
+        model_spec=without_flex(spec),
+        loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config()),
+        dump_folder=folder,
+        tokenizer=NoTokenizer.Config(),
+        dataloader=Batches.Config(),
+        optimizer=default_adamw(lr=1e-2),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=2),
+        training=TrainingConfig(local_batch_size=2, seq_len=16, steps=3, disable_cuda_graphs=True),
+        metrics=MetricsProcessor.Config(log_freq=10, disable_color_printing=True),
+        checkpoint=CheckpointManager.Config(interval=10, last_save_model_only=False),
+        parallelism=ParallelismConfig(),
+        activation_checkpoint=None,
+    )
+    config.debug.seed = 1
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        at: Any = config
+        for part in path:
+            at = getattr(at, part)
+        setattr(at, last, value)
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training came to.
+
+    Attributes:
+        logged: What torchtitan itself logged: step, loss, gradient norm, learning rate.
+        casts: How often each site was cast, by its number, where the model is converted.
+        layers: How many layers are converted.
+        state: All that the training would save, by name.
+        error: What it raised.
+    """
+
+    logged: list[tuple[int, float, float, float]]
+    converted: list[str]
+    sites: int
+    cast: int
+    state: dict[str, Tensor]
+    error: str
+
+
+def train(config: Trainer.Config, *, poisoned_step: int | None = None) -> Trained:
+    """Train as torchtitan's own `main` does."""
+    logged = []
+    own_log = MetricsProcessor.log
+
+    def log(self: Any, step: int, loss: float, largest: float, norm: float, **kwargs: Any) -> None:
+        rate = next(v for k, v in kwargs["extra_metrics"].items() if k.startswith("lr"))
+        logged.append((step, loss, norm, rate))
+        own_log(self, step, loss, largest, norm, **kwargs)
+
+    MetricsProcessor.log = log  # pyright: ignore[reportAttributeAccessIssue]
+    trainer: Any = config.build()
+    if poisoned_step is not None:
+        _poison(trainer, poisoned_step)
+    error = ""
+    try:
+        trainer.train()
+    except Exception as raised:
+        error = str(raised)
+    finally:
+        trainer.close()
+        MetricsProcessor.log = own_log
+    (model,) = trainer.model_parts
+    ledgers = unclamp.nn.find_ledgers(model)
+    return Trained(
+        logged=logged,
+        converted=[product.fqn for ledger in ledgers for product in ledger.layers],
+        sites=sum(len(ledger.scale) for ledger in ledgers),
+        cast=sum(int((ledger.scale > 0).sum()) for ledger in ledgers),
+        state=_state(trainer),
+        error=error,
+    )
+
+
+def _poison(trainer: Any, step: int) -> None:
+    own = trainer.forward_backward_step
+
+    def run(**kwargs: Any) -> Tensor:
+        loss = own(**kwargs)
+        return loss * float("nan") if trainer.step == step else loss
+
+    trainer.forward_backward_step = run
+
+
+def _state(trainer: Any) -> dict[str, Tensor]:
+    (model,) = trainer.model_parts
+    optimizer = {f"optimizer.{k}": v for k, v in trainer.optimizers.state_dict().items()}
+    every = model.state_dict() | optimizer | unclamp.ScalingState(model).state_dict()
+    return {k: _whole(v) for k, v in every.items() if isinstance(v, Tensor)}
+
+
+def _whole(tensor: Any) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def llama(folder: Path, *, layers: int | None = None, **changes: Any) -> Trainer.Config:
+    """Return a training of torchtitan's llama3 debug model, or of its first layers."""
+    from torchtitan.models.llama3 import model_registry
+
+    spec = model_registry("debugmodel")
+    if layers is not None:
+        del spec.model.layers[layers:]
+    return configuration(spec, str(folder), **changes)
