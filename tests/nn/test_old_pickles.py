@@ -14,7 +14,8 @@ from unclamp.nn import Ledger, find_ledgers
 
 HISTORY_LEN, STEPS = 4, 3
 ADDED = ("unmatched", "kept", "steps", "evaluated", "gone", "shared", "observes", "inspection",
-         "_asked", "details", "_listeners", "_switch_listeners", "coverage")  # fmt: skip
+         "_asked", "details", "_listeners", "_switch_listeners", "coverage",
+         "is_apart")  # fmt: skip
 """What a ledger's pickle got from version to version."""
 
 

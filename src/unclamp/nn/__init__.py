@@ -22,6 +22,7 @@ from unclamp.nn.linear import Fp8Linear
 from unclamp.nn.observe import Observation, ObservedSite, observe
 from unclamp.nn.products import products_of
 from unclamp.nn.saved import weights_only
+from unclamp.nn.scaling_state import ScalingState
 from unclamp.nn.step import step
 from unclamp.nn.switch import SwitchReport, switch
 from unclamp.nn.users_banks import grouped_mm
@@ -39,6 +40,7 @@ __all__ = [
     "Observation",
     "ObservedSite",
     "RevertReport",
+    "ScalingState",
     "Site",
     "SwitchReport",
     "attention",

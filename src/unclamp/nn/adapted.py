@@ -12,7 +12,7 @@ no loader reads.
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclamp.names import ROLES, Role
+from unclamp.nn.noted import is_other
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
 from unclamp.nn.products import Matrix, products_in, stacks
@@ -27,6 +28,7 @@ from unclamp.nn.saved import (
     STATE_PREFIX,
     UPDATES,
     Spread,
+    like,
     mesh_of,
     off_mesh,
     on_mesh,
@@ -118,14 +120,32 @@ class Adapted(nn.Module):
 
     # ---- saved state -----------------------------------------------------------------------
 
-    def scaling_state(self) -> dict[str, Tensor]:
-        """Return the scaling state by its name in a state_dict; none where it only observes."""
-        return {name: read() for name, read in self._state_readers().items()}
+    def scaling_state(self, *, every: bool = False) -> dict[str, Tensor]:
+        """Return the scaling state by its name in a state_dict; none where it only observes.
 
-    def _state_readers(self) -> dict[str, Callable[[], Tensor]]:
+        Args:
+            every: Also of products whose state is no part of a state_dict.
+        """
+        return {name: read() for name, read in self._state_readers(every=every).items()}
+
+    def load_scaling_state(self, values: Mapping[str, Any]) -> None:
+        """Take over scaling state, of any product, by its name in a state_dict.
+
+        It is that of the weights that are here. Of what it does not speak stays.
+        """
+        own = self.scaling_state(every=True)
+        fitting = {name: like(value, own.get(name)) for name, value in values.items()}
+        self._restore(fitting, every=True)
+        for name, product in self.products.items():
+            weight = self.weight_of(name)
+            if weight is not None:
+                product.note(weight)
+                product.note_origin(weight)
+
+    def _state_readers(self, *, every: bool = False) -> dict[str, Callable[[], Tensor]]:
         """Return what makes each tensor of the scaling state, by name: one may be asked for."""
         # The checkpoint of what is only observed is that of the plain model.
-        products = {name: own for name, own in products_in(self).items() if own.has_state}
+        products = {name: own for name, own in products_in(self).items() if every or own.has_state}
         readers: dict[str, Callable[[], Tensor]] = {}
         for stack, names in stacks(products).items():
             members = [products[name] for name in names]
@@ -202,24 +222,28 @@ class Adapted(nn.Module):
             for ignored in () if own is None else own.ignored:
                 ignored.add(f"{prefix}{name}")
 
-    def _restore(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Take the state over of which a state_dict speaks.
+    def _restore(
+        self, values: Mapping[str, Any], new: Collection[str] = (), *, every: bool = False
+    ) -> None:
+        """Take over what a state_dict says of the scaling state; it has new weights of products.
 
         One that speaks of some operands only leaves the others as they are. One with the weight
-        alone is that of a plain model, of which no scale here need be right.
+        alone is that of a plain model, of which no scale here need be right, unless the state came
+        before it.
         """
-        start = f"{prefix}{STATE_PREFIX}"
-        values = {key: off_mesh(v) for key, v in state_dict.items() if key.startswith(start)}
         for own in self.products.values():
             self._spread(own)  # what a part is of follows from how the layer lies now
-        known = {key.removeprefix(prefix): v for key, v in values.items() if v is not None}
+        known = {key: here for key, v in values.items() if (here := off_mesh(v)) is not None}
+        if not (known or new):
+            return
         numbers = frozenset(own.number for own in self.products.values())
         updates = known.get(f"{STATE_PREFIX}{UPDATES}")
-        saved = [name for name, own in self.products.items() if not own.only_observed]
+        saved = [name for name, own in self.products.items() if every or not own.only_observed]
         for stack, names in stacks(saved).items():
             for row, name in enumerate(names):
                 own = self.products[name]
                 own.ledger.evaluated.reloaded(numbers)
+                said: dict[int, tuple[Tensor | None, Tensor | None]] = {}
                 for role, index in own.indices.items():
                     history, scale = (
                         known.get(f"{_prefix_of(stack)}{role}_{what}")
@@ -227,10 +251,20 @@ class Adapted(nn.Module):
                         else _row_of(known, name, f"{role}_{what}", row, len(names))
                         for what in ("amax_history", "scale")
                     )
-                    is_other = role == "weight" and f"{prefix}{own.weight_name}" in state_dict
-                    if is_other or not (known and history is scale is None):
-                        own.ledger.restore(index, history, scale)
+                    if not history is scale is None:
+                        said[index] = history, scale
+                for index in _forgotten(own, said) if name in new else ():
+                    own.ledger.restore(index, None, None)
+                for index, (history, scale) in said.items():
+                    own.ledger.restore(index, history, scale)
+                if name not in new:
+                    own.ledger.loading.state_came(own.number, said)
                 own.ledger.restored(own.number, None if updates is None else float(updates))
+
+    def _is_written(self, product: str) -> bool:
+        """Whether something else than an optimizer or a load wrote a product's weight."""
+        own, weight = self.products[product], self.weight_of(product)
+        return weight is not None and is_other(own.noted, weight)
 
     def _load_from_state_dict(
         self,
@@ -243,24 +277,52 @@ class Adapted(nn.Module):
         error_msgs: list[str],
     ) -> None:
         start = f"{prefix}{STATE_PREFIX}"
-        loaded = [
-            (name, own)
+        given = {
+            name: state_dict[f"{prefix}{own.weight_name}"]
             for name, own in self.products.items()
             if own.weight_name is not None and f"{prefix}{own.weight_name}" in state_dict
-        ]
+        }
+        # torch's distributed checkpoints give the model's own where they have none to load.
+        new = [name for name, weight in given.items() if weight is not self.weight_of(name)]
+        kept = [name for name in given if name not in new and not self._is_written(name)]
+        said = {
+            key.removeprefix(prefix): state_dict[key] for key in state_dict if key.startswith(start)
+        }
         # A state_dict that does not speak of this layer, such as an adapter's, changes nothing.
-        if loaded or any(key.startswith(start) for key in state_dict):
-            self._restore(state_dict, prefix)
+        self._restore(said, new)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._move()  # assign=True may bring another device
-        for name, own in loaded:
+        for name in (*new, *kept):
             weight = self.weight_of(name)
             assert weight is not None
-            own.note(weight)
-            own.note_origin(weight)
+            self.products[name].note(weight)
+            self.products[name].note_origin(weight)
         unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(start)]
+
+
+def _forgotten(own: Operands, said: Collection[int]) -> list[int]:
+    """Return the sites that know nothing of a new weight, which came with a state of these.
+
+    Its own site; and the others where nothing is said of the product, now or before.
+    """
+    before = own.ledger.loading.weight_came(own.number)
+    unknown = [own.indices["weight"]] if said or before else own.indices.values()
+    return [index for index in unknown if index not in said and index not in before]
+
+
+def keys_of(module: nn.Module) -> frozenset[str]:
+    """Return the names that scaling state of a module's products may have, however it is stacked.
+
+    Which products share a tensor changes with a switch, and a load takes both.
+    """
+    names = products_in(module)
+    prefixes = {_prefix_of(stack) for stack in stacks(names)}
+    prefixes |= {_prefix_of(_alone(name)) for name in names}
+    what = ("amax_history", "scale")
+    every = {f"{prefix}{role}_{each}" for prefix in prefixes for role in ROLES for each in what}
+    return frozenset({*every, f"{STATE_PREFIX}{UPDATES}"})
 
 
 def _prefix_of(stack: str) -> str:

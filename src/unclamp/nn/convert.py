@@ -4,10 +4,11 @@ How that is done, and undone, is in `nn.attach`; what share of the work it is, i
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 from torch import nn
 
-from unclamp.errors import naming_arguments
+from unclamp.errors import ConvertError, naming_arguments
 from unclamp.nn.attach import ConvertReport, Profit, RevertReport, attach, find_ledgers, revert
 from unclamp.nn.candidates import product_names
 from unclamp.nn.covering import Example, covering
@@ -25,6 +26,9 @@ __all__ = [
     "revert",
 ]
 
+State = Literal["model", "apart"]
+"""Where scaling state is saved."""
+
 
 @naming_arguments
 def convert(
@@ -38,6 +42,7 @@ def convert(
     timer: Timer | None = None,
     group: Given | Mapping[str, Given] | None = None,
     example: Example | None = None,
+    state: State | None = None,
 ) -> ConvertReport:
     """Make every linear layer of a model compute in FP8, as the recipe says.
 
@@ -61,12 +66,17 @@ def convert(
             named ones. One step of a copy of the model is run with it, on shapes alone where that
             is enough (`coverage`): the report then says what share of the step's FLOPs goes
             through FP8, and what is left out, and a `Recorder` that is made later records it.
+        state: Where the scaling state is saved: with the weights, in the model's state_dict
+            ("model", as at first), or in no state_dict ("apart"), which then has the keys of the
+            plain model; save `ScalingState(model)` beside it. Either is loaded where a state_dict
+            holds it. It is the whole model's; None leaves it as it is.
 
     Raises:
         RecipeError: `recipe` is none.
         ConvertError: `strict` and something matched nothing, `skip` is a string, `where_it_pays`
             without `tokens`, the layers lie on several devices, `group` is no group of this
-            process, or the step with `example` cannot be run. The model is unchanged.
+            process, `state` is none of these, or the step with `example` cannot be run. The model
+            is unchanged.
 
     Example:
         >>> import torch, unclamp
@@ -83,10 +93,14 @@ def convert(
     """
     profit = Profit(check_tokens(tokens), timer) if where_it_pays else None
     check_given(group, (fqn for fqn, _ in model.named_modules()))
+    if state not in (None, *get_args(State)):
+        raise ConvertError(f'expected "model" or "apart" for state, got {state!r}')
     cover = covering(model, recipe, example, skip=skip, observes=False)
     report = attach(
         model, recipe, skip=skip, strict=strict, observes=False, profit=profit, cover=cover
     )
+    for ledger in find_ledgers(model) if state is not None else []:
+        ledger.is_apart = state == "apart"
     if group is not None:
         give({fqn: module for fqn, _, module in products_of(model)}, group)
     return report

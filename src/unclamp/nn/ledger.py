@@ -41,6 +41,7 @@ from unclamp.nn.captured import Captured
 from unclamp.nn.clock import Clock, follow_optimizers
 from unclamp.nn.evaluated import Evaluated, Stepping, Steps
 from unclamp.nn.layout import Layout, Site
+from unclamp.nn.loading import Loading
 from unclamp.nn.ring import Ring
 from unclamp.nn.rows import Rows
 from unclamp.nn.shared import Shared
@@ -72,6 +73,7 @@ class Ledger(Rows, Stepping, Told):
         unmatched: Rules and skip globs that decided nothing in the conversion, and why.
         kept: Layers that another recipe than the last one made.
         coverage: What share of a step's FLOPs the last conversion covers, where it was asked.
+        is_apart: Whether no state_dict holds any of it; `ScalingState` does.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -82,12 +84,12 @@ class Ledger(Rows, Stepping, Told):
         self.steps, self.evaluated = Steps(), Evaluated()
         self.layers: Alive[Bound] = Alive()
         self.clock, self.turns = Clock(model), Turns()
-        self.observes = False
+        self.observes = self.is_apart = False
         self.inspection: Inspection = "never"
         self.shared = Shared()
         self.gone: frozenset[int] = frozenset()
         self.details: Tensor | None = None
-        self._loaded: dict[int, float | None] = {}
+        self.loading = Loading()
         self._asked = Asked()
         Told.__init__(self)
         self._allocate(Layout.of([], device=torch.device("cpu")))
@@ -98,6 +100,11 @@ class Ledger(Rows, Stepping, Told):
         """The sites from whose casts nothing is computed, beside others in FP8."""
         own = [] if self.observes else [each for each in self.layers if each.only_observed]
         return frozenset(each.number * len(ROLES) + i for each in own for i in range(len(ROLES)))
+
+    @property
+    def is_in_state_dicts(self) -> bool:
+        """Whether a state_dict holds scaling state: not where it is apart, or observes."""
+        return not (self.observes or self.is_apart)
 
     # ---- layout ----------------------------------------------------------------------------
 
@@ -245,7 +252,7 @@ class Ledger(Rows, Stepping, Told):
         if counts and not captured:
             self._count(self.updates + 1)
         self.evaluated.trained(turn)
-        self._loaded.clear()
+        self.loading.clear()
 
     def _of_turn(self, newest: Tensor, turn: Turn) -> Tensor:
         """Return each row's newest amax, -1 for products of another turn."""
@@ -361,17 +368,17 @@ class Ledger(Rows, Stepping, Told):
         between, all products were loaded that have a state, to the fewest. What is loaded of a
         part leaves them. A fraction says that the state is an average.
         """
-        self._loaded[product] = updates
+        self.loading.updates[product] = updates
         self.evaluated.doubt(product, updates is not None and is_fraction(updates))
         products = self.clock.products(self)
-        if len(self._loaded) < sum(layer.is_saved for layer in self.layers):
+        if len(self.loading.updates) < sum(layer.is_saved for layer in self.layers):
             return
-        saved = {layer.number for layer in self.layers if layer.is_saved}
-        if saved & {p.number for p in products} <= self._loaded.keys():
-            known = [count for count in self._loaded.values() if count is not None]
-            self._loaded.clear()
-            if known:
-                self.restore_updates(min(known))
+        # Adapters' layers are in no state_dict; where all are such, they are all that counts.
+        every = {layer.number for layer in self.layers}
+        saved = {layer.number for layer in self.layers if layer.is_saved} or every
+        fewest = self.loading.agreed_updates(frozenset(saved & {p.number for p in products}))
+        if fewest is not None:
+            self.restore_updates(fewest)
 
     def restore_updates(self, updates: float) -> None:
         """Set how many updates there were, for the warm-up."""
@@ -385,7 +392,7 @@ class Ledger(Rows, Stepping, Told):
         twin.recipe, twin.updates, twin.observes = self.recipe, self.count(), self.observes
         twin.evaluated.copied_from(self.steps, self.evaluated)
         twin.unmatched, twin.kept = dict(self.unmatched), list(self.kept)
-        twin.coverage = self.coverage
+        twin.coverage, twin.is_apart = self.coverage, self.is_apart
         twin._allocate(
             Layout.of(list(self.sites), device=self.scale.device, remembered=self.layout.remembered)
         )
@@ -399,7 +406,7 @@ class Ledger(Rows, Stepping, Told):
         # Closer looks are asked for by those who listen.
         state |= {"inspection": "never", "_asked": Asked(), "details": None}
         state["evaluated"] = self.evaluated.pickled(self.count())
-        for name in ("layers", "clock", "turns", "_loaded"):
+        for name in ("layers", "clock", "turns", "loading"):
             del state[name]
         return {**state, "_clean_version": self.has_pending}
 

@@ -84,7 +84,7 @@ class Operands:
         evaluated: View of the ledger's statistics of evaluations, `[3, len(Stat)]`.
         guarded_weight: How a weight is cast that must not clamp; None where its scale has no
             history that could be of another weight.
-        is_saved: Whether its state is part of a state_dict.
+        is_saved: Whether its state is part of a state_dict where that of others is.
         on_end: What is to be undone when the module is reverted; in no copy.
         ignored: Sets of keys that a library leaves out of its files (`nn.exports`).
         silent_forwards: Forwards of which no training counts anything, compiled ones aside.
@@ -171,7 +171,7 @@ class Operands:
     @property
     def has_state(self) -> bool:
         """Whether its state is part of a state_dict: not where it is only observed."""
-        return self.is_saved and not (self.ledger.observes or self.only_observed)
+        return self.is_saved and self.ledger.is_in_state_dicts and not self.only_observed
 
     def parameter_in(self, module: nn.Module | None) -> nn.Parameter | None:
         """Return the parameter in which its second operand lies; None where there is none."""

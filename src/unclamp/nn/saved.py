@@ -130,6 +130,33 @@ def off_mesh(value: Any) -> Tensor | None:
     return None if value.isnan().any() else value
 
 
+def as_plain(value: Tensor) -> Tensor:
+    """Return a value of a state_dict that every rank has as a plain tensor; a part as it is."""
+    placements: Any = getattr(value, "placements", None)
+    if placements is None or not all(p.is_replicate() for p in placements):
+        return value
+    return value.to_local()  # pyright: ignore
+
+
+def is_part(value: Tensor) -> bool:
+    """Whether a value of a state_dict is this rank's part of it."""
+    return hasattr(as_plain(value), "device_mesh")
+
+
+def like(value: Any, own: Tensor | None) -> Any:
+    """Return a whole value as this rank's part of it, where its own one is a part."""
+    if own is None or not is_part(own) or hasattr(value, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415  # slow to import
+
+    there: Any = own
+    if tuple(value.shape) != tuple(there.shape):
+        return value
+    return distribute_tensor(
+        value.to(there.device), there.device_mesh, there.placements, src_data_rank=None
+    )
+
+
 def wants_to_fill(frame: FrameType | None) -> bool:
     """Whether in this frame torch's distributed checkpoints ask what a model can load.
 
