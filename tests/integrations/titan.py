@@ -12,47 +12,61 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-warnings.filterwarnings("ignore", module=r"torchao\.")  # of what its import registers
-
 import torch
-import torchtitan.tools.utils as titan_utils
 from torch import Tensor
 
-titan_utils.device_type = "cpu"
-titan_utils.device_module = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-    set_device=lambda device: None,
-    get_device_name=lambda device: "A100",  # whose peak it knows
-    current_device=lambda: 0,
-    device_count=lambda: 1,
-    get_device_properties=lambda device: SimpleNamespace(total_memory=1 << 34),
-    reset_peak_memory_stats=lambda: None,
-    empty_cache=lambda: None,
-    memory_stats=lambda device: {},
-    synchronize=lambda: None,
-)
-
-import torchtitan.distributed.utils as titan_distributed
-import torchtitan.trainer
-from torchtitan.components.checkpointer import CheckpointManager
-from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
-from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
-from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.config import ParallelismConfig, TrainingConfig
-from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
-from torchtitan.protocols.model_spec import ModelSpec
-from torchtitan.trainer import Trainer
-
 import unclamp
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what all these packages import
+    import torchtitan.tools.utils as titan_utils
+
+    titan_utils.device_type = "cpu"  # others import it, and the next, by value
+    titan_utils.device_module = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+        set_device=lambda device: None,
+        get_device_name=lambda device: "A100",  # whose peak it knows
+        current_device=lambda: 0,
+        device_count=lambda: 1,
+        get_device_properties=lambda device: SimpleNamespace(total_memory=1 << 34),
+        reset_peak_memory_stats=lambda: None,
+        empty_cache=lambda: None,
+        memory_stats=lambda device: {},
+        synchronize=lambda: None,
+    )
+    import torchtitan.distributed.fsdp as titan_fsdp
+    import torchtitan.distributed.utils as titan_distributed
+    import torchtitan.trainer
+    from torchtitan.components.checkpointer import CheckpointManager
+    from torchtitan.components.dataloader import BaseDataLoader
+    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+    from torchtitan.components.metrics import MetricsProcessor
+    from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+    from torchtitan.components.tokenizer import BaseTokenizer
+    from torchtitan.config import ParallelismConfig, TrainingConfig
+    from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
+    from torchtitan.models.llama3 import model_registry as llama_registry
+    from torchtitan.models.qwen3 import model_registry as qwen_registry
+    from torchtitan.protocols.model_spec import ModelSpec
+    from torchtitan.trainer import Trainer
 
 titan_utils.get_local_device = lambda: torch.device("cpu")
 titan_distributed.set_pg_timeouts = lambda **kwargs: None
 torchtitan.trainer.time = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
     sleep=lambda seconds: None, perf_counter=time.perf_counter
 )
-warnings.filterwarnings("ignore", message="DTensor random operators may not")
-warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
+_undivided = titan_fsdp.disable_fsdp_gradient_division
+
+
+def _undivided_by_gloo(model: Any) -> None:
+    _undivided(model)
+    for module in model.modules():
+        if hasattr(module, "set_force_sum_reduction_for_comms"):
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no PREMUL_SUM
+
+
+titan_fsdp.disable_fsdp_gradient_division = _undivided_by_gloo
+for text in ("DTensor (random|manual_seed)", "In CPU autocast, but the target dtype"):
+    warnings.filterwarnings("ignore", message=text)
 
 VOCABULARY = 2048
 
@@ -82,7 +96,7 @@ class Batches(BaseDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
-        count: int = 1 << 30
+        infinite: bool = True  # as a validator asks for
 
     def __init__(
         self,
@@ -94,13 +108,12 @@ class Batches(BaseDataLoader):
         local_batch_size: int,
         **_: Any,
     ) -> None:
-        self.count = config.count
         self.world, self.rank = dp_world_size, dp_rank
         self.shape = (local_batch_size, seq_len + 1)
         self.given = 0
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        while self.given < self.count:
+        while True:
             number = self.given * self.world + self.rank
             generator = torch.Generator().manual_seed(number)
             ids = torch.randint(64, self.shape, generator=generator)
@@ -202,19 +215,21 @@ def train(config: Trainer.Config, *, poisoned_step: int | None = None) -> Traine
 
 
 def _poison(trainer: Any, step: int) -> None:
-    own = trainer.forward_backward_step
+    own = trainer.fwd_bwd_fn
 
-    def run(**kwargs: Any) -> Tensor:
-        loss = own(**kwargs)
+    def run(*args: Any) -> Tensor:
+        loss = own(*args)
         return loss * float("nan") if trainer.step == step else loss
 
-    trainer.forward_backward_step = run
+    trainer.fwd_bwd_fn = run
 
 
 def _state(trainer: Any) -> dict[str, Tensor]:
     (model,) = trainer.model_parts
     optimizer = {f"optimizer.{k}": v for k, v in trainer.optimizers.state_dict().items()}
-    every = model.state_dict() | optimizer | unclamp.ScalingState(model).state_dict()
+    every = model.state_dict() | optimizer
+    if unclamp.nn.find_ledgers(model):
+        every |= unclamp.ScalingState(model).state_dict()
     return {k: _whole(v) for k, v in every.items() if isinstance(v, Tensor)}
 
 
@@ -224,9 +239,14 @@ def _whole(tensor: Any) -> Tensor:
 
 def llama(folder: Path, *, layers: int | None = None, **changes: Any) -> Trainer.Config:
     """Return a training of torchtitan's llama3 debug model, or of its first layers."""
-    from torchtitan.models.llama3 import model_registry
-
-    spec = model_registry("debugmodel")
+    spec = llama_registry("debugmodel")
     if layers is not None:
         del spec.model.layers[layers:]
+    return configuration(spec, str(folder), **changes)
+
+
+def moe(folder: Path, **changes: Any) -> Trainer.Config:
+    """Return a training of a layer of torchtitan's qwen3 debug model, which has 64 experts."""
+    spec = qwen_registry("debugmodel_moe")
+    del spec.model.layers[1:]
     return configuration(spec, str(folder), **changes)

@@ -45,13 +45,13 @@ class Steps:
         model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         self._trainer = trainer
         self._recorded = Recorded(model, run, recording=recording)
-        self._state = _State(model)
+        self._state = _State(parts)
         self._loss: Tensor | None = None
         self._norm: Tensor | None = None
 
     def add_state(self, states: dict[str, Any]) -> None:
         """Put scaling state among the states that are saved with the model, if there is any."""
-        if find_ledgers(self._recorded.model):
+        if self._state.has_any:
             states[STATE] = self._state
 
     def hear(self, manager: BaseCheckpointManager) -> None:
@@ -180,21 +180,28 @@ class _State:
     It is read before the weights are loaded into the modules, and goes in after them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._own = ScalingState(model)
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self._own = [ScalingState(part) for part in parts if find_ledgers(part)]
         self._read: dict[str, Any] | None = None
 
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a layer with scaling state."""
+        return bool(self._own)
+
     def state_dict(self) -> dict[str, Any]:
-        return self._own.state_dict()
+        """Return the state of all parts; their names are those in the whole model."""
+        return {key: value for own in self._own for key, value in own.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._read = {key: value.clone() for key, value in state_dict.items()}
+        """Keep what was read, until the weights are loaded."""
+        self._read = dict(state_dict)
 
     def settle(self) -> None:
         """Put in what was read since the last call."""
         read, self._read = self._read, None
-        if read is not None:
-            self._own.load_state_dict(read)
+        for own in self._own if read is not None else ():
+            own.load_state_dict({k: v for k, v in read.items() if k in own.state_dict()})
 
 
 def _follow(thing: Any, name: str, by: Callable[..., Any]) -> None:
