@@ -13,7 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from trained import STATE_FILE, Trained
 
 import unclamp
 
@@ -65,10 +67,15 @@ def _undivided_by_gloo(model: Any) -> None:
 
 
 titan_fsdp.disable_fsdp_gradient_division = _undivided_by_gloo
-for text in ("DTensor (random|manual_seed)", "In CPU autocast, but the target dtype"):
+for text in (
+    "DTensor (random|manual_seed)",
+    "In CPU autocast, but the target dtype",
+    "To get the last learning rate",
+):
     warnings.filterwarnings("ignore", message=text)
 
 VOCABULARY = 2048
+EXPERTS = 4
 
 
 class NoTokenizer(BaseTokenizer):
@@ -160,37 +167,24 @@ def configuration(spec: ModelSpec, folder: str, **changes: Any) -> Trainer.Confi
     return config
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What a training came to.
-
-    Attributes:
-        logged: What torchtitan itself logged: step, loss, gradient norm, learning rate.
-        casts: How often each site was cast, by its number, where the model is converted.
-        layers: How many layers are converted.
-        state: All that the training would save, by name.
-        error: What it raised.
-    """
-
-    logged: list[tuple[int, float, float, float]]
-    converted: list[str]
-    sites: int
-    cast: int
-    state: dict[str, Tensor]
-    error: str
-
-
-def train(config: Trainer.Config, *, poisoned_step: int | None = None) -> Trained:
-    """Train as torchtitan's own `main` does."""
-    logged = []
-    own_log = MetricsProcessor.log
+def train(
+    config: Trainer.Config, *, poisoned_step: int | None = None, keeps: bool = True
+) -> Trained:
+    """Train as torchtitan's own `main` does; what it ends with is kept in the dump folder."""
+    logged, validated = [], []
+    own_log, own_validation = MetricsProcessor.log, MetricsProcessor.log_validation
 
     def log(self: Any, step: int, loss: float, largest: float, norm: float, **kwargs: Any) -> None:
         rate = next(v for k, v in kwargs["extra_metrics"].items() if k.startswith("lr"))
         logged.append((step, loss, norm, rate))
         own_log(self, step, loss, largest, norm, **kwargs)
 
+    def log_validation(self: Any, loss: float, step: int, **kwargs: Any) -> None:
+        validated.append((step, loss))
+        own_validation(self, loss, step, **kwargs)
+
     MetricsProcessor.log = log  # pyright: ignore[reportAttributeAccessIssue]
+    MetricsProcessor.log_validation = log_validation  # pyright: ignore[reportAttributeAccessIssue]
     trainer: Any = config.build()
     if poisoned_step is not None:
         _poison(trainer, poisoned_step)
@@ -201,15 +195,18 @@ def train(config: Trainer.Config, *, poisoned_step: int | None = None) -> Traine
         error = str(raised)
     finally:
         trainer.close()
-        MetricsProcessor.log = own_log
+        MetricsProcessor.log, MetricsProcessor.log_validation = own_log, own_validation
+    if keeps:
+        folder = Path(config.dump_folder)
+        folder.mkdir(exist_ok=True)
+        torch.save(_state(trainer), folder / STATE_FILE.format(rank=dist.get_rank()))
     (model,) = trainer.model_parts
     ledgers = unclamp.nn.find_ledgers(model)
     return Trained(
         logged=logged,
+        validated=validated,
         converted=[product.fqn for ledger in ledgers for product in ledger.layers],
-        sites=sum(len(ledger.scale) for ledger in ledgers),
-        cast=sum(int((ledger.scale > 0).sum()) for ledger in ledgers),
-        state=_state(trainer),
+        updates=[ledger.updates for ledger in ledgers],
         error=error,
     )
 
@@ -246,7 +243,14 @@ def llama(folder: Path, *, layers: int | None = None, **changes: Any) -> Trainer
 
 
 def moe(folder: Path, **changes: Any) -> Trainer.Config:
-    """Return a training of a layer of torchtitan's qwen3 debug model, which has 64 experts."""
+    """Return a training of a layer of torchtitan's qwen3 debug model, with four experts."""
     spec = qwen_registry("debugmodel_moe")
     del spec.model.layers[1:]
+    moe: Any = spec.model.layers[0].moe
+    experts, dispatcher = moe.routed_experts.inner_experts, moe.routed_experts.token_dispatcher
+    for part in (moe, experts, dispatcher, moe.router):
+        part.num_experts = EXPERTS
+    moe.router.gate.out_features = EXPERTS
+    moe.router.top_k = dispatcher.top_k = 2
+    experts.hidden_dim = 32
     return configuration(spec, str(folder), **changes)

@@ -17,6 +17,7 @@ from typing import Any
 import torchtitan
 import torchtitan.distributed.utils as titan
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpointer.base import BaseCheckpointManager
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.trainer import Trainer
@@ -154,7 +155,7 @@ class Steps:
         def read(own: Callable[..., Any], states: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             try:
                 return own(states, *args, **kwargs)
-            except Exception as error:
+            except CheckpointException as error:  # a BaseException
                 if STATE not in states or f"Missing key in checkpoint state_dict: {STATE}." not in (
                     str(error)
                 ):
