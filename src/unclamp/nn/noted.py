@@ -75,9 +75,8 @@ def some_of(weight: Tensor) -> Tensor:
     alone has; a look at a weight is no part of either.
     """
     with _disable_current_modes():
-        local: Callable[[], Tensor] | None = getattr(
-            weight, "to_local", None
-        )  # a shard, a DTensor's
+        # A DTensor's own shard.
+        local: Callable[[], Tensor] | None = getattr(weight, "to_local", None)
         flat = (weight if local is None else local()).detach().reshape(-1)
         return flat[:: max(len(flat) // ELEMENTS, 1)].clone()
 
