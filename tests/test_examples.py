@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run, a second time too, and lie in the repository without outputs."""
+"""The examples run; notebooks a second time too, and they lie in the repository without outputs."""
 
 import json
 import os
@@ -117,3 +117,30 @@ def test_the_script_for_many_processes_trains_and_records(tmp_path: Path) -> Non
     ]
     losses = [row["loss"] for row in steps]
     assert sum(losses[-10:]) < sum(losses[:10]) / 1.4
+
+
+def test_the_example_of_transformers_trainer_records_and_saves(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("transformers")
+    script = Path(__file__).parent.parent / "examples" / "train_trainer.py"
+    source = str(Path(unclamp.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, str(script), "run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "unclamp report run"
+    with unclamp.RunLog.open(tmp_path / "run") as log:
+        assert log.header.status == "finished"
+        losses = [
+            row["loss"] for row in log.sql("SELECT loss FROM steps ORDER BY step").to_pylist()
+        ]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert (tmp_path / "run-checkpoints" / "checkpoint-30" / "unclamp_scaling_state.pt").is_file()

@@ -4,7 +4,7 @@ A *site* is one operand of one matrix product. Its name is the same in every pro
 rank, in a run log, an explanation and a page.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -61,3 +61,118 @@ def is_attention_name(name: str) -> bool:
 def shown(fqn: str) -> str:
     """Return a product's name for people: the empty one is that of the model itself."""
     return fqn or "(the model itself)"
+
+
+NO_MARKS = frozenset({"model"})
+"""Parts of wrappers that say nothing in a glob: PEFT's `base_model.model` is known by the first."""
+
+
+class ModuleName(str):
+    """A dotted name without the parts that wrappers put into it, which knows its other spellings.
+
+    It is equal to the plain name, wherever one is expected.
+
+    Attributes:
+        spelled: The name with all its parts, as `named_modules` has it.
+        stands_for: The name of the module that this one is a copy of; "" of none.
+        marks: The parts of wrappers which, in a glob, show that it is written for spelled names.
+    """
+
+    spelled: str
+    stands_for: str
+    marks: frozenset[str]
+
+    def __new__(
+        cls, name: str, spelled: str = "", stands_for: str = "", marks: frozenset[str] = frozenset()
+    ) -> Self:
+        """Return the plain name `name`."""
+        made = super().__new__(cls, name)
+        made.spelled, made.stands_for, made.marks = spelled, stands_for, marks
+        return made
+
+
+def joined(fqn: str, name: str) -> str:
+    """Return the name of what lies in a module, from the module's and its name within that."""
+    if not isinstance(fqn, ModuleName):
+        return f"{fqn}.{name}" if fqn and name else fqn or name
+    if not name:
+        return fqn
+    spelled, other = joined(fqn.spelled, name), fqn.stands_for and joined(fqn.stands_for, name)
+    return ModuleName(joined(str(fqn), name), spelled, other, fqn.marks)
+
+
+def spellings(fqn: str, glob: str) -> Iterator[str]:
+    """Yield what a glob is compared with: the name, and what else the module is called.
+
+    A name with the parts of wrappers is another spelling only for a glob that has such a part: a
+    tail of it may be the plain name of another module.
+    """
+    yield fqn
+    if isinstance(fqn, ModuleName):
+        if fqn.stands_for:
+            yield fqn.stands_for
+        if not fqn.marks.isdisjoint(glob.removeprefix("^").split(".")):
+            yield fqn.spelled
+
+
+def without_wrappers(
+    paths: Sequence[tuple[str, Hashable]],
+    put_in: Collection[str],
+    copies: Collection[str] = (),
+) -> list[str]:
+    """Return names without the parts that wrappers put in, in the order of `paths`.
+
+    A wrapper has the name of what it wraps. No two others have one name: where two would, both
+    keep their paths.
+
+    Args:
+        paths: Dotted paths, that of what is around before those within, and what lies there: the
+            same module may have several.
+        put_in: Paths whose last part a wrapper put in: what lies there has the wrapper's name.
+        copies: Paths below which copies lie of what has the name of what is around.
+
+    Example:
+        >>> paths = [("", 0), ("module", 1), ("module.a", 2), ("module.a.module", 3)]
+        >>> without_wrappers(paths, ["module"])
+        ['', '', 'a', 'a.module']
+    """
+    if not (put_in or copies):
+        return [path for path, _ in paths]
+    plain: dict[str, str] = {"": ""}
+    stands: dict[str, str] = {"": ""}
+    for path, _ in paths:
+        above, _, last = path.rpartition(".")
+        if path:
+            plain[path] = plain[above] if path in put_in else joined(plain[above], last)
+            is_in = path in put_in or path in copies
+            stands[path] = stands[above] if is_in else joined(stands[above], last)
+    around = {path.rpartition(".")[0] for path in put_in}
+    there = {path: key for path, key in paths if path not in around}
+    _keep_apart(plain, there)
+    marks = frozenset(path.rpartition(".")[2] for path in put_in) - NO_MARKS
+    marks -= {part for path in there for part in plain[path].split(".")}
+    names: list[str] = []
+    for path, _ in paths:
+        name = plain[path]
+        other = stands[path] if copies and _is_below(path, copies) else ""
+        is_path = name == path and not other
+        names.append(path if is_path else ModuleName(name, path, other, marks))
+    return names
+
+
+def _keep_apart(names: dict[str, str], there: Mapping[str, Hashable]) -> None:
+    """Have paths stay paths where another module would have the same name."""
+    while True:
+        held: dict[str, set[Hashable]] = {}
+        for path, key in there.items():
+            held.setdefault(names[path], set()).add(key)
+        clashing = [path for path in there if len(held[names[path]]) > 1 and names[path] != path]
+        if not clashing:
+            return
+        for path in clashing:
+            names[path] = path
+
+
+def _is_below(path: str, tops: Collection[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[:n]) in tops for n in range(1, len(parts) + 1))

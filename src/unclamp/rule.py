@@ -11,7 +11,7 @@ from typing import Any, overload
 
 from unclamp.errors import RecipeError
 from unclamp.formats import Format, get_format, unknown_name
-from unclamp.names import GEMMS, ROLES, Gemm, Role
+from unclamp.names import GEMMS, ROLES, Gemm, Role, spellings
 from unclamp.scaling import (
     ACCUMULATES,
     Delayed,
@@ -156,11 +156,16 @@ class Rule:
 def matches(fqn: str, glob: str) -> bool:
     """Whether a glob matches a dotted name, or a tail of it that starts after a dot.
 
-    A glob that starts with "^" must match the whole name.
+    A glob that starts with "^" must match the whole name. A module in wrappers has several names
+    (`names.spellings`), of which one has to match.
     """
+    return any(_matches(name, glob) for name in spellings(fqn, glob))
+
+
+def _matches(name: str, glob: str) -> bool:
     if glob.startswith("^"):
-        return fnmatchcase(fqn, glob[1:])
-    return fnmatchcase(fqn, glob) or fnmatchcase(fqn, f"*.{glob}")
+        return fnmatchcase(name, glob[1:])
+    return fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}")
 
 
 SETTINGS = ("accumulate", "smooth")

@@ -1,7 +1,9 @@
 """What the integrations of all trainers share, driven by hand."""
 
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def step(recorded: Recorded, optimizer: torch.optim.Optimizer, number: int) -> f
     recorded.grad_norm(torch.tensor(float(number)))
     optimizer.step()
     optimizer.zero_grad()
-    recorded.step(number, lr=0.1, rewards=2.0)
+    recorded.step(number, lr=0.1, scalars={"rewards/chosen": 2.0})
     return total.item()
 
 
@@ -92,6 +94,12 @@ def test_a_resumed_training_goes_on_in_the_folder_and_a_new_one_is_refused(tmp_p
     assert [row["loss"] for row in rows(run)] == [first[0], second]
 
 
+def test_a_resumed_training_names_its_folder(tmp_path: Path) -> None:
+    recorded, _ = training(tmp_path / "run-{n}")
+    with pytest.raises(unclamp.RunLogError, match="name the folder"):
+        recorded.check(resumes=True)
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(ValueError("x"), "failed"), (KeyboardInterrupt(), "interrupted"), (SystemExit(0), None)],
@@ -133,3 +141,12 @@ def test_scaling_state_lies_beside_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / SCALING_STATE_FILE).unlink()
     with pytest.warns(unclamp.UnclampWarning, match="start anew"):
         load_scaling_state(other.model, tmp_path)
+
+
+def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.startswith("unclamp.integrations.t")]:
+        monkeypatch.delitem(sys.modules, name)
+    for package in ("transformers", "accelerate"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(unclamp.UnsupportedError, match=r"pip install .unclamp\[hf\]"):
+        importlib.import_module("unclamp.integrations.transformers")

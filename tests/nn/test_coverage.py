@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -513,3 +514,27 @@ def test_modules_that_were_not_called_are_named() -> None:
     assert found.sentence().endswith("; not called: other")
     attention = nn.MultiheadAttention(16, 2)  # which reads the weight of a module, without a call
     assert unclamp.coverage(attention, *3 * [torch.randn(2, 16)]).idle == ()
+
+
+def test_a_forward_that_holds_on_to_the_model_is_not_run_for_its_copy() -> None:
+    """TRL's fused head, hooks of accelerate: a closure, which no copy changes."""
+
+    def patched(model: nn.Module) -> None:
+        plain = model.forward
+
+        def fused(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            return plain(x)
+
+        model.forward = MethodType(fused, model)
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    unclamp.convert(model, unclamp.Recipe())
+    patched(model[1])
+    patched(model)
+    forward = model.forward
+    calls: list[nn.Module] = []
+    model[0].register_forward_pre_hook(lambda module, _: calls.append(module))
+    report = unclamp.coverage(model, torch.randn(4, 16))
+    assert [(p.fqn, p.state) for p in report.products] == [("0", "converted"), ("1", "converted")]
+    assert model[0] not in calls
+    assert model.forward is forward

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
@@ -62,18 +61,18 @@ def goes_on_alike(a: nn.Module, b: nn.Module) -> bool:
     )
 
 
-class LoraLinear(nn.Module):
+class WithAdapter(nn.Module):
     """As PEFT's layer: it names those of its modules that are the adapter's."""
 
-    adapter_layer_names = ("lora_A",)
+    adapter_layer_names = ("added",)
 
     def __init__(self) -> None:
         super().__init__()
         self.base_layer = nn.Linear(6, 8)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(6, 8, bias=False)})
+        self.added = nn.ModuleDict({"default": nn.Linear(6, 8, bias=False)})
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.lora_A["default"](x)
+        return self.base_layer(x) + self.added["default"](x)
 
 
 def plain() -> nn.Sequential:
@@ -258,15 +257,15 @@ def test_a_wrapped_name_that_could_be_two_layers_is_unknown() -> None:
 
 
 def test_layers_in_adapters_and_what_is_only_counted_are_part_of_it() -> None:
-    model = nn.Sequential(LoraLinear(), nn.Linear(8, 4))
+    model = nn.Sequential(WithAdapter(), nn.Linear(8, 4))
     convert(model, Recipe())
     train(model, 3)
     state = ScalingState(model).state_dict()
-    adapters = {key for key in state if "lora_" in key}
+    adapters = {key for key in state if ".added." in key}
     assert not adapters & model.state_dict().keys()
     converted = [fqn for fqn, m in model.named_modules() if hasattr(m, "scaling_state")]
     assert len(state) == 7 * len(converted)
-    twin = nn.Sequential(LoraLinear(), nn.Linear(8, 4))
+    twin = nn.Sequential(WithAdapter(), nn.Linear(8, 4))
     convert(twin, Recipe())
     twin.load_state_dict(model.state_dict())
     ScalingState(twin).load_state_dict(state)
@@ -274,11 +273,9 @@ def test_layers_in_adapters_and_what_is_only_counted_are_part_of_it() -> None:
 
 
 def test_a_state_of_adapters_alone_brings_their_updates() -> None:
-    made = [nn.Sequential(LoraLinear()) for _ in range(2)]
+    made = [nn.Sequential(WithAdapter()) for _ in range(2)]
     for model in made:
-        convert(model, Recipe(warmup_steps=9), skip=["*base_layer"])
-    if not any(hasattr(m, "scaling_state") for m in made[0].modules()):
-        pytest.skip("layers in adapters are left alone")
+        convert(model, Recipe(warmup_steps=9), skip=["^0"])
     train(made[0], 3)
     ScalingState(made[1]).load_state_dict(ScalingState(made[0]).state_dict())
     assert find_ledgers(made[1])[0].count() == 3
@@ -330,17 +327,6 @@ def test_it_is_read_with_weights_only_and_is_no_view(tmp_path: Path) -> None:
     assert not same(ScalingState(model).state_dict(), saved)
 
 
-def test_a_full_state_dict_of_a_part_forgets_nothing() -> None:
-    model = fresh()
-    train(model, 3)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(model, {"0.bias": torch.zeros(8)}, options=options)
-    after = model.state_dict()
-    assert (after["0.bias"] == 0).all()
-    assert same({**after, "0.bias": before["0.bias"]}, before)
-
-
 def test_evaluations_after_a_load_are_those_before_it() -> None:
     model, other = apart(), apart()
     train(model, 3)
@@ -350,4 +336,4 @@ def test_evaluations_after_a_load_are_those_before_it() -> None:
     ScalingState(other).load_state_dict(ScalingState(model).state_dict())
     x = torch.randn(5, 6) * 3
     with torch.no_grad():
-        assert torch.equal(model(x), other(x))
+        assert torch.equal(model.eval()(x), other.eval()(x))

@@ -42,7 +42,8 @@ def code_facts(
         "build": _name_of(build),
         "step_function": _name_of(step),
         "arguments": dict(arguments),
-        "code": fingerprint(build, step),
+        # Whoever names a build function only afterwards has nothing to compare it with.
+        "code": None if build is None else fingerprint(build, step),
         "argv": list(sys.argv[1:]),
     }
     scripts = [path for f in (build, step) if f is not None and (path := script_of(f)) is not None]

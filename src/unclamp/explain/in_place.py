@@ -11,7 +11,7 @@ from unclamp.explain.limits import Limits
 from unclamp.explain.rewind import mends
 from unclamp.explain.ring import Ring
 from unclamp.explain.snapshot import Snapshot
-from unclamp.explain.training import Build, Step, keeping_random_state
+from unclamp.explain.training import Build, Step, as_training, keeping_random_state
 from unclamp.explain.watch import SpikeWatch, about_kind
 from unclamp.runlog import starting_no_run
 
@@ -99,7 +99,7 @@ class InPlace:
 
         with keeping_random_state():
             with starting_no_run("a training for replays is being built"):
-                twin = self._build(**self._arguments)
+                twin = as_training(self._build(**self._arguments))
             spike = watch.spike_at(onset)
             kin = watch.kin_of(spike)
             return investigate(

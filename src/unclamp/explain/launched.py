@@ -7,6 +7,7 @@ where its run called it, with the process group there. One that makes the group 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from unclamp.explain.parts import Part
 from unclamp.explain.ranks import Ranks, all_ranks, are_several
 from unclamp.explain.shards import check_takeable
 from unclamp.explain.snapshot import Snapshot
-from unclamp.explain.training import Step, Training
+from unclamp.explain.training import Step, Training, as_training
 from unclamp.telemetry.rank import find_place
 
 _TWICE = "initialize the default process group twice"
@@ -85,15 +86,21 @@ def _joins() -> bool:
     return True
 
 
-def built(build: Callable[[], Training], ranks: Ranks) -> Training:
-    """Return what a build function makes, also one that makes the process group itself."""
+def built(build: Callable[[], Any], ranks: Ranks) -> Training:
+    """Return what a build function makes, also one that makes the process group itself.
+
+    What it makes may be the trainer of an integration, which knows what it trains.
+
+    Raises:
+        ReplayError: It makes something else.
+    """
     try:
-        return build()
+        return as_training(build())
     except ValueError as error:
         if _TWICE not in str(error) or not are_several():
             raise
     dist.destroy_process_group()
-    training = build()
+    training = as_training(build())
     ranks.rejoin()
     return training
 

@@ -19,7 +19,8 @@ from torch.optim.optimizer import Optimizer
 
 from unclamp.errors import ReplayError
 from unclamp.explain.shards import has_parts, joined, joined_optimizer, kept
-from unclamp.nn import find_ledgers
+from unclamp.nn import ScalingState, find_ledgers
+from unclamp.nn.saved import is_state_key
 from unclamp.numerics import merge_stats
 
 State = dict[str, Any]
@@ -55,10 +56,28 @@ class Training:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-Build = Callable[..., Training]
-"""Makes the training anew; its weights and states do not matter, they are replaced."""
+Build = Callable[..., Any]
+"""Makes the training anew, or a trainer that has one (`as_training`); its weights and states do not
+matter, they are replaced."""
 Step = Callable[[Training, Any], Any]
 """Does one optimizer step on a batch and returns its loss, a number or a tensor of one."""
+
+
+def as_training(made: Any) -> Training:
+    """Return what a build function made: a training, or a trainer that knows its own.
+
+    Raises:
+        ReplayError: It is neither.
+    """
+    if isinstance(made, Training):
+        return made
+    own = getattr(made, "unclamp_training", None)
+    if callable(own):
+        return as_training(own())
+    raise ReplayError(
+        "expected the build function to return an unclamp.Training, or a trainer that an "
+        f"integration has attached to, got {type(made).__name__}"
+    )
 
 
 class Batch(NamedTuple):
@@ -108,6 +127,7 @@ def take_state(training: Training) -> State:
     loose = {name: b for name, b in model.named_buffers() if name not in saved}
     state = {
         "model": saved,
+        "scaling": _scaling_beside(model, saved),
         "buffers": loose,
         "optimizer": training.optimizer.state_dict(),
         "scheduler": None if training.scheduler is None else training.scheduler.state_dict(),
@@ -139,6 +159,9 @@ def put_state(training: Training, state: State) -> None:
     model = training.model
     try:
         model.load_state_dict(joined(state["model"], model.state_dict(), "the model's state"))
+        if beside := state.get("scaling"):
+            scaling = ScalingState(model)
+            scaling.load_state_dict(joined(beside, scaling.state_dict(), "the scaling state"))
         optimizer = training.optimizer
         optimizer.load_state_dict(joined_optimizer(state["optimizer"], optimizer.param_groups))
     except (RuntimeError, ValueError, KeyError) as error:
@@ -162,6 +185,14 @@ def put_state(training: Training, state: State) -> None:
             if pending["block_amax"].shape == ledger.block_amax.shape:
                 ledger.block_amax.copy_(pending["block_amax"])
     put_random_state(state["random"])
+
+
+def _scaling_beside(model: nn.Module, saved: Mapping[str, Any]) -> State:
+    """Return the scaling state where a model's own state does not hold all of it."""
+    if not find_ledgers(model):
+        return {}
+    state = ScalingState(model).state_dict()
+    return {} if sum(map(is_state_key, saved)) == len(state) else state
 
 
 def _put_parts(training: Training, state: State) -> None:

@@ -6,25 +6,25 @@ was resumed), adding up the losses of micro-batches, closing the run with the ri
 keeping the scaling state beside a checkpoint.
 """
 
-import io
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unclamp.covered import CoverageReport
-from unclamp.errors import RunLogError, UnclampWarning
-from unclamp.files import write_atomically
-from unclamp.nn.convert import ConvertReport, convert, find_ledgers
-from unclamp.nn.saved import is_state_key
+from unclamp.errors import RunLogError, UnclampWarning, UnsupportedError
+from unclamp.nn.convert import ConvertReport, State, convert, find_ledgers
+from unclamp.nn.scaling_state import ScalingState
 from unclamp.recipe import Recipe
 from unclamp.runlog import Every, Status
+from unclamp.runlog.beginning import NUMBER
 from unclamp.runlog.finder import is_run
 from unclamp.telemetry import Recorder
 from unclamp.telemetry.columns import Number
@@ -35,6 +35,10 @@ from unclamp.telemetry.sinks import NumbersFunction, Sink
 
 EVALUATION_EVENT = "evaluation"
 """Kind of the event with an evaluation's metrics."""
+MOST_LINES = 6
+"""Lines about what a conversion did not do."""
+_NOT_DONE = ("  skipped", "  unmatched", "  only counted")
+_TAKEN = ("step", "loss", "grad_norm", "lr", "group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +97,13 @@ class Recorded:
         run: The run's folder; None: no run.
         recipe: Converts the model now. None leaves it: plain, observed or converted already.
         skip: As `unclamp.convert` takes it.
+        state: Likewise.
         recording: What is recorded, and how.
 
     Attributes:
         report: What the conversion did; None where there was none.
         recorder: The open run; None outside of a training.
+        path: The folder of the latest run, with its number.
 
     Raises:
         RecipeError, ConvertError: As `unclamp.convert`.
@@ -110,25 +116,48 @@ class Recorded:
         *,
         recipe: Recipe | None = None,
         skip: Sequence[str] = (),
+        state: State | None = None,
         recording: Recording | None = None,
     ) -> None:
         self.model = model
         self.report: ConvertReport | None = None
         self.recorder: Recorder | None = None
+        self.path: Path | None = None
         self._run = run
+        self._state: State | None = state
         self._recording = recording or Recording()
         self._loss: Tensor | None = None
         self._grad_norm: Number | None = None
         if recipe is not None:
-            self.report = convert(model, recipe, skip=skip)
-            say(str(self.report).splitlines()[0])
+            self.convert(model, recipe, skip=skip)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Sum of the losses since the last step; None: there was none."""
+        return self._loss
+
+    def convert(self, model: nn.Module, recipe: Recipe, *, skip: Sequence[str] = ()) -> None:
+        """Convert a model, take it for the one that trains, and print what was done.
+
+        Raises:
+            RecipeError, ConvertError: As `unclamp.convert`.
+        """
+        self.model = model
+        self.report = convert(model, recipe, skip=skip, state=self._state)
+        say(_shortly(self.report))
 
     def check(self, *, resumes: bool) -> None:
         """Refuse a folder that holds another run, before a trainer spends time on its start.
 
         Raises:
-            RunLogError: The training is not resumed, and the folder holds a run.
+            RunLogError: The training is not resumed, and the folder holds a run; or it is, and the
+                folder is to get a new number.
         """
+        if resumes and NUMBER in str(self._run):
+            raise RunLogError(
+                f"{self._run} is a new folder each time, and this training is resumed: name the "
+                "folder of the run that it goes on with"
+            )
         is_free = self._run is None or resumes or self._recording.overwrite
         if not is_free and find_place().rank == 0 and is_run(Path(self._run or "")):
             raise RunLogError(
@@ -173,6 +202,7 @@ class Recorded:
             resume=resumes,
             flush_interval_s=asked.flush_interval_s,
         )
+        self.path = self.recorder.path
 
     def micro(self, loss: Number) -> None:
         """Add a micro-batch's loss, as large as its share of the step's. It waits for no device.
@@ -190,7 +220,12 @@ class Recorded:
         self._grad_norm = norm.detach() if isinstance(norm, Tensor) else norm
 
     def step(
-        self, step: int, *, lr: Number | None = None, group: Name = None, **scalars: Number
+        self,
+        step: int,
+        *,
+        lr: Number | None = None,
+        group: Name = None,
+        scalars: Mapping[str, Number] = MappingProxyType({}),
     ) -> None:
         """Record the optimizer step that was just made, and forget its loss and norm.
 
@@ -198,11 +233,12 @@ class Recorded:
             step: The number that the trainer's own log gives it.
             lr: The learning rate that it was made with.
             group: The kind of its batch.
-            **scalars: What else to record, by name.
+            scalars: What else to record, by name.
         """
         if self.recorder is not None:
-            known = {"loss": self._loss, "grad_norm": self._grad_norm, "lr": lr}
-            self.recorder.step(step, group=group, **(known | scalars))
+            own = {"loss": self._loss, "grad_norm": self._grad_norm, "lr": lr}
+            others = {name: value for name, value in scalars.items() if name not in _TAKEN}
+            self.recorder.step(step, group=group, **own, **others)
         self._forget()
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -239,10 +275,23 @@ def status_of(error: BaseException) -> Status:
     return "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
 
 
+def not_installed(error: ModuleNotFoundError, extra: str) -> UnsupportedError:
+    """Return what a user is told who imports an integration without its package."""
+    return UnsupportedError(f'{error.name} is not installed: pip install "unclamp[{extra}]"')
+
+
 def say(text: str) -> None:
     """Print a text on rank 0."""
     if find_place().rank == 0:
         print(f"unclamp: {text}", flush=True)
+
+
+def _shortly(report: ConvertReport) -> str:
+    """Return how many layers were converted, and what was not."""
+    first, *lines = str(report).splitlines()
+    told = [line for line in lines if line.startswith(_NOT_DONE)]
+    more = [f"  and {len(told) - MOST_LINES:,} more"] if len(told) > MOST_LINES else []
+    return "\n".join([first, *told[:MOST_LINES], *more])
 
 
 def _json(value: Any) -> Any:
@@ -272,24 +321,29 @@ def save_scaling_state(model: nn.Module, folder: str | Path) -> None:
     """Put a model's scaling state into a checkpoint's folder; nothing if it has none.
 
     Where ranks hold the same, one of them calls it for each folder.
+
+    Raises:
+        ConvertError: Ranks hold parts of it; the message names what saves it then.
+        OSError: The disk refuses.
     """
-    state = {key: value for key, value in model.state_dict().items() if is_state_key(key)}
-    if state:
-        held = io.BytesIO()
-        torch.save(state, held)
-        write_atomically(Path(folder) / SCALING_STATE_FILE, held.getvalue())
+    if find_ledgers(model):
+        ScalingState(model).save(Path(folder) / SCALING_STATE_FILE)
 
 
 def load_scaling_state(model: nn.Module, folder: str | Path) -> None:
     """Bring a model's scaling state back from a checkpoint's folder, after its weights.
 
     It warns where the folder has none and the model would.
+
+    Raises:
+        ConvertError: The file is of another model, or cannot be read.
     """
     path = Path(folder) / SCALING_STATE_FILE
+    if not find_ledgers(model):
+        return
     if path.is_file():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state, strict=False)
-    elif find_ledgers(model):
+        ScalingState(model).load(path)
+    else:
         warnings.warn(
             f"{folder} has no {SCALING_STATE_FILE}, so the histories of scales start anew: the "
             "first tensor determines each scale, and losses differ a little from those of a "

@@ -51,6 +51,8 @@ class Adapted(nn.Module):
     sites: Any
     is_turned = False
     """Whether the product sees the weight turned."""
+    only_observes = ""
+    """Why such a module is never converted, and only observed; "" where it is."""
 
     @classmethod
     def matrices(cls, module: nn.Module) -> dict[str, Matrix]:

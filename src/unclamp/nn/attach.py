@@ -8,7 +8,7 @@ call is `nn.convert` and `nn.observe`.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,13 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from unclamp.covered import CoverageReport
+from unclamp.covered import CoverageReport, pattern
 from unclamp.errors import ConvertError, RecipeError, UnclampWarning
 from unclamp.names import ROLES, SiteName, shown
 from unclamp.nn.adapted import Adapted
 from unclamp.nn.attention_rules import wanted, with_heads
 from unclamp.nn.candidates import (
     Candidate,
+    are_quantised,
     candidates,
     check_devices,
     device_of,
@@ -49,6 +50,7 @@ from unclamp.nn.unmatched import (
     find_unmatched,
     kept_text,
     nothing_in_fp8,
+    quantised,
     unmatched_text,
 )
 from unclamp.recipe import Recipe
@@ -85,22 +87,32 @@ class ConvertReport(Shown):
         lines += [f"  {line}" for line in _folded(described)]
         if self.observed:
             lines.append(f"  only counted: {few(self.observed)}")
-        lines += [f"  skipped {line}" for line in _folded(self.skipped)]
+        lines += [f"  skipped {line}" for line in _folded(self.skipped, by=pattern)]
         lines += [f"  unmatched {glob!r}: {why}" for glob, why in self.unmatched.items()]
         return "\n".join(lines)
 
 
-def _folded(said: Mapping[str, str]) -> list[str]:
-    """Return a line for each name and what is said of it; for most of a stack, if alike, one."""
+def _folded(said: Mapping[str, str], by: Callable[[str], str] | None = None) -> list[str]:
+    """Return a line for each name and what is said of it; for most of a stack, if alike, one.
+
+    A stack is of names that differ in a last number, or are the same by what is given.
+    """
     lines: list[str] = []
-    for stack, names in stacks(said).items():
+    for stack, names in (stacks(said) if by is None else _alike(said, by)).items():
         ((usual, count),) = Counter(said[name] for name in names).most_common(1)
         is_folded = count >= FOLDED
         lines += [f"{shown(n)}: {said[n]}" for n in names if said[n] != usual or not is_folded]
         if is_folded:
             which = "of them" if count == len(names) else f"of {len(names)}, the others"
-            lines.append(f"{stack}.*, {count} {which}: {usual}")
+            lines.append(f"{stack if by else f'{stack}.*'}, {count} {which}: {usual}")
     return lines
+
+
+def _alike(names: Iterable[str], by: Callable[[str], str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(by(name), []).append(name)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -149,7 +161,7 @@ def attach(
         )
     if isinstance(skip, str):
         raise ConvertError(f"expected a list of globs for skip, got the string {skip!r}")
-    converted, skipped = candidates(model, skip, recipe.rules)
+    converted, skipped = candidates(model, skip, recipe.rules, observes=observes)
     _check_not_both(model, observes=observes)
     others = {fqn: (m, own) for fqn, own, m in products_of(model)}
     devices = {fqn: device_of(m, own.weight_name) for fqn, (m, own) in others.items()}
@@ -317,7 +329,7 @@ def find_ledgers(model: nn.Module) -> list[Ledger]:
 def _names(ledger: Ledger, root: nn.Module) -> dict[int, SiteName]:
     """Return the names of a ledger's sites within a model, by index."""
     return {
-        index: SiteName(fqn, role)
+        index: SiteName(str(fqn), role)
         for fqn, own, _ in products_of(root)
         if own.ledger is ledger
         for role, index in own.indices.items()
@@ -345,7 +357,10 @@ def _warn(
         said.append(kept_text(list(kept), describe_plan(next(iter(kept.values())))))
     plans = [*report.converted.values(), *(report.observed.values() if observes else ())]
     is_new = any(plan.casts for plan in plans)
-    if not (is_new or any_in_fp8(find_ledgers(model))):
+    codes = are_quantised(report.skipped)
+    if len(codes) > len(report.converted):
+        said.append(quantised(codes, [f for f, plan in report.converted.items() if plan.casts]))
+    elif not (is_new or any_in_fp8(find_ledgers(model))):
         said.append(
             nothing_in_fp8(
                 report.skipped, plain=list(report.converted), observed=list(report.observed)

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from unclamp.errors import RecipeError
-from unclamp.names import Role
+from unclamp.names import Role, joined
 from unclamp.nn.attend import PV, QK
 from unclamp.nn.attention import WithAttention
 from unclamp.nn.candidates import Candidate
@@ -102,7 +102,7 @@ def with_heads(candidates: Mapping[str, Candidate]) -> list[str]:
 
 def _heads(fqn: str, candidate: Candidate) -> dict[str, Candidate]:
     return {
-        f"{fqn}.{head}": candidate._replace(name=f"{candidate.name}.{head}")
+        joined(fqn, str(head)): candidate._replace(name=f"{candidate.name}.{head}")
         for head in range(heads_of(candidate))
     }
 

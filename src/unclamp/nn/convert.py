@@ -13,6 +13,7 @@ from unclamp.nn.attach import ConvertReport, Profit, RevertReport, attach, find_
 from unclamp.nn.candidates import product_names
 from unclamp.nn.covering import Example, covering
 from unclamp.nn.groups import Given, check_given, give
+from unclamp.nn.named import named_modules
 from unclamp.nn.payoff import Timer, check_tokens
 from unclamp.nn.products import products_of
 from unclamp.recipe import Recipe
@@ -92,7 +93,7 @@ def convert(
           (the model itself): input delayed e4m3fn, weight delayed e4m3fn, grad_output delayed e5m2
     """
     profit = Profit(check_tokens(tokens), timer) if where_it_pays else None
-    check_given(group, (fqn for fqn, _ in model.named_modules()))
+    check_given(group, (fqn for fqn, _ in named_modules(model)))
     if state not in (None, *get_args(State)):
         raise ConvertError(f'expected "model" or "apart" for state, got {state!r}')
     cover = covering(model, recipe, example, skip=skip, observes=False)

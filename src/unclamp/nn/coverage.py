@@ -26,6 +26,7 @@ from unclamp.errors import UnclampWarning, UnsupportedError, first_line
 from unclamp.nn.accounts import Account
 from unclamp.nn.attach import attach, find_ledgers, revert
 from unclamp.nn.described import described_products
+from unclamp.nn.shared_forward import forget_shared_forwards
 from unclamp.nn.uncollected import uncollected
 from unclamp.nn.watched import Functions, Watch
 from unclamp.recipe import Recipe
@@ -67,15 +68,28 @@ def coverage(model: nn.Module, *inputs: Any, **named_inputs: Any) -> CoverageRep
 
 
 def covered(
-    model: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any], plan: "Plan | None" = None
+    model: nn.Module,
+    inputs: Sequence[Any],
+    named: Mapping[str, Any],
+    plan: "Plan | None" = None,
+    *,
+    shapes_only: bool = False,
 ) -> CoverageReport:
-    """Do what `coverage` says; with a plan of a model that is converted as that says."""
+    """Do what `coverage` says; with a plan of a model that is converted as that says.
+
+    Where `shapes_only`, a model that needs data is refused: of a large one there may be no second.
+    """
     has_data = not any(t.device.type == "meta" for t in _tensors(model))
     try:
         return _run(model, inputs, named, how="fake", plan=plan)
     except _NeedsDataError as needs:
         error = needs.__cause__
         assert isinstance(error, Exception)
+        if shapes_only:
+            raise UnsupportedError(
+                f"the model ({type(model).__name__}) cannot run on shapes alone: "
+                f"{first_line(error)}"
+            ) from error
         if not has_data:
             raise UnsupportedError(
                 f"the model ({type(model).__name__}) cannot run on shapes alone, and lies on the "
@@ -187,12 +201,14 @@ def _twin(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     model = getattr(model, "_orig_mod", model)  # what torch.compile made it of
     try:
         with _Copying(fake):
-            return copy.deepcopy(model)
+            twin = copy.deepcopy(model)
     except Exception as error:
         raise UnsupportedError(
             f"the model ({type(model).__name__}) cannot be copied: {first_line(error)}. Ask for "
             "its coverage before it is wrapped or sharded; of DDP, ask for that of model.module"
         ) from error
+    forget_shared_forwards(twin, model)
+    return twin
 
 
 def _detached(leaf: Any, fake: FakeTensorMode | None) -> Any:

@@ -12,6 +12,7 @@ from unclamp.covered import CoveredProduct, State
 from unclamp.nn.candidates import candidates
 from unclamp.nn.experts import unknown_banks
 from unclamp.nn.kinds import kind_of
+from unclamp.nn.named import named_modules
 from unclamp.nn.operands import Operands
 from unclamp.nn.patches import are_patches
 from unclamp.nn.products import products_in
@@ -36,7 +37,7 @@ def described_products(
 ) -> Iterator[CoveredProduct]:
     """Return the products that the calls are of, each once; `known` is why some are left out."""
     skipped = {**candidates(model, ())[1], **known}
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     merged: dict[tuple[str, State, str], CoveredProduct] = {}
     for call in calls:
         fqn, owner = _name(call)

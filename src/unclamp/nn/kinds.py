@@ -20,6 +20,7 @@ from unclamp.nn.attention import (
     Fp8CallsAttention,
     calls_attention,
 )
+from unclamp.nn.beside import Float8LinearBeside, float8_linear_forward
 from unclamp.nn.conv1d import Fp8Conv1D
 from unclamp.nn.experts import Fp8Experts, is_experts
 from unclamp.nn.fastpath import allow
@@ -61,6 +62,11 @@ def _conv1d_forward() -> Any:
 KINDS = (
     Kind(name="linear", adaptor=Fp8Linear, forward=lambda: nn.Linear.forward),
     Kind(name="Conv1D", adaptor=Fp8Conv1D, forward=_conv1d_forward),
+    Kind(
+        name="Float8Linear of torchao",
+        adaptor=Float8LinearBeside,
+        forward=float8_linear_forward,
+    ),
     Kind(
         name="traced linear",
         adaptor=Fp8Traced,

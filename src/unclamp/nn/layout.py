@@ -45,7 +45,7 @@ class Site:
         """Return the site whose histories are those that its scaling wants."""
         scaling = operand.scaling
         remembers = scaling.granularity if scaling.remembers else PER_TENSOR
-        return cls(name=SiteName(fqn, role), operand=operand, shape=shape, remembers=remembers)
+        return cls(name=SiteName(str(fqn), role), operand=operand, shape=shape, remembers=remembers)
 
     def switched(self, scaling: Scaling) -> "Site":
         """Return the site under another scaling; it goes on remembering what can go on."""

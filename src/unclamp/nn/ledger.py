@@ -368,7 +368,7 @@ class Ledger(Rows, Stepping, Told):
         between, all products were loaded that have a state, to the fewest. What is loaded of a
         part leaves them. A fraction says that the state is an average.
         """
-        self.loading.updates[product] = updates
+        self.loading.updates_came(product, updates)
         self.evaluated.doubt(product, updates is not None and is_fraction(updates))
         products = self.clock.products(self)
         if len(self.loading.updates) < sum(layer.is_saved for layer in self.layers):

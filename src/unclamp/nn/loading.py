@@ -34,6 +34,11 @@ class Loading:
         self._weights.add(product)
         return frozenset(self._waiting.pop(product, ()))
 
+    def updates_came(self, product: int, updates: float | None) -> None:
+        """Note of how many updates a state is; a part that does not say so takes nothing back."""
+        if updates is not None or product not in self.updates:
+            self.updates[product] = updates
+
     def agreed_updates(self, products: frozenset[int]) -> float | None:
         """Return the fewest updates where all of these were loaded; None: not yet, or unknown."""
         if not products <= self.updates.keys():

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from unclamp.names import joined
+from unclamp.nn.named import named_modules
+
 if TYPE_CHECKING:
     from unclamp.nn.operands import Operands
 
@@ -46,14 +49,9 @@ def products_of(model: nn.Module) -> "list[tuple[str, Operands, nn.Module]]":
     """Return every product of a model: its name, its operands, and its module."""
     return [
         (joined(fqn, name), own, module)
-        for fqn, module in model.named_modules()
+        for fqn, module in named_modules(model)
         for name, own in products_in(module).items()
     ]
-
-
-def joined(fqn: str, name: str) -> str:
-    """Return the name of a product in a model, from its module's and its name within that."""
-    return f"{fqn}.{name}" if fqn and name else fqn or name
 
 
 def stacks(names: Iterable[str]) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from unclamp.nn.bank import banks_of
 from unclamp.nn.experts import is_experts
+from unclamp.nn.named import named_modules
 from unclamp.rule import Rule
 
 REASON = (
@@ -36,7 +37,7 @@ def find_routers(
     if not counts:
         return {}
     named = [rule for rule in rules if not set(_last(rule.match)) & set("*?[")]
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     found = {}
     for fqn, number in outputs.items():
         above = _above(fqn)
@@ -55,7 +56,7 @@ def find_routers(
 def _experts_below(model: nn.Module) -> dict[str, set[int]]:
     """Return how many experts there are below modules, by the modules' names."""
     counts: dict[str, set[int]] = {}
-    for fqn, module in model.named_modules():
+    for fqn, module in named_modules(model):
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and "expert" in _last(fqn):
             number = len(module)
         elif is_experts(module):

@@ -4,8 +4,8 @@ A trainer's checkpoint often holds weights alone (`save_pretrained`, an adapter'
 safetensors file for others). `ScalingState` is the rest of what a resume needs, in the shape that
 every tool takes: an object with `state_dict` and `load_state_dict`.
 
-**Keys** are those of `model.state_dict()`, without what wraps modules: DDP's "module.", the
-"_orig_mod." of a compiled model, and so on. What is loaded may have them or not.
+**Keys** are those of `model.state_dict()`, without what wrappers put in: DDP's "module.", the
+"_orig_mod." of a compiled model, PEFT's "base_layer." (`nn.named`). What is loaded may have it.
 
 **Values** are plain tensors wherever all ranks have the same, so that files need no DeviceMesh. The
 blocks of a weight that tensor parallelism splits are DTensors, for torch's distributed checkpoints.
@@ -16,24 +16,23 @@ import os
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from unclamp.errors import ConvertError
 from unclamp.files import write_atomically
+from unclamp.names import joined
 from unclamp.nn.adapted import Adapted, keys_of
+from unclamp.nn.named import ADAPTED, PRIVATE, named_modules
 from unclamp.nn.products import products_in
 from unclamp.nn.saved import as_plain, is_part, is_state_key
 
-WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-"""What torch calls a module in what it wraps around it."""
-MODULE = "module"
-"""What DDP, averaged models and engines call it; a user's own module may be called so, too."""
-ADAPTED = "base_layer"
-"""What PEFT calls a layer in what it puts around it."""
-ADAPTED_MODEL = ("base_model", "model")
+PUT_IN = frozenset({*PRIVATE, ADAPTED, "module"})
+"""What a wrapper that is not here may have put into the names that it saved."""
+ADAPTED_MODEL = ["base_model", "model"]
+"""What PEFT puts before all of them."""
 SHOWN = 5
 
 
@@ -79,9 +78,8 @@ class ScalingState:
         Floating point, on the model's device. What all ranks have alike is a plain tensor, what
         tensor parallelism splits a DTensor.
         """
-        names = _stable(self._model)
         return {
-            _joined(names[fqn], name): as_plain(value)
+            joined(fqn, name): as_plain(value)
             for fqn, module in _modules(self._model).items()
             for name, value in module.scaling_state(every=True).items()
         }
@@ -107,7 +105,7 @@ class ScalingState:
             else:
                 found.setdefault(module, {})[name] = value
         if unknown:
-            raise ConvertError(_unknown_text(unknown, len(state_dict), names.known))
+            raise ConvertError(_unknown_text(unknown, len(state_dict), names.plain))
         for module, values in found.items():
             module.load_scaling_state(values)
 
@@ -156,67 +154,39 @@ class ScalingState:
 
 
 def _modules(model: nn.Module) -> dict[str, Adapted]:
-    """Return the modules that have scaling state, each by one name."""
-    return {
-        fqn: module
-        for fqn, module in model.named_modules()
-        if isinstance(module, Adapted) and products_in(module)
-    }
+    """Return the modules that have scaling state, by their names without wrappers."""
+    return {str(fqn): each for fqn, each in named_modules(model) if _has_state(each)}
 
 
-def _stable(model: nn.Module) -> dict[str, str]:
-    """Return each module's name without wrappers, by its name; the names stay different."""
-    first = 0
-    around: Any = model
-    while list(around._modules) in ([MODULE], ["_orig_mod"], ["_fsdp_wrapped_module"]):
-        around, first = next(iter(around._modules.values())), first + 1
-    full = list(_modules(model))
-    names = {
-        fqn: ".".join(part for part in fqn.split(".")[first:] if part not in WRAPPERS)
-        for fqn in full
-    }
-    return names if len(set(names.values())) == len(names) else {fqn: fqn for fqn in full}
+def _has_state(module: nn.Module) -> TypeGuard[Adapted]:
+    """Whether a module has scaling state."""
+    return isinstance(module, Adapted) and bool(products_in(module))
 
 
 class _Names:
     """Finds modules by their names, with wrappers or without."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._exact = {
-            fqn: module
-            for fqn, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, Adapted) and products_in(module)
-        }
-        self._stable = {name: self._exact[fqn] for fqn, name in _stable(model).items()}
+        every = model.named_modules(remove_duplicate=False)
+        self.plain = _modules(model)
+        self._spelled = {fqn: module for fqn, module in every if _has_state(module)}
         self._bare: dict[str, Adapted | None] = {}
-        for fqn, module in self._exact.items():
-            bare = _bare(fqn)
-            is_free = self._bare.get(bare, module) is module
-            self._bare[bare] = module if is_free else None  # two of one name: neither is meant
-
-    @property
-    def known(self) -> list[str]:
-        """The names without wrappers."""
-        return list(self._stable)
+        for fqn, module in (self._spelled | self.plain).items():
+            is_free = self._bare.get(_bare(fqn), module) is module
+            self._bare[_bare(fqn)] = module if is_free else None  # two of a name: neither is meant
 
     def find(self, fqn: str) -> Adapted | None:
         """Return the module of a name; None where there is none."""
-        for names, name in ((self._exact, fqn), (self._stable, fqn), (self._bare, _bare(fqn))):
-            if names.get(name) is not None:
-                return names[name]
+        for names, name in ((self.plain, fqn), (self._spelled, fqn), (self._bare, _bare(fqn))):
+            if (found := names.get(name)) is not None:
+                return found
         return None
 
 
 def _bare(fqn: str) -> str:
     """Return a name without anything that a wrapper may have put into it."""
-    left_out = {*WRAPPERS, MODULE, ADAPTED}
-    parts = [part for part in fqn.split(".") if part not in left_out]
-    start = len(ADAPTED_MODEL) if tuple(parts[: len(ADAPTED_MODEL)]) == ADAPTED_MODEL else 0
-    return ".".join(parts[start:])
-
-
-def _joined(fqn: str, name: str) -> str:
-    return f"{fqn}.{name}" if fqn else name
+    parts = [part for part in fqn.split(".") if part not in PUT_IN]
+    return ".".join(parts[2:] if parts[:2] == ADAPTED_MODEL else parts)
 
 
 def _few(keys: Iterable[str]) -> str:

@@ -142,6 +142,23 @@ def nothing_in_fp8(
     return f"no layer is in FP8: {'; '.join([left, *([reasons(skipped)] if skipped else [])])}"
 
 
+def quantised(layers: Mapping[str, str], taken: Sequence[str]) -> str:
+    """Say that most of a model is quantised, and what is left of it for FP8.
+
+    Args:
+        layers: Those whose weights are codes, and why each is left alone.
+        taken: Those that FP8 takes all the same.
+    """
+    first, why = next(iter(layers.items()))
+    said = (
+        f"the model is quantised ({counted(len(layers), 'layer')}, such as {shown(first)}: {why}), "
+        "and FP8 needs weights in high precision"
+    )
+    if taken:
+        return f"{said}: little worth it is left, {few(taken)}"
+    return f"no layer is in FP8: {said}: nothing worth it is left"
+
+
 def reasons(skipped: Mapping[str, str]) -> str:
     """Return why layers were left alone: each reason with the layers it holds for."""
     if not skipped:

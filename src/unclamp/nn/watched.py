@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from unclamp.names import joined
 from unclamp.nn.accounts import Account
 from unclamp.nn.flops import (
     Gemm,
@@ -27,6 +28,7 @@ from unclamp.nn.flops import (
     products_of,
 )
 from unclamp.nn.marks import Mark, Marks, storage_of
+from unclamp.nn.named import named_modules
 from unclamp.nn.operands import Operands
 
 KNOWN_NAMESPACES = ("aten", "prim", "prims", "unclamp", "transformers", "profiler", "c10d",
@@ -91,7 +93,7 @@ class Watch(TorchDispatchMode):
         self.calls: list[Call] = []
         self.unknown: dict[str, None] = {}
         self._account = account
-        self._names = {module: fqn for fqn, module in model.named_modules()}
+        self._names = {module: str(fqn) for fqn, module in named_modules(model)}
         self._stack: list[nn.Module] = []
         self._called: set[nn.Module] = set()
         self._of_node: dict[int, list[Call]] = {}
@@ -99,9 +101,7 @@ class Watch(TorchDispatchMode):
         self._attention: list[Call] = []
         self._again: dict[tuple[str, tuple[int, int, int]], list[Call]] = {}
         names: dict[int, list[str]] = {}
-        parameters = model.named_parameters(remove_duplicate=False)
-        buffers = model.named_buffers(remove_duplicate=False)
-        for name, tensor in [*parameters, *buffers]:
+        for name, tensor in _named_tensors(model):
             address = storage_of(tensor)
             if address is not None:
                 names.setdefault(address, []).append(name)
@@ -295,6 +295,17 @@ class Functions(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._watch.attend(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield all parameters, then all buffers, by each of their names without wrappers."""
+    modules = named_modules(model, remove_duplicate=False)
+    for fqn, module in modules:
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield str(joined(fqn, name)), parameter
+    for fqn, module in modules:
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            yield str(joined(fqn, name)), buffer
 
 
 def _nearest(calls: list[Call], gemm: Gemm) -> Call:

@@ -25,6 +25,7 @@ from unclamp.nn import Converted, find_ledgers
 from unclamp.nn.conv1d import Fp8Conv1D
 from unclamp.nn.holders import parameter_groups
 from unclamp.nn.ledger import Ledger
+from unclamp.nn.named import named_modules
 from unclamp.nn.products import products_of
 from unclamp.parallel.agreed import Peers
 from unclamp.parallel.shard import GatheredWeight, unfit
@@ -72,7 +73,7 @@ def gather_codes(model: nn.Module) -> GatherReport:
         ConvertError: The model has no converted layer, or `fully_shard` was not applied to it.
         UnsupportedError: This torch keeps its shards in another way.
     """
-    layers = {fqn: m for fqn, m in model.named_modules() if isinstance(m, Converted)}
+    layers = {fqn: m for fqn, m in named_modules(model) if isinstance(m, Converted)}
     ledgers = find_ledgers(model)
     if not ledgers:
         raise ConvertError("expected a converted model: call unclamp.convert before gather_codes")

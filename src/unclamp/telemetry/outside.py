@@ -13,24 +13,27 @@ from torch.utils.hooks import RemovableHandle
 
 from unclamp.covered import CoverageReport
 from unclamp.nn.ledger import Ledger
+from unclamp.nn.named import named_modules
 from unclamp.nn.unmatched import few
-
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names that a wrapper puts between those of a model."""
 
 
 class Outside:
     """Names idle modules that are called with gradients enabled, each once."""
 
-    def __init__(self, model: nn.Module, coverage: CoverageReport | None) -> None:
+    def __init__(
+        self, model: nn.Module, ledgers: Sequence[Ledger], coverage: CoverageReport | None
+    ) -> None:
         self._called: list[str] = []
         self._hooks: dict[str, RemovableHandle] = {}
         idle = frozenset(() if coverage is None else coverage.idle)
-        for fqn, module in model.named_modules() if idle else ():
-            bare = ".".join(part for part in fqn.split(".") if part not in WRAPPERS)
-            name = next((n for n in (fqn, bare) if n in idle), None)
-            if name is not None:
-                self._hooks[name] = module.register_forward_pre_hook(self._hook(name))
+        roots = [ledger.clock.root_in(model) for ledger in ledgers] if idle else []
+        # The coverage may be of the model, or of the one in it that was converted. Of a wrapper
+        # and what it wraps, which have one name, the inner one comes last, and is what was idle.
+        named: dict[str, nn.Module] = {}
+        for root in (*filter(None, roots), *([model] if idle else ())):
+            named |= dict(named_modules(root))
+        for name in idle & named.keys():
+            self._hooks[name] = named[name].register_forward_pre_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
         def note(*_: Any) -> None:
@@ -62,8 +65,10 @@ def remembered(model: nn.Module, ledgers: Sequence[Ledger]) -> CoverageReport | 
     if len(ledgers) != 1 or ledgers[0].coverage is None:
         return None
     root = ledgers[0].clock.root_in(model)
-    name = next((fqn for fqn, module in model.named_modules() if module is root), None)
-    is_all = name is not None and all(part in WRAPPERS for part in name.split(".") if part)
+    if root is None:
+        return None
+    own = {id(parameter) for parameter in root.parameters()}
+    is_all = all(id(parameter) in own for parameter in model.parameters())
     return ledgers[0].coverage if is_all else None
 
 

@@ -151,7 +151,7 @@ class Recorder:
         self._sources = [Source(ledger, self._note_commits) for ledger in ledgers]
         self._uncast = Uncast()
         coverage = remembered(model, ledgers) if coverage is None else coverage
-        self._outside = Outside(model, coverage)
+        self._outside = Outside(model, ledgers, coverage)
         # No other rank counts in the same numbers: an id is one of its run.
         free_ids = itertools.count(self._writer.first_site + place.rank, place.world_size)
         self._numbering = Numbering(self._sources, free_ids)
