@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 SOURCE = Path(unclamp.__file__).parent
 LAYERS = [
-    {"errors", "files", "shown", "version", "worker", "written"},
+    {"errors", "files", "quiet", "shown", "version", "worker", "written"},
     {"formats", "names", "totals"},
     {"covered", "scaling"},
     {"reference", "rule", "runlog"},

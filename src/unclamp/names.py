@@ -122,8 +122,8 @@ def without_wrappers(
 ) -> list[str]:
     """Return names without the parts that wrappers put in, in the order of `paths`.
 
-    A wrapper has the name of what it wraps. No two others have one name: where two would, both
-    keep their paths.
+    A wrapper has the name of what it wraps. No two others have one name: where two would, parts
+    come back into that of the one which lies in more wrappers, the last part first.
 
     Args:
         paths: Dotted paths, that of what is around before those within, and what lies there: the
@@ -148,7 +148,7 @@ def without_wrappers(
             stands[path] = stands[above] if is_in else joined(stands[above], last)
     around = {path.rpartition(".")[0] for path in put_in}
     there = {path: key for path, key in paths if path not in around}
-    _keep_apart(plain, there)
+    _keep_apart(plain, there, frozenset(put_in))
     marks = frozenset(path.rpartition(".")[2] for path in put_in) - NO_MARKS
     marks -= {part for path in there for part in plain[path].split(".")}
     names: list[str] = []
@@ -160,17 +160,40 @@ def without_wrappers(
     return names
 
 
-def _keep_apart(names: dict[str, str], there: Mapping[str, Hashable]) -> None:
-    """Have paths stay paths where another module would have the same name."""
+def _keep_apart(
+    names: dict[str, str], there: Mapping[str, Hashable], put_in: frozenset[str]
+) -> None:
+    """Put parts back where another module would have the same name."""
+    kept: dict[str, int] = {}
     while True:
-        held: dict[str, set[Hashable]] = {}
-        for path, key in there.items():
-            held.setdefault(names[path], set()).add(key)
-        clashing = [path for path in there if len(held[names[path]]) > 1 and names[path] != path]
-        if not clashing:
+        held: dict[str, list[str]] = {}
+        for path in there:
+            held.setdefault(names[path], []).append(path)
+        groups = [paths for paths in held.values() if len({there[path] for path in paths}) > 1]
+        if not groups:
             return
-        for path in clashing:
-            names[path] = path
+        for paths in groups:
+            left = {path: _left_out(path, put_in) - kept.get(path, 0) for path in paths}
+            for path in (path for path in paths if left[path] == max(left.values())):
+                kept[path] = kept.get(path, 0) + 1
+                names[path] = _with_last(path, put_in, kept[path])
+
+
+def _left_out(path: str, put_in: frozenset[str]) -> int:
+    """Return how many parts of a path wrappers put in."""
+    parts = path.split(".")
+    return sum(".".join(parts[:n]) in put_in for n in range(1, len(parts) + 1))
+
+
+def _with_last(path: str, put_in: frozenset[str], number: int) -> str:
+    """Return a path without the parts that wrappers put in, but the last ones of these."""
+    parts, kept = path.split("."), list[str]()
+    for n in range(len(parts), 0, -1):
+        is_put_in = ".".join(parts[:n]) in put_in
+        if not is_put_in or number > 0:
+            kept.append(parts[n - 1])
+        number -= is_put_in
+    return ".".join(reversed(kept))
 
 
 def _is_below(path: str, tops: Collection[str]) -> bool:

@@ -162,6 +162,26 @@ def test_a_users_own_wrapper_keeps_its_name() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("library", "kind", "is_wrapper"),
+    [
+        ("deepspeed.runtime.engine", "DeepSpeedEngine", True),
+        ("megatron.core.transformer.module", "Float16Module", True),
+        ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel", True),
+        ("megatron.core.transformer.module", "MegatronModule", False),
+        ("mine", "DistributedDataParallel", False),
+    ],
+)
+def test_wrappers_of_other_libraries_are_known_by_library_and_class(
+    library: str, kind: str, is_wrapper: bool
+) -> None:
+    base = type(kind, (nn.Module,), {"__module__": library})
+    wrapper = type("Wrapper", (base,), {})()
+    wrapper.module = Net()
+    found = list(unclamp.convert(wrapper, Recipe()).converted)
+    assert found == (NAMES if is_wrapper else [f"module.{name}" for name in NAMES])
+
+
 def test_the_keys_of_a_state_dict_are_torchs_own() -> None:
     plain = DistributedDataParallel(Net()).state_dict().keys()
     model = DistributedDataParallel(Net())

@@ -89,11 +89,17 @@ def _set(rank: int, kind: Kind) -> dict[str, bool]:
     lax = _trained(kind, seed=3)
     some = {k: v.clone() for k, v in want.items() if not k.startswith("2.unclamp_input")}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    before = _whole(lax)
+    set_model_state_dict(lax, {"0.bias": want["0.bias"]} if rank == 0 else {}, options=options)
+    stays = _same(_whole(lax), {**before, "0.bias": want["0.bias"]})
     set_model_state_dict(lax, some if rank == 0 else {}, options=options)
-    lost = {k for k, v in _whole(lax).items() if not torch.equal(v, want[k])}
+    after = _whole(lax)
+    lost = {k for k, v in after.items() if not torch.equal(v, want[k])}
     return {
         "to each": _same(_whole(each), want) and state_of(each) == known,
         "sent": _same(_whole(sent), want) and state_of(sent) == known,
+        "what is not spoken of stays": stays
+        and all(torch.equal(after[k], before[k]) for k in lost),
         "not strict": lost == {"2.unclamp_input_scale", "2.unclamp_input_amax_history"},
     }
 

@@ -21,6 +21,7 @@ from unclamp.cli import (  # noqa: F401  (they register)
 )
 from unclamp.cli.app import USER_ERROR, app, show_warnings_as_lines
 from unclamp.errors import UnclampError
+from unclamp.quiet import quiet_imports
 from unclamp.version import __version__
 
 
@@ -42,6 +43,7 @@ def _options(
 def main() -> None:
     """Run the command line; the entry point `unclamp`."""
     show_warnings_as_lines()
+    quiet_imports()
     try:
         app()
     except UnclampError as error:

@@ -181,7 +181,7 @@ class Recorded:
         """
         if self.recorder is not None:
             return
-        self._forget()
+        self.forget()
         if coverage is not None:
             say(coverage.sentence())
         if self._run is None:
@@ -239,7 +239,7 @@ class Recorded:
             own = {"loss": self._loss, "grad_norm": self._grad_norm, "lr": lr}
             others = {name: value for name, value in scalars.items() if name not in _TAKEN}
             self.recorder.step(step, group=group, **own, **others)
-        self._forget()
+        self.forget()
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record an evaluation as an event; what is no JSON data in it becomes a text."""
@@ -249,7 +249,7 @@ class Recorded:
     def end(self, status: Status = "finished") -> None:
         """Close the run, if one is open."""
         recorder, self.recorder = self.recorder, None
-        self._forget()
+        self.forget()
         if recorder is not None:
             recorder.close(status)
 
@@ -266,7 +266,8 @@ class Recorded:
             raise
         self.end("finished")
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Forget losses and norm of a step that is not made: one that a gradient scaler skips."""
         self._loss = self._grad_norm = None
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclamp.names import ROLES, Role
+from unclamp.nn.named import is_copied_by
 from unclamp.nn.noted import is_other
 from unclamp.nn.operands import Operands
 from unclamp.nn.parts import fit, is_sharded
@@ -28,11 +29,13 @@ from unclamp.nn.saved import (
     STATE_PREFIX,
     UPDATES,
     Spread,
+    asked_to_load,
     like,
     mesh_of,
     off_mesh,
     on_mesh,
     to_fill,
+    version_of,
     wants_to_fill,
 )
 from unclamp.nn.sharded import part_shape, spread_in_forward
@@ -117,8 +120,10 @@ class Adapted(nn.Module):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
+        is_adapters = is_copied_by("peft", sys._getframe(1))
         for own in products_in(self).values():
             own.belong_to(self)
+            own.is_saved &= not is_adapters
 
     # ---- saved state -----------------------------------------------------------------------
 
@@ -209,7 +214,12 @@ class Adapted(nn.Module):
     ) -> Iterator[tuple[str, Tensor]]:
         """Return the module's buffers; scaling state is shown to one caller only (`nn.saved`)."""
         buffers = super().named_buffers(prefix, recurse, remove_duplicate)
-        if not wants_to_fill(sys._getframe(1)):
+        given = asked_to_load(sys._getframe(1))
+        if given is not None:
+            for name, own in self.products.items():
+                weight = self.weight_of(name)
+                own.version_asked = None if weight is None else version_of(weight)
+        if given is None or not wants_to_fill(given):
             return buffers
         device = self._device or torch.device("cpu")
         return itertools.chain(buffers, to_fill(self.scaling_state(), device))
@@ -263,6 +273,16 @@ class Adapted(nn.Module):
                     own.ledger.loading.state_came(own.number, said)
                 own.ledger.restored(own.number, None if updates is None else float(updates))
 
+    def _is_new(self, product: str, weight: Any) -> bool:
+        """Whether what is to be loaded as a product's weight is another one.
+
+        torch's distributed checkpoints give the model's own where they have none to load, and
+        where they have written into it.
+        """
+        own, there = self.products[product], self.weight_of(product)
+        asked, own.version_asked = own.version_asked, None
+        return weight is not there or (asked is not None and version_of(weight) != asked)
+
     def _is_written(self, product: str) -> bool:
         """Whether something else than an optimizer or a load wrote a product's weight."""
         own, weight = self.products[product], self.weight_of(product)
@@ -284,8 +304,7 @@ class Adapted(nn.Module):
             for name, own in self.products.items()
             if own.weight_name is not None and f"{prefix}{own.weight_name}" in state_dict
         }
-        # torch's distributed checkpoints give the model's own where they have none to load.
-        new = [name for name, weight in given.items() if weight is not self.weight_of(name)]
+        new = [name for name, weight in given.items() if self._is_new(name, weight)]
         kept = [name for name in given if name not in new and not self._is_written(name)]
         said = {
             key.removeprefix(prefix): state_dict[key] for key in state_dict if key.startswith(start)

@@ -10,12 +10,18 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from unclamp.nn.named import COPIES, is_of, named_modules
+from unclamp.nn.kinds import kind_of
+from unclamp.nn.named import ADAPTED, COPIES, is_of, named_modules
 from unclamp.rule import Rule
 
 REASON = (
     "a layer of an adapter ({part}), which is thin and learns all: left in high precision on "
     "purpose; a rule that names it, such as {glob!r}, takes it in"
+)
+PART = "a part of an adapter ({part})"
+SUM = (
+    "an adapter puts a sum in its place in every forward (target_parameters of PEFT), which goes "
+    "past the casts of experts: left in high precision"
 )
 READS_BASE = (
     "DoRA's magnitude: with dropout it multiplies by the base's weight by itself, past the casts "
@@ -45,7 +51,24 @@ def find_adapters(model: nn.Module, rules: Iterable[Rule]) -> dict[str, str]:
         if type(module).__name__.startswith("Dora"):
             found[fqn] = READS_BASE
         elif any(p.ndim >= 2 for p in module.parameters(recurse=False)):
-            found[fqn] = REASON.format(part=part, glob=f"*.{part}.*")
+            said = REASON if kind_of(module) is not None else PART
+            found[fqn] = said.format(part=part, glob=f"{part}.*")
+    return found
+
+
+def adapted_parameters(model: nn.Module) -> dict[nn.Module, set[str]]:
+    """Return the parameters that PEFT puts a sum in place of while a module runs, by the module.
+
+    That is what it does for `target_parameters`.
+    """
+    found: dict[nn.Module, set[str]] = {}
+    for module in model.modules():
+        name, base = getattr(module, "parameter_name", None), module
+        if not isinstance(name, str) or ADAPTED not in module._modules:
+            continue
+        while (inner := base._modules.get(ADAPTED)) is not None:
+            base = inner
+        found.setdefault(base, set()).add(name)
     return found
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from unclamp.errors import ConvertError
 from unclamp.names import joined, shown
 from unclamp.nn.adapted import Adapted
-from unclamp.nn.adapters import find_adapters
+from unclamp.nn.adapters import SUM, adapted_parameters, find_adapters
 from unclamp.nn.beside import find_left
 from unclamp.nn.experts import unknown_banks
 from unclamp.nn.kinds import is_relative, kind_of
@@ -50,6 +50,7 @@ def candidates(
     """
     converted: dict[str, Candidate] = {}
     skipped: dict[str, str] = {}
+    sums = adapted_parameters(model)
     for fqn, module in named_modules(model):
         reason = _reason_to_skip(fqn, module, skip, observes=observes)
         if reason:
@@ -57,10 +58,12 @@ def candidates(
         for name, matrix in _matrices(module).items() if reason is None else ():
             product = joined(fqn, name)
             glob = next((glob for glob in skip if matches(product, glob)), None)
-            if glob is None:
-                converted[product] = Candidate(module, name, matrix)
-            else:
+            if glob is not None:
                 skipped[product] = skipped_by(glob)
+            elif name and matrix.parameter in sums.get(module, ()):
+                skipped[product] = SUM
+            else:
+                converted[product] = Candidate(module, name, matrix)
     for fqn in _read_elsewhere(model, {c.module for c in converted.values()}):
         if (own := converted.pop(fqn, None)) is not None:
             name = type(own.module).__name__

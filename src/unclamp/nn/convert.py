@@ -9,6 +9,8 @@ from typing import Literal, get_args
 from torch import nn
 
 from unclamp.errors import ConvertError, naming_arguments
+from unclamp.names import ModuleName
+from unclamp.nn.adapters import find_adapters
 from unclamp.nn.attach import ConvertReport, Profit, RevertReport, attach, find_ledgers, revert
 from unclamp.nn.candidates import product_names
 from unclamp.nn.covering import Example, covering
@@ -112,7 +114,10 @@ def first_and_last(model: nn.Module) -> list[str]:
 
     They are often left in high precision: `convert(model, recipe, skip=first_and_last(model))`.
     The report of `convert` says what that left alone. The names start with "^", so that as globs
-    they match these layers and no other.
+    they match these layers and no other. Layers of adapters are none of them.
     """
-    linear = [f"^{fqn}" for fqn in product_names(model, of_weights=True)]
+    adapters = find_adapters(model, ())
+    names = [fqn for fqn in product_names(model, of_weights=True) if fqn not in adapters]
+    # A copy that an adapter trains is left out with what it is a copy of.
+    linear = [f"^{(isinstance(fqn, ModuleName) and fqn.stands_for) or fqn}" for fqn in names]
     return list(dict.fromkeys([*linear[:1], *linear[-1:]]))

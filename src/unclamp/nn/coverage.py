@@ -25,6 +25,7 @@ from unclamp.covered import CoverageReport
 from unclamp.errors import UnclampWarning, UnsupportedError, first_line
 from unclamp.nn.accounts import Account
 from unclamp.nn.attach import attach, find_ledgers, revert
+from unclamp.nn.beside import compute_plainly
 from unclamp.nn.described import described_products
 from unclamp.nn.shared_forward import forget_shared_forwards
 from unclamp.nn.uncollected import uncollected
@@ -132,6 +133,7 @@ def _run(
         try:
             if plan is not None or is_plain:
                 _attach(twin, plan or Plan())
+            compute_plainly(twin)
             account = Account(find_ledgers(twin))
             watch = Watch(twin, account)
             args, kwargs = tree_map(lambda leaf: _detached(leaf, fake), (inputs, named))

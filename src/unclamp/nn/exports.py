@@ -11,14 +11,13 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from unclamp.nn.named import COPIES
 from unclamp.nn.operands import Operands
 from unclamp.nn.products import products_of
 from unclamp.nn.saved import is_state_key
 
 IGNORED = "_keys_to_ignore_on_save"
 """What transformers calls a model's own set of keys that `save_pretrained` leaves out."""
-COPIES = "modules_to_save"
-"""What PEFT calls the whole modules that an adapter trains and saves."""
 
 
 def leave_out(model: nn.Module) -> None:

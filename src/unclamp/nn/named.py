@@ -9,7 +9,9 @@ A part is a wrapper's by the class of what is around: an attribute of a user's o
 `module` too.
 """
 
+import copy
 from collections.abc import Collection
+from types import FrameType
 
 from torch import nn
 
@@ -23,12 +25,25 @@ PRIVATE = (
     "_original_module",
 )
 """Attributes of wrappers of torch and Lightning Fabric, which nobody else has."""
-AROUND_ALL = ("DistributedDataParallel", "DataParallel", "AveragedModel")
-"""torch's classes with a `module`."""
-LIBRARIES = ("deepspeed", "megatron", "fairscale", "apex", "colossalai", "torchtitan")
-"""Libraries whose wrappers have a `module`."""
+WITH_MODULE = frozenset(
+    {
+        ("torch", "DistributedDataParallel"),
+        ("torch", "DataParallel"),
+        ("torch", "AveragedModel"),
+        ("deepspeed", "DeepSpeedEngine"),
+        ("megatron", "_BaseDataParallel"),
+        ("megatron", "DistributedDataParallelBase"),
+        ("megatron", "DistributedDataParallel"),
+        ("megatron", "FullyShardedDataParallel"),
+        ("megatron", "Float16Module"),
+        ("apex", "DistributedDataParallel"),
+    }
+)
+"""Wrappers that call what they wrap `module`: library and class."""
 ADAPTED = "base_layer"
 """What PEFT's layers call the layer that they adapt."""
+TOKENS = "token_adapter"
+"""What PEFT calls the layer that trains some rows of another."""
 ORIGINAL, COPIES = "original_module", "modules_to_save"
 """What PEFT calls a module that an adapter trains a copy of, and the copies."""
 
@@ -61,7 +76,7 @@ def is_put_in(parent: nn.Module, name: str) -> bool:
     """Whether a module is a wrapper of its child of this name."""
     if name in PRIVATE:
         return True
-    if name not in ("module", ADAPTED, ORIGINAL, "base_model", "model"):
+    if name not in ("module", ADAPTED, ORIGINAL, TOKENS, "base_model", "model"):
         return False
     if any(parameter.ndim >= 2 for parameter in parent.parameters(recurse=False)):
         return False  # it may be a product itself, which needs the name
@@ -70,11 +85,23 @@ def is_put_in(parent: nn.Module, name: str) -> bool:
     if name == ADAPTED:
         return isinstance(getattr(parent, "adapter_layer_names", None), tuple | list)
     if name == "module":
-        return is_of(parent, LIBRARIES) or any(
-            base.__name__ in AROUND_ALL and base.__module__.startswith("torch.")
+        return any(
+            (base.__module__.partition(".")[0], base.__name__) in WITH_MODULE
             for base in type(parent).__mro__
         )
     return is_of(parent, ("peft",))
+
+
+def is_copied_by(library: str, frame: FrameType | None) -> bool:
+    """Whether a frame is inside of a deep copy that a library makes.
+
+    PEFT copies whole modules for an adapter to train, and takes all that their state_dict holds
+    into the adapter's file. Nothing of a copy says so before PEFT has put it in its place.
+    """
+    while frame is not None and frame.f_globals.get("__name__") == copy.__name__:
+        frame = frame.f_back
+    name = "" if frame is None else str(frame.f_globals.get("__name__"))
+    return name.partition(".")[0] == library
 
 
 def is_of(module: nn.Module, libraries: Collection[str]) -> bool:

@@ -98,15 +98,15 @@ class Operands:
 
     noted: Noted | None = None
     module: "weakref.ref[nn.Module] | None" = None
-    last_passed = -2
+    last_passed, silent_forwards = -2, 0
     found = Found()
     is_saved = True
     only_observed = False
-    silent_forwards = 0
     on_end: Callable[[], None] | None = None
     is_gathered = False
     ignored: tuple[set[str], ...] = ()
     weight_name: str | None = "weight"
+    version_asked: int | None = None  # of the weight, when a checkpoint asked what can be loaded
 
     def __init__(self, ledger: "Ledger", indices: dict[Role, int], plan: LayerPlan) -> None:
         self.ledger = ledger

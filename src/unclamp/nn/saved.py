@@ -16,7 +16,8 @@ can load. What it learnt of it renames (DDP's "module.", the prefix of a compile
 to the other ranks; the rest is lost. Scaling state is neither, because optimizers, wrappers and
 changes of dtype must not see it. So to that one caller, whom only its frame tells from others,
 `named_buffers` shows a tensor to fill for each. Those that it filled are loaded. Those of which
-the checkpoint does not speak are still NaN, which means: forget, the next tensor seeds the scale.
+the checkpoint does not speak are still NaN, which means that nothing is said of them. Weights of
+which it does not speak come as the model's own, and were not written since it asked.
 """
 
 import math
@@ -157,18 +158,29 @@ def like(value: Any, own: Tensor | None) -> Any:
     )
 
 
-def wants_to_fill(frame: FrameType | None) -> bool:
-    """Whether in this frame torch's distributed checkpoints ask what a model can load.
-
-    Not where what they load holds no scaling state, as that of a plain model: what they were shown
-    they would miss.
-    """
+def asked_to_load(frame: FrameType | None) -> Mapping[str, Any] | None:
+    """Return what torch's distributed checkpoints load if, in this frame, they ask what a model
+    can load; else None.
+    """  # noqa: D205
     while frame is not None and frame.f_globals.get("__name__") == _CHECKPOINTS:
         if frame.f_code.co_name == _LOADING:
-            given = frame.f_locals["state_dict"]  # empty where another rank sends it
-            return not given or any(is_state_key(key) for key in given)
+            return frame.f_locals["state_dict"]  # empty where another rank sends it
         frame = frame.f_back
-    return False
+    return None
+
+
+def wants_to_fill(given: Mapping[str, Any]) -> bool:
+    """Whether what they load may hold scaling state.
+
+    That of a plain model does not: what they were shown they would miss.
+    """
+    return not given or any(is_state_key(key) for key in given)
+
+
+def version_of(weight: Tensor) -> int | None:
+    """Return how often a weight, or this rank's part, was written; None where torch cannot say."""
+    local: Tensor = getattr(weight, "_local_tensor", weight)
+    return None if local.is_inference() else local._version
 
 
 def to_fill(state: Mapping[str, Tensor], device: torch.device) -> Iterator[tuple[str, Tensor]]:

@@ -136,10 +136,13 @@ def nothing_in_fp8(
             f"no layer is in FP8: {few(observed)} are only counted; a rule for '*.qk' or '*.pv' "
             "computes the products of attentions in FP8"
         )
+    ours = " by unclamp" if any(why.startswith("torchao") for why in skipped.values()) else ""
     if not plain:
-        return f"no layer is in FP8: {reasons(skipped)}"
+        return f"no layer is in FP8{ours}: {reasons(skipped)}"
     left = f"the recipe leaves {few(plain)} in high precision"
-    return f"no layer is in FP8: {'; '.join([left, *([reasons(skipped)] if skipped else [])])}"
+    return (
+        f"no layer is in FP8{ours}: {'; '.join([left, *([reasons(skipped)] if skipped else [])])}"
+    )
 
 
 def quantised(layers: Mapping[str, str], taken: Sequence[str]) -> str:

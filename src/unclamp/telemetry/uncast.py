@@ -10,6 +10,7 @@ else. It is noted beside the figures; the user is warned unless a whole part of 
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from unclamp.names import ROLES
 from unclamp.nn.holders import Product
+from unclamp.nn.named import COPIES
 from unclamp.nn.unmatched import few
 from unclamp.numerics import Stat
 from unclamp.runlog import UNCAST_EVENT, Columns
@@ -85,6 +87,8 @@ class Uncast:
         if self._heard not in (1, self._look_at):
             return None
         found = [c for place, source in enumerate(sources) for c in self._candidates(place, source)]
+        resting = _resting(layer.fqn for source in sources for layer in source.ledger.layers)
+        found = [c for c in found if not (c.is_frozen and c.fqn in resting)]
         if self._heard == self._look_at:
             self._look_at *= 2
         casts = [source.ledger.evaluated.stats[:, Stat.CASTS].clone() for source in sources]
@@ -183,6 +187,15 @@ class Uncast:
         """Return what to warn of since the last call."""
         news, self._news = self._news, []
         return " ".join(news) or None
+
+
+def _resting(names: Iterable[str]) -> frozenset[str]:
+    """Return modules of which PEFT has one called, and the others not: copies and their original.
+
+    Those that are not called are frozen.
+    """
+    copies = [name for name in names if f".{COPIES}." in name]
+    return frozenset(copies) | {re.sub(rf"\.{COPIES}\.[^.]+", "", name) for name in copies}
 
 
 def _banks(products: Iterable[Product]) -> dict[int, list[int]]:
