@@ -5,7 +5,10 @@ is what torchtitan logs at each step of a training that nothing records.
 """
 
 import math
+import re
+import shlex
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +147,31 @@ def one_process(rank: int, folder: Path) -> dict[str, Trained]:
     )
     made["exported"] = titan.train(with_unclamp(config, recipe, skip=["lm_head"]))
     made["moe"] = titan.train(with_unclamp(titan.moe(folder / "moe"), recipe))
+    made["eager"] = truth(titan.llama(folder / "eager", layers=1))
+    compiled = {"enable": True, "components": ["model"], "backend": "aot_eager"}
+    config = titan.llama(
+        folder / "compiled", layers=1, **{f"compile__{key}": v for key, v in compiled.items()}
+    )
+    made["compiled"] = titan.train(with_unclamp(config, recipe))
     return made
+
+
+def documented(rank: int, folder: Path, block: str, commands: list[list[str]]) -> list[list[str]]:
+    """Return the names of classes that the page's commands make a model and checkpoints of."""
+    import titan  # noqa: F401
+    from torchtitan.config import ConfigManager
+    from torchtitan.config.override import apply_overrides
+
+    (folder / "my_configs.py").write_text(block)
+    sys.path.insert(0, str(folder))
+    found = []
+    for arguments in commands:
+        config: Any = ConfigManager().parse_args(arguments)
+        apply_overrides(config.override, config)
+        kinds = (type(config.checkpoint), type(config.model_spec.model))
+        converts = config.model_spec.parallelize_fn.__module__
+        found.append([*(kind.__module__ for kind in kinds), converts])
+    return found
 
 
 def resumed(rank: int, folder: Path) -> dict[str, Trained]:
@@ -315,6 +342,29 @@ def test_experts_are_products_and_the_router_is_left_out(alone: Alone) -> None:
     rows = read(folder / "moe").rows
     assert len(rows) == 3
     assert all(math.isfinite(number) for row in rows for number in row)
+
+
+@pytest.mark.cell("torchtitan", "compile")
+def test_compiled_blocks_record_what_eager_ones_do(alone: Alone) -> None:
+    folder, trained = alone
+    assert trained["compiled"].error == ""
+    run = read(folder / "compiled")
+    assert run.rows == trained["eager"].logged
+    assert run.cast == {3 * 6}
+
+
+def test_the_commands_of_the_page_are_torchtitans(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    section = page.partition("\n## torchtitan\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```py\n(.*?)```", section, re.DOTALL)
+    shown = re.findall(r"^    torchrun .*(?:\\\n.*)*", section, re.MULTILINE)
+    commands = [shlex.split(text.replace("\\\n", " ")) for text in shown]
+    arguments = [words[words.index("torchtitan.train") + 1 :] for words in commands]
+    ours = "unclamp.integrations.torchtitan"
+    theirs = "torchtitan.models.llama3."
+    by_function, by_overrides = run_ranks(1, documented, tmp_path, block, arguments)[0]
+    assert by_function == [ours, theirs + "model", theirs + "parallelize"]
+    assert by_overrides == [ours, ours, theirs + "parallelize"]
 
 
 # ---- resumed -----------------------------------------------------------------------------------

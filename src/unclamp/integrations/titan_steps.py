@@ -22,7 +22,7 @@ from torchtitan.components.checkpointer.base import BaseCheckpointManager
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.trainer import Trainer
 
-from unclamp.errors import UnclampWarning
+from unclamp.errors import UnclampWarning, UnsupportedError
 from unclamp.integrations.recorded import Framework, Recorded, Recording
 from unclamp.nn import ScalingState, find_ledgers
 
@@ -38,11 +38,15 @@ class Steps:
         parts: Its model: one, or the stages of a pipeline that this rank has.
         run: The run's folder; None: no run.
         recording: What is recorded, and how.
+
+    Raises:
+        UnsupportedError: Ranks hold parts of a layer that nobody could tell from whole ones.
     """
 
     def __init__(
         self, trainer: Trainer, parts: Sequence[nn.Module], run: str | None, recording: Recording
     ) -> None:
+        _check(trainer)
         model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         self._trainer = trainer
         self._recorded = Recorded(model, run, recording=recording)
@@ -72,7 +76,7 @@ class Steps:
 
     def _train_step(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
-        self._recorded.begin(self._framework(), resumes=trainer.step > 1 or _is_restarted())
+        self._recorded.begin(self._framework(), resumes=self._resumes(trainer.step))
         self._loss = self._norm = None
         lrs = trainer.lr_schedulers.get_metrics()
         try:
@@ -110,7 +114,15 @@ class Steps:
             self._recorded.micro(titan.dist_sum_tensor(self._loss, mesh))
         self._recorded.grad_norm(self._norm)
         several = lrs if len(set(lrs.values())) > 1 else {}
-        self._recorded.step(self._trainer.step, lr=next(iter(lrs.values()), None), **several)
+        lr = next(iter(lrs.values()), None)
+        self._recorded.step(self._trainer.step, lr=lr, scalars=several)
+
+    def _resumes(self, step: int) -> bool:
+        """Whether a training that begins with a step goes on with a run.
+
+        One that torchrun started again after a failure does, with a checkpoint or without.
+        """
+        return step > 1 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     def _has_loss(self) -> bool:
         """Whether this rank has the loss: in a pipeline those of the last stage do."""
@@ -150,6 +162,7 @@ class Steps:
         def load(own: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
             is_loaded = own(*args, **kwargs)
             state.settle()
+            self._recorded.check(resumes=self._resumes(self._trainer.step + 1))
             return is_loaded
 
         def read(own: Callable[..., Any], states: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -211,6 +224,11 @@ def _follow(thing: Any, name: str, by: Callable[..., Any]) -> None:
     setattr(thing, name, lambda *args, **kwargs: by(own, *args, **kwargs))
 
 
-def _is_restarted() -> bool:
-    """Whether torchrun started this process again after a failure: the run goes on then."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def _check(trainer: Trainer) -> None:
+    dims = trainer.parallel_dims
+    if dims.spmd_backend == "spmd_types" and dims.tp_enabled:
+        raise UnsupportedError(
+            "with --parallelism.spmd_backend spmd_types and tensor parallelism each rank has a "
+            "part of a weight as a plain tensor, which nobody can tell from a whole one, so that "
+            "its scales would not be agreed on: use --parallelism.spmd_backend partial_dtensor"
+        )

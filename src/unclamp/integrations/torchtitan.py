@@ -25,8 +25,7 @@ from typing import Any
 from torch import nn
 
 from unclamp.errors import ConvertError, UnsupportedError, naming_arguments
-from unclamp.integrations.recorded import Recording, say
-from unclamp.nn.convert import convert
+from unclamp.integrations.recorded import Recorded, Recording, not_installed
 from unclamp.recipe import Recipe
 from unclamp.runlog import Every
 
@@ -35,13 +34,10 @@ try:
     from torchtitan.config.override import override
     from torchtitan.protocols.model import BaseModel
     from torchtitan.trainer import Trainer
-except ImportError as error:
-    raise UnsupportedError(
-        "unclamp.integrations.torchtitan needs torchtitan 0.3 or later: "
-        f'pip install "unclamp[titan]" ({error})'
-    ) from error
 
-from unclamp.integrations.titan_steps import Steps
+    from unclamp.integrations.titan_steps import Steps
+except ModuleNotFoundError as error:
+    raise not_installed(error, "titan") from error
 
 __all__ = ["fp8", "record", "with_unclamp"]
 
@@ -72,10 +68,6 @@ def with_unclamp(
     Raises:
         ConvertError: The config has no `model_spec`.
         RecipeError: `recipe` is none.
-
-    Example:
-        >>> def llama3_8b_fp8():  # doctest: +SKIP
-        ...     return with_unclamp(llama3_8b(), unclamp.Recipe())
     """
     if recipe is not None:
         if config.model_spec is None:
@@ -165,8 +157,8 @@ def record(
 
 
 def _convert(model: nn.Module, recipe: Recipe, skip: Sequence[str]) -> None:
-    report = convert(model, recipe, skip=skip, state="apart")
-    say(str(report).splitlines()[0])
+    """Convert a model, and say so; its state_dict stays a plain model's, which `to_hf` expects."""
+    Recorded(model, None, recipe=recipe, skip=skip, state="apart")
 
 
 def _heard(
