@@ -247,7 +247,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     return folder, run_ranks(2, two_ranks, folder)
 
 
-Alone = Again = tuple[Path, dict[str, Trained]]
+Alone = tuple[Path, dict[str, Trained]]
+Again = tuple[Path, dict[str, Trained]]
 Both = tuple[Path, list[dict[str, Trained]]]
 
 

@@ -137,7 +137,7 @@ class Batches(BaseDataLoader):
 def without_flex(spec: ModelSpec) -> ModelSpec:
     """Have scaled dot products in place of FlexAttention, whose backward needs a GPU."""
     for _, _, parent, name in list(spec.model.traverse(FlexAttention.Config)):
-        setattr(parent, name, ScaledDotProductAttention.Config())
+        setattr(parent, str(name), ScaledDotProductAttention.Config())
     return spec
 
 
@@ -236,7 +236,7 @@ def _whole(tensor: Any) -> Tensor:
 
 def llama(folder: Path, *, layers: int | None = None, **changes: Any) -> Trainer.Config:
     """Return a training of torchtitan's llama3 debug model, or of its first layers."""
-    spec = llama_registry("debugmodel")
+    spec: Any = llama_registry("debugmodel")
     if layers is not None:
         del spec.model.layers[layers:]
     return configuration(spec, str(folder), **changes)
@@ -244,7 +244,7 @@ def llama(folder: Path, *, layers: int | None = None, **changes: Any) -> Trainer
 
 def moe(folder: Path, **changes: Any) -> Trainer.Config:
     """Return a training of a layer of torchtitan's qwen3 debug model, with four experts."""
-    spec = qwen_registry("debugmodel_moe")
+    spec: Any = qwen_registry("debugmodel_moe")
     del spec.model.layers[1:]
     moe: Any = spec.model.layers[0].moe
     experts, dispatcher = moe.routed_experts.inner_experts, moe.routed_experts.token_dispatcher

@@ -196,7 +196,7 @@ class _State:
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         self._own = [ScalingState(part) for part in parts if find_ledgers(part)]
-        self._read: dict[str, Any] | None = None
+        self._read: dict[str, Any] = {}
 
     @property
     def has_any(self) -> bool:
@@ -213,8 +213,8 @@ class _State:
 
     def settle(self) -> None:
         """Put in what was read since the last call."""
-        read, self._read = self._read, None
-        for own in self._own if read is not None else ():
+        read, self._read = self._read, {}
+        for own in self._own if read else ():
             own.load_state_dict({k: v for k, v in read.items() if k in own.state_dict()})
 
 
