@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from unclamp import (
     Delayed,
@@ -169,3 +173,40 @@ def test_nothing_of_the_codes_stays_where_checkpointing_cannot_free_it(granulari
     assert isinstance(y, Tensor)
     assert reachable_codes(y) == []
     assert reachable_codes(model(torch.randn(4, 8))) == []
+
+
+def save_products(ctx: object, function: object, *args: object, **kwargs: object):
+    saves = function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selectively(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a block as torchtitan does by default: each operation of it is counted."""
+    made = checkpoint(
+        block,
+        x,
+        use_reentrant=False,
+        early_stop=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(save_products),
+    )
+    assert isinstance(made, Tensor)
+    return made
+
+
+def test_selective_checkpointing_changes_no_gradient():
+    """torch refuses an operation that the second run of a forward has and the first had not."""
+    found = []
+    for run in (selectively, lambda block, x: block(x)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+        convert(model, Recipe.uniform(Delayed(history_len=2)))
+        optimizer = SGD(model.parameters(), lr=0.1)
+        for step in range(4):
+            x = (torch.randn(4, 16) * (step + 1)).requires_grad_()
+            run(model, x).square().sum().backward()
+            optimizer.step()
+            found += [t.grad.clone() for t in (x, *model.parameters()) if t.grad is not None]
+            optimizer.zero_grad()
+    half = len(found) // 2
+    assert half == 4 * 5
+    assert all(torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))

@@ -244,6 +244,19 @@ def test_experts_of_torchtitans_shape_are_products_and_their_router_is_left_out(
         assert rows == (counts[place % 4] if fqn != "out" else 20)
 
 
+def test_a_router_beside_experts_within_experts_is_left_out() -> None:
+    """torchtitan's bank is `moe.routed_experts.inner_experts`, its router `moe.router.gate`."""
+    moe = nn.ModuleDict(
+        {
+            "router": nn.ModuleDict({"gate": nn.Linear(16, 4)}),
+            "routed_experts": nn.ModuleDict({"inner_experts": Titan(16, 24, 4)}),
+        }
+    )
+    report = unclamp.convert(nn.ModuleDict({"moe": moe}), Recipe())
+    assert len(report.converted) == 3 * 4
+    assert "a router" in report.skipped["moe.router.gate"]
+
+
 @pytest.mark.parametrize("kind", ["list", "dict"])
 def test_a_router_beside_modules_that_are_experts_is_left_out(kind: str) -> None:
     class Mixture(nn.Module):

@@ -148,10 +148,12 @@ def test_loading_drops_what_was_pending() -> None:
     assert all(torch.equal(again[key], state[key]) for key in state_keys(model))
 
 
-def test_a_model_made_on_the_meta_device_can_be_materialised() -> None:
+@pytest.mark.parametrize("where", ["meta", "cpu"])
+def test_a_model_made_on_the_meta_device_can_be_materialised(where: str) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False))
-    convert(model, Recipe.uniform(Delayed(history_len=4)))
+    with torch.device(where):  # which new tensors are on
+        convert(model, Recipe.uniform(Delayed(history_len=4)))
     model.to_empty(device="cpu")
     donor = fresh()
     train(donor, 2)

@@ -128,9 +128,21 @@ def sharded_parameters(model: nn.Module) -> list[Any]:
     """
     modules: list[Any] = [m for m in model.modules() if hasattr(type(m), "_get_fsdp_state")]
     states = [module._get_fsdp_state() for module in modules]
-    groups = [getattr(state, "_fsdp_param_group", None) for state in states]
+    groups = [group for state in states for group in parameter_groups(state)]
     every = [parameter for group in groups for parameter in getattr(group, "fsdp_params", ())]
     return [parameter for parameter in every if hasattr(parameter, "sharded_param")]
+
+
+def parameter_groups(state: Any) -> list[Any]:
+    """Return the groups of parameters of one module that FSDP2 gathers together.
+
+    There are several where some have a mesh of their own, as experts do under expert parallelism;
+    torch's older name knows one, and raises there.
+    """
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in groups if group is not None]
 
 
 def whole_spec(parameter: Any) -> Any:

@@ -205,7 +205,7 @@ class Layout:
     def numbers_of(self, indices: Sequence[int]) -> Tensor:
         """Return the numbers of the rows of some sites, int64."""
         rows = [range(*self.rows_of(index).indices(self.rows)) for index in indices]
-        return torch.tensor(list(itertools.chain(*rows)), dtype=torch.int64).to(
+        return torch.tensor(list(itertools.chain(*rows)), dtype=torch.int64, device="cpu").to(
             self.site_of_row.device
         )
 

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 Doubt = Literal["guard", "own"] | None
 """How a weight is cast whose scale may be another weight's: with its own scale if it would clamp,
@@ -68,10 +69,16 @@ def parameter_of(weight: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def some_of(weight: Tensor) -> Tensor:
-    """Return a copy of some elements of a weight, spread evenly, for a device to compare."""
-    local: Callable[[], Tensor] | None = getattr(weight, "to_local", None)  # a DTensor's own shard
-    flat = (weight if local is None else local()).detach().reshape(-1)
-    return flat[:: max(len(flat) // ELEMENTS, 1)].clone()
+    """Return a copy of some elements of a weight, spread evenly, for a device to compare.
+
+    Selective checkpointing counts the operations of a forward, and refuses one that its second run
+    alone has; a look at a weight is no part of either.
+    """
+    with _disable_current_modes():
+        # A DTensor's own shard.
+        local: Callable[[], Tensor] | None = getattr(weight, "to_local", None)
+        flat = (weight if local is None else local()).detach().reshape(-1)
+        return flat[:: max(len(flat) // ELEMENTS, 1)].clone()
 
 
 class Origin:

@@ -54,7 +54,7 @@ def find_routers(
 
 
 def _experts_below(model: nn.Module) -> dict[str, set[int]]:
-    """Return how many experts there are in the children of modules, by the modules' names."""
+    """Return how many experts there are below modules, by the modules' names."""
     counts: dict[str, set[int]] = {}
     for fqn, module in named_modules(model):
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and "expert" in _last(fqn):
@@ -63,7 +63,10 @@ def _experts_below(model: nn.Module) -> dict[str, set[int]]:
             number = next(bank.shape[0] for _, bank in banks_of(module))
         else:
             continue
-        counts.setdefault(fqn.rpartition(".")[0], set()).add(number)
+        parent = fqn.rpartition(".")[0]
+        while "expert" in _last(parent):  # torchtitan's bank is `moe.routed_experts.inner_experts`
+            parent = parent.rpartition(".")[0]
+        counts.setdefault(parent, set()).add(number)
     return counts
 
 

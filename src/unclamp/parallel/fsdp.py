@@ -23,6 +23,7 @@ from unclamp.errors import ConvertError, UnsupportedError
 from unclamp.names import shown
 from unclamp.nn import Converted, find_ledgers
 from unclamp.nn.conv1d import Fp8Conv1D
+from unclamp.nn.holders import parameter_groups
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.named import named_modules
 from unclamp.nn.products import products_of
@@ -97,9 +98,7 @@ def _records(model: nn.Module) -> Iterator[Any]:
     """Yield FSDP2's records of the parameters it has in shards."""
     modules: list[Any] = [m for m in model.modules() if hasattr(type(m), "_get_fsdp_state")]
     for state in dict.fromkeys(module._get_fsdp_state() for module in modules):
-        one = getattr(state, "_fsdp_param_group", None)
-        groups = getattr(state, "_fsdp_param_groups", [] if one is None else [one])
-        for group in groups:
+        for group in parameter_groups(state):
             yield from group.fsdp_params
 
 
