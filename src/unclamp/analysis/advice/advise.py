@@ -335,7 +335,7 @@ def _advice(
         first_hard=int(mine.step[hard].min()) if hard.any() else None,
         price=price,
         trend=trend(
-            mine.step[mine.overshoot > NOTABLE],
+            notable,
             first=span[0] + window,
             last=span[1],
             shortest=window,
