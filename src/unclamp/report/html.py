@@ -22,6 +22,7 @@ from unclamp.report.charts import (
 from unclamp.report.coverage import COVERAGE_COLUMNS
 from unclamp.report.evidence import CAUTION, PAPER, caution_of
 from unclamp.report.experts import EXPERT_COLUMNS, LISTED_BANKS, experts_row
+from unclamp.report.frontier import FRONTIER_COLUMNS, frontier_figure, frontier_row
 from unclamp.report.glossary import GLOSSARY, term_of
 from unclamp.report.ranks import RANK_COLUMNS, rank_row
 from unclamp.report.ranks_chart import ranks_figure
@@ -66,6 +67,7 @@ def write_page(view: View, path: Path) -> Path:
         rank_columns=RANK_COLUMNS,
         coverage_columns=COVERAGE_COLUMNS,
         expert_columns=EXPERT_COLUMNS,
+        frontier_columns=FRONTIER_COLUMNS,
         glossary_terms=[term for term in GLOSSARY if term.is_on("run" if view.run else "study")],
         term_of=term_of,
         caution=CAUTION if any(a.saturated for s in view.scenarios for a in s.arms) else None,
@@ -168,6 +170,14 @@ def _run(run: RunView, path: str) -> dict[str, Any]:
         "heat": heat,
         "ranks": [rank_row(row) for row in run.ranks.listed],
         "ranks_heat": _ranks_heat(run),
+        "frontiers": [
+            {
+                "view": view,
+                "rows": [frontier_row(point) for point in view.points],
+                "plot": Markup(embed(frontier_figure(view), f"frontier-{i}")),
+            }
+            for i, view in enumerate(run.frontiers)
+        ],
         "experts": [experts_row(row) for row in run.experts[:LISTED_BANKS]],
         "association": [sentence for sentence in said if PAPER not in sentence],
         "association_rows": [

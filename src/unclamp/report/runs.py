@@ -20,6 +20,7 @@ from unclamp.report.evidence import (
     read_explanations,
 )
 from unclamp.report.experts import ExpertsRow, read_experts
+from unclamp.report.frontier import FrontierView, read_frontiers
 from unclamp.report.kinds import kind_steps, kinds_data
 from unclamp.report.panels import Panel, choose_sites, read_panels, rounded
 from unclamp.report.ranks import RanksView, read_ranks
@@ -126,6 +127,7 @@ class RunView:
         coverage: What FP8 covers of a step; None where the run did not record it.
         experts: Products of experts, by their tokens.
         is_counted: Whether elements were counted; else `heat` is of casts.
+        frontiers: What other scalings would have done, of all sites and of those asked for.
     """
 
     name: str
@@ -151,6 +153,7 @@ class RunView:
     coverage: CoverageView | None = None
     experts: list[ExpertsRow] = field(default_factory=list)
     is_counted: bool = True
+    frontiers: list[FrontierView] = field(default_factory=list)
 
 
 def read_run_view(
@@ -198,6 +201,7 @@ def read_run_view(
         coverage=read_coverage(log),
         experts=read_experts(log) if record.sites else [],
         is_counted=record.is_counted,
+        frontiers=read_frontiers(log, globs=globs) if record.sites else [],
     )
 
 

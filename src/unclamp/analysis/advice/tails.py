@@ -84,8 +84,8 @@ def trend(step: np.ndarray, *, first: int, last: int, shortest: int) -> Trend:
     rates = counts / np.diff(edges)
     if (counts == counts[0]).all():
         return Trend(rates=tuple(rates.tolist()), p=1.0, tau=0.0)
-    tau, p = stats.kendalltau(np.arange(windows), counts)
-    return Trend(rates=tuple(rates.tolist()), p=float(p), tau=float(tau))
+    tau, p = np.asarray(stats.kendalltau(np.arange(windows), counts), np.float64).tolist()
+    return Trend(rates=tuple(rates.tolist()), p=p, tau=tau)
 
 
 def tail(
