@@ -21,6 +21,8 @@ COVERAGE_EVENT = "coverage"
 """The event that says what FP8 covers of a step's matrix products."""
 OUTSIDE_EVENT = "outside"
 """The event that names modules which ran, and not in the step that the coverage is of."""
+AUTOPILOT_EVENT = "autopilot"
+"""The event that says by which rule sites are steered, or what was decided, on what evidence."""
 SUMMARY_STEPS = 100
 """Steps that one row of `summaries` stands for."""
 

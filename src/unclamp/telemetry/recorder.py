@@ -180,6 +180,11 @@ class Recorder:
         """The run's folder, with its number."""
         return self._writer.path
 
+    @property
+    def next_step(self) -> int:
+        """The number of the coming step, if nobody gives it another."""
+        return self._next_step
+
     def step(
         self,
         step: int | None = None,

@@ -5,6 +5,7 @@ made, on paper, with the policy that its site had at that moment. A log knows th
 training that wrote it, and not those that the decisions would have led to.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +190,19 @@ class Backtest(Shown):
             raise AnalysisError(
                 f"expected what `unclamp backtest RUN --out FILE` writes: {error}"
             ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Backtest":
+        """Read what `save` wrote.
+
+        Raises:
+            AnalysisError: There is no such file, or it is something else.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AnalysisError(f"cannot read the backtest {str(path)!r}: {error}") from error
+        return cls.from_dict(data)
 
     def save(self, path: str | Path) -> None:
         """Write it to a JSON file, for a training to read."""
