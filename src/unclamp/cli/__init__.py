@@ -12,6 +12,7 @@ import typer
 
 from unclamp.cli import (  # noqa: F401  (they register)
     associate,
+    backtest,
     coverage,
     explain,
     machine,

@@ -366,13 +366,13 @@ def _harms(log: RunLog, rule: Rule, sites: Sequence[SiteInfo]) -> set[tuple[int,
     They are of the scaling that the log's training had; of others they say that something is in
     the tensor which a scale that is too large clamps.
     """
-    price = ""
-    if rule.price is not None and "price_clamp" in log.sql("SELECT * FROM casts LIMIT 0").schema.names:
-        price = "OR price_clamp > $price"
+    names = log.sql("SELECT * FROM casts LIMIT 0").schema.names
+    is_priced = rule.price is not None and "price_clamp" in names
+    price = "OR price_clamp > $price" if is_priced else ""
     rows = log.sql(
         f"SELECT step, site FROM casts WHERE saturated > 0 AND (saturated_error > $most {price})",
         most=rule.tolerance,
-        **({"price": rule.price} if price else {}),
+        **({"price": rule.price} if is_priced else {}),
     )
     places = places_of(log, sites)
     pairs = zip(rows.column("step").to_pylist(), rows.column("site").to_pylist(), strict=True)

@@ -10,6 +10,7 @@ So a rule that acts wherever this bound is above a tolerance overlooks no clamp 
 whatever the tensor, and needs nothing but amaxes, which ranks share.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -177,7 +178,7 @@ def _check_ladder(ladder: tuple[Scaling, ...]) -> None:
             f"expected a ladder of two scalings or more, each once, cheapest first, got "
             f"{[policy_text(each) for each in ladder]}"
         )
-    for lower, upper in zip(ladder, ladder[1:], strict=False):
+    for lower, upper in itertools.pairwise(ladder):
         if upper.clamps and not lower.clamps:
             raise RecipeError(
                 f"expected no rung that clamps above one that does not, got "
