@@ -13,8 +13,23 @@ MOST_FALSE = 0.02
 ANYWAY = "Autopilot(..., untested=True) goes on without"
 
 
+def check_there_is_one(tested: Backtest | None) -> Backtest:
+    """Return the backtest.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    if tested is None:
+        raise RecipeError(
+            "an Autopilot steers by a rule that was tried on a log of this model: hand in "
+            "backtest=unclamp.backtest(run, rule), or the file of `unclamp backtest RUN --out "
+            f"FILE`. {ANYWAY}"
+        )
+    return tested
+
+
 def check_backtest(
-    tested: Backtest | None, rule: Rule, sites: Mapping[SiteName, str], *, late: int
+    tested: Backtest, rule: Rule, sites: Mapping[SiteName, str], *, late: int
 ) -> None:
     """Raise unless the rule was tried on logs of a model with these sites and formats.
 
@@ -25,14 +40,8 @@ def check_backtest(
         late: Updates that pass here before a decision is in force.
 
     Raises:
-        RecipeError: There is no backtest, or it is of another rule or of another model.
+        RecipeError: It is of another rule or of another model.
     """
-    if tested is None:
-        raise RecipeError(
-            "an Autopilot steers by a rule that was tried on a log of this model: hand in "
-            "backtest=unclamp.backtest(run, rule), or the file of `unclamp backtest RUN --out "
-            f"FILE`. {ANYWAY}"
-        )
     if tested.rule != rule:
         raise RecipeError(
             f"the backtest is of another rule: expected {rule}; got {tested.rule}. {ANYWAY}"

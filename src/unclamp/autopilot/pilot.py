@@ -21,7 +21,7 @@ from torch import nn
 
 from unclamp.analysis.steering import Backtest, Decision, Machine, Rule
 from unclamp.autopilot.heard import Heard
-from unclamp.autopilot.permission import check_backtest
+from unclamp.autopilot.permission import check_backtest, check_there_is_one
 from unclamp.autopilot.steered import Steered, find_steered
 from unclamp.errors import RecipeError, naming_arguments
 from unclamp.names import Role, SiteName
@@ -87,13 +87,15 @@ class Autopilot:
         tested = Backtest.load(backtest) if isinstance(backtest, str | Path) else backtest
         self.rule = rule or (Rule() if tested is None else tested.rule)
         self._model, self._recorder = model, recorder
+        if not untested:
+            check_there_is_one(tested)
         self._steered, self.left = find_steered(model, self.rule)
         self.decisions: list[Decision] = []
         by_ledger: dict[Ledger, list[Steered]] = {}
         for each in self._steered:
             by_ledger.setdefault(each.ledger, []).append(each)
         self._is_late = any(ledger.scale.device.type != "cpu" for ledger in by_ledger)
-        if not untested:
+        if tested is not None and not untested:
             sites = {each.name: each.format.name for each in self._steered}
             check_backtest(tested, self.rule, sites, late=int(self._is_late))
         self._heard = [Heard(own, [e.index for e in each]) for own, each in by_ledger.items()]

@@ -30,8 +30,8 @@ from unclamp.report.recorded import (
     by_clamp_error,
     shown_overshoot,
 )
-from unclamp.report.telling import run_sentences
 from unclamp.report.steered import decisions_text, read_steering
+from unclamp.report.telling import run_sentences
 from unclamp.report.thinning import kept_places
 from unclamp.runlog import AUTOPILOT_EVENT, COVERAGE_EVENT, RunLog, Windows
 from unclamp.study.marks import PLANTED
