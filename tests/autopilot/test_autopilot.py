@@ -107,6 +107,19 @@ def test_it_decides_in_a_training_what_a_backtest_of_its_log_decides(
     assert list(backtest(tmp_path / "run", RULE).runs[0].decisions) == decisions
 
 
+def test_on_a_device_it_decides_a_step_late(tmp_path: Path) -> None:
+    """As on a GPU: what step 10 decides is switched after step 11, and recorded as step 12's."""
+    late = {"rule": RULE, "untested": True, "late": True}
+    _, decisions = train(model_of(), tmp_path / "run", **late)
+    found = backtest(tmp_path / "run", RULE, late=1).runs[0].decisions
+    # The last step's casts are those that nobody has read yet.
+    assert decisions == [d for d in found if d.step < STEPS - 1]
+    with RunLog.open(tmp_path / "run") as log:
+        switches = log.switches().to_pylist()
+    assert sorted(s["step"] for s in switches) == sorted(d.step + 2 for d in decisions)
+    assert (decisions[0].step, clamped(tmp_path / "run")[0]) == (10, (10, "0", 1))
+
+
 def test_a_switch_governs_the_step_after_the_one_that_decided(runs: Path) -> None:
     with RunLog.open(runs / "steered") as log:
         events = log.sql("SELECT step, data FROM events WHERE kind = 'autopilot' ORDER BY step")

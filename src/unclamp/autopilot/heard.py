@@ -32,34 +32,33 @@ class Heard:
     Args:
         ledger: Whose updates.
         sites: Which sites, in the order in which amaxes are returned.
+        is_late: Whether amaxes are read one step after they were measured.
     """
 
-    def __init__(self, ledger: Ledger, sites: Sequence[int]) -> None:
-        self.ledger, self.sites = ledger, list(sites)
+    def __init__(self, ledger: Ledger, sites: Sequence[int], *, is_late: bool) -> None:
+        self.ledger, self.sites, self.is_late = ledger, list(sites), is_late
         self._waiting: deque[_Sent] = deque(maxlen=MOST_WAITING)
-        self._before: deque[_Sent] = deque()
+        self._before: tuple[int, Sequence[_Sent]] = (0, ())
         self._rows: tuple[object, Tensor] | None = None
         self._end = ledger.subscribe(self._hear)
 
-    @property
-    def is_late(self) -> bool:
-        """Whether amaxes are read one step after they were measured."""
-        return self.ledger.scale.device.type != "cpu"
+    def take(self, step: int) -> list[tuple[int, np.ndarray]]:
+        """Return step and amaxes of each update since the last call, oldest first.
 
-    def take(self) -> list[np.ndarray]:
-        """Return the amaxes of each update since the last call, oldest first, float32 `[sites]`.
+        Amaxes are float32 `[sites]`. Where they come late, those of the call before are returned.
 
-        Where they come late, of each update between the last two calls.
+        Args:
+            step: The number of the step that was just made.
         """
-        newest, self._waiting = self._waiting, deque(maxlen=MOST_WAITING)
+        newest, self._waiting = (step, self._waiting), deque(maxlen=MOST_WAITING)
         ready = newest
         if self.is_late:
             ready, self._before = self._before, newest
         found = []
-        for amaxes, arrived in ready:
+        for amaxes, arrived in ready[1]:
             if arrived is not None:
                 arrived.synchronize()  # of the step before: it is there
-            found.append(amaxes.numpy())
+            found.append((ready[0], amaxes.numpy()))
         return found
 
     def close(self) -> None:

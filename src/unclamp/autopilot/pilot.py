@@ -57,6 +57,7 @@ class Autopilot:
         backtest: What `unclamp.backtest` returned for logs of this model, or the file that
             `unclamp backtest --out` wrote.
         untested: Whether to go on without a backtest.
+        late: Whether amaxes are read one step late; None: where the device computes by itself.
 
     Attributes:
         rule: The rule.
@@ -83,6 +84,7 @@ class Autopilot:
         rule: Rule | None = None,
         backtest: Backtest | str | Path | None = None,
         untested: bool = False,
+        late: bool | None = None,
     ) -> None:
         tested = Backtest.load(backtest) if isinstance(backtest, str | Path) else backtest
         self.rule = rule or (Rule() if tested is None else tested.rule)
@@ -94,11 +96,15 @@ class Autopilot:
         by_ledger: dict[Ledger, list[Steered]] = {}
         for each in self._steered:
             by_ledger.setdefault(each.ledger, []).append(each)
-        self._is_late = any(ledger.scale.device.type != "cpu" for ledger in by_ledger)
+        on_device = any(ledger.scale.device.type != "cpu" for ledger in by_ledger)
+        self._is_late = on_device if late is None else late
         if tested is not None and not untested:
             sites = {each.name: each.format.name for each in self._steered}
             check_backtest(tested, self.rule, sites, late=int(self._is_late))
-        self._heard = [Heard(own, [e.index for e in each]) for own, each in by_ledger.items()]
+        self._heard = [
+            Heard(own, [e.index for e in each], is_late=self._is_late)
+            for own, each in by_ledger.items()
+        ]
         self._crews: dict[Ledger, list[_Crew]] | None = None
         self._steps = 0
         if recorder is not None:
@@ -118,8 +124,9 @@ class Autopilot:
 
         Args:
             step: The number of the last step; the recorder's, or a count of calls.
-            prices: First-order prices of its casts, in units of the loss, where they are known:
-                for a rule with a `price`. They have to be the same on every rank.
+            prices: First-order prices in units of the loss, where they are known, of the casts
+                that are decided by: where amaxes are late, those of the step before. For a rule
+                with a `price`. They have to be the same on every rank.
         """
         if step is None:
             step = self._steps if self._recorder is None else self._recorder.next_step - 1
@@ -127,10 +134,11 @@ class Autopilot:
         decisions: list[Decision] = []
         crews = self._gather()
         for heard in self._heard:
-            for amaxes in heard.take():
+            for measured_at, amaxes in heard.take(step):
                 for crew in crews[heard.ledger]:
                     known = None if prices is None else _prices_of(crew, prices)
-                    decisions += crew.machine.step(step, amaxes[crew.places], prices=known)[0]
+                    made, _ = crew.machine.step(measured_at, amaxes[crew.places], prices=known)
+                    decisions += made
         if decisions:
             self._carry_out(decisions)
         return decisions
