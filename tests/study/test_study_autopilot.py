@@ -87,7 +87,7 @@ def test_the_log_of_the_closed_loop_says_what_was_read(runs: dict[str, Path]) ->
 
 
 def test_both_arms_are_alike_until_the_first_decision(runs: dict[str, Path]) -> None:
-    losses = []
+    losses, first = [], 0
     for path in runs.values():
         with RunLog.open(path) as log:
             losses.append(log.steps()["loss"].to_pylist())

@@ -168,7 +168,7 @@ def _parsed(name: str, value: str) -> object:
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
+    if not is_number or not low <= value <= high:  # pyright: ignore[reportOperatorIssue]
         raise RecipeError(f"expected a {name} in [{low:g}, {high:g}], got {value!r}")
 
 
