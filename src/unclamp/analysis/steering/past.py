@@ -35,10 +35,11 @@ class Past:
 
     def amax(self, window: np.ndarray) -> np.ndarray:
         """Return the largest of the newest `window[i]` amaxes of each site."""
+        largest = int(window.max(initial=1))
         if (window >= self.length).all():
             return self.amaxes.max(1)
-        age = (self.cursor[:, None] - np.arange(self.length)) % self.length
-        return np.where(age < window[:, None], self.amaxes, 0).max(1)
+        newest = self.newest(np.arange(len(window)), min(largest, self.length))
+        return np.where(np.arange(newest.shape[1]) < window[:, None], newest, 0).max(1)
 
     def newest(self, rows: np.ndarray, length: int) -> np.ndarray:
         """Return the newest amaxes of some sites, newest first, `[rows, length]`."""
