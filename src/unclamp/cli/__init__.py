@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from unclamp.cli import (  # noqa: F401  (they register)
+    advise,
     associate,
     backtest,
     coverage,
@@ -19,6 +20,7 @@ from unclamp.cli import (  # noqa: F401  (they register)
     report,
     spikes,
     study,
+    whatif,
 )
 from unclamp.cli.app import USER_ERROR, app, show_warnings_as_lines
 from unclamp.errors import UnclampError

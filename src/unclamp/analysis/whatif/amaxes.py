@@ -47,11 +47,14 @@ class Chunk:
 
 
 def chosen_sites(log: RunLog, glob: str | None) -> list[SiteInfo]:
-    """Return the sites whose names match: a glob of products, or of "product role"."""
-    sites = log.named_sites()
+    """Return the sites whose names match: a glob of products, roles, or of "product role".
+
+    Without one all from whose casts something is computed; one may name the others too.
+    """
     if glob is None:
-        return sites
-    found = [site for site in sites if _matches(SiteName(site.fqn, site.role), glob)]
+        return log.computed_sites()
+    sites = log.named_sites()
+    found = [site for site in sites if _matches(site.name, glob)]
     if not found:
         raise AnalysisError(
             f"no site of the run matches {glob!r}; sites are named like "

@@ -19,6 +19,7 @@ from unclamp.analysis.whatif.limits import find_limits
 from unclamp.analysis.whatif.lost import lost_of, spreads_of
 from unclamp.analysis.whatif.outcome import WhatIf
 from unclamp.analysis.whatif.policies import check_policies
+from unclamp.analysis.whatif.recorded import recorded
 from unclamp.analysis.whatif.scales import Maxima, Player
 from unclamp.analysis.whatif.sums import Sums
 from unclamp.errors import AnalysisError
@@ -27,6 +28,7 @@ from unclamp.runlog import RunLog
 from unclamp.scaling import Scaling
 
 THREADS = 2
+NO_CASTS = "the run has no casts: what-if needs the log of a training in FP8, or of an observed one"
 
 
 @dataclass
@@ -58,6 +60,8 @@ def evaluate(
         raise AnalysisError("expected at least one policy, such as parse_policy('guarded')")
     check_policies(policies)
     sites = chosen_sites(log, site)
+    if not sites:
+        raise AnalysisError(NO_CASTS)
     formats = [get_format(each.format) for each in sites]
     inspected = read_inspected(log, sites)
     tries = [
@@ -71,10 +75,7 @@ def evaluate(
             _play(chunk, tries, maxima, inspected, pool)
             steps += len(np.unique(chunk.step[chunk.is_there]))
         if not steps:
-            raise AnalysisError(
-                "the run has no casts: what-if needs the log of an FP8 training, or of an observed "
-                "one"
-            )
+            raise AnalysisError(NO_CASTS)
         spreads = spreads_of(inspected, formats)
         losses = pool.map(
             lambda t: lost_of(
@@ -87,7 +88,7 @@ def evaluate(
             for each, lost in zip(tries, losses, strict=True)
         )
     limits = find_limits(log, policies, looked_at=len(inspected.step), known=inspected.known)
-    return WhatIf(outcomes=outcomes, steps=steps, limits=limits)
+    return WhatIf(outcomes=outcomes, steps=steps, limits=limits, recorded=recorded(log, sites))
 
 
 def _play(

@@ -13,7 +13,9 @@ from unclamp.runlog.sites import SiteInfo
 MOST_ROWS = 8_000
 """Inspected casts that are looked at, spread evenly over steps where there are more."""
 
-COUNT_SQL = "SELECT count(*) AS n FROM casts WHERE exponents IS NOT NULL AND nonfinite < elements"
+COUNT_SQL = """
+    SELECT site, count(*) AS n FROM casts
+    WHERE exponents IS NOT NULL AND nonfinite < elements AND amax > 0 GROUP BY site"""
 SAMPLE_SQL = """
     SELECT step, site, amax, map_keys(exponents) AS exponents, map_values(exponents) AS counts
     FROM casts WHERE exponents IS NOT NULL AND nonfinite < elements AND amax > 0
@@ -56,18 +58,20 @@ class Inspected:
 
 def read_inspected(log: RunLog, sites: Sequence[SiteInfo]) -> Inspected:
     """Return the inspected casts of sites, at most about `MOST_ROWS` of the log's."""
-    known = log.sql(COUNT_SQL).to_pylist()[0]["n"]
+    places = places_of(log, sites)
+    counts = log.sql(COUNT_SQL).to_pylist()
+    known = sum(row["n"] for row in counts if places[row["site"]] >= 0)
     table = log.sql(SAMPLE_SQL, every=max(-(-known // MOST_ROWS), 1))
-    place = places_of(log, sites)[table.column("site").to_numpy()] if len(table) else np.zeros(0)
-    keep = np.flatnonzero(np.asarray(place) >= 0)
-    table, place = table.take(pa.array(keep)), np.asarray(place, np.int64)[keep]
-    lowest, counts = _matrix(table)
+    place = places[table.column("site").to_numpy()] if len(table) else np.zeros(0, np.int64)
+    keep = np.flatnonzero(place >= 0)
+    table, place = table.take(pa.array(keep)), place[keep]
+    lowest, numbers = _matrix(table)
     return Inspected(
         place=place,
         step=table.column("step").to_numpy(),
         amax=table.column("amax").to_numpy().astype(np.float64),
         lowest=lowest,
-        counts=counts,
+        counts=numbers,
         known=known,
     )
 

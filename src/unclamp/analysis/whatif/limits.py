@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 from unclamp.runlog import RunLog
+from unclamp.runlog.sites import COMPUTED_SQL
 from unclamp.scaling import Scaling
 from unclamp.written import counted
 
-FACTS_SQL = """
+FACTS_SQL = f"""
     SELECT count(*) AS casts, count(*) FILTER (saturated > 0) AS clamped,
         count(*) FILTER (microsteps > 1) AS merged, count(DISTINCT step) AS steps,
         max(step) - min(step) + 1 AS span
-    FROM casts"""
+    FROM casts SEMI JOIN ({COMPUTED_SQL}) USING (rank, site)"""
 
 
 def find_limits(
@@ -66,7 +67,8 @@ def _bias(facts: dict[str, int], *, observed: bool) -> str:
         )
     return (
         f"{counted(facts['clamped'], 'cast')} of {facts['casts']:,} were clamped in this run, so "
-        "its later tensors are not those of another policy. What is clamped is smaller behind it: "
-        "clamping under other policies tends to be understated. A log of a dynamic, guarded or "
-        "observed run would tell it without bias."
+        "its later tensors are not those of another policy. What lies behind a clamp in the same "
+        "step is too small, so that clamping there is understated; where clamping made the loss "
+        "spike, gradients are too large, so that theirs is overstated. A log of a dynamic, guarded "
+        "or observed run tells it without bias."
     )

@@ -1,9 +1,10 @@
 """What a scale loses of a tensor of which only the exponents were counted: with an interval.
 
 Elements of an octave may lie anywhere in it. The estimate draws a smooth line through what is
-known, the number of elements above each power of two, and the one element at the amax: on
-logarithmic axes, monotone (`scipy.interpolate.PchipInterpolator`). The interval knows of no line:
-its ends are those of all elements at one edge of their octave, and of one at the amax.
+known, the number of elements above each power of two, down to the one element at the amax: on
+logarithmic axes, monotone (`scipy.interpolate.PchipInterpolator`). That one counts
+exactly. The interval knows of no line: its ends are those of all elements at one edge of their
+octave, and of one at the amax.
 
     clamped      elements with |x| * scale above the format's overflow limit
     clamp error  sum of (|x| - max / scale)**2 over these, over the sum of x**2
@@ -56,7 +57,7 @@ class Spread:
         high: At the upper one, or at the amax.
         counts: How many lie there.
         at: Places by the estimate.
-        number: How many lie there.
+        number: How many lie there, without the one at the amax.
     """
 
     amax: np.ndarray
@@ -117,16 +118,16 @@ def losses(spread: Spread, scale: np.ndarray, fmt: Format) -> Losses:
     low = _sums(spread.counts, spread.low, limit, most, least)
     high = _sums(spread.counts, spread.high, limit, most, least)
     clamps = (amax > limit).astype(np.float64)
-    one = clamps * np.square(amax - most)
+    one = clamps * np.square(np.maximum(amax - most, 0))
     total = spread.counts.sum(1)
     return Losses(
         clamped=Estimate(
-            value=np.maximum(middle.clamped, clamps),
+            value=middle.clamped + clamps,
             low=np.maximum(low.clamped, clamps),
             high=high.clamped,
         ),
         clamp_error=Estimate(
-            value=share(np.maximum(middle.removed, one), middle.square),
+            value=share(middle.removed + one, middle.square + amax**2),
             low=share(np.maximum(low.removed, one), high.square),
             high=np.minimum(share(high.removed, np.maximum(low.square, amax**2)), 1),
         ),
@@ -166,11 +167,12 @@ def _drawn(counts: np.ndarray, lowest: int, amax: float) -> np.ndarray:
     What rounding leaves of the amax's own octave lies in its pieces below the amax.
     """
     above = np.cumsum(counts[::-1])[::-1]
-    top = int(np.flatnonzero(counts)[-1]) if above[0] else 0
+    if not above[0]:
+        return np.zeros(len(counts) * PIECES)
+    top = int(np.flatnonzero(counts)[-1])
     grid = lowest + np.arange(len(counts) * PIECES + 1) / PIECES
-    end = np.log2(amax) if amax > 0 else lowest
-    known = np.append(lowest + np.arange(top + 1), max(end, lowest + top + 1e-6))
+    known = np.append(lowest + np.arange(top + 1), max(np.log2(amax), lowest + top + 1e-6))
     line = PchipInterpolator(known, np.log(np.append(np.maximum(above[: top + 1], 1), 1)))
-    number = np.where(grid < known[-1], np.exp(line(np.minimum(grid, known[-1]))), 0)
+    number = np.where(grid < known[-1], np.exp(line(np.minimum(grid, known[-1]))), 1)
     pieces = -np.diff(number)
     return np.maximum(pieces, 0)

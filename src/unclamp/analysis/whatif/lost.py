@@ -1,6 +1,7 @@
 """What a policy loses of the casts whose exponents are known."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -87,10 +88,9 @@ def _summed(found: Losses, rows: np.ndarray, elements: np.ndarray) -> Lost:
     )
 
 
-def _range(estimate: Estimate, rows: np.ndarray, over: np.ufunc | object) -> Range:
+def _range(estimate: Estimate, rows: np.ndarray, over: Callable[[np.ndarray], Any]) -> Range:
     if not len(rows):
         return Range(value=0.0, low=0.0, high=0.0)
-    assert callable(over)
     return Range(
         value=float(over(estimate.value[rows])),
         low=float(over(estimate.low[rows])),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unclamp.analysis.whatif.policies import policy_text
+from unclamp.analysis.whatif.recorded import Recorded
 from unclamp.names import SiteName
 from unclamp.scaling import Scaling
 from unclamp.totals import share
@@ -133,9 +134,11 @@ class WhatIf:
         outcomes: Of each policy.
         steps: Steps of the log.
         limits: Sentences: whether the log is unbiased, and in which direction it errs.
+        recorded: What the run's own scalings did, as counted.
     """
 
     outcomes: tuple[Outcome, ...]
+    recorded: Recorded
     steps: int
     limits: tuple[str, ...]
 
@@ -144,15 +147,13 @@ class WhatIf:
         """Outcomes that no other beats, by reads.
 
         One beats another that is no worse in reads, clamped casts and underflow, and better in
-        one of these.
+        one of these. Of those that are alike in all three the first counts.
         """
-        figures = {id(o): _figures(o) for o in self.outcomes}
-        best = [
-            o
-            for o in self.outcomes
-            if not any(_beats(figures[id(other)], figures[id(o)]) for other in self.outcomes)
-        ]
-        return sorted(best, key=lambda o: figures[id(o)])
+        first: dict[tuple[float, ...], Outcome] = {}
+        for outcome in self.outcomes:
+            first.setdefault(_figures(outcome), outcome)
+        best = [mine for mine in first if not any(_beats(other, mine) for other in first)]
+        return [first[figures] for figures in sorted(best)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the answer as JSON data; an infinite overshoot is null."""
@@ -160,6 +161,7 @@ class WhatIf:
         return {
             "steps": self.steps,
             "limits": list(self.limits),
+            "recorded": dataclasses.asdict(self.recorded),
             "policies": [
                 {
                     "policy": o.text,

@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 
 from unclamp.errors import RecipeError
+from unclamp.formats import unknown_name
 from unclamp.scaling import (
+    SCALINGS,
     Delayed,
     Dynamic,
     Guarded,
     Scaling,
     scaling_from_dict,
-    scaling_to_dict,
 )
 
 _POLICY = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -38,6 +40,8 @@ def parse_policy(text: str) -> Scaling:
             f"expected a policy such as delayed(history_len=1024), guarded or dynamic, got {text!r}"
         )
     kind, inside = match[1], match[2] or ""
+    if kind not in SCALINGS:
+        raise unknown_name("policy", kind, list(SCALINGS))
     settings: dict[str, object] = {}
     rest = inside.strip()
     while rest:
@@ -58,23 +62,20 @@ def parse_policy(text: str) -> Scaling:
 
 
 def policy_text(scaling: Scaling) -> str:
-    """Return a scaling as `parse_policy` reads it, with what differs from its kind's defaults.
+    """Return a scaling as `parse_policy` reads it: "delayed(16, margin=1)".
 
-    A reduce function is named, and cannot be read back.
+    Settings that are their kind's defaults are left out; the length of a history never is. A
+    reduce function is named, and cannot be read back.
     """
-    if callable(scaling.reduce):
-        name = getattr(scaling.reduce, "__name__", repr(scaling.reduce))
-        return f"{scaling.kind}(reduce={name})"
-    data = scaling_to_dict(scaling)
-    del data["scaling"]
-    if scaling.kind in ("delayed", "guarded"):
-        plain = scaling_to_dict(scaling_from_dict({"scaling": scaling.kind}))
-        always = {"history_len"}
-        data = {k: v for k, v in data.items() if k in always or plain[k] != v}
-    else:
-        data = {k: v for k, v in data.items() if v not in (0, False, "tensor")}
-    inside = ", ".join(f"{name}={_shown(value)}" for name, value in data.items())
-    return f"{scaling.kind}({inside})" if inside else scaling.kind
+    settings = {f.name: getattr(scaling, f.name) for f in fields(scaling) if f.init}
+    usual = {f.name: f.default for f in fields(scaling)}
+    texts = []
+    for name, value in settings.items():
+        if name == FIRST.get(scaling.kind) and (name != "granularity" or value != usual[name]):
+            texts.append(_shown(value))
+        elif value != usual[name]:
+            texts.append(f"{name}={_shown(value)}")
+    return f"{scaling.kind}({', '.join(texts)})" if texts else scaling.kind
 
 
 def grid() -> list[Scaling]:
@@ -112,4 +113,6 @@ def _value(text: str) -> object:
 
 
 def _shown(value: object) -> str:
+    if callable(value):
+        return str(getattr(value, "__name__", value))
     return str(value).lower() if isinstance(value, bool) else str(value)

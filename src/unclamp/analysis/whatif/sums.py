@@ -8,7 +8,6 @@ import numpy as np
 from unclamp.analysis.whatif.amaxes import Chunk
 from unclamp.analysis.whatif.outcome import Lost, Outcome, SiteOutcome
 from unclamp.analysis.whatif.scales import Casts
-from unclamp.names import SiteName
 from unclamp.runlog.sites import SiteInfo
 from unclamp.scaling import Scaling
 
@@ -56,7 +55,7 @@ class Sums:
             policy=policy,
             sites=tuple(
                 SiteOutcome(
-                    site=SiteName(site.fqn, site.role),
+                    site=site.name,
                     casts=int(self.casts[i]),
                     clamped=0 if guards else int(self.clamped[i]),
                     recast=int(self.clamped[i]) if guards else 0,

@@ -1,0 +1,340 @@
+"""Which scaling, for which sites of a run: the cheapest whose losses stay tolerable, and why.
+
+Of each group of sites the ladder is tried from the cheapest policy on, on the log's own amaxes. A
+policy is taken if no cast could have lost more than what is tolerated (`outruns.error_bound`), and
+if it makes not many more elements zero than dynamic scaling does.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from unclamp.analysis.advice.groups import Group, groups_of
+from unclamp.analysis.advice.outruns import Outruns, outruns
+from unclamp.analysis.advice.record import PUBLIC_RUNS, PublicRun
+from unclamp.analysis.advice.tails import Tail, Trend, tail, trend
+from unclamp.analysis.whatif import Outcome, WhatIf, evaluate, policy_text
+from unclamp.errors import AnalysisError
+from unclamp.recipe import Recipe
+from unclamp.runlog import RunLog
+from unclamp.scaling import Delayed, Dynamic, Guarded, Scaling
+from unclamp.totals import share
+
+DEFAULT_HARM = 0.5625
+"""Clamp error that a cast may have: that of an overshoot of 4, the largest of those that were seen
+to do no harm in plain trainings (docs/deciding.md)."""
+LADDER: tuple[Scaling, ...] = (
+    Delayed(),
+    Delayed(128),
+    Delayed(1024),
+    Guarded(),
+    Dynamic(),
+)
+"""From the cheapest on; of one price the usual one first. No margins: they meet the outliers that a
+log has seen, and not the next larger one."""
+USUAL = LADDER[0]
+MORE_UNDERFLOW = 0.001
+"""Share of elements that a policy may make zero beyond those that dynamic scaling does."""
+LEAST_UPDATES = 3
+"""Lengths of the usual history below which a log is too short to say anything."""
+SIGNIFICANT = 0.05
+NOTABLE = 1.25
+"""Overshoot from which on a cast counts for the trend: a little is outrun all the time."""
+
+Verdict = Literal["too short", "does not matter", "matters"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupAdvice:
+    """What a group of sites gets, and what that is based on.
+
+    Attributes:
+        group: The sites.
+        products: Their names.
+        scaling: What is advised.
+        casts: Casts of the log.
+        outrun: Of these, those whose amax outruns the usual history.
+        hard: Of these, those that may lose more than is tolerated.
+        overshoot: The largest, under the usual history; 1 where none is outrun.
+        hardest: The site with that.
+        first_hard: The first such step; None for none.
+        trend: Whether amaxes outrun the usual history by more than 1.25x more often as it goes on.
+        trend_p: Its p, with all groups counted (Holm).
+        reads: Reads an element of what is advised.
+        recast: Share of casts that it repeats.
+    """
+
+    group: Group
+    products: tuple[str, ...]
+    scaling: Scaling
+    casts: int
+    outrun: int
+    hard: int
+    overshoot: float
+    hardest: str
+    first_hard: int | None
+    trend: Trend
+    trend_p: float
+    reads: float
+    recast: float
+
+    @property
+    def rises(self) -> bool:
+        """Whether the rate rises, more than chance shows."""
+        return self.trend_p < SIGNIFICANT and self.trend.tau > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """The answer.
+
+    Attributes:
+        verdict: Whether scaling matters for this run, or the log is too short to say.
+        groups: Of each group, those that need most first.
+        recipe: What to train with.
+        steps: Steps of the log.
+        reads: Reads an element of the recipe, over all sites.
+        harm: Clamp error of a cast that is tolerated.
+        limits: What the log cannot know.
+        horizon: Steps that are asked about; None for none.
+        tail: The largest overshoot until then; None where none was asked, or too few were seen.
+        clamped_share: Share of steps with an outrun amax.
+        budget: Reads an element that may be spent; None for any.
+        record: What was trained in public.
+    """
+
+    verdict: Verdict
+    groups: tuple[GroupAdvice, ...]
+    recipe: Recipe
+    steps: int
+    reads: float
+    harm: float
+    limits: tuple[str, ...]
+    horizon: int | None
+    tail: Tail | None
+    clamped_share: float
+    budget: float | None
+    record: tuple[PublicRun, ...] = field(default=PUBLIC_RUNS, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the answer as JSON data."""
+        from unclamp.analysis.advice.words import reasons  # noqa: PLC0415
+
+        return {
+            "verdict": self.verdict,
+            "reasons": reasons(self),
+            "recipe": self.recipe.to_dict(),
+            "steps": self.steps,
+            "reads_per_element": self.reads,
+            "harm": self.harm,
+            "horizon_steps": self.horizon,
+            "tail": None if self.tail is None else vars(self.tail),
+            "groups": [_group_data(group) for group in self.groups],
+            "record": [vars(run) for run in self.record],
+        }
+
+
+def _group_data(each: GroupAdvice) -> dict[str, Any]:
+    return {
+        "match": each.group.match,
+        "role": each.group.role,
+        "products": list(each.products),
+        "policy": policy_text(each.scaling),
+        "casts": each.casts,
+        "outrun_casts": each.outrun,
+        "hard_casts": each.hard,
+        "largest_overshoot": each.overshoot,
+        "hardest_product": each.hardest,
+        "first_hard_step": each.first_hard,
+        "trend_tau": each.trend.tau,
+        "trend_p": each.trend_p,
+        "rates": list(each.trend.rates),
+        "reads_per_element": each.reads,
+        "recast_share": each.recast,
+    }
+
+
+def advise(
+    log: RunLog,
+    *,
+    horizon: int | None = None,
+    harm: float = DEFAULT_HARM,
+    budget: float | None = None,
+) -> Advice:
+    """Return which scaling the sites of a run need.
+
+    Args:
+        log: Of a training, or better of an observed, dynamic or guarded one: those are unbiased.
+        horizon: Steps that the training is to take; what lies beyond the log is forecast.
+        harm: Clamp error of a single cast that is tolerated, fraction in [0, 1).
+        budget: Reads an element that may be spent on the average; where what is needed costs
+            more, groups get a cheaper scaling in the order of what they lose by it.
+
+    Raises:
+        AnalysisError: The run has no casts; `harm`, `horizon` or `budget` make no sense.
+    """
+    if not 0 <= harm < 1:
+        raise AnalysisError(f"expected a clamp error in [0, 1) for harm, got {harm}")
+    if horizon is not None and horizon < 1:
+        raise AnalysisError(f"expected at least one step for the horizon, got {horizon}")
+    if budget is not None and budget < 1:
+        raise AnalysisError(f"expected 1 read an element or more as a budget, got {budget}")
+    sites = log.computed_sites()
+    found = evaluate(log, LADDER)
+    missed = outruns(log, sites, LADDER)
+    first, last = _span(log)
+    groups = groups_of(sites)
+    names = [site.fqn for site in sites]
+    chosen = [_choice(group, found, missed, harm) for group in groups]
+    chosen = chosen if budget is None else _within(chosen, groups, found, missed, harm, budget)
+    advices = [
+        _advice(group, LADDER[rung], found.outcomes[rung], missed[0], names, harm, first, last)
+        for group, rung in zip(groups, chosen, strict=True)
+    ]
+    advices = _with_all_counted(advices)
+    steps = last - first + 1
+    ahead = None if horizon is None else max(horizon - steps, 0)
+    usual = missed[0]
+    return Advice(
+        verdict=_verdict(advices, steps),
+        groups=tuple(sorted(advices, key=lambda a: (-a.hard, -a.overshoot))),
+        recipe=_recipe(advices),
+        steps=steps,
+        reads=_reads(groups, chosen, found),
+        harm=harm,
+        limits=found.limits,
+        horizon=horizon,
+        tail=tail(usual.step, usual.overshoot, steps=steps, ahead=ahead) if ahead else None,
+        clamped_share=share(len(np.unique(usual.step)), steps),
+        budget=budget,
+    )
+
+
+def _span(log: RunLog) -> tuple[int, int]:
+    (row,) = log.sql("SELECT min(step) AS low, max(step) AS high FROM casts").to_pylist()
+    return row["low"], row["high"]
+
+
+def _choice(group: Group, found: WhatIf, missed: Sequence[Outruns], harm: float) -> int:
+    """Return the first rung that is tolerable."""
+    plain = _underflow(found.outcomes[-1], group)
+    for rung, outcome in enumerate(found.outcomes):
+        policy = outcome.policy
+        is_kept = policy.guards or policy.takes_own or not missed[rung].of_sites(
+            group.sites
+        ).hard(harm)  # fmt: skip
+        if is_kept and _underflow(outcome, group) <= plain + MORE_UNDERFLOW:
+            return rung
+    return len(found.outcomes) - 1
+
+
+def _underflow(outcome: Outcome, group: Group) -> float:
+    """Return the mean share of elements that become zero; 0 where no cast was inspected."""
+    lost = [part for i in group.sites if (part := outcome.sites[i].lost) is not None]
+    casts = sum(part.casts for part in lost)
+    return share(sum(part.underflow.value * part.casts for part in lost), casts)
+
+
+def _within(
+    chosen: list[int],
+    groups: Sequence[Group],
+    found: WhatIf,
+    missed: Sequence[Outruns],
+    harm: float,
+    budget: float,
+) -> list[int]:
+    """Return rungs that cost at most the budget: what loses least gives way first."""
+    chosen = list(chosen)
+    usual = missed[0]
+    order = sorted(
+        (i for i, rung in enumerate(chosen) if rung > 0),
+        key=lambda i: (usual.of_sites(groups[i].sites).hard(harm), i),
+    )
+    for i in order:
+        if _reads(groups, chosen, found) <= budget:
+            break
+        chosen[i] = 0
+    return chosen
+
+
+def _reads(groups: Sequence[Group], chosen: Sequence[int], found: WhatIf) -> float:
+    reads = elements = 0.0
+    for group, rung in zip(groups, chosen, strict=True):
+        for i in group.sites:
+            reads += found.outcomes[rung].sites[i].reads
+            elements += found.outcomes[rung].sites[i].elements
+    return share(reads, elements)
+
+
+def _advice(
+    group: Group,
+    scaling: Scaling,
+    outcome: Outcome,
+    usual: Outruns,
+    names: Sequence[str],
+    harm: float,
+    first: int,
+    last: int,
+) -> GroupAdvice:
+    mine = usual.of_sites(group.sites)
+    sites = [outcome.sites[i] for i in group.sites]
+    casts, elements = sum(s.casts for s in sites), sum(s.elements for s in sites)
+    worst = int(np.argmax(mine.overshoot)) if len(mine.overshoot) else None
+    hard = np.square(1 - 1 / np.maximum(mine.overshoot, 1)) > harm
+    window = usual.policy.history_len or 1
+    return GroupAdvice(
+        group=group,
+        products=tuple(names[int(i)] for i in group.sites),
+        scaling=scaling,
+        casts=casts,
+        outrun=len(mine.step),
+        hard=int(hard.sum()),
+        overshoot=1.0 if worst is None else float(mine.overshoot[worst]),
+        hardest=names[int(group.sites[0] if worst is None else mine.site[worst])],
+        first_hard=int(mine.step[hard].min()) if hard.any() else None,
+        trend=trend(
+            mine.step[mine.overshoot > NOTABLE], first=first + window, last=last, shortest=window
+        ),
+        trend_p=1.0,
+        reads=share(sum(s.reads for s in sites), elements),
+        recast=share(sum(s.recast for s in sites), casts),
+    )
+
+
+def _with_all_counted(advices: Sequence[GroupAdvice]) -> list[GroupAdvice]:
+    """Return the advices with p of their trends as one of all that were tested (Holm)."""
+    from dataclasses import replace  # noqa: PLC0415
+
+    order = sorted(range(len(advices)), key=lambda i: advices[i].trend.p)
+    counted, largest = list(advices), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(advices[i].trend.p * (len(order) - rank), 1.0))
+        counted[i] = replace(advices[i], trend_p=largest)
+    return counted
+
+
+def _verdict(advices: Sequence[GroupAdvice], steps: int) -> Verdict:
+    if steps < LEAST_UPDATES * (USUAL.history_len or 1):
+        return "too short"
+    if any(each.hard for each in advices):
+        return "matters"
+    return "does not matter"
+
+
+def _recipe(advices: Sequence[GroupAdvice]) -> Recipe:
+    """Return the recipe: the usual scaling, and a rule for each kind of layer that needs more."""
+    recipe = Recipe.uniform(USUAL)
+    by_match: dict[str, dict[str, Scaling]] = {}
+    notes: dict[str, list[str]] = {}
+    for each in advices:
+        if each.scaling != USUAL:
+            by_match.setdefault(each.group.match, {})[each.group.role] = each.scaling
+            over = f"{each.overshoot:.3g}x" if math.isfinite(each.overshoot) else "Inf"
+            notes.setdefault(each.group.match, []).append(f"{each.group.role} up to {over}")
+    for match, scalings in by_match.items():
+        note = f"amax outran a history of {USUAL.history_len}: {', '.join(notes[match])}"
+        recipe = recipe.override(match, **scalings, note=note)  # type: ignore[arg-type]
+    return recipe

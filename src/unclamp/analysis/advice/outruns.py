@@ -1,0 +1,108 @@
+"""How often amaxes outrun what a policy predicts, cast by cast and group by group.
+
+The clamp error of a cast is at most (1 - 1 / overshoot)**2: each clamped element loses
+(|x| - t)**2 of x**2 with |x| at most the amax. Beyond its inspected casts a log knows no more, so
+advice is made by this bound.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from unclamp.analysis.whatif.amaxes import Chunk, read_chunks
+from unclamp.analysis.whatif.scales import Maxima, Player
+from unclamp.formats import get_format
+from unclamp.runlog import RunLog
+from unclamp.runlog.sites import SiteInfo
+from unclamp.scaling import Scaling
+
+
+def error_bound(overshoot: np.ndarray) -> np.ndarray:
+    """Return the largest clamp error that a cast with this overshoot can have, fraction."""
+    return np.square(1 - 1 / np.maximum(overshoot, 1))
+
+
+def tolerated_overshoot(harm: float) -> float:
+    """Return the overshoot whose largest possible clamp error is `harm`, in [0, 1)."""
+    return float(1 / (1 - np.sqrt(harm)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outruns:
+    """What a policy fails to predict at some sites.
+
+    Attributes:
+        policy: The scaling.
+        casts: Casts of each site, `[sites]`.
+        site: Of each cast that would clamp, which site, `[clamps]`.
+        step: Which step, `[clamps]`.
+        overshoot: By how much, above 1, `[clamps]`.
+    """
+
+    policy: Scaling
+    casts: np.ndarray
+    site: np.ndarray
+    step: np.ndarray
+    overshoot: np.ndarray
+
+    def of_sites(self, sites: np.ndarray) -> "Outruns":
+        """Return those of some sites."""
+        keep = np.isin(self.site, sites)
+        return Outruns(
+            policy=self.policy,
+            casts=self.casts[sites],
+            site=self.site[keep],
+            step=self.step[keep],
+            overshoot=self.overshoot[keep],
+        )
+
+    def hard(self, harm: float) -> int:
+        """Return how many casts may lose more than `harm` of their squares."""
+        return int((error_bound(self.overshoot) > harm).sum())
+
+
+@dataclass
+class _Try:
+    player: Player
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+
+def outruns(log: RunLog, sites: Sequence[SiteInfo], policies: Sequence[Scaling]) -> list[Outruns]:
+    """Return what each policy fails to predict; a guard's repeats count as such."""
+    formats = [get_format(site.format) for site in sites]
+    largest_value = np.array([site.format_max for site in sites])
+    tries = [_Try(Player.of(policy, formats)) for policy in policies]
+    maxima = {w: Maxima.of(w, len(sites)) for t in tries if (w := t.player.window) is not None}
+    casts = np.zeros(len(sites), np.int64)
+    with ThreadPoolExecutor(2) as pool:
+        for chunk in read_chunks(log, sites):
+            casts += chunk.counts
+            taken = {window: maximum.take(chunk) for window, maximum in maxima.items()}
+            for _ in pool.map(lambda t: _play(t, chunk, taken, largest_value), tries):  # noqa: B023
+                pass
+    return [_joined(each, casts) for each in tries]
+
+
+def _play(
+    each: _Try, chunk: Chunk, taken: dict[int, np.ndarray], largest_value: np.ndarray
+) -> None:
+    window = each.player.window
+    played = each.player.play(chunk, None if window is None else taken[window])
+    site, column = np.nonzero(played.clamps)
+    scaled = chunk.amax[site, column].astype(np.float64) * played.scale[site, column]
+    each.parts.append((site, chunk.step[site, column], scaled / largest_value[site]))
+
+
+def _joined(each: _Try, casts: np.ndarray) -> Outruns:
+    site, step, overshoot = (
+        np.concatenate([part[i] for part in each.parts] or [np.zeros(0)]) for i in range(3)
+    )
+    return Outruns(
+        policy=each.player.policy,
+        casts=casts,
+        site=site.astype(np.int64),
+        step=step.astype(np.int64),
+        overshoot=overshoot,
+    )

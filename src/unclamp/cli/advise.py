@@ -1,0 +1,87 @@
+"""`unclamp advise`: which scaling does a run need, where, and why?"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from unclamp.cli.app import USER_ERROR, JsonFlag, app
+from unclamp.files import to_json
+
+SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+
+
+@app.command()
+def advise(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Tokens that you want to train on, such as 200B or 1T."),
+    ] = None,
+    tokens_per_step: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens of a step; by default `tokens_per_step` of the run's metadata.",
+        ),
+    ] = None,
+    harm: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", min=0, max=0.999, help="Clamp error of a cast that is tolerated."
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="READS", min=1, max=2, help="Reads an element, on the average."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say which scaling a run needs, site by site, as a recipe to paste, with reasons."""
+    from unclamp.analysis.advice import advise as ask  # noqa: PLC0415
+    from unclamp.analysis.advice import reasons  # noqa: PLC0415
+    from unclamp.analysis.advice.advise import DEFAULT_HARM  # noqa: PLC0415
+    from unclamp.runlog import RunLog  # noqa: PLC0415
+
+    with RunLog.open(path) as log:
+        horizon = _horizon(tokens, tokens_per_step, log.header.metadata.get("tokens_per_step"))
+        found = ask(
+            log, horizon=horizon, harm=DEFAULT_HARM if harm is None else harm, budget=budget
+        )
+    if as_json:
+        typer.echo(to_json(found.to_dict()))
+        return
+    console = Console(highlight=False, markup=False)
+    for sentence in reasons(found):
+        console.print(f"- {sentence}")
+    console.print("\nIn public (tokens decide nothing by themselves):")
+    for run in found.record:
+        console.print(f"  {run.tokens:.3g} tokens, {run.scaling}: {run.outcome} ({run.source})")
+    if found.verdict != "too short":
+        console.print("\nThe recipe, to paste into a file for Recipe.from_toml:\n")
+        typer.echo(found.recipe.to_toml(), nl=False)
+
+
+def _horizon(tokens: str | None, per_step: str | None, recorded: object) -> int | None:
+    if tokens is None:
+        return None
+    each = _number("--tokens-per-step", per_step) if per_step is not None else recorded
+    if not isinstance(each, int | float) or not each > 0:
+        typer.echo(
+            "unclamp: how many steps is that? Give --tokens-per-step N, or record the run with "
+            'Recorder(..., metadata={"tokens_per_step": N})',
+            err=True,
+        )
+        raise typer.Exit(USER_ERROR)
+    return max(round(_number("--tokens", tokens) / each), 1)
+
+
+def _number(option: str, text: str) -> float:
+    match = re.fullmatch(r"([\d.]+(?:e\d+)?)([kmbgt]?)", text.strip().lower().replace("_", ""))
+    try:
+        return float(match[1]) * SUFFIXES[match[2]] if match else float(text)
+    except ValueError:
+        typer.echo(f"unclamp: expected a number such as 200B for {option}, got {text!r}", err=True)
+        raise typer.Exit(USER_ERROR) from None

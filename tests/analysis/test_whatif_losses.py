@@ -1,0 +1,83 @@
+"""What a scale loses, told from exponents alone, against the elements themselves."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unclamp.analysis.whatif.losses import Spread, losses
+from unclamp.formats import E4M3FN, E5M2, Format
+
+GENERATOR = np.random.default_rng(0)
+SHAPES = {
+    "normal": GENERATOR.normal(size=131_072),
+    "laplace": GENERATOR.laplace(size=131_072),
+    "student": GENERATOR.standard_t(3, size=131_072),
+    "spread": np.exp(3 * GENERATOR.normal(size=131_072)),
+    "one outlier": np.append(GENERATOR.normal(size=4096), 300.0),
+}
+
+
+def exponents_of(x: np.ndarray) -> tuple[np.ndarray, int]:
+    exponents = np.frexp(np.abs(x[x != 0]))[1] - 1
+    return np.bincount(exponents - exponents.min())[None].astype(float), int(exponents.min())
+
+
+def truth(x: np.ndarray, scale: float, fmt: Format) -> tuple[float, float, float]:
+    """Return elements clamped, clamp error and share of underflow, element by element."""
+    size = np.abs(x.astype(np.float64))
+    is_clamped = size * scale > fmt.overflow_limit
+    removed = ((size - fmt.max / scale)[is_clamped] ** 2).sum()
+    zeros = (size > 0) & (size * scale <= fmt.min_subnormal / 2)
+    return is_clamped.sum(), removed / (size**2).sum(), zeros.sum() / (size > 0).sum()
+
+
+@pytest.mark.parametrize("fmt", [E4M3FN, E5M2], ids=lambda f: f.name)
+@pytest.mark.parametrize("overshoot", [0.01, 0.5, 1.04, 1.3, 2.0, 4.0, 16.0, 100.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_truth_lies_in_the_interval_and_near_the_estimate(
+    shape: str, overshoot: float, fmt: Format
+) -> None:
+    x = SHAPES[shape]
+    amax = np.abs(x).max()
+    scale = overshoot * fmt.max / amax
+    counts, lowest = exponents_of(x)
+    spread = Spread.of(counts, lowest, np.array([amax]))
+    found = losses(spread, np.array([scale]), fmt)
+    clamped, error, underflow = truth(x, scale, fmt)
+    for each, value in (
+        (found.clamped, clamped),
+        (found.clamp_error, error),
+        (found.underflow, underflow),
+    ):
+        assert each.low[0] <= value * (1 + 1e-9) + 1e-12
+        assert value <= each.high[0] * (1 + 1e-9) + 1e-12
+        assert each.low[0] <= each.value[0] * (1 + 1e-9) + 1e-12
+    # Between the edges of octaves a normal tail bends more than any line through them shows.
+    assert found.clamp_error.value[0] == pytest.approx(error, rel=0.7, abs=1e-6)
+    if clamped > 50:
+        assert found.clamped.value[0] == pytest.approx(clamped, rel=0.4)
+    assert found.underflow.value[0] == pytest.approx(underflow, rel=0.2, abs=8 / len(x))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40),
+    st.floats(1e-4, 1e4),
+)
+def test_intervals_hold_for_any_elements(elements: list[float], overshoot: float) -> None:
+    x = np.array(elements)
+    scale = overshoot * E4M3FN.max / x.max()
+    counts, lowest = exponents_of(x)
+    found = losses(Spread.of(counts, lowest, np.array([x.max()])), np.array([scale]), E4M3FN)
+    for each, value in zip(
+        (found.clamped, found.clamp_error, found.underflow), truth(x, scale, E4M3FN), strict=True
+    ):
+        assert each.low[0] <= value * (1 + 1e-6) + 1e-12
+        assert value <= each.high[0] * (1 + 1e-6) + 1e-12
+
+
+def test_no_elements_lose_nothing() -> None:
+    found = losses(Spread.of(np.zeros((1, 1)), 0, np.array([0.0])), np.array([1.0]), E4M3FN)
+    for each in (found.clamped, found.clamp_error, found.underflow):
+        assert (each.low[0], each.value[0], each.high[0]) == (0, 0, 0)
