@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from unclamp.totals import (
     SCALED_AMAX_SQL,
+    GradientChange,
     SiteTotals,
     clamp_error,
     headroom_bits,
@@ -83,3 +84,17 @@ def test_the_scaled_amax_of_sql_is_that_of_python(amax: float, scale: float) -> 
 def test_headroom_and_overshoot_are_two_words_for_one_ratio(scaled: float, bits: float) -> None:
     assert headroom_bits(scaled, 448.0) == bits
     assert overshoot(scaled, 448.0) == 2**-bits
+
+
+@pytest.mark.parametrize("kept", [0.25, 1.0, -0.5])
+def test_the_descent_lost_is_what_a_step_of_sgd_lowers_a_loss_less(kept: float):
+    """Of a loss that is linear, <U, w>, whose step along C lowers it by <U, C>."""
+    unclamped = np.array([3.0, -4.0, 12.0])
+    computed = np.array([3.0, -4.0, 12.0 * kept])
+    lowered = [float(unclamped @ step) for step in (unclamped, computed)]
+    change = GradientChange.of(
+        computed=float(computed @ computed),
+        change=float((unclamped - computed) @ (unclamped - computed)),
+        product=float(computed @ (unclamped - computed)),
+    )
+    assert change.descent_lost == pytest.approx(1 - lowered[1] / lowered[0])

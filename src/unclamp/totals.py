@@ -118,6 +118,15 @@ class GradientChange:
         return min(1.0, max(-1.0, self.product / norms)) if norms > 0 else math.nan
 
     @property
+    def descent_lost(self) -> float:
+        """Share of the weight's descent that clamping takes, to first order and under plain SGD.
+
+        A step along U lowers the loss by the learning rate times <U, U>, one along C by <U, C>.
+        It is 1 - cosine * ratio: 0 where nothing was clamped, above 1 where the step goes up.
+        """
+        return 0.0 if self.is_nothing else 1 - self.cosine * self.ratio
+
+    @property
     def norm(self) -> float:
         """Norm of U."""
         return math.sqrt(self.unclamped)

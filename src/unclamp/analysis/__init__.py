@@ -15,6 +15,7 @@ from unclamp.analysis.gradients import (
     clamped_gradients_by,
 )
 from unclamp.analysis.paired import PairedDifference, paired_difference
+from unclamp.analysis.prices import Prices, SitePrice, cast_prices
 from unclamp.analysis.robust import SpikeDetector
 from unclamp.analysis.spikes import (
     DEFINITIONS,
@@ -35,10 +36,13 @@ __all__ = [
     "Divergence",
     "DivergenceDetector",
     "PairedDifference",
+    "Prices",
     "SiteEvidence",
+    "SitePrice",
     "Spike",
     "SpikeDetector",
     "associate",
+    "cast_prices",
     "clamped_gradients",
     "clamped_gradients_by",
     "find_divergences",

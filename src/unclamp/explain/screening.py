@@ -1,99 +1,80 @@
 """For every site at once: the first-order effect of what its clamp removed on the loss.
 
-One extra pass over the steps. With x as it came, c(x) as clamped, and g the gradient of the loss
-with respect to the operand, un-clamping changes the loss by about <g, x - c(x)>. Inputs and
-weights have that. What a gradient's clamp removes cannot change the loss of its own step, and acts
-through the optimizer later: such sites are ranked by clamp error.
+One extra pass over the steps, in which the casts tell their prices (`numerics.price`): with x as it
+came, x_hat as clamped, and g the gradient of the loss by the operand, un-clamping changes the loss
+by about <g, x - x_hat>, which is the price with the other sign. Inputs and weights have that. What
+a gradient's clamp removes cannot change the loss of its own step, and acts through the optimizer
+later: such sites are ranked by clamp error.
 
-On several ranks each has the gradients of its own loss, and the effect is the mean. Weights in
-parts (FSDP2) have no effects here, and are ranked by clamp error too.
+On several ranks each has the gradients of its own loss, and the effect is the mean. Casts whose
+price is not known have no effect here, and are ranked by clamp error too: those of tensors that
+ranks have parts of, and off the CPU casts that clamped more than one element in 128.
 
-First order is good for a ranking and not for an attribution: the outliers are large. The effects
-are kept with the answers of replays.
+First order is good for a ranking and not for an attribution: the outliers are large
+(docs/price.md). The effects are kept with the answers of replays.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unclamp.explain.kept import Screened
 from unclamp.explain.replay import Replay
-from unclamp.explain.shards import is_sharded
-from unclamp.names import Role, SiteName
-from unclamp.nn import Converted
-from unclamp.nn.operands import AXES
-from unclamp.numerics.blocks import orient, spread
+from unclamp.names import SiteName
+from unclamp.nn.attach import find_ledgers
+from unclamp.nn.ledger import Ledger
+from unclamp.nn.update import Inspection, Update
+from unclamp.numerics.inspection import CLAMP_PRICE, PRICES
 from unclamp.policy import unclamped
 from unclamp.scaling import Scaling
 
 
 class Screening:
-    """Adds up the effects of clamped inputs and weights while steps run; see `watching`.
-
-    Attributes:
-        effects: By site, the change of the losses that un-clamping would make, first order; the
-            sum over the steps watched. Negative is a fall.
-    """
+    """Adds up the effects of clamped inputs and weights while steps run; see `watching`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.effects: dict[SiteName, float] = {}
-        self._layers = [m for m in model.modules() if isinstance(m, Converted)]
+        self._ledgers = find_ledgers(model)
+        self._sums: dict[SiteName, float] = {}
+
+    @property
+    def effects(self) -> dict[SiteName, float]:
+        """By site, the change of the losses that un-clamping would make, first order.
+
+        It is the sum over the steps watched. Negative is a fall. Sites of which not all is known
+        are left out.
+        """
+        return {site: effect for site, effect in self._sums.items() if math.isfinite(effect)}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the steps in this context."""
-        handles: list[Any] = []
-        for layer in self._layers:
-            # Removed amounts wait here from the forward to the gradient, newest last.
-            weights: list[Tensor] = []
-            is_parted = is_sharded(layer.weight)
-            hook = self._input_hook(weights, is_parted=is_parted)
-            handles.append(layer.register_forward_pre_hook(hook))
-            if layer.weight.requires_grad and not is_parted:
-                handles.append(layer.weight.register_hook(self._weight_hook(layer, weights)))
+        ends = []
+        for ledger in self._ledgers:
+            ledger.inspect(_inspection(ledger), by=self)
+            ends.append(ledger.subscribe(lambda update, ledger=ledger: self._hear(ledger, update)))
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for end in ends:
+                end()
+            for ledger in self._ledgers:
+                ledger.inspect("never", by=self)
 
-    def _add(self, site: SiteName, gradient: Tensor, lost: Tensor) -> None:
-        effect = float((gradient.detach().float() * lost).sum())
-        self.effects[site] = self.effects.get(site, 0.0) + effect
+    def _hear(self, ledger: Ledger, update: Update) -> None:
+        if update.details is None:
+            return
+        prices = update.details[:, [PRICES, CLAMP_PRICE]].tolist()
+        for site, (count, price) in zip(ledger.sites, prices, strict=True):
+            if count:
+                name = SiteName(site.fqn, site.role)
+                self._sums[name] = self._sums.get(name, 0.0) - price
 
-    def _input_hook(self, weights: list[Tensor], *, is_parted: bool) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            assert isinstance(layer, Converted)
-            if not torch.is_grad_enabled() or not inputs:
-                return None
-            # The hook of a weight that is put together for each forward would not be called.
-            lost = None if is_parted else clamped_off(layer, "weight", layer.weight)
-            if lost is not None:
-                weights.append(lost)
-            lost = clamped_off(layer, "input", inputs[0])
-            if lost is None:
-                return None
-            # A view of its own: the gradient of this use of the tensor, and of no other.
-            own = inputs[0].view_as(inputs[0])
-            if not own.requires_grad:
-                own = own.detach().requires_grad_()
-            site = SiteName(layer.sites.fqn, "input")
-            own.register_hook(lambda gradient, lost=lost: self._add(site, gradient, lost))
-            return (own, *inputs[1:])
 
-        return hook
-
-    def _weight_hook(self, layer: Converted, weights: list[Tensor]) -> Any:
-        def hook(gradient: Tensor) -> None:
-            # Micro-batches share the weight and its clamp.
-            if weights:
-                self._add(SiteName(layer.sites.fqn, "weight"), gradient, weights[-1])
-                weights.clear()
-
-        return hook
+def _inspection(ledger: Ledger) -> Inspection:
+    """Return which casts are to be looked at: off the CPU nobody knows which clamped."""
+    return "clamped" if ledger.scale.device.type == "cpu" else "always"
 
 
 def screened(replay: Replay, *, last: int) -> Screened:
@@ -112,19 +93,3 @@ def free_gradients(replay: Replay) -> dict[SiteName, Scaling]:
     """
     free = {k: unclamped(replay.original(k)) for k in replay.sites if k.role == "grad_output"}
     return {key: scaling for key, scaling in free.items() if scaling is not None}
-
-
-@torch.no_grad()
-def clamped_off(layer: Converted, role: Role, x: Tensor) -> Tensor | None:
-    """Return x - clamp(x) as the site's scale stands; None where it cannot clamp, or did not."""
-    operand = layer.sites.operand(role)
-    scale = layer.sites.scales[role, AXES[role, "output"]]
-    if not operand.scaling.clamps or scale is None or layer.sites.smooth:
-        return None
-    if scale.ndim == 2:
-        flat = orient(x.detach(), 1)
-        scale = spread(scale, flat.shape, operand.scaling.granularity.block).reshape(x.shape)
-    limit = torch.where(scale > 0, operand.format.max / scale, torch.inf)
-    x = x.detach().float()
-    lost = x - x.clamp(-limit, limit)
-    return lost if bool(lost.any()) else None

@@ -20,8 +20,11 @@ from torch.autograd import forward_ad
 from unclamp.errors import UnclampWarning
 from unclamp.names import Gemm, Role
 from unclamp.nn.agreed import WHOLE, Splits, smoothing
-from unclamp.nn.casts import Seen
+from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.operands import Operands
+from unclamp.nn.priced import SHARES, Wanted, with_prices
+from unclamp.nn.priced_plain import PlainPricing, has_input_at_hand, plain_pricing
+from unclamp.nn.update import LOOKS_AT_ALL
 
 COUNTED_EVERY = 10
 """Updates between two in which what is only observed is counted, where nobody inspects casts."""
@@ -42,7 +45,7 @@ def is_counted(operands: Operands) -> bool:
     if operands.inspection == "never":
         ledger = operands.ledger
         return ledger.updates % COUNTED_EVERY == 0 or ledger.clock.idle >= COUNTED_EVERY - 1
-    return operands.inspection == "always"
+    return operands.inspection in LOOKS_AT_ALL
 
 
 def count(
@@ -64,16 +67,17 @@ def count(
         say_not_counted()
         return output
     with torch.no_grad():
-        x_seen, w_seen = _cast_forward(operands, x, weight, splits)
+        held, pricing = _cast_forward(
+            operands, x, weight, splits, comes_back=commit == "in backward" and part is None
+        )
     if commit == "now":
-        operands.commit({"input": x_seen, "weight": w_seen})
+        operands.commit(held)
         return output
     wanted: dict[Gemm, bool] = {
         "grad_input": x.requires_grad,
         "grad_weight": weight.requires_grad,
     }
     needs: list[Gemm] = [gemm for gemm, is_wanted in wanted.items() if is_wanted]
-    held: dict[Role, Seen] = {"input": x_seen, "weight": w_seen}
     counted: weakref.ref[Tensor] | None = None
 
     def hook(dy: Tensor) -> None:
@@ -86,7 +90,8 @@ def count(
             dy = dy.detach() if part is None else part(dy.detach())
             tokens = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
             hat = operands.cast("grad_output", tokens, needs, splits=splits)
-            operands.commit({**held, "grad_output": operands.seen("grad_output", hat)})
+            seen: dict[Role, Seen] = {**held, "grad_output": operands.seen("grad_output", hat)}
+            operands.commit(seen if pricing is None else with_prices(seen, pricing.looks(tokens)))
         held.clear()  # a graph that is kept makes one cast more, and not three
 
     output.register_hook(hook)
@@ -94,20 +99,32 @@ def count(
 
 
 def _cast_forward(
-    operands: Operands, x: Tensor, weight: Tensor, splits: Splits
-) -> tuple[Seen, Seen]:
+    operands: Operands, x: Tensor, weight: Tensor, splits: Splits, *, comes_back: bool
+) -> tuple[dict[Role, Seen], PlainPricing | None]:
     tokens = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
     matrix = weight.detach()
+    if torch.is_autocast_enabled(x.device.type) and not operands.smooth:
+        tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
+    plain, smooth = (tokens, matrix), None
     if operands.smooth:
         smooth = smoothing(operands, tokens, splits)
         tokens, matrix = tokens.to(torch.float32) * smooth, matrix.to(torch.float32) / smooth
-    elif torch.is_autocast_enabled(x.device.type):
-        tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
     x_gemms: list[Gemm] = ["output", "grad_weight"] if weight.requires_grad else ["output"]
     w_gemms: list[Gemm] = ["output", "grad_input"] if x.requires_grad else ["output"]
     x_hat = operands.cast("input", tokens, x_gemms, splits=splits)
     w_hat = operands.cast("weight", matrix, w_gemms, splits=splits)
-    return operands.seen("input", x_hat), operands.seen("weight", w_hat)
+    seen: dict[Role, Seen] = {
+        "input": operands.seen("input", x_hat),
+        "weight": operands.seen("weight", w_hat),
+    }
+    wanted: dict[Role, Wanted] = dict.fromkeys(SHARES, "never")
+    if comes_back:
+        wanted["input"] = "comes"
+        # Where backward does not have the input at hand, it would be kept for this alone.
+        if weight.requires_grad and has_input_at_hand(operands, x):
+            wanted["weight"] = "comes"
+    hats: dict[Role, Hat] = {"input": x_hat, "weight": w_hat}
+    return seen, plain_pricing(operands, seen, hats, plain, wanted, smooth)
 
 
 def is_stand_in(x: Tensor) -> bool:

@@ -21,6 +21,7 @@ from unclamp.nn.groups import Groups
 from unclamp.nn.layout import Axis
 from unclamp.nn.noted import Doubt
 from unclamp.nn.operands import Operands
+from unclamp.nn.priced import SHARES, Wanted, set_aside, with_prices
 from unclamp.nn.split import asked, uncounted
 from unclamp.numerics import CastPlan, GemmOperand
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
@@ -31,7 +32,7 @@ zeros. A view helps, at the price that nobody may write into it; 2.13 needs none
 Commit = Literal["in backward", "now"] | None
 """When a forward's statistics reach the ledger; None: never, it is an evaluation."""
 Saved = tuple[Any, ...]
-"""Codes and scales of the input, those of the weight, and the smoothing."""
+"""Codes and scales of the input, those of the weight, the smoothing, and what prices want."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of input, weight and bias; None of what nobody asks for."""
 NOTHING: tuple[None, None] = (None, None)
@@ -46,12 +47,14 @@ class Meets(NamedTuple):
         evaluates: Whether its casts are counted apart.
         together: With whom it agrees on first scales.
         splits: How it is spread over ranks.
+        is_part: Whether ranks have parts of its tensors.
     """
 
     commit: Commit
     evaluates: bool
     together: Groups = ()
     splits: Splits = WHOLE
+    is_part: bool = False
 
 
 class Product(torch.autograd.Function):
@@ -100,7 +103,7 @@ def run_forward(
         out: Where the output goes, `[T, N]` in the dtype of `x`; fresh memory without it.
     """
     needs_input, needs_weight = needs[:2]
-    commit, evaluates, together, splits = meets
+    commit, evaluates, together, splits, is_part = meets
     # What may be trained by a backward has the bits of a training, whatever its mode.
     doubt = operands.doubt(weight) if evaluates and commit is None else None
     remakes = needs_input and doubt is None and operands.remakes_weight(weight, x.shape[0])
@@ -122,6 +125,15 @@ def run_forward(
         "input": operands.seen("input", x_hat),
         "weight": operands.seen("weight", w_hat),
     }
+    part.aside, kept = None, ()
+    if commit is not None:
+        hats: dict[Role, Hat] = {"input": x_hat, "weight": w_hat}
+        plain: dict[Role, Tensor] = {"input": x, "weight": weight}
+        wanted: dict[Role, Wanted] = dict.fromkeys(SHARES, "never")
+        if commit == "in backward" and not (is_part or splits.told):
+            wanted["input"] = "comes" if needs_input else "to be made"
+            wanted["weight"] = "comes" if needs_weight else "never"
+        part.aside, kept = set_aside(operands, seen, hats, plain, wanted, smooth)
     if commit == "now":
         operands.commit(seen)
     if evaluates:
@@ -131,7 +143,7 @@ def run_forward(
     part.grains = tuple(None if k is None else k.granularity for k in (kept_x, kept_w))
     part.high = {name: operands.is_high(name) for name in GEMMS}
     part.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-    saved = (*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth)
+    saved = (*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth, *kept)
     return output.to(x.dtype), saved
 
 
@@ -187,7 +199,7 @@ def run_backward(
         outs: Where they go, in the dtypes of their tensors; fresh memory where there is None.
     """
     operands: Operands = part.operands
-    x_codes, x_inv, w_codes, w_inv, smooth = saved
+    x_codes, x_inv, w_codes, w_inv, smooth, *kept = saved
     needs_input, needs_weight, needs_bias = needs
     x_dtype, weight_dtype, bias_dtype = part.dtypes
     wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
@@ -197,6 +209,7 @@ def run_backward(
         seen = uncounted(part, whole, dy_hat, seen)
 
     grad_input = grad_weight = grad_bias = None
+    prices: dict[Role, Tensor] = {}
     if needs_input:
         # grad_input [T, K] = dy_hat [T, N] @ w_hat [N, K], contracting N: axes 1 and 0.
         if part.remade is not None:
@@ -215,6 +228,10 @@ def run_backward(
                 grad_input = gemm(dy_hat.along(1), w_hat, None, mode, torch.float32)
                 grad_input = written(grad_input * smooth, outs[0])
         grad_input = grad_input.to(x_dtype)
+        if part.aside is not None and part.aside.waits_for("input"):
+            prices["input"] = part.aside.look("input", grad_input, kept, smooth)
+    elif part.aside is not None and part.aside.makes_input:
+        prices["input"] = part.aside.made_look(dy, kept, smooth)
     if needs_weight:
         # grad_weight [N, K] = dy_hat [T, N].T @ x_hat [T, K], contracting T: axis 0 of both.
         x_hat = GemmOperand(x_codes, x_inv, part.grains[0], 0)
@@ -230,10 +247,12 @@ def run_backward(
         grad_weight = grad_weight.to(weight_dtype)
         if part.commit == "in backward" and not part.high["grad_weight"]:
             seen = with_look(operands, seen, dy, dy_hat, x_hat, grad_weight, smooth)
+        if part.aside is not None and part.aside.waits_for("weight"):
+            prices["weight"] = part.aside.look("weight", grad_weight, kept, smooth)
     if needs_bias:
         grad_bias = written(sum_tokens(dy).to(bias_dtype), outs[2])
     if part.commit == "in backward":
-        operands.commit({**part.seen, "grad_output": seen})
+        operands.commit(with_prices({**part.seen, "grad_output": seen}, prices))
         part.seen = {}  # a graph that is kept makes one cast more, and not three
     return grad_input, grad_weight, grad_bias
 

@@ -19,6 +19,7 @@ from unclamp.nn.covering import Example, covering
 from unclamp.nn.first import is_routed
 from unclamp.nn.update import Update
 from unclamp.numerics import Stat, empty_stats, merge_stats
+from unclamp.numerics.inspection import CLAMP_PRICE, PRICES
 from unclamp.recipe import Recipe
 from unclamp.rule import as_scaling, check_scaling
 from unclamp.scaling import Dynamic, Scaling
@@ -27,7 +28,8 @@ from unclamp.totals import clamp_error, overshoot, share
 from unclamp.written import counted, percent, times
 
 SHOWN_SITES = 8
-TOTALS = ("_total", "_clamped", "_overshoot", "_errors", "_idle", "_longest_idle")
+TOTALS = ("_total", "_clamped", "_overshoot", "_errors", "_idle", "_longest_idle", "_price",
+          "_priced")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,9 @@ class ObservedSite:
         overshoot: Largest amax over the largest representable value.
         clamp_error: Share of the squares that clamping would have removed, mean over the steps in
             which it would have: the clamp error of a report.
+        price: By how much clamping would have raised the loss, to first order and in units of the
+            loss as backward saw it: the sum over the steps in which it was priced, as it is while
+            a `Recorder` records. None without any; None for a gradient.
     """
 
     fqn: str
@@ -58,6 +63,7 @@ class ObservedSite:
     nonfinite: int
     overshoot: float
     clamp_error: float
+    price: float | None = None
 
 
 class Observation(Shown):
@@ -79,6 +85,8 @@ class Observation(Shown):
         self._clamped = torch.zeros(rows, dtype=torch.int64)
         self._overshoot = torch.zeros(rows, dtype=torch.float64)
         self._errors = torch.zeros(rows, dtype=torch.float64)
+        self._price = torch.zeros(rows, dtype=torch.float64)
+        self._priced = torch.zeros(rows, dtype=torch.int64)
         self._idle = torch.zeros(rows, dtype=torch.int64)
         self._longest_idle = torch.zeros(rows, dtype=torch.int64)
         self._steps = 0
@@ -94,6 +102,8 @@ class Observation(Shown):
             self._clamped.cpu().tolist(),
             self._overshoot.cpu().tolist(),
             self._errors.cpu().tolist(),
+            self._price.cpu().tolist(),
+            self._priced.cpu().tolist(),
             strict=True,
         )
         sites = [
@@ -108,8 +118,9 @@ class Observation(Shown):
                 nonfinite=int(total[Stat.NONFINITE]),
                 overshoot=overshoot(peak, site.operand.format.max),
                 clamp_error=share(error, clamped),
+                price=price if priced else None,
             )
-            for site, total, clamped, peak, error in rows
+            for site, total, clamped, peak, error, price, priced in rows
             if total[Stat.CASTS]
         ]
         return sorted(sites, key=lambda s: (-s.clamp_error * s.clamped_steps, s.fqn, s.role))
@@ -199,6 +210,7 @@ class Observation(Shown):
             f"  {SiteName(site.fqn, site.role)}: {counted(site.saturated, 'element')} clamped in "
             f"{counted(site.clamped_steps, 'step')}, overshoot {times(site.overshoot)}, "
             f"clamp error {percent(site.clamp_error)}"
+            + ("" if site.price is None else f", price {site.price:.3g}")
             for site in clamped[:SHOWN_SITES]
         ]
         starved = self.starved()
@@ -222,6 +234,11 @@ class Observation(Shown):
             clamped, clamp_error(stats[:, Stat.SATURATED_SQUARE], stats[:, Stat.SQUARE]), 0
         )
         self._overshoot = torch.maximum(self._overshoot, _peak(stats))
+        if update.details is not None:
+            price = update.details[:, CLAMP_PRICE]
+            is_known = (update.details[:, PRICES] > 0) & price.isfinite()
+            self._price += torch.where(is_known, price, 0)
+            self._priced += is_known
         self._idle = torch.where(stats[:, Stat.CASTS] > 0, 0, self._idle + 1)
         self._longest_idle = torch.maximum(self._longest_idle, self._idle)
         self._steps += 1

@@ -19,7 +19,7 @@ from unclamp.nn.casts import NOTHING_SEEN, Hat, Seen
 from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.layout import Axis, Site
 from unclamp.nn.noted import NO_VERSION, Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
-from unclamp.nn.update import Inspection
+from unclamp.nn.update import LOOKS_AT_ALL, Inspection
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
 from unclamp.numerics.gpu import goes_to_gpu, is_capturing
 from unclamp.numerics.operators import (
@@ -308,10 +308,10 @@ class Operands:
             return seen
         if self.inspection == "gradients" and hat.tensor.device.type != "cpu":
             return seen
+        few, some = self.inspection == "gradients", self.inspection not in LOOKS_AT_ALL
         look = look_at_weight_gradient(
-            hat.tensor, q, x, grad, smooth,
-            only_clamped=self.inspection != "always", few_tokens=self.inspection == "gradients",
-        )  # fmt: skip
+            hat.tensor, q, x, grad, smooth, only_clamped=some, few_tokens=few
+        )
         if look is None:
             return seen
         return seen._replace(details=look if seen.details is None else seen.details + look)

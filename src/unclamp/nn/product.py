@@ -70,6 +70,7 @@ def multiply(
     training: bool,
     splits: Splits = WHOLE,
     plain: Callable[[], Tensor] | None = None,
+    is_part: bool = False,
 ) -> Tensor:
     """Return `x @ weight.T + bias` with the operands cast as their plan says.
 
@@ -114,6 +115,7 @@ def multiply(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     # Reshaped out here: an in-place operation on a view made inside the function would fail.
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    meets = meets._replace(is_part=is_part)
     output = Product.apply(tokens, weight, bias, operands, meets)
     # As `nn.Linear` does it: no view, of which FSDP warns because it may not be written into.
     return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])

@@ -44,6 +44,7 @@ class Multiply(Protocol):
         *,
         training: bool,
         splits: Splits,
+        is_part: bool,
     ) -> Tensor:
         """Return the product."""
         ...
@@ -130,7 +131,10 @@ def on_shards(
     if bias is not None and not is_partial:
         bias = _summing(_spread(bias, layout.bias), layout)
         bias_part = _part(bias, layout.grad_bias)
-    made = multiply(operands, x_part, weight_part, bias_part, training=training, splits=splits)
+    made = multiply(
+        operands, x_part, weight_part, bias_part,
+        training=training, splits=splits, is_part=True,
+    )  # fmt: skip
     output = _whole(made, weight.device_mesh, layout.output, (*x.shape[:-1], weight.shape[0]))
     if bias is None or not is_partial:
         return output

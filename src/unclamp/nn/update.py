@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from unclamp.scaling import Scaling
 
-Inspection = Literal["never", "gradients", "clamped", "always"]
+Inspection = Literal["never", "gradients", "clamped", "always", "priced"]
 """Which casts get a closer look: none, those that clamped, or all.
 
 "gradients" takes none, and tells only of clamped gradients what that did to the weight's gradient,
 where few tokens clamped; "clamped" and "always" tell it of all. Off the CPU "gradients" is "never",
-for the host would have to wait."""
+for the host would have to wait. What clamping did to the loss each of them tells, and "priced" what
+rounding did, too: for that it keeps the operands themselves for backward, beside their codes."""
+LOOKS_AT_ALL: frozenset[Inspection] = frozenset(["always", "priced"])
 INSPECTIONS: tuple[Inspection, ...] = get_args(Inspection)
 
 

@@ -29,7 +29,12 @@ from torch import Tensor
 from unclamp.numerics.blocks import orient, spread
 from unclamp.numerics.cast import dequantize_codes
 from unclamp.numerics.gemm import values_of
-from unclamp.numerics.inspection import GRADIENTS
+from unclamp.numerics.inspection import (
+    CHANGE_PRODUCT,
+    DETAILS,
+    GRADIENT_SQUARE,
+    GRADIENTS,
+)
 from unclamp.numerics.record import CastPlan, GemmOperand
 from unclamp.numerics.stats import Stat
 
@@ -86,7 +91,7 @@ def _sums_on_cpu(
     sums = torch.zeros(3, dtype=torch.float64)
     if not stats[Stat.SATURATED] > 0:
         return sums
-    tokens = _clamped_tokens(dy, _each(scale_inv, dy, plan, axis), plan)
+    tokens = _clamped_tokens(dy, inverse_of_each(scale_inv, dy, plan, axis), plan)
     if few_tokens and len(tokens) > max(ALWAYS_FEW, FEW * len(dy)):
         return sums.fill_(torch.nan)
     change = change_of(dy, scale_inv, plan, axis, x, tokens=tokens)
@@ -109,8 +114,10 @@ def _sums(grad: Tensor, change: Tensor, smooth: Tensor | None) -> Tensor:
 
 def _vector(sums: Tensor) -> Tensor:
     """Return a closer look that holds these sums and nothing else."""
-    looked = torch.ones(1, dtype=torch.float64, device=sums.device)
-    return torch.cat([looked.new_zeros(GRADIENTS), looked, sums])
+    looked = torch.zeros(DETAILS, dtype=torch.float64, device=sums.device)
+    looked[GRADIENTS] = 1
+    looked[GRADIENT_SQUARE : CHANGE_PRODUCT + 1] = sums
+    return looked
 
 
 def change_of(
@@ -130,7 +137,7 @@ def change_of(
     if torch.is_autocast_enabled(dy.device.type):  # the product would leave float32
         with torch.autocast(dy.device.type, enabled=False):
             return change_of(dy, scale_inv, plan, axis, x, tokens=tokens)
-    each_inv = _each(scale_inv, dy, plan, axis)
+    each_inv = inverse_of_each(scale_inv, dy, plan, axis)
     if tokens is None:
         dtype = torch.float32 if dy.dtype in (torch.float32, torch.float64) else torch.bfloat16
         taken = _taken(dy, each_inv, plan).to(dtype)
@@ -139,11 +146,11 @@ def change_of(
     return _taken(dy[tokens], some_inv, plan).t() @ _values_at(x, tokens)
 
 
-def _each(scale_inv: Tensor, dy: Tensor, plan: CastPlan, axis: int) -> Tensor:
-    """Return 1 / scale of each element: a matrix that broadcasts against the gradient."""
+def inverse_of_each(scale_inv: Tensor, x: Tensor, plan: CastPlan, axis: int) -> Tensor:
+    """Return 1 / scale of each element: a matrix that broadcasts against `x`."""
     if plan.granularity.is_whole:
         return scale_inv.reshape(1, 1)
-    each = spread(scale_inv, orient(dy, axis).shape, plan.granularity.block)
+    each = spread(scale_inv, orient(x, axis).shape, plan.granularity.block)
     return each if axis % 2 else each.t()
 
 

@@ -10,6 +10,7 @@ vector, so that it travels and adds up as the statistics do (`stats`):
     MAGNITUDES             finite elements by the code of their magnitude
     ROW_SQNR               rows by their own signal over error, in steps of half a decibel
     GRADIENTS and after    what clamping did to a weight's gradient (`gradient`)
+    PRICES and after       what the cast changed of the loss (`price`)
 
 A row is what lies along the last axis: a token of an input or gradient, an output feature of a
 weight. One huge element decides the ratio of the whole tensor, and that of its own row only.
@@ -39,8 +40,10 @@ LOWEST_ROW_DB, HIGHEST_ROW_DB = -20, 80
 ROW_BINS = (HIGHEST_ROW_DB - LOWEST_ROW_DB) * A_DECIBEL + 2
 ROW_SQNR = slice(MAGNITUDES.stop, MAGNITUDES.stop + ROW_BINS)
 GRADIENTS, GRADIENT_SQUARE, CHANGE_SQUARE, CHANGE_PRODUCT = range(ROW_SQNR.stop, ROW_SQNR.stop + 4)
-"""Last of all, and 0 in the look at a cast itself."""
-DETAILS = CHANGE_PRODUCT + 1
+"""0 in the look at a cast itself."""
+PRICES, CLAMP_PRICE, ROUNDINGS, ROUNDING_PRICE = range(CHANGE_PRODUCT + 1, CHANGE_PRODUCT + 5)
+"""Last of all, and 0 likewise."""
+DETAILS = ROUNDING_PRICE + 1
 """Length of the vector."""
 
 

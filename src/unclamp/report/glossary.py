@@ -92,6 +92,16 @@ GLOSSARY = (
         "column is called grad_error.",
     ),
     Term(
+        word="price of clamping",
+        short="how much clamping raised the loss, to first order, in units of the loss",
+        meaning="Of an input or weight: the gradient of the loss times what clamping changed, "
+        "added up over the clamped elements of a step. Above 0 clamping raised the loss of the "
+        "step, below 0 it lowered it. The table has the step in which it was largest. It ranks "
+        "sites, and is no measurement: outliers are large, and where gradients clamped in the "
+        "same step it is too small. '-' where nothing was clamped or it was not measured, and for "
+        "gradients. The run log's column is called price_clamp.",
+    ),
+    Term(
         word="overshoot",
         short="largest element over the largest value that fits; only where anything was clamped",
         meaning="The largest element over the largest value that its scale can represent, shown "
@@ -180,6 +190,7 @@ _OF_HEADING = {
     "site": "site",
     "clamp error": "clamp error",
     "gradient error": "gradient error",
+    "price of clamping": "price of clamping",
     "SQNR dB, min": "SQNR",
     "SQNR dB, mean": "SQNR",
     "SQNR dB, rows": "SQNR",

@@ -15,6 +15,7 @@ from unclamp.analysis import (
     run_curve,
 )
 from unclamp.analysis.groups import Group, has_kinds
+from unclamp.analysis.prices import Prices, cast_prices
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.report.status import noted
@@ -73,6 +74,7 @@ class RunRecord:
         is_plain: Whether its header says that no layer was meant to be in FP8.
         gradients: What clamping gradients did to those of the weights.
         kind_gradients: The same at the batches of each kind; empty where there are no kinds.
+        prices: What casts of inputs and weights cost, in units of the loss.
     """
 
     status: str
@@ -92,6 +94,7 @@ class RunRecord:
     groups: list[Group] = field(default_factory=list)
     gradients: ClampedGradients = field(default_factory=ClampedGradients)
     kind_gradients: dict[Group, ClampedGradients] = field(default_factory=dict)
+    prices: Prices = field(default_factory=Prices)
     mark: str = PLANTED.word
     counted_sites: list[SiteRecord] = field(default_factory=list)
 
@@ -194,6 +197,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         kind_gradients=clamped_gradients_by(log, dict(zip(steps, groups, strict=True)))
         if has_kinds(groups)
         else {},
+        prices=cast_prices(log),
     )
     return record, windows
 

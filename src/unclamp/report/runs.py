@@ -82,6 +82,7 @@ class RunSiteRow(SiteRow):
         sqnr_row_db_min: Least median over rows, decibel.
         recasts: Casts that guarded scaling repeated.
         nonfinite: Inf and NaN elements.
+        price: Largest price of clamping of a step, in units of the loss; None where there is none.
     """
 
     site: int
@@ -94,6 +95,7 @@ class RunSiteRow(SiteRow):
     sqnr_row_db_min: float | None
     recasts: int
     nonfinite: int
+    price: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,17 +290,21 @@ def _curve(pairs: Sequence[tuple[int, float]]) -> Curve:
 
 def _sites(record: RunRecord, switched: Mapping[SiteName, list[int]]) -> list[RunSiteRow]:
     gradients = {name: site.change.error for name, site in record.gradients.by_name.items()}
+    prices = {name: site.worst for name, site in record.prices.by_name.items()}
     return [
         _site(
             site,
             switched.get(site.name, []),
             None if site.info.only_counted else gradients.get(site.name),
+            None if site.info.only_counted else prices.get(site.name),
         )
         for site in by_clamp_error(record.sites) + by_clamp_error(record.counted_sites)
     ]
 
 
-def _site(site: SiteRecord, switched: list[int], grad_error: float | None) -> RunSiteRow:
+def _site(
+    site: SiteRecord, switched: list[int], grad_error: float | None, price: float | None
+) -> RunSiteRow:
     """Return a site's row; means and shares that nothing was counted for are None."""
     info, totals = site.info, site.totals
     return RunSiteRow(
@@ -323,5 +329,6 @@ def _site(site: SiteRecord, switched: list[int], grad_error: float | None) -> Ru
         nonfinite=totals.nonfinite,
         worst_step=totals.worst_step,
         grad_error=rounded(grad_error),
+        price=rounded(price),
         only_counted=info.only_counted,
     )

@@ -13,6 +13,9 @@ from unclamp.report.recorded import RunRecord, SiteRecord, by_clamp_error, shown
 from unclamp.totals import SiteTotals
 from unclamp.written import counted, loss_text, percent, times
 
+DEAR = 0.01
+"""Share of a step's loss: clamping that cost less, by its price, is not told in words."""
+
 
 def run_sentences(
     record: RunRecord,
@@ -86,6 +89,7 @@ def _clamp_sentences(record: RunRecord) -> list[str]:
             f"{counted(len(sites), 'site')}{extent}.",
             *_worst_sentence(clamped[0]),
             *_gradient_sentences(record),
+            *_price_sentences(record),
         ]
     if total.recasts:
         share = percent(total.recasts / total.casts)
@@ -136,6 +140,16 @@ def _gradient_sentences(record: RunRecord) -> list[str]:
     """Say what clamping gradients took of the weights', and where most, or that nobody knows."""
     found = record.gradients
     return [found.words(), *found.worst_words()] if found.has_clamped else []
+
+
+def _price_sentences(record: RunRecord) -> list[str]:
+    """Say which casts' clamping cost most, where that was a part of the loss worth telling."""
+    worst = next(iter(record.prices.sites), None)
+    losses = dict(zip(record.steps, record.loss, strict=True))
+    loss = None if worst is None else losses.get(worst.worst_step or 0)
+    if worst is None or worst.worst is None or not loss or worst.worst < DEAR * abs(loss):
+        return []
+    return record.prices.words()
 
 
 def _switch_sentences(switched: Mapping[SiteName, list[int]]) -> list[str]:

@@ -58,6 +58,8 @@ TABLE_COLUMNS = (
      "mean over the casts that clamped"),
     ("grad_error", "gradient error", "share", "how much clamping changed the weight's gradient, of "
      "its size without clamping, over the casts that clamped"),
+    ("price", "price of clamping", "price", "how much clamping raised the loss in the step where "
+     "it raised it most, to first order, in units of the loss; below 0 it lowered it"),
     ("overshoot", "overshoot", "ratio", "largest amax over the largest representable value, where "
      "anything was clamped"),
     ("underflow_share", "underflow", "share", "non-zero elements that became zero"),

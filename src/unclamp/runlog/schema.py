@@ -115,6 +115,26 @@ _GRADIENT = [
 ]
 """What clamping a gradient did to the weight's: where it clamped and was measured, else null."""
 
+_PRICE = [
+    _column(
+        "price_clamp",
+        pa.float64(),
+        "of an input or weight: sum over the clamped elements of the gradient of the loss times "
+        "what the cast changed, x_hat - x, in units of the loss, over all of the step's casts; "
+        "above 0 where clamping raised the loss, to first order; 0 where nothing was clamped, null "
+        "where it was not measured or is not finite",
+        nullable=True,
+    ),
+    _column(
+        "price_rounding",
+        pa.float64(),
+        "the same over all other elements: rounding, and underflow with it; null unless the "
+        "recorder was asked for it, and likewise",
+        nullable=True,
+    ),
+]
+"""What casts changed of the loss, to first order, where it was measured, else null."""
+
 TABLES: Mapping[str, pa.Schema] = {
     "steps": pa.schema(
         [
@@ -202,6 +222,7 @@ TABLES: Mapping[str, pa.Schema] = {
             ),
             *_INSPECTED,
             *_GRADIENT,
+            *_PRICE,
         ]
     ),
     "events": pa.schema(

@@ -14,6 +14,7 @@ from unclamp.nn.update import Update
 from unclamp.numerics.inspection import (
     CHANGE_PRODUCT,
     CHANGE_SQUARE,
+    CLAMP_PRICE,
     ERROR_SQUARE,
     EXPONENTS,
     GRADIENT_SQUARE,
@@ -22,6 +23,9 @@ from unclamp.numerics.inspection import (
     INSPECTED_SQUARE,
     LOWEST_EXPONENT,
     MAGNITUDES,
+    PRICES,
+    ROUNDING_PRICE,
+    ROUNDINGS,
     ROW_SQNR,
     range_used,
     row_median_db,
@@ -41,6 +45,7 @@ INSPECTED_COLUMNS = (
     "exponents",
 )
 GRADIENT_COLUMNS = ("grad_error", "grad_cosine", "grad_ratio", "weight_grad_norm")
+PRICE_COLUMNS = ("price_clamp", "price_rounding")
 UNNUMBERED = -1
 """Stands for the id of a site that the log does not hold, since its module left the model."""
 COUNTS = (Stat.ELEMENTS, Stat.SATURATED, Stat.UNDERFLOWED, Stat.NONFINITE, Stat.RECAST)
@@ -99,7 +104,11 @@ def merged_update(so_far: Update | None, update: Update) -> Update:
 
 
 def cast_columns(
-    step: int, updates: list[tuple[list[int], Update]], formats: Mapping[int, Format]
+    step: int,
+    updates: list[tuple[list[int], Update]],
+    formats: Mapping[int, Format],
+    *,
+    loss_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Return the rows of one step: a row a site that has an id and cast anything.
 
@@ -107,8 +116,9 @@ def cast_columns(
         step: Its number.
         updates: Of each ledger, with the ids of its sites, or `UNNUMBERED`.
         formats: The format of each site.
+        loss_scale: What the loss was multiplied by before its backward.
     """
-    parts = [_part(ids, update, formats) for ids, update in updates]
+    parts = [_part(ids, update, formats, loss_scale) for ids, update in updates]
     columns: dict[str, Any] = {"step": np.full(sum(len(p["site"]) for p in parts), step)}
     for name in parts[0]:
         values = [part[name] for part in parts]
@@ -117,7 +127,9 @@ def cast_columns(
     return columns
 
 
-def _part(ids: list[int], update: Update, formats: Mapping[int, Format]) -> dict[str, Any]:
+def _part(
+    ids: list[int], update: Update, formats: Mapping[int, Format], loss_scale: float
+) -> dict[str, Any]:
     """Return the rows of one ledger."""
     table = update.stats.cpu().numpy()
     numbers = np.asarray(ids, np.int32)
@@ -143,9 +155,10 @@ def _part(ids: list[int], update: Update, formats: Mapping[int, Format]) -> dict
                 else {}
             )
             | _gradient(details[i])
+            | _price(details[i], loss_scale)
             for i in range(len(rows))
         ]
-    names = (*INSPECTED_COLUMNS, *GRADIENT_COLUMNS)
+    names = (*INSPECTED_COLUMNS, *GRADIENT_COLUMNS, *PRICE_COLUMNS)
     return columns | {name: [look.get(name) for look in looks] for name in names}
 
 
@@ -187,6 +200,16 @@ def _gradient(details: np.ndarray) -> dict[str, float]:
         "grad_ratio": change.ratio,
     }
     return look if change.is_nothing else look | {"weight_grad_norm": change.norm}
+
+
+def _price(details: np.ndarray, loss_scale: float) -> dict[str, float]:
+    """Return the columns that tell what casts changed of the loss, where it is known."""
+    if not details[PRICES] or not loss_scale > 0:
+        return {}
+    found = {"price_clamp": float(details[CLAMP_PRICE]) / loss_scale}
+    if details[ROUNDINGS] == details[PRICES]:
+        found["price_rounding"] = float(details[ROUNDING_PRICE]) / loss_scale
+    return {name: price for name, price in found.items() if math.isfinite(price)}
 
 
 def _decibel(signal: float, noise: float) -> float:

@@ -68,6 +68,21 @@ def scaling_data(scaling: Scaling) -> dict[str, Any]:
     return {**scaling_to_dict(replace(scaling, reduce="max")), "reduce": name}
 
 
+def switch_data(
+    ledger: Ledger, switched: Mapping[int, tuple[Scaling, Scaling]]
+) -> list[dict[str, Any]]:
+    """Return which sites of a ledger were switched, from what to what, as plain data."""
+    return [
+        {
+            "fqn": ledger.sites[index].fqn,
+            "role": ledger.sites[index].role,
+            "before": scaling_data(before),
+            "after": scaling_data(after),
+        }
+        for index, (before, after) in switched.items()
+    ]
+
+
 def _notes(ledgers: list[Ledger]) -> list[str]:
     """Return what a reader must know of the conversion.
 

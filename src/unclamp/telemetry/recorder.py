@@ -24,13 +24,13 @@ from unclamp.errors import RunLogError, UnclampWarning, did_you_mean, naming_arg
 from unclamp.nn.attach import find_ledgers
 from unclamp.nn.ledger import Ledger
 from unclamp.nn.unmatched import any_in_fp8
-from unclamp.nn.update import SwitchListener, Update
+from unclamp.nn.update import Inspection, SwitchListener, Update
 from unclamp.runlog import COVERAGE_EVENT, OUTSIDE_EVENT, Columns, Every, RunLogWriter, Status
 from unclamp.scaling import Scaling
 from unclamp.telemetry.columns import Number, cast_columns, step_columns
 from unclamp.telemetry.given import cadence, checked
 from unclamp.telemetry.group import Name, group_name
-from unclamp.telemetry.header import make_header, scaling_data
+from unclamp.telemetry.header import make_header, switch_data
 from unclamp.telemetry.numbering import Numbering
 from unclamp.telemetry.outside import Outside, outside_text, remembered
 from unclamp.telemetry.rank import find_place
@@ -76,7 +76,10 @@ class Recorder:
             none. In the steps between, `or_clamped` inspects only the casts that clamped. On a
             device other than the CPU it inspects every cast, since only the device knows. On a
             CPU what a clamped gradient does to the weight's is measured between them as well,
-            where at most an eighth of the tokens clamped, unless it is None.
+            where at most an eighth of the tokens clamped, and what clamped inputs and weights
+            did to the loss (`price_clamp`), unless it is None.
+        price_rounding: Whether inspected steps also tell what rounding did to the loss. In such a
+            step each product keeps its operands themselves until backward, beside their codes.
         coverage: What `unclamp.coverage` found of a batch; by default what `convert` or `observe`
             found of its `example`. The log and the page show it; a module that runs and did not
             in its step is named, in a warning and in the log.
@@ -112,6 +115,7 @@ class Recorder:
         plain: bool = False,
         casts: Every | int = EVERY_STEP,
         inspect: Every | int | None = EVERY_HUNDREDTH,
+        price_rounding: bool = False,
         coverage: CoverageReport | None = None,
         sinks: Iterable[Sink | NumbersFunction] = (),
         overwrite: bool = False,
@@ -120,6 +124,7 @@ class Recorder:
     ) -> None:
         self._casts = cadence(casts, "casts")
         self._inspect = None if inspect is None else cadence(inspect, "inspect")
+        self._whole: Inspection = "priced" if price_rounding else "always"
         place = find_place()
         self._sinks = Sinks(sinks, rank=place.rank)
         self._feed = SinkFeed()
@@ -210,7 +215,9 @@ class Recorder:
                 differ in their usual loss, each loss is then judged among its own kind. It
                 belongs to the whole step: call a step whose microsteps were of two kinds by a
                 name of its own.
-            **scalars: Whatever else to record under its name.
+            **scalars: Whatever else to record under its name. `loss_scale` says what the loss was
+                multiplied by before its backward: `scaler.get_scale()` before `scaler.update()`.
+                Prices of casts are divided by it.
 
         Raises:
             RunLogError: Something is neither a number nor a tensor of one, the group is no name,
@@ -240,7 +247,8 @@ class Recorder:
         if self._writer.failure is not None and self._sinks:  # the sinks go on without the log
             self._feed.put(lambda: self._tell_sinks(step, updates, row))
         elif updates or self._sinks:
-            self._writer.add("casts", lambda: self._rows(step, updates, row))
+            scale = values.get("loss_scale", 1.0)
+            self._writer.add("casts", lambda: self._rows(step, updates, row, scale))
         if updates and (look := self._uncast.look(self._sources)) is not None:
             self._writer.add("events", lambda: self._uncast.columns(step, look))
         self._warn_of_threads()
@@ -313,9 +321,13 @@ class Recorder:
         for rows in self._numbering.take(self._model()):
             self._writer.add("sites", rows)
 
-    def _rows(self, step: int, updates: list[Heard], row: Callable[[], Columns]) -> Columns:
+    def _rows(
+        self, step: int, updates: list[Heard], row: Callable[[], Columns], scale: Number
+    ) -> Columns:
         """Return a step's casts to write, on the writer's thread, and have the sinks told."""
-        columns = cast_columns(step, updates, self._numbering.formats) if updates else {}
+        formats, columns = self._numbering.formats, {}
+        if updates:
+            columns = cast_columns(step, updates, formats, loss_scale=float(scale))
         self._uncast.saw(columns.get("site", ()))
         if self._sinks:
             self._feed.put(lambda: self._sinks.step(step, row(), columns or None))
@@ -340,25 +352,16 @@ class Recorder:
         """Have the casts of a coming step inspected if they are due."""
         if self._inspect is None:
             return
-        between = "clamped" if self._inspect.or_clamped else "gradients"
+        between: Inspection = "clamped" if self._inspect.or_clamped else "gradients"
         is_due = self._inspect.is_due(step)
         for source in self._sources:
-            source.inspect("always" if is_due else between, between=between)
+            source.inspect(self._whole if is_due else between, between=between)
 
     def _switch_listener(self, ledger: Ledger) -> SwitchListener:
         def record(switched: Mapping[int, tuple[Scaling, Scaling]]) -> None:
             if (model := self._model()) is not None:
                 find_ledgers(model)  # who switched a part of it may have named sites within that
-            sites = [
-                {
-                    "fqn": ledger.sites[index].fqn,
-                    "role": ledger.sites[index].role,
-                    "before": scaling_data(before),
-                    "after": scaling_data(after),
-                }
-                for index, (before, after) in switched.items()
-            ]
-            self.event("switch", sites=sites)
+            self.event("switch", sites=switch_data(ledger, switched))
 
         return record
 

@@ -15,7 +15,7 @@
     name: (v) => v, text: (v) => v, scaling: (v) => v,
     count: (v) => v.toLocaleString("en-US"), step: (v) => v.toLocaleString("en-US"),
     share: (v) => figures(100 * v) + " %", ratio: (v) => (v >= 1e5 || (v > 0 && v < 1e-3) ? exponent(v) : v.toFixed(2)) + "x",
-    decibel: (v) => v.toFixed(1),
+    decibel: (v) => v.toFixed(1), price: (v) => (v < 0 ? "-" : "") + figures(Math.abs(v)),
   };
   const things = (n, noun, more = noun + "s") => `${write.count(n)} ${n === 1 ? noun : more}`;
   const missing = (v) => v === null || v === undefined;
