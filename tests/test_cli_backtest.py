@@ -36,8 +36,8 @@ def test_it_says_what_a_rule_would_have_done(run: Path) -> None:
     assert done.returncode == 0
     assert "On 1 log the rule goes up 2 times and comes back 1 times" in said
     assert "50 % of the switches up are false" in said
-    assert "step 8: up input: delayed(history_len=4) -> guarded(history_len=2)" in said
-    assert "step 14: up input: guarded(history_len=2) -> delayed(history_len=4)" in said
+    assert "step 8: up input: delayed(4) -> guarded(2)" in said
+    assert "step 14: up input: guarded(2) -> delayed(4)" in said
 
 
 def test_json_is_one_document_and_the_file_can_be_handed_in(run: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_switch_governs_the_step_after_the_one_that_decided(runs: Path) -> Non
     (up,) = [d for d in listed if (d["step"], d["fqn"], d["role"]) == (10, "0", "input")]
     assert (up["kind"], up["reason"], up["amax"]) == ("up", "clamped", 300.0)
     assert up["overshoot"] == pytest.approx(150.0, rel=1e-3)  # of elements of 2
-    assert (up["before"], up["after"]) == ("delayed(history_len=4)", "guarded(history_len=2)")
+    assert (up["before"], up["after"]) == ("delayed(4)", "guarded(2)")
 
 
 def test_the_page_says_what_was_decided(runs: Path) -> None:
@@ -146,7 +146,9 @@ def test_the_page_says_what_was_decided(runs: Path) -> None:
     text = event_text("autopilot", data["data"].to_pylist()[0])
     assert "0 input delayed → guarded (overshoot 150.00x, clamp error up to 98.7 %)" in text
     said = [sentence for sentence in view.sentences if "autopilot" in sentence]
-    assert said[0].startswith("An autopilot steered 6 sites by the rule ladder=delayed(history_le")
+    assert said[0].startswith(
+        "An autopilot steered 6 sites by the rule ladder=delayed(4) > guarded(2)"
+    )
     assert said[0].endswith("The rule was tried on no log before.")
     assert "autopilot" in {event.kind for event in view.events}
 

@@ -124,6 +124,29 @@ def test_clamps_that_change_nothing_are_missed(tmp_path: Path) -> None:
     assert any("without a switch up" in said for said in backtest(path, waits).sentences)
 
 
+def test_prices_of_a_log_decide_where_the_rule_asks_for_them(tmp_path: Path) -> None:
+    """The price of a cast is that of its two parts; a log without prices has none to go by."""
+    with RunLogWriter(tmp_path / "run", header=Header(unclamp_version="0")) as writer:
+        writer.add("sites", {"site": [0], "fqn": ["a"], "role": ["input"], "format": ["e4m3fn"],
+                             "scaling": ["delayed"], "format_max": [448.0]})  # fmt: skip
+        for step in range(20):
+            parts = {5: (0.02, 0.01), 7: (0.06, None), 9: (0.03, 0.04)}.get(step, (None, None))
+            writer.add("casts", {"step": [step], "site": [0], "amax": [1.0], "scale": [1.0],
+                                 "elements": [4], "saturated": [0], "underflowed": [0],
+                                 "nonfinite": [0], "recast": [0], "saturated_error": [0.0],
+                                 "microsteps": [1], "price_clamp": [parts[0]],
+                                 "price_rounding": [parts[1]]})  # fmt: skip
+    priced = Rule(ladder=RULE.ladder, price=0.05, reads=2.0)
+    (run,) = backtest(tmp_path / "run", priced).runs
+    assert [(d.step, d.reason, d.price) for d in run.decisions] == [
+        (7, "price", 0.06),
+        (9, "price", 0.07),
+    ]
+    assert backtest(tmp_path / "run", RULE).ups == 0
+    without = write(tmp_path / "other", {"a": [1.0] * 20})
+    assert backtest(without, priced).ups == 0
+
+
 def test_a_late_decision_is_in_force_a_step_later(tmp_path: Path) -> None:
     """Two outliers, each beyond the one before: the second comes before the switch does."""
     amaxes: list[float | None] = [1.0] * STEPS

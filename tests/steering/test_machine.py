@@ -79,7 +79,7 @@ def test_a_decision_carries_what_it_was_made_from() -> None:
     assert (up.spoke, up.of) == (1, 1)
     assert (down.step, down.kind, down.reason, down.clean) == (8, "down", "clean", 6)
     assert "overshoot 8.00x, clamp error up to 76.6 %" in up.text
-    assert up.to_dict()["before"] == "delayed(history_len=4)"
+    assert up.to_dict()["before"] == "delayed(4)"
 
 
 def test_the_way_back_is_counted_on_the_lower_rung_and_not_on_the_own() -> None:

@@ -83,7 +83,7 @@ def test_the_log_of_the_closed_loop_says_what_was_read(runs: dict[str, Path]) ->
         header = log.header
     assert 1 + count["again"] / count["casts"] < 1.2
     assert {(s["fqn"].rsplit(".", 1)[1], s["role"]) for s in switched} >= {("down_proj", "input")}
-    assert header.metadata["autopilot"].startswith("ladder=delayed(history_len=4)")
+    assert header.metadata["autopilot"].startswith("ladder=delayed(4)")
 
 
 def test_both_arms_are_alike_until_the_first_decision(runs: dict[str, Path]) -> None:

@@ -229,7 +229,7 @@ TABLES: Mapping[str, pa.Schema] = {
         [
             _STEP,
             _RANK,
-            _column("kind", pa.string(), "what happened: spike, switch, autopilot, snapshot, uncast, ..."),
+            _column("kind", pa.string(), "what happened: spike, switch, autopilot, snapshot, ..."),
             _column("data", pa.string(), "details, as JSON text"),
         ]
     ),

@@ -6,24 +6,23 @@ training that wrote it, and not those that the decisions would have led to.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from unclamp.analysis.steering.decisions import Decision
+from unclamp.analysis.steering.logged import Row, read_harms, read_prices, read_rows
 from unclamp.analysis.steering.machine import OWN_READS, Machine, Tried
 from unclamp.analysis.steering.rule import Rule
-from unclamp.analysis.whatif.amaxes import Chunk, places_of, read_chunks
 from unclamp.analysis.whatif.limits import find_limits
 from unclamp.errors import AnalysisError
 from unclamp.files import write_json
 from unclamp.formats import get_format
 from unclamp.names import SiteName
 from unclamp.runlog import RunLog
-from unclamp.runlog.sites import SiteInfo
 from unclamp.shown import Shown
 from unclamp.totals import share
 from unclamp.version import __version__
@@ -249,14 +248,6 @@ def backtest(
 # ---- one log -----------------------------------------------------------------------------------
 
 
-class _Row(NamedTuple):
-    """One step's casts: number, amaxes `[sites]` (below 0: none), elements `[sites]`."""
-
-    step: int
-    amax: np.ndarray
-    elements: np.ndarray
-
-
 @dataclass
 class _Tally:
     """Sums over the updates of a log, and the ways up that have not ended."""
@@ -276,11 +267,11 @@ def _test(log: RunLog, rule: Rule, late: int) -> tuple[RunTested, dict[SiteName,
     sites = [site for site in log.named_sites() if not site.only_counted]
     formats = [get_format(site.format) for site in sites]
     machine = Machine(rule, [site.name for site in sites], formats)
-    harms = _harms(log, rule, sites)
+    harms, prices = read_harms(log, rule, sites), read_prices(log, rule, sites)
     tally, decisions, steps = _Tally(), [], 0
     in_force = [machine.rung.copy() for _ in range(late + 1)]
-    for row in _rows(log, sites):
-        made, tried = machine.step(row.step, row.amax)
+    for row in read_rows(log, sites):
+        made, tried = machine.step(row.step, row.amax, prices=prices.get(row.step))
         _add(tally, machine, tried, row, in_force.pop(0), harms)
         in_force.append(machine.rung.copy())
         decisions += made
@@ -311,27 +302,11 @@ def _test(log: RunLog, rule: Rule, late: int) -> tuple[RunTested, dict[SiteName,
     return tested, {site.name: site.format for site in sites}
 
 
-def _rows(log: RunLog, sites: Sequence[SiteInfo]) -> Iterator[_Row]:
-    for chunk in read_chunks(log, sites):
-        yield from _rows_of(chunk)
-
-
-def _rows_of(chunk: Chunk) -> Iterator[_Row]:
-    there = chunk.is_there
-    steps, place = np.unique(chunk.step[there], return_inverse=True)
-    shape = (len(steps), len(chunk.counts))
-    amax, elements = np.full(shape, -1, np.float32), np.zeros(shape, np.int64)
-    site = np.nonzero(there)[0]
-    amax[place, site], elements[place, site] = chunk.amax[there], chunk.elements[there]
-    for i, step in enumerate(steps.tolist()):
-        yield _Row(step, amax[i], elements[i])
-
-
 def _add(
     tally: _Tally,
     machine: Machine,
     tried: Tried,
-    row: _Row,
+    row: Row,
     rung: np.ndarray,
     harms: set[tuple[int, int]],
 ) -> None:
@@ -358,25 +333,6 @@ def _add(
     tally.reads += float(reads[cast].sum())
     tally.read += float((reads * row.elements)[cast].sum())
     tally.elements += int(row.elements[cast].sum())
-
-
-def _harms(log: RunLog, rule: Rule, sites: Sequence[SiteInfo]) -> set[tuple[int, int]]:
-    """Return step and place of the casts that the log measured as harmful: clamp error or price.
-
-    They are of the scaling that the log's training had; of others they say that something is in
-    the tensor which a scale that is too large clamps.
-    """
-    names = log.sql("SELECT * FROM casts LIMIT 0").schema.names
-    is_priced = rule.price is not None and "price_clamp" in names
-    price = "OR price_clamp > $price" if is_priced else ""
-    rows = log.sql(
-        f"SELECT step, site FROM casts WHERE saturated > 0 AND (saturated_error > $most {price})",
-        most=rule.tolerance,
-        **({"price": rule.price} if is_priced else {}),
-    )
-    places = places_of(log, sites)
-    pairs = zip(rows.column("step").to_pylist(), rows.column("site").to_pylist(), strict=True)
-    return {(step, int(places[site])) for step, site in pairs if places[site] >= 0}
 
 
 def _judged(decisions: Sequence[Decision], machine: Machine) -> dict[str, int]:
