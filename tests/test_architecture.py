@@ -23,7 +23,7 @@ LAYERS = [
     {"nn"},
     {"blueprint", "telemetry", "parallel"},
     {"analysis"},
-    {"explain"},
+    {"autopilot", "explain"},
     {"integrations", "study"},
     {"doctor"},
     {"report"},

@@ -38,6 +38,8 @@ from unclamp.version import __version__
 
 if TYPE_CHECKING:
     from unclamp.analysis.explanation import Explanation
+    from unclamp.analysis.steering import Backtest, Rule, backtest
+    from unclamp.autopilot import Autopilot
     from unclamp.explain import Snapshots, Training, explain_spike
     from unclamp.integrations.transformer_engine import record_transformer_engine
     from unclamp.nn import (
@@ -96,6 +98,10 @@ _LAZY = {
     "quantize": "unclamp.numerics",
     "scale_from_amax": "unclamp.numerics",
     "RunLog": "unclamp.runlog",
+    "Autopilot": "unclamp.autopilot",
+    "Backtest": "unclamp.analysis.steering",
+    "Rule": "unclamp.analysis.steering",
+    "backtest": "unclamp.analysis.steering",
     "Explanation": "unclamp.analysis.explanation",
     "Snapshots": "unclamp.explain",
     "Training": "unclamp.explain",
@@ -117,6 +123,8 @@ __all__ = [
     "MX",
     "AnalysisError",
     "Attention",
+    "Autopilot",
+    "Backtest",
     "ConvertError",
     "ConvertReport",
     "CoverageReport",
@@ -141,6 +149,7 @@ __all__ = [
     "Recorder",
     "ReplayError",
     "RevertReport",
+    "Rule",
     "RunLog",
     "RunLogError",
     "Scaling",
@@ -158,6 +167,7 @@ __all__ = [
     "WandB",
     "__version__",
     "attention",
+    "backtest",
     "cast",
     "convert",
     "coverage",

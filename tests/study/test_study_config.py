@@ -19,7 +19,7 @@ def test_default_study_round_trips() -> None:
 
 def test_default_arms() -> None:
     arms = StudyConfig.from_toml(default_toml()).arms
-    assert list(arms) == ["hp", "dynamic", "delayed", "guarded", "smooth", "mixed"]
+    assert list(arms) == ["hp", "dynamic", "delayed", "guarded", "smooth", "mixed", "autopilot"]
     assert arms["hp"].recipe is None
     assert arms["dynamic"].recipe == Recipe.uniform(Dynamic())
     assert arms["delayed"].recipe == Recipe.uniform(Delayed())

@@ -140,15 +140,19 @@ def test_study_command_reports_and_resumes(tmp_path: Path) -> None:
         "[model]\nhidden_size = 32\nintermediate_size = 64\nlayers = 1\nheads = 2\n"
         "[arms.hp]\n[arms.delayed]\nrecipe = 'delayed'\n"
         "[arms.mixed]\nfrom = 'delayed'\nswitch_worst = 2\n"
+        "[arms.pilot]\nfrom = 'delayed'\nautopilot = true\n"
     )
     out = tmp_path / "out"
     first = unclamp("study", "--config", study, "--out", out, "--json", "--jobs", 1)
     assert first.returncode == 0, first.stderr
     document = json.loads(first.stdout)
-    assert [arm["name"] for arm in document["scenarios"][0]["arms"]] == ["hp", "delayed", "mixed"]
+    arms = [arm["name"] for arm in document["scenarios"][0]["arms"]]
+    assert arms == ["hp", "delayed", "mixed", "pilot"]
+    tested = json.loads((out / "text" / "pilot" / "backtest.json").read_text())
+    assert [run["run"] for run in tested["runs"]] == [str(out / "text" / "delayed" / "seed-0")]
     assert (out / "report.html").stat().st_size > 1000
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("**/steps/*.parquet")}
-    assert len(stamps) == 3
+    assert len(stamps) == 4
     again = unclamp("study", "--config", study, "--out", out, "--json")
     assert json.loads(again.stdout)["scenarios"] == document["scenarios"]
     assert {p: p.stat().st_mtime_ns for p in out.glob("**/steps/*.parquet")} == stamps

@@ -13,6 +13,7 @@ import typer
 from unclamp.cli import (  # noqa: F401  (they register)
     advise,
     associate,
+    backtest,
     coverage,
     explain,
     importing,

@@ -237,10 +237,10 @@ class Ledger(Rows, Stepping, Told):
         self.shared.tell_alone(self)
         counts = self.turns.is_next_step(turn, self.clock.is_a_step)
         if captured:
-            self.captured.keep(turn, (stats.clone(), details, age), counts=counts)
+            self.captured.keep(turn, (stats.clone(), details, age, newest), counts=counts)
         for listener in [] if captured else self._listeners:
             look = None if details is None else details.clone()
-            listener(Update(stats.clone(), look, age))
+            listener(Update(stats.clone(), look, age, newest))
         measured = newest >= 0
         self.ring.push(newest, measured)
         scale = next_scales(self.ring, self.layout.settings, self.scale, xp=torch)

@@ -107,7 +107,7 @@ def switch(
         )
     each = {fqn: _wanted_of(fqn, layer, wanted, glob) for fqn, layer in found.items()}
     for fqn, layer in found.items():
-        check_plan(_plan_after(layer, each[fqn]))
+        check_plan(plan_after(layer, each[fqn]))
     switched = _carry_out(found, each)
     counted_only = [fqn for fqn in switched if found[fqn].only_observed]
     return SwitchReport(switched=switched, only_counted=tuple(counted_only))
@@ -126,7 +126,8 @@ def _wanted_of(
     return {role: as_whole(scaling) for role, scaling in wanted.items()}
 
 
-def _plan_after(layer: Operands, wanted: Mapping[Role, Scaling]) -> LayerPlan:
+def plan_after(layer: Operands, wanted: Mapping[Role, Scaling]) -> LayerPlan:
+    """Return a product's plan as it would be with other scalings of some roles."""
     operands: dict[Role, Operand] = {}
     for role in ROLES:
         old = layer.operand(role)

@@ -43,11 +43,14 @@ class Update(NamedTuple):
             cast was inspected.
         scale_age: Updates since the amax that the scale came from, int64 `[sites]`; -1 where
             there is none. None together with `details`.
+        newest: Amax of each row of the ledger, over all ranks that share it, float32; below 0
+            where no rank measured any. What enters the histories; not to be written.
     """
 
     stats: Tensor
     details: Tensor | None = None
     scale_age: Tensor | None = None
+    newest: Tensor | None = None
 
 
 Listener = Callable[[Update], None]

@@ -31,9 +31,10 @@ from unclamp.report.recorded import (
     by_clamp_error,
     shown_overshoot,
 )
+from unclamp.report.steered import decisions_text, read_steering
 from unclamp.report.telling import run_sentences
 from unclamp.report.thinning import kept_places
-from unclamp.runlog import COVERAGE_EVENT, RunLog, Windows
+from unclamp.runlog import AUTOPILOT_EVENT, COVERAGE_EVENT, RunLog, Windows
 from unclamp.study.marks import PLANTED
 from unclamp.written import counted
 
@@ -179,7 +180,7 @@ def read_run_view(
     ranks = read_ranks(log, record.cut)
     return RunView(
         name=log.path.resolve().name,
-        sentences=run_sentences(record, switched, drifts) + ranks.sentences,
+        sentences=run_sentences(record, switched, drifts) + ranks.sentences + read_steering(log),
         curves=_curves(record),
         spikes=[spike.to_dict() for spike in record.spikes],
         events=events,
@@ -227,6 +228,8 @@ def event_text(kind: str, data: str) -> str:
         return data[:200]
     if kind == "switch" and isinstance(found.get("sites"), list):
         return _switch_text([s for s in found["sites"] if isinstance(s, dict)])
+    if kind == AUTOPILOT_EVENT and isinstance(found.get("decisions"), list):
+        return decisions_text(found["decisions"])
     said = (f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
             for key, value in found.items())  # fmt: skip
     return ", ".join(said)[:200]

@@ -13,6 +13,7 @@ from unclamp.runlog.header import SCHEMA_VERSION, Attempt, Header, Status
 from unclamp.runlog.ranks import RankEnd, RankOvershoot, RunAttempt
 from unclamp.runlog.reader import RunLog
 from unclamp.runlog.schema import (
+    AUTOPILOT_EVENT,
     COVERAGE_EVENT,
     OUTSIDE_EVENT,
     SUMMARY_STEPS,
@@ -26,6 +27,7 @@ from unclamp.runlog.windows import Cut, Windows
 from unclamp.runlog.writer import RunLogWriter
 
 __all__ = [
+    "AUTOPILOT_EVENT",
     "COMPUTED_SQL",
     "COVERAGE_EVENT",
     "NUMBER",

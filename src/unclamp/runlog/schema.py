@@ -21,6 +21,8 @@ COVERAGE_EVENT = "coverage"
 """The event that says what FP8 covers of a step's matrix products."""
 OUTSIDE_EVENT = "outside"
 """The event that names modules which ran, and not in the step that the coverage is of."""
+AUTOPILOT_EVENT = "autopilot"
+"""The event that says by which rule sites are steered, or what was decided, on what evidence."""
 SUMMARY_STEPS = 100
 """Steps that one row of `summaries` stands for."""
 
@@ -243,7 +245,7 @@ TABLES: Mapping[str, pa.Schema] = {
         [
             _STEP,
             _RANK,
-            _column("kind", pa.string(), "what happened: spike, switch, snapshot, uncast, ..."),
+            _column("kind", pa.string(), "what happened: spike, switch, autopilot, snapshot, ..."),
             _column("data", pa.string(), "details, as JSON text"),
         ]
     ),

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from unclamp.analysis.steering import backtest
 from unclamp.errors import RunLogError, StudyError
 from unclamp.names import Role, SiteName
 from unclamp.recipe import Recipe
@@ -64,12 +65,14 @@ def _run(config: StudyConfig, out: Path, jobs: int, listener: Listener, ctrl_c: 
             (scenario, name): worst_sites(_runs_of(config, out, scenario, name), config, name)
             for scenario in config.scenarios
             for name in derived
+            if config.arms[name].autopilot is None
         }
         for (scenario, name), sites in switched.items():
             listed = [{"fqn": fqn, "role": role} for fqn, role in sites]
             facts["switched"].setdefault(scenario, {})[name] = listed
         write_study(out, config, status="running", **facts)
         plans = _plans(config, out, derived, switched)
+        _try_rules([plan for plan in plans if not _is_finished(plan)])
         _train_missing(plans, jobs=jobs, listener=listener, ctrl_c=ctrl_c)
     write_study(out, config, status="finished", **facts)
 
@@ -120,7 +123,8 @@ def _plans(
             if arm.from_arm is not None:
                 base = config.arms[arm.from_arm].recipe
                 assert base is not None
-                recipe = switch_to_dynamic(base, switched[scenario, name])
+                sites = switched.get((scenario, name), [])
+                recipe = switch_to_dynamic(base, sites) if sites else base
             plans += [
                 RunPlan(
                     config=config,
@@ -129,10 +133,20 @@ def _plans(
                     seed=seed,
                     recipe=recipe,
                     path=_path(out, scenario, name, seed),
+                    rule=arm.autopilot,
                 )
                 for seed in config.seeds
             ]
     return plans
+
+
+def _try_rules(plans: list[RunPlan]) -> None:
+    """Try the rules of steered arms on the runs of the arm that each starts from."""
+    for plan in {plan.backtest: plan for plan in plans if plan.rule is not None}.values():
+        assert plan.rule is not None
+        runs = _runs_of(plan.config, plan.path.parents[2], plan.scenario, plan.arm)
+        plan.backtest.parent.mkdir(parents=True, exist_ok=True)
+        backtest(runs, plan.rule).save(plan.backtest)
 
 
 def _claim(out: Path, config: StudyConfig, facts: dict[str, Any]) -> None:

@@ -13,11 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from unclamp.errors import RecipeError, StudyError, did_you_mean
+from unclamp.errors import StudyError, did_you_mean
 from unclamp.files import write_json
-from unclamp.formats import unknown_name
-from unclamp.recipe import Recipe
-from unclamp.scaling import scaling_from_dict
+from unclamp.study.arm import ArmConfig, arm_from_dict, arm_to_dict
+from unclamp.study.given import check_keys, expect, number, unknown
 from unclamp.study.scenarios import SCENARIOS
 from unclamp.version import __version__
 from unclamp.written import counted
@@ -114,21 +113,6 @@ class LabelsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmConfig:
-    """One way to train: high precision, a recipe, or another arm's recipe mended.
-
-    Args:
-        recipe: None for high precision.
-        from_arm: The arm whose recipe and whose clamped sites this arm starts from.
-        switch_worst: Sites of `from_arm` that clamped most, made dynamic here.
-    """
-
-    recipe: Recipe | None = None
-    from_arm: str | None = None
-    switch_worst: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """A whole study."""
 
@@ -145,7 +129,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for scenario in self.scenarios:
             if scenario not in SCENARIOS:
-                raise _unknown("scenario", scenario, list(SCENARIOS))
+                raise unknown("scenario", scenario, list(SCENARIOS))
         self._check_model()
         for name, arm in self.arms.items():
             if not ARM_NAME.fullmatch(name):
@@ -169,7 +153,7 @@ class StudyConfig:
     def _check_model(self) -> None:
         model = self.model
         if model.architecture not in ARCHITECTURES:
-            raise _unknown("model.architecture", model.architecture, list(ARCHITECTURES))
+            raise unknown("model.architecture", model.architecture, list(ARCHITECTURES))
         if model.hf_model and model.architecture != "llama":
             raise StudyError(
                 f"model.hf_model {model.hf_model!r} has an architecture of its own: leave out "
@@ -250,7 +234,7 @@ class StudyConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` gives an equal study back."""
         data = asdict(self)
-        data["arms"] = {name: _arm_to_dict(arm) for name, arm in self.arms.items()}
+        data["arms"] = {name: arm_to_dict(arm) for name, arm in self.arms.items()}
         return json.loads(json.dumps(data))
 
     @classmethod
@@ -260,7 +244,7 @@ class StudyConfig:
         Raises:
             StudyError: An unknown key or name, or a value of the wrong type or range.
         """
-        _check_keys("study", data, [f.name for f in fields(cls)])
+        check_keys("study", data, [f.name for f in fields(cls)])
         missing = [key for key in ("scenarios", "seeds", "steps", "arms") if key not in data]
         if missing:
             raise StudyError(f"the study lacks {', '.join(missing)}")
@@ -271,15 +255,14 @@ class StudyConfig:
             "outlier": OutlierConfig,
             "labels": LabelsConfig,
         }
-        arms = _expect(data["arms"], dict, "arms")
+        arms = expect(data["arms"], dict, "arms")
         return cls(
-            scenarios=tuple(_expect(data["scenarios"], list, "scenarios")),
+            scenarios=tuple(expect(data["scenarios"], list, "scenarios")),
             seeds=tuple(
-                _number(seed, int, "a seed", low=0)
-                for seed in _expect(data["seeds"], list, "seeds")
+                number(seed, int, "a seed", low=0) for seed in expect(data["seeds"], list, "seeds")
             ),
-            steps=_number(data["steps"], int, "steps", low=1),
-            arms={name: _arm_from_dict(name, arm) for name, arm in arms.items()},
+            steps=number(data["steps"], int, "steps", low=1),
+            arms={name: arm_from_dict(name, arm) for name, arm in arms.items()},
             **{key: _section(key, kind, data.get(key, {})) for key, kind in sections.items()},
         )
 
@@ -345,72 +328,20 @@ def is_study(path: Path) -> bool:
     return (path / STUDY_FILE).is_file()
 
 
-def _arm_to_dict(arm: ArmConfig) -> dict[str, Any]:
-    if arm.from_arm is not None:
-        return {"from": arm.from_arm, "switch_worst": arm.switch_worst}
-    return {} if arm.recipe is None else {"recipe": arm.recipe.to_dict()}
-
-
-def _arm_from_dict(name: str, data: object) -> ArmConfig:
-    arm = _expect(data, dict, f"arm {name}")
-    _check_keys(f"arm {name}", arm, ["recipe", "from", "switch_worst"])
-    if "from" in arm:
-        if "recipe" in arm:
-            raise StudyError(f"arm {name!r} has both from and recipe; expected one of them")
-        worst = _number(arm.get("switch_worst", 4), int, f"switch_worst of arm {name}", low=1)
-        return ArmConfig(from_arm=_expect(arm["from"], str, "from"), switch_worst=worst)
-    if "switch_worst" in arm:
-        raise StudyError(f"arm {name!r} has switch_worst without from")
-    return ArmConfig(recipe=_recipe(arm["recipe"]) if "recipe" in arm else None)
-
-
-def _recipe(value: object) -> Recipe:
-    if isinstance(value, Mapping):
-        return Recipe.from_dict(value)
-    name = _expect(value, str, "recipe")
-    if name.endswith(".toml"):
-        return Recipe.load(name)
-    return Recipe.uniform(scaling_from_dict({"scaling": name}))
-
-
 def _section(name: str, kind: type[Any], data: object) -> Any:
     """Return a section's dataclass; its defaults say the type of each value."""
-    table = _expect(data, dict, name)
-    _check_keys(f"section [{name}]", table, [f.name for f in fields(kind)])
+    table = expect(data, dict, name)
+    check_keys(f"section [{name}]", table, [f.name for f in fields(kind)])
     default = kind()
     values: dict[str, Any] = {}
     for key, value in table.items():
         usual = getattr(default, key)
         what = f"{name}.{key}"
         if isinstance(usual, tuple):
-            values[key] = tuple(_expect(value, list, what))
+            values[key] = tuple(expect(value, list, what))
         elif isinstance(usual, str | bool):
-            values[key] = _expect(value, type(usual), what)
+            values[key] = expect(value, type(usual), what)
         else:
             low = 0 if isinstance(usual, float) or key in ("warmup_steps", "first_step") else 1
-            values[key] = _number(value, type(usual), what, low=low)
+            values[key] = number(value, type(usual), what, low=low)
     return kind(**values)
-
-
-def _expect(value: object, kind: type[Any], what: str) -> Any:
-    if not isinstance(value, kind):
-        raise StudyError(f"expected a {kind.__name__} for {what}, got {value!r}")
-    return value
-
-
-def _number(value: object, kind: type[Any], what: str, *, low: int) -> Any:
-    fits = isinstance(value, int | float if kind is float else int)
-    if not fits or isinstance(value, bool) or not float("inf") > value >= low:  # pyright: ignore
-        raise StudyError(f"expected {kind.__name__} >= {low} for {what}, got {value!r}")
-    return kind(value)
-
-
-def _check_keys(what: str, data: Mapping[str, Any], known: list[str]) -> None:
-    for key in data:
-        if key not in known:
-            raise _unknown(f"key of the {what}", key, known)
-
-
-def _unknown(kind: str, name: str, known: list[str]) -> StudyError:
-    error: RecipeError = unknown_name(kind, name, known)
-    return StudyError(str(error))

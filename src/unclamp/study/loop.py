@@ -1,5 +1,7 @@
 """Train one arm with one seed, and record it. Deterministic: the same run twice, bit for bit."""
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unclamp.analysis.steering import Rule
+from unclamp.autopilot import Autopilot
+from unclamp.errors import UnclampWarning
 from unclamp.explain.snapshots import Snapshots
 from unclamp.explain.training import Training
 from unclamp.recipe import Recipe
@@ -37,6 +42,12 @@ class RunPlan:
     seed: int
     recipe: Recipe | None
     path: Path
+    rule: Rule | None = None
+
+    @property
+    def backtest(self) -> Path:
+        """Return the file that says how the rule did on logs, where there is a rule."""
+        return self.path.parent / "backtest.json"
 
     @property
     def label(self) -> str:
@@ -55,6 +66,7 @@ class RunPlan:
             "recipe": None if self.recipe is None else self.recipe.to_dict(),
             f"{self.mark.word.replace('-', '_')}_steps": self.marked_steps,
             "model": asdict(config.model) | {"skip": list(config.model.skip)},
+            **({} if self.rule is None else {"autopilot": str(self.rule)}),
         }
 
     @property
@@ -186,14 +198,18 @@ def _train_steps(
     on_step: Callable[[int, float], None],
     should_stop: Callable[[], bool],
 ) -> None:
-    with Snapshots(
-        training,
-        plan.path,
-        build=build,
-        step=do_step,
-        arguments=plan.arguments,
-        recorder=recorder,
-    ) as snapshots:
+    with contextlib.ExitStack() as stack:
+        snapshots = stack.enter_context(
+            Snapshots(
+                training,
+                plan.path,
+                build=build,
+                step=do_step,
+                arguments=plan.arguments,
+                recorder=recorder,
+            )
+        )
+        pilot = None if plan.rule is None else stack.enter_context(_pilot(plan, training, recorder))
         for step in range(plan.config.steps):
             if should_stop():
                 raise Stopped
@@ -204,8 +220,17 @@ def _train_steps(
             group = plan.mark.group if step in plan.marked_steps else None
             scalars = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": batch[0].numel()}
             recorder.step(step, group=group, **scalars)
+            if pilot is not None:
+                pilot.step(step)
             snapshots.after(step, loss)
             on_step(step, loss.item())
+
+
+def _pilot(plan: RunPlan, training: Training, recorder: Recorder) -> Autopilot:
+    with warnings.catch_warnings():
+        # A study compares rules, those that are not good too; their file says how they did.
+        warnings.simplefilter("ignore", UnclampWarning)
+        return Autopilot(training.model, recorder, rule=plan.rule, backtest=plan.backtest)
 
 
 def _batch(plan: RunPlan, model: nn.Module, batches: Batches, step: int) -> Batch:

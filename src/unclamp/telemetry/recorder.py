@@ -56,11 +56,10 @@ class Recorder:
     """Write loss, scalars and the statistics of every cast of a model to a run folder.
 
     Call `step` once per optimizer step, after `optimizer.step()`; with several optimizers, after
-    all of them. Of a model without converted
-    layers it records loss and scalars only, warns, and notes in the header that no layer was in
-    FP8; for a baseline that is meant so, say `plain=True`. Use it as a context manager: the run
-    is closed as finished, failed (an exception) or interrupted (Ctrl-C), and stays readable in
-    any case.
+    all of them. Of a model without converted layers it records loss and scalars only, warns, and
+    notes in the header that no layer was in FP8; for a baseline that is meant so, say `plain=True`.
+    Use it as a context manager: the run is closed as finished, failed (an exception) or interrupted
+    (Ctrl-C), and stays readable in any case. Its `next_step` is the number of the coming step.
 
     Args:
         model: The model whose casts to record; convert it before.
@@ -164,7 +163,7 @@ class Recorder:
         self._silent_steps = 0
         self._is_first = True
         self._is_told_of_order = False
-        self._next_step = 0
+        self.next_step = 0
         self._latest: tuple[int, str | None] = (-1, None)
         self._began = self._last = time.perf_counter()
         pieces = self._numbering.number()
@@ -226,10 +225,10 @@ class Recorder:
                 "a Recorder with resume=True does not know where the training goes on: call "
                 "step(number, loss=...) with the number of the step, at least the first time"
             )
-        step = self._next_step if step is None else step
+        step = self.next_step if step is None else step
         if step < 0:
             raise RunLogError(f"expected the number of a step, 0 or above, got {step}")
-        self._next_step, self._asks_for_step = step + 1, False
+        self.next_step, self._asks_for_step = step + 1, False
         self._latest = (step, kind)
         now = time.perf_counter()
         timing = {"time_s": [now - self._began], "step_ms": [(now - self._last) * 1e3]}
@@ -265,7 +264,7 @@ class Recorder:
         Raises:
             RunLogError: The data are not JSON data; NaN and Inf are none.
         """
-        at = self._next_step if step is None else step
+        at = self.next_step if step is None else step
         try:
             text = json.dumps(data, allow_nan=False)
         except (TypeError, ValueError) as error:
