@@ -1,24 +1,19 @@
 """The table of docs/trainers.md claims what tests prove, and nothing else."""
 
-import ast
 import re
 from pathlib import Path
 
+import pytest
 from bench.trainers import COLUMNS, ROWS, table, word
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "trainers.md"
 
 
-def marked_cells() -> set[tuple[str, str]]:
-    """Return the cells that tests are marked with, read from their text."""
-    cells = set()
-    for path in HERE.glob("test_*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.cell":
-                row, column = (ast.literal_eval(value) for value in node.args)
-                cells.add((row, column))
-    return cells
+def marked_cells(items: list[pytest.Item]) -> set[tuple[str, str]]:
+    """Return the cells that collected tests are marked with."""
+    marks = [mark for item in items for mark in item.iter_markers("cell")]
+    return {(str(mark.args[0]), str(mark.args[1])) for mark in marks}
 
 
 def claimed_cells() -> dict[tuple[str, str], str]:
@@ -37,13 +32,16 @@ def claimed_cells() -> dict[tuple[str, str], str]:
     return claims
 
 
-def test_every_claim_has_a_test_and_every_test_a_claim():
+def test_every_claim_has_a_test_and_every_test_a_claim(request: pytest.FixtureRequest) -> None:
+    items = [item for item in request.session.items if item.path.parent == HERE]
+    if {item.path for item in items} != set(HERE.glob("test_*.py")):
+        pytest.skip("not all tests of trainers were collected, or a trainer is not installed")
     claims = claimed_cells()
-    assert {cell for cell, said in claims.items() if said == "yes"} == marked_cells()
+    assert {cell for cell, said in claims.items() if said == "yes"} == marked_cells(items)
     assert set(claims.values()) <= {"yes", "-"}
 
 
-def test_a_cell_says_yes_only_if_all_its_tests_passed():
+def test_a_cell_says_yes_only_if_all_its_tests_passed() -> None:
     assert [word(o) for o in (["passed", "failed"], ["passed", "skipped"], ["skipped"], [])] == [
         "no",
         "yes",
@@ -52,7 +50,7 @@ def test_a_cell_says_yes_only_if_all_its_tests_passed():
     ]
 
 
-def test_the_table_has_a_line_for_each_trainer():
+def test_the_table_has_a_line_for_each_trainer() -> None:
     lines = table({("Fabric", "compile"): ["passed"]})
     assert len(lines) == 2 + len(ROWS)
     (fabric,) = (line for line in lines if line.startswith("| Fabric |"))
