@@ -62,6 +62,17 @@ def clamp_error(removed: Value, square: Value) -> Value:
     return share(removed, square)
 
 
+def clamp_error_bound(overshoot: Value) -> Value:
+    """Return the largest clamp error that a cast with this overshoot can have, fraction.
+
+    Each clamped element loses (|x| - t)**2 of x**2, and |x| is at most the overshoot times t.
+
+    Args:
+        overshoot: 1 or more; a numpy array or a float.
+    """
+    return (1 - 1 / overshoot) ** 2  # type: ignore[operator, return-value]
+
+
 def headroom_bits(scaled: float, format_max: float) -> float:
     """Return log2 of the format's largest value over the largest scaled element, which is not 0.
 

@@ -1,7 +1,7 @@
 """Which scaling, for which sites of a run: the cheapest whose losses stay tolerable, and why.
 
 Of each group of sites the ladder is tried from the cheapest policy on, on the log's own amaxes. A
-policy is taken if no cast could have lost more than what is tolerated (`outruns.error_bound`), if
+policy is taken if no cast could have lost more than what is tolerated (`totals.clamp_error_bound`), if
 it makes not many more elements zero than dynamic scaling does, and, where the run priced its own
 clamping (`analysis.prices`), if that cost little of the loss. First order may be wrong in both
 directions, so a price takes a group off the cheap rungs and never puts one back.
@@ -25,7 +25,7 @@ from unclamp.names import SiteName
 from unclamp.recipe import Recipe
 from unclamp.runlog import RunLog
 from unclamp.scaling import Delayed, Dynamic, Guarded, Scaling
-from unclamp.totals import share
+from unclamp.totals import clamp_error_bound, share
 
 DEFAULT_HARM = 0.5625
 """Clamp error that a cast may have: that of an overshoot of 4, the largest of those that were seen
@@ -320,7 +320,7 @@ def _advice(
     sites = [outcome.sites[i] for i in group.sites]
     casts, elements = sum(s.casts for s in sites), sum(s.elements for s in sites)
     worst = int(np.argmax(mine.overshoot)) if len(mine.overshoot) else None
-    hard = np.square(1 - 1 / np.maximum(mine.overshoot, 1)) > harm
+    hard = clamp_error_bound(mine.overshoot) > harm
     window = usual.policy.history_len or 1
     notable = mine.step[mine.overshoot > NOTABLE]
     return GroupAdvice(

@@ -1,8 +1,7 @@
 """How often amaxes outrun what a policy predicts, cast by cast and group by group.
 
-The clamp error of a cast is at most (1 - 1 / overshoot)**2: each clamped element loses
-(|x| - t)**2 of x**2 with |x| at most the amax. Beyond its inspected casts a log knows no more, so
-advice is made by this bound.
+Beyond its inspected casts a log knows no more of a clamp than its overshoot, so advice is made by the
+bound that this gives (`totals.clamp_error_bound`).
 """
 
 from collections.abc import Sequence
@@ -17,11 +16,7 @@ from unclamp.formats import get_format
 from unclamp.runlog import RunLog
 from unclamp.runlog.sites import SiteInfo
 from unclamp.scaling import Scaling
-
-
-def error_bound(overshoot: np.ndarray) -> np.ndarray:
-    """Return the largest clamp error that a cast with this overshoot can have, fraction."""
-    return np.square(1 - 1 / np.maximum(overshoot, 1))
+from unclamp.totals import clamp_error_bound
 
 
 def tolerated_overshoot(harm: float) -> float:
@@ -60,7 +55,7 @@ class Outruns:
 
     def hard(self, harm: float) -> int:
         """Return how many casts may lose more than `harm` of their squares."""
-        return int((error_bound(self.overshoot) > harm).sum())
+        return int((clamp_error_bound(self.overshoot) > harm).sum())
 
 
 @dataclass

@@ -21,6 +21,7 @@ from unclamp.formats import Format
 from unclamp.names import SiteName
 from unclamp.policy import Settings, next_scales, overflows
 from unclamp.rule import Operand
+from unclamp.totals import clamp_error_bound
 
 NOTHING = -1.0
 """Stands for the amax of a site that cast nothing, or saw no finite element."""
@@ -136,7 +137,7 @@ class Machine:
                     flows[rung, own] = overflows(seen[own], self._scales[rung, own], fmt)
             over[rung] = seen.astype(np.float64) * self._scales[rung] / self._largest
             if scaling.clamps:
-                bound = np.square(1 - 1 / np.maximum(over[rung], 1))
+                bound = clamp_error_bound(np.maximum(over[rung], 1))
                 error[rung] = np.where(flows[rung], bound, 0)
         speaks = error > self.rule.tolerance
         for rung, scaling in enumerate(self.rule.ladder):
