@@ -1,10 +1,11 @@
 """Which scaling, for which sites of a run: the cheapest whose losses stay tolerable, and why.
 
 Of each group of sites the ladder is tried from the cheapest policy on, on the log's own amaxes. A
-policy is taken if no cast could have lost more than what is tolerated (`totals.clamp_error_bound`), if
-it makes not many more elements zero than dynamic scaling does, and, where the run priced its own
-clamping (`analysis.prices`), if that cost little of the loss. First order may be wrong in both
-directions, so a price takes a group off the cheap rungs and never puts one back.
+policy is taken if no cast could have lost more than what is tolerated
+(`totals.clamp_error_bound`), if it makes not many more elements zero than dynamic scaling does,
+and, where the run priced its own clamping (`analysis.prices`), if that cost little of the loss.
+First order may be wrong in both directions, so a price takes a group off the cheap rungs and never
+puts one back.
 """
 
 import math

@@ -1,7 +1,7 @@
 """How often amaxes outrun what a policy predicts, cast by cast and group by group.
 
-Beyond its inspected casts a log knows no more of a clamp than its overshoot, so advice is made by the
-bound that this gives (`totals.clamp_error_bound`).
+Beyond its inspected casts a log knows no more of a clamp than its overshoot, so advice is made by
+the bound that this gives (`totals.clamp_error_bound`).
 """
 
 from collections.abc import Sequence
