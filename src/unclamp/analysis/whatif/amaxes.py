@@ -40,6 +40,16 @@ class Chunk:
     microsteps: np.ndarray
     counts: np.ndarray
 
+    def of_sites(self, sites: slice) -> "Chunk":
+        """Return the casts of some sites, without copies."""
+        return Chunk(
+            amax=self.amax[sites],
+            step=self.step[sites],
+            elements=self.elements[sites],
+            microsteps=self.microsteps[sites],
+            counts=self.counts[sites],
+        )
+
     @property
     def is_there(self) -> np.ndarray:
         """Which places hold a cast, bool `[sites, longest]`."""

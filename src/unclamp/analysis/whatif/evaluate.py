@@ -9,11 +9,12 @@ that means for an answer is said with it (`WhatIf.limits`).
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
 
-from unclamp.analysis.whatif.amaxes import Chunk, chosen_sites, read_chunks
+from unclamp.analysis.whatif.amaxes import CHUNK_ROWS, Chunk, chosen_sites, read_chunks
 from unclamp.analysis.whatif.inspected import Inspected, read_inspected
 from unclamp.analysis.whatif.limits import find_limits
 from unclamp.analysis.whatif.lost import lost_of, spreads_of
@@ -23,7 +24,7 @@ from unclamp.analysis.whatif.recorded import recorded
 from unclamp.analysis.whatif.scales import Maxima, Player
 from unclamp.analysis.whatif.sums import Sums
 from unclamp.errors import AnalysisError
-from unclamp.formats import get_format
+from unclamp.formats import Format, get_format
 from unclamp.runlog import RunLog
 from unclamp.scaling import Scaling
 
@@ -31,13 +32,60 @@ THREADS = 2
 NO_CASTS = "the run has no casts: what-if needs the log of a training in FP8, or of an observed one"
 
 
-@dataclass
-class _Try:
-    """One policy on its way through a log; `scale` is what inspected casts are tried with."""
+BLOCK_CELLS = 1 << 16
+"""Casts of a block of sites that are worked on at a time: arrays of them stay in a core's cache."""
 
-    player: Player
-    sums: Sums
-    scale: np.ndarray
+
+@dataclass
+class _Block:
+    """Some sites, and every policy on its way through their casts.
+
+    Attributes:
+        sites: Which.
+        players: The policies.
+        sums: What they come to.
+        maxima: By window.
+    """
+
+    sites: slice
+    players: list[Player]
+    sums: list[Sums]
+    maxima: dict[int, Maxima]
+
+    @classmethod
+    def of(cls, sites: slice, policies: Sequence[Scaling], formats: Sequence[Format]) -> "_Block":
+        """Return it before any cast."""
+        formats = formats[sites]
+        players = [Player.of(policy, formats) for policy in policies]
+        windows = {player.window for player in players} - {None}
+        return cls(
+            sites=sites,
+            players=players,
+            sums=[Sums.of(len(formats)) for _ in players],
+            maxima={w: Maxima.of(w, len(formats)) for w in windows if w is not None},
+        )
+
+    def play(self, chunk: Chunk, look: "_Look") -> None:
+        """Have every policy make its scales for the casts of these sites."""
+        chunk = chunk.of_sites(self.sites)
+        largest = {window: maximum.take(chunk) for window, maximum in self.maxima.items()}
+        place = look.inspected.place[look.rows] - self.sites.start
+        mine = (place >= 0) & (place < len(chunk.counts))
+        rows, place, columns = look.rows[mine], place[mine], look.columns[mine]
+        for number, player in enumerate(self.players):
+            casts = player.play(chunk, None if player.window is None else largest[player.window])
+            self.sums[number].add(chunk, casts)
+            look.scales[number, rows] = casts.scale[place, columns]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Which inspected casts lie in a chunk, and where each policy's scales for them are kept."""
+
+    inspected: Inspected
+    rows: np.ndarray
+    columns: np.ndarray
+    scales: np.ndarray
 
 
 def evaluate(
@@ -50,7 +98,7 @@ def evaluate(
         policies: Scalings with one scale a tensor; `parse_policy` and `grid` make them.
         site: A glob of products ("*.down_proj"), roles ("grad_output") or both ("0 input"); by
             default all sites.
-        threads: Policies that are tried at a time.
+        threads: Blocks of sites that are worked on at a time.
 
     Raises:
         AnalysisError: There are no casts, no policies, or no such site.
@@ -64,54 +112,42 @@ def evaluate(
         raise AnalysisError(NO_CASTS)
     formats = [get_format(each.format) for each in sites]
     inspected = read_inspected(log, sites)
-    tries = [
-        _Try(Player.of(policy, formats), Sums.of(len(sites)), np.zeros(len(inspected.step)))
-        for policy in policies
-    ]
-    steps = 0
+    scales = np.zeros((len(policies), len(inspected.step)), np.float32)
+    blocks = _blocks(policies, formats)
+    casts, elements, steps = np.zeros(len(sites), np.int64), np.zeros(len(sites), np.int64), 0
     with ThreadPoolExecutor(max(threads, 1)) as pool:
-        maxima = {w: Maxima.of(w, len(sites)) for t in tries if (w := t.player.window) is not None}
         for chunk in read_chunks(log, sites):
-            _play(chunk, tries, maxima, inspected, pool)
+            look = _Look(inspected, *inspected.columns(chunk), scales)
+            for _ in pool.map(_Block.play, blocks, repeat(chunk), repeat(look)):
+                pass
+            casts += chunk.counts
+            elements += chunk.elements.sum(1)
             steps += len(np.unique(chunk.step[chunk.is_there]))
         if not steps:
             raise AnalysisError(NO_CASTS)
         spreads = spreads_of(inspected, formats)
+        settings = [Player.of(policy, formats).settings for policy in policies]
         losses = pool.map(
-            lambda t: lost_of(
-                t.player.policy, t.player.settings, t.scale, inspected, formats, spreads
-            ),
-            tries,
+            lambda i: lost_of(policies[i], settings[i], scales[i], inspected, formats, spreads),
+            range(len(policies)),
         )
         outcomes = tuple(
-            each.sums.outcome(each.player.policy, sites, lost)
-            for each, lost in zip(tries, losses, strict=True)
+            Sums.joined([block.sums[i] for block in blocks]).outcome(
+                policies[i], sites, casts=casts, elements=elements, lost=lost
+            )
+            for i, lost in enumerate(losses)
         )
     limits = find_limits(log, policies, looked_at=len(inspected.step), known=inspected.known)
     return WhatIf(outcomes=outcomes, steps=steps, limits=limits, recorded=recorded(log, sites))
 
 
-def _play(
-    chunk: Chunk,
-    tries: Sequence[_Try],
-    maxima: dict[int, Maxima],
-    inspected: Inspected,
-    pool: ThreadPoolExecutor,
-) -> None:
-    """Have every policy make its scales for a chunk."""
-    windows = sorted(maxima)
-    taken = pool.map(lambda window: maxima[window].take(chunk), windows)
-    largest = dict(zip(windows, taken, strict=True))
-    rows, columns = inspected.columns(chunk)
-
-    def play(each: _Try) -> None:
-        window = each.player.window
-        casts = each.player.play(chunk, None if window is None else largest[window])
-        each.sums.add(chunk, casts)
-        each.scale[rows] = casts.scale[inspected.place[rows], columns]
-
-    for _ in pool.map(play, tries):
-        pass
+def _blocks(policies: Sequence[Scaling], formats: Sequence[Format]) -> list[_Block]:
+    """Return blocks of neighbouring sites, each small enough for a core's cache."""
+    width = max(BLOCK_CELLS * len(formats) // CHUNK_ROWS, 1)
+    return [
+        _Block.of(slice(first, first + width), policies, formats)
+        for first in range(0, len(formats), width)
+    ]
 
 
 def trace(log: RunLog, policy: Scaling, *, site: str) -> pa.Table:

@@ -83,22 +83,25 @@ class Player:
         """Newest amaxes whose maximum it takes; None: it takes a function of them, or none."""
         if self.policy.fixed_scale is not None or self.settings.reductions:
             return None
-        return None if not self.policy.casts or self.policy.takes_own else int(
-            self.settings.window[0]
-        )  # fmt: skip
+        if not self.policy.casts or self.policy.takes_own:
+            return None
+        return int(self.settings.window[0])
 
     def play(self, chunk: Chunk, largest: np.ndarray | None) -> Casts:
         """Return what it does to the next casts; `largest` is `Maxima.take` of its window."""
         if not self.policy.casts or self.policy.takes_own:
             return Casts(scale=np.zeros_like(chunk.amax), clamps=np.zeros(chunk.amax.shape, bool))
         used = self._scales(chunk, largest)
-        clamps = np.zeros(chunk.amax.shape, bool)
+        kinds = list(dict.fromkeys(self.formats))
         with np.errstate(over="ignore"):
-            for fmt in dict.fromkeys(self.formats):
-                rows = [i for i, each in enumerate(self.formats) if each == fmt]
-                part = slice(None) if len(rows) == len(self.formats) else rows
+            # An amax beyond a site's casts is 0, which no scale clamps.
+            if len(kinds) == 1:
+                return Casts(scale=used, clamps=overflows(chunk.amax, used, kinds[0]))
+            clamps = np.zeros(chunk.amax.shape, bool)
+            for fmt in kinds:
+                part = [i for i, each in enumerate(self.formats) if each == fmt]
                 clamps[part] = overflows(chunk.amax[part], used[part], fmt)
-        return Casts(scale=used, clamps=clamps & chunk.is_there)
+        return Casts(scale=used, clamps=clamps)
 
     def _scales(self, chunk: Chunk, largest: np.ndarray | None) -> np.ndarray:
         """Return the scale of each cast: what followed from the one before."""

@@ -1,7 +1,7 @@
 """Sums over the chunks of a log, of one policy, and the outcome that they come to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -14,54 +14,75 @@ from unclamp.scaling import Scaling
 
 @dataclass
 class Sums:
-    """Sums of a policy over chunks, `[sites]` each."""
+    """Sums of a policy over chunks, `[sites]` each.
 
-    casts: np.ndarray
+    Attributes:
+        clamped: Casts whose scale clamps.
+        scaled: Largest amax times scale, float32.
+        first: First step that clamps; -1 for none.
+        again: Elements of the casts that clamp.
+    """
+
     clamped: np.ndarray
     scaled: np.ndarray
     first: np.ndarray
-    elements: np.ndarray
     again: np.ndarray
 
     @classmethod
     def of(cls, sites: int) -> "Sums":
         """Return them before any cast."""
-        whole = [np.zeros(sites, np.int64) for _ in range(4)]
-        return cls(whole[0], whole[1], np.zeros(sites), np.full(sites, -1), whole[2], whole[3])
+        return cls(
+            clamped=np.zeros(sites, np.int64),
+            scaled=np.zeros(sites, np.float32),
+            first=np.full(sites, -1),
+            again=np.zeros(sites, np.int64),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Sums"]) -> "Sums":
+        """Return those of several blocks of sites, one behind the other."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
 
     def add(self, chunk: Chunk, casts: Casts) -> None:
         """Add a chunk's casts, as the policy makes them."""
-        self.casts += chunk.counts
-        self.elements += chunk.elements.sum(1)
-        if not casts.scale.any():
+        if chunk.amax.size == 0 or not casts.scale.any():
             return
-        scaled = (chunk.amax.astype(np.float64) * casts.scale).max(1, initial=0)
-        self.scaled = np.maximum(self.scaled, scaled)
-        hit = casts.clamps.any(1)
-        if not hit.any():
+        with np.errstate(over="ignore"):
+            np.maximum(self.scaled, (chunk.amax * casts.scale).max(1), out=self.scaled)
+        clamped = casts.clamps.sum(1)
+        hit = np.flatnonzero(clamped)
+        if not len(hit):
             return
-        self.clamped += casts.clamps.sum(1)
-        self.again += np.where(casts.clamps, chunk.elements, 0).sum(1)
-        step = np.where(casts.clamps, chunk.step, np.iinfo(np.int64).max).min(1)
-        self.first = np.where(hit & (self.first < 0), step, self.first)
+        clamps = casts.clamps[hit]
+        self.clamped[hit] += clamped[hit]
+        self.again[hit] += (chunk.elements[hit] * clamps).sum(1)
+        new = hit[self.first[hit] < 0]
+        self.first[new] = chunk.step[new, casts.clamps[new].argmax(1)]
 
     def outcome(
-        self, policy: Scaling, sites: Sequence[SiteInfo], lost: Sequence[Lost | None]
+        self,
+        policy: Scaling,
+        sites: Sequence[SiteInfo],
+        *,
+        casts: np.ndarray,
+        elements: np.ndarray,
+        lost: Sequence[Lost | None],
     ) -> Outcome:
-        """Return what they come to; `lost` is of each site."""
-        reads = _reads(policy, self.elements, self.again)
+        """Return what they come to, with the casts of each site, their elements, and losses."""
+        reads = _reads(policy, elements, self.again)
         guards = policy.guards
         return Outcome(
             policy=policy,
             sites=tuple(
                 SiteOutcome(
                     site=site.name,
-                    casts=int(self.casts[i]),
+                    casts=int(casts[i]),
                     clamped=0 if guards else int(self.clamped[i]),
                     recast=int(self.clamped[i]) if guards else 0,
                     overshoot=_overshoot(policy, float(self.scaled[i]), site.format_max),
                     first_clamp=None if guards or self.first[i] < 0 else int(self.first[i]),
-                    elements=int(self.elements[i]),
+                    elements=int(elements[i]),
                     reads=float(reads[i]),
                     lost=lost[i],
                 )
