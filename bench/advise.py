@@ -21,7 +21,8 @@ from unclamp.runlog import RunLog, is_run, read_header
 from unclamp.study.config import StudyConfig, default_toml
 from unclamp.study.loop import RunPlan, train
 
-FIRST_SEED = 40
+FIRST_SEED = 60
+"""The settings were made with seeds 0 to 2 and, of what gradients may, 40 to 48."""
 FINAL_STEPS = 20
 MOST_READS = 1.1
 CASES = {"text": 8, "outlier": 8, "moe": 4}

@@ -42,14 +42,11 @@ def advise(
     """Say which scaling a run needs, site by site, as a recipe to paste, with reasons."""
     from unclamp.analysis.advice import advise as ask  # noqa: PLC0415
     from unclamp.analysis.advice import reasons  # noqa: PLC0415
-    from unclamp.analysis.advice.advise import DEFAULT_HARM  # noqa: PLC0415
     from unclamp.runlog import RunLog  # noqa: PLC0415
 
     with RunLog.open(path) as log:
         horizon = _horizon(tokens, tokens_per_step, log.header.metadata.get("tokens_per_step"))
-        found = ask(
-            log, horizon=horizon, harm=DEFAULT_HARM if harm is None else harm, budget=budget
-        )
+        found = ask(log, horizon=horizon, harm=harm, budget=budget)
     if as_json:
         typer.echo(to_json(found.to_dict()))
         return

@@ -10,12 +10,13 @@ puts one back.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from unclamp.analysis.advice.groups import Group, groups_of
+from unclamp.analysis.advice.harm import Harm
 from unclamp.analysis.advice.outruns import Outruns, outruns
 from unclamp.analysis.advice.record import PUBLIC_RUNS, PublicRun
 from unclamp.analysis.advice.tails import Tail, Trend, tail, trend
@@ -28,9 +29,6 @@ from unclamp.runlog import RunLog
 from unclamp.scaling import Delayed, Dynamic, Guarded, Scaling
 from unclamp.totals import clamp_error_bound, share
 
-DEFAULT_HARM = 0.5625
-"""Clamp error that a cast may have: that of an overshoot of 4, the largest of those that were seen
-to do no harm in plain trainings (docs/deciding.md)."""
 LADDER: tuple[Scaling, ...] = (
     Delayed(),
     Delayed(128),
@@ -126,7 +124,7 @@ class Advice:
     recipe: Recipe
     steps: int
     reads: float
-    harm: float
+    harm: Harm
     limits: tuple[str, ...]
     horizon: int | None
     tail: Tail | None
@@ -144,11 +142,11 @@ class Advice:
             "recipe": self.recipe.to_dict(),
             "steps": self.steps,
             "reads_per_element": self.reads,
-            "harm": self.harm,
+            "harm": asdict(self.harm),
             "horizon_steps": self.horizon,
-            "tail": None if self.tail is None else vars(self.tail),
+            "tail": None if self.tail is None else asdict(self.tail),
             "groups": [_group_data(group) for group in self.groups],
-            "record": [vars(run) for run in self.record],
+            "record": [asdict(run) for run in self.record],
         }
 
 
@@ -177,7 +175,7 @@ def advise(
     log: RunLog,
     *,
     horizon: int | None = None,
-    harm: float = DEFAULT_HARM,
+    harm: float | None = None,
     budget: float | None = None,
 ) -> Advice:
     """Return which scaling the sites of a run need.
@@ -185,15 +183,17 @@ def advise(
     Args:
         log: Of a training, or better of an observed, dynamic or guarded one: those are unbiased.
         horizon: Steps that the training is to take; what lies beyond the log is forecast.
-        harm: Clamp error of a single cast that is tolerated, fraction in [0, 1).
+        harm: Clamp error of a single cast that is tolerated, fraction in [0, 1); by default that
+            of an overshoot of 4, and of 25 for gradients.
         budget: Reads an element that may be spent on the average; where what is needed costs
             more, groups get a cheaper scaling in the order of what they lose by it.
 
     Raises:
         AnalysisError: The run has no casts; `harm`, `horizon` or `budget` make no sense.
     """
-    if not 0 <= harm < 1:
+    if harm is not None and not 0 <= harm < 1:
         raise AnalysisError(f"expected a clamp error in [0, 1) for harm, got {harm}")
+    tolerated = Harm() if harm is None else Harm(value=harm, gradient=harm)
     if horizon is not None and horizon < 1:
         raise AnalysisError(f"expected at least one step for the horizon, got {horizon}")
     if budget is not None and budget < 1:
@@ -206,12 +206,12 @@ def advise(
     names = [site.fqn for site in sites]
     prices = [_price(log, group, names) for group in groups]
     chosen = [
-        _choice(group, found, missed, harm, is_dear=(price or 0) > MOST_PRICE)
+        _choice(group, found, missed, tolerated, is_dear=(price or 0) > MOST_PRICE)
         for group, price in zip(groups, prices, strict=True)
     ]
-    chosen = chosen if budget is None else _within(chosen, groups, found, missed, harm, budget)
+    chosen = chosen if budget is None else _within(chosen, groups, found, missed, tolerated, budget)
     advices = [
-        _advice(group, found.outcomes[rung], missed[0], names, price, harm, (first, last))
+        _advice(group, found.outcomes[rung], missed[0], names, price, tolerated, (first, last))
         for group, rung, price in zip(groups, chosen, prices, strict=True)
     ]
     advices = _with_all_counted(advices)
@@ -224,7 +224,7 @@ def advise(
         recipe=_recipe(advices),
         steps=steps,
         reads=_reads(groups, chosen, found),
-        harm=harm,
+        harm=tolerated,
         limits=found.limits,
         horizon=horizon,
         tail=tail(usual.step, usual.overshoot, steps=steps, ahead=ahead) if ahead else None,
@@ -257,14 +257,16 @@ def _price(log: RunLog, group: Group, names: Sequence[str]) -> float | None:
 
 
 def _choice(
-    group: Group, found: WhatIf, missed: Sequence[Outruns], harm: float, *, is_dear: bool
+    group: Group, found: WhatIf, missed: Sequence[Outruns], harm: Harm, *, is_dear: bool
 ) -> int:
     """Return the first rung that is tolerable."""
     plain = _underflow(found.outcomes[-1], group)
     for rung, outcome in enumerate(found.outcomes):
         policy = outcome.policy
         cannot_clamp = policy.guards or policy.takes_own
-        is_kept = cannot_clamp or not (is_dear or missed[rung].of_sites(group.sites).hard(harm))
+        is_kept = cannot_clamp or not (
+            is_dear or missed[rung].of_sites(group.sites).hard(harm.of(group.role))
+        )
         if is_kept and _underflow(outcome, group) <= plain + MORE_UNDERFLOW:
             return rung
     return len(found.outcomes) - 1
@@ -282,7 +284,7 @@ def _within(
     groups: Sequence[Group],
     found: WhatIf,
     missed: Sequence[Outruns],
-    harm: float,
+    harm: Harm,
     budget: float,
 ) -> list[int]:
     """Return rungs that cost at most the budget: what loses least gives way first."""
@@ -290,7 +292,7 @@ def _within(
     usual = missed[0]
     order = sorted(
         (i for i, rung in enumerate(chosen) if rung > 0),
-        key=lambda i: (usual.of_sites(groups[i].sites).hard(harm), i),
+        key=lambda i: (usual.of_sites(groups[i].sites).hard(harm.of(groups[i].role)), i),
     )
     for i in order:
         if _reads(groups, chosen, found) <= budget:
@@ -314,14 +316,14 @@ def _advice(
     usual: Outruns,
     names: Sequence[str],
     price: float | None,
-    harm: float,
+    harm: Harm,
     span: tuple[int, int],
 ) -> GroupAdvice:
     mine = usual.of_sites(group.sites)
     sites = [outcome.sites[i] for i in group.sites]
     casts, elements = sum(s.casts for s in sites), sum(s.elements for s in sites)
     worst = int(np.argmax(mine.overshoot)) if len(mine.overshoot) else None
-    hard = clamp_error_bound(mine.overshoot) > harm
+    hard = clamp_error_bound(mine.overshoot) > harm.of(group.role)
     window = usual.policy.history_len or 1
     notable = mine.step[mine.overshoot > NOTABLE]
     return GroupAdvice(
@@ -349,8 +351,6 @@ def _advice(
 
 def _with_all_counted(advices: Sequence[GroupAdvice]) -> list[GroupAdvice]:
     """Return the advices with p of their trends as one of all that were tested (Holm)."""
-    from dataclasses import replace  # noqa: PLC0415
-
     order = sorted(range(len(advices)), key=lambda i: advices[i].trend.p)
     counted, largest = list(advices), 0.0
     for rank, i in enumerate(order):

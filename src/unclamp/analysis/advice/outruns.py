@@ -19,11 +19,6 @@ from unclamp.scaling import Scaling
 from unclamp.totals import clamp_error_bound
 
 
-def tolerated_overshoot(harm: float) -> float:
-    """Return the overshoot whose largest possible clamp error is `harm`, in [0, 1)."""
-    return float(1 / (1 - np.sqrt(harm)))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outruns:
     """What a policy fails to predict at some sites.

@@ -1,7 +1,7 @@
 """An advice in sentences."""
 
 from unclamp.analysis.advice.advise import Advice, GroupAdvice
-from unclamp.analysis.advice.outruns import tolerated_overshoot
+from unclamp.analysis.advice.harm import tolerated_overshoot
 from unclamp.analysis.advice.tails import MOST_OCTAVES
 from unclamp.analysis.whatif import policy_text
 from unclamp.written import counted, listed, percent, times
@@ -24,9 +24,9 @@ def verdict_sentence(advice: Advice) -> str:
             else f"amaxes outran a history of 16 by {times(hardest.overshoot)} at most"
         )
         return (
-            f"It does not matter here: in {counted(advice.steps, 'step')} {most}, and a cast that "
-            f"overshoots up to {times(tolerated_overshoot(advice.harm))} is tolerated. Delayed "
-            "scaling is the cheapest."
+            f"It does not matter here: in {counted(advice.steps, 'step')} {most}, and what is "
+            f"tolerated is {times(tolerated_overshoot(advice.harm.value))}, of gradients "
+            f"{times(tolerated_overshoot(advice.harm.gradient))}. Delayed scaling is the cheapest."
         )
     needy = [g for g in advice.groups if g.is_needy]
     return (
