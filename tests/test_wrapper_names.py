@@ -150,5 +150,17 @@ def test_a_name_is_copied_and_pickled_with_its_spellings() -> None:
     (name,) = wrapped("a")
     for twin in (copy.deepcopy(name), pickle.loads(pickle.dumps(name))):
         assert isinstance(twin, ModuleName)
-        assert (twin, twin.spelled, twin.marks) == ("a", "module.a", frozenset({"module"}))
+        assert (twin, twin.spelled, twin.marks) == ("a", "module.a", name.marks)
+        assert "module" in twin.marks
     assert SiteName.from_dict(SiteName(name, "input").to_dict()) == SiteName("a", "input")
+
+
+def test_a_mark_among_wildcards_is_one_unless_a_plain_name_could_be_meant() -> None:
+    paths = [("", 0), ("q", 1), ("q.base_layer", 2), ("out_layer", 3)]
+    name = without_wrappers(paths, ["q.base_layer"])[2]
+    for glob in ("*base_layer", "*.base_layer", "q.base_layer*", "*base_layer*", "^q.base_layer"):
+        assert matches(name, glob), glob
+    assert not matches(name, "*_layer")  # of the plain model: out_layer, and not q
+    own = without_wrappers([*paths, ("base_layers", 4)], ["q.base_layer"])[2]
+    assert not matches(own, "*base_layer*")
+    assert matches(own, "*.base_layer")

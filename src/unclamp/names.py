@@ -75,7 +75,8 @@ class ModuleName(str):
     Attributes:
         spelled: The name with all its parts, as `named_modules` has it.
         stands_for: The name of the module that this one is a copy of; "" of none.
-        marks: The parts of wrappers which, in a glob, show that it is written for spelled names.
+        marks: The parts of wrappers which, in a glob, show that it is written for spelled names;
+            with "*" behind it one that shows it among wildcards too ("*base_layer").
     """
 
     spelled: str
@@ -111,7 +112,8 @@ def spellings(fqn: str, glob: str) -> Iterator[str]:
     if isinstance(fqn, ModuleName):
         if fqn.stands_for:
             yield fqn.stands_for
-        if not fqn.marks.isdisjoint(glob.removeprefix("^").split(".")):
+        parts = glob.removeprefix("^").split(".")
+        if any(p in fqn.marks or p.strip("*?") + "*" in fqn.marks for p in parts):
             yield fqn.spelled
 
 
@@ -150,8 +152,7 @@ def without_wrappers(
     around = {path.rpartition(".")[0] for path in put_in}
     there = {path: key for path, key in paths if path not in around}
     _keep_apart(plain, there, frozenset(put_in))
-    marks = frozenset(path.rpartition(".")[2] for path in put_in) - NO_MARKS
-    marks -= {part for path in there for part in plain[path].split(".")}
+    marks = _marks(put_in, {part for path in there for part in plain[path].split(".")})
     names: list[str] = []
     for path, _ in paths:
         name = plain[path]
@@ -159,6 +160,13 @@ def without_wrappers(
         is_path = name == path and not other
         names.append(path if is_path else ModuleName(name, path, other, marks))
     return names
+
+
+def _marks(put_in: Collection[str], parts: Collection[str]) -> frozenset[str]:
+    """Return `ModuleName.marks` where the plain names have these parts."""
+    own = {path.rpartition(".")[2] for path in put_in} - NO_MARKS - set(parts)
+    among_wildcards = {f"{mark}*" for mark in own if not any(mark in part for part in parts)}
+    return frozenset(own | among_wildcards)
 
 
 def _keep_apart(

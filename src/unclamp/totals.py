@@ -16,6 +16,8 @@ SCALED_AMAX_SQL = "amax::DOUBLE * scale"
 """`scaled_amax` of a row of `casts`; the columns are float32, and their product may not fit it."""
 CLAMPED_SQL = "coalesce(clamped, saturated > 0, false)"
 """Whether a row of `casts` is known to have clamped; older logs tell it by their counts alone."""
+UNDECIDED_SQL = "clamped IS NULL AND saturated IS NULL"
+"""Whether nobody knows that of a row."""
 LOST_SQL = f"coalesce(saturated_error, greatest(1 - 1 / ({SCALED_AMAX_SQL}), 1e-6))"
 """What rows of `casts` that clamped are ordered by: the clamp error; where elements were not
 counted, what rises with the scaled amax, which is above 0 and means nothing else."""
@@ -191,6 +193,7 @@ class SiteTotals:
         sqnr_rows: How many were finite.
         uncounted: Rows of which only the largest element is known, as of the scaling state of
             others: they clamped or not, and how many elements is not known.
+        undecided: Of these, the rows of which nobody knows whether they clamped.
     """
 
     rows: int = 0
@@ -209,6 +212,12 @@ class SiteTotals:
     sqnr_db_sum: float = 0.0
     sqnr_rows: int = 0
     uncounted: int = 0
+    undecided: int = 0
+
+    @property
+    def decided_rows(self) -> int:
+        """Rows of which it is known whether they clamped: what `clamped_rows` are a share of."""
+        return self.rows - self.undecided
 
     @property
     def is_counted(self) -> bool:
@@ -259,4 +268,5 @@ class SiteTotals:
             sqnr_db_sum=self.sqnr_db_sum + other.sqnr_db_sum,
             sqnr_rows=self.sqnr_rows + other.sqnr_rows,
             uncounted=self.uncounted + other.uncounted,
+            undecided=self.undecided + other.undecided,
         )

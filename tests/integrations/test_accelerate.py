@@ -221,6 +221,20 @@ def test_a_resume_from_a_saved_state_goes_on_bit_for_bit(tmp_path: Path, convert
         assert rows(tmp_path / "run", name) == rows(tmp_path / "whole", name)
 
 
+def test_a_training_that_goes_back_to_a_saved_state_has_each_step_once(tmp_path: Path) -> None:
+    loop = Loop(tmp_path / "run").train(range(6))
+    loop.accelerator.save_state(str(tmp_path / "state"))
+    loop.train(range(6, BATCHES))
+    loop.accelerator.load_state(str(tmp_path / "state"))
+    loop.train(range(6, BATCHES))
+    loop.accelerator.end_training()
+    assert loop.losses[2:4] == loop.losses[4:6]
+    assert rows(tmp_path / "run", "step") == [1, 2, 3, 4]
+    assert rows(tmp_path / "run", "loss") == loop.losses[:4]
+    assert asked(tmp_path / "run", "SELECT count(*) FROM casts") == [STEPS * 6]
+    assert status(tmp_path / "run") == "finished"
+
+
 def test_a_state_that_is_registered_by_hand_resumes_bit_for_bit(tmp_path: Path) -> None:
     def made() -> Loop:
         loop = Loop(attaches=False)

@@ -169,6 +169,23 @@ def test_a_resumed_training_goes_on_bit_for_bit(order: str, tmp_path: Path) -> N
 
 
 @pytest.mark.cell("Fabric", "save format clean")
+def test_a_training_that_goes_back_to_a_checkpoint_has_each_step_once(tmp_path: Path) -> None:
+    with FabricRecorder(unclamp.Recipe(), tmp_path / "run") as recorder:
+        training = Training(recorder)
+        for number, batch in enumerate(batches()):
+            training.step(batch)
+            if number == 2:
+                training.fabric.save(tmp_path / "checkpoint", training.state())
+        training.fabric.load(tmp_path / "checkpoint", training.state())
+        for batch in batches()[3:]:
+            training.step(batch)
+    got = rows(tmp_path / "run")
+    assert [row["step"] for row in got] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in got] == training.losses[:6]
+    assert training.losses[3:6] == training.losses[6:]
+    assert status(tmp_path / "run") == "finished"
+
+
 def test_a_checkpoint_has_the_keys_of_a_plain_model(tmp_path: Path) -> None:
     training = Training(FabricRecorder(unclamp.Recipe()))
     training.step(batches()[0])

@@ -503,6 +503,44 @@ def test_manual_optimisation_is_one_row_a_batch_with_the_loss_that_is_named(tmp_
     assert [row["microsteps"] for row in casts] == [1] * BATCHES
 
 
+class Seldom(Net):
+    """Trains by every batch, and logs a part of the loss in every third one only."""
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        if index % 3 == 0:
+            self.log("part", loss / 2, on_step=True, on_epoch=True)
+        self.log("whole", loss, on_step=False, on_epoch=True)
+        return loss
+
+
+@pytest.mark.parametrize("loss", [None, "part"], ids=["scalar", "loss"])
+def test_what_a_step_did_not_log_is_not_said_of_it(loss: str | None, tmp_path: Path) -> None:
+    """Lightning goes on telling the last value that was logged."""
+    module, names = Seldom(), ["part", "whole"]
+    callback = UnclampCallback(unclamp.Recipe(), tmp_path / "run", loss=loss, scalars=names)
+    trainer(tmp_path, callback).fit(module, Loader(), Loader(1))
+    with RunLog.open(tmp_path / "run") as log:
+        got = log.sql("SELECT loss, scalars FROM steps ORDER BY step").to_pylist()
+    parts = [float(m / 2) if i % 3 == 0 else None for i, m in enumerate(module.micro)]
+    assert [dict(row["scalars"] or ()) for row in got] == [
+        {} if part is None else {"part": part} for part in parts
+    ]
+    assert [row["loss"] for row in got] == (parts if loss else [float(m) for m in module.micro])
+
+
+def test_what_any_batch_of_a_step_logged_is_the_steps(tmp_path: Path) -> None:
+    module = Seldom()
+    callback = UnclampCallback(unclamp.Recipe(), tmp_path / "run", scalars=["part"])
+    settings = {"accumulate_grad_batches": 3, "max_epochs": 1}
+    trainer(tmp_path, callback, **settings).fit(module, Loader())
+    with RunLog.open(tmp_path / "run") as log:
+        got = log.sql("SELECT scalars FROM steps ORDER BY step").to_pylist()
+    assert [dict(row["scalars"]) for row in got] == [
+        {"part": float(module.micro[first] / 2)} for first in (0, 3)
+    ]
+
+
 def test_a_name_that_nobody_logs_is_an_error(tmp_path: Path) -> None:
     callback = UnclampCallback(unclamp.Recipe(), tmp_path / "run", loss="generator")
     with pytest.raises(unclamp.UnsupportedError, match="neither returns nor logs"):

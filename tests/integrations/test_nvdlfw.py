@@ -295,3 +295,37 @@ def test_the_names_are_those_of_nvdlfw_inspect():
     assert '"{} \\t\\t\\t\\t iteration={:06d} \\t\\t\\t\\t value={:.4f}"' in source
     assert f'STATISTICS_LOG_DIR = "{FOLDER}"' in source
     assert '_globalrank-{rank}.log"' in source
+
+
+@pytest.mark.parametrize("how", ["files", "logger"])
+def test_tensors_with_inf_or_nan_are_named(how: str, tmp_path: Path):
+    """Their amax has no place in a column, and is no more missing than wrong."""
+    broken = {3: math.inf, 5: math.nan}
+    told = {
+        (step, name): value
+        * (broken.get(step, 1.0) if name == f"{LAYER}_activation_cur_amax" else 1.0)
+        for step in range(8)
+        for name, value in statistics(step).items()
+        if name.endswith(("cur_amax", "scale_inv_max"))
+    }
+    if how == "logger":
+        with UnclampLogger(tmp_path / "run") as logger:
+            for (step, name), value in told.items():
+                logger.log_scalar(name, value, step)
+    else:
+        files = FileLogger("nvdlfw_inspect", str(tmp_path / "logs"))
+        files._initialize_stats_logger(FOLDER)
+        for (step, name), value in told.items():
+            files.log_scalar(name, value, step)
+        import_nvdlfw(tmp_path / "logs", tmp_path / "run")
+    with RunLog.open(tmp_path / "run") as log:
+        events = log.sql("SELECT step, kind, data FROM events ORDER BY step").to_pylist()
+    assert [(event["step"], event["kind"]) for event in events] == [
+        (3, "nonfinite"),
+        (5, "nonfinite"),
+    ]
+    for event in events:
+        assert json.loads(event["data"]) == {"sites": [{"fqn": LAYER, "role": "input"}]}
+    rows = rows_of(tmp_path / "run")
+    assert [rows[step, "input"]["amax"] for step in (3, 5)] == [None, None]
+    assert [rows[step, "input"]["clamped"] for step in (3, 5)] == [None, None]

@@ -143,6 +143,20 @@ def test_scaling_state_lies_beside_a_checkpoint(tmp_path: Path) -> None:
         load_scaling_state(other.model, tmp_path)
 
 
+def test_layers_that_a_checkpoint_has_nothing_of_are_named(tmp_path: Path) -> None:
+    recorded, optimizer = training(None)
+    step(recorded, optimizer, 1)
+    save_scaling_state(recorded.model, tmp_path)
+    more = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    unclamp.convert(more, unclamp.Recipe(), skip=["2"])
+    with pytest.warns(unclamp.UnclampWarning, match="no scaling state of 3, so that"):
+        load_scaling_state(more, tmp_path)
+    found = unclamp.ScalingState(more).state_dict()
+    for key, value in unclamp.ScalingState(recorded.model).state_dict().items():
+        assert key.endswith("updates") or torch.equal(found[key], value), key
+    assert not found["3.unclamp_input_amax_history"].any()
+
+
 def test_a_missing_package_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n.startswith("unclamp.integrations.t")]:
         monkeypatch.delitem(sys.modules, name)

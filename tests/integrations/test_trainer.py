@@ -143,6 +143,15 @@ def test_nan_and_inf_are_recorded_though_trainer_hides_them(tmp_path: Path) -> N
     assert third[1] == math.inf or math.isnan(third[1])
 
 
+def test_without_a_run_the_coverage_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(tmp_path, max_steps=3)
+    attach(made, unclamp.Recipe())
+    made.train()
+    assert capsys.readouterr().out.count("of the FLOPs") == 1
+
+
 # ---- checkpoints -------------------------------------------------------------------------------
 
 
@@ -373,6 +382,32 @@ def test_a_callback_refuses_a_log_that_is_not_whole(
     with pytest.raises(unclamp.UnsupportedError, match=said):
         made.train()
     assert not (tmp_path / "run").exists()
+
+
+class ToldNan(Trainer):
+    """Says NaN once, of the first loss, whose gradient is as ever; keeps what it says."""
+
+    told: list[float]
+
+    def training_step(self, *args: Any, **named: Any) -> Any:
+        """Return NaN, the first time."""
+        loss: Any = super().training_step(*args, **named)
+        self.told = [*getattr(self, "told", []), loss.item()]
+        return loss * math.nan if len(self.told) == 2 else loss
+
+
+def test_a_callback_takes_no_loss_from_a_log_that_a_nan_has_spoilt(tmp_path: Path) -> None:
+    changes = {"logging_steps": 1, "logging_nan_inf_filter": False, "max_steps": 4}
+    made = trainer(tmp_path, of=ToldNan, **changes)
+    made.add_callback(UnclampCallback(unclamp.Recipe(), tmp_path / "run"))
+    with pytest.warns(unclamp.UnclampWarning, match="the loss of step 2 is nan"):
+        made.train()
+    assert [math.isnan(loss) for _, loss, *_ in own_log(made)] == [False, True, True, True]
+    assert all(map(math.isfinite, made.told))
+    losses = [loss for _, loss, *_ in recorded(tmp_path / "run")]
+    assert losses[0] == made.told[0]
+    assert math.isnan(losses[1])
+    assert losses[2:] == [None, None]
 
 
 def test_a_callback_refuses_to_resume(resumed: dict[str, Any], tmp_path: Path) -> None:

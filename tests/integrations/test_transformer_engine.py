@@ -225,6 +225,29 @@ def test_evaluations_between_steps_are_no_casts_of_the_training(tmp_path: Path, 
         assert {row["microsteps"] for row in rows.values()} == {1}
 
 
+def test_an_evaluation_that_changes_no_scale_leaves_its_amax_to_the_next_pass(tmp_path: Path):
+    """The history's first row has the largest of both, and nobody can tell them apart."""
+    te = TE("2.x")
+    model = nn.Sequential(Linear(te, "0", 8, 8))
+    trained = [10.0 + step for step in range(6)]
+    evaluated = {2: 500.0, 4: 1.0}
+    with record_transformer_engine(model, tmp_path / "run") as recorder:
+        for step, size in enumerate(trained):
+            if step in evaluated:
+                with torch.no_grad(), te.autocast(DelayedScaling(amax_history_len=6)):
+                    model(torch.full((4, 8), evaluated[step]))
+            with te.autocast(DelayedScaling(amax_history_len=6)):
+                out = model(torch.full((4, 8), size))
+            out.sum().backward()
+            recorder.step(step, loss=1.0)
+    rows = rows_of(tmp_path / "run")
+    own = [rows[step, ("0", "input")] for step in range(6)]
+    both = [max(size, evaluated.get(step, 0.0)) for step, size in enumerate(trained)]
+    assert [row["amax"] for row in own] == both
+    assert [row["microsteps"] for row in own] == [1] * 6
+    assert own[2]["clamped"]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
     "changes",

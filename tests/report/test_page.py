@@ -15,6 +15,7 @@ from unclamp.report import build_view
 from unclamp.report.charts import RECOVERY, run_figure
 from unclamp.report.charts import SPIKE as SPIKE_COLOUR
 from unclamp.report.html import write_page
+from unclamp.report.words import TABLE_COLUMNS
 
 CHROMIUM = shutil.which("chromium")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -129,23 +130,22 @@ def test_role_buttons_and_clamped_filter(planted_page: Path, tab: Any) -> None:
 
 @in_browser
 def test_column_heads_sort_both_ways_with_missing_values_last(planted_page: Path, tab: Any) -> None:
+    def cells(key: str) -> list[str]:
+        place = [column[0] for column in TABLE_COLUMNS].index(key) + 1
+        return tab.locator(f"#sites tr.site td:nth-child({place})").all_inner_texts()
+
     tab.goto(planted_page.as_uri())
     tab.click("#sites th button[data-key=overshoot]")
     # Only one site clamped, and an overshoot is shown only where anything was.
-    assert tab.locator("#sites tr.site td:nth-child(8)").all_inner_texts() == ["2.00x", "-", "-"]
+    assert cells("overshoot") == ["2.00x", "-", "-"]
     tab.click("#sites th button[data-key=underflow_share]")
-    values = tab.locator("#sites tr.site td:nth-child(9)").all_inner_texts()
+    values = cells("underflow_share")
     assert values == ["1 %", "0 %", "0 %"]
     tab.click("#sites th button[data-key=underflow_share]")
-    again = tab.locator("#sites tr.site td:nth-child(9)").all_inner_texts()
-    assert again == values[::-1]
+    assert cells("underflow_share") == values[::-1]
     for _ in range(2):
         tab.click("#sites th button[data-key=sqnr_db_min]")
-        assert tab.locator("#sites tr.site td:nth-child(10)").all_inner_texts() == [
-            "20.0",
-            "-",
-            "-",
-        ]
+        assert cells("sqnr_db_min") == ["20.0", "-", "-"]
     assert tab.locator("th[aria-sort=ascending]").count() == 1
 
 

@@ -287,3 +287,64 @@ def test_what_if_and_advice_are_made_of_amaxes_alone(tmp_path: Path) -> None:
     assert found.recorded.clamped == len(CLAMPED) + len(OTHERS)
     assert "Nobody counted this run's elements" in " ".join(found.limits)
     assert advice.verdict == "does not matter"
+
+
+def half_known(path: Path, *, clamps: bool) -> Path:
+    """A run in which it is known of every other cast whether it clamped; every fourth may have."""
+    header = Header(
+        unclamp_version="0.1.0",
+        world_size=1,
+        run_id=path.name,
+        counts="casts",
+        cadence=Cadence(casts=Every(), inspect=None),
+    )
+    known = {0: clamps, 2: False}
+    with RunLogWriter(path, header=header, rank=0) as writer:
+        name = {"site": 0, "fqn": DOWN.fqn, "role": DOWN.role, "format": "e4m3fn",
+                "scaling": "delayed", "format_max": 448.0, "replicated": False}  # fmt: skip
+        writer.add("sites", columns([name]))
+        each = [uncounted_row(step, 0, clamped=known.get(step % 4)) for step in range(400)]
+        writer.add("casts", columns(each))
+        writer.add("steps", {"step": list(range(400)), "loss": [2.0] * 400,
+                             "time_s": [0.0] * 400})  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("is_long", [False, True], ids=["from casts", "from summaries"])
+@pytest.mark.parametrize("clamps", [False, True], ids=["none", "some"])
+def test_casts_of_which_nobody_knows_are_in_no_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clamps: bool, is_long: bool
+):
+    if is_long:
+        monkeypatch.setattr("unclamp.runlog.windows.LONG_STEPS", 100)
+    paths = [
+        half_known(tmp_path / "one", clamps=clamps),
+        half_known(tmp_path / "two", clamps=clamps),
+    ]
+    with RunLog.open(paths[0]) as log:
+        assert_summaries_are_those_of_casts(log)
+        windows = log.windows(most=4)
+    assert (windows.totals[0].rows, windows.totals[0].undecided) == (400, 200)
+    assert set(windows.saturated_share(0).tolist()) == {0.5 if clamps else 0.0}
+
+    view = build_view(paths[0])
+    data = view.to_dict()
+    assert_nothing_is_counted(data)
+    (site,) = data["run"]["sites"]
+    assert (site["clamped_casts"], site["undecided_casts"]) == (100 if clamps else 0, 200)
+    console = Console(width=400, record=True, file=StringIO())
+    print_view(view, console)
+    compared = compare_runs(runs_to_compare(paths)[0])
+    print_comparison(compared, console)
+    said = console.export_text()
+    with RunLog.open(paths[0]) as log:
+        association = str(associate(log))
+    assert "f 200 recorded casts nobody knows whether they clamped" in association
+    if clamps:
+        assert "100 of 200 recorded casts (of 200 more that is not known) clamped" in said
+        assert "in 50 % of its recorded casts (200 more not known)" in said
+    else:
+        assert "Of 200 of 400 recorded casts at 1 site it is not known whether they clamped" in said
+        assert "Nothing is known to have clamped in any run (of 400 casts it is not known)" in said
+        assert "Nothing was clamped" not in said
+        assert "nothing clamped" not in said

@@ -84,6 +84,7 @@ def _summary(first_step: int, rank: int, site: int, *, rows: list[Row]) -> dict[
         "sqnr_db_mean": math.fsum(finite) / len(finite) if finite else None,
         "sqnr_steps": len(finite),
         "uncounted": sum(row["elements"] is None for row in rows),
+        "undecided": sum(row.get("clamped") is None and row["saturated"] is None for row in rows),
     }
 
 

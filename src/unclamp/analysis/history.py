@@ -17,7 +17,7 @@ from unclamp.analysis.evidence import Clamping
 from unclamp.analysis.groups import Group
 from unclamp.errors import AnalysisError
 from unclamp.runlog import COMPUTED_SQL, RunLog, SiteInfo
-from unclamp.totals import CLAMPED_SQL, LOST_SQL
+from unclamp.totals import CLAMPED_SQL, LOST_SQL, UNDECIDED_SQL
 from unclamp.written import counted
 
 EFFECT_LAG = {"grad_output": 1}
@@ -99,6 +99,16 @@ def read_history(log: RunLog) -> History:
             f"{counted(only_counted, 'site is', 'sites are')} left out, since nothing is computed "
             "from the casts there: they are only counted."
         )
+    if (undecided := _count_undecided(log)) and not len(clamped.step):
+        refusals.append(
+            f"of {counted(undecided, 'recorded cast')} nobody knows whether they clamped, and none "
+            "of the others did."
+        )
+    elif undecided:
+        notes.append(
+            f"Of {counted(undecided, 'recorded cast')} nobody knows whether they clamped: here "
+            "they count as casts that did not."
+        )
     return History(
         steps=steps,
         loss=loss,
@@ -111,6 +121,17 @@ def read_history(log: RunLog) -> History:
         refusal=refusals[0] if refusals else None,
         notes=notes + refusals[1:],
     )
+
+
+def _count_undecided(log: RunLog) -> int:
+    """Return how many recorded casts, of which anything is computed, may have clamped or not."""
+    if log.header.counts == "elements":
+        return 0
+    (found,) = log.sql(
+        f"{_PLACES} SELECT count(*) AS n FROM casts JOIN places USING (rank, site) "
+        f"WHERE {UNDECIDED_SQL}"
+    ).to_pylist()
+    return found["n"]
 
 
 def _read_loss(log: RunLog) -> Losses:

@@ -118,7 +118,7 @@ class Attached:
         self.report: ConvertReport | None = recorded.report
         self.step = 0
         self._accelerator, self._recorded = accelerator, recorded
-        self._resumes = self._is_begun = False
+        self._resumes = self._is_begun = self._hears_steps = False
         self._scaler: Any = None
         self._methods = Replaced(accelerator)
         self._methods.put("backward", self._backward)
@@ -177,8 +177,10 @@ class Attached:
         )
         self._recorded.begin(framework, resumes=self._resumes)
         self._is_begun = True
-        # After the ledgers' own hook, which the first of them has made.
-        self._handles.append(register_optimizer_step_post_hook(_Step(self)))
+        if not self._hears_steps:
+            self._hears_steps = True
+            # After the ledgers' own hook, which the first of them has made.
+            self._handles.append(register_optimizer_step_post_hook(_Step(self)))
         atexit.register(self._at_exit)
 
     def _accumulate(self, plain: Callable[..., Any], *models: Any) -> Any:
@@ -249,7 +251,14 @@ class Attached:
             write_json(Path(folder) / STEP_FILE, {"step": self.step})
 
     def _load(self, _models: Any, folder: str) -> None:
-        """Load what is ours. Weights may come after it: a checkpoint comes in any order."""
+        """Load what is ours. Weights may come after it: a checkpoint comes in any order.
+
+        A training that goes back to a checkpoint makes steps again that it had made: its run goes
+        on as a new attempt.
+        """
+        if self._recorded.recorder is not None:
+            self._end("interrupted")
+            self._is_begun = False
         if find_ledgers(self._recorded.model):
             load_scaling_state(self._recorded.model, folder)
         path = Path(folder) / STEP_FILE

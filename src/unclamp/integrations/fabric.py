@@ -175,7 +175,10 @@ class FabricRecorder:
         return {STEP: self._steps, **self._scaled.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `fabric.load` has read."""
+        """Go on from what `fabric.load` has read; an open run as a new attempt."""
+        if self._recorded is not None:
+            self._recorded.end("interrupted")
+            self._losses, self._norm, self._lr, self._is_clipped = [], None, None, False
         self._steps, self._resumes = int(state_dict[STEP]), True
         self._scaled.load_state_dict(state_dict)
 

@@ -69,7 +69,8 @@ class UnclampCallback(_Base):
             callback's own part. "model": it is among the module's keys, too.
         loss: Name of what to record as the loss, among what `training_step` returns or logs; for
             manual optimisation, where it need not return any. By default what it returns.
-        scalars: Names of what the module logs, to be recorded beside the loss.
+        scalars: Names of what the module logs, to be recorded beside the loss of the step that
+            they are logged in.
         grad_norm: Whether to compute the norm of all gradients, before clipping, at the price of
             a pass over them. In manual optimisation it is the norm at the optimizer's step.
         **recording: As `unclamp.Recorder` takes it: metadata, notes, plain, casts, inspect, sinks,
@@ -110,6 +111,8 @@ class UnclampCallback(_Base):
         self._lr: Any = None
         self._steps = 0
         self._metrics: Mapping[str, Any] = {}
+        self._logged: dict[str, Any] = {}
+        self._has_loss = False
 
     @property
     def report(self) -> Any:
@@ -120,6 +123,10 @@ class UnclampCallback(_Base):
     def recorder(self) -> Any:
         """The open recorder; None outside of a training."""
         return None if self._recorded is None else self._recorded.recorder
+
+    @property
+    def _metrics_wanted(self) -> bool:
+        return bool(self._loss or self._scalars)
 
     # ---- converting ----------------------------------------------------------------------------
 
@@ -158,6 +165,13 @@ class UnclampCallback(_Base):
         if self._recorded is not None:
             self._recorded.begin(_framework(trainer), resumes=_resumes(trainer))
 
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Remember what was logged before, which Lightning goes on to tell."""
+        if self._metrics_wanted:
+            self._metrics = dict(trainer.callback_metrics)
+
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: Optimizer
     ) -> None:
@@ -183,15 +197,15 @@ class UnclampCallback(_Base):
         recorded = self._recorded
         if recorded is None or self.recorder is None:
             return
-        logged = trainer.callback_metrics if self._loss or self._scalars else {}
+        logged = _new(trainer.callback_metrics, self._metrics) if self._metrics_wanted else {}
+        self._logged |= {name: logged[name] for name in self._scalars if name in logged}
         if (loss := self._loss_in(trainer, outputs, logged)) is not None:
             recorded.micro(loss)
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
         recorded.grad_norm(together(self._norms.values()))
-        scalars = {name: logged[name] for name in self._scalars if name in logged}
-        recorded.step(_step(trainer), lr=self._lr, scalars=scalars)
+        recorded.step(_step(trainer), lr=self._lr, scalars=self._logged)
         self._forget()
 
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -199,8 +213,7 @@ class UnclampCallback(_Base):
         before, self._metrics = self._metrics, {}
         if self._recorded is not None and not trainer.sanity_checking:
             now = trainer.callback_metrics
-            metrics = {n: value for n, value in now.items() if value is not before.get(n)}
-            self._recorded.evaluation(_step(trainer), metrics)
+            self._recorded.evaluation(_step(trainer), _new(now, before))
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Close the run as finished."""
@@ -243,6 +256,9 @@ class UnclampCallback(_Base):
         if self._loss is None:
             return returned.get("loss")
         found = returned.get(self._loss, logged.get(self._loss))
+        if found is None and self._has_loss:
+            return None  # a batch in which it is not logged, as one of a GAN
+        self._has_loss = True
         if found is None:
             raise UnsupportedError(
                 f"UnclampCallback(loss={self._loss!r}): training_step neither returns nor "
@@ -255,12 +271,25 @@ class UnclampCallback(_Base):
         return found / trainer.accumulate_grad_batches
 
     def _forget(self) -> None:
-        self._norms, self._lr = {}, None
+        self._norms, self._lr, self._logged = {}, None, {}
 
     def _end(self, status: Any) -> None:
         self._forget()
         if self._recorded is not None:
             self._recorded.end(status)
+
+
+def _new(metrics: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was logged since: Lightning tells the last value of a name again and again.
+
+    A value that is logged is a new tensor, and what is told of it are views; those of `before` are
+    held, so that no other has their memory.
+    """
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name not in before or value.data_ptr() != before[name].data_ptr()
+    }
 
 
 def _makes_layers_later(module: nn.Module) -> bool:

@@ -147,4 +147,5 @@ class UnclampLogger(BaseLogger):
 
         self._writer.add("casts", lambda: rows()[0])
         self._writer.add("sites", self._rows.new_sites)
+        self._writer.add("events", self._rows.events)
         self._writer.add("steps", step)

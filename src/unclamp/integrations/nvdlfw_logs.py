@@ -197,6 +197,7 @@ def _write(
                 writer.add("casts", row.casts)
             if rank in makers:
                 writer.add("sites", makers[rank].new_sites())
+                writer.add("events", makers[rank].events())
             writer.add("steps", _steps(own, rows, begun, curve if rank == 0 else None))
     return replace(found, run=str(path))
 

@@ -7,6 +7,7 @@ elements that no statistic tells: these go into the steps' scalars under their o
 """
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,8 @@ _NAME = re.compile(
 )
 _SCALE = re.compile(r"(?:(?P<recipe>\w+)_)?scale_inv_(?P<end>min|max)")
 
+NONFINITE_EVENT = "nonfinite"
+"""The event that names tensors with Inf or NaN: no column of casts has room for such an amax."""
 Formats = Literal["hybrid", "e4m3"]
 
 
@@ -76,6 +79,12 @@ class _Tensor:
     high: float | None = None
     inverses: dict[str, float] = field(default_factory=dict)
     recipe: str = ""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether an element was Inf or NaN."""
+        ends = (self.amax, self.low, self.high)
+        return not all(end is None or math.isfinite(end) for end in ends)
 
     def take(self, stat: str, value: float) -> bool:
         """Note a number; return whether it is one of a cast."""
@@ -124,6 +133,7 @@ class Rows:
         self._half = 0.0 if decimals is None else 0.5 * 10.0**-decimals
         self._sites: dict[SiteName, int] = {}
         self._new: list[tuple[int, SiteName, str]] = []
+        self._broken: list[tuple[int, list[SiteName]]] = []
         self.zeros: dict[str, int] = {}
 
     @property
@@ -146,9 +156,23 @@ class Rows:
                 others[name] = value
                 tensors[site].recipe = tensors[site].recipe or _recipe_of(statistic.stat)
         self._count_zeros(values)
+        if broken := [site for site, own in sorted(tensors.items()) if own.is_broken]:
+            self._broken.append((iteration, broken))
         every = (self._row(iteration, site, own) for site, own in sorted(tensors.items()))
         rows = [row for row in every if row is not None]
         return ({key: [row[key] for row in rows] for key in rows[0]} if rows else {}), others
+
+    def events(self) -> Columns:
+        """Return the events since the last call: which tensors had Inf or NaN."""
+        taken, self._broken = self._broken, []
+        if not taken:
+            return {}
+        sites = [{"sites": [site.to_dict() for site in broken]} for _, broken in taken]
+        return {
+            "step": [iteration for iteration, _ in taken],
+            "kind": [NONFINITE_EVENT] * len(taken),
+            "data": [json.dumps(each) for each in sites],
+        }
 
     def new_sites(self) -> Columns:
         """Return the rows of sites that came up since the last call."""

@@ -32,6 +32,7 @@ from unclamp.telemetry.group import Name
 from unclamp.telemetry.rank import find_place
 from unclamp.telemetry.recorder import EVERY_HUNDREDTH, EVERY_STEP
 from unclamp.telemetry.sinks import NumbersFunction, Sink
+from unclamp.written import listed
 
 EVALUATION_EVENT = "evaluation"
 """Kind of the event with an evaluation's metrics."""
@@ -341,10 +342,21 @@ def save_scaling_state(model: nn.Module, folder: str | Path) -> None:
         ScalingState(model).save(Path(folder) / SCALING_STATE_FILE)
 
 
+def warn_of_missing(layers: Sequence[str], checkpoint: str) -> None:
+    """Warn of layers whose scaling state is not in the checkpoint that a training goes on from."""
+    if layers:
+        warnings.warn(
+            f"{checkpoint} has no scaling state of {listed(layers, most=5)}, so that histories of "
+            "scales start anew there: was the model converted as the one that saved it?",
+            UnclampWarning,
+            stacklevel=4,
+        )
+
+
 def load_scaling_state(model: nn.Module, folder: str | Path) -> None:
     """Bring a model's scaling state back from a checkpoint's folder, after its weights.
 
-    It warns where the folder has none and the model would.
+    It warns where the folder has none and the model would, and of layers that it has none of.
 
     Raises:
         ConvertError: The file is of another model, or cannot be read.
@@ -353,7 +365,7 @@ def load_scaling_state(model: nn.Module, folder: str | Path) -> None:
     if not find_ledgers(model):
         return
     if path.is_file():
-        ScalingState(model).load(path)
+        warn_of_missing(ScalingState(model).load(path), str(path))
     else:
         warnings.warn(
             f"{folder} has no {SCALING_STATE_FILE}, so the histories of scales start anew: the "

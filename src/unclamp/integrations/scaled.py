@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unclamp.errors import UnclampWarning
-from unclamp.integrations.recorded import say
+from unclamp.integrations.recorded import say, warn_of_missing
 from unclamp.nn.attach import find_ledgers
 from unclamp.nn.convert import ConvertReport, State, convert
 from unclamp.nn.saved import is_state_key
@@ -56,7 +56,8 @@ class Scaled:
                 say(str(self.report).splitlines()[0])
         if self._pending is not None and find_ledgers(model):
             pending, self._pending = self._pending, None
-            ScalingState(model).load_state_dict(pending)
+            missing = ScalingState(model).load_state_dict(pending)
+            warn_of_missing(missing, "the checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
         """Return our part of a checkpoint; empty where no model is converted."""

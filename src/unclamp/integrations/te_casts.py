@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from unclamp.formats import Format
+from unclamp.integrations.nvdlfw_rows import NONFINITE_EVENT
 from unclamp.integrations.te_histories import Casts, Reading, Rule, Tracker, updates_of
 from unclamp.integrations.te_layouts import State, repeats_lower
 from unclamp.integrations.te_reading import Copied
@@ -16,8 +17,6 @@ from unclamp.names import SiteName
 from unclamp.runlog import Columns
 from unclamp.totals import headroom_bits, scaled_amax
 
-NONFINITE_EVENT = "nonfinite"
-"""The event that names tensors with Inf or NaN, from whose history no scale can follow."""
 UNREAD_EVENT = "unread"
 """The event of a step whose casts could not be followed."""
 TOO_MANY = (

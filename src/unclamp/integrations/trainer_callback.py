@@ -5,6 +5,8 @@ is written at every step and hides nothing; nobody tells a callback of an except
 checkpoint a training goes on.
 """
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,17 @@ import transformers
 from torch import nn
 from transformers import TrainerCallback
 
-from unclamp.errors import UnsupportedError, naming_arguments
+from unclamp.errors import UnclampWarning, UnsupportedError, naming_arguments
 from unclamp.integrations.recorded import Framework, Recorded, Recording
 from unclamp.recipe import Recipe
 
 INSTEAD = "unclamp.integrations.transformers.attach(trainer, recipe, run) has no such limit"
+
+LOST = (
+    "the loss of step {step} is {loss}: Trainer logs each loss as a difference of sums, so that "
+    "its log says NaN from now on, whatever the losses are. Later steps are recorded without one; "
+    f"{INSTEAD}"
+)
 
 
 class UnclampCallback(TrainerCallback):
@@ -52,6 +60,7 @@ class UnclampCallback(TrainerCallback):
         self._recording = made
         self._recorded: Recorded | None = None
         self._last = 0
+        self._is_lost = False
 
     def on_init_end(self, args: Any, *_: Any, model: nn.Module | None = None, **__: Any) -> None:
         """Convert before the optimizer is made."""
@@ -67,7 +76,7 @@ class UnclampCallback(TrainerCallback):
             _check(args, state)
         if self._recorded is None or self._recorded.model is not model:
             self._recorded = self._made(model)
-        self._last = state.global_step
+        self._last, self._is_lost = state.global_step, False
         framework = Framework(
             name="transformers callback",
             version=transformers.__version__,
@@ -86,7 +95,7 @@ class UnclampCallback(TrainerCallback):
         if state.global_step <= self._last:
             return
         self._last = state.global_step
-        self._recorded.micro(logs["loss"])
+        self._take(logs["loss"])
         self._recorded.grad_norm(logs.get("grad_norm"))
         self._recorded.step(state.global_step, lr=logs["learning_rate"])
 
@@ -101,6 +110,15 @@ class UnclampCallback(TrainerCallback):
         """Close the run; after an exception nobody says so."""
         if self._recorded is not None:
             self._recorded.end("finished")
+
+    def _take(self, loss: float) -> None:
+        """Take a loss that was logged; NaN after NaN or Inf is left over from that (`LOST`)."""
+        assert self._recorded is not None
+        if not self._is_lost or not math.isnan(loss):
+            self._recorded.micro(loss)
+        if not self._is_lost and not math.isfinite(loss):
+            self._is_lost = True
+            warnings.warn(LOST.format(step=self._last, loss=loss), UnclampWarning, stacklevel=2)
 
     def _made(self, model: nn.Module) -> Recorded:
         return Recorded(

@@ -163,7 +163,8 @@ class Attached:
         self._batches: Any = None
         self._loss: Tensor | None = None
         self._early: list[tuple[int, dict[str, Any]]] = []
-        self._trains = self._resumes = self._is_step_open = self._has_warned = False
+        self._trains = self._resumes = self._has_warned = False
+        self._is_begun = self._is_step_open = False
         self._callback = Heard(self)
         self._replaced = Replaced(trainer)
         for name in (
@@ -335,12 +336,12 @@ class Attached:
             self._close_snapshots()
             self._recorded.end("failed")
             self._resumes = True  # in the same folder, from its first step on
-            self._is_step_open = False
+        self._is_begun = self._is_step_open = False
 
     def _open_step(self, inputs: Any) -> None:
         """Be before the first micro-batch of a step."""
         self._is_step_open = True
-        if self._recorded.recorder is None:
+        if not self._is_begun:
             self._open_run(inputs)
         self._said.begin()
         if self._snapshots is not None:
@@ -350,6 +351,7 @@ class Attached:
     def _open_run(self, inputs: Any) -> None:
         found = batch_coverage(self.trainer, inputs) if self._covers else None
         self._recorded.begin(framework_of(self.trainer), resumes=self._resumes, coverage=found)
+        self._is_begun = True
         for step, metrics in self._early:
             self._recorded.evaluation(step, metrics)
         self._early.clear()
@@ -380,7 +382,7 @@ class Attached:
 
     def evaluated(self, metrics: Mapping[str, Any]) -> None:
         """Hear of an evaluation; one before the first step waits for the run."""
-        if self._trains and self._recorded.recorder is None:
+        if self._trains and not self._is_begun:
             self._early.append((self.trainer.state.global_step, dict(metrics)))
         else:
             self._recorded.evaluation(self.trainer.state.global_step, metrics)

@@ -19,15 +19,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unclamp.names import GEMMS, Gemm, Role
-from unclamp.nn.agreed import Splits
 from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.counting import count, is_counted
 from unclamp.nn.first import first_scale
 from unclamp.nn.gradient import cast_gradient
-from unclamp.nn.groups import Groups
 from unclamp.nn.layout import Axis
 from unclamp.nn.operands import Operands
-from unclamp.nn.product import Commit, meeting, when_to_commit
+from unclamp.nn.product import Meets, meeting, when_to_commit
 from unclamp.nn.rehearsal import rehearses
 from unclamp.nn.split import asked, uncounted
 from unclamp.numerics import GemmOperand, matmul_each
@@ -64,13 +62,16 @@ def multiply_each(
         if not is_counted(operands) or rehearses():
             return output
         when = when_to_commit(operands, x, second, None, training=training)
-        return output if when is None else count(operands, output, x, _matrix(second), commit=when)
-    commit, evaluates, together, splits = meeting(operands, x, second, None, training=training)
-    # What data parallelism splits, it splits in both operands.
-    splits = splits._replace(outputs=splits.tokens) if operands.shares else splits
+        if when is None:
+            return output
+        return count(operands, output, x, _matrix(second), commit=when, is_batch=True)
+    meets = meeting(operands, x, second, None, training=training)
+    if operands.shares:  # what data parallelism splits, it splits in both operands
+        splits = meets.splits._replace(outputs=meets.splits.tokens)
+        meets = meets._replace(splits=splits)
     shape = x.shape[:-2]
     x, second = (t.reshape(-1, *t.shape[-2:]) for t in (x, second))
-    output = _Batched.apply(x, second, operands, commit, evaluates, together, splits, turned, dtype)
+    output = _Batched.apply(x, second, operands, meets, turned, dtype)
     return output.view(*shape, *output.shape[-2:])
 
 
@@ -83,18 +84,15 @@ class _Batched(torch.autograd.Function):
         x: Tensor,
         second: Tensor,
         operands: Operands,
-        commit: Commit,
-        evaluates: bool,
-        together: Groups,
-        splits: Splits,
+        meets: Meets,
         turned: bool,
         dtype: torch.dtype,
     ) -> Tensor:
         needs_x, needs_second = ctx.needs_input_grad[:2]
         x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_second else ["output"]
         second_gemms: list[Gemm] = ["output", "grad_input"] if needs_x else ["output"]
-        x_hat = _cast(operands, "input", x, x_gemms, together, splits)
-        second_hat = _cast(operands, "weight", second, second_gemms, together, splits)
+        x_hat = _cast(operands, "input", x, x_gemms, meets)
+        second_hat = _cast(operands, "weight", second, second_gemms, meets)
         # Contracting K: axis 1 of both, unless the second one lies turned.
         x_in = _operand(operands, "output", x, x_hat, 1)
         second_in = _operand(operands, "output", second, second_hat, 0 if turned else 1)
@@ -103,9 +101,9 @@ class _Batched(torch.autograd.Function):
             "input": operands.seen("input", x_hat),
             "weight": operands.seen("weight", second_hat),
         }
-        if commit == "now":
+        if meets.commit == "now":
             operands.commit(seen)
-        if evaluates:
+        if meets.evaluates:
             operands.evaluate(seen, None)
         # Values lie in a workspace: backward decodes the codes.
         kept_x = _operand(operands, "grad_weight", x, x_hat, 0) if needs_second else None
@@ -114,7 +112,7 @@ class _Batched(torch.autograd.Function):
             *((None, None) if kept_x is None else kept_x[:2]),
             *((None, None) if kept_second is None else kept_second[:2]),
         )
-        ctx.operands, ctx.commit, ctx.seen, ctx.meets = operands, commit, seen, (together, splits)
+        ctx.operands, ctx.seen, ctx.meets = operands, seen, meets
         ctx.counted = None, frozenset()
         ctx.turned, ctx.dtypes = turned, (x.dtype, second.dtype)
         ctx.high = {name: operands.is_high(name) for name in GEMMS}
@@ -130,8 +128,10 @@ class _Batched(torch.autograd.Function):
         x_dtype, second_dtype = ctx.dtypes
         wanted: dict[Gemm, bool] = {"grad_input": needs_x, "grad_weight": needs_second}
         gemms: list[Gemm] = [gemm for gemm, is_on in wanted.items() if is_on]
-        dy_hat, seen = cast_gradient(operands, _matrix(dy), gemms, *ctx.meets)
-        if ctx.commit == "in backward":
+        dy_hat, seen = cast_gradient(
+            operands, _matrix(dy), gemms, ctx.meets.together, ctx.meets.splits
+        )
+        if ctx.meets.commit == "in backward":
             seen = uncounted(ctx, dy, dy_hat, seen)
         grad_x = grad_second = None
         if needs_x:
@@ -147,10 +147,10 @@ class _Batched(torch.autograd.Function):
             grad_second = _multiply(
                 operands, "grad_weight", a, b, second_dtype, ctx.high["grad_weight"]
             )
-        if ctx.commit == "in backward":
+        if ctx.meets.commit == "in backward":
             operands.commit({**ctx.seen, "grad_output": seen})
             ctx.seen = {}  # a graph that is kept makes one cast more, and not three
-        return grad_x, grad_second, *[None] * 7
+        return grad_x, grad_second, *[None] * 4
 
 
 def _cast(
@@ -158,12 +158,11 @@ def _cast(
     role: Role,
     x: Tensor,
     gemms: list[Gemm],
-    together: Groups,
-    splits: Splits,
+    meets: Meets,
 ) -> Hat:
     matrix = _matrix(x)
-    scale = first_scale(operands, role, matrix, together)
-    return operands.cast(role, matrix, gemms, scale=scale, splits=splits)
+    scale = first_scale(operands, role, matrix, meets.together)
+    return operands.cast(role, matrix, gemms, scale=scale, splits=meets.splits)
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -57,18 +57,24 @@ def count(
     commit: Literal["in backward", "now"],
     splits: Splits = WHOLE,
     part: Callable[[Tensor], Tensor] | None = None,
+    is_batch: bool = False,
 ) -> Tensor:
     """Return a product's output, and have its casts counted: now, or when its backward runs.
 
     Of a product that is spread over ranks, `x` and `weight` are this rank's parts, `splits` says
-    of what, and `part` takes its part of the gradient out of that of the output.
+    of what, and `part` takes its part of the gradient out of that of the output. The matrices of a
+    batch (`is_batch`) come one below the other, and their casts have no price.
     """
     if any(is_stand_in(t) for t in (output, x, weight)):
         say_not_counted()
         return output
     with torch.no_grad():
         held, pricing = _cast_forward(
-            operands, x, weight, splits, comes_back=commit == "in backward" and part is None
+            operands,
+            x,
+            weight,
+            splits,
+            comes_back=commit == "in backward" and part is None and not is_batch,
         )
     if commit == "now":
         operands.commit(held)

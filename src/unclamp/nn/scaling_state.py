@@ -84,11 +84,14 @@ class ScalingState:
             for name, value in module.scaling_state(every=True).items()
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> list[str]:
         """Take scaling state over, as that of the weights which the model has now.
 
         So load the weights before. What `state_dict` does not speak of stays. A state that was
         saved under another recipe serves as far as it fits, as in `model.load_state_dict`.
+
+        Returns:
+            The names of the layers with scaling state that `state_dict` does not speak of.
 
         Raises:
             ConvertError: A key is of no layer of the model, or no scaling state at all. Nothing is
@@ -108,6 +111,8 @@ class ScalingState:
             raise ConvertError(_unknown_text(unknown, len(state_dict), names.plain))
         for module, values in found.items():
             module.load_scaling_state(values)
+        every = names.plain.items()
+        return [fqn for fqn, m in every if m not in found and m.scaling_state(every=True)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the scaling state to one file, which appears whole or not at all.
@@ -131,8 +136,11 @@ class ScalingState:
         torch.save(state, buffer)
         write_atomically(Path(path), buffer.getbuffer())
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str]) -> list[str]:
         """Take over what `save` wrote; after the weights, on every rank.
+
+        Returns:
+            As `load_state_dict`.
 
         Raises:
             ConvertError: The file holds something else, or keys of layers that are not here.
@@ -150,7 +158,7 @@ class ScalingState:
                 f"expected a file of unclamp.ScalingState.save at {os.fspath(path)}, got one of "
                 f"{type(state).__name__}"
             )
-        self.load_state_dict(state)
+        return self.load_state_dict(state)
 
 
 def _modules(model: nn.Module) -> dict[str, Adapted]:

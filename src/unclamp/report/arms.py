@@ -69,8 +69,11 @@ class ArmView:
         planted_log_ratio: Logarithm of that ratio, a mean a seed, as a paired difference over
             seeds; None for the dynamic arm itself, and where there is no ratio.
         extent: Which steps the counts are of; "" where it is all.
+        saturated: Finite elements clamped; None where a run did not count elements, as is
+            `underflow_share`.
         casts: Casts made.
         clamped_casts: Casts in which anything was clamped.
+        undecided_casts: Casts of which nobody knows it.
         recasts: Casts repeated with the true scale, by guarded scaling.
         overshoot: Largest amax over the largest representable value; None where nothing was
             clamped.
@@ -94,12 +97,13 @@ class ArmView:
     planted_spikes: int
     other_spikes: int
     extent: str
-    saturated: float
+    saturated: float | None
     casts: float
     clamped_casts: float
     recasts: float
-    underflow_share: float
+    underflow_share: float | None
     overshoot: float | None
+    undecided_casts: float = 0.0
     nonfinite_seeds: int = 0
     precision: Precision = "FP8"
     notes: list[str] = field(default_factory=list)
@@ -229,11 +233,12 @@ def _arm_view(name: str, runs: dict[int, RunRecord], baseline: dict[int, RunReco
         planted_spikes=len(at_planted),
         other_spikes=spikes - len(at_planted),
         extent=next((run.extent for run in whole.values() if run.extent), ""),
-        saturated=total.saturated / len(whole),
+        saturated=total.saturated / len(whole) if total.is_counted else None,
         casts=total.casts / len(whole),
         clamped_casts=total.clamped_rows / len(whole),
+        undecided_casts=total.undecided / len(whole),
         recasts=total.recasts / len(whole),
-        underflow_share=total.underflow_share or 0.0,  # a study counts elements
+        underflow_share=total.underflow_share,
         overshoot=shown_overshoot(total),
         nonfinite_seeds=sum(
             not all(map(math.isfinite, by_step(run).values())) for run in runs.values()
@@ -324,13 +329,14 @@ def _site_row(site: SiteRecord, grad_error: float | None) -> SiteRow:
         role=site.info.role,
         format=site.info.format,
         scaling=site.info.scaling,
-        saturated=site.totals.saturated,
+        saturated=site.totals.saturated if site.totals.is_counted else None,
         clamped_casts=site.totals.clamped_rows,
         overshoot=shown_overshoot(site.totals),
         clamp_error=site.totals.clamp_error,
         underflow_share=site.totals.underflow_share,
         worst_step=site.totals.worst_step,
         grad_error=grad_error,
+        undecided_casts=site.totals.undecided,
     )
 
 
@@ -342,7 +348,7 @@ def _findings(
     for arm in arms:
         if arm.planted_ratio is not None and not 1 / HURT < arm.planted_ratio[0] < HURT:
             said.append(_at_planted(arm.name, steps, *arm.planted_ratio))
-        if arm.saturated and arm.final_gap is not None:
+        if arm.clamped_casts and arm.final_gap is not None:
             harm.append(_harm(arm, arm.final_gap, made))
         taken += [f"{arm.name}: {sentence}" for sentence in arm.gradients]
     said += taken + harm
@@ -381,8 +387,9 @@ def _at_planted(arm: str, steps: str, average: float, low: float, high: float) -
 
 
 def _harm(arm: ArmView, gap: PairedDifference, made: int) -> str:
+    elements = "" if arm.saturated is None else f"{counted(arm.saturated, 'element')} in "
     return (
-        f"{arm.name} clamped {counted(arm.saturated, 'element')} in "
+        f"{arm.name} clamped {elements}"
         f"{counted(arm.clamped_casts, 'cast')} a run{arm.extent}; the difference of its final "
         f"loss from that of {BASELINE} on the same seeds is "
         f"{difference_in_words(gap, own=arm.name, other=BASELINE, comparisons=made)}."

@@ -114,6 +114,6 @@ def _clamping(scenario: ScenarioView, gaps: dict[str, PairedDifference]) -> str:
     names = [
         arm.name
         for arm in scenario.arms
-        if arm.saturated and arm.name in gaps and gaps[arm.name].verdict != "differs"
+        if arm.clamped_casts and arm.name in gaps and gaps[arm.name].verdict != "differs"
     ]
     return f", although {listed(names)} clamped elements" if names else ""

@@ -70,7 +70,7 @@ def write_page(view: View, path: Path) -> Path:
         frontier_columns=FRONTIER_COLUMNS,
         glossary_terms=[term for term in GLOSSARY if term.is_on("run" if view.run else "study")],
         term_of=term_of,
-        caution=CAUTION if any(a.saturated for s in view.scenarios for a in s.arms) else None,
+        caution=CAUTION if any(a.clamped_casts for s in view.scenarios for a in s.arms) else None,
         script=asset("sites.js"),
     )
 
@@ -103,7 +103,11 @@ def _scenario(scenario: ScenarioView, view: View, *, place: int) -> dict[str, An
             (arm, Markup(embed(_heat(scenario, arm), f"heat-{place}-{i}")))
             for i, arm in enumerate(clamped)
         ],
-        "calm": [arm.name + arm.extent for arm in scenario.arms if not arm.saturated],
+        "calm": [
+            arm.name + arm.extent
+            for arm in scenario.arms
+            if not arm.clamped_casts and not arm.undecided_casts
+        ],
         "worst": [
             (arm, [site_row(site) for site in sites])
             for arm, sites in scenario.worst.items()

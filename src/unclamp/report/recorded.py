@@ -129,6 +129,7 @@ class SiteRow:
         scaling: Kind of scaling at the beginning.
         saturated: Finite elements clamped; None where they were not counted.
         clamped_casts: Recorded casts in which anything was clamped.
+        undecided_casts: Those of which nobody knows it.
         overshoot: Largest amax over the largest representable value; None where nothing was
             clamped, since up to half a rounding step above it an element still fits.
         clamp_error: Mean clamp error of the recorded casts that clamped, a fraction.
@@ -151,6 +152,7 @@ class SiteRow:
     worst_step: int | None
     grad_error: float | None = None
     only_counted: bool = False
+    undecided_casts: int = 0
 
 
 def read_run(log: RunLog) -> tuple[RunRecord, Windows]:

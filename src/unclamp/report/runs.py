@@ -338,4 +338,5 @@ def _site(
         grad_error=rounded(grad_error),
         price=rounded(price),
         only_counted=info.only_counted,
+        undecided_casts=totals.undecided,
     )

@@ -81,7 +81,9 @@ def _clamp_sentences(record: RunRecord) -> list[str]:
     total = sum((site.totals for site in sites), SiteTotals())
     clamped = by_clamp_error([site for site in sites if site.totals.clamped_rows])
     said = [f"Nothing was clamped at any of {counted(len(sites), 'site')}{extent}."]
-    if clamped and not total.is_counted:
+    if total.undecided and not clamped:
+        said = [_undecided_sentence(total, len(sites), extent)]
+    elif clamped and not total.is_counted:
         said = [_casts_sentence(clamped, total, len(sites), extent)]
     elif clamped:
         elements = counted(total.saturated, "element was", "elements were")
@@ -108,12 +110,24 @@ def _casts_sentence(
 ) -> str:
     """Say which casts clamped where nobody counted elements."""
     worst = max(clamped, key=lambda site: site.totals.overshoot)
+    unknown = f" (of {total.undecided:,} more that is not known)" if total.undecided else ""
     return (
-        f"{total.clamped_rows:,} of {counted(total.rows, 'recorded cast')} clamped, at "
+        f"{total.clamped_rows:,} of {counted(total.decided_rows, 'recorded cast')}{unknown} "
+        "clamped, at "
         f"{len(clamped):,} of {counted(sites, 'site')}{extent}; the largest overshoot is "
         f"{times(worst.totals.overshoot)}, at {worst.name}. Most often: "
         f"{clamped[0].name}, in {clamped[0].totals.clamped_rows:,} of "
-        f"{clamped[0].totals.rows:,}. How many elements, and how much that removed, is not known."
+        f"{clamped[0].totals.decided_rows:,}. "
+        "How many elements, and how much that removed, is not known."
+    )
+
+
+def _undecided_sentence(total: SiteTotals, sites: int, extent: str) -> str:
+    """Say that nothing is known to have clamped, where of some casts nobody knows."""
+    casts = counted(total.rows, "recorded cast")
+    return (
+        f"Of {total.undecided:,} of {casts} at {counted(sites, 'site')} it is not known whether "
+        f"they clamped{extent}; none of the others did."
     )
 
 

@@ -71,10 +71,15 @@ def _seen_alone(arm: ArmView) -> str:
         arm.planted_spikes + arm.other_spikes, "spike of the loss", "spikes of the loss"
     )
     clamped = f"nothing clamped{arm.extent}"
+    if arm.undecided_casts:
+        clamped = f"nothing that is known to have clamped{arm.extent}"
     if arm.precision != "FP8":
         clamped = "no FP8"
-    elif arm.saturated:
-        clamped = f"{counted(arm.saturated, 'element')} clamped a run{arm.extent}"
+    elif arm.clamped_casts:
+        number, what = arm.saturated, "element"
+        if number is None:
+            number, what = arm.clamped_casts, "cast"
+        clamped = f"{counted(number, what)} clamped a run{arm.extent}"
     return f"{arm.name}: {spikes}, {clamped}"
 
 
@@ -148,7 +153,7 @@ def _one_seed(arms: Sequence[ArmView], steps: str, where: str, *, is_all: bool) 
 
 def _hurt(scenario: ScenarioView, arm: ArmView, steps: str, where: str, *, is_first: bool) -> str:
     low, high = (_exp(end) for end in _ends(arm))
-    if not arm.saturated:
+    if not arm.clamped_casts:
         how = f"although it clamped nothing{arm.extent}"
     elif _is_delayed(scenario, arm):
         how = "where an amax outruns its history"
@@ -236,7 +241,7 @@ def _unhurt(
     repeats = [
         f"{arm.name} repeats {percent(arm.recasts / arm.casts)} of its casts"
         for arm in fine
-        if arm.recasts and not arm.saturated
+        if arm.recasts and not arm.clamped_casts
     ]
     return [f"{'; '.join([said, *repeats])}."]
 

@@ -103,17 +103,19 @@ def arm_row(arm: ArmView, scenario: ScenarioView) -> list[str]:
         mean, low, high = arm.planted_ratio
         ratio = times(mean)
         ratio += f" ({times(low)[:-1]} to {times(high)[:-1]})" if math.isfinite(mean) else ""
+    is_unknown = not arm.casts or (arm.undecided_casts > 0 and not arm.clamped_casts)
+    no_count = arm.saturated is None or not arm.casts
     cells = {
         "arm": _arm_cell(arm),
         "final loss": "-" if arm.final_loss is None else loss_text(arm.final_loss),
         "difference from dynamic": difference_cell(arm.final_gap, scenario.comparisons),
         "loss at planted steps vs dynamic": ratio,
         "spikes, all seeds: planted + other": f"{arm.planted_spikes} + {arm.other_spikes}",
-        "clamped elements": f"{arm.saturated:,.0f}" if arm.casts else "-",
-        "clamped casts": f"{arm.clamped_casts:,.0f}" if arm.casts else "-",
+        "clamped elements": "-" if no_count else f"{arm.saturated:,.0f}",
+        "clamped casts": "-" if is_unknown else f"{arm.clamped_casts:,.0f}",
         "re-cast": percent(arm.recasts / arm.casts) if arm.recasts else "-",
         "largest overshoot": "-" if arm.overshoot is None else times(arm.overshoot, 1),
-        "underflow": percent(arm.underflow_share) if arm.casts else "-",
+        "underflow": "-" if no_count else percent(arm.underflow_share or 0.0),
     }
     return [cells[column] for column in _columns(scenario)]
 
@@ -199,7 +201,7 @@ def site_row(site: SiteRow) -> list[str]:
         site.role,
         f"{site.scaling} {site.format}",
         "-" if site.saturated is None else f"{site.saturated:,}",
-        f"{site.clamped_casts:,}",
+        "-" if site.undecided_casts and not site.clamped_casts else f"{site.clamped_casts:,}",
         "-" if site.overshoot is None else times(site.overshoot),
         _lost(site, site.clamp_error),
         "-" if site.grad_error is None else percent(site.grad_error),

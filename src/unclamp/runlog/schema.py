@@ -157,6 +157,10 @@ def _count(name: str, meaning: str) -> pa.Field:
     return column(name, pa.int64(), f"{meaning}, count")
 
 
+def _later(name: str, meaning: str) -> pa.Field:
+    return column(name, pa.int64(), f"{meaning}, count; null in older logs: none", nullable=True)
+
+
 def _known(name: str, dtype: pa.DataType, meaning: str) -> pa.Field:
     return column(name, dtype, f"{meaning}; null where no row has it", nullable=True)
 
@@ -210,12 +214,8 @@ VIEWS: Mapping[str, pa.Schema] = {
                 nullable=True,
             ),
             _count("sqnr_steps", "rows of casts with a finite sqnr_db"),
-            column(
-                "uncounted",
-                pa.int64(),
-                "rows of casts whose elements were not counted, count; null in older logs: none",
-                nullable=True,
-            ),
+            _later("uncounted", "rows of casts whose elements were not counted"),
+            _later("undecided", "of these, rows of which nobody knows whether they clamped"),
         ]
     ),
     "amaxes": pa.schema(

@@ -8,7 +8,7 @@ that went back to an earlier step adds to the windows it had: summaries are merg
 """
 
 from unclamp.runlog.schema import SUMMARY_STEPS
-from unclamp.totals import CLAMPED_SQL, SCALED_AMAX_SQL
+from unclamp.totals import CLAMPED_SQL, SCALED_AMAX_SQL, UNDECIDED_SQL
 
 _COUNTS = ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
 _INT64 = (-(2**63), 2**63 - 1)
@@ -35,7 +35,8 @@ def summary_sql(casts: str) -> str:
             min(sqnr_db) AS sqnr_db_min,
             avg(sqnr_db) FILTER (isfinite(sqnr_db)) AS sqnr_db_mean,
             count(*) FILTER (isfinite(sqnr_db)) AS sqnr_steps,
-            count(*) FILTER (elements IS NULL) AS uncounted
+            count(*) FILTER (elements IS NULL) AS uncounted,
+            count(*) FILTER ({UNDECIDED_SQL}) AS undecided
         FROM {casts} GROUP BY ALL"""
 
 
@@ -56,7 +57,8 @@ def merged_sql(summaries: str) -> str:
             min(sqnr_db_min) AS sqnr_db_min,
             sum(sqnr_db_mean * sqnr_steps) / nullif(sum(sqnr_steps), 0) AS sqnr_db_mean,
             {_total("sqnr_steps")} AS sqnr_steps,
-            coalesce(sum(uncounted), 0)::BIGINT AS uncounted
+            coalesce(sum(uncounted), 0)::BIGINT AS uncounted,
+            coalesce(sum(undecided), 0)::BIGINT AS undecided
         FROM {summaries} GROUP BY ALL"""
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from unclamp.runlog.schema import SUMMARY_STEPS
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.runlog.summary import summary_sql
-from unclamp.totals import CLAMPED_SQL, SCALED_AMAX_SQL, SiteTotals, overshoot, share
+from unclamp.totals import CLAMPED_SQL, SCALED_AMAX_SQL, UNDECIDED_SQL, SiteTotals, overshoot, share
 
 MOST_WINDOWS = 300
 LONG_STEPS, LONG_ROWS = 2_000, 2_000_000
@@ -33,6 +33,7 @@ _SUMS = ", ".join(
 _FROM_CASTS = f"""
     {over_ranks("count(*)")} AS steps, {over_ranks("count(*)", CLAMPED_SQL)} AS clamped,
     {over_ranks("count(*)", "elements IS NULL")} AS uncounted,
+    {over_ranks("count(*)", UNDECIDED_SQL)} AS undecided,
     max(amax) AS amax_max, max({SCALED_AMAX_SQL}) AS scaled_amax_max,
     min(scale) AS scale_min, max(scale) AS scale_max,
     {over_ranks("sum(saturated_error)")} AS saturated_error_sum,
@@ -44,6 +45,7 @@ _FROM_CASTS = f"""
 _FROM_SUMMARIES = f"""
     {over_ranks("sum(steps)")}::BIGINT AS steps, {over_ranks("sum(clamped)")}::BIGINT AS clamped,
     {over_ranks("sum(uncounted)")}::BIGINT AS uncounted,
+    {over_ranks("sum(undecided)")}::BIGINT AS undecided,
     max(amax_max) AS amax_max, max(scaled_amax_max) AS scaled_amax_max,
     min(scale_min) AS scale_min, max(scale_max) AS scale_max,
     {over_ranks("sum(saturated_error_sum)")} AS saturated_error_sum,
@@ -66,6 +68,7 @@ _FIELDS = {
     "sqnr_db_min": "sqnr_db_min",
     "sqnr_rows": "sqnr_steps",
     "uncounted": "uncounted",
+    "undecided": "undecided",
 }
 """Fields of `SiteTotals` that are columns as they stand."""
 _FROM_WINDOWS = _FROM_SUMMARIES.replace("sum(sqnr_db_mean * sqnr_steps)", "sum(sqnr_db_sum)")
@@ -144,13 +147,15 @@ class Windows:
     def saturated_share(self, place: int) -> NDArray[np.float64]:
         """Return the share of the site's elements that were clamped, for each window.
 
-        Of the casts, where elements were not counted.
+        Of the casts of which it is known, where elements were not counted.
         """
         rows = self._rows_of(place)
         shares = np.zeros(self.cut.count)
-        part, whole = ("saturated", "elements") if self.totals[place].is_counted else (
-            "clamped", "steps")  # fmt: skip
-        lost = share(rows[part].to_numpy(), rows[whole].to_numpy())
+        if self.totals[place].is_counted:
+            lost = share(rows["saturated"].to_numpy(), rows["elements"].to_numpy())
+        else:
+            decided = rows["steps"].to_numpy() - rows["undecided"].to_numpy()
+            lost = share(rows["clamped"].to_numpy(), decided)
         shares[rows["cell"].to_numpy()] = lost
         return shares
 

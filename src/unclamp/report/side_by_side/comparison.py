@@ -36,7 +36,7 @@ class RunRow:
         spikes: Onsets of the loss's spikes.
         saturated: Finite elements clamped; None where they were not counted.
         clamped_casts: Recorded casts in which anything was clamped.
-        casts: Recorded casts.
+        casts: Recorded casts of which it is known whether they clamped.
     """
 
     name: str
@@ -168,5 +168,5 @@ def _run_row(run: Side, arm: str) -> RunRow:
         spikes=_spikes(run),
         saturated=total.saturated if total.is_counted else None,
         clamped_casts=total.clamped_rows,
-        casts=total.rows,
+        casts=total.decided_rows,
     )

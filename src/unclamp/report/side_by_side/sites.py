@@ -17,7 +17,7 @@ class SiteLoss:
     """What the casts of one site lost in one arm; counts are means a run.
 
     Attributes:
-        casts: Recorded casts.
+        casts: Recorded casts of which it is known whether they clamped.
         clamped_casts: Those in which anything was clamped.
         saturated: Finite elements clamped; None where the arm's runs do not count them, and so are
             the two clamp errors and the underflow.
@@ -94,7 +94,7 @@ def _row(site: SiteName, arms: dict[str, SiteLoss | None]) -> SiteRowOfArms:
 
 def _loss(totals: SiteTotals, runs: int) -> SiteLoss:
     return SiteLoss(
-        casts=totals.rows / runs,
+        casts=totals.decided_rows / runs,
         clamped_casts=totals.clamped_rows / runs,
         saturated=totals.saturated / runs if totals.is_counted else None,
         clamp_error=totals.clamp_error if totals.clamped_rows else None,

@@ -196,17 +196,28 @@ def _clamped(arms: Sequence[Arm], sites: Sequence[SiteRowOfArms]) -> list[str]:
         none = ", ".join(arm.name for arm in arms if arm not in cast)
         is_sparse = any(run.record.recorded is not None for arm in cast for run in arm.runs)
         where = "in the recorded casts of any run" if is_sparse else "in any run"
-        return [f"Nothing was clamped {where}" + (f" ({none}: no cast)." if none else ".")]
+        unknown = sum(total.undecided for total in totals.values())
+        but = f" (of {counted(unknown, 'cast')} it is not known)" if unknown else ""
+        no_cast = f" ({none}: no cast)" if none else ""
+        return (
+            [f"Nothing is known to have clamped {where}{but}{no_cast}."]
+            if unknown
+            else [f"Nothing was clamped {where}{no_cast}."]
+        )
     parts = []
     for arm in arms:
         total = totals[arm.name]
         if not total.rows:
             parts.append(f"{arm.name} no cast")
         elif not total.clamped_rows:
-            parts.append(f"{arm.name} nothing")
+            is_known = not total.undecided
+            parts.append(f"{arm.name} nothing" + ("" if is_known else " that is known"))
         elif not total.is_counted:
-            cut = percent(total.clamped_rows / total.rows)
-            parts.append(f"{arm.name} in {cut} of its recorded casts, elements not counted")
+            cut = percent(total.clamped_rows / total.decided_rows)
+            unknown = f" ({total.undecided:,} more not known)" if total.undecided else ""
+            parts.append(
+                f"{arm.name} in {cut} of its recorded casts{unknown}, elements not counted"
+            )
         else:
             mean = count(total.saturated / len(arm.runs))
             word = "element" if mean == "1" else "elements"

@@ -217,9 +217,10 @@
   const summary = (site) => {
     const window = data.window > 1 ? ` A point is ${data.window} steps.` : "";
     const worst = missing(site.worst_step) ? "" : `, worst at step ${write.step(site.worst_step)}`;
+    const unknown = site.undecided_casts ? ` Of ${things(site.undecided_casts, "more cast")} nobody knows whether they clamped.` : "";
     const would = site.only_counted ? " would have been" : "";
     return `${site.scaling} ${site.format}${site.only_counted ? ", only counted" : ""}: ${missing(site.saturated) ? "" : things(site.saturated, "element")}${would} clamped in ` +
-      `${write.count(site.clamped_casts)} of ${things(site.rows, "recorded cast")}${worst}.${window}`;
+      `${write.count(site.clamped_casts)} of ${things(site.rows - site.undecided_casts, "recorded cast")}${worst}.${unknown}${window}`;
   };
   const line = (name, y, axis, style, more = {}) => ({
     x: data.steps, y, name, yaxis: axis, mode: "lines+markers", connectgaps: false,
