@@ -97,10 +97,15 @@ def attach(
         The attachment: `report`, `explain()`, `detach()`.
 
     Raises:
-        ConvertError: The trainer is attached already; or as `unclamp.convert`.
+        ConvertError: The trainer is none, or attached already; or as `unclamp.convert`.
         UnsupportedError: `torch.nn.DataParallel`, or snapshots that are explained on the spot.
         ReplayError: Snapshots without a run.
     """
+    if not isinstance(trainer, Trainer):
+        raise ConvertError(
+            f"attach takes the trainer, a transformers.Trainer, and not {type(trainer).__name__}; "
+            "for a model in a loop of your own there are unclamp.convert and unclamp.Recorder"
+        )
     if getattr(trainer, _MARK, None) is not None:
         raise ConvertError(
             "this trainer is attached already: call detach() on what attach returned before"
@@ -164,6 +169,7 @@ class Attached:
         self._loss: Tensor | None = None
         self._early: list[tuple[int, dict[str, Any]]] = []
         self._trains = self._resumes = self._is_step_open = self._has_warned = False
+        self._is_open = False
         self._callback = Heard(self)
         self._replaced = Replaced(trainer)
         for name in (
@@ -331,6 +337,7 @@ class Attached:
 
     def begin(self) -> None:
         """Hear that Trainer begins; a second time where it begins anew with smaller batches."""
+        self._is_open = False
         if self._recorded.recorder is not None:
             self._close_snapshots()
             self._recorded.end("failed")
@@ -340,8 +347,9 @@ class Attached:
     def _open_step(self, inputs: Any) -> None:
         """Be before the first micro-batch of a step."""
         self._is_step_open = True
-        if self._recorded.recorder is None:
+        if not self._is_open:  # a training without a run opens once too
             self._open_run(inputs)
+            self._is_open = True
         self._said.begin()
         if self._snapshots is not None:
             self._snapshots.before(self.trainer.state.global_step + 1, self._batches)
