@@ -65,12 +65,16 @@ def multiply_each(
             return output
         when = when_to_commit(operands, x, second, None, training=training)
         return output if when is None else count(operands, output, x, _matrix(second), commit=when)
-    commit, evaluates, together, splits = meeting(operands, x, second, None, training=training)
+    meets = meeting(operands, x, second, None, training=training)
+    splits = meets.splits
     # What data parallelism splits, it splits in both operands.
     splits = splits._replace(outputs=splits.tokens) if operands.shares else splits
     shape = x.shape[:-2]
     x, second = (t.reshape(-1, *t.shape[-2:]) for t in (x, second))
-    output = _Batched.apply(x, second, operands, commit, evaluates, together, splits, turned, dtype)
+    output = _Batched.apply(
+        *(x, second, operands, meets.commit, meets.evaluates, meets.together, splits),
+        *(turned, dtype),
+    )
     return output.view(*shape, *output.shape[-2:])
 
 
