@@ -66,9 +66,11 @@ def count(
     if any(is_stand_in(t) for t in (output, x, weight)):
         say_not_counted()
         return output
+    # A batch of products (attention) is no one product of these two matrices: it has no price.
+    is_one = part is None and operands.weight_name is not None
     with torch.no_grad():
         held, pricing = _cast_forward(
-            operands, x, weight, splits, comes_back=commit == "in backward" and part is None
+            operands, x, weight, splits, comes_back=commit == "in backward" and is_one
         )
     if commit == "now":
         operands.commit(held)
