@@ -36,7 +36,8 @@ def test_the_table_says_what_each_policy_would_have_done(run: Path) -> None:
     assert done.returncode == 0, done.stderr
     words: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():
-        words.setdefault(line.split("  ")[0], line.split())
+        if "  " in line:  # a row: of the first table, or of one with further columns
+            words.setdefault(line.split("  ")[0], []).extend(line.split())
     # Of three outliers a history of 16 has forgotten the one before, and one of 64 has not.
     assert words["delayed(16)"][1:3] == ["3", "100.00x"]
     assert words["delayed(64)"][1:3] == ["1", "100.00x"]
@@ -78,3 +79,16 @@ def test_mistakes_are_one_line(run: Path, options: list[str], said: str) -> None
     done = unclamp("whatif", run, *options)
     assert_one_clear_line(done)
     assert said in done.stderr
+
+
+def test_no_figure_is_cut_where_the_table_is_wider_than_the_terminal(run: Path) -> None:
+    policies = ["delayed(history_len=16, reduce=most_recent, margin=1)", "delayed(64)"]
+    options = [part for policy in policies for part in ("--policy", policy)]
+    done = unclamp("whatif", run, *options, "--bandwidth", "1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if line.startswith("delayed(64)")]
+    figures = [figure for row in rows for figure in row[1:]]
+    # One read an element; nothing was inspected, so that two figures are unknown.
+    assert figures == ["1", "100.00x", "-", "1.000", "?", "-", "0"]

@@ -162,9 +162,13 @@ class CoverageReport(Shown):
         text = f"{', '.join(said) or 'converted nothing'} of the FLOPs"
         left = self.left_out()
         if left:
-            each = [f"{kind} {short(part)} ({why})" for kind, (part, why) in left.items()]
-            more = len(each) - MOST_LEFT_OUT
-            each = each[:MOST_LEFT_OUT] + ([f"{more} more"] if more > 0 else [])
+            alike: dict[str, list[str]] = {}
+            for kind, (part, why) in itertools.islice(left.items(), MOST_LEFT_OUT):
+                reason = why.split(";")[0]  # what would take it in is in the conversion's report
+                alike.setdefault(reason, []).append(f"{kind} {short(part)}")
+            each = [f"{', '.join(kinds)} ({reason})" for reason, kinds in alike.items()]
+            more = len(left) - MOST_LEFT_OUT
+            each += [f"{more} more"] if more > 0 else []
             text += f"; left out: {', '.join(each)}"
         if self.unknown:
             text += f"; of unknown FLOPs: {', '.join(self.unknown)}"

@@ -409,6 +409,12 @@ def test_a_step_that_a_scaler_skips_leaves_nothing_to_the_next(tmp_path: Path) -
     assert rows(tmp_path / "run", "loss") == [pytest.approx(each) for each in seen]
 
 
+def test_a_model_in_place_of_its_accelerator_is_named() -> None:
+    model: Any = torch.nn.Linear(4, 4)
+    with pytest.raises(ConvertError, match=r"takes the accelerator first.*got Linear"):
+        attach(model, model, recipe=unclamp.Recipe())
+
+
 def test_an_accelerator_is_attached_once_and_lets_go() -> None:
     loop = Loop()
     with pytest.raises(ConvertError, match="attached already"):

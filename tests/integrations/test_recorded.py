@@ -18,6 +18,7 @@ from unclamp.integrations.recorded import (
     Recorded,
     Recording,
     load_scaling_state,
+    not_installed,
     save_scaling_state,
     status_of,
 )
@@ -86,12 +87,29 @@ def test_a_resumed_training_goes_on_in_the_folder_and_a_new_one_is_refused(tmp_p
     recorded.end("failed")
     with pytest.raises(unclamp.RunLogError, match="resume it from its last checkpoint"):
         recorded.check(resumes=False)
-    with pytest.raises(unclamp.RunLogError, match="overwrite=True"):
+    with pytest.raises(unclamp.RunLogError, match=r'overwrite=True .*"overwrite": True'):
         recorded.begin(BY_HAND, resumes=False)
     recorded.begin(BY_HAND, resumes=True)
     second = step(recorded, optimizer, 2)
     recorded.end()
     assert [row["loss"] for row in rows(run)] == [first[0], second]
+
+
+def test_a_misspelt_word_of_the_recording_is_named() -> None:
+    with pytest.raises(TypeError, match=r"no argument 'inspct'.*did you mean 'inspect'"):
+        Recording(**{"inspct": 10})
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), "peft is not installed: pip"),
+        (ModuleNotFoundError("Could not import module 'Trainer'."), "import module 'Trainer': pip"),
+    ],
+    ids=["named", "by-hand"],
+)
+def test_a_missing_package_is_named(error: ModuleNotFoundError, said: str) -> None:
+    assert said in str(not_installed(error, "hf"))
 
 
 def test_a_resumed_training_names_its_folder(tmp_path: Path) -> None:

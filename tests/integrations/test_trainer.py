@@ -313,6 +313,23 @@ def test_a_trainer_is_attached_once_and_detached_as_it_was(tmp_path: Path) -> No
     assert len(recorded(tmp_path / "second")) == 2
 
 
+def test_a_training_without_a_run_tells_its_coverage_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = trainer(tmp_path, max_steps=3)
+    attach(made, unclamp.Recipe())
+    made.train()
+    assert capsys.readouterr().out.count("of the FLOPs") == 1
+    made.train()
+    assert capsys.readouterr().out.count("of the FLOPs") == 1
+
+
+def test_a_model_in_place_of_its_trainer_is_named() -> None:
+    model: Any = tiny_llama()
+    with pytest.raises(unclamp.ConvertError, match=r"takes the trainer.*not LlamaForCausalLM"):
+        attach(model, unclamp.Recipe())
+
+
 class TooLarge(Trainer):
     """Has no memory for two examples, from the second step on."""
 

@@ -489,6 +489,20 @@ def test_the_sentence_says_what_is_left_out() -> None:
         "converted 93.9 % of the FLOPs; left out: attention 6 % (two activations), "
         "router 0.1 % (on purpose)"
     )
+    thin = "an adapter's ({}); a rule that names it takes it in"
+    several = CoverageReport(
+        products=(
+            made("0.base", 80, "converted"),
+            made("0.lora_A", 6, "left out", thin.format("lora_A")),
+            made("0.up", 5, "left out", "matches skip"),
+            made("1.x.lora_A", 4, "left out", thin.format("lora_A")),
+            made("0.lora_B", 5, "left out", thin.format("lora_B")),
+        )
+    )
+    assert several.sentence() == (  # each reason once, without what would change it
+        "converted 80 % of the FLOPs; left out: *.lora_A 6 %, *.x.lora_A 4 % (an adapter's "
+        "(lora_A)), *.up 5 % (matches skip), *.lora_B 5 % (an adapter's (lora_B))"
+    )
     assert CoverageReport(products=()).sentence() == "the step has no matrix product"
     shares: dict[Gemm, float] = {g: found.gemm_share(g) for g in ("output", "grad_input")}
     assert shares == {"output": 1.0, "grad_input": 0.0}

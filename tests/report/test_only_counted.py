@@ -106,7 +106,8 @@ def test_nothing_of_an_observed_run_is_told_apart(tmp_path: Path) -> None:
     with RunLog.open(path) as log:
         assert not any(log.sites()["only_counted"].to_pylist())
     said = " ".join(run_of(path).sentences)
-    assert f"{by_hand()[0]:,} elements were clamped" in said
+    assert f"{by_hand()[0]:,} elements would have been clamped, in " in said
+    assert "where clamping would have removed" in said
     assert "only counted" not in said
 
 

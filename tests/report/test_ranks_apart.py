@@ -84,7 +84,7 @@ def test_attempts_are_told_of_with_where_they_began(tmp_path: Path):
                    casts={X: FITS})  # fmt: skip
     (note,) = notes_on(tmp_path)
     assert note.startswith(
-        "The run was finished, and begun again at step 6 on 4 ranks in place of 2"
+        "The run finished, and was begun again at step 6 on 4 ranks in place of 2"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from unclamp.names import SiteName
 from unclamp.runlog import COMPUTED_SQL, RunLog
-from unclamp.written import counted, listed
+from unclamp.written import counted, listed, signed
 
 MOST_SITES = 3
 """Sites that a sentence names."""
@@ -106,7 +106,8 @@ class Prices:
         if not priced:
             return []
         named = [
-            f"{site.name}: {site.worst:.3g} at step {site.worst_step}, {site.clamp:.3g} in "
+            f"{site.name}: {_figure(site.worst)} at step {site.worst_step}, "
+            f"{_figure(site.clamp)} in "
             f"{counted(site.steps, 'step')}"
             for site in priced[:MOST_SITES]
         ]
@@ -132,6 +133,16 @@ class Prices:
             text = "; ".join(doubts)
             said.append(f"{text[0].upper()}{text[1:]}.")
         return said
+
+
+def _figure(price: float) -> str:
+    """Return a price as people write numbers of that size.
+
+    Example:
+        >>> _figure(0.4), _figure(1763.2), _figure(5.6e-5), _figure(-3.0)
+        ('0.4', '1,763', '5.6e-5', '-3')
+    """
+    return signed(price).removeprefix("+")
 
 
 def cast_prices(log: RunLog, *, steps: Sequence[int] | None = None) -> Prices:

@@ -54,11 +54,16 @@ def advise(
     for sentence in reasons(found):
         console.print(f"- {sentence}")
     console.print("\nIn public (tokens decide nothing by themselves):")
-    for run in found.record:
-        console.print(f"  {run.tokens:.3g} tokens, {run.scaling}: {run.outcome} ({run.source})")
+    for run in sorted(found.record, key=lambda run: run.tokens):
+        console.print(f"  {_short(run.tokens)} tokens, {run.scaling}: {run.outcome} ({run.source})")
     if found.verdict != "too short":
         console.print("\nThe recipe, to paste into a file for Recipe.from_toml:\n")
         typer.echo(found.recipe.to_toml(), nl=False)
+
+
+def _short(tokens: float) -> str:
+    """Return a number of tokens as `--tokens` takes it: 200B, 14.8T."""
+    return f"{tokens / 1e12:g}T" if tokens >= 1e12 else f"{tokens / 1e9:g}B"
 
 
 def _horizon(tokens: str | None, per_step: str | None, recorded: object) -> int | None:

@@ -13,16 +13,12 @@ from rich.console import Console
 from unclamp.cli.app import JsonFlag, app
 from unclamp.errors import AnalysisError
 from unclamp.files import to_json
-from unclamp.written import counted
+from unclamp.written import counted, times
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from unclamp.analysis import Curve, Divergence, Spike
-
-
-MOST_DECIMAL = 1000.0
-"""Heights from here on are worded with three significant figures."""
 
 
 class Method(StrEnum):
@@ -226,17 +222,13 @@ def _print_table(found: "list[Spike]", curve: "Curve") -> None:
             spike.series,
             *(str(step) for step in (spike.onset, spike.peak, spike.end)),
             recovery,
-            _times(spike.height) if math.isfinite(spike.height) else "-",
+            times(spike.height) if math.isfinite(spike.height) else "-",
             f"{spike.sigmas:.1f}" if math.isfinite(spike.sigmas) else "-",
             spike.kind,
             *([spike.group or "-"] if curve.groups else []),
             *_place(curve, spike).values(),
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def _times(height: float) -> str:
-    return f"{height:.2f}x" if height < MOST_DECIMAL else f"{height:.3g}x"
 
 
 def _lines(
@@ -307,7 +299,7 @@ def _in_words(
     words = f"{label}: {count} in {steps} (method {method}, threshold {used:g})."
     least = smallest_height(values, method=method, threshold=threshold)
     if math.isfinite(least):
-        words += f" One step at {_times(least)} the level or more would show; less may be missed."
+        words += f" One step at {times(least)} the level or more would show; less may be missed."
     elif all(value > 0 for value in values if math.isfinite(value)):
         judged = "a finite value: only NaN and Inf count" if found else "any"
         words += f" There are too few steps for this method to judge {judged}."

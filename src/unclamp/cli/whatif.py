@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 DEFAULT = ("delayed", "delayed(1024)", "guarded", "dynamic")
 MOST_SHOWN = 12
-WIDEST_POLICY = 24
-"""Characters of a policy that a narrow terminal does not cut."""
+WIDEST_POLICY = 40
+"""Characters of a policy from which on it is shortened."""
 
 
 @app.command()
@@ -105,29 +105,19 @@ def _print_table(
     element_bytes: float,
     bandwidth: float | None,
 ) -> None:
-    from rich.table import Table  # noqa: PLC0415
-
+    from unclamp.report.text import table_of  # noqa: PLC0415
     from unclamp.written import listed, percent  # noqa: PLC0415
 
     names = ["clamped", "overshoot", "re-cast", "reads", "underflow", "clamp error"]
     names += [] if bandwidth is None else ["ms"]
-    table = Table("policy", *names, box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.columns[0].overflow = "fold"
-    table.columns[0].min_width = min(max(len(o.text) for o in outcomes), WIDEST_POLICY)
     own = found.recorded
-    table.add_row(
-        f"recorded: {listed(own.scalings)}",
-        f"{own.clamped:,}",
-        "",
-        percent(own.recast / own.casts) if own.casts else "",
-        f"{own.reads:.3f}",
-        *[""] * (len(names) - 4),
-    )
+    recast = percent(own.recast / own.casts) if own.casts else ""
+    figures = [f"{own.clamped:,}", "", recast, f"{own.reads:.3f}", *[""] * (len(names) - 4)]
+    rows = [[f"recorded: {listed(own.scalings)}", *figures]]
     for outcome in outcomes:
         lost = outcome.lost
         row = [
+            outcome.text,
             f"{outcome.clamped:,}",
             f"{outcome.overshoot:.2f}x" if outcome.overshoot else "-",
             percent(outcome.recast / outcome.casts) if outcome.policy.guards else "-",
@@ -137,8 +127,9 @@ def _print_table(
         ]
         if bandwidth is not None:
             row.append(f"{_ms(found, outcome, element_bytes, bandwidth):.3g}")
-        table.add_row(outcome.text, *row)
-    console.print(table)
+        rows.append(row)
+    columns = ["policy", *names]
+    console.print(table_of(columns, rows, console.width, longest_name=WIDEST_POLICY))
     casts = max(outcome.casts for outcome in outcomes)
     console.print(
         f"\nClamped: of {casts:,} casts in {found.steps:,} steps. Overshoot: the largest. "

@@ -90,9 +90,14 @@ def attach(
         manager it closes it with the right status when the loop raises.
 
     Raises:
-        ConvertError: The accelerator is attached already; or as `unclamp.convert`.
+        ConvertError: The accelerator is none, or attached already; or as `unclamp.convert`.
         RunLogError: At the first step: the folder holds a run, and nothing was loaded.
     """
+    if not isinstance(accelerator, Accelerator):
+        raise ConvertError(
+            "attach takes the accelerator first, an accelerate.Accelerator, and then the model: "
+            f"got {type(accelerator).__name__}"
+        )
     if getattr(accelerator, _MARK, None) is not None:
         raise ConvertError(
             "this accelerator is attached already: call detach() on what attach returned before"

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from unclamp.covered import CoverageReport
-from unclamp.errors import RunLogError, UnclampWarning, UnsupportedError
+from unclamp.errors import (
+    RunLogError,
+    UnclampWarning,
+    UnsupportedError,
+    first_line,
+    naming_arguments,
+)
 from unclamp.nn.convert import ConvertReport, State, convert, find_ledgers
 from unclamp.nn.scaling_state import ScalingState
 from unclamp.recipe import Recipe
@@ -71,6 +77,7 @@ class Framework:
         }
 
 
+@naming_arguments
 @dataclass(frozen=True, kw_only=True)
 class Recording:
     """What a user asks of the run log; each field goes to `unclamp.Recorder` under its name."""
@@ -164,7 +171,8 @@ class Recorded:
             raise RunLogError(
                 f"{self._run} already holds a run, and this training begins anew: resume it from "
                 "its last checkpoint, and the run goes on; or name a new folder; or replace the "
-                'run by overwrite=True; or have the folders numbered with {n}, "runs/name-{n}"'
+                'run by overwrite=True (of attach: recording={"overwrite": True}); or have the '
+                'folders numbered with {n}, "runs/name-{n}"'
             )
 
     def begin(
@@ -289,6 +297,8 @@ def status_of(error: BaseException) -> Status:
 
 def not_installed(error: ModuleNotFoundError, extra: str) -> UnsupportedError:
     """Return what a user is told who imports an integration without its package."""
+    if error.name is None:  # raised by hand, as transformers does: only its text says what lacks
+        return UnsupportedError(f'{first_line(error)}: pip install "unclamp[{extra}]"')
     return UnsupportedError(f'{error.name} is not installed: pip install "unclamp[{extra}]"')
 
 

@@ -97,10 +97,15 @@ def attach(
         The attachment: `report`, `explain()`, `detach()`.
 
     Raises:
-        ConvertError: The trainer is attached already; or as `unclamp.convert`.
+        ConvertError: The trainer is none, or attached already; or as `unclamp.convert`.
         UnsupportedError: `torch.nn.DataParallel`, or snapshots that are explained on the spot.
         ReplayError: Snapshots without a run.
     """
+    if not isinstance(trainer, Trainer):
+        raise ConvertError(
+            f"attach takes the trainer, a transformers.Trainer, and not {type(trainer).__name__}; "
+            "for a model in a loop of your own there are unclamp.convert and unclamp.Recorder"
+        )
     if getattr(trainer, _MARK, None) is not None:
         raise ConvertError(
             "this trainer is attached already: call detach() on what attach returned before"

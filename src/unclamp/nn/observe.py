@@ -210,7 +210,7 @@ class Observation(Shown):
             f"  {SiteName(site.fqn, site.role)}: {counted(site.saturated, 'element')} clamped in "
             f"{counted(site.clamped_steps, 'step')}, overshoot {times(site.overshoot)}, "
             f"clamp error {percent(site.clamp_error)}"
-            + ("" if site.price is None else f", price {site.price:.3g}")
+            + ("" if site.price is None else f", price {site.price:.3g} in all")
             for site in clamped[:SHOWN_SITES]
         ]
         starved = self.starved()

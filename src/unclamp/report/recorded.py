@@ -67,6 +67,7 @@ class RunRecord:
         sites: Those that cast anything from which something was computed, in the order of their
             ids: whatever is said of the run's casts is said of these.
         is_counted: Whether the elements of its casts were counted, and not only their largest one.
+        is_observed: Whether its casts are those that FP8 would have made.
         counted_sites: Those whose casts were only counted, beside `sites`, in the same order.
         shares: Clamped share a window, of the sites with the largest total clamp error, worst
             first; of the casts where elements were not counted.
@@ -99,6 +100,7 @@ class RunRecord:
     mark: str = PLANTED.word
     counted_sites: list[SiteRecord] = field(default_factory=list)
     is_counted: bool = True
+    is_observed: bool = False
 
     @property
     def every_site(self) -> list[SiteRecord]:
@@ -197,6 +199,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         has_recipe=log.header.recipe is not None,
         is_plain=log.header.plain,
         is_counted=log.header.counts == "elements",
+        is_observed=log.header.observed,
         groups=groups,
         gradients=clamped_gradients(log),
         kind_gradients=clamped_gradients_by(log, dict(zip(steps, groups, strict=True)))

@@ -16,6 +16,8 @@ from unclamp.written import counted, listed
 QUIET_S = 60.0
 """A run that wrote nothing for so long may have been killed; a flush interval is 2 s."""
 ABSENT = "not begun"
+_ENDED = {"finished": "finished", "failed": "failed"}
+"""How an attempt ended, where that takes no \"was\"."""
 OBSERVED = (
     "This run was only observed: nothing was cast in the training. The counts are what FP8 would "
     "have lost, and the loss is that of the training without it."
@@ -60,13 +62,14 @@ def attempt_notes(log: RunLog) -> list[str]:
     said = []
     for before, attempt in itertools.pairwise(log.attempts):
         where = "" if attempt.first_step is None else f" at step {attempt.first_step:,}"
+        ended = _ENDED.get(before.ended, f"was {before.ended}")
         ranks = ""
         if before.world_size != attempt.world_size:
             ranks = f" on {counted(attempt.world_size, 'rank')} in place of {before.world_size}"
         beyond = "what was recorded from there on before counts no more"
         none = "it has recorded nothing yet"
         said.append(
-            f"The run was {before.ended}, and begun again{where}{ranks} ({attempt.created}): "
+            f"The run {ended}, and was begun again{where}{ranks} ({attempt.created}): "
             f"{none if attempt.first_step is None else beyond}."
         )
     return said

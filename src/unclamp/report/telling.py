@@ -80,18 +80,21 @@ def _clamp_sentences(record: RunRecord) -> list[str]:
         return [_nothing_cast(record)]
     total = sum((site.totals for site in sites), SiteTotals())
     clamped = by_clamp_error([site for site in sites if site.totals.clamped_rows])
-    said = [f"Nothing was clamped at any of {counted(len(sites), 'site')}{extent}."]
+    nothing = "Nothing would have been" if record.is_observed else "Nothing was"
+    said = [f"{nothing} clamped at any of {counted(len(sites), 'site')}{extent}."]
     if total.undecided and not clamped:
         said = [_undecided_sentence(total, len(sites), extent)]
     elif clamped and not total.is_counted:
         said = [_casts_sentence(clamped, total, len(sites), extent)]
     elif clamped:
         elements = counted(total.saturated, "element was", "elements were")
+        if record.is_observed:
+            elements = f"{counted(total.saturated, 'element')} would have been"
         said = [
             f"{elements} clamped, in {total.clamped_rows:,} of "
             f"{counted(total.rows, 'recorded cast')}, at {len(clamped):,} of "
             f"{counted(len(sites), 'site')}{extent}.",
-            *_worst_sentence(clamped[0]),
+            *_worst_sentence(clamped[0], "would have " if record.is_observed else ""),
             *_gradient_sentences(record),
             *_price_sentences(record),
         ]
@@ -155,14 +158,14 @@ def _nothing_cast(record: RunRecord) -> str:
     return f"{said} Whether it was in FP8 is not in the log." if record.steps else said
 
 
-def _worst_sentence(site: SiteRecord) -> list[str]:
+def _worst_sentence(site: SiteRecord, would: str = "") -> list[str]:
     """Say where clamping removed most; nothing where it removed too little to be counted."""
     totals = site.totals
     if totals.worst_step is None:
         return []
     return [
         f"Most clamp error: {site.name}, worst at step {totals.worst_step:,}, where clamping "
-        f"removed {percent(totals.clamp_error_max)} of the tensor's squares."
+        f"{would}removed {percent(totals.clamp_error_max)} of the tensor's squares."
     ]
 
 

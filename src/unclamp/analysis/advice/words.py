@@ -51,10 +51,12 @@ def reasons(advice: Advice) -> list[str]:
     mild = [g for g in advice.groups if g.outrun and not g.is_needy]
     if mild:
         casts, outrun = sum(g.casts for g in mild), sum(g.outrun for g in mild)
+        which = f"{len(mild):,} of {counted(len(advice.groups), 'group')}"
+        if any(g.hard for g in advice.groups):
+            which = counted(len(mild), "other group")
         said.append(
-            f"At {counted(len(mild), 'other group')} amaxes outran a history of 16 in "
-            f"{percent(outrun / casts)} of casts, by {times(max(g.overshoot for g in mild))} at "
-            "most: tolerated."
+            f"At {which} amaxes outran a history of 16 in {percent(outrun / casts)} of their "
+            f"casts, by {times(max(g.overshoot for g in mild))} at most: tolerated."
         )
     said.append(_trend_sentence(advice))
     if advice.horizon is not None:
@@ -116,12 +118,17 @@ def _trend_sentence(advice: Advice) -> str:
     )
 
 
+def _factor(value: float) -> str:
+    """Return how many times as long: three figures, and whole numbers from 1,000 on."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _horizon_sentence(advice: Advice) -> str:
     assert advice.horizon is not None
     if advice.horizon <= advice.steps:
         return f"The log covers the {advice.horizon:,} steps that were asked about."
     longer = advice.horizon / advice.steps
-    asked = f"{counted(advice.horizon, 'step')} are {longer:,.3g} times as long as the log"
+    asked = f"{counted(advice.horizon, 'step')} are {_factor(longer)} times as long as the log"
     if advice.tail is None:
         seen = advice.clamped_share * advice.steps
         if seen == 0:
@@ -141,7 +148,7 @@ def _horizon_sentence(advice: Advice) -> str:
     if tail.reaches:
         return said
     return (
-        f"{said} What lies beyond is extrapolation, {tail.asked / tail.steps:,.3g} times as far: "
-        "the log does not say how large amaxes become there, and only a scaling that cannot clamp "
-        "is safe whatever comes."
+        f"{said} What lies beyond is extrapolation, {_factor(tail.asked / tail.steps)} times as "
+        "far: the log does not say how large amaxes become there, and only a scaling that cannot "
+        "clamp is safe whatever comes."
     )

@@ -29,7 +29,7 @@ from unclamp.runlog import RunLog
 from unclamp.scaling import Scaling
 
 THREADS = 2
-NO_CASTS = "the run has no casts: what-if needs the log of a training in FP8, or of an observed one"
+NO_CASTS = "the run has no casts: this needs the log of a training in FP8, or of an observed one"
 
 
 BLOCK_CELLS = 1 << 16
