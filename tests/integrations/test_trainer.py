@@ -215,7 +215,11 @@ def test_a_resumed_training_is_the_uninterrupted_one(resumed: dict[str, Any]) ->
     with unclamp.RunLog.open(folder / "run") as log:
         assert len(log.header.attempts) == 2
         assert log.header.status == "finished"
-        assert log.header.metadata["framework"] == "transformers Trainer"
+        header = log.header.metadata
+    assert header["framework"] == "transformers Trainer"
+    assert header["seed"] == whole.args.seed
+    batch = next(iter(whole.get_train_dataloader()))
+    assert header["tokens_per_step"] == 2 * batch["input_ids"].numel()  # of two micro-batches
 
 
 @pytest.mark.cell("PEFT", "resume bit for bit")

@@ -58,6 +58,8 @@ class Framework:
         accumulation: Micro-batches of an optimizer step; None where it is not known.
         precision: In the framework's own word, such as "bf16"; None likewise.
         world_size: Ranks of the training; None: what torch.distributed says.
+        seed: Of the training; None where it is not known.
+        tokens_per_step: Of all ranks and micro-batches, padding included; None likewise.
     """
 
     name: str
@@ -65,10 +67,14 @@ class Framework:
     accumulation: int | None = None
     precision: str | None = None
     world_size: int | None = None
+    seed: int | None = None
+    tokens_per_step: int | None = None
 
     def metadata(self) -> dict[str, Any]:
         """Return it as JSON data, under the names that each integration uses."""
+        known = {"seed": self.seed, "tokens_per_step": self.tokens_per_step}
         return {
+            **{name: value for name, value in known.items() if value is not None},
             "framework": self.name,
             "framework_version": self.version,
             "world_size": self.world_size or find_place().world_size,

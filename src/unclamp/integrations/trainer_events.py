@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import transformers
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from unclamp.integrations.recorded import Framework
@@ -49,8 +50,11 @@ class Heard(TrainerCallback):
         self._attached.evaluated(metrics or {})
 
 
-def framework_of(trainer: Trainer) -> Framework:
-    """Return what the header says of a trainer: the library's class that it is, or is made of."""
+def framework_of(trainer: Trainer, inputs: Any = None) -> Framework:
+    """Return what the header says of a trainer: the library's class that it is, or is made of.
+
+    `inputs` is a micro-batch.
+    """
     packages = {c: c.__module__.partition(".")[0] for c in type(trainer).__mro__}
     own = next(
         (c for c, package in packages.items() if package in ("trl", "transformers")), Trainer
@@ -62,4 +66,13 @@ def framework_of(trainer: Trainer) -> Framework:
         accumulation=trainer.args.gradient_accumulation_steps,
         precision=trainer.accelerator.mixed_precision,
         world_size=trainer.args.world_size,
+        seed=trainer.args.seed,
+        tokens_per_step=_tokens(trainer, inputs),
     )
+
+
+def _tokens(trainer: Trainer, inputs: Any) -> int | None:
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, Tensor):
+        return None
+    return ids.numel() * trainer.args.gradient_accumulation_steps * trainer.args.world_size

@@ -355,7 +355,8 @@ class Attached:
 
     def _open_run(self, inputs: Any) -> None:
         found = batch_coverage(self.trainer, inputs) if self._covers else None
-        self._recorded.begin(framework_of(self.trainer), resumes=self._resumes, coverage=found)
+        framework = framework_of(self.trainer, inputs)
+        self._recorded.begin(framework, resumes=self._resumes, coverage=found)
         self._is_begun = True
         for step, metrics in self._early:
             self._recorded.evaluation(step, metrics)
