@@ -272,11 +272,11 @@ def test_what_is_no_group_of_this_process_is_refused() -> None:
 DIFFERENCES = {
     "a switch": (
         "rank 1 at 0 input has Dynamic",
-        lambda model: unclamp.switch(model, "*.0", input=Dynamic()),
+        lambda model: unclamp.switch(model, "0", input=Dynamic()),
     ),
     "blocks": (
         "rank 1 at 2 weight has Delayed",
-        lambda model: unclamp.switch(model, "*.2", weight=Delayed(granularity=PerBlock(4, 4))),
+        lambda model: unclamp.switch(model, "2", weight=Delayed(granularity=PerBlock(4, 4))),
     ),
     "a checkpoint": (
         "rank 1 has made 7 updates, and rank 0 3|rank 1 has made 8 updates, and rank 0 4",

@@ -39,7 +39,7 @@ def test_it_begins_with_what_it_is_on_one_line_however_narrow() -> None:
     told.display.start([], 0)
     told.display.start([], 0)  # the second wave
     assert told.lines == [
-        "unclamp study: 48 runs of 110 steps (2 scenarios, 6 arms, 4 seeds), "
+        "unclamp study: 56 runs of 110 steps (2 scenarios, 7 arms, 4 seeds), "
         "2 at a time, into there"
     ]
 
