@@ -100,7 +100,7 @@ def teacher_student(recipe: Recipe, seed: int) -> dict[str, float]:
     }
 
 
-def studies(out: Path, seeds: int) -> dict[str, dict[str, dict[str, float]]]:
+def studies(out: Path, seeds: int) -> dict[str, dict[str, dict[str, float | None]]]:
     """Run both scenarios; return figures by scenario and arm."""
     base = StudyConfig.from_toml(default_toml()).to_dict()
     arms = {name: ArmConfig(recipe=recipe) for name, recipe in recipes().items()}

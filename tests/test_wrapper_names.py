@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,7 +94,7 @@ def test_without_wrappers_names_are_the_paths_and_plain_text() -> None:
     assert [type(name) for name in names] == [str, str, str]
 
 
-def wrapped(*paths: str) -> list[str]:
+def wrapped(*paths: str) -> list[Any]:
     """Names under DDP of modules with these paths in the plain model."""
     every = {"", "module"}
     for path in paths:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -97,7 +97,7 @@ def by_hand(
         if callable(policy.reduce):
             past = np.zeros((1, policy.history_len), F32)
             past[0, : len(history)] = list(history)[::-1]
-            largest = F32(policy.reduce(past)[0])
+            largest = F32(cast(Any, policy.reduce)(past)[0])
         if largest > 0:
             scale = scale_by_hand(
                 largest, fmt_max / 2**policy.margin, power_of_two=policy.power_of_two

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_a_resumed_training_goes_on_in_the_folder_and_a_new_one_is_refused(tmp_p
 
 def test_a_misspelt_word_of_the_recording_is_named() -> None:
     with pytest.raises(TypeError, match=r"no argument 'inspct'.*did you mean 'inspect'"):
-        Recording(**{"inspct": 10})
+        Recording(**cast(Any, {"inspct": 10}))
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,11 @@ class Prices:
             By the price of clamping (first order, in units of the loss) the costliest casts are those of up input: 0.4 at step 7, 0.5 in 2 steps.
             In 1 of these 2 steps of sites some gradient clamped as well, so that their prices are too small; 1 step of a site that clamped has no price.
         """  # noqa: E501
-        priced = [site for site in self.sites if site.worst is not None and site.worst > 0]
+        priced = [site for site in self.sites if (site.worst or 0) > 0]
         if not priced:
             return []
         named = [
-            f"{site.name}: {_figure(site.worst)} at step {site.worst_step}, "
+            f"{site.name}: {_figure(site.worst or 0)} at step {site.worst_step}, "
             f"{_figure(site.clamp)} in "
             f"{counted(site.steps, 'step')}"
             for site in priced[:MOST_SITES]
