@@ -100,7 +100,7 @@ def teacher_student(recipe: Recipe, seed: int) -> dict[str, float]:
     }
 
 
-def studies(out: Path, seeds: int) -> dict[str, dict[str, dict[str, float | None]]]:
+def studies(out: Path, seeds: int) -> dict[str, dict[str, dict[str, float]]]:
     """Run both scenarios; return figures by scenario and arm."""
     base = StudyConfig.from_toml(default_toml()).to_dict()
     arms = {name: ArmConfig(recipe=recipe) for name, recipe in recipes().items()}
@@ -115,7 +115,7 @@ def studies(out: Path, seeds: int) -> dict[str, dict[str, dict[str, float | None
                 "gap": arm.final_gap.mean if arm.final_gap else 0.0,
                 "planted": arm.planted_ratio[0] if arm.planted_ratio else float("nan"),
                 "re-cast": arm.recasts / max(arm.casts, 1),
-                "underflow": arm.underflow_share,
+                "underflow": arm.underflow_share or 0.0,
             }
             for arm in scenario.arms
         }
