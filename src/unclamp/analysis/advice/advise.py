@@ -34,13 +34,15 @@ LADDER: tuple[Scaling, ...] = (
     Delayed(128),
     Delayed(1024),
     Guarded(),
+    Guarded(16, margin=0),
     Dynamic(),
 )
 """From the cheapest on; of one price the usual one first. No margins: they meet the outliers that a
 log has seen, and not the next larger one."""
 USUAL = LADDER[0]
-MORE_UNDERFLOW = 0.001
-"""Share of elements that a policy may make zero beyond those that dynamic scaling does."""
+MORE_UNDERFLOW, LARGER_UNDERFLOW = 0.001, 1.25
+"""Elements that a policy may make zero: so large a share beyond those that dynamic scaling does, or
+so many times as many."""
 LEAST_UPDATES = 3
 """Lengths of the usual history below which a log is too short to say anything."""
 MOST_PRICE = 0.01
@@ -267,7 +269,8 @@ def _choice(
         is_kept = cannot_clamp or not (
             is_dear or missed[rung].of_sites(group.sites).hard(harm.of(group.role))
         )
-        if is_kept and _underflow(outcome, group) <= plain + MORE_UNDERFLOW:
+        most = max(plain + MORE_UNDERFLOW, plain * LARGER_UNDERFLOW)
+        if is_kept and _underflow(outcome, group) <= most:
             return rung
     return len(found.outcomes) - 1
 
