@@ -43,6 +43,7 @@ def unclamp(*arguments: object) -> Typed:
         patch.object(warnings, "formatwarning", warnings.formatwarning),
     ):
         warnings.simplefilter("default")  # in tests they are errors
+        warnings.simplefilter("ignore", DeprecationWarning)  # as in any Python that a user starts
         warnings.showwarning = _to_stderr
         try:
             main()
