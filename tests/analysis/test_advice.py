@@ -220,7 +220,11 @@ def test_what_clamping_cost_takes_a_group_off_the_cheap_rungs(tmp_path: Path) ->
     run = write_amaxes(
         tmp_path / "run",
         amaxes,
-        priced={("layers.0.up_proj", "input"): 0.2, ("layers.0.down_proj", "input"): 0.002},
+        priced={
+            ("layers.0.up_proj", "input"): 0.2,
+            ("layers.1.up_proj", "input"): 0.004,  # at the same step, and not in its place
+            ("layers.0.down_proj", "input"): 0.002,
+        },
         clamped_at=(150, 300),
         loss=2.0,
     )

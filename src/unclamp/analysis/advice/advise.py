@@ -9,7 +9,7 @@ puts one back.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -206,7 +206,8 @@ def advise(
     first, last = _span(log)
     groups = groups_of(sites)
     names = [site.fqn for site in sites]
-    prices = [_price(log, group, names) for group in groups]
+    shares = _price_shares(log)
+    prices = [_largest_price(shares, group, names) for group in groups]
     chosen = [
         _choice(group, found, missed, tolerated, is_dear=(price or 0) > MOST_PRICE)
         for group, price in zip(groups, prices, strict=True)
@@ -240,22 +241,27 @@ def _span(log: RunLog) -> tuple[int, int]:
     return row["low"], row["high"]
 
 
-def _price(log: RunLog, group: Group, names: Sequence[str]) -> float | None:
-    """Return the largest share of a step's loss that clamping at the group cost; None: unknown."""
-    sites = {SiteName(names[int(i)], group.role) for i in group.sites}
-    worst = {
-        each.worst_step: each.worst
-        for each in cast_prices(log).sites
-        if each.name in sites and each.worst is not None and each.worst_step is not None
-    }
-    if not worst:
-        return None
+def _price_shares(log: RunLog) -> dict[SiteName, float]:
+    """Return the largest share of a step's loss that clamping at a site cost, where it is known."""
     rows = log.sql(
-        "SELECT step, avg(loss) AS loss FROM steps WHERE step IN (SELECT unnest($asked::BIGINT[])) "
-        "AND isfinite(loss) AND loss > 0 GROUP BY step",
-        asked=list(worst),
-    ).to_pylist()
-    return max((worst[row["step"]] / row["loss"] for row in rows), default=None)
+        "SELECT step, avg(loss) AS loss FROM steps WHERE isfinite(loss) AND loss > 0 GROUP BY step"
+    )
+    losses = dict(
+        zip(rows.column("step").to_pylist(), rows.column("loss").to_pylist(), strict=True)
+    )
+    return {
+        site.name: site.worst / losses[site.worst_step]
+        for site in cast_prices(log).sites
+        if site.worst is not None and site.worst_step in losses
+    }
+
+
+def _largest_price(
+    shares: Mapping[SiteName, float], group: Group, names: Sequence[str]
+) -> float | None:
+    """Return the largest of a group's; None where none is known."""
+    sites = (SiteName(names[int(i)], group.role) for i in group.sites)
+    return max((shares[site] for site in sites if site in shares), default=None)
 
 
 def _choice(

@@ -30,14 +30,12 @@ class Chunk:
         amax: Float32; 0 beyond.
         step: Of each, int64.
         elements: Of each, int64.
-        microsteps: Casts that a row stands for, int32.
         counts: Casts of each site, `[sites]`.
     """
 
     amax: np.ndarray
     step: np.ndarray
     elements: np.ndarray
-    microsteps: np.ndarray
     counts: np.ndarray
 
     def of_sites(self, sites: slice) -> "Chunk":
@@ -46,7 +44,6 @@ class Chunk:
             amax=self.amax[sites],
             step=self.step[sites],
             elements=self.elements[sites],
-            microsteps=self.microsteps[sites],
             counts=self.counts[sites],
         )
 
@@ -112,12 +109,11 @@ SEEN_SQL = "coalesce(nonfinite < elements, true)"
 ELEMENTS_SQL = "coalesce(elements, 1)"
 """Elements of a row; where nobody counted them, casts are as good as each other."""
 ONE_RANK_SQL = f"""
-    SELECT step, site, amax, {ELEMENTS_SQL} AS elements, microsteps FROM casts
+    SELECT step, site, amax, {ELEMENTS_SQL} AS elements FROM casts
     WHERE step >= $first AND step < $last AND {SEEN_SQL}"""
 RANKS_SQL = f"""
     SELECT step, first AS site, max(amax) FILTER (isfinite(amax)) AS amax,
-        sum({ELEMENTS_SQL}) FILTER (NOT replicated)::BIGINT AS elements,
-        max(microsteps) AS microsteps
+        sum({ELEMENTS_SQL}) FILTER (NOT replicated)::BIGINT AS elements
     FROM casts JOIN ({PLACES_SQL}) USING (rank, site)
     WHERE step >= $first AND step < $last AND {SEEN_SQL}
     GROUP BY step, first"""
@@ -126,14 +122,13 @@ RANKS_SQL = f"""
 def _read(log: RunLog, places: np.ndarray, sites: int, first: int, last: int) -> Chunk | None:
     query = ONE_RANK_SQL if log.header.world_size == 1 else RANKS_SQL
     table = log.sql(query, first=first, last=last)
-    step, site, amax, elements, microsteps = (
-        table.column(name).to_numpy() for name in ("step", "site", "amax", "elements", "microsteps")
+    step, site, amax, elements = (
+        table.column(name).to_numpy() for name in ("step", "site", "amax", "elements")
     )
     place = places[site]
     wanted = place >= 0
     if not wanted.all():
-        step, place, amax = step[wanted], place[wanted], amax[wanted]
-        elements, microsteps = elements[wanted], microsteps[wanted]
+        step, place, amax, elements = (v[wanted] for v in (step, place, amax, elements))
     if not len(step):
         return None
     if (np.diff(step) < 0).any():
@@ -154,6 +149,5 @@ def _read(log: RunLog, places: np.ndarray, sites: int, first: int, last: int) ->
         amax=packed(np.nan_to_num(amax), np.float32),
         step=packed(step, np.int64),
         elements=packed(elements, np.int64),
-        microsteps=packed(microsteps, np.int32),
         counts=counts,
     )

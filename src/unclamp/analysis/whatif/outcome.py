@@ -12,9 +12,6 @@ from unclamp.names import SiteName
 from unclamp.scaling import Scaling
 from unclamp.totals import share
 
-BYTES_PER_ELEMENT = 2
-"""Of bfloat16, which trainings in FP8 read."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
