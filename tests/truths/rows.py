@@ -65,6 +65,9 @@ def _summary(first_step: int, rank: int, site: int, *, rows: list[Row]) -> dict[
     worst = [row["step"] for row in rows if most and row["saturated_error"] == most]
     inspected = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
     finite = [value for value in inspected if math.isfinite(value)]
+    by_row = [
+        row["sqnr_row_median_db"] for row in rows if row.get("sqnr_row_median_db") is not None
+    ]
     return {
         "first_step": first_step,
         "rank": rank,
@@ -85,6 +88,8 @@ def _summary(first_step: int, rank: int, site: int, *, rows: list[Row]) -> dict[
         "sqnr_steps": len(finite),
         "uncounted": sum(row["elements"] is None for row in rows),
         "undecided": sum(row.get("clamped") is None and row["saturated"] is None for row in rows),
+        "sqnr_row_median_db_min": min(by_row, default=None),
+        "sqnr_row_steps": len(by_row),
     }
 
 

@@ -16,7 +16,7 @@ from unclamp.analysis.curves import Losses, run_losses
 from unclamp.analysis.evidence import Clamping
 from unclamp.analysis.groups import Group
 from unclamp.errors import AnalysisError
-from unclamp.runlog import COMPUTED_SQL, RunLog, SiteInfo
+from unclamp.runlog import COMPUTED_SQL, RunLog, SiteInfo, thinned_words
 from unclamp.totals import CLAMPED_SQL, LOST_SQL, UNDECIDED_SQL
 from unclamp.written import counted
 
@@ -94,6 +94,8 @@ def read_history(log: RunLog) -> History:
     refusals, notes = _judge_steps(steps, clamped.step, known)
     if (sparse := _judge_cadence(log)) is not None:
         refusals.insert(0, sparse)
+    if (thinned := thinned_words(log.header.thinned)) is not None:
+        notes.append(f"{thinned} No clamped cast is missing.")
     if only_counted := named - len(sites):
         notes.append(
             f"{counted(only_counted, 'site is', 'sites are')} left out, since nothing is computed "

@@ -14,6 +14,7 @@ from unclamp.cli import (  # noqa: F401  (they register)
     advise,
     associate,
     backtest,
+    compact,
     coverage,
     explain,
     importing,

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from unclamp.analysis.whatif import Outcome, WhatIf, evaluate, parse_policy
 from unclamp.errors import AnalysisError
-from unclamp.runlog import RunLog
+from unclamp.runlog import RunLog, has_more_casts
 from unclamp.written import counted, percent
 
 POLICIES = tuple(
@@ -71,8 +71,7 @@ class FrontierView:
 
 def read_frontiers(log: RunLog, *, globs: Sequence[str] = ()) -> list[FrontierView]:
     """Return the frontier of all sites and of each glob; none where the log is long or empty."""
-    (row,) = log.sql("SELECT count(*) AS n FROM casts").to_pylist()
-    if not 0 < row["n"] <= MOST_CASTS:
+    if has_more_casts(log.sql, MOST_CASTS) or not has_more_casts(log.sql, 0):
         return []
     views = []
     for glob in (None, *globs):

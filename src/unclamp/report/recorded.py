@@ -173,7 +173,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
             for spike in find_spikes(values, steps=steps, groups=groups, series=name)
         ]
         windows = cutting.result()
-    by_row = _least_by_row(log)
+    by_row = _least_by_row(log, windows)
     every = [
         SiteRecord(place=place, info=info, totals=totals, sqnr_row_db_min=by_row.get(place))
         for place, (info, totals) in enumerate(zip(windows.sites, windows.totals, strict=True))
@@ -220,8 +220,15 @@ SELECT median(speed) AS speed FROM (
 """Each rank says its own tokens: those of the run are their sum."""
 
 
-def _least_by_row(log: RunLog) -> dict[int, float]:
-    """Return the least `sqnr_row_median_db` by place; logs of earlier versions have none."""
+def _least_by_row(log: RunLog, windows: Windows) -> dict[int, float]:
+    """Return the least `sqnr_row_median_db` by place; logs of earlier versions have none.
+
+    Summaries of earlier versions do not tell it: then all casts are looked at.
+    """
+    if windows.rows["sqnr_row_steps"].null_count == 0:
+        found = windows.rows.group_by("place").aggregate([("sqnr_row_median_db_min", "min")])
+        places, least = found["place"].to_pylist(), found["sqnr_row_median_db_min_min"].to_pylist()
+        return {at: db for at, db in zip(places, least, strict=True) if db is not None}
     found = log.sql(
         f"WITH places AS MATERIALIZED (SELECT rank, site, place FROM ({PLACES_SQL})) "
         "SELECT place, min(sqnr_row_median_db) AS least "
@@ -274,7 +281,8 @@ def _recorded_steps(log: RunLog) -> int | None:
     cadence = log.header.cadence
     if cadence is None or not cadence.is_sparse:
         return None
-    return _column(log, "SELECT count(DISTINCT step) FROM casts")[0]
+    left = _column(log, "SELECT count(DISTINCT step) FROM casts")[0]
+    return left + sum(thinned.steps for thinned in log.header.thinned)
 
 
 def _series(log: RunLog) -> tuple[list[int], dict[str, list[float | None]], list[Group]]:

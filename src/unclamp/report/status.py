@@ -138,6 +138,8 @@ def noted(log: RunLog) -> list[str]:
     A product that is named in an event, and cast something later on, is not told of.
     """
     said = list(dict.fromkeys(log.header.notes))
+    if (thinned := thinned_words(log.header.thinned)) is not None:
+        said.append(thinned)
     if outside := _named(_told(log, OUTSIDE_EVENT), "modules"):
         said.append(
             f"Called in the training, and not in the step that the coverage is of: "
@@ -147,7 +149,11 @@ def noted(log: RunLog) -> list[str]:
     trained, frozen, evaluated = (_named(told, key) for key in ("products", "frozen", "evaluated"))
     if not (trained or frozen):
         return said
-    cast = log.sql("SELECT DISTINCT fqn FROM sites SEMI JOIN casts USING (site)")
+    # Not of `casts` alone: of a site whose rows were thinned none may be left there.
+    cast = log.sql(
+        "SELECT DISTINCT fqn FROM sites SEMI JOIN (SELECT site FROM stored_summaries UNION ALL "
+        "SELECT site FROM casts_without_summary) USING (site)"
+    )
     used = {*cast.column(0).to_pylist(), *evaluated}
     if silent := [shown(name) for name in trained if name not in used]:
         its, it = ("its", "it was") if len(silent) == 1 else ("their", "they were")

@@ -10,6 +10,7 @@ from unclamp.runlog.cadence import Cadence, Every
 from unclamp.runlog.damage import DamagedPart
 from unclamp.runlog.finder import find_runs, is_run, read_header
 from unclamp.runlog.header import SCHEMA_VERSION, Attempt, Header, Status
+from unclamp.runlog.keeping import Keep, Thinned, thinned_words
 from unclamp.runlog.ranks import RankEnd, RankOvershoot, RunAttempt
 from unclamp.runlog.reader import RunLog
 from unclamp.runlog.schema import (
@@ -23,7 +24,8 @@ from unclamp.runlog.schema import (
     Columns,
 )
 from unclamp.runlog.sites import COMPUTED_SQL, PLACES_SQL, SiteInfo, over_ranks
-from unclamp.runlog.windows import Cut, Windows
+from unclamp.runlog.thinning import Compacted, compact
+from unclamp.runlog.windows import Cut, Windows, has_more_casts
 from unclamp.runlog.writer import RunLogWriter
 
 __all__ = [
@@ -41,10 +43,12 @@ __all__ = [
     "Attempt",
     "Cadence",
     "Columns",
+    "Compacted",
     "Cut",
     "DamagedPart",
     "Every",
     "Header",
+    "Keep",
     "RankEnd",
     "RankOvershoot",
     "RunAttempt",
@@ -52,10 +56,14 @@ __all__ = [
     "RunLogWriter",
     "SiteInfo",
     "Status",
+    "Thinned",
     "Windows",
+    "compact",
     "find_runs",
+    "has_more_casts",
     "is_run",
     "over_ranks",
     "read_header",
     "starting_no_run",
+    "thinned_words",
 ]

@@ -101,7 +101,7 @@ def _agree(path: Path, rank: int, header: Header) -> int:
         if is_same and rank not in {c.rank for c in claims} and not any(map(_is_killed, claims)):
             return last
         for claim in claims:
-            _refuse_writer(path, claim)
+            _refuse_writer(path, claim, "gone on with")
         if header.run_id is None and header.world_size > 1:
             raise RunLogError(
                 f"the ranks have no way to agree on how {path} goes on: call "
@@ -169,6 +169,7 @@ def _continued(path: Path, number: int, header: Header) -> Header:
         header,
         created=old.created,
         missing=old.missing,
+        thinned=old.thinned,
         notes=list(dict.fromkeys([*old.notes, *header.notes])),
         attempts=[*before, _attempt(header, number, created=_now())],
     )
@@ -202,13 +203,19 @@ def _is_killed(claim: Claim) -> bool:
     return not claim.is_closed and _sign_of_life(claim) is None
 
 
-def _refuse_writer(path: Path, claim: Claim) -> None:
+def refuse_if_written(path: Path, *, wanted: str) -> None:
+    """Raise a RunLogError if the run `path` may still be written; it is wanted to be `wanted`."""
+    for claim in read_claims(path):
+        _refuse_writer(path, claim, wanted)
+
+
+def _refuse_writer(path: Path, claim: Claim, wanted: str) -> None:
     """Raise if who made a claim may still write."""
     if claim.is_closed or (sign := _sign_of_life(claim)) is None:
         return
     raise RunLogError(
-        f"{path} cannot be gone on with, rank {claim.rank} of it is being written by {sign}; or "
-        "name another folder"
+        f"{path} cannot be {wanted}, rank {claim.rank} of it is being written by {sign}"
+        + ("; or name another folder" if wanted == "gone on with" else "")
     )
 
 

@@ -35,7 +35,7 @@ NUMBER = "{n}"
 """In a path: the first free number."""
 _OWN = re.compile(
     rf"{re.escape(RUN_FILE)}|{'|'.join(TABLES)}|summaries|snapshots|explain-cache|report\.html"
-    r"|explain-.*\.json|\.writer-r\d+(-a\d+)?\.json|\.attempt-\d+\.json|\..*\.tmp"
+    r"|explain-.*\.json|\.writer-r\d+(-a\d+)?\.json|\.attempt-\d+\.json|\.compact(ing|ed)|\..*\.tmp"
 )
 """What unclamp puts into a run's folder."""
 

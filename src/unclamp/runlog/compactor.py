@@ -3,7 +3,8 @@
 A flush leaves a part per table, which over weeks makes a million files. Whenever a level holds
 `FAN_IN` parts of a table they become one part of the next level; a part of `FULL_ROWS` rows is
 full and stays. Merged casts are ordered by site, then step, so that one site is read from a few
-row groups, and get a summary (`unclamp.runlog.summary`) that is exact for them.
+row groups, and get a summary (`unclamp.runlog.summary`) that is exact for them. Those of full parts
+are added up to coarser ones (`unclamp.runlog.levels`).
 
 The order of a merge makes it safe to die in: the summary appears, then the merged part, then the
 parts in it go. Readers leave out parts that lie inside another one. A merge that fails costs no
@@ -24,8 +25,9 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from unclamp.runlog.levels import SUMMARIES, LevelWriter, query_arrow
 from unclamp.runlog.parts import PartName, read_parts, sync_folder, write_part
-from unclamp.runlog.schema import TABLES, VIEWS
+from unclamp.runlog.schema import TABLES
 from unclamp.runlog.summary import summary_sql
 from unclamp.worker import Worker
 
@@ -36,7 +38,6 @@ CLOSE_S = 10.0
 """No merge begins later than so many seconds after the end of the run, or goes on for long."""
 RETRY_S = (60.0, 3600.0)
 """Wait before the first repetition of a merge that failed, doubled up to the second number."""
-SUMMARIES = "summaries"
 
 _Levels = list[list["Part"]]
 
@@ -64,6 +65,7 @@ class Compactor:
         self._retry_at = 0.0
         self._wait_s = RETRY_S[0]
         self._connection: duckdb.DuckDBPyConnection | None = None
+        self._coarser = LevelWriter(path, self._connect)
         self._worker = Worker(
             self._take,
             name="unclamp-compactor",
@@ -122,6 +124,8 @@ class Compactor:
                     if level + 1 == len(levels):
                         levels.append([])
                     levels[level + 1].append(merged)
+                elif merged.table == "casts":
+                    self._coarser.add(merged.name)
             level += 1
 
     def _merge_all(self, levels: _Levels) -> None:
@@ -156,13 +160,13 @@ class Compactor:
         return Part(table=table, name=name, rows=rows.num_rows)
 
     def _summarise(self, casts: pa.Table) -> pa.Table:
+        name = "rows_to_summarise"
+        return query_arrow(self._connect(), name, casts, summary_sql(name))
+
+    def _connect(self) -> duckdb.DuckDBPyConnection:
         if self._connection is None:
             self._connection = duckdb.connect(config={"threads": 1})
-        self._connection.register("rows_to_summarise", casts)
-        query = f"{summary_sql('rows_to_summarise')} ORDER BY first_step, rank, site"
-        summary = self._connection.sql(query).to_arrow_table()
-        self._connection.unregister("rows_to_summarise")
-        return summary.cast(VIEWS[SUMMARIES])
+        return self._connection
 
     def _check_time(self) -> None:
         if time.monotonic() >= self._stop_at:

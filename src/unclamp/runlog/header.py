@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args
 from unclamp.errors import RunLogError, did_you_mean
 from unclamp.runlog import schema_1
 from unclamp.runlog.cadence import Cadence
+from unclamp.runlog.keeping import Thinned
 
 KIND = "unclamp-run"
 SCHEMA_VERSION = 2
 RUN_FILE = "run.json"
 _LATER_FIELDS = {
     "run_id": None, "missing": None, "cadence": None, "observed": False,
-    "notes": [], "attempts": [], "counts": "elements",
+    "notes": [], "attempts": [], "counts": "elements", "thinned": [],
 }  # fmt: skip
 """What the headers of version 1 did not have, or not from the start."""
 
@@ -62,7 +63,8 @@ class Header:
     all ranks of a launch, None where nobody said. `notes` are sentences that a reader
     must see beside the figures, such as an override that matched no layer. `attempts` are the
     beginnings of a run that was begun again, the first one first, and empty for others: what else
-    the header says is of the last one. `created` is that of the first, ISO-8601 in UTC. `recipe`,
+    the header says is of the last one. `thinned` says by which rules rows of `casts` were left out
+    after the run, the first one first. `created` is that of the first, ISO-8601 in UTC. `recipe`,
     `environment` and `metadata`, which is the user's, hold plain JSON data: what JSON cannot
     express is refused when the header is written.
     """
@@ -83,6 +85,7 @@ class Header:
     run_id: str | None = None
     missing: str | None = None
     attempts: list[Attempt] = field(default_factory=list)
+    thinned: list[Thinned] = field(default_factory=list)
     kind: str = KIND
     schema_version: int = SCHEMA_VERSION
 
@@ -121,6 +124,7 @@ class Header:
         given: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
         given["cadence"] = Cadence.from_dict(given["cadence"])
         given["attempts"] = [_attempt(each) for each in given["attempts"]]
+        given["thinned"] = [Thinned.from_dict(each) for each in given["thinned"]]
         return cls(**given)
 
 

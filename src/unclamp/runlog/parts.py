@@ -4,7 +4,9 @@ A flush writes `part-r0-000017.parquet`, the 17th part of rank 0. A merge of the
 writes `part-r0-000000-000015.parquet`, and removes them after. A part whose range lies inside
 another part's is one that the merge had no time to remove: it does not count. So a kill at any
 moment neither loses rows nor doubles them. Where a run was begun again, the second attempt writes
-`part-r0-a1-000000.parquet`: its parts are numbered anew and never merged with those before.
+`part-r0-a1-000000.parquet`: its parts are numbered anew and never merged with those before. Where
+old steps were thinned (`unclamp.runlog.thinning`), `part-r0-000000-000015-t1.parquet` takes the
+place of what lies in its range, and `-t2` that of `-t1`.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ from unclamp.files import write_atomically
 ROW_GROUP_ROWS = 65_536
 """Rows that are read at least when one is wanted: of 1,680 sorted sites, 1 in 15 to 30."""
 
-_NAME = re.compile(r"part-r(\d+)-(?:a(\d+)-)?(\d+)(?:-(\d+))?\.parquet")
+_NAME = re.compile(r"part-r(\d+)-(?:a(\d+)-)?(\d+)(?:-(\d+)(?:-t(\d+))?)?\.parquet")
+_MANY_VALUED = {"amax", "amax_max", "amax_mean", "scaled_amax_max"}
+"""Columns of floats that hardly repeat: a dictionary of them takes more room than they do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartName:
     """The parts `first` to `last` of a rank in one file, or a part as it was flushed.
 
-    `attempt` says how often the run had been begun before.
+    `attempt` says how often the run had been begun before, `thinned` how often rows were left out.
     """
 
     rank: int
@@ -40,6 +44,7 @@ class PartName:
     last: int
     is_merged: bool
     attempt: int = 0
+    thinned: int = 0
 
     @classmethod
     def flushed(cls, rank: int, number: int, *, attempt: int = 0) -> Self:
@@ -54,12 +59,19 @@ class PartName:
             return None
         rank, attempt, first = int(match[1]), int(match[2] or 0), int(match[3])
         last = first if match[4] is None else int(match[4])
-        is_merged = match[4] is not None
-        return cls(rank=rank, first=first, last=last, is_merged=is_merged, attempt=attempt)
+        return cls(
+            rank=rank,
+            first=first,
+            last=last,
+            is_merged=match[4] is not None,
+            attempt=attempt,
+            thinned=int(match[5] or 0),
+        )
 
     def __str__(self) -> str:
         attempt = f"a{self.attempt}-" if self.attempt else ""
         end = f"-{self.last:06d}" if self.is_merged else ""
+        end += f"-t{self.thinned}" if self.thinned else ""
         return f"part-r{self.rank}-{attempt}{self.first:06d}{end}.parquet"
 
 
@@ -82,7 +94,8 @@ def parts_that_count(folder: Path) -> list[Path]:
             others.append(path)
         else:
             writer = (name.rank, name.attempt)
-            named.append((writer, name.first, -name.last, not name.is_merged, path))
+            newest = (not name.is_merged, -name.thinned)
+            named.append((writer, name.first, -name.last, newest, path))
     counted = []
     before, end = None, -1
     for writer, _, minus_last, _, path in sorted(named):  # of equal starts, the widest first
@@ -115,6 +128,7 @@ def write_part(path: Path, rows: pa.Table) -> None:
         OSError: The disk refuses; then there is no such part.
     """
     counts = [column.name for column in rows.schema if pa.types.is_integer(column.type)]
+    split = [name for name in rows.schema.names if name in _MANY_VALUED]
     data = pa.BufferOutputStream()
     pq.write_table(
         rows,
@@ -122,9 +136,20 @@ def write_part(path: Path, rows: pa.Table) -> None:
         compression="zstd",
         row_group_size=ROW_GROUP_ROWS,
         write_statistics=counts,  # type: ignore[arg-type]
+        use_dictionary=[leaf for leaf in _leaves(rows.schema) if leaf not in split],
+        use_byte_stream_split=split,
     )
     path.parent.mkdir(exist_ok=True)  # not its parents: a run that was removed stays removed
     write_atomically(path, data.getvalue())
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Return the columns of a Parquet file: a map has two."""
+    leaves = []
+    for column in schema:
+        ends = ("key", "value") if pa.types.is_map(column.type) else ()
+        leaves += [f"{column.name}.key_value.{end}" for end in ends] or [column.name]
+    return leaves
 
 
 def read_parts(paths: Iterable[Path]) -> pa.Table:
@@ -143,11 +168,14 @@ def read_parts(paths: Iterable[Path]) -> pa.Table:
 def column_range(metadata: pq.FileMetaData, name: str) -> tuple[int, int] | None:
     """Return the least and the largest value of a column of whole numbers; None without any."""
     found = []
+    names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    if name not in names:
+        return None
+    place = names.index(name)
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            statistics = column.statistics
-            if column.path_in_schema == name and statistics and statistics.has_min_max:
-                found += [statistics.min, statistics.max]
+        statistics = group.column(place).statistics
+        if statistics and statistics.has_min_max:
+            found += [statistics.min, statistics.max]
     return (min(found), max(found)) if found else None
 
 

@@ -32,6 +32,7 @@ from unclamp.runlog.damage import (
 from unclamp.runlog.finder import read_header
 from unclamp.runlog.folder import read_missing
 from unclamp.runlog.header import RUN_FILE, Header
+from unclamp.runlog.levels import find_levels, stored_name
 from unclamp.runlog.parts import PartName, parts_that_count
 from unclamp.runlog.ranks import (
     RankEnd,
@@ -52,7 +53,7 @@ _SCHEMAS = {
     "stored_summaries": VIEWS["summaries"],
     "casts_without_summary": TABLES["casts"],
 }
-"""The columns of each kind of relation."""
+"""The columns of each kind of relation, of which coarser summaries have those of finer ones."""
 _OF_THE_QUERY = (
     duckdb.ParserException,
     duckdb.BinderException,
@@ -226,7 +227,13 @@ class RunLog:
         Raises:
             RunLogError: as for `sql`.
         """
-        return read_windows(self.sql, sites=self.named_sites(), most=most)
+        return read_windows(
+            self.sql,
+            sites=self.named_sites(),
+            most=most,
+            coarsest=max(find_levels(self.path), default=0),
+            is_thinned=bool(self.header.thinned),
+        )
 
     def overshoots(self, cut: Cut) -> list[RankOvershoot]:
         """Return what each rank overshot in the windows of a cut, at sites that several ranks hold.
@@ -330,6 +337,11 @@ class RunLog:
         summed = {path.name for path in parts["casts"] if _is_merged(path)} & stored.keys()
         parts["stored_summaries"] = [stored[name] for name in sorted(summed)]
         parts["casts_without_summary"] = [p for p in parts["casts"] if p.name not in summed]
+        if whole:
+            levels = find_levels(self.path)
+            for level in range(1, max(levels, default=0) + 1):
+                files = levels.get(level, [])
+                parts[stored_name(level)] = [path for path in files if not is_damaged(path)]
         return parts
 
     def _register(self, parts: Parts) -> None:
@@ -347,7 +359,7 @@ class RunLog:
                 rows = schema_1.read_sites(relation.parts, world_size=header.world_size)
             else:
                 paths = [str(file) for file in relation.parts]
-                rows = ds.dataset(paths, _SCHEMAS[relation.kind], format="parquet")
+                rows = ds.dataset(paths, _schema_of(relation.kind), format="parquet")
             self._connection.register(name, rows)
             self._registered[name] = relation
         if not self._views:
@@ -363,6 +375,10 @@ class RunLog:
         for name in self._registered:
             self._connection.unregister(name)
         self._views, self._registered, self._parts = {}, {}, {}
+
+
+def _schema_of(kind: str) -> pa.Schema:
+    return _SCHEMAS["stored_summaries" if kind.startswith("stored_summaries") else kind]
 
 
 def _is_merged(path: Path) -> bool:

@@ -13,13 +13,15 @@ from pathlib import Path
 
 from unclamp.runlog import schema_1
 from unclamp.runlog.header import Header
+from unclamp.runlog.levels import coarse_summaries, stored_name
 from unclamp.runlog.parts import attempt_of, range_in
 from unclamp.runlog.schema import SUMMARY_STEPS
 from unclamp.runlog.sites import SITES_SQL
 from unclamp.runlog.summary import merged_sql, summary_sql
 
 Parts = dict[str, list[Path]]
-"""The parts of each table, of `stored_summaries`, and of `casts_without_summary`."""
+"""The parts of each table, of `stored_summaries`, of what is stored of coarser levels (`levels`),
+and of `casts_without_summary`."""
 
 _SUMMARIES = merged_sql(
     f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
@@ -47,7 +49,8 @@ class Relation:
     """Rows of some parts.
 
     Attributes:
-        kind: A table, "stored_summaries" or "casts_without_summary": which columns they have.
+        kind: A table, "stored_summaries" (of some level) or "casts_without_summary": which columns
+            they have.
         parts: The parts.
     """
 
@@ -70,12 +73,13 @@ def relations_of(parts: Parts, header: Header) -> Relations:
     """
     views = _views(header)
     attempts = sorted({attempt_of(path) for files in parts.values() for path in files})
+    ends = ends_of(first_steps(parts)) if any(attempts) else {}
+    parts = _with_levels(parts, ends)
     names = {kind: f"written_{kind}" if kind in views else kind for kind in parts}
     if not any(attempts):
         registered = {names[kind]: Relation(kind=kind, parts=parts[kind]) for kind in parts}
         return Relations(registered=registered, views=views)
     registered, unions = {}, dict.fromkeys(parts, "")
-    ends = ends_of(first_steps(parts))
     summed = _summed(parts)
     for attempt in attempts:
         own = {kind: _of_attempt(files, attempt) for kind, files in parts.items()}
@@ -113,6 +117,26 @@ def ends_of(firsts: Mapping[int, int]) -> dict[int, int]:
     return found
 
 
+def _with_levels(parts: Parts, ends: Mapping[int, int]) -> Parts:
+    """Return the parts, those of each level completed by finer ones where it has none."""
+
+    def counts(path: Path, steps: int) -> bool:
+        end = ends.get(attempt_of(path))
+        if end is None:
+            return True
+        found = range_in([path], "first_step")
+        return found is not None and found[1] + steps <= _window_of(end)
+
+    stored = {n: parts[stored_name(n)] for n in range(1, len(parts)) if stored_name(n) in parts}
+    complete = {
+        stored_name(level): coarse_summaries(
+            parts["stored_summaries"], stored, level=level, may_use=counts
+        )
+        for level in stored
+    }
+    return parts | complete
+
+
 def _of_attempt(files: Iterable[Path], attempt: int) -> list[Path]:
     return [path for path in files if attempt_of(path) == attempt]
 
@@ -126,7 +150,7 @@ def _summed(parts: Parts) -> list[Path]:
 def _until(kind: str, end: int | None) -> str:
     if end is None or kind == "sites":
         return ""
-    if kind == "stored_summaries":
+    if kind.startswith("stored_summaries"):  # a coarser one is not taken if it goes beyond
         return f" WHERE first_step < {_window_of(end)}"
     return f" WHERE step < {end}"
 

@@ -216,6 +216,19 @@ VIEWS: Mapping[str, pa.Schema] = {
             _count("sqnr_steps", "rows of casts with a finite sqnr_db"),
             _later("uncounted", "rows of casts whose elements were not counted"),
             _later("undecided", "of these, rows of which nobody knows whether they clamped"),
+            column(
+                "sqnr_row_median_db_min",
+                pa.float64(),
+                "smallest sqnr_row_median_db, decibel; null where none was measured, and in older "
+                "logs",
+                nullable=True,
+            ),
+            column(
+                "sqnr_row_steps",
+                pa.int64(),
+                "rows of casts with an sqnr_row_median_db, count; null in older logs: not known",
+                nullable=True,
+            ),
         ]
     ),
     "amaxes": pa.schema(

@@ -36,16 +36,27 @@ def summary_sql(casts: str) -> str:
             avg(sqnr_db) FILTER (isfinite(sqnr_db)) AS sqnr_db_mean,
             count(*) FILTER (isfinite(sqnr_db)) AS sqnr_steps,
             count(*) FILTER (elements IS NULL) AS uncounted,
-            count(*) FILTER ({UNDECIDED_SQL}) AS undecided
+            count(*) FILTER ({UNDECIDED_SQL}) AS undecided,
+            min(sqnr_row_median_db) AS sqnr_row_median_db_min,
+            count(sqnr_row_median_db) AS sqnr_row_steps
         FROM {casts} GROUP BY ALL"""
 
 
 def merged_sql(summaries: str) -> str:
     """Return the query that makes one row of those of a window, rank and site."""
+    return _merged_sql(summaries, "first_step")
+
+
+def coarser_sql(summaries: str, steps: int) -> str:
+    """Return the same of windows of so many steps, a multiple of those that there are."""
+    return _merged_sql(summaries, _window("first_step", steps))
+
+
+def _merged_sql(summaries: str, window: str) -> str:
     counts = ("steps", *_COUNTS, "clamped")
     totals = ", ".join(f"{_total(name)} AS {name}" for name in counts)
     return f"""
-        SELECT first_step, rank, site, {totals},
+        SELECT {window} AS first_step, rank, site, {totals},
             max(amax_max) AS amax_max,
             sum(amax_mean * steps) / sum(steps) FILTER (amax_mean IS NOT NULL) AS amax_mean,
             max(scaled_amax_max) AS scaled_amax_max,
@@ -58,14 +69,17 @@ def merged_sql(summaries: str) -> str:
             sum(sqnr_db_mean * sqnr_steps) / nullif(sum(sqnr_steps), 0) AS sqnr_db_mean,
             {_total("sqnr_steps")} AS sqnr_steps,
             coalesce(sum(uncounted), 0)::BIGINT AS uncounted,
-            coalesce(sum(undecided), 0)::BIGINT AS undecided
+            coalesce(sum(undecided), 0)::BIGINT AS undecided,
+            min(sqnr_row_median_db_min) AS sqnr_row_median_db_min,
+            CASE WHEN bool_and(sqnr_row_steps IS NOT NULL) THEN sum(sqnr_row_steps)::BIGINT END
+                AS sqnr_row_steps
         FROM {summaries} GROUP BY ALL"""
 
 
-def _window(step: str) -> str:
+def _window(step: str, steps: int = SUMMARY_STEPS) -> str:
     """Round a step down to its window, steps below 0 too; the last ones of int64 stay in it."""
-    below = f"CASE WHEN {step} % {SUMMARY_STEPS} < 0 AND {step} > {_INT64[0] + SUMMARY_STEPS}"
-    return f"({step} - {step} % {SUMMARY_STEPS} - {below} THEN {SUMMARY_STEPS} ELSE 0 END)"
+    below = f"CASE WHEN {step} % {steps} < 0 AND {step} > {_INT64[0] + steps}"
+    return f"({step} - {step} % {steps} - {below} THEN {steps} ELSE 0 END)"
 
 
 def _total(count: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from unclamp.runlog.schema import SUMMARY_STEPS
+from unclamp.runlog.levels import level_for, stored_name, window_steps
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.runlog.summary import summary_sql
 from unclamp.totals import CLAMPED_SQL, SCALED_AMAX_SQL, UNDECIDED_SQL, SiteTotals, overshoot, share
@@ -23,9 +23,7 @@ MOST_WINDOWS = 300
 LONG_STEPS, LONG_ROWS = 2_000, 2_000_000
 """Runs of more steps, or of more rows of `casts`, are read from their summaries."""
 
-_SUMMARIES = f"(FROM stored_summaries UNION ALL BY NAME {summary_sql('casts_without_summary')})"
-"""What the view `summaries` adds up a row per window. Windows here are wider and added up once
-more, so the first sum would be made for nothing; it takes longer than all else on a page."""
+_UNSUMMED = summary_sql("casts_without_summary")
 _SUMS = ", ".join(
     f"{over_ranks(f'sum({name})')}::BIGINT AS {name}"
     for name in ("microsteps", "elements", "saturated", "underflowed", "nonfinite", "recast")
@@ -41,7 +39,9 @@ _FROM_CASTS = f"""
     max_by(step, (saturated_error, ~step)) FILTER (saturated_error > 0) AS worst_step,
     min(sqnr_db) AS sqnr_db_min,
     {over_ranks("sum(sqnr_db)", "isfinite(sqnr_db)")} AS sqnr_db_sum,
-    {over_ranks("count(*)", "isfinite(sqnr_db)")} AS sqnr_steps"""
+    {over_ranks("count(*)", "isfinite(sqnr_db)")} AS sqnr_steps,
+    min(sqnr_row_median_db) AS sqnr_row_median_db_min,
+    count(sqnr_row_median_db) AS sqnr_row_steps"""
 _FROM_SUMMARIES = f"""
     {over_ranks("sum(steps)")}::BIGINT AS steps, {over_ranks("sum(clamped)")}::BIGINT AS clamped,
     {over_ranks("sum(uncounted)")}::BIGINT AS uncounted,
@@ -53,7 +53,10 @@ _FROM_SUMMARIES = f"""
     max_by(worst_step, (saturated_error_max, ~worst_step)) FILTER (saturated_error_max > 0)
         AS worst_step,
     min(sqnr_db_min) AS sqnr_db_min, {over_ranks("sum(sqnr_db_mean * sqnr_steps)")} AS sqnr_db_sum,
-    {over_ranks("sum(sqnr_steps)")}::BIGINT AS sqnr_steps"""
+    {over_ranks("sum(sqnr_steps)")}::BIGINT AS sqnr_steps,
+    min(sqnr_row_median_db_min) AS sqnr_row_median_db_min,
+    CASE WHEN bool_and(sqnr_row_steps IS NOT NULL) THEN sum(sqnr_row_steps)::BIGINT END
+        AS sqnr_row_steps"""
 _FIELDS = {
     "rows": "steps",
     "casts": "microsteps",
@@ -83,12 +86,14 @@ class Cut:
         size: Steps a window.
         count: Windows; 0 in a run without casts.
         from_summaries: Whether they are read from summaries and not from `casts`.
+        level: How coarse these are (`unclamp.runlog.levels`).
     """
 
     first: int
     size: int
     count: int
     from_summaries: bool
+    level: int = 0
 
     @property
     def steps(self) -> list[int]:
@@ -173,17 +178,33 @@ class Source(NamedTuple):
 
 def source_of(cut: Cut) -> Source:
     """Return what the windows of a cut are read from."""
-    step, table = ("first_step", _SUMMARIES) if cut.from_summaries else ("step", "casts")
+    # The view `summaries` adds up a row per window. Windows here are wider and added up once more,
+    # so the first sum would be made for nothing; it takes longer than all else on a page.
+    summaries = f"(FROM {stored_name(cut.level)} UNION ALL BY NAME {_UNSUMMED})"
+    step, table = ("first_step", summaries) if cut.from_summaries else ("step", "casts")
     last = max(0, cut.count - 1)
     cell = f"least(greatest(({step} - {cut.first}) // {cut.size}, 0), {last})"
     return Source(table=table, cell=cell)
 
 
 def read_windows(
-    sql: Callable[[str], pa.Table], *, sites: list[SiteInfo], most: int = MOST_WINDOWS
+    sql: Callable[[str], pa.Table],
+    *,
+    sites: list[SiteInfo],
+    most: int = MOST_WINDOWS,
+    coarsest: int = 0,
+    is_thinned: bool = False,
 ) -> Windows:
-    """Return a run's windows, through the `sql` of its log."""
-    cut = _cut(sql, most)
+    """Return a run's windows, through the `sql` of its log.
+
+    Args:
+        sql: Answers a query.
+        sites: The names of the log's sites, in order.
+        most: Windows at most.
+        coarsest: The highest level of summaries that the log has.
+        is_thinned: Whether `casts` lacks rows that only summaries tell of.
+    """
+    cut = _cut(sql, most, coarsest=coarsest, is_thinned=is_thinned)
     source = source_of(cut)
     sums = _FROM_SUMMARIES if cut.from_summaries else _FROM_CASTS
     rows = sql(
@@ -251,16 +272,30 @@ def _settled(total: float) -> float:
     return float(f"{total:.9g}")
 
 
-def _cut(sql: Callable[[str], pa.Table], most: int) -> Cut:
+def _cut(
+    sql: Callable[[str], pa.Table], most: int, *, coarsest: int = 0, is_thinned: bool = False
+) -> Cut:
     span = _span(sql, "steps") or _span(sql, "casts")
     first, last = span or (0, -1)
-    (casts,) = sql("SELECT count(*) AS casts FROM casts")["casts"].to_pylist()
-    is_long = last - first >= LONG_STEPS or casts > LONG_ROWS
-    unit = SUMMARY_STEPS if is_long else 1
+    is_long = is_thinned or last - first >= LONG_STEPS or has_more_casts(sql, LONG_ROWS)
+    level = level_for(last + 1 - first, most=most, coarsest=coarsest) if is_long else 0
+    unit = window_steps(level) if is_long else 1
     first -= first % unit
     units = -(-(last + 1 - first) // unit)
     size = max(1, -(-units // most)) * unit
-    return Cut(first=first, size=size, count=-(-units * unit // size), from_summaries=is_long)
+    return Cut(
+        first=first,
+        size=size,
+        count=-(-units * unit // size),
+        from_summaries=is_long,
+        level=level,
+    )
+
+
+def has_more_casts(sql: Callable[[str], pa.Table], rows: int) -> bool:
+    """Return whether `casts` has more rows than so many; of a long log not all are counted."""
+    (found,) = sql(f"SELECT count(*) AS n FROM (SELECT 1 FROM casts LIMIT {rows + 1})")["n"]
+    return found.as_py() > rows
 
 
 def _span(sql: Callable[[str], pa.Table], table: str) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from unclamp.runlog import RunLog
+from unclamp.runlog import RunLog, thinned_words
 from unclamp.runlog.sites import COMPUTED_SQL
 from unclamp.scaling import Scaling
 from unclamp.totals import CLAMPED_SQL
@@ -36,6 +36,12 @@ def find_limits(
         said.append(
             "Between the steps of the cadence only clamped casts were recorded: the others' "
             "amaxes are missing, so clamping is overstated there."
+        )
+    if (thinned := thinned_words(header.thinned)) is not None:
+        said.append(
+            f"{thinned} What is counted here is of the rows that are left; there amaxes between "
+            "kept steps are those of clamped casts alone, so that clamping under a policy with a "
+            "history is overstated."
         )
     if facts["merged"]:
         said.append(
