@@ -13,7 +13,7 @@ from unclamp.analysis.reading import Reading
 from unclamp.analysis.shares import gone
 from unclamp.names import ROLES, SiteName
 from unclamp.runlog import RunLog
-from unclamp.totals import CLAMPED_SQL, LOST_SQL
+from unclamp.totals import CLAMPED_SQL, LOOK_FIRST_SQL, LOST_SQL
 from unclamp.written import counted
 
 Stop = Literal[
@@ -240,13 +240,15 @@ def clamped_before(run: Path, step: int) -> Clamped:
             f"SELECT fqn, role, max(step) AS last, max({LOST_SQL}) AS error, "
             f"arg_max(step, {LOST_SQL}) AS hardest FROM casts "
             f"JOIN ({_COMPUTED}) USING (site, rank) "
-            f"WHERE {CLAMPED_SQL} AND step < $step GROUP BY ALL ORDER BY error DESC, fqn, role",
+            f"WHERE {LOOK_FIRST_SQL} AND {CLAMPED_SQL} AND step < $step "
+            "GROUP BY ALL ORDER BY error DESC, fqn, role",
             step=step,
         ).to_pylist()
         (logged,) = log.sql("SELECT min(step) AS first FROM steps").to_pylist()
         (total,) = log.sql(
             "SELECT count(DISTINCT step) AS steps FROM casts "
-            f"SEMI JOIN ({_COMPUTED}) USING (site, rank) WHERE {CLAMPED_SQL} AND step < $step",
+            f"SEMI JOIN ({_COMPUTED}) USING (site, rank) WHERE {LOOK_FIRST_SQL} AND {CLAMPED_SQL} "
+            "AND step < $step",
             step=step,
         ).to_pylist()
     sites = [SiteName.from_dict({"fqn": row["fqn"], "role": row["role"]}) for row in rows]

@@ -24,14 +24,14 @@ MOST_SITES = 3
 
 _STEPS = f"""
     WITH places AS MATERIALIZED (SELECT rank, site, role, place FROM ({COMPUTED_SQL})),
+    own_casts AS ($own),
     own AS (
         SELECT place, step, max(saturated) > 0 AS has_clamped,
             bool_and(saturated = 0 OR price_clamp IS NOT NULL) AS is_known,
             sum(CASE WHEN saturated = 0 THEN 0 ELSE price_clamp END) / count(*) AS clamp,
             bool_and(price_rounding IS NOT NULL) AS has_rounding,
             sum(price_rounding) / count(*) AS rounding
-        FROM casts JOIN places USING (rank, site) WHERE role <> 'grad_output' $steps
-        GROUP BY place, step
+        FROM own_casts GROUP BY place, step
         HAVING has_clamped OR has_rounding),
     low AS (
         SELECT DISTINCT step FROM casts JOIN places USING (rank, site)
@@ -46,6 +46,19 @@ _STEPS = f"""
         count(*) FILTER (has_rounding) AS rounding_steps,
         coalesce(sum(rounding) FILTER (has_rounding), 0) AS rounding
     FROM own LEFT JOIN low USING (step) GROUP BY place ORDER BY place"""
+_COLUMNS = "place, step, saturated, price_clamp, price_rounding"
+_MARKED = f"""
+    SELECT {_COLUMNS} FROM casts JOIN places USING (rank, site)
+    WHERE role <> 'grad_output' AND saturated > 0 $steps"""
+"""Casts that clamped: with a step to each, few of a log's rows, and read without the others."""
+_ROUNDED = f"""
+    SELECT {_COLUMNS} FROM casts JOIN places USING (rank, site)
+    WHERE role <> 'grad_output' AND price_rounding IS NOT NULL AND saturated = 0 $steps"""
+_OF_ALL_RANKS = f"""
+    SELECT {_COLUMNS} FROM casts JOIN places USING (rank, site)
+    SEMI JOIN (SELECT DISTINCT place, step FROM ({_MARKED} UNION ALL {_ROUNDED}))
+    USING (place, step) WHERE role <> 'grad_output' $steps"""
+"""The same, and what the other ranks cast of these sites in these steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +172,10 @@ def cast_prices(log: RunLog, *, steps: Sequence[int] | None = None) -> Prices:
     """
     asked = "" if steps is None else "AND step IN (SELECT unnest($asked::BIGINT[]))"
     params = {} if steps is None else {"asked": list(steps)}
-    rows = log.sql(_STEPS.replace("$steps", asked), **params).to_pylist()
+    (ranks,) = log.sql("SELECT count(DISTINCT rank) AS n FROM sites")["n"].to_pylist()
+    own = f"{_MARKED} UNION ALL {_ROUNDED}" if ranks < 2 else _OF_ALL_RANKS
+    query = _STEPS.replace("$own", own).replace("$steps", asked)
+    rows = log.sql(query, **params).to_pylist()
     names = [site.name for site in log.computed_sites()]
     sites = [
         SitePrice(

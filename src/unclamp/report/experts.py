@@ -80,6 +80,8 @@ def read_experts(log: RunLog) -> list[ExpertsRow]:
     Raises:
         RunLogError: As `RunLog.sql`.
     """
+    if not any("expert" in site.fqn.lower() for site in log.named_sites()):
+        return []
     span = log.sql(
         "SELECT count(DISTINCT step) AS steps, min(step) AS first, max(step) AS last FROM casts"
     ).to_pylist()[0]

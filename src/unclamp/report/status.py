@@ -10,7 +10,7 @@ from typing import get_args
 
 from unclamp.errors import RunLogError
 from unclamp.names import shown
-from unclamp.runlog import OUTSIDE_EVENT, UNCAST_EVENT, RunLog, Status
+from unclamp.runlog import OUTSIDE_EVENT, UNCAST_EVENT, RunLog, Status, thinned_words
 from unclamp.written import counted, listed
 
 QUIET_S = 60.0

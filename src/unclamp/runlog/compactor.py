@@ -2,9 +2,9 @@
 
 A flush leaves a part per table, which over weeks makes a million files. Whenever a level holds
 `FAN_IN` parts of a table they become one part of the next level; a part of `FULL_ROWS` rows is
-full and stays. Merged casts are ordered by site, then step, so that one site is read from a few
-row groups, and get a summary (`unclamp.runlog.summary`) that is exact for them. Those of full parts
-are added up to coarser ones (`unclamp.runlog.levels`).
+full and stays. Merged casts are ordered (`in_reading_order`), so that one site, or what clamped, is
+read from a few row groups. They get a summary (`unclamp.runlog.summary`) that is exact for them;
+those of full parts are added up to coarser ones (`unclamp.runlog.levels`).
 
 The order of a merge makes it safe to die in: the summary appears, then the merged part, then the
 parts in it go. Readers leave out parts that lie inside another one. A merge that fails costs no
@@ -26,7 +26,7 @@ import duckdb
 import pyarrow as pa
 
 from unclamp.runlog.levels import SUMMARIES, LevelWriter, query_arrow
-from unclamp.runlog.parts import PartName, read_parts, sync_folder, write_part
+from unclamp.runlog.parts import PartName, in_reading_order, read_parts, sync_folder, write_part
 from unclamp.runlog.schema import TABLES
 from unclamp.runlog.summary import summary_sql
 from unclamp.worker import Worker
@@ -149,9 +149,11 @@ class Compactor:
         if table == "casts":
             write_part(self._path / SUMMARIES / str(name), self._summarise(rows))
             self._check_time()
-            rows = rows.sort_by([("site", "ascending"), ("step", "ascending")])  # stable
+            tables = in_reading_order(rows)
             self._check_time()
-        write_part(folder / str(name), rows)
+        else:
+            tables = [rows]
+        write_part(folder / str(name), *tables)
         sync_folder(folder)
         for part in parts:
             _remove(folder / str(part.name))

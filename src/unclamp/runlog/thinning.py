@@ -33,7 +33,14 @@ from unclamp.runlog.folder import read_json, write_header
 from unclamp.runlog.header import SCHEMA_VERSION
 from unclamp.runlog.keeping import Keep, Thinned
 from unclamp.runlog.levels import SUMMARIES, LevelWriter, find_levels, query_arrow, remove_levels
-from unclamp.runlog.parts import PartName, parts_that_count, read_parts, sync_folder, write_part
+from unclamp.runlog.parts import (
+    PartName,
+    in_reading_order,
+    parts_that_count,
+    read_parts,
+    sync_folder,
+    write_part,
+)
 from unclamp.runlog.rows_to_keep import RowsToKeep, rows_to_keep
 from unclamp.runlog.schema import TABLES, VIEWS
 from unclamp.runlog.summary import merged_sql, summary_sql
@@ -251,12 +258,11 @@ class _Pass:
         last = group[-1].name.last
         name = str(replace(group[0].name, last=last, is_merged=True, thinned=thinned))
         rows = pa.concat_tables([part.rows for part in group])
-        rows = rows.sort_by([("site", "ascending"), ("step", "ascending")])  # stable
         summaries = pa.concat_tables([part.summary for part in group])
         staging = self._path / STAGING
         summary = query_arrow(self._connection, "finer", summaries, merged_sql("finer"))
         write_part(staging / SUMMARIES / name, summary)
-        write_part(staging / _CASTS / name, rows)
+        write_part(staging / _CASTS / name, *in_reading_order(rows))
         self._staged += 1
 
     def _commit(self) -> None:
