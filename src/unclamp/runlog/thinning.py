@@ -215,11 +215,11 @@ class _Pass:
         has_summary = name.is_merged and stored.exists()
         if name.thinned and not has_summary:
             return None  # nothing else knows what it had
-        if name.is_merged and has_summary and self._rows.keeps_all_of(path):
-            count, steps = self._rows.extent(path)
-            self._count(count, count, steps, steps)
-            return None
         try:
+            if name.is_merged and has_summary and self._rows.keeps_all_of(path):
+                count, steps = self._rows.extent(path)
+                self._count(count, count, steps, steps)
+                return None
             rows = filled(read_parts([path]), TABLES[_CASTS])
         except UNREADABLE:
             if find_damaged([path]):
