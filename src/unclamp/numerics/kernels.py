@@ -37,8 +37,6 @@ CHUNK = 1024
 """Elements worked on at a time; the arrays of them fit the first-level cache."""
 TASK = 512 * CHUNK
 """Elements a thread takes at a time."""
-_RUN = 32
-"""Elements that a loop of fixed length takes, in blocks of a multiple of them (MX)."""
 
 AMAX, SATURATED, UNDERFLOWED, NONFINITE, COUNTS = range(5)
 SQUARE, SATURATED_SQUARE, SUMS = range(3)
@@ -103,34 +101,33 @@ def load(halves: Any, kind: int, count: int, bits: Any) -> None:
 
 
 @kernel
+def _fill(target: Any, value: Any) -> None:
+    for i in range(len(target)):
+        target[i] = value
+
+
+@kernel
 def _spread(
     scales: Any, invs: Any, first: int, count: int, along: int, scale: Any, inv: Any
 ) -> None:
-    """Spread what a row of blocks has over the elements `first` to `first + count`."""
+    """Spread what a row of blocks has over the elements `first` to `first + count`.
+
+    Loops start at 0: numba takes an index that may be negative to count from the end, and LLVM
+    makes no vector instructions of that.
+    """
     if along == 1:
+        one, other = scales[first : first + count], invs[first : first + count]
         for i in range(count):
-            scale[i] = scales[first + i]
-            inv[i] = invs[first + i]
+            scale[i] = one[i]
+            inv[i] = other[i]
         return
     block = first // along
     left = along - first % along
-    if along % _RUN == 0 and first % _RUN == 0:
-        for start in range(0, count, _RUN):  # the last may go past `count`, within a chunk
-            one, other = scales[block], invs[block]
-            for i in range(start, start + _RUN):
-                scale[i] = one
-                inv[i] = other
-            left -= _RUN
-            if left == 0:
-                left = along
-                block += 1
-        return
     done = 0
     while done < count:
         stop = min(count, done + left)
-        for i in range(done, stop):
-            scale[i] = scales[block]
-            inv[i] = invs[block]
+        _fill(scale[done:stop], scales[block])
+        _fill(inv[done:stop], invs[block])
         done, left = stop, along
         block += 1
 
@@ -282,15 +279,15 @@ def cast_row(
 
 
 @kernel
-def _largest(bits: Any, first: int, stop: int) -> Any:
+def _largest(bits: Any) -> Any:
     """Return the bits of the largest |x| that is finite, 0 without one."""
     top = np.int32(0)
-    for i in range(first, stop):
+    for i in range(len(bits)):
         top = max(top, np.int32(bits[i] & _ABS))
     if top < _INF:
         return top
     top = np.int32(0)
-    for i in range(first, stop):
+    for i in range(len(bits)):
         size = np.int32(bits[i] & _ABS)
         top = max(top, size if size < _INF else np.int32(0))
     return top
@@ -300,21 +297,17 @@ def _largest(bits: Any, first: int, stop: int) -> Any:
 def _raise(bits: Any, count: int, first: int, along: int, amax: Any) -> None:
     """Raise the amaxes of a row of blocks by the elements `first` to `first + count`."""
     if along == 1:
+        amax = amax[first : first + count]
         for i in range(count):
             size = np.int32(bits[i] & _ABS)
-            amax[first + i] = max(amax[first + i], size if size < _INF else np.int32(0))
+            amax[i] = max(amax[i], size if size < _INF else np.int32(0))
         return
     block = first // along
     left = along - first % along
     done = 0
-    if along == _RUN and left == _RUN:
-        for done in range(0, count - _RUN + 1, _RUN):
-            amax[block] = max(amax[block], _largest(bits, done, done + _RUN))
-            block += 1
-        done = count - count % _RUN
     while done < count:
         stop = min(count, done + left)
-        amax[block] = max(amax[block], _largest(bits, done, stop))
+        amax[block] = max(amax[block], _largest(bits[done:stop]))
         done, left = stop, along
         block += 1
 
