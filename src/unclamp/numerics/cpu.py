@@ -7,20 +7,18 @@ within 1e-6 of each other. A tensor is cut into tasks of fixed size whose sums a
 so that nothing depends on the number of threads.
 """
 
-import ctypes
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unclamp.formats import E4M3FN, Format
-from unclamp.numerics.blocks import block_grid, orient
+from unclamp.numerics.blocks import orient
 from unclamp.numerics.compiled import run
 from unclamp.numerics.kernels import (
     AMAX,
-    CHUNK,
     COUNTS,
     KINDS,
     NONFINITE,
@@ -36,10 +34,11 @@ from unclamp.numerics.kernels import (
 from unclamp.numerics.layout import layout
 from unclamp.numerics.looks import EXPONENTS, MAGNITUDES, look_at
 from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
-from unclamp.numerics.scale import check_scale
+from unclamp.numerics.scale import check_scale, choose_scale, scale_from_amax
 from unclamp.numerics.stats import Stat, merged_stats
-from unclamp.numerics.tiles import cast_tiles
-from unclamp.numerics.whole import amax_at, cast_at, decode_at, merge_at
+from unclamp.numerics.tiles import TALL, amax_at, cast_tiles
+from unclamp.numerics.whole import cast_at, decode_at, merge_at
+from unclamp.scaling import Block
 
 CPU = torch.device("cpu")
 """Said each time: a user may have made another device the default, and addresses go out."""
@@ -116,11 +115,8 @@ def _in_tasks(
 
     used, guard = 0.0 if scale is None else float(scale), plan.guard
     if not used > 0:
-        parts = run([
-            (amax_at, data.data_ptr() + start * width, min(TASK, count - start), kind)
-            for start in starts
-        ])  # fmt: skip
-        used = float(own_scale(np.float32(max(parts)), plan.largest, plan.power_of_two))
+        tops = _amaxes(data, [(start, 1, min(TASK, count - start)) for start in starts], TASK)
+        used = float(own_scale(tops.max(), plan.largest, plan.power_of_two))
         guard = False
     made = cast_with(used)
     amax = np.float32(made[Stat.AMAX])
@@ -139,35 +135,30 @@ def _by_block(
     oriented = orient(x.detach(), axis)  # raises for an axis that is not there
     transposed = x.ndim == 2 and axis in (0, -2)
     data = x.detach().resolve_neg().contiguous()
-    rows, columns = oriented.shape
-    grid = block_grid(rows, columns, plan.granularity.block)
-    across, along = (
-        size if block is None else block
-        for size, block in zip(oriented.shape, plan.granularity.block, strict=True)
-    )
-    if transposed:
-        rows, columns, across, along, grid = columns, rows, along, across, grid[::-1]
-    given = _given(scale, grid, transposed=transposed)
+    blocks = _blocks(oriented.shape, plan.granularity.block, transposed=transposed)
+    given = _given(scale, blocks, transposed=transposed)
     dtype = torch_dtype(plan.format)
     if out is None:
         codes = torch.empty(x.shape, dtype=dtype, device=CPU)
     else:
         codes = out.view(x.shape).view(dtype)
-    amax = torch.zeros(grid, dtype=torch.float32, device=CPU)
+    amax = torch.zeros(blocks.grid, dtype=torch.float32, device=CPU)
     used, inv = torch.empty_like(amax), torch.empty_like(amax)
-    tasks = _tasks(rows, columns, across, along)
+    is_measured = blocks.across > TALL
+    recast = is_measured and _measure(data, plan, given, blocks, amax=amax, used=used, inv=inv)
+    tasks = _tasks(blocks, whole=1 if is_measured else blocks.across)
     counts, sums = np.zeros((len(tasks), COUNTS), np.int64), np.zeros((len(tasks), SUMS))
-    recast = run([
+    passed = run([
         (
-            cast_tiles, data.data_ptr(), KINDS[x.dtype], rows, columns, across, along,
+            cast_tiles, data.data_ptr(), KINDS[x.dtype], *blocks,
             0 if given is None else given.data_ptr(), NUMBER[plan.format.name], plan.largest,
             plan.power_of_two, plan.guard, codes.data_ptr(),
             0 if values is None else values.data_ptr(), amax.data_ptr(), used.data_ptr(),
-            inv.data_ptr(), *(array.ctypes.data for array in out), *task,
+            inv.data_ptr(), *(array.ctypes.data for array in out), is_measured, *task,
         )
         for task, *out in zip(tasks, counts, sums, strict=True)
     ])  # fmt: skip
-    stats = _stats(counts, sums, x.numel(), float(inv.max()), recast=any(recast))
+    stats = _stats(counts, sums, x.numel(), float(inv.max()), recast=recast or any(passed))
     if transposed:
         amax, inv = amax.t(), inv.t()
     return Quantized(
@@ -181,13 +172,76 @@ def _by_block(
     )
 
 
-def _given(
-    scale: Tensor | None, grid: tuple[int, int], *, transposed: bool
-) -> Tensor | None:
+class Blocks(NamedTuple):
+    """A row-major matrix and the blocks of it that share a scale, in elements of memory."""
+
+    rows: int
+    columns: int
+    across: int
+    along: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks down and along."""
+        return -(-self.rows // self.across), -(-self.columns // self.along)
+
+
+def _blocks(shape: torch.Size, block: Block, *, transposed: bool) -> Blocks:
+    """Return the blocks of an oriented matrix as they lie in memory."""
+    rows, columns = shape
+    across, along = (
+        size if length is None else length for size, length in zip(shape, block, strict=True)
+    )
+    if transposed:
+        return Blocks(columns, rows, along, across)
+    return Blocks(rows, columns, across, along)
+
+
+def _measure(
+    data: Tensor, plan: CastPlan, given: Tensor | None, blocks: Blocks, *,
+    amax: Tensor, used: Tensor, inv: Tensor,
+) -> bool:  # fmt: skip
+    """Fill in amaxes, scales and their inverses; return whether a guard has passed over some."""
+    step = max(TASK // blocks.columns, 1)
+    tasks, firsts = [], []
+    for top in range(0, blocks.rows, blocks.across):
+        bottom = min(top + blocks.across, blocks.rows)
+        firsts.append(len(tasks))
+        tasks += [
+            (row * blocks.columns, min(step, bottom - row), blocks.columns)
+            for row in range(top, bottom, step)
+        ]
+    tops = np.maximum.reduceat(_amaxes(data, tasks, blocks.along), firsts)
+    amax.copy_(torch.from_numpy(tops))
+    own = scale_from_amax(amax, plan.largest, power_of_two=plan.power_of_two)
+    limit = plan.format.overflow_limit if plan.guard else torch.inf
+    chosen, recast = choose_scale(given, own, amax, limit)
+    used.copy_(chosen)
+    torch.reciprocal(used, out=inv)
+    return bool(recast)
+
+
+def _amaxes(data: Tensor, pieces: list[tuple[int, int, int]], along: int) -> np.ndarray:
+    """Return the amaxes of pieces, each a row of blocks: float32 `[pieces, blocks]`.
+
+    A piece is where it starts in memory, in elements, its rows and its columns.
+    """
+    tops = np.zeros((len(pieces), -(-pieces[0][2] // along)), np.float32)
+    run([
+        (
+            amax_at, data.data_ptr() + start * data.element_size(), KINDS[data.dtype], *shape,
+            along, part.ctypes.data,
+        )
+        for (start, *shape), part in zip(pieces, tops, strict=True)
+    ])  # fmt: skip
+    return tops
+
+
+def _given(scale: Tensor | None, blocks: Blocks, *, transposed: bool) -> Tensor | None:
     """Return given scales as the kernel wants them, one for each block as it lies in memory."""
     if scale is None:
         return None
-    check_scale(scale, torch.Size(grid[::-1] if transposed else grid))
+    check_scale(scale, torch.Size(blocks.grid[::-1] if transposed else blocks.grid))
     scale = scale.detach().to(CPU, torch.float32)
     return (scale.t() if transposed else scale).contiguous()
 
@@ -274,15 +328,16 @@ def decode_table(fmt: Format) -> np.ndarray:
     return np.array([fmt.decode(code) for code in range(256)], np.float32)
 
 
-def _tasks(rows: int, columns: int, across: int, along: int) -> list[tuple[int, int, int, int]]:
-    """Cut a matrix into ranges of rows and of columns, of about `TASK` elements and whole blocks.
+def _tasks(blocks: Blocks, *, whole: int) -> list[tuple[int, int, int, int]]:
+    """Cut a matrix into ranges of rows and of columns of about `TASK` elements.
 
-    A matrix of one row of blocks is cut by columns.
+    `whole` rows stay together; a matrix of one group of rows is cut by columns between blocks.
     """
-    if rows <= across:
-        step = max(TASK // rows // along, 1) * along
+    rows, columns = blocks.rows, blocks.columns
+    if rows <= whole:
+        step = max(TASK // rows // blocks.along, 1) * blocks.along
         return [(0, rows, c, min(c + step, columns)) for c in range(0, columns, step)]
-    step = max(TASK // columns // across, 1) * across
+    step = max(TASK // columns // whole, 1) * whole
     return [(r, min(r + step, rows), 0, columns) for r in range(0, rows, step)]
 
 

@@ -8,9 +8,10 @@ vector instructions (numba), makes codes, values, amax and the count of what van
     t = s + c, q = t - c                          the adder rounds to the format's mantissa
     code = bits of t - bits of c + binades above the first * 2**mantissa
 
-Where the largest s is beyond the limit, or NaN, the chunk's counts and sums are made anew with care;
-most chunks have no such element. A loop holds int32 and float32 only: one float64 among them would
-halve how many elements an instruction takes, and so squares are summed in a loop of their own.
+Where the largest s is beyond the limit, or NaN, the chunk's counts and sums are made anew with
+care; most chunks have no such element. A loop holds int32 and float32 only: one float64 among them
+would halve how many elements an instruction takes, and so squares are summed in a loop of their
+own.
 
 Arrays of users come as addresses and everything else as whole numbers, so that each kernel is
 compiled for one signature. `unclamp.numerics.cpu` cuts tensors into ranges for these, and says
@@ -178,9 +179,7 @@ def _without_negative_zero(codes: Any, values: Any, count: int) -> None:
 
 
 @kernel
-def _with_nan(
-    bits: Any, scale: Any, fmt: Layout, codes: Any, values: Any, count: int
-) -> None:
+def _with_nan(bits: Any, scale: Any, fmt: Layout, codes: Any, values: Any, count: int) -> None:
     """Mend what `_cast` made of elements that are NaN when scaled."""
     for i in range(count):
         if as_bits(as_float(np.int32(bits[i] & _ABS)) * scale[i]) > _INF:

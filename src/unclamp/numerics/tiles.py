@@ -1,4 +1,8 @@
-"""Blocks with a scale each: amaxes, scales and codes of some blocks in one visit to memory."""
+"""Blocks with a scale each: amaxes, scales and codes of some blocks in one visit to memory.
+
+What is visited at once is about a task and not what fits the second-level cache: reading short
+pieces of rows that lie a power of two apart costs more than the third level does.
+"""
 
 from typing import Any
 
@@ -10,6 +14,7 @@ from unclamp.numerics.kernels import (
     COUNTS,
     SUMS,
     TABLE,
+    TASK,
     amax_row,
     as_float,
     cast_row,
@@ -18,10 +23,11 @@ from unclamp.numerics.kernels import (
     pointer,
 )
 
-_TILE = 32 * CHUNK
-"""Elements, about, that are measured and then cast while they are in the second-level cache."""
-_NARROW = 256
-"""Columns, at least, of such a tile: rows of a few elements would be all overhead."""
+TALL = 512
+"""Rows of a block, from beyond which on blocks are measured and cast in two visits to memory.
+
+Fewer columns at a time would keep a tile in the cache, and wait for a page of memory every row.
+"""
 
 
 @kernel
@@ -48,13 +54,13 @@ def cast_tiles(
     x_at: int, kind: int, rows: int, columns: int, across: int, along: int, given_at: int,
     number: int, largest: float, power_of_two: bool, guard: bool, codes_at: int, values_at: int,
     amax_at: int, scales_at: int, invs_at: int, counts_at: int, sums_at: int,
-    top: int, bottom: int, left: int, right: int,
+    is_measured: bool, top: int, bottom: int, left: int, right: int,
 ) -> bool:  # fmt: skip
-    """Cast rows `top` to `bottom` and columns `left` to `right`, which cut no block.
+    """Cast rows `top` to `bottom` and columns `left` to `right` of a row-major matrix.
 
-    The matrix is row-major; `given_at` and `values_at` are 0 where there are none; amaxes, bits of
-    float32 that start as 0, scales and their inverses have one a block. Return whether a guarded
-    block has taken its own scale.
+    `given_at` and `values_at` are 0 where there are none; amaxes, bits of float32 that start as 0,
+    scales and their inverses have one a block. Unless these are there already (`is_measured`), the
+    ranges cut no block. Return whether a guarded block has taken its own scale.
     """
     fmt = TABLE[number]
     limit = fmt.limit if guard else np.float32(np.inf)
@@ -69,23 +75,34 @@ def cast_tiles(
     counts = carray(pointer(counts_at), COUNTS, dtype=np.int64)
     sums = carray(pointer(sums_at), SUMS, dtype=np.float64)
     work = np.empty((4, CHUNK), np.float32)
-    step = along * max(1, _TILE // (across * along), _NARROW // along)
-    recast = False
-    for first in range(top, bottom, across):
-        last, group = min(first + across, rows), first // across
+    step = columns if is_measured else along * max(1, TASK // (across * along))
+    recast, first = False, top
+    while first < bottom:
+        group = first // across
+        last = min((group + 1) * across, bottom)
         for begin in range(left, right, step):
             count = min(step, right - begin)
-            for row in range(first, last):
-                amax_row(
-                    x_at, kind, row * columns + begin, count, begin, along, amax[group], work
-                )
-            recast |= _choose(
-                amax[group], given[group], scales[group], invs[group], begin // along,
-                -(-(begin + count) // along), limit, largest, power_of_two,
-            )  # fmt: skip
+            if not is_measured:
+                for row in range(first, last):
+                    at = row * columns + begin
+                    amax_row(x_at, kind, at, count, begin, along, amax[group], work)
+                recast |= _choose(
+                    amax[group], given[group], scales[group], invs[group], begin // along,
+                    -(-(begin + count) // along), limit, largest, power_of_two,
+                )  # fmt: skip
             for row in range(first, last):
                 cast_row(
                     x_at, kind, row * columns + begin, count, scales[group], invs[group], begin,
                     along, fmt, codes, values, counts, sums, work,
                 )  # fmt: skip
+        first = last
     return recast
+
+
+@kernel
+def amax_at(x_at: int, kind: int, rows: int, columns: int, along: int, amax_at: int) -> None:
+    """Put the amaxes of one row of blocks, bits of float32, where zeros are at an address."""
+    amax = carray(pointer(amax_at), -(-columns // along), dtype=np.int32)
+    work = np.empty((4, CHUNK), np.float32)
+    for row in range(rows):
+        amax_row(x_at, kind, row * columns, columns, 0, along, amax, work)

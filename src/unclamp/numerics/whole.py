@@ -41,14 +41,6 @@ _SQUARE, _REMOVED = int(Stat.SQUARE), int(Stat.SATURATED_SQUARE)
 
 
 @kernel
-def amax_at(x_at: int, count: int, kind: int) -> Any:
-    """Return the amax over the finite elements at an address, float32; 0 without one."""
-    amax = np.zeros(1, np.int32)
-    amax_row(x_at, kind, 0, count, 0, count, amax, np.empty((4, CHUNK), np.float32))
-    return as_float(amax[0])
-
-
-@kernel
 def cast_at(
     x_at: int, count: int, kind: int, scale_at: int, number: int, largest: float,
     power_of_two: bool, guard: bool, codes_at: int, values_at: int, stats_at: int, results_at: int,
