@@ -102,15 +102,15 @@ def _announce(folder: str | None) -> None:
         print(f"unclamp: compiling the CPU kernels, about 20 s, {fate}", file=sys.stderr)
 
 
-def run(calls: list[tuple[Any, ...]]) -> None:
-    """Make calls, each a function and its arguments, in as many threads as torch uses."""
+def run(calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Make calls, each a function and its arguments, in as many threads as torch uses.
+
+    Return what they return, in their order.
+    """
     threads = min(torch.get_num_threads(), len(calls))
     if threads <= 1:
-        for function, *arguments in calls:
-            function(*arguments)
-    else:
-        for future in [_pool(threads).submit(*call) for call in calls]:
-            future.result()
+        return [function(*arguments) for function, *arguments in calls]
+    return [future.result() for future in [_pool(threads).submit(*call) for call in calls]]
 
 
 @functools.cache

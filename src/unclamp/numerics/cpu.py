@@ -7,9 +7,8 @@ within 1e-6 of each other. A tensor is cut into tasks of fixed size whose sums a
 so that nothing depends on the number of threads.
 """
 
-import ctypes
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,28 +19,26 @@ from unclamp.numerics.blocks import orient
 from unclamp.numerics.compiled import run
 from unclamp.numerics.kernels import (
     AMAX,
-    CHUNK,
     COUNTS,
-    FLOAT32,
     KINDS,
     NONFINITE,
+    NUMBER,
     SATURATED,
     SATURATED_SQUARE,
     SQUARE,
     SUMS,
     TASK,
     UNDERFLOWED,
-    amax_range,
-    cast_range,
-    decode_range,
-    look_range,
-    look_rows,
+    own_scale,
 )
 from unclamp.numerics.layout import layout
+from unclamp.numerics.looks import EXPONENTS, MAGNITUDES, look_at
 from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
 from unclamp.numerics.scale import check_scale, choose_scale, scale_from_amax
-from unclamp.numerics.stats import Stat
-from unclamp.numerics.whole import NUMBER, cast_at, decode_at, merge_at, own_scale
+from unclamp.numerics.stats import Stat, merged_stats
+from unclamp.numerics.tiles import TALL, amax_at, cast_tiles
+from unclamp.numerics.whole import cast_at, decode_at, merge_at
+from unclamp.scaling import Block
 
 CPU = torch.device("cpu")
 """Said each time: a user may have made another device the default, and addresses go out."""
@@ -96,55 +93,39 @@ def _in_tasks(
     data: Tensor, plan: CastPlan, scale: Tensor | None, *, codes: Tensor, values: Tensor | None,
     stats: Tensor, results: Tensor,
 ) -> None:  # fmt: skip
-    """Do what `whole` does, for a tensor that is cut into tasks for several threads."""
-    blocks = Blocks(1, data.numel(), 1, data.numel())
-    used = np.float32(0.0 if scale is None else float(scale))
-    guard, recast = plan.guard, False
+    """Do what `cast_at` does, for a tensor that is cut into tasks for several threads."""
+    count, kind, width = data.numel(), KINDS[data.dtype], data.element_size()
+    starts = range(0, count, TASK)
+    each = torch.empty(len(starts), len(Stat), dtype=torch.float64, device=CPU)
+    ends = torch.empty(len(starts), 2, dtype=torch.float32, device=CPU)
 
-    def cast_with(used: Any) -> Cast:
-        one = np.full((1, 1), used, np.float32)
-        with np.errstate(divide="ignore", over="ignore"):  # as silent as torch
-            return cast(
-                data,
-                one,
-                np.float32(1) / one,
-                blocks,
-                plan.format,
-                values=values,
-                out=codes.view(torch.uint8),
+    def cast_with(used: float) -> Tensor:
+        one = torch.tensor(used, dtype=torch.float32, device=CPU)
+        run([
+            (
+                cast_at, data.data_ptr() + start * width, min(TASK, count - start), kind,
+                one.data_ptr(), NUMBER[plan.format.name], plan.largest, plan.power_of_two, False,
+                codes.data_ptr() + start,
+                0 if values is None else values.data_ptr() + 4 * start,
+                each[task].data_ptr(), ends[task].data_ptr(),
             )
+            for task, start in enumerate(starts)
+        ])  # fmt: skip
+        return merged_stats(each)
 
+    used, guard = 0.0 if scale is None else float(scale), plan.guard
     if not used > 0:
-        used = own_scale(block_amax(data, blocks)[0, 0], plan.largest, plan.power_of_two)
+        tops = _amaxes(data, [(start, 1, min(TASK, count - start)) for start in starts], TASK)
+        used = float(own_scale(tops.max(), plan.largest, plan.power_of_two))
         guard = False
     made = cast_with(used)
-    if guard and np.float32(made.amax) * used > layout(plan.format).limit:
-        recast = True
-        used = own_scale(np.float32(made.amax), plan.largest, plan.power_of_two)
-        made = cast_with(used)
-    with np.errstate(divide="ignore", over="ignore"):
-        results[0] = float(np.float32(1) / used)
-    results[1] = made.amax if made.nonfinite < data.numel() else -1.0
-    _fill_stats(stats, made, float(results[1]), float(results[0]), recast=recast)
-
-
-def _fill_stats(
-    stats: Tensor, made: "Cast", amax: float, scale_inv: float, *, recast: bool
-) -> None:
-    fields = {
-        Stat.AMAX: amax,
-        Stat.SCALE_INV: scale_inv,
-        Stat.ELEMENTS: made.codes.numel(),
-        Stat.SATURATED: made.saturated,
-        Stat.UNDERFLOWED: made.underflowed,
-        Stat.NONFINITE: made.nonfinite,
-        Stat.RECAST: recast,
-        Stat.SQUARE: made.square,
-        Stat.SATURATED_SQUARE: made.saturated_square,
-        Stat.CASTS: 1,
-    }
-    numbers = [fields[field] for field in Stat]
-    stats.copy_(torch.tensor(numbers, dtype=torch.float64, device=CPU))
+    amax = np.float32(made[Stat.AMAX])
+    if guard and amax * np.float32(used) > layout(plan.format).limit:
+        made = cast_with(float(own_scale(amax, plan.largest, plan.power_of_two)))
+        made[Stat.RECAST] = 1
+    made[Stat.CASTS] = 1
+    stats.copy_(made)
+    results[0], results[1] = ends[0, 0], made[Stat.AMAX]
 
 
 def _by_block(
@@ -153,49 +134,42 @@ def _by_block(
 ) -> Quantized:  # fmt: skip
     oriented = orient(x.detach(), axis)  # raises for an axis that is not there
     transposed = x.ndim == 2 and axis in (0, -2)
-    data = (
-        x.detach()
-        .resolve_neg()
-        .contiguous()
-        .view(oriented.shape[::-1] if transposed else oriented.shape)
-    )
-    across, along = (
-        size if block is None else block
-        for size, block in zip(oriented.shape, plan.granularity.block, strict=True)
-    )
-    rows, columns = data.shape
-    blocks = Blocks(rows, columns, *((along, across) if transposed else (across, along)))
-    amax = torch.from_numpy(block_amax(data, blocks))
-    amax = amax.t() if transposed else amax
-    own = scale_from_amax(amax, plan.largest, power_of_two=plan.power_of_two)
-    limit = plan.format.overflow_limit if plan.guard else torch.inf
-    used, recast = choose_scale(scale, own, amax, limit)
-    inv = used.reciprocal()
-    scales, invs = ((t.t() if transposed else t).contiguous().numpy() for t in (used, inv))
-    made = cast(data, scales, invs, blocks, plan.format, values=values, out=out)
-    is_seen = made.nonfinite < x.numel()
-    stats = torch.empty(len(Stat), dtype=torch.float64, device=CPU)
-    top = made.amax if is_seen else -1.0
-    _fill_stats(stats, made, top, float(inv.max()), recast=bool(recast))
+    data = x.detach().resolve_neg().contiguous()
+    blocks = _blocks(oriented.shape, plan.granularity.block, transposed=transposed)
+    given = _given(scale, blocks, transposed=transposed)
+    dtype = torch_dtype(plan.format)
+    if out is None:
+        codes = torch.empty(x.shape, dtype=dtype, device=CPU)
+    else:
+        codes = out.view(x.shape).view(dtype)
+    amax = torch.zeros(blocks.grid, dtype=torch.float32, device=CPU)
+    used, inv = torch.empty_like(amax), torch.empty_like(amax)
+    is_measured = blocks.across > TALL
+    recast = is_measured and _measure(data, plan, given, blocks, amax=amax, used=used, inv=inv)
+    tasks = _tasks(blocks, whole=1 if is_measured else blocks.across)
+    counts, sums = np.zeros((len(tasks), COUNTS), np.int64), np.zeros((len(tasks), SUMS))
+    passed = run([
+        (
+            cast_tiles, data.data_ptr(), KINDS[x.dtype], *blocks,
+            0 if given is None else given.data_ptr(), NUMBER[plan.format.name], plan.largest,
+            plan.power_of_two, plan.guard, codes.data_ptr(),
+            0 if values is None else values.data_ptr(), amax.data_ptr(), used.data_ptr(),
+            inv.data_ptr(), *(array.ctypes.data for array in out), is_measured, *task,
+        )
+        for task, *out in zip(tasks, counts, sums, strict=True)
+    ])  # fmt: skip
+    stats = _stats(counts, sums, x.numel(), float(inv.max()), recast=recast or any(passed))
+    if transposed:
+        amax, inv = amax.t(), inv.t()
     return Quantized(
-        made.codes.view(torch_dtype(plan.format)).view(x.shape),
+        codes,
         inv.contiguous(),
-        amax.contiguous() if is_seen else torch.full_like(inv, -1),
+        amax.contiguous() if stats[Stat.AMAX] >= 0 else torch.full_like(inv, -1),
         stats,
         plan,
         axis,
         None if values is None else values.view(x.shape),
     )
-
-
-def array_of(x: Tensor, dtype: Any) -> np.ndarray:
-    """Return a contiguous tensor's memory as a flat array; the tensor has to outlive it.
-
-    `Tensor.numpy` would make the storage non-resizable for good, and FSDP resizes.
-    """
-    size = x.numel() * x.element_size()
-    memory: Any = (ctypes.c_char * size).from_address(x.data_ptr())
-    return np.frombuffer(memory, dtype)
 
 
 class Blocks(NamedTuple):
@@ -212,128 +186,140 @@ class Blocks(NamedTuple):
         return -(-self.rows // self.across), -(-self.columns // self.along)
 
 
-class Cast(NamedTuple):
-    """What the kernel makes: codes, and what `Stat` counts and sums."""
-
-    codes: Tensor
-    amax: float
-    saturated: int
-    underflowed: int
-    nonfinite: int
-    square: float
-    saturated_square: float
-
-
-def block_amax(x: Tensor, blocks: Blocks) -> np.ndarray:
-    """Return the amax over the finite elements of each block, float32, `blocks.grid`; 0 if none."""
-    data, kind = _data(x, blocks)
-    amax = np.zeros(blocks.grid, np.int32)
-    tasks = _tasks(blocks, whole=blocks.across)
-    parts = [amax if blocks.grid[0] > 1 or len(tasks) == 1 else np.zeros_like(amax) for _ in tasks]
-    calls = [
-        (amax_range, data, kind, blocks.across, blocks.along, *task, part)
-        for task, part in zip(tasks, parts, strict=True)
-    ]
-    run(calls)
-    return np.maximum.reduce(parts).view(np.float32)
-
-
-def cast(
-    x: Tensor,
-    scales: np.ndarray,
-    invs: np.ndarray,
-    blocks: Blocks,
-    fmt: Format,
-    *,
-    values: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Cast:
-    """Cast a contiguous matrix with the scales of its blocks, float32, `blocks.grid`.
-
-    `values` is written, if given: contiguous float32 of as many elements. `out` is where the
-    codes go, uint8; fresh memory without it.
-    """
-    data, kind = _data(x, blocks)
-    shape = (blocks.rows, blocks.columns)
-    codes = torch.empty(shape, dtype=torch.uint8, device=CPU) if out is None else out.view(shape)
-    hat = np.empty((0, 0), np.float32)
-    if values is not None:
-        hat = array_of(values, np.float32).reshape(shape)
-    tasks = _tasks(blocks, whole=1)
-    counts = np.zeros((len(tasks), COUNTS), np.int64)
-    sums = np.zeros((len(tasks), SUMS))
-    is_float32 = kind == FLOAT32
-    ints = data if is_float32 else np.empty((0, 0), np.int32)
-    views = (data, ints, ints.view(np.float32), kind)
-    outs = (layout(fmt), array_of(codes, np.uint8).reshape(shape), hat)
-    calls = [
-        (cast_range, *views, scales, invs, blocks.across, blocks.along, *outs, *task, *out)
-        for task, *out in zip(tasks, counts, sums, strict=True)
-    ]
-    run(calls)
-    total, added = counts.sum(0), sums.sum(0)
-    return Cast(
-        codes=codes,
-        amax=float(counts[:, AMAX].max().astype(np.int32).view(np.float32)),
-        saturated=int(total[SATURATED]),
-        underflowed=int(total[UNDERFLOWED]),
-        nonfinite=int(total[NONFINITE]),
-        square=float(added[SQUARE]),
-        saturated_square=float(added[SATURATED_SQUARE]),
+def _blocks(shape: torch.Size, block: Block, *, transposed: bool) -> Blocks:
+    """Return the blocks of an oriented matrix as they lie in memory."""
+    rows, columns = shape
+    across, along = (
+        size if length is None else length for size, length in zip(shape, block, strict=True)
     )
+    if transposed:
+        return Blocks(columns, rows, along, across)
+    return Blocks(rows, columns, across, along)
+
+
+def _measure(
+    data: Tensor, plan: CastPlan, given: Tensor | None, blocks: Blocks, *,
+    amax: Tensor, used: Tensor, inv: Tensor,
+) -> bool:  # fmt: skip
+    """Fill in amaxes, scales and their inverses; return whether a guard has passed over some."""
+    step = max(TASK // blocks.columns, 1)
+    tasks, firsts = [], []
+    for top in range(0, blocks.rows, blocks.across):
+        bottom = min(top + blocks.across, blocks.rows)
+        firsts.append(len(tasks))
+        tasks += [
+            (row * blocks.columns, min(step, bottom - row), blocks.columns)
+            for row in range(top, bottom, step)
+        ]
+    tops = np.maximum.reduceat(_amaxes(data, tasks, blocks.along), firsts)
+    amax.copy_(torch.from_numpy(tops))
+    own = scale_from_amax(amax, plan.largest, power_of_two=plan.power_of_two)
+    limit = plan.format.overflow_limit if plan.guard else torch.inf
+    chosen, recast = choose_scale(given, own, amax, limit)
+    used.copy_(chosen)
+    torch.reciprocal(used, out=inv)
+    return bool(recast)
+
+
+def _amaxes(data: Tensor, pieces: list[tuple[int, int, int]], along: int) -> np.ndarray:
+    """Return the amaxes of pieces, each a row of blocks: float32 `[pieces, blocks]`.
+
+    A piece is where it starts in memory, in elements, its rows and its columns.
+    """
+    tops = np.zeros((len(pieces), -(-pieces[0][2] // along)), np.float32)
+    run([
+        (
+            amax_at, data.data_ptr() + start * data.element_size(), KINDS[data.dtype], *shape,
+            along, part.ctypes.data,
+        )
+        for (start, *shape), part in zip(pieces, tops, strict=True)
+    ])  # fmt: skip
+    return tops
+
+
+def _given(scale: Tensor | None, blocks: Blocks, *, transposed: bool) -> Tensor | None:
+    """Return given scales as the kernel wants them, one for each block as it lies in memory."""
+    if scale is None:
+        return None
+    check_scale(scale, torch.Size(blocks.grid[::-1] if transposed else blocks.grid))
+    scale = scale.detach().to(CPU, torch.float32)
+    return (scale.t() if transposed else scale).contiguous()
+
+
+def _stats(
+    counts: np.ndarray, sums: np.ndarray, elements: int, scale_inv: float, *, recast: bool
+) -> Tensor:
+    """Return the statistics of tasks that have counted and summed up."""
+    total, added = counts.sum(0), sums.sum(0)
+    top = counts[:, AMAX].max().astype(np.int32).view(np.float32)
+    fields = {
+        Stat.AMAX: top if total[NONFINITE] < elements else -1.0,
+        Stat.SCALE_INV: scale_inv,
+        Stat.ELEMENTS: elements,
+        Stat.SATURATED: total[SATURATED],
+        Stat.UNDERFLOWED: total[UNDERFLOWED],
+        Stat.NONFINITE: total[NONFINITE],
+        Stat.RECAST: recast,
+        Stat.SQUARE: added[SQUARE],
+        Stat.SATURATED_SQUARE: added[SATURATED_SQUARE],
+        Stat.CASTS: 1,
+    }
+    numbers = [float(fields[field]) for field in Stat]
+    return torch.tensor(numbers, dtype=torch.float64, device=CPU)
 
 
 def decode(codes: Tensor, fmt: Format, scale_inv: Tensor | None) -> Tensor:
     """Return `codes * scale_inv` in float32 for contiguous codes with one scale, 1 without it."""
     values = torch.empty(codes.shape, dtype=torch.float32, device=CPU)
     size, table = codes.numel(), decode_table(fmt)
-    if size <= TASK and scale_inv is not None:
-        decode_at(
-            codes.data_ptr(), size, table.ctypes.data, scale_inv.data_ptr(), values.data_ptr()
+    if scale_inv is None:
+        scale_inv = torch.ones((), dtype=torch.float32, device=CPU)
+    run([
+        (
+            decode_at, codes.data_ptr() + i, min(TASK, size - i), table.ctypes.data,
+            scale_inv.data_ptr(), values.data_ptr() + 4 * i,
         )
-        return values
-    if scale_inv is not None:
-        with np.errstate(over="ignore"):
-            table = table * np.float32(float(scale_inv))
-    data = (array_of(codes, np.uint8), table, array_of(values, np.float32))
-    run([(decode_range, *data, i, min(i + TASK, size)) for i in range(0, size, TASK)])
+        for i in range(0, size, TASK)
+    ])  # fmt: skip
     return values
 
 
-def look(x: Tensor, codes: Tensor, values: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return a cast's elements by exponent and by magnitude, and sums of squares and errors.
+class Look(NamedTuple):
+    """What the kernel of a closer look counts and sums up; see `unclamp.numerics.inspection`."""
 
-    All three are contiguous. See `unclamp.numerics.inspection`.
-    """
-    size = x.numel()
-    bits, kind = _data(x, Blocks(1, size, 1, size))
-    flat = (array_of(codes, np.uint8), array_of(values, np.float32))
-    tasks = range(0, size, TASK)
-    exponents = np.zeros((len(tasks), 277), np.int64)
-    magnitudes = np.zeros((len(tasks), 128), np.int64)
-    sums = np.zeros((len(tasks), 2))
-    outs = zip(tasks, exponents, magnitudes, sums, strict=True)
-    run([(look_range, bits[0], kind, *flat, i, min(i + TASK, size), *out) for i, *out in outs])
-    return exponents.sum(0), magnitudes.sum(0), sums.sum(0)
+    exponents: np.ndarray
+    magnitudes: np.ndarray
+    ratios: np.ndarray
+    sums: np.ndarray
 
 
-def look_by_row(x: Tensor, values: Tensor, *, a_decibel: int, lowest: int, bins: int) -> np.ndarray:
-    """Return how many rows of a cast have which ratio of signal to error, as `look_rows` counts.
+def look(
+    x: Tensor, codes: Tensor, values: Tensor, *, a_decibel: int, lowest: int, bins: int
+) -> Look:
+    """Return a cast's elements by exponent and magnitude, its rows by ratio, and sums of squares.
 
-    Both are contiguous, and not empty.
+    All three are contiguous, and not empty.
     """
     width = x.shape[-1] if x.ndim else 1
     rows = x.numel() // width
-    bits, kind = _data(x, Blocks(1, x.numel(), 1, x.numel()))
-    flat = array_of(values, np.float32)
     step = max(TASK // width, 1)
     tasks = range(0, rows, step)
-    counts = np.zeros((len(tasks), bins), np.int64)
+    made = Look(
+        np.zeros((len(tasks), EXPONENTS), np.int64),
+        np.zeros((len(tasks), MAGNITUDES), np.int64),
+        np.zeros((len(tasks), bins), np.int64),
+        np.zeros((len(tasks), 2)),
+    )
     run([
-        (look_rows, bits[0], kind, flat, width, i, min(i + step, rows), a_decibel, lowest, out)
-        for i, out in zip(tasks, counts, strict=True)
+        (
+            look_at, x.data_ptr() + first * width * x.element_size(), KINDS[x.dtype],
+            codes.data_ptr() + first * width, values.data_ptr() + 4 * first * width, width,
+            min(step, rows - first), a_decibel, lowest, bins,
+            *(array[task].ctypes.data for array in made),
+        )
+        for task, first in enumerate(tasks)
     ])  # fmt: skip
-    return counts.sum(0)
+    return Look(*(array.sum(0) for array in made))
 
 
 @cache
@@ -342,26 +328,17 @@ def decode_table(fmt: Format) -> np.ndarray:
     return np.array([fmt.decode(code) for code in range(256)], np.float32)
 
 
-def _data(x: Tensor, blocks: Blocks) -> tuple[np.ndarray, int]:
-    """Return the tensor's bits as a numpy matrix, and the kind of float that they are."""
-    bits = np.int32 if x.dtype == torch.float32 else np.uint16
-    return array_of(x, bits).reshape(blocks.rows, blocks.columns), KINDS[x.dtype]
+def _tasks(blocks: Blocks, *, whole: int) -> list[tuple[int, int, int, int]]:
+    """Cut a matrix into ranges of rows and of columns of about `TASK` elements.
 
-
-Range = tuple[int, int]
-
-
-def _tasks(blocks: Blocks, *, whole: int) -> list[tuple[Range, Range]]:
-    """Cut a matrix into ranges of rows and columns of about `TASK` elements.
-
-    `whole` rows stay together; a matrix of one group of rows is cut by columns.
+    `whole` rows stay together; a matrix of one group of rows is cut by columns between blocks.
     """
     rows, columns = blocks.rows, blocks.columns
     if rows <= whole:
-        step = max(TASK // rows // CHUNK, 1) * CHUNK
-        return [((0, rows), (c, min(c + step, columns))) for c in range(0, columns, step)]
+        step = max(TASK // rows // blocks.along, 1) * blocks.along
+        return [(0, rows, c, min(c + step, columns)) for c in range(0, columns, step)]
     step = max(TASK // columns // whole, 1) * whole
-    return [((r, min(r + step, rows)), (0, columns)) for r in range(0, rows, step)]
+    return [(r, min(r + step, rows), 0, columns) for r in range(0, rows, step)]
 
 
 def merge(total: Tensor, stats: list[Tensor | None]) -> None:
@@ -375,21 +352,9 @@ PLAN = CastPlan(format=E4M3FN)
 
 
 def warm_up() -> None:
-    """Compile the kernels, or load them from numba's cache; later calls do nothing.
+    """Compile the kernel that every user needs, or load it from numba's cache.
 
-    Every kernel in every signature, in this order: processes that compile at the same time, each
-    its own signature first, would store them in numba's cache under one another's names.
+    The others are compiled where they are first called: each has one signature, so that processes
+    that compile at the same time store the same.
     """
-    x = torch.ones(1, 1, dtype=torch.float32, device=CPU)
-    blocks = Blocks(1, 1, 1, 1)
-    one = np.ones((1, 1), np.float32)
-    for dtype in KINDS:
-        block_amax(x.to(dtype), blocks)
-        cast(x.to(dtype), one, one, blocks, E4M3FN, values=x.clone())
-        look(x.to(dtype), x.to(torch.uint8), x)
-        look_by_row(x.to(dtype), x, a_decibel=1, lowest=0, bins=2)
-    stats = quantize(x, PLAN, None, -1).stats
-    merge(torch.zeros(3, len(Stat), dtype=torch.float64, device=CPU), [stats, None, None])
-    codes = x.to(torch.float8_e4m3fn)
-    decode(codes, E4M3FN, None)
-    decode(codes, E4M3FN, x[0, 0])
+    quantize(torch.ones(1, 1, dtype=torch.float32, device=CPU), PLAN, None, -1)

@@ -113,14 +113,15 @@ def _counts(bins: Tensor, wanted: Tensor, place: slice) -> Tensor:
 def _fused(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     cpu = fused()
     x, values = x.resolve_neg().contiguous(), values.contiguous()
-    exponents, magnitudes, sums = cpu.look(x, codes.contiguous(), values)
+    seen = cpu.look(
+        x, codes.contiguous(), values,
+        a_decibel=A_DECIBEL, lowest=LOWEST_ROW_DB * A_DECIBEL, bins=ROW_BINS,
+    )  # fmt: skip
     details = np.zeros(DETAILS)
     details[INSPECTED] = 1
-    details[INSPECTED_SQUARE], details[ERROR_SQUARE] = sums
-    details[EXPONENTS], details[MAGNITUDES] = exponents, magnitudes
-    details[ROW_SQNR] = cpu.look_by_row(
-        x, values, a_decibel=A_DECIBEL, lowest=LOWEST_ROW_DB * A_DECIBEL, bins=ROW_BINS
-    )
+    details[INSPECTED_SQUARE], details[ERROR_SQUARE] = seen.sums
+    details[EXPONENTS], details[MAGNITUDES] = seen.exponents, seen.magnitudes
+    details[ROW_SQNR] = seen.ratios
     return torch.from_numpy(details)
 
 

@@ -1,26 +1,41 @@
 """The kernels of the cast on a CPU: a chunk of a tensor in, everything that a cast makes out.
 
-A chunk is loaded into the nearest cache once, and codes, values, amax and counts are made from it
-in short loops without branches, which LLVM turns into vector instructions (numba):
+A chunk is loaded into the nearest cache once. One loop without branches, which LLVM turns into
+vector instructions (numba), makes codes, values, amax and the count of what vanished:
 
-    s  = |x * scale|, at most max              float32, as everywhere
-    normal     round the bits to the format's mantissa, ties to even, and shift
-    subnormal  add 2**(emin - mantissa + 23): the adder rounds; the sum's low bits are the code
+    s = |x * scale|, at most max                                   float32, as everywhere
+    c = the power of two in s, min_normal at least, * 2**(23 - mantissa)
+    t = s + c, q = t - c                          the adder rounds to the format's mantissa
+    code = bits of t - bits of c + binades above the first * 2**mantissa
 
-`unclamp.numerics.cpu` cuts tensors into ranges for these, and says what holds of the results.
+Where the largest s is beyond the limit, or NaN, the chunk's counts and sums are made anew with
+care; most chunks have no such element. A loop holds int32 and float32 only: one float64 among them
+would halve how many elements an instruction takes, and so squares are summed in a loop of their
+own.
+
+Arrays of users come as addresses and everything else as whole numbers, so that each kernel is
+compiled for one signature. `unclamp.numerics.cpu` cuts tensors into ranges for these, and says
+what holds of the results.
 """
 
+import math
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
+from unclamp.formats import FORMATS
 from unclamp.numerics.compiled import compiled
-from unclamp.numerics.layout import Layout
+from unclamp.numerics.layout import Layout, layout
+from unclamp.reference import SCALE_MAX, SCALE_MIN
+from unclamp.scaling import MAX_SCALE_EXPONENT
 
 CHUNK = 1024
-"""Elements worked on at a time; the six arrays of them fit the first-level cache."""
+"""Elements worked on at a time; the arrays of them fit the first-level cache."""
 TASK = 512 * CHUNK
 """Elements a thread takes at a time."""
 
@@ -28,49 +43,94 @@ AMAX, SATURATED, UNDERFLOWED, NONFINITE, COUNTS = range(5)
 SQUARE, SATURATED_SQUARE, SUMS = range(3)
 FLOAT32, _BFLOAT16, _FLOAT16 = range(3)
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: _BFLOAT16, torch.float16: _FLOAT16}
+NUMBER = {name: number for number, name in enumerate(FORMATS)}
+"""A format's place in the kernels' table, by its name: a format's own hash takes longer."""
+TABLE = tuple(map(layout, FORMATS.values()))
 _ABS = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
 
-
-_compiled = partial(compiled, error_model="numpy")
+kernel = partial(compiled, error_model="numpy")
 _summing = partial(compiled, error_model="numpy", fastmath={"reassoc", "contract"})
 
 
-@_compiled
-def _load(x: Any, kind: int, count: int, bits: Any, values: Any) -> None:
-    """Put a chunk as the bits of float32 values into `bits`, which `values` views as float32."""
-    if kind == FLOAT32:
-        for i in range(count):
-            bits[i] = x[i]
-    elif kind == _BFLOAT16:
-        for i in range(count):
-            bits[i] = np.int32(x[i]) << np.int32(16)
-    else:
-        # Through a float32 whose exponent is off by 112, so that subnormals come out right.
-        for i in range(count):
-            bits[i] = (np.int32(x[i]) & np.int32(0x7FFF)) << np.int32(13)
-        for i in range(count):
-            values[i] = values[i] * np.float32(2.0**112)
-        for i in range(count):
-            half = np.int32(x[i])
-            wild = np.int32((half & np.int32(0x7C00)) == np.int32(0x7C00)) * _INF
-            bits[i] = bits[i] | wild | ((half & np.int32(0x8000)) << np.int32(16))
+def _take_for_a_pointer(_context: Any, address: Any) -> Any:
+    """Take a whole number for an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
 
 
-@_compiled
-def _fill(target: Any, blocks: Any, first: int, count: int, along: int) -> None:
-    """Spread the values of a row of blocks over the elements `first` to `first + count`."""
-    if along == 1:
+def _bits_as_float(_context: Any, _bits: Any) -> Any:
+    """Return the float32 that has these bits."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
+
+
+def _float_as_bits(_context: Any, _value: Any) -> Any:
+    """Return the bits of a float32."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), generate
+
+
+pointer: Any = intrinsic(_take_for_a_pointer)
+as_float: Any = intrinsic(_bits_as_float)
+as_bits: Any = intrinsic(_float_as_bits)
+
+
+@kernel
+def load(halves: Any, kind: int, count: int, bits: Any) -> None:
+    """Put 16-bit floats as the bits of float32 into `bits`."""
+    if kind == _BFLOAT16:
         for i in range(count):
-            target[i] = blocks[first + i]
+            bits[i] = np.int32(halves[i]) << np.int32(16)
         return
+    # Through a float32 whose exponent is off by 112, so that subnormals come out right.
+    for i in range(count):
+        half = np.int32(halves[i])
+        small = np.int32((half & np.int32(0x7FFF)) << np.int32(13))
+        size = as_bits(as_float(small) * np.float32(2.0**112))
+        wild = _INF if (half & np.int32(0x7C00)) == np.int32(0x7C00) else np.int32(0)
+        bits[i] = size | wild | ((half & np.int32(0x8000)) << np.int32(16))
+
+
+@kernel
+def _fill(target: Any, value: Any) -> None:
+    for i in range(len(target)):
+        target[i] = value
+
+
+@kernel
+def _spread(
+    scales: Any, invs: Any, first: int, count: int, along: int, scale: Any, inv: Any
+) -> None:
+    """Spread what a row of blocks has over the elements `first` to `first + count`.
+
+    Loops start at 0: numba takes an index that may be negative to count from the end, and LLVM
+    makes no vector instructions of that.
+    """
+    if along == 1:
+        one, other = scales[first : first + count], invs[first : first + count]
+        for i in range(count):
+            scale[i] = one[i]
+            inv[i] = other[i]
+        return
+    block = first // along
+    left = along - first % along
     done = 0
     while done < count:
-        block = (first + done) // along
-        stop = min(count, (block + 1) * along - first)
-        for i in range(done, stop):
-            target[i] = blocks[block]
-        done = stop
+        stop = min(count, done + left)
+        _fill(scale[done:stop], scales[block])
+        _fill(inv[done:stop], invs[block])
+        done, left = stop, along
+        block += 1
 
 
 @_summing
@@ -81,231 +141,205 @@ def _square_sum(x: Any, count: int) -> float:
     return total
 
 
-@_compiled
-def _careful_sums(x: Any, bits: Any, scale: Any, inv: Any, fmt: Layout, count: int) -> tuple:
-    """Sum squares over finite elements alone, and those of what saturation removed."""
-    total, removed = 0.0, 0.0
+@kernel
+def _cast(
+    bits: Any, scale: Any, inv: Any, fmt: Layout, codes: Any, values: Any, count: int
+) -> tuple[Any, Any, Any]:
+    """Make codes and values; return the bits of the largest |x| and s, and how many s vanish.
+
+    Right for elements that are finite or Inf, in formats with a negative zero. Numba adds int32 as
+    int64; so each sum is said to be an int32.
+    """
+    top = most = vanished = np.int32(0)
     for i in range(count):
-        if (bits[i] & _ABS) < _INF:
-            total += np.float64(x[i]) * np.float64(x[i])
-            if abs(x[i] * scale[i]) > fmt.limit:
-                lost = np.float64(abs(x[i])) - np.float64(fmt.max * inv[i])
-                removed += lost * lost
-    return total, removed
-
-
-@_compiled
-def _codes(
-    bits: Any, kept: Any, kept_bits: Any, magic_bits: Any, fmt: Layout, codes: Any, count: int
-) -> None:
-    """Make codes of |x * scale|, at most max, without NaN, for formats with a negative zero."""
-    for i in range(count):
-        b = kept_bits[i]
-        rounded = (b + fmt.half + ((b >> fmt.shift) & np.int32(1))) & fmt.mask
-        small = b < fmt.min_normal_bits
-        code = magic_bits[i] - fmt.magic_bits if small else (rounded >> fmt.shift) - fmt.rebias
-        codes[i] = np.uint8(code | ((bits[i] >> np.int32(24)) & np.int32(-128)))
-        kept_bits[i] = b if small else rounded
-
-
-@_compiled
-def _careful_codes(
-    bits: Any, kept: Any, kept_bits: Any, magic_bits: Any, fmt: Layout, codes: Any, count: int
-) -> None:
-    """The same where elements may be NaN, or the format has no negative zero."""
-    for i in range(count):
-        b = kept_bits[i]
-        rounded = (b + fmt.half + ((b >> fmt.shift) & np.int32(1))) & fmt.mask
-        small = b < fmt.min_normal_bits
-        code = magic_bits[i] - fmt.magic_bits if small else (rounded >> fmt.shift) - fmt.rebias
-        is_nan = b > _INF
-        code = fmt.nan_code if is_nan else code
-        signed = fmt.zero_is_signed if code == 0 else np.int32(1)
-        signed = fmt.nan_is_signed if is_nan else signed
-        sign = (bits[i] >> np.int32(24)) & np.int32(-128)
-        codes[i] = np.uint8(code | (sign * signed))
-        kept_bits[i] = b if (small or is_nan) else rounded
-
-
-@_compiled
-def _chunk(
-    x: Any, bits: Any, scale: Any, inv: Any, fmt: Layout, codes: Any, values: Any,
-    kept: Any, kept_bits: Any, magic: Any, magic_bits: Any, counts: Any, sums: Any,
-) -> None:  # fmt: skip
-    """Cast one chunk: codes, values (if there is room for them), counts and sums."""
-    count = len(codes)
-    amax = np.int32(0)
-    saturated, underflowed, nonfinite = np.int32(0), np.int32(0), np.int32(0)
-    for i in range(count):
-        size = bits[i] & _ABS
-        finite = np.int32(size < _INF)
-        size = size * finite
-        amax = max(amax, size)
-        nonfinite += np.int32(1) - finite
-        s = abs(x[i] * scale[i])
-        saturated += np.int32(s > fmt.limit) & finite
-        underflowed += np.int32(s <= fmt.vanishing) & np.int32(size != 0)
+        size = np.int32(bits[i] & _ABS)
+        sign = np.int32(bits[i] ^ size)
+        s = as_float(size) * scale[i]
+        top = max(top, size)
+        most = max(most, as_bits(s))
+        vanished = np.int32(vanished + np.int32(s <= fmt.vanishing))
         s = min(s, fmt.max)
-        kept[i] = s
-        magic[i] = s + fmt.magic
-    if saturated > 0 or nonfinite > 0:
-        total, removed = _careful_sums(x, bits, scale, inv, fmt, count)
-        sums[SATURATED_SQUARE] += removed
-    else:
-        total = _square_sum(x, count)
-    sums[SQUARE] += total
-    if nonfinite > 0 or fmt.zero_is_signed == 0:
-        _careful_codes(bits, kept, kept_bits, magic_bits, fmt, codes, count)
-    else:
-        _codes(bits, kept, kept_bits, magic_bits, fmt, codes, count)
-    counts[AMAX] = max(counts[AMAX], np.int64(amax))
-    counts[SATURATED] += saturated
-    counts[UNDERFLOWED] += underflowed
-    counts[NONFINITE] += nonfinite
-    if len(values) == 0:
-        return
+        binade = max(np.int32(as_bits(s) & _INF), fmt.min_normal_bits)
+        c = as_float(np.int32(binade + fmt.span))
+        t = s + c
+        steps = np.int32(as_bits(t) - as_bits(c))
+        code = np.int32(steps + (np.int32(binade - fmt.min_normal_bits) >> fmt.shift))
+        codes[i] = np.uint8(code | (sign >> np.int32(24)))
+        values[i] = as_float(np.int32(as_bits(t - c) | sign)) * inv[i]
+    return top, most, vanished
+
+
+@kernel
+def _without_negative_zero(codes: Any, values: Any, count: int) -> None:
+    """Mend what `_cast` made, where 0x80 is no zero."""
     for i in range(count):
-        q = magic[i] - fmt.magic if kept_bits[i] < fmt.min_normal_bits else kept[i]
-        values[i] = np.copysign(q, x[i]) * inv[i]
-    if fmt.zero_is_signed == 0:
-        for i in range(count):
-            values[i] = values[i] + np.float32(0.0)  # -0 becomes 0
+        codes[i] = np.uint8(0) if codes[i] == np.uint8(0x80) else codes[i]
+    for i in range(count):
+        values[i] = values[i] + np.float32(0.0)  # -0 becomes 0
 
 
-@_compiled
-def cast_range(
-    x: Any, ints: Any, floats: Any, kind: int, scales: Any, invs: Any, across: int, along: int,
-    fmt: Layout, codes: Any, values: Any, rows: Any, columns: Any, counts: Any, sums: Any,
-) -> None:  # fmt: skip
-    """Cast the rows and columns of a range; `scales` and `invs` hold one a block.
-
-    `ints` and `floats` view float32 input as what it is; other input is loaded by chunks.
-    """
-    work = np.empty((5, CHUNK), np.float32)
-    kept, magic, scale, inv = work[1], work[2], work[3], work[4]
-    kept_bits, magic_bits = kept.view(np.int32), magic.view(np.int32)
-    loaded, loaded_bits = work[0], work[0].view(np.int32)
-    nothing = np.empty(0, np.float32)
-    filled = -1
-    for row in range(rows[0], rows[1]):
-        group = row // across
-        for first in range(columns[0], columns[1], CHUNK):
-            count = min(CHUNK, columns[1] - first)
-            if along < x.shape[1]:
-                _fill(scale, scales[group], first, count, along)
-                _fill(inv, invs[group], first, count, along)
-            elif group != filled:  # one block along: its scale serves every chunk
-                _fill(scale, scales[group], 0, CHUNK, CHUNK)
-                _fill(inv, invs[group], 0, CHUNK, CHUNK)
-                filled = group
-            xs = x[row, first : first + count]
-            if kind == FLOAT32:
-                chunk = floats[row, first : first + count]
-                bits = ints[row, first : first + count]
-            else:
-                _load(xs, kind, count, loaded_bits, loaded)
-                chunk = loaded[:count]
-                bits = loaded_bits[:count]
-            _chunk(
-                chunk, bits, scale, inv, fmt, codes[row, first : first + count],
-                values[row, first : first + count] if len(values) else nothing,
-                kept, kept_bits, magic, magic_bits, counts, sums,
-            )  # fmt: skip
+@kernel
+def _with_nan(bits: Any, scale: Any, fmt: Layout, codes: Any, values: Any, count: int) -> None:
+    """Mend what `_cast` made of elements that are NaN when scaled."""
+    for i in range(count):
+        if as_bits(as_float(np.int32(bits[i] & _ABS)) * scale[i]) > _INF:
+            sign = (bits[i] >> np.int32(24)) & np.int32(-128)
+            codes[i] = np.uint8(fmt.nan_code | (sign * fmt.nan_is_signed))
+            values[i] = np.float32(np.nan)
 
 
-@_compiled
-def amax_range(
-    x: Any, kind: int, across: int, along: int, rows: Any, columns: Any, amax: Any
+@kernel
+def _vanished(bits: Any, scale: Any, fmt: Layout, count: int) -> int:
+    """Count the elements, not zero, that become zero."""
+    found = np.int32(0)
+    for i in range(count):
+        size = np.int32(bits[i] & _ABS)
+        gone = np.int32(as_float(size) * scale[i] <= fmt.vanishing)
+        found = np.int32(found + (gone & np.int32(size != np.int32(0))))
+    return found
+
+
+@_summing
+def _with_care(
+    bits: Any, scale: Any, inv: Any, fmt: Layout, count: int, counts: Any, sums: Any
 ) -> None:
-    """Raise the amaxes of blocks (bits of float32) by the finite elements of a range."""
-    values = np.empty(CHUNK, np.float32)
-    bits = values.view(np.int32)
-    for row in range(rows[0], rows[1]):
-        group = row // across
-        for first in range(columns[0], columns[1], CHUNK):
-            count = min(CHUNK, columns[1] - first)
-            _load(x[row, first : first + count], kind, count, bits, values)
-            for i in range(count):
-                size = bits[i] & _ABS
-                bits[i] = size * np.int32(size < _INF)
-            if along == 1:
-                for i in range(count):
-                    amax[group, first + i] = max(amax[group, first + i], bits[i])
-                continue
-            done = 0
-            while done < count:
-                block = (first + done) // along
-                stop = min(count, (block + 1) * along - first)
-                largest = np.int32(0)
-                for i in range(done, stop):
-                    largest = max(largest, bits[i])
-                amax[group, block] = max(amax[group, block], largest)
-                done = stop
+    """Count and sum up finite elements alone, and what saturation removed."""
+    total = removed = 0.0
+    top = saturated = nonfinite = np.int32(0)
+    for i in range(count):
+        size = np.int32(bits[i] & _ABS)
+        finite = np.int32(size < _INF)
+        size = size if finite else np.int32(0)
+        top = max(top, size)
+        nonfinite = np.int32(nonfinite + np.int32(1) - finite)
+        beyond = as_float(size) * scale[i] > fmt.limit
+        saturated = np.int32(saturated + np.int32(beyond))
+        x = np.float64(as_float(size))
+        total += x * x
+        lost = x - np.float64(fmt.max * inv[i]) if beyond else 0.0
+        removed += lost * lost
+    counts[AMAX] = max(counts[AMAX], np.int64(top))
+    counts[SATURATED] += saturated
+    counts[NONFINITE] += nonfinite
+    sums[SQUARE] += total
+    sums[SATURATED_SQUARE] += removed
 
 
-@_compiled
-def decode_range(codes: Any, table: Any, values: Any, first: int, last: int) -> None:
-    """Put the value of each code of a range into `values`; `table` has one a code."""
-    for i in range(first, last):
-        values[i] = table[codes[i]]
-
-
-@_compiled
-def look_range(
-    x: Any, kind: int, codes: Any, values: Any, first: int, last: int,
-    exponents: Any, magnitudes: Any, sums: Any,
+@kernel
+def _chunk(
+    bits: Any, x: Any, scale: Any, inv: Any, fmt: Layout, codes: Any, values: Any,
+    counts: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """Count exponents (from that of the smallest float32 on) and magnitudes, sum up squares."""
-    loaded = np.empty(CHUNK, np.float32)
-    bits = loaded.view(np.int32)
-    for start in range(first, last, CHUNK):
-        count = min(CHUNK, last - start)
-        _load(x[start : start + count], kind, count, bits, loaded)
-        for i in range(count):
-            size = bits[i] & _ABS
-            if size >= _INF:
-                continue
-            magnitudes[codes[start + i] & 0x7F] += 1
-            wide = np.float64(loaded[i])
-            error = wide - np.float64(values[start + i])
-            sums[0] += wide * wide
-            sums[1] += error * error
-            field = size >> 23
-            if field > 0:
-                exponents[field + 22] += 1
-            elif size > 0:  # subnormal: the place of its highest bit
-                place = 0
-                while size > 1:
-                    size >>= 1
-                    place += 1
-                exponents[place] += 1
+    """Cast one chunk: codes, values, counts and sums; `x` views the bits."""
+    count = len(codes)
+    top, most, vanished = _cast(bits, scale, inv, fmt, codes, values, count)
+    if vanished > 0:
+        counts[UNDERFLOWED] += _vanished(bits, scale, fmt, count)
+    if most > as_bits(fmt.limit):
+        _with_care(bits, scale, inv, fmt, count, counts, sums)
+    else:
+        counts[AMAX] = max(counts[AMAX], np.int64(top))
+        sums[SQUARE] += _square_sum(x, count)
+    if fmt.zero_is_signed == 0:
+        _without_negative_zero(codes, values, count)
+    if most > _INF:
+        _with_nan(bits, scale, fmt, codes, values, count)
 
 
-@_compiled
-def look_rows(
-    x: Any, kind: int, values: Any, width: int, first: int, last: int,
-    a_decibel: int, lowest: int, counts: Any,
+@kernel
+def cast_row(
+    x_at: int, kind: int, start: int, count: int, scales: Any, invs: Any, first: int, along: int,
+    fmt: Layout, codes: Any, values: Any, counts: Any, sums: Any, work: Any,
 ) -> None:  # fmt: skip
-    """Count rows of `width` elements by signal over error: bins `1 / a_decibel` dB wide, then Inf.
+    """Cast `count` elements of a row, which lie at `start` in memory and at `first` in the row.
 
-    The first bin is around `lowest` of these; rows beyond the bins go to the outermost.
+    `scales` and `invs` have one a block of `along` elements of the row. `values` may be empty;
+    `work` is `[4, CHUNK]`.
     """
-    loaded = np.empty(CHUNK, np.float32)
-    bits = loaded.view(np.int32)
-    for row in range(first, last):
-        signal = noise = 0.0
-        for start in range(row * width, (row + 1) * width, CHUNK):
-            count = min(CHUNK, (row + 1) * width - start)
-            _load(x[start : start + count], kind, count, bits, loaded)
-            for i in range(count):
-                if bits[i] & _ABS >= _INF:
-                    continue
-                wide = np.float64(loaded[i])
-                error = wide - np.float64(values[start + i])
-                signal += wide * wide
-                noise += error * error
-        if noise > 0.0 and signal > 0.0:
-            place = int(np.rint(10 * a_decibel * np.log10(signal / noise))) - lowest
-            counts[min(max(place, 0), len(counts) - 2)] += 1
-        elif signal > 0.0:
-            counts[len(counts) - 1] += 1
+    scale, inv, loaded = work[0], work[1], work[2]
+    single = first // along == (first + count - 1) // along
+    if single:
+        _spread(scales, invs, first, min(count, CHUNK), along, scale, inv)
+    for done in range(0, count, CHUNK):
+        size = min(CHUNK, count - done)
+        at = start + done
+        if not single:
+            _spread(scales, invs, first + done, size, along, scale, inv)
+        if kind == FLOAT32:
+            x = carray(pointer(x_at + 4 * at), size, dtype=np.float32)
+        else:
+            x = loaded[:size]
+            halves = carray(pointer(x_at + 2 * at), size, dtype=np.uint16)
+            load(halves, kind, size, x.view(np.int32))
+        _chunk(
+            x.view(np.int32), x, scale, inv, fmt, codes[at : at + size],
+            values[at : at + size] if len(values) else work[3][:size], counts, sums,
+        )  # fmt: skip
+
+
+@kernel
+def _largest(bits: Any) -> Any:
+    """Return the bits of the largest |x| that is finite, 0 without one."""
+    top = np.int32(0)
+    for i in range(len(bits)):
+        top = max(top, np.int32(bits[i] & _ABS))
+    if top < _INF:
+        return top
+    top = np.int32(0)
+    for i in range(len(bits)):
+        size = np.int32(bits[i] & _ABS)
+        top = max(top, size if size < _INF else np.int32(0))
+    return top
+
+
+@kernel
+def _raise(bits: Any, count: int, first: int, along: int, amax: Any) -> None:
+    """Raise the amaxes of a row of blocks by the elements `first` to `first + count`."""
+    if along == 1:
+        amax = amax[first : first + count]
+        for i in range(count):
+            size = np.int32(bits[i] & _ABS)
+            amax[i] = max(amax[i], size if size < _INF else np.int32(0))
+        return
+    block = first // along
+    left = along - first % along
+    done = 0
+    while done < count:
+        stop = min(count, done + left)
+        amax[block] = max(amax[block], _largest(bits[done:stop]))
+        done, left = stop, along
+        block += 1
+
+
+@kernel
+def amax_row(
+    x_at: int, kind: int, start: int, count: int, first: int, along: int, amax: Any, work: Any
+) -> None:
+    """Raise the amaxes of a row of blocks, bits of float32; the arguments are as in `cast_row`."""
+    loaded = work[2].view(np.int32)
+    for done in range(0, count, CHUNK):
+        size = min(CHUNK, count - done)
+        at = start + done
+        if kind == FLOAT32:
+            bits = carray(pointer(x_at + 4 * at), size, dtype=np.int32)
+        else:
+            bits = loaded[:size]
+            load(carray(pointer(x_at + 2 * at), size, dtype=np.uint16), kind, size, bits)
+        _raise(bits, size, first + done, along, amax)
+
+
+_LOW, _HIGH = np.float32(SCALE_MIN), np.float32(SCALE_MAX)
+
+
+@kernel
+def own_scale(top: Any, largest: Any, power_of_two: Any) -> Any:
+    """Return the scale of an amax: `unclamp.reference.scale_from_amax`, bit for bit."""
+    if top == 0:
+        return np.float32(1)
+    if not power_of_two:
+        return min(max(np.float32(np.float64(largest) / np.float64(top)), _LOW), _HIGH)
+    most, highest = math.frexp(np.float64(largest))
+    mantissa, exponent = math.frexp(np.float64(top))
+    power = highest - exponent - (1 if mantissa > most else 0)
+    power = min(max(power, -MAX_SCALE_EXPONENT), MAX_SCALE_EXPONENT)
+    return as_float(np.int32(np.int32(power + 127) << np.int32(23)))

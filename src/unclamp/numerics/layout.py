@@ -21,6 +21,8 @@ class Layout(NamedTuple):
     mask: np.int32
     rebias: np.int32
     min_normal_bits: np.int32
+    span: np.int32
+    """Added to the bits of a power of two, gives the number whose addition rounds what is in it."""
     magic: np.float32
     magic_bits: np.int32
     max: np.float32
@@ -44,6 +46,7 @@ def layout(fmt: Format) -> Layout:
         mask=np.int32(-(1 << shift)),
         rebias=np.int32((127 - fmt.bias) << fmt.mantissa_bits),
         min_normal_bits=float_bits(fmt.min_normal),
+        span=np.int32(shift << 23),
         magic=magic,
         magic_bits=float_bits(magic),
         max=np.float32(fmt.max),
