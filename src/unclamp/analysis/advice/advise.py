@@ -2,7 +2,7 @@
 
 Of each group of sites the ladder is tried from the cheapest policy on, on the log's own amaxes. A
 policy is taken if no cast could have lost more than what is tolerated
-(`totals.clamp_error_bound`), if it makes not many more elements zero than dynamic scaling does,
+(`totals.clamp_error_bound`), if it does not lose much more by underflow than dynamic scaling does,
 and, where the run priced its own clamping (`analysis.prices`), if that cost little of the loss.
 First order may be wrong in both directions, so a price takes a group off the cheap rungs and never
 puts one back.
@@ -20,8 +20,10 @@ from unclamp.analysis.advice.harm import Harm
 from unclamp.analysis.advice.outruns import Outruns, outruns
 from unclamp.analysis.advice.record import PUBLIC_RUNS, PublicRun
 from unclamp.analysis.advice.tails import Tail, Trend, tail, trend
+from unclamp.analysis.advice.underflow import Underflows
 from unclamp.analysis.prices import cast_prices
 from unclamp.analysis.whatif import Outcome, WhatIf, evaluate, policy_text
+from unclamp.analysis.whatif.inspected import read_inspected
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.recipe import Recipe
@@ -40,9 +42,6 @@ LADDER: tuple[Scaling, ...] = (
 """From the cheapest on; of one price the usual one first. No margins: they meet the outliers that a
 log has seen, and not the next larger one."""
 USUAL = LADDER[0]
-MORE_UNDERFLOW, LARGER_UNDERFLOW = 0.001, 1.25
-"""Elements that a policy may make zero: so large a share beyond those that dynamic scaling does, or
-so many times as many."""
 LEAST_UPDATES = 3
 """Lengths of the usual history below which a log is too short to say anything."""
 MOST_PRICE = 0.01
@@ -202,14 +201,16 @@ def advise(
         raise AnalysisError(f"expected 1 read an element or more as a budget, got {budget}")
     sites = log.computed_sites()
     found = evaluate(log, LADDER)
-    missed = outruns(log, sites, LADDER)
+    inspected = read_inspected(log, sites)
+    missed = outruns(log, sites, LADDER, inspected)
     first, last = _span(log)
     groups = groups_of(sites)
+    underflows = Underflows.of(found, missed, inspected, sites)
     names = [site.fqn for site in sites]
     shares = _price_shares(log)
     prices = [_largest_price(shares, group, names) for group in groups]
     chosen = [
-        _choice(group, found, missed, tolerated, is_dear=(price or 0) > MOST_PRICE)
+        _choice(group, missed, underflows, tolerated, is_dear=(price or 0) > MOST_PRICE)
         for group, price in zip(groups, prices, strict=True)
     ]
     chosen = chosen if budget is None else _within(chosen, groups, found, missed, tolerated, budget)
@@ -265,27 +266,22 @@ def _largest_price(
 
 
 def _choice(
-    group: Group, found: WhatIf, missed: Sequence[Outruns], harm: Harm, *, is_dear: bool
+    group: Group,
+    missed: Sequence[Outruns],
+    underflows: Underflows,
+    harm: Harm,
+    *,
+    is_dear: bool,
 ) -> int:
     """Return the first rung that is tolerable."""
-    plain = _underflow(found.outcomes[-1], group)
-    for rung, outcome in enumerate(found.outcomes):
-        policy = outcome.policy
-        cannot_clamp = policy.guards or policy.takes_own
+    for rung, outrun in enumerate(missed):
+        cannot_clamp = outrun.policy.guards or outrun.policy.takes_own
         is_kept = cannot_clamp or not (
-            is_dear or missed[rung].of_sites(group.sites).hard(harm.of(group.role))
+            is_dear or outrun.of_sites(group.sites).hard(harm.of(group.role))
         )
-        most = max(plain + MORE_UNDERFLOW, plain * LARGER_UNDERFLOW)
-        if is_kept and _underflow(outcome, group) <= most:
+        if is_kept and underflows.tolerable(rung, group):
             return rung
-    return len(found.outcomes) - 1
-
-
-def _underflow(outcome: Outcome, group: Group) -> float:
-    """Return the mean share of elements that become zero; 0 where no cast was inspected."""
-    lost = [part for i in group.sites if (part := outcome.sites[i].lost) is not None]
-    casts = sum(part.casts for part in lost)
-    return share(sum(part.underflow.value * part.casts for part in lost), casts)
+    return len(missed) - 1
 
 
 def _within(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from unclamp.analysis.whatif.amaxes import Chunk, read_chunks
+from unclamp.analysis.whatif.inspected import Inspected
 from unclamp.analysis.whatif.scales import Maxima, Player
 from unclamp.formats import get_format
 from unclamp.runlog import RunLog
@@ -29,6 +30,7 @@ class Outruns:
         site: Of each cast that would clamp, which site, `[clamps]`.
         step: Which step, `[clamps]`.
         overshoot: By how much, above 1, `[clamps]`.
+        tried: Scale that each inspected cast is tried with, `[rows]`; 0: its own.
     """
 
     policy: Scaling
@@ -36,9 +38,10 @@ class Outruns:
     site: np.ndarray
     step: np.ndarray
     overshoot: np.ndarray
+    tried: np.ndarray
 
     def of_sites(self, sites: np.ndarray) -> "Outruns":
-        """Return those of some sites."""
+        """Return those of some sites; `tried` is of all."""
         keep = np.isin(self.site, sites)
         return Outruns(
             policy=self.policy,
@@ -46,6 +49,7 @@ class Outruns:
             site=self.site[keep],
             step=self.step[keep],
             overshoot=self.overshoot[keep],
+            tried=self.tried,
         )
 
     def hard(self, harm: float) -> int:
@@ -56,30 +60,52 @@ class Outruns:
 @dataclass
 class _Try:
     player: Player
+    tried: np.ndarray
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
-def outruns(log: RunLog, sites: Sequence[SiteInfo], policies: Sequence[Scaling]) -> list[Outruns]:
+def outruns(
+    log: RunLog, sites: Sequence[SiteInfo], policies: Sequence[Scaling], inspected: Inspected
+) -> list[Outruns]:
     """Return what each policy fails to predict; a guard's repeats count as such."""
     formats = [get_format(site.format) for site in sites]
     largest_value = np.array([site.format_max for site in sites])
-    tries = [_Try(Player.of(policy, formats)) for policy in policies]
+    rows = len(inspected.step)
+    tries = [_Try(Player.of(policy, formats), np.zeros(rows, np.float32)) for policy in policies]
     maxima = {w: Maxima.of(w, len(sites)) for t in tries if (w := t.player.window) is not None}
     casts = np.zeros(len(sites), np.int64)
     with ThreadPoolExecutor(2) as pool:
         for chunk in read_chunks(log, sites):
             casts += chunk.counts
             taken = {window: maximum.take(chunk) for window, maximum in maxima.items()}
-            for _ in pool.map(lambda t: _play(t, chunk, taken, largest_value), tries):  # noqa: B023
+            looked = _Looked(inspected.place, *inspected.columns(chunk))
+            for _ in pool.map(
+                lambda t: _play(t, chunk, taken, looked, largest_value),  # noqa: B023
+                tries,
+            ):
                 pass
     return [_joined(each, casts) for each in tries]
 
 
+@dataclass(frozen=True)
+class _Looked:
+    """Which inspected casts lie in a chunk, and in which column; `place` is of all."""
+
+    place: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+
+
 def _play(
-    each: _Try, chunk: Chunk, taken: dict[int, np.ndarray], largest_value: np.ndarray
+    each: _Try,
+    chunk: Chunk,
+    taken: dict[int, np.ndarray],
+    looked: _Looked,
+    largest_value: np.ndarray,
 ) -> None:
     window = each.player.window
     played = each.player.play(chunk, None if window is None else taken[window])
+    each.tried[looked.rows] = played.scale[looked.place[looked.rows], looked.columns]
     site, column = np.nonzero(played.clamps)
     scaled = chunk.amax[site, column].astype(np.float64) * played.scale[site, column]
     each.parts.append((site, chunk.step[site, column], scaled / largest_value[site]))
@@ -95,4 +121,5 @@ def _joined(each: _Try, casts: np.ndarray) -> Outruns:
         site=site.astype(np.int64),
         step=step.astype(np.int64),
         overshoot=overshoot,
+        tried=each.tried,
     )
