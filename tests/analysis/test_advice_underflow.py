@@ -1,4 +1,4 @@
-"""What underflow takes of gradients: planted ones, small in number or in size, in real logs."""
+"""What underflow takes: elements that are small in number, or in size, in logs of real casts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +46,13 @@ def noise_of(step: int) -> Tensor:
     return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(step))
 
 
-def trained(path: Path, name: str, sizes: Callable[[int], tuple[float, float]]) -> Path:
-    """Write the log of a dynamic run whose branches' gradients have given sizes."""
+def trained(
+    path: Path, name: str, sizes: Callable[[int], tuple[float, float]], *, token: float = 1.0
+) -> Path:
+    """Write the log of a dynamic run whose branches' gradients have given sizes.
+
+    At every twelfth step one `token` is so many times as large.
+    """
     torch.manual_seed(0)
     model = Branches(name)
     convert(model, Recipe.uniform("dynamic"))
@@ -55,7 +60,9 @@ def trained(path: Path, name: str, sizes: Callable[[int], tuple[float, float]]) 
     with Recorder(model, path, inspect=INSPECT) as recorder:
         for step in range(STEPS):
             optimizer.zero_grad()
-            out = model(torch.randn(TOKENS, WIDTH), sizes(step))
+            x = torch.randn(TOKENS, WIDTH)
+            x[0] *= token if step % 12 == 0 else 1
+            out = model(x, sizes(step))
             loss = (out * noise_of(step)).sum()
             loss.backward()
             optimizer.step()
@@ -68,10 +75,15 @@ def advice_of(path: Path) -> Advice:
         return advise(log)
 
 
-def scaling_of(advice: Advice) -> object:
-    """Return what gradients get."""
-    (found,) = {g.scaling for g in advice.groups if g.group.role == "grad_output"}
+def scaling_of(advice: Advice, role: str = "grad_output") -> object:
+    """Return what an operand gets."""
+    (found,) = {g.scaling for g in advice.groups if g.group.role == role}
     return found
+
+
+def same(step: int) -> tuple[float, float]:
+    """Gradients stay as they are."""
+    return 1.0, 1.0
 
 
 def one_is_tiny(step: int) -> tuple[float, float]:
@@ -105,6 +117,22 @@ def test_a_layer_or_a_step_whose_gradients_all_vanish_is_scaled_by_itself(
     assert scaling_of(advice_of(trained(tmp_path / "run", name, sizes))) == Dynamic()
 
 
+@pytest.mark.parametrize(
+    ("token", "lost", "expected"),
+    [(300, (0.0005, 0.01), Delayed()), (1e6, (0.8, 1.0), Dynamic())],
+)
+def test_inputs_may_lose_what_is_small_beside_their_median(
+    token: float, lost: tuple[float, float], expected: object, tmp_path: Path
+) -> None:
+    """A large token stays in a history, and of the tokens behind it elements become zero."""
+    path = trained(tmp_path / "run", "layers", same, token=token)
+    with RunLog.open(path) as log:
+        found = evaluate(log, [Delayed()], site="input").outcomes[0].lost
+    assert found is not None
+    assert lost[0] < found.underflow.value < lost[1]
+    assert scaling_of(advice_of(path), "input") == expected
+
+
 @pytest.mark.parametrize("octaves", [-32, -31, -30])
 def test_the_share_of_squares_is_that_of_the_cast_itself(octaves: int, tmp_path: Path) -> None:
     """Part of a tensor vanishes under the scale of larger ones before it."""
@@ -128,10 +156,10 @@ def test_the_share_of_squares_is_that_of_the_cast_itself(octaves: int, tmp_path:
         sites = log.computed_sites()
         inspected = read_inspected(log, sites)
         missed = outruns(log, sites, LADDER, inspected)
-        underflows = Underflows.of(evaluate(log, LADDER), missed, inspected, sites)
+        underflows = Underflows.of(missed, inspected, sites)
         (group,) = [g for g in groups_of(sites) if g.role == "grad_output"]
-        assert underflows.squares_lost(0, group) == pytest.approx(mean, rel=0.35)
-        assert underflows.squares_lost(-1, group) == 0
+        assert underflows.lost(0, group) == pytest.approx(mean, rel=0.35)
+        assert underflows.lost(-1, group) == 0
 
 
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2"])

@@ -22,8 +22,10 @@ from unclamp.analysis.advice.record import PUBLIC_RUNS, PublicRun
 from unclamp.analysis.advice.tails import Tail, Trend, tail, trend
 from unclamp.analysis.advice.underflow import Underflows
 from unclamp.analysis.prices import cast_prices
-from unclamp.analysis.whatif import Outcome, WhatIf, evaluate, policy_text
+from unclamp.analysis.whatif import policy_text
 from unclamp.analysis.whatif.inspected import read_inspected
+from unclamp.analysis.whatif.limits import find_limits
+from unclamp.analysis.whatif.outcome import Outcome
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.recipe import Recipe
@@ -200,12 +202,11 @@ def advise(
     if budget is not None and budget < 1:
         raise AnalysisError(f"expected 1 read an element or more as a budget, got {budget}")
     sites = log.computed_sites()
-    found = evaluate(log, LADDER)
     inspected = read_inspected(log, sites)
     missed = outruns(log, sites, LADDER, inspected)
+    underflows = Underflows.of(missed, inspected, sites)
     first, last = _span(log)
     groups = groups_of(sites)
-    underflows = Underflows.of(found, missed, inspected, sites)
     names = [site.fqn for site in sites]
     shares = _price_shares(log)
     prices = [_largest_price(shares, group, names) for group in groups]
@@ -213,9 +214,9 @@ def advise(
         _choice(group, missed, underflows, tolerated, is_dear=(price or 0) > MOST_PRICE)
         for group, price in zip(groups, prices, strict=True)
     ]
-    chosen = chosen if budget is None else _within(chosen, groups, found, missed, tolerated, budget)
+    chosen = chosen if budget is None else _within(chosen, groups, missed, tolerated, budget)
     advices = [
-        _advice(group, found.outcomes[rung], missed[0], names, price, tolerated, (first, last))
+        _advice(group, missed[rung].outcome, missed[0], names, price, tolerated, (first, last))
         for group, rung, price in zip(groups, chosen, prices, strict=True)
     ]
     advices = _with_all_counted(advices)
@@ -227,9 +228,9 @@ def advise(
         groups=tuple(sorted(advices, key=lambda a: (-a.hard, -(a.price or 0), -a.overshoot))),
         recipe=_recipe(advices),
         steps=steps,
-        reads=_reads(groups, chosen, found),
+        reads=_reads(groups, chosen, missed),
         harm=tolerated,
-        limits=found.limits,
+        limits=find_limits(log, LADDER, looked_at=len(inspected.step), known=inspected.known),
         horizon=horizon,
         tail=tail(usual.step, usual.overshoot, steps=steps, ahead=ahead) if ahead else None,
         clamped_share=share(len(np.unique(usual.step)), steps),
@@ -287,7 +288,6 @@ def _choice(
 def _within(
     chosen: list[int],
     groups: Sequence[Group],
-    found: WhatIf,
     missed: Sequence[Outruns],
     harm: Harm,
     budget: float,
@@ -300,18 +300,18 @@ def _within(
         key=lambda i: (usual.of_sites(groups[i].sites).hard(harm.of(groups[i].role)), i),
     )
     for i in order:
-        if _reads(groups, chosen, found) <= budget:
+        if _reads(groups, chosen, missed) <= budget:
             break
         chosen[i] = 0
     return chosen
 
 
-def _reads(groups: Sequence[Group], chosen: Sequence[int], found: WhatIf) -> float:
+def _reads(groups: Sequence[Group], chosen: Sequence[int], missed: Sequence[Outruns]) -> float:
     reads = elements = 0.0
     for group, rung in zip(groups, chosen, strict=True):
         for i in group.sites:
-            reads += found.outcomes[rung].sites[i].reads
-            elements += found.outcomes[rung].sites[i].elements
+            reads += missed[rung].outcome.sites[i].reads
+            elements += missed[rung].outcome.sites[i].elements
     return share(reads, elements)
 
 

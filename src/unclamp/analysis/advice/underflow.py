@@ -1,14 +1,18 @@
-"""What underflow takes, and how much of it advice tolerates.
+"""What underflow takes, and how much of it advice tolerates: as much as rounding takes at least.
 
-*Of inputs and weights the number of elements counts* that become zero. Values go through norms, and
-what they say may be a ratio of small ones.
+Never told by how many elements become zero, which says nothing of what they were worth.
 
-*Of gradients their squares count.* Backward is linear: what an element adds to any weight's
-gradient is proportional to it, however many there are. A fifth of a step's elements may be 25
-orders of magnitude smaller than the others, as those of tokens are that a model predicts for
-certain, and then they are nothing. What is tolerated is as much as rounding takes at least.
-Squares are added up over one step, and over the experts of a bank, which share its tokens. Sums
-over steps would hide those in which everything vanishes, as after a spike of the gradient.
+*Of inputs and weights: the squares of the smaller half of a cast's elements.* A product loses
+nothing with elements that are small beside their neighbours. Of the smaller half, since a few large
+tokens or channels have most of a tensor's squares, and the others say something too. What it takes
+grows with the cube of the largest value that becomes zero, and of a normal or uniform tensor is as
+much as rounding takes where that is a fifteenth of the median (E4M3).
+
+*Of gradients: all squares of a step.* Backward is linear: what an element adds to any weight's
+gradient is proportional to it. A fifth of a step's elements may be 25 orders of magnitude smaller
+than the others, as those of tokens are that a model predicts for certain, and then they are
+nothing. Squares are added up over one step, and over the experts of a bank, which share its tokens.
+Sums over steps would hide those in which everything vanishes, as after a spike of the gradient.
 """
 
 from collections.abc import Sequence
@@ -18,7 +22,6 @@ import numpy as np
 
 from unclamp.analysis.advice.groups import Group
 from unclamp.analysis.advice.outruns import Outruns
-from unclamp.analysis.whatif import Outcome, WhatIf
 from unclamp.analysis.whatif.inspected import Inspected
 from unclamp.formats import Format, get_format
 from unclamp.names import bank_of
@@ -26,79 +29,64 @@ from unclamp.runlog.sites import SiteInfo
 from unclamp.scaling import Scaling
 from unclamp.totals import share
 
-MORE, LARGER = 0.001, 1.25
-"""Elements of inputs and weights that a policy may make zero: so large a share beyond those that
-dynamic scaling does, or so many times as many."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Underflows:
-    """What each policy loses by underflow, the last of them being dynamic scaling.
+    """What each policy loses by underflow in inspected casts, the last being dynamic scaling.
 
     Attributes:
-        outcomes: Of each policy.
-        zeroed: Squares that each makes zero, `[policies, rows]`, of inspected casts.
+        zeroed: Squares that each makes zero, `[policies, rows]`.
         squares: All of theirs, `[rows]`.
+        smaller: Those of the smaller half of their elements, `[rows]`.
         place: Which site, `[rows]`.
-        sums: What each cast's squares are added up with: a number a step and bank, `[rows]`.
+        sums: What a gradient's squares are added up with: a number a step and bank, `[rows]`.
         rounding: What rounding takes at least, share, `[sites]`.
     """
 
-    outcomes: Sequence[Outcome]
     zeroed: np.ndarray
     squares: np.ndarray
+    smaller: np.ndarray
     place: np.ndarray
     sums: np.ndarray
     rounding: np.ndarray
 
     @classmethod
     def of(
-        cls,
-        found: WhatIf,
-        missed: Sequence[Outruns],
-        inspected: Inspected,
-        sites: Sequence[SiteInfo],
+        cls, missed: Sequence[Outruns], inspected: Inspected, sites: Sequence[SiteInfo]
     ) -> "Underflows":
-        """Return it of policies, in the order of `found` and `missed`."""
+        """Return it of policies."""
         formats = [get_format(site.format) for site in sites]
         banks = {name: number for number, name in enumerate({bank_of(s.fqn): 0 for s in sites})}
         bank = np.array([banks[bank_of(site.fqn)] for site in sites], np.int64)
-        sums = inspected.step * len(banks) + bank[inspected.place]
         zeroed = [zeroed_squares(inspected, m.tried, m.policy, formats) for m in missed]
         return cls(
-            outcomes=found.outcomes,
             zeroed=np.array(zeroed),
             squares=_squares(inspected).sum(1),
+            smaller=_smaller_half(inspected),
             place=inspected.place,
-            sums=sums,
+            sums=inspected.step * len(banks) + bank[inspected.place],
             rounding=np.array([rounding_takes(fmt) for fmt in formats]),
         )
 
     def tolerable(self, rung: int, group: Group) -> bool:
         """Return whether a policy loses little more than dynamic scaling does."""
-        if group.role == "grad_output":
-            most = self.squares_lost(-1, group) + float(self.rounding[group.sites].min())
-            return self.squares_lost(rung, group) <= most
-        plain = _elements_lost(self.outcomes[-1], group)
-        return _elements_lost(self.outcomes[rung], group) <= max(plain + MORE, plain * LARGER)
+        rounding = float(self.rounding[group.sites].min())
+        return self.lost(rung, group) <= self.lost(-1, group) + rounding
 
-    def squares_lost(self, rung: int, group: Group) -> float:
-        """Return the share of a step's squares that become zero, mean over steps and banks."""
+    def lost(self, rung: int, group: Group) -> float:
+        """Return the mean share of squares that become zero; 0 where no cast was inspected.
+
+        Of gradients the mean is over steps and banks, of the others over casts.
+        """
         rows = np.flatnonzero(np.isin(self.place, group.sites))
         if not len(rows):
             return 0.0
+        zeroed = self.zeroed[rung][rows]
+        if group.role != "grad_output":
+            return float(np.minimum(share(zeroed, self.smaller[rows]), 1).mean())
         _, where = np.unique(self.sums[rows], return_inverse=True)
-        zeroed, whole = (
-            np.bincount(where, squares[rows]) for squares in (self.zeroed[rung], self.squares)
-        )
-        return float(share(zeroed, whole).mean())
-
-
-def _elements_lost(outcome: Outcome, group: Group) -> float:
-    """Return the mean share of elements that become zero; 0 where no cast was inspected."""
-    lost = [part for i in group.sites if (part := outcome.sites[i].lost) is not None]
-    casts = sum(part.casts for part in lost)
-    return share(sum(part.underflow.value * part.casts for part in lost), casts)
+        parts = (np.bincount(where, values) for values in (zeroed, self.squares[rows]))
+        return float(share(*parts).mean())
 
 
 def zeroed_squares(
@@ -121,8 +109,19 @@ def zeroed_squares(
     if policy.guards:
         used = np.minimum(used, own)
     least = np.array([fmt.min_subnormal for fmt in of_rows]) / 2 / used
-    below = np.clip(np.log2(least)[:, None] - _octaves(inspected), 0, 1)
-    return (_squares(inspected) * (4**below - 1) / 3).sum(1)
+    return _lowest_squares(inspected, np.log2(least)[:, None] - _octaves(inspected))
+
+
+def _smaller_half(inspected: Inspected) -> np.ndarray:
+    """Return sums of squares of the smaller half of a cast's elements, `[rows]`."""
+    counts = inspected.counts
+    left = counts.sum(1, keepdims=True) / 2 - (np.cumsum(counts, 1) - counts)
+    return _lowest_squares(inspected, left / np.maximum(counts, 1))
+
+
+def _lowest_squares(inspected: Inspected, parts: np.ndarray) -> np.ndarray:
+    """Return sums of squares of the lowest part of each octave: all of it from 1, none below 0."""
+    return (_squares(inspected) * (4 ** np.clip(parts, 0, 1) - 1) / 3).sum(1)
 
 
 def _octaves(inspected: Inspected) -> np.ndarray:
