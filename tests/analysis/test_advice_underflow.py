@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unclamp.analysis.advice import Advice, advise
-from unclamp.analysis.advice.advise import LADDER
+from unclamp.analysis.advice.choice import LADDER
 from unclamp.analysis.advice.groups import groups_of
 from unclamp.analysis.advice.outruns import outruns
 from unclamp.analysis.advice.underflow import Underflows, rounding_takes

@@ -1,11 +1,8 @@
 """Which scaling, for which sites of a run: the cheapest whose losses stay tolerable, and why.
 
-Of each group of sites the ladder is tried from the cheapest policy on, on the log's own amaxes. A
-policy is taken if no cast could have lost more than what is tolerated
-(`totals.clamp_error_bound`), if it does not lose much more by underflow than dynamic scaling does,
-and, where the run priced its own clamping (`analysis.prices`), if that cost little of the loss.
-First order may be wrong in both directions, so a price takes a group off the cheap rungs and never
-puts one back.
+What each group of sites gets is decided in `choice`; here are the run's prices, the verdict, and
+the recipe. First order may be wrong in both directions, so a price takes a group off the cheap
+rungs and never puts one back.
 """
 
 import math
@@ -15,9 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from unclamp.analysis.advice.choice import LADDER, NOTABLE, USUAL, Evidence
 from unclamp.analysis.advice.groups import Group, groups_of
 from unclamp.analysis.advice.harm import Harm
-from unclamp.analysis.advice.outruns import Outruns, outruns
+from unclamp.analysis.advice.outruns import outruns
 from unclamp.analysis.advice.record import PUBLIC_RUNS, PublicRun
 from unclamp.analysis.advice.tails import Tail, Trend, tail, trend
 from unclamp.analysis.advice.underflow import Underflows
@@ -30,28 +28,14 @@ from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.recipe import Recipe
 from unclamp.runlog import RunLog
-from unclamp.scaling import Delayed, Dynamic, Guarded, Scaling
+from unclamp.scaling import Scaling
 from unclamp.totals import clamp_error_bound, share
 
-LADDER: tuple[Scaling, ...] = (
-    Delayed(),
-    Delayed(128),
-    Delayed(1024),
-    Guarded(),
-    Guarded(16, margin=0),
-    Dynamic(),
-)
-"""From the cheapest on; of one price the usual one first. No margins: they meet the outliers that a
-log has seen, and not the next larger one."""
-USUAL = LADDER[0]
 LEAST_UPDATES = 3
 """Lengths of the usual history below which a log is too short to say anything."""
 MOST_PRICE = 0.01
 """Share of a step's loss that clamping at a site may cost, to first order."""
 SIGNIFICANT = 0.05
-NOTABLE = 1.25
-"""Overshoot from which on a cast counts for the trend: a little is outrun all the time."""
-
 Verdict = Literal["too short", "does not matter", "matters"]
 
 
@@ -66,6 +50,7 @@ class GroupAdvice:
         casts: Casts of the log.
         outrun: Of these, those whose amax outruns the usual history.
         hard: Of these, those that may lose more than is tolerated.
+        beside: Values' casts that outrun mildly in steps in which other values outrun hard.
         overshoot: The largest, under the usual history; 1 where none is outrun.
         hardest: The site with that.
         first_hard: The first such step; None for none.
@@ -83,6 +68,7 @@ class GroupAdvice:
     casts: int
     outrun: int
     hard: int
+    beside: int
     overshoot: float
     hardest: str
     first_hard: int | None
@@ -95,7 +81,7 @@ class GroupAdvice:
     @property
     def is_needy(self) -> bool:
         """Whether the usual scaling would not do."""
-        return self.hard > 0 or (self.price or 0) > MOST_PRICE
+        return self.hard > 0 or self.beside > 0 or (self.price or 0) > MOST_PRICE
 
     @property
     def rises(self) -> bool:
@@ -162,6 +148,7 @@ def _group_data(each: GroupAdvice) -> dict[str, Any]:
         "casts": each.casts,
         "outrun_casts": each.outrun,
         "hard_casts": each.hard,
+        "beside_hard_casts": each.beside,
         "largest_overshoot": each.overshoot,
         "hardest_product": each.hardest,
         "first_hard_step": each.first_hard,
@@ -204,19 +191,25 @@ def advise(
     sites = log.computed_sites()
     inspected = read_inspected(log, sites)
     missed = outruns(log, sites, LADDER, inspected)
-    underflows = Underflows.of(missed, inspected, sites)
-    first, last = _span(log)
     groups = groups_of(sites)
+    evidence = Evidence.of(
+        groups=groups,
+        missed=missed,
+        underflows=Underflows.of(missed, inspected, sites),
+        harm=tolerated,
+    )
+    first, last = _span(log)
     names = [site.fqn for site in sites]
     shares = _price_shares(log)
     prices = [_largest_price(shares, group, names) for group in groups]
     chosen = [
-        _choice(group, missed, underflows, tolerated, is_dear=(price or 0) > MOST_PRICE)
+        evidence.choice(group, is_dear=(price or 0) > MOST_PRICE)
         for group, price in zip(groups, prices, strict=True)
     ]
-    chosen = chosen if budget is None else _within(chosen, groups, missed, tolerated, budget)
+    if budget is not None:
+        chosen = evidence.within(chosen, budget)
     advices = [
-        _advice(group, missed[rung].outcome, missed[0], names, price, tolerated, (first, last))
+        _advice(group, missed[rung].outcome, evidence, names, price, (first, last))
         for group, rung, price in zip(groups, chosen, prices, strict=True)
     ]
     advices = _with_all_counted(advices)
@@ -225,10 +218,10 @@ def advise(
     usual = missed[0]
     return Advice(
         verdict=_verdict(advices, steps),
-        groups=tuple(sorted(advices, key=lambda a: (-a.hard, -(a.price or 0), -a.overshoot))),
+        groups=tuple(sorted(advices, key=_need, reverse=True)),
         recipe=_recipe(advices),
         steps=steps,
-        reads=_reads(groups, chosen, missed),
+        reads=evidence.reads(chosen),
         harm=tolerated,
         limits=find_limits(log, LADDER, looked_at=len(inspected.step), known=inspected.known),
         horizon=horizon,
@@ -236,6 +229,10 @@ def advise(
         clamped_share=share(len(np.unique(usual.step)), steps),
         budget=budget,
     )
+
+
+def _need(each: GroupAdvice) -> tuple[float, ...]:
+    return each.hard, each.beside, each.price or 0, each.overshoot
 
 
 def _span(log: RunLog) -> tuple[int, int]:
@@ -266,69 +263,20 @@ def _largest_price(
     return max((shares[site] for site in sites if site in shares), default=None)
 
 
-def _choice(
-    group: Group,
-    missed: Sequence[Outruns],
-    underflows: Underflows,
-    harm: Harm,
-    *,
-    is_dear: bool,
-) -> int:
-    """Return the first rung that is tolerable."""
-    for rung, outrun in enumerate(missed):
-        cannot_clamp = outrun.policy.guards or outrun.policy.takes_own
-        is_kept = cannot_clamp or not (
-            is_dear or outrun.of_sites(group.sites).hard(harm.of(group.role))
-        )
-        if is_kept and underflows.tolerable(rung, group):
-            return rung
-    return len(missed) - 1
-
-
-def _within(
-    chosen: list[int],
-    groups: Sequence[Group],
-    missed: Sequence[Outruns],
-    harm: Harm,
-    budget: float,
-) -> list[int]:
-    """Return rungs that cost at most the budget: what loses least gives way first."""
-    chosen = list(chosen)
-    usual = missed[0]
-    order = sorted(
-        (i for i, rung in enumerate(chosen) if rung > 0),
-        key=lambda i: (usual.of_sites(groups[i].sites).hard(harm.of(groups[i].role)), i),
-    )
-    for i in order:
-        if _reads(groups, chosen, missed) <= budget:
-            break
-        chosen[i] = 0
-    return chosen
-
-
-def _reads(groups: Sequence[Group], chosen: Sequence[int], missed: Sequence[Outruns]) -> float:
-    reads = elements = 0.0
-    for group, rung in zip(groups, chosen, strict=True):
-        for i in group.sites:
-            reads += missed[rung].outcome.sites[i].reads
-            elements += missed[rung].outcome.sites[i].elements
-    return share(reads, elements)
-
-
 def _advice(
     group: Group,
     outcome: Outcome,
-    usual: Outruns,
+    evidence: Evidence,
     names: Sequence[str],
     price: float | None,
-    harm: Harm,
     span: tuple[int, int],
 ) -> GroupAdvice:
+    usual = evidence.missed[0]
     mine = usual.of_sites(group.sites)
     sites = [outcome.sites[i] for i in group.sites]
     casts, elements = sum(s.casts for s in sites), sum(s.elements for s in sites)
     worst = int(np.argmax(mine.overshoot)) if len(mine.overshoot) else None
-    hard = clamp_error_bound(mine.overshoot) > harm.of(group.role)
+    hard = clamp_error_bound(mine.overshoot) > evidence.harm.of(group.role)
     window = usual.policy.history_len or 1
     notable = mine.step[mine.overshoot > NOTABLE]
     return GroupAdvice(
@@ -338,6 +286,7 @@ def _advice(
         casts=casts,
         outrun=len(mine.step),
         hard=int(hard.sum()),
+        beside=evidence.beside(group, mine),
         overshoot=1.0 if worst is None else float(mine.overshoot[worst]),
         hardest=names[int(group.sites[0] if worst is None else mine.site[worst])],
         first_hard=int(mine.step[hard].min()) if hard.any() else None,
