@@ -8,18 +8,15 @@ that is finished is not repeated.
 """
 
 import argparse
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from bench.student import RARE_STEPS, STEPS, steps, student_of
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
 
-import unclamp
 from unclamp import Delayed, Dynamic, Guarded, Recipe
 from unclamp.nn import find_ledgers
 from unclamp.numerics import Stat, merge_stats
@@ -28,8 +25,6 @@ from unclamp.study.config import ArmConfig, StudyConfig, default_toml
 from unclamp.study.progress import run_with_progress
 
 HISTORIES, MARGINS = (1, 2, 4, 8, 16, 64), (0, 1, 2)
-WIDTH, HIDDEN, BATCH = 128, 256, 512
-STEPS, RARE_EVERY, RARE_VALUE = 800, 60, 30.0
 
 
 def recipes() -> dict[str, Recipe]:
@@ -43,54 +38,15 @@ def recipes() -> dict[str, Recipe]:
     return named
 
 
-class Teacher(nn.Module):
-    """Two residual blocks of LayerNorm and SwiGLU; channel 0 of each squares its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
-        self.gates = nn.ModuleList(nn.Linear(WIDTH, HIDDEN, bias=False) for _ in range(2))
-        self.ups = nn.ModuleList(nn.Linear(WIDTH, HIDDEN, bias=False) for _ in range(2))
-        self.downs = nn.ModuleList(nn.Linear(HIDDEN, WIDTH, bias=False) for _ in range(2))
-        with torch.no_grad():
-            for gate, up in zip(self.gates, self.ups, strict=True):
-                for layer in (gate, up):
-                    weight = layer.get_parameter("weight")
-                    weight[0].zero_()
-                    weight[0, 0] = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the residual stream after both blocks."""
-        for norm, gate, up, down in zip(self.norms, self.gates, self.ups, self.downs, strict=True):
-            y = norm(x)
-            x = x + down(F.silu(gate(y)) * up(y))
-        return x
-
-
 def teacher_student(recipe: Recipe, seed: int) -> dict[str, float]:
     """Train a student beside its teacher; return its losses, and shares of all casts."""
-    torch.manual_seed(seed)
-    teacher = Teacher()
-    student = copy.deepcopy(teacher)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter))
-    unclamp.convert(student, recipe)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
+    teacher, student = student_of(recipe, seed)
     (ledger,) = find_ledgers(student)
     total = torch.zeros_like(ledger.pending)
     ledger.subscribe(lambda update: merge_stats(total, update.stats))
     rare: list[float] = []
-    for step in range(STEPS):
-        x = torch.randn(BATCH, WIDTH)
-        is_rare = step % RARE_EVERY == RARE_EVERY - 1
-        if is_rare:
-            x[0, 0] = RARE_VALUE
-        loss = F.mse_loss(student(x), teacher(x).detach())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if is_rare and step > STEPS // 2:
+    for step, loss in steps(teacher, student):
+        if step in RARE_STEPS and step > STEPS // 2:
             rare.append(loss.item())
     counts = total.sum(0)
     return {

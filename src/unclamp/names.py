@@ -4,6 +4,7 @@ A *site* is one operand of one matrix product. Its name is the same in every pro
 rank, in a run log, an explanation and a page.
 """
 
+import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
@@ -56,6 +57,21 @@ def is_attention_name(name: str) -> bool:
     """
     parts = [part for part in name.split(".")[-2:] if part != "*" and not part.isdigit()]
     return bool(parts) and parts[-1] in ("qk", "pv")
+
+
+_EXPERT = re.compile(r"(experts?)\.\d+(?=\.)|\.(\d+)$", re.IGNORECASE)
+
+
+def bank_of(fqn: str) -> str:
+    """Return the name of a product with a star for its expert's number; of others their own.
+
+    Example:
+        >>> bank_of("0.experts.up.5"), bank_of("0.experts.5.up"), bank_of("layers.5.up")
+        ('0.experts.up.*', '0.experts.*.up', 'layers.5.up')
+    """
+    if "expert" not in fqn.lower():
+        return fqn
+    return _EXPERT.sub(lambda found: f"{found[1] or ''}.*", fqn, count=1)
 
 
 def shown(fqn: str) -> str:

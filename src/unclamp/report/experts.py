@@ -4,11 +4,11 @@ An expert without tokens makes no cast, and its scale stays what it was: when to
 a time long past. Experts are told by their names, `experts.up.5` or `experts.5.up`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from unclamp.names import bank_of
 from unclamp.runlog import PLACES_SQL, RunLog
 from unclamp.written import percent
 
@@ -44,7 +44,6 @@ SELECT fqn, any_value(history_len) AS history_len, coalesce(any_value(elements),
 FROM (SELECT DISTINCT fqn, history_len FROM places) LEFT JOIN found USING (fqn)
 GROUP BY fqn ORDER BY fqn
 """
-_NUMBER = re.compile(r"(experts?)\.\d+(?=\.)|\.(\d+)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def read_experts(log: RunLog) -> list[ExpertsRow]:
     rows = log.sql(_TOKENS, first=span["first"], last=span["last"]).to_pylist()
     banks: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        name = _NUMBER.sub(lambda found: f"{found[1] or ''}.*", row["fqn"], count=1)
+        name = bank_of(row["fqn"])
         if name != row["fqn"]:
             banks.setdefault(name, []).append(row)
     is_counted = log.header.counts == "elements"

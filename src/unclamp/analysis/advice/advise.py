@@ -1,11 +1,8 @@
 """Which scaling, for which sites of a run: the cheapest whose losses stay tolerable, and why.
 
-Of each group of sites the ladder is tried from the cheapest policy on, on the log's own amaxes. A
-policy is taken if no cast could have lost more than what is tolerated
-(`totals.clamp_error_bound`), if it makes not many more elements zero than dynamic scaling does,
-and, where the run priced its own clamping (`analysis.prices`), if that cost little of the loss.
-First order may be wrong in both directions, so a price takes a group off the cheap rungs and never
-puts one back.
+What each group of sites gets is decided in `choice`; here are the run's prices, the verdict, and
+the recipe. First order may be wrong in both directions, so a price takes a group off the cheap
+rungs and never puts one back.
 """
 
 import math
@@ -15,42 +12,30 @@ from typing import Any, Literal
 
 import numpy as np
 
+from unclamp.analysis.advice.choice import LADDER, NOTABLE, USUAL, Evidence
 from unclamp.analysis.advice.groups import Group, groups_of
 from unclamp.analysis.advice.harm import Harm
-from unclamp.analysis.advice.outruns import Outruns, outruns
+from unclamp.analysis.advice.outruns import outruns
 from unclamp.analysis.advice.record import PUBLIC_RUNS, PublicRun
 from unclamp.analysis.advice.tails import Tail, Trend, tail, trend
+from unclamp.analysis.advice.underflow import Underflows
 from unclamp.analysis.prices import cast_prices
-from unclamp.analysis.whatif import Outcome, WhatIf, evaluate, policy_text
+from unclamp.analysis.whatif import policy_text
+from unclamp.analysis.whatif.inspected import read_inspected
+from unclamp.analysis.whatif.limits import find_limits
+from unclamp.analysis.whatif.outcome import Outcome
 from unclamp.errors import AnalysisError
 from unclamp.names import SiteName
 from unclamp.recipe import Recipe
 from unclamp.runlog import RunLog
-from unclamp.scaling import Delayed, Dynamic, Guarded, Scaling
+from unclamp.scaling import Scaling
 from unclamp.totals import clamp_error_bound, share
 
-LADDER: tuple[Scaling, ...] = (
-    Delayed(),
-    Delayed(128),
-    Delayed(1024),
-    Guarded(),
-    Guarded(16, margin=0),
-    Dynamic(),
-)
-"""From the cheapest on; of one price the usual one first. No margins: they meet the outliers that a
-log has seen, and not the next larger one."""
-USUAL = LADDER[0]
-MORE_UNDERFLOW, LARGER_UNDERFLOW = 0.001, 1.25
-"""Elements that a policy may make zero: so large a share beyond those that dynamic scaling does, or
-so many times as many."""
 LEAST_UPDATES = 3
 """Lengths of the usual history below which a log is too short to say anything."""
 MOST_PRICE = 0.01
 """Share of a step's loss that clamping at a site may cost, to first order."""
 SIGNIFICANT = 0.05
-NOTABLE = 1.25
-"""Overshoot from which on a cast counts for the trend: a little is outrun all the time."""
-
 Verdict = Literal["too short", "does not matter", "matters"]
 
 
@@ -65,6 +50,7 @@ class GroupAdvice:
         casts: Casts of the log.
         outrun: Of these, those whose amax outruns the usual history.
         hard: Of these, those that may lose more than is tolerated.
+        beside: Values' casts that outrun mildly in steps in which other values outrun hard.
         overshoot: The largest, under the usual history; 1 where none is outrun.
         hardest: The site with that.
         first_hard: The first such step; None for none.
@@ -82,6 +68,7 @@ class GroupAdvice:
     casts: int
     outrun: int
     hard: int
+    beside: int
     overshoot: float
     hardest: str
     first_hard: int | None
@@ -94,7 +81,7 @@ class GroupAdvice:
     @property
     def is_needy(self) -> bool:
         """Whether the usual scaling would not do."""
-        return self.hard > 0 or (self.price or 0) > MOST_PRICE
+        return self.hard > 0 or self.beside > 0 or (self.price or 0) > MOST_PRICE
 
     @property
     def rises(self) -> bool:
@@ -161,6 +148,7 @@ def _group_data(each: GroupAdvice) -> dict[str, Any]:
         "casts": each.casts,
         "outrun_casts": each.outrun,
         "hard_casts": each.hard,
+        "beside_hard_casts": each.beside,
         "largest_overshoot": each.overshoot,
         "hardest_product": each.hardest,
         "first_hard_step": each.first_hard,
@@ -201,20 +189,27 @@ def advise(
     if budget is not None and budget < 1:
         raise AnalysisError(f"expected 1 read an element or more as a budget, got {budget}")
     sites = log.computed_sites()
-    found = evaluate(log, LADDER)
-    missed = outruns(log, sites, LADDER)
-    first, last = _span(log)
+    inspected = read_inspected(log, sites)
+    missed = outruns(log, sites, LADDER, inspected)
     groups = groups_of(sites)
+    evidence = Evidence.of(
+        groups=groups,
+        missed=missed,
+        underflows=Underflows.of(missed, inspected, sites),
+        harm=tolerated,
+    )
+    first, last = _span(log)
     names = [site.fqn for site in sites]
     shares = _price_shares(log)
     prices = [_largest_price(shares, group, names) for group in groups]
     chosen = [
-        _choice(group, found, missed, tolerated, is_dear=(price or 0) > MOST_PRICE)
+        evidence.choice(group, is_dear=(price or 0) > MOST_PRICE)
         for group, price in zip(groups, prices, strict=True)
     ]
-    chosen = chosen if budget is None else _within(chosen, groups, found, missed, tolerated, budget)
+    if budget is not None:
+        chosen = evidence.within(chosen, budget)
     advices = [
-        _advice(group, found.outcomes[rung], missed[0], names, price, tolerated, (first, last))
+        _advice(group, missed[rung].outcome, evidence, names, price, (first, last))
         for group, rung, price in zip(groups, chosen, prices, strict=True)
     ]
     advices = _with_all_counted(advices)
@@ -223,17 +218,21 @@ def advise(
     usual = missed[0]
     return Advice(
         verdict=_verdict(advices, steps),
-        groups=tuple(sorted(advices, key=lambda a: (-a.hard, -(a.price or 0), -a.overshoot))),
+        groups=tuple(sorted(advices, key=_need, reverse=True)),
         recipe=_recipe(advices),
         steps=steps,
-        reads=_reads(groups, chosen, found),
+        reads=evidence.reads(chosen),
         harm=tolerated,
-        limits=found.limits,
+        limits=find_limits(log, LADDER, looked_at=len(inspected.step), known=inspected.known),
         horizon=horizon,
         tail=tail(usual.step, usual.overshoot, steps=steps, ahead=ahead) if ahead else None,
         clamped_share=share(len(np.unique(usual.step)), steps),
         budget=budget,
     )
+
+
+def _need(each: GroupAdvice) -> tuple[float, ...]:
+    return each.hard, each.beside, each.price or 0, each.overshoot
 
 
 def _span(log: RunLog) -> tuple[int, int]:
@@ -264,75 +263,20 @@ def _largest_price(
     return max((shares[site] for site in sites if site in shares), default=None)
 
 
-def _choice(
-    group: Group, found: WhatIf, missed: Sequence[Outruns], harm: Harm, *, is_dear: bool
-) -> int:
-    """Return the first rung that is tolerable."""
-    plain = _underflow(found.outcomes[-1], group)
-    for rung, outcome in enumerate(found.outcomes):
-        policy = outcome.policy
-        cannot_clamp = policy.guards or policy.takes_own
-        is_kept = cannot_clamp or not (
-            is_dear or missed[rung].of_sites(group.sites).hard(harm.of(group.role))
-        )
-        most = max(plain + MORE_UNDERFLOW, plain * LARGER_UNDERFLOW)
-        if is_kept and _underflow(outcome, group) <= most:
-            return rung
-    return len(found.outcomes) - 1
-
-
-def _underflow(outcome: Outcome, group: Group) -> float:
-    """Return the mean share of elements that become zero; 0 where no cast was inspected."""
-    lost = [part for i in group.sites if (part := outcome.sites[i].lost) is not None]
-    casts = sum(part.casts for part in lost)
-    return share(sum(part.underflow.value * part.casts for part in lost), casts)
-
-
-def _within(
-    chosen: list[int],
-    groups: Sequence[Group],
-    found: WhatIf,
-    missed: Sequence[Outruns],
-    harm: Harm,
-    budget: float,
-) -> list[int]:
-    """Return rungs that cost at most the budget: what loses least gives way first."""
-    chosen = list(chosen)
-    usual = missed[0]
-    order = sorted(
-        (i for i, rung in enumerate(chosen) if rung > 0),
-        key=lambda i: (usual.of_sites(groups[i].sites).hard(harm.of(groups[i].role)), i),
-    )
-    for i in order:
-        if _reads(groups, chosen, found) <= budget:
-            break
-        chosen[i] = 0
-    return chosen
-
-
-def _reads(groups: Sequence[Group], chosen: Sequence[int], found: WhatIf) -> float:
-    reads = elements = 0.0
-    for group, rung in zip(groups, chosen, strict=True):
-        for i in group.sites:
-            reads += found.outcomes[rung].sites[i].reads
-            elements += found.outcomes[rung].sites[i].elements
-    return share(reads, elements)
-
-
 def _advice(
     group: Group,
     outcome: Outcome,
-    usual: Outruns,
+    evidence: Evidence,
     names: Sequence[str],
     price: float | None,
-    harm: Harm,
     span: tuple[int, int],
 ) -> GroupAdvice:
+    usual = evidence.missed[0]
     mine = usual.of_sites(group.sites)
     sites = [outcome.sites[i] for i in group.sites]
     casts, elements = sum(s.casts for s in sites), sum(s.elements for s in sites)
     worst = int(np.argmax(mine.overshoot)) if len(mine.overshoot) else None
-    hard = clamp_error_bound(mine.overshoot) > harm.of(group.role)
+    hard = clamp_error_bound(mine.overshoot) > evidence.harm.of(group.role)
     window = usual.policy.history_len or 1
     notable = mine.step[mine.overshoot > NOTABLE]
     return GroupAdvice(
@@ -342,6 +286,7 @@ def _advice(
         casts=casts,
         outrun=len(mine.step),
         hard=int(hard.sum()),
+        beside=evidence.beside(group, mine),
         overshoot=1.0 if worst is None else float(mine.overshoot[worst]),
         hardest=names[int(group.sites[0] if worst is None else mine.site[worst])],
         first_hard=int(mine.step[hard].min()) if hard.any() else None,

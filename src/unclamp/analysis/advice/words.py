@@ -91,6 +91,12 @@ def _group_sentence(g: GroupAdvice) -> str:
         if g.hard
         else f" (up to {times(g.overshoot)})"
     )
+    beside = (
+        f"; {counted(g.beside, 'is', 'are')} of steps in which values outran theirs harder "
+        "elsewhere, one outlier on its way"
+        if g.beside
+        else ""
+    )
     price = (
         f"; its clamping cost up to {percent(g.price)} of a step's loss in this run, to first order"
         if g.price is not None and g.price > 0
@@ -98,7 +104,7 @@ def _group_sentence(g: GroupAdvice) -> str:
     )
     return (
         f"{place} {g.group.role}: amax outran a history of 16 in {counted(g.outrun, 'cast')} of "
-        f"{g.casts:,}{hard}{price}: {how}{again}."
+        f"{g.casts:,}{hard}{beside}{price}: {how}{again}."
     )
 
 
