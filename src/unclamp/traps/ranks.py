@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from unclamp.traps.trap import Documented, Fact, Trap
 
 
-def nan_by_rank() -> dict[str, Fact]:
+def nan_by_rank():
     """Reduce the maximum of 1 and NaN, with NaN on either rank."""
     facts = {}
     for bad in (0, 1):
@@ -20,21 +20,23 @@ def nan_by_rank() -> dict[str, Fact]:
     return facts
 
 
-def maximum_of_a_part() -> dict[str, Fact]:
+def maximum_of_a_part():
     """Take the amax of a weight that two ranks hold a half of."""
-    weight = torch.tensor([[1.0, 2.0], [3.0, 100.0]])
-    weight = distribute_tensor(weight, init_device_mesh("cpu", (2,)), [Shard(0)])
-    amax = weight.abs().max()
-    return {"amax.item()": amax.item(), "amax.full_tensor()": amax.full_tensor().item()}
+    whole = torch.tensor([[1.0, 2.0], [3.0, 100.0]])
+    mesh = init_device_mesh("cpu", (2,))
+    amax = distribute_tensor(whole, mesh, [Shard(0)]).abs().max()
+    full = amax.full_tensor()  # pyright: ignore
+    return {"amax.item()": amax.item(), "amax.full_tensor()": full.item()}
 
 
-def reduced_in_bfloat16() -> dict[str, Fact]:
+def reduced_in_bfloat16():
     """Average gradients of 1 and 2**-8 under FSDP2's mixed precision."""
-    facts, x = {}, torch.tensor([[1.0 if dist.get_rank() == 0 else 2**-8]])
+    facts, mesh = {}, init_device_mesh("cpu", (2,))
+    x = torch.tensor([[1.0 if dist.get_rank() == 0 else 2**-8]])
     for reduce_dtype in (None, torch.float32):
         layer = torch.nn.Linear(1, 2, bias=False)
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
-        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
         layer(x).sum().backward()
         average = layer.weight.grad.full_tensor()  # pyright: ignore
         facts[f"average with reduce_dtype={reduce_dtype}"] = average[0].item()
@@ -42,7 +44,7 @@ def reduced_in_bfloat16() -> dict[str, Fact]:
 
 
 class Counted(torch.nn.Linear):
-    """A layer that keeps its largest amax in a buffer, as delayed scaling does."""
+    """A layer that keeps its largest amax in a buffer."""
 
     def __init__(self):
         super().__init__(2, 2)
@@ -54,14 +56,15 @@ class Counted(torch.nn.Linear):
         return super().forward(x)
 
 
-def broadcast_buffers() -> dict[str, Fact]:
+def broadcast_buffers():
     """Train two steps; the second rank sees 9 at the first."""
     facts = {}
     for broadcast in (True, False):
         model = DistributedDataParallel(Counted(), broadcast_buffers=broadcast)
         for amaxes in ([1.0, 9.0], [1.0, 1.0]):
             model(torch.full((1, 2), amaxes[dist.get_rank()])).sum().backward()
-        facts[f"amax with broadcast_buffers={broadcast}"] = model.module.amax.item()
+        amax = model.module.amax.item()
+        facts[f"amax with broadcast_buffers={broadcast}"] = amax
     return facts
 
 
@@ -99,9 +102,7 @@ TRAPS = (
         ranks=2,
         documented=(
             Documented(
-                expected=_both(
-                    {"amax.item()": (2.0, 100.0), "amax.full_tensor()": (100.0, 100.0)}
-                )
+                expected=_both({"amax.item()": (2.0, 100.0), "amax.full_tensor()": (100.0, 100.0)})
             ),
         ),
         cost="Each rank scales its part of one weight in its own way, and clamps what another "

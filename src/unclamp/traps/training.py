@@ -2,18 +2,17 @@
 
 import importlib.util
 import tempfile
-from typing import Any
 
 import torch
 
-from unclamp.traps.trap import Documented, Fact, Trap
+from unclamp.traps.trap import Documented, Trap
 
 
-def clip_one_nan(device: str) -> dict[str, Fact]:
+def clip_one_nan(device):
     """Clip three gradients of ones, one element of which is NaN or Inf."""
-    facts: dict[str, Fact] = {}
+    facts = {}
     for bad in ("nan", "inf"):
-        weights = [torch.nn.Parameter(torch.zeros(100, device=device)) for _ in range(3)]
+        weights = [torch.zeros(100, device=device) for _ in range(3)]
         for weight in weights:
             weight.grad = torch.ones(100, device=device)
         weights[0].grad[0] = float(bad)  # pyright: ignore
@@ -24,13 +23,13 @@ def clip_one_nan(device: str) -> dict[str, Fact]:
     return facts
 
 
-def scaler_behind_a_cast(device: str) -> dict[str, Fact]:
+def scaler_behind_a_cast(device):
     """Let an Inf gradient pass a cast to e4m3 on its way to GradScaler."""
     weight = torch.nn.Parameter(torch.ones(2, device=device))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     scaler = torch.amp.GradScaler(device)
-    y = weight.to(torch.float8_e4m3fn).float() * torch.tensor([1e38, 1.0], device=device)
-    scaler.scale(y.sum()).backward()  # 1e38 * 65536 is Inf
+    y = weight.to(torch.float8_e4m3fn).float()
+    scaler.scale(y[0] * 1e38 + y[1]).backward()  # 1e38 * 65536 is Inf
     gradient = float(weight.grad[0])  # pyright: ignore
     scaler.step(optimizer)
     scaler.update()
@@ -53,23 +52,24 @@ class OneWeight(torch.nn.Module):
         return {"loss": (self.weight * x).mean()}
 
 
-def trainer_logs(device: str) -> dict[str, Fact]:
-    """Train four steps with transformers' Trainer, each on a NaN, and read its log."""
-    from transformers import Trainer, TrainingArguments
+def trainer_logs(device):
+    """Train four steps on NaN with transformers' Trainer, and read its log."""
+    from transformers import Trainer, TrainingArguments  # noqa: PLC0415
 
-    facts: dict[str, Fact] = {}
-    settings: dict[str, Any] = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
-    quiet: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "use_cpu": True}
-    data: Any = [{"x": torch.tensor(float("nan"))}] * 4
-    for is_filtered in (True, False):
+    facts = {}
+    settings = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
+    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True}
+    for name, is_on in {"on": True, "off": False}.items():
+        settings |= {"logging_nan_inf_filter": is_on}
         with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                folder, logging_nan_inf_filter=is_filtered, **settings, **quiet
-            )
-            trainer = Trainer(OneWeight(), arguments, train_dataset=data)
+            settings |= {"output_dir": folder}
+            data = [{"x": torch.tensor(float("nan"))}] * 4
+            arguments = TrainingArguments(**settings)  # pyright: ignore
+            trainer = Trainer(OneWeight(), arguments, train_dataset=data)  # pyright: ignore
             trainer.train()
-        logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        facts[f"losses logged with the filter {'on' if is_filtered else 'off'}"] = str(logged)
+        log = trainer.state.log_history
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        facts[f"losses logged with the filter {name}"] = str(losses)
     return facts
 
 

@@ -96,7 +96,7 @@ class Trap:
     name: str
     belief: str
     truth: str
-    experiment: Callable[..., dict[str, Fact]]
+    experiment: Callable[..., Mapping[str, Fact]]
     documented: tuple[Documented, ...]
     cost: str
     remedy: str
@@ -147,7 +147,7 @@ def fact_text(value: Fact | Between) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _script(experiment: Callable[..., dict[str, Fact]], *, device: str, ranks: int) -> str:
+def _script(experiment: Callable[..., Mapping[str, Fact]], *, device: str, ranks: int) -> str:
     module = sys.modules[experiment.__module__]
     sources = [inspect.getsource(thing).rstrip() for thing in _used(experiment, module)]
     imports = list(_imports(module, "\n".join(sources)))
