@@ -24,7 +24,7 @@ LAYERS = [
     {"blueprint", "telemetry", "parallel"},
     {"analysis"},
     {"autopilot", "explain"},
-    {"integrations", "study"},
+    {"integrations", "study", "traps"},
     {"doctor"},
     {"report"},
     {"cli"},
@@ -34,8 +34,8 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 TORCH_FREE = ["unclamp", "unclamp.files", "unclamp.worker", "unclamp.runlog", "unclamp.analysis",
               "unclamp.analysis.explanation", "unclamp.report.html",
               "unclamp.report.text", "unclamp.report.side_by_side.page",
-              "unclamp.report.side_by_side.text", "unclamp.report.doctor", "unclamp.study.config",
-              "unclamp.cli"]  # fmt: skip
+              "unclamp.report.side_by_side.text", "unclamp.report.doctor", "unclamp.report.traps",
+              "unclamp.study.config", "unclamp.cli"]  # fmt: skip
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -22,6 +22,7 @@ from unclamp.cli import (  # noqa: F401  (they register)
     report,
     spikes,
     study,
+    traps,
     whatif,
 )
 from unclamp.cli.app import USER_ERROR, app, show_warnings_as_lines
