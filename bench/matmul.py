@@ -214,8 +214,8 @@ def tables() -> dict[str, str]:
     by_grain = list(GRAINS)
     return {
         "sums and casts, by K": table(
-            ["data", "K", "casts", "sums, float32", "sums, promoted", "sums, fast",
-             "casts and promoted sums", "casts and fast sums"],
+            ["data", "K", "casts", "float32 sums", "promoted sums", "fast sums",
+             "casts + promoted", "casts + fast"],
             [[e.data, str(e.k), *map(percent, (e.cast, e.float32, e.promoted, e.fast,
               e.whole_promoted, e.whole_fast))] for e in by_length()],
         ),

@@ -10,8 +10,8 @@ from bench import matmul_diagrams as diagrams
 from bench.matmul import DATA, LENGTHS, SIZES, by_length, by_outlier, percent
 from bench.pictures import AMBER, BLUE, GREY, PURPLE, SOFT, panels, save
 
-SERIES = {"fast": ("sums, fast", AMBER, "s", "-"), "cast": ("casts", GREY, "", "--"),
-          "promoted": ("sums, promoted", BLUE, "o", "-")}  # fmt: skip
+SERIES = {"fast": ("fast sums", AMBER, "s", "-"), "cast": ("casts", GREY, "", "--"),
+          "promoted": ("promoted sums", BLUE, "o", "-")}  # fmt: skip
 UP = {"cast": 5, "promoted": -5, "tensor": 3, "rows": -3}
 """Where two lines meet, their labels stand one above the other."""
 POWERS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")

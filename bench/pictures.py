@@ -27,7 +27,7 @@ DARK = {
 """Both are those of the report's pages."""
 BLUE, AMBER, GREY, PURPLE = "#3b82f6", "#d97706", "#6b7280", "#a855f7"
 """Contrast 3 to 1 or more with either ground, and told apart by colour-blind readers."""
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "unclamp",
     "font.family": "DejaVu Sans",

@@ -34,7 +34,7 @@ def test_every_percentage_of_the_prose_is_in_a_table(tables):
     prose = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
     prose = "\n".join(line for line in prose.splitlines() if line[:1] not in ("|", "!"))
     said = re.findall(r"[\d.]+ %", prose)
-    assert len(said) > 8
+    assert len(said) >= 8
     cells = {cell for table in tables.values() for cell in re.findall(r"[\d.]+ %", table)}
     assert [one for one in said if one not in cells] == []
 
