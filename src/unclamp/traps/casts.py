@@ -129,6 +129,7 @@ TRAPS = (
         remedy="Products are autograd functions: the gradient is cast once, as grad_output, with "
         "a format and scale of its own.",
         see="docs/scaling.md",
+        telling="1e6",
     ),
     Trap(
         name="double-rounding",
@@ -150,6 +151,7 @@ TRAPS = (
         remedy="Casts multiply in float32 and round once; all bfloat16 and float16 values are "
         "tested against other libraries.",
         see="docs/scaling.md",
+        telling="codes changed by way of bfloat16",
     ),
     Trap(
         name="missing-operators",
@@ -168,5 +170,6 @@ TRAPS = (
         remedy="Statistics are taken in the pass that casts; parameters and state stay in dtypes "
         "that every tool can add and multiply.",
         see="docs/copies.md",
+        telling="x + x",
     ),
 )

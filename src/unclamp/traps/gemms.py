@@ -39,7 +39,7 @@ def scale_or_inverse(device):
 
     def error(factor):
         given = factor.reshape(1), whole, factor.reshape(1), whole
-        y = F.scaled_mm(codes, codes.t(), *given, output_dtype=torch.float32)
+        y = F.scaled_mm(codes, codes.t(), *given, output_dtype=torch.float32)  # pyright: ignore
         return ((y - right).norm() / right.norm()).item()
 
     return {
@@ -91,7 +91,7 @@ def tensor_core_accumulation(device):
         a, b = x.to(torch.float8_e4m3fn).to(device)
         right = a.double() @ b.double().t()
         for name, fast in {"fast": True, "promoted": False}.items():
-            y = F.scaled_mm(a, b.t(), *given, use_fast_accum=fast, **wanted)
+            y = F.scaled_mm(a, b.t(), *given, use_fast_accum=fast, **wanted)  # pyright: ignore
             error = (y.double() - right).abs() / right
             facts[f"K = {k}, {name}"] = error.mean().item()
     return facts
@@ -150,6 +150,7 @@ TRAPS = (
         remedy="GEMMs pad K, lay operands out as a GPU wants them and dequantise e5m2 by e5m2, on "
         "every device; `unclamp doctor` says what a device takes.",
         see="docs/gpu.md",
+        telling="e5m2 x e5m2",
     ),
     Trap(
         name="fast-accumulation",
@@ -193,6 +194,7 @@ TRAPS = (
         cost="With scales near 1 nothing is noticed in tests; with real ones the loss explodes.",
         remedy="`scale` multiplies and `scale_inv` is stored, in every name of the package.",
         see="unclamp.numerics.Quantized",
+        telling="error with scale, over scale**4",
     ),
     Trap(
         name="grouped-mm",
@@ -214,6 +216,7 @@ TRAPS = (
         "that calls `sum().backward()` fails where training works.",
         remedy="`unclamp.grouped_mm` takes any gradient, and `unclamp.coverage` counts its FLOPs.",
         see="docs/experts.md",
+        telling="backward of y.sum()",
     ),
     Trap(
         name="hopper-accumulation",
@@ -226,6 +229,7 @@ TRAPS = (
         cost="A float32 emulation hides the second suspect in a spike; long K loses most.",
         remedy='`accumulate="hopper"` and "hopper_fast" add so on a CPU.',
         see="docs/scaling.md",
+        telling="K = 8192, fast",
     ),
     Trap(
         name="tensor-core-accumulation",

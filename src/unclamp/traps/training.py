@@ -150,5 +150,6 @@ TRAPS = (
         cost="A dead run looks perfect; only grad_norm says NaN.",
         remedy="`UnclampCallback` records the loss of each micro-batch before the filter.",
         see="docs/trainers.md",
+        telling="losses logged with the filter on",
     ),
 )
