@@ -87,8 +87,8 @@ def _fates(**fates: str) -> dict[str, Fact]:
     }
 
 
-_WORK = ("x.float()", "x.abs()", "x == x", "torch.cat")
-_RAISE = ("x + x", "x * 2", "x.max()", "x.clamp", "x @ x", "torch.equal")
+_WORK = ["x.float()", "x.abs()", "x == x", "torch.cat"]
+_RAISE = ["x + x", "x * 2", "x.max()", "x.clamp", "x @ x", "torch.equal"]
 
 TRAPS = (
     Trap(
