@@ -2,7 +2,8 @@
 
 One cast of all 65,536 bfloat16 values answers every question: overflow, Inf, NaN and the exact
 ties are all among them. Codes are decoded here and not on the device, so that a wrong cast
-cannot be hidden by an equally wrong way back.
+cannot be hidden by an equally wrong way back. Values and cast
+are those of the trap `plain-cast`.
 """
 
 import math
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from unclamp.formats import Format
-from unclamp.numerics.cast import torch_dtype
 from unclamp.reference import round_to_format
+from unclamp.traps.answers import one_line
+from unclamp.traps.casts import codes_of, every_bfloat16
 
 SATURATES = "saturates"
 GIVES_INF = "gives Inf"
@@ -58,9 +60,9 @@ def probe_cast(fmt: Format, source: torch.dtype, device: str) -> CastAnswer:
     """Cast every bfloat16 value, held in `source`, as it is and clamped to +-max."""
     source_name = str(source).removeprefix("torch.")
     try:
-        x = every_bfloat16().to(source).to(device)
-        plain = _codes(x, fmt)
-        clamped = _codes(x.clamp(-fmt.max, fmt.max), fmt)
+        x = every_bfloat16().to(source)
+        plain = codes_of(x, fmt, device).long()
+        clamped = codes_of(x.to(device).clamp(-fmt.max, fmt.max), fmt, device).long()
     except Exception as error:
         return CastAnswer(format=fmt.name, source=source_name, error=one_line(error))
     x = every_bfloat16().float()
@@ -78,11 +80,6 @@ def probe_cast(fmt: Format, source: torch.dtype, device: str) -> CastAnswer:
     )
 
 
-def every_bfloat16() -> Tensor:
-    """Return all 65,536 bfloat16 values, each at the index that is its bit pattern."""
-    return torch.arange(0x10000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-
-
 @cache
 def reference_codes(fmt: Format) -> Tensor:
     """Return the saturating reference's code of each bfloat16 value, -1 for NaN."""
@@ -90,16 +87,6 @@ def reference_codes(fmt: Format) -> Tensor:
     code_of = {repr(fmt.decode(code)): code for code in range(256) if code not in fmt.nan_codes}
     values = every_bfloat16().tolist()
     return torch.tensor([code_of.get(repr(round_to_format(v, fmt)), -1) for v in values])
-
-
-def one_line(error: Exception) -> str:
-    """Return an exception as its type and the first line of its message."""
-    message = str(error).strip()
-    return f"{type(error).__name__}: {message.splitlines()[0] if message else 'no message'}"
-
-
-def _codes(x: Tensor, fmt: Format) -> Tensor:
-    return x.to(torch_dtype(fmt)).view(torch.uint8).cpu().long()
 
 
 def fate(values: Tensor, x: Tensor, chosen: Tensor, fmt: Format) -> str:

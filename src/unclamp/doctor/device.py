@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
-from unclamp.doctor.casts import SOURCES, CastAnswer, one_line, probe_cast
+from unclamp.doctor.casts import SOURCES, CastAnswer, probe_cast
+from unclamp.doctor.experiments import TrapAnswer, probe_traps
+from unclamp.doctor.kernels import KernelAnswer, kernels_by_scaling
 from unclamp.doctor.matmul import MatmulAnswer, api, probe_matmul
 from unclamp.errors import UnclampWarning
 from unclamp.formats import FORMATS
 from unclamp.numerics.gpu import architecture
 from unclamp.numerics.gpu.gemm import has_fp8_gemm
 from unclamp.numerics.paths import path_of
+from unclamp.traps.answers import one_line
 
 NO_ACCUMULATION = "not available"
 
@@ -29,6 +32,8 @@ class DeviceAnswer:
         name: What the hardware is.
         matmul_api: The scaled matmul that was probed.
         kernels: What unclamp runs for each job.
+        by_scaling: The same for each scaling and granularity.
+        traps: How those experiments of `unclamp.traps` behaved that take no time.
     """
 
     device: str
@@ -37,6 +42,8 @@ class DeviceAnswer:
     matmul_api: str
     matmul: tuple[MatmulAnswer, ...]
     kernels: dict[str, str]
+    by_scaling: tuple[KernelAnswer, ...] = ()
+    traps: tuple[TrapAnswer, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -52,6 +59,8 @@ def probe_device(device: str) -> DeviceAnswer:
         matmul_api=api(),
         matmul=probe_matmul(device),
         kernels=kernels(device),
+        by_scaling=kernels_by_scaling(device),
+        traps=probe_traps(device),
     )
 
 

@@ -9,17 +9,26 @@ from typing import Any
 import torch
 
 from unclamp.doctor.device import DeviceAnswer, probe_device
+from unclamp.doctor.pasted import paragraph
 from unclamp.doctor.sentences import sentences
 from unclamp.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The build, its devices, and what a user should know about them."""
+    """The build, its devices, and what a user should know about them.
+
+    Attributes:
+        build: Versions and processor.
+        devices: What was found on each.
+        warnings: What follows, in sentences.
+        paragraph: All of it in a few lines, to paste into a bug report.
+    """
 
     build: dict[str, str]
     devices: tuple[DeviceAnswer, ...]
     warnings: tuple[str, ...]
+    paragraph: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
@@ -27,10 +36,16 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Probe the CPU and, if there is one, the current CUDA device. Takes about two seconds."""
+    """Probe the CPU and, if there is one, the current CUDA device. Takes some seconds."""
     names = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     devices = tuple(probe_device(name) for name in names)
-    return Diagnosis(build=build(), devices=devices, warnings=tuple(sentences(devices)))
+    versions = build()
+    return Diagnosis(
+        build=versions,
+        devices=devices,
+        warnings=tuple(sentences(devices)),
+        paragraph=paragraph(versions, devices),
+    )
 
 
 def build() -> dict[str, str]:

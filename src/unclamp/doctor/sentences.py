@@ -21,6 +21,7 @@ def sentences(devices: Sequence[DeviceAnswer]) -> Iterator[str]:
     """Yield the sentences, the gravest of a device first."""
     for device in devices:
         yield from _of_wrong_numbers(device)
+        yield from _of_traps(device)
         yield from _of_casts(device)
         yield from _of_matmul(device)
     for device in devices[1:]:
@@ -41,6 +42,15 @@ def _of_wrong_numbers(device: DeviceAnswer) -> Iterator[str]:
             )
     if wrong := [m.case for m in device.matmul if m.outcome == WRONG]:
         yield f"{device.device}: {device.matmul_api} gives wrong results for {', '.join(wrong)}."
+
+
+def _of_traps(device: DeviceAnswer) -> Iterator[str]:
+    for trap in device.traps:
+        if trap.is_bad:
+            yield (
+                f"{device.device}: {trap.name} does not behave as documented for this torch "
+                f"({trap.detail}): see `unclamp traps {trap.name}`."
+            )
 
 
 def _of_casts(device: DeviceAnswer) -> Iterator[str]:

@@ -40,10 +40,48 @@ def diagnosis_view(diagnosis: dict[str, Any]) -> RenderableType:
             Text(CAST_NOTE, style="dim"),
             *_section(device["matmul_api"], _matmul(device["matmul"])),
             *_section("what unclamp runs here", _pairs(device["kernels"])),
+            *_section("for each scaling and granularity", _by_scaling(device["by_scaling"])),
+            *_section("experiments of `unclamp traps`", _traps(device["traps"])),
         ]
     parts.append(Text("\nwhat follows", style="bold"))
     parts += [_pairs_table([("·", line)]) for line in diagnosis["warnings"]]
+    parts += _section("to paste into a bug report", Text(diagnosis["paragraph"]))
     return Group(*parts)
+
+
+def _by_scaling(answers: list[dict[str, Any]]) -> RenderableType:
+    """Make a line of each cast and GEMM; granularities and scalings that share it share it here."""
+    grains: dict[tuple[str, ...], list[str]] = {}
+    for grain in dict.fromkeys(answer["granularity"] for answer in answers):
+        lines = _lines([answer for answer in answers if answer["granularity"] == grain])
+        grains.setdefault(tuple(lines), []).append(grain)
+    parts: list[RenderableType] = []
+    for lines, names in grains.items():
+        parts += [Text("; ".join(names)), _pairs_table([(" ", line) for line in lines])]
+    return Group(*parts)
+
+
+def _lines(answers: list[dict[str, Any]]) -> list[str]:
+    casts: dict[str, list[str]] = {}
+    for answer in answers:
+        casts.setdefault(answer["cast"], []).append(answer["scaling"])
+    gemms: dict[str, list[str]] = {}
+    for name in ("output", "grad_input", "grad_weight"):
+        gemms.setdefault(answers[0][name], []).append(name)
+    return [
+        *(f"casts ({', '.join(kinds)}): {cast}" for cast, kinds in casts.items()),
+        *(f"{', '.join(names)}: {gemm}" for gemm, names in gemms.items()),
+    ]
+
+
+def _traps(answers: list[dict[str, Any]]) -> RenderableType:
+    """Count verdicts, and name what is not as documented."""
+    verdicts = [answer["verdict"] for answer in answers]
+    rows = {each: f"{verdicts.count(each)} of {len(verdicts)}" for each in dict.fromkeys(verdicts)}
+    for answer in answers:
+        if answer["is_bad"] or answer["verdict"] == "skipped":
+            rows[answer["name"]] = f"{answer['verdict']}: {answer['detail']}"
+    return _pairs(rows)
 
 
 def _section(title: str, body: RenderableType) -> list[RenderableType]:

@@ -10,6 +10,7 @@ from unclamp.written import counted
 
 STYLES = {"as documented": "green", "not as documented": "bold red", "failed": "bold red"}
 LABEL = 11
+MANY = 6
 
 
 def print_list(traps: list[dict[str, Any]], console: Console) -> None:
@@ -47,7 +48,7 @@ def _print_screen(trap: dict[str, Any], console: Console) -> None:
     # Not wrapped by us, so that what is copied from a narrow terminal still runs.
     console.print(Text(trap["code"].rstrip(), style="cyan"), soft_wrap=True, highlight=False)
     console.print()
-    rows = [("found", _facts(outcome["facts"]))] if outcome["facts"] else []
+    rows = _found(outcome["facts"])
     if outcome["reason"]:
         rows.append(("reason", outcome["reason"]))
     rows += [("but", difference) for difference in outcome["differences"]]
@@ -55,6 +56,13 @@ def _print_screen(trap: dict[str, Any], console: Console) -> None:
     rows += [("costs", trap["cost"]), ("unclamp", f"{trap['remedy']} See {trap['see']}.")]
     console.print(_labelled(rows))
     console.print()
+
+
+def _found(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a line of each fact, or of all where they are many."""
+    if len(facts) > MANY:
+        return [("found", _facts(facts))]
+    return [("" if i else "found", _facts({name: facts[name]})) for i, name in enumerate(facts)]
 
 
 def _documented(trap: dict[str, Any], outcome: dict[str, Any]) -> str:
@@ -69,7 +77,7 @@ def _documented(trap: dict[str, Any], outcome: dict[str, Any]) -> str:
 
 
 def _facts(facts: dict[str, Any]) -> str:
-    return "; ".join(f"{name}: {_figure(value)}" for name, value in facts.items())
+    return "; ".join(f"{name} = {_figure(value)}" for name, value in facts.items())
 
 
 def _figure(value: Any) -> str:
@@ -88,15 +96,15 @@ def _table(traps: list[dict[str, Any]]) -> RenderableType:
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for trap in traps:
         outcome = trap["outcome"]
-        found = outcome["reason"] or _first(outcome["facts"])
+        found = outcome["reason"] or _told(outcome["facts"], trap["telling"])
         table.add_row(trap["name"], outcome["device"], _verdict(outcome), Text(found))
     return table
 
 
-def _first(facts: dict[str, Any]) -> str:
-    """Return the first fact that is not 0: a table has no room for all."""
-    shown = next((f for f in facts.items() if f[1] != 0), next(iter(facts.items()), None))
-    return "" if shown is None else _facts(dict([shown]))
+def _told(facts: dict[str, Any], telling: str) -> str:
+    """Return the one fact for which a table has room."""
+    name = telling if telling in facts else next(iter(facts), None)
+    return "" if name is None else _facts({name: facts[name]})
 
 
 def _labelled(rows: list[tuple[str, str]]) -> RenderableType:

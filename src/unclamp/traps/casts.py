@@ -87,8 +87,8 @@ def _fates(**fates: str) -> dict[str, Fact]:
     }
 
 
-_WORK = ("x.float()", "x.abs()", "x == x", "torch.cat")
-_RAISE = ("x + x", "x * 2", "x.max()", "x.clamp", "x @ x", "torch.equal")
+_WORK = ["x.float()", "x.abs()", "x == x", "torch.cat"]
+_RAISE = ["x + x", "x * 2", "x.max()", "x.clamp", "x @ x", "torch.equal"]
 
 TRAPS = (
     Trap(
@@ -129,6 +129,7 @@ TRAPS = (
         remedy="Products are autograd functions: the gradient is cast once, as grad_output, with "
         "a format and scale of its own.",
         see="docs/scaling.md",
+        telling="1e6",
     ),
     Trap(
         name="double-rounding",
@@ -150,6 +151,7 @@ TRAPS = (
         remedy="Casts multiply in float32 and round once; all bfloat16 and float16 values are "
         "tested against other libraries.",
         see="docs/scaling.md",
+        telling="codes changed by way of bfloat16",
     ),
     Trap(
         name="missing-operators",
@@ -168,5 +170,6 @@ TRAPS = (
         remedy="Statistics are taken in the pass that casts; parameters and state stay in dtypes "
         "that every tool can add and multiply.",
         see="docs/copies.md",
+        telling="x + x",
     ),
 )

@@ -20,7 +20,8 @@ def fused_in_float32(device):
     for emulate in (False, True):
         options = {"emulate_precision_casts": emulate}
         with config.patch(cpp_cache_precompile_headers=False):  # they take long
-            differ = torch.compile(fused, options=options)(x, y) != fused(x, y)
+            compiled = torch.compile(fused, options=options)  # pyright: ignore
+            differ = compiled(x, y) != fused(x, y)
         facts[f"differ, emulate={emulate}"] = differ.float().mean().item()
         torch._dynamo.reset()
     return facts

@@ -47,4 +47,5 @@ def described(trap: Trap) -> dict[str, Any]:
         "cost": trap.cost,
         "remedy": trap.remedy,
         "see": trap.see,
+        "telling": trap.telling,
     }

@@ -50,10 +50,11 @@ class Counted(torch.nn.Linear):
         super().__init__(2, 2)
         self.register_buffer("amax", torch.zeros(()))
 
-    def forward(self, x):
+    def forward(self, input):
         """Remember the amax."""
-        self.amax.copy_(torch.maximum(self.amax, x.abs().max()))
-        return super().forward(x)
+        amax = torch.maximum(self.amax, input.abs().max())  # pyright: ignore
+        self.amax.copy_(amax)  # pyright: ignore
+        return super().forward(input)
 
 
 def broadcast_buffers():
@@ -92,6 +93,7 @@ TRAPS = (
         cost="Whether a bad batch stops the run depends on the rank that it fell to.",
         remedy="Only amaxes of finite elements are reduced; Inf and NaN are counted and summed.",
         see="docs/distributed.md",
+        telling="rank 0: maximum with NaN on rank 1",
     ),
     Trap(
         name="local-maximum",
@@ -122,7 +124,7 @@ TRAPS = (
                 expected=_both(
                     {
                         "average with reduce_dtype=None": (0.5, 0.5),
-                        "average with reduce_dtype=torch.float32": (0.501953125,) * 2,
+                        "average with reduce_dtype=torch.float32": (0.501953125, 0.501953125),
                     }
                 )
             ),
@@ -131,6 +133,7 @@ TRAPS = (
         remedy="Nothing: it is yours to set. A conversion leaves policies alone; set "
         "`reduce_dtype=torch.float32`.",
         see="docs/distributed.md",
+        telling="rank 0: average with reduce_dtype=None",
     ),
     Trap(
         name="ddp-broadcasts-buffers",
@@ -150,8 +153,9 @@ TRAPS = (
             ),
         ),
         cost="Delayed scaling knows the outliers of one rank only, and clamps the others'.",
-        remedy="Histories are reduced over the ranks of a product at each update, so that what "
-        "DDP broadcasts is what every rank has.",
+        remedy="Histories are no buffers, so DDP leaves them alone; they are reduced over the ranks "
+        "of a product at each update.",
         see="docs/distributed.md",
+        telling="rank 1: amax with broadcast_buffers=True",
     ),
 )

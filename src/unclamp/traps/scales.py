@@ -115,6 +115,7 @@ TRAPS = (
         cost="Some percent of the codes are one step off, in every cast, unseen.",
         remedy="Casts convert to float32 before they multiply.",
         see="docs/scaling.md",
+        telling="codes that differ",
     ),
     Trap(
         name="floor-log2",
@@ -139,6 +140,7 @@ TRAPS = (
         remedy="Scales are rounded down by their bits; the tests hold every one to exact "
         "arithmetic.",
         see="docs/scaling.md",
+        telling="wrong exponents",
     ),
     Trap(
         name="subnormal-scale",
@@ -160,6 +162,7 @@ TRAPS = (
         "another.",
         remedy="A scale is kept in [2**-126, 2**126], so that it and its inverse are normal.",
         see="docs/scaling.md",
+        telling="back / amax, flushing",
     ),
     Trap(
         name="float16-scale",
@@ -193,6 +196,7 @@ TRAPS = (
         cost="One overflow loses a tensor, and with delayed scaling every tensor of the window.",
         remedy="An amax is taken over finite elements; an Inf or NaN leaves no trace in a history.",
         see="docs/scaling.md",
+        telling="NaN after the way back",
     ),
     Trap(
         name="delayed-history",
@@ -215,5 +219,6 @@ TRAPS = (
         remedy="Guarded scaling repeats the cast that would clamp; the ledger counts what delayed "
         "scaling clamped, and `unclamp explain` says whether it mattered.",
         see="docs/scaling.md",
+        telling="squares lost there",
     ),
 )

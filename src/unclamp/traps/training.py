@@ -126,8 +126,8 @@ TRAPS = (
             ),
         ),
         cost="The loss scale never backs off, and every step's gradients are cut at 448.",
-        remedy="An Inf in a gradient stays Inf through a product, for GradScaler and clipping to "
-        "see.",
+        remedy="A gradient with an Inf stays visible: the gradients that a product makes of it are "
+        "NaN, for GradScaler and clipping to see.",
         see="docs/scaling.md",
     ),
     Trap(
@@ -148,7 +148,8 @@ TRAPS = (
             ),
         ),
         cost="A dead run looks perfect; only grad_norm says NaN.",
-        remedy="`UnclampCallback` records the loss of each micro-batch before the filter.",
+        remedy="The integration records the losses themselves, NaN and Inf as they are.",
         see="docs/trainers.md",
+        telling="losses logged with the filter on",
     ),
 )

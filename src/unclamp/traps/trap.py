@@ -87,6 +87,7 @@ class Trap:
         cost: What it costs in training.
         remedy: What unclamp does about it.
         see: A page of docs/, or a name of the package.
+        telling: The fact that a table shows, if not the first.
         devices: Where it can run.
         ranks: Processes that meet through gloo; 0 where it runs without any others.
         apart: Whether it needs a process of its own: it imports or compiles for long.
@@ -101,6 +102,7 @@ class Trap:
     cost: str
     remedy: str
     see: str
+    telling: str = ""
     devices: tuple[str, ...] = ("cpu",)
     ranks: int = 0
     apart: bool = False
@@ -150,7 +152,6 @@ def fact_text(value: Fact | Between) -> str:
 def _script(experiment: Callable[..., Mapping[str, Fact]], *, device: str, ranks: int) -> str:
     module = sys.modules[experiment.__module__]
     sources = [inspect.getsource(thing).rstrip() for thing in _used(experiment, module)]
-    imports = list(_imports(module, "\n".join(sources)))
     call = f'print({experiment.__name__}("{device}"))'
     if ranks:
         call = (
@@ -158,8 +159,8 @@ def _script(experiment: Callable[..., Mapping[str, Fact]], *, device: str, ranks
             f"print(dist.get_rank(), {experiment.__name__}())\n"
             "dist.destroy_process_group()"
         )
-    text = "\n\n\n".join(["\n".join(imports), *sources, call]) + "\n"
-    return TOOLS.sub("", text)
+    imports = _imports(module, "\n".join([*sources, call]))
+    return TOOLS.sub("", "\n\n\n".join(["\n".join(imports), *sources, call]) + "\n")
 
 
 TOOLS = re.compile(r"  # (?:pyright|noqa|fmt): .*")
