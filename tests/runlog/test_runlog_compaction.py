@@ -96,10 +96,10 @@ def test_a_merge_that_fails_is_tried_again_and_leaves_no_trace(tmp_path: Path, m
     failures = iter([OSError(errno.ENOSPC, "no space left"), MemoryError()])
     write_part = compactor.write_part
 
-    def fail_twice(path: Path, rows: Any) -> None:
+    def fail_twice(path: Path, *rows: Any) -> None:
         for failure in failures:
             raise failure
-        write_part(path, rows)
+        write_part(path, *rows)
 
     monkeypatch.setattr(compactor, "write_part", fail_twice)
     with RunLogWriter(tmp_path, header=HEADER) as writer:
@@ -116,7 +116,7 @@ def test_merges_that_never_succeed_leave_the_parts_and_say_so_once(
 ):
     merge_early(monkeypatch, fan_in=3)
 
-    def fail(path: Path, rows: Any) -> None:
+    def fail(path: Path, *rows: Any) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(compactor, "write_part", fail)
