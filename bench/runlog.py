@@ -50,11 +50,14 @@ def casts(step: int, generator: np.random.Generator) -> Columns:
         "nonfinite": np.zeros(SITES, dtype=np.int64),
         "recast": np.zeros(SITES, dtype=np.int64),
         "saturated_error": clamped * generator.random(SITES) * 1e-3,
+        "clamped": clamped,
         "microsteps": np.full(SITES, 4, dtype=np.int32),
     }
 
 
-def write(path: Path, steps: int) -> float:
+def write(
+    path: Path, steps: int, *, make: Callable[[int, np.random.Generator], Columns] = casts
+) -> float:
     """Write a log as fast as its threads keep up with, merges included; return the seconds."""
     generator = np.random.default_rng(0)
     began = time.perf_counter()
@@ -65,7 +68,7 @@ def write(path: Path, steps: int) -> float:
         for step in range(steps):
             row = {"step": [step], "time_s": [float(step)], "loss": [generator.random()]}
             writer.add("steps", row)
-            writer.add("casts", lambda step=step: casts(step, generator))
+            writer.add("casts", lambda step=step: make(step, generator))
             if step % STEPS_A_FLUSH == STEPS_A_FLUSH - 1:
                 writer.flush()
                 while len(list((path / "casts").glob("*.parquet"))) > PARTS_WAITING + step // 600:
@@ -169,5 +172,13 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m bench.runlog", description=__doc__).parse_args()
-    measure()
+    parser = argparse.ArgumentParser(prog="python -m bench.runlog", description=__doc__)
+    parser.add_argument("--months", action="store_true", help="20 and 60 M rows, for 1,680 M")
+    parser.add_argument("--folder", type=Path, help="with --months: where logs are kept for later")
+    given = parser.parse_args()
+    if given.months:
+        from bench.months import measure_months  # of what stands here
+
+        measure_months(given.folder)
+    else:
+        measure()

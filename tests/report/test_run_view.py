@@ -208,7 +208,7 @@ def test_the_association_is_a_table_and_the_caution_is_always_there(
     text = write_page(build_view(planted_run), tmp_path / "page.html").read_text()
     assert "Did spikes follow clamping?" in text
     assert "2605.26189" in text
-    monkeypatch.setattr("unclamp.report.runs.read_association", lambda log: ASSOCIATION)
+    monkeypatch.setattr("unclamp.report.runs.read_association", lambda log, **_: ASSOCIATION)
     text = write_page(build_view(planted_run), tmp_path / "page.html").read_text()
     assert ASSOCIATION["sentences"][0] in text
     assert "+110 % to +190 %" in text

@@ -74,17 +74,20 @@ def test_full_parts_stay_as_they_are_and_are_never_claimed_by_a_later_merge(
         assert_summaries_are_those_of_casts(log)
 
 
-def test_merged_casts_are_ordered_by_site_so_that_one_site_is_in_few_row_groups(tmp_path: Path):
+def test_merged_casts_are_ordered_by_clamping_and_site_so_that_few_row_groups_are_read(
+    tmp_path: Path,
+):
     with RunLogWriter(tmp_path, header=HEADER) as writer:
         for number in reversed(range(100)):
             writer.add("casts", casts_of_step(number, 1000))
     (part,) = (tmp_path / "casts").glob("*")
     file = pq.ParquetFile(part)
-    read = file.read(columns=["site", "step"])
-    assert read == read.sort_by([("site", "ascending"), ("step", "ascending")])
+    read = file.read(columns=["site", "step", "saturated"]).to_pylist()
+    assert read == sorted(read, key=lambda r: (r["saturated"] == 0, r["site"], r["step"]))
     groups = [file.metadata.row_group(g).column(2) for g in range(file.metadata.num_row_groups)]
     assert {column.path_in_schema for column in groups} == {"site"}
-    assert sum(c.statistics.min <= 500 <= c.statistics.max for c in groups) == 1 < len(groups)
+    # A row group of those that clamped, and one of the others.
+    assert sum(c.statistics.min <= 500 <= c.statistics.max for c in groups) == 2 < len(groups)
 
 
 def test_a_merge_that_fails_is_tried_again_and_leaves_no_trace(tmp_path: Path, monkeypatch: Any):
@@ -93,10 +96,10 @@ def test_a_merge_that_fails_is_tried_again_and_leaves_no_trace(tmp_path: Path, m
     failures = iter([OSError(errno.ENOSPC, "no space left"), MemoryError()])
     write_part = compactor.write_part
 
-    def fail_twice(path: Path, rows: Any) -> None:
+    def fail_twice(path: Path, *rows: Any) -> None:
         for failure in failures:
             raise failure
-        write_part(path, rows)
+        write_part(path, *rows)
 
     monkeypatch.setattr(compactor, "write_part", fail_twice)
     with RunLogWriter(tmp_path, header=HEADER) as writer:
@@ -113,7 +116,7 @@ def test_merges_that_never_succeed_leave_the_parts_and_say_so_once(
 ):
     merge_early(monkeypatch, fan_in=3)
 
-    def fail(path: Path, rows: Any) -> None:
+    def fail(path: Path, *rows: Any) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(compactor, "write_part", fail)

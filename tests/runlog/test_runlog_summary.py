@@ -60,10 +60,10 @@ class Disk:
         self.left -= 1
         return self.left >= 0
 
-    def write_part(self, path: Path, rows: pa.Table) -> None:
+    def write_part(self, path: Path, *rows: pa.Table) -> None:
         if not self.may_change():
             raise OSError("power cut")
-        self.write(path, rows)
+        self.write(path, *rows)
 
     def remove_part(self, path: Path) -> None:
         if self.may_change():

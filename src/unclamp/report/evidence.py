@@ -22,6 +22,8 @@ from unclamp.runlog import RunLog
 
 MOST_REPLAYS = 12
 """Counterfactuals that are drawn."""
+MOST_CLAMPED = 2_000_000
+"""Clamped casts of which a page asks whether spikes followed them; a million take three seconds."""
 PAPER = "arXiv 2605.26189"
 CAUTION = (
     f"Clamping can also do harm that the training loss does not show ({PAPER}): no spike, "
@@ -38,11 +40,18 @@ NOTHING_TO_ASK: dict[str, Any] = {
 """What stands in place of an association in a run without casts."""
 
 
-def read_association(log: RunLog) -> dict[str, Any]:
+def read_association(log: RunLog, *, clamped: int = 0) -> dict[str, Any]:
     """Return `Association.to_dict()` of a run.
 
-    A run that cannot be judged has the verdict "cannot tell", with the reason.
+    A run that cannot be judged has the verdict "cannot tell", with the reason; so has one in which
+    so many casts `clamped` that the answer would take minutes.
     """
+    if clamped > MOST_CLAMPED:
+        said = (
+            f"{clamped:,} casts clamped: which of them spikes followed takes minutes to find out, "
+            f"and a page does not ask it. `unclamp associate {log.path}` does."
+        )
+        return {"verdict": "cannot tell", "sentences": [said], "sites": []}
     try:
         return associate(log).to_dict()
     except AnalysisError as error:

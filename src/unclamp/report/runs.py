@@ -172,7 +172,8 @@ def read_run_view(
         RunLogError: As `RunLog.sql`.
         UnclampError: A glob matches no site.
     """
-    association = read_association(log) if record.sites else NOTHING_TO_ASK
+    clamped = sum(site.totals.clamped_rows for site in record.sites)
+    association = read_association(log, clamped=clamped) if record.sites else NOTHING_TO_ASK
     chosen = choose_sites(record, globs=globs, named=named_sites(association))
     switched = _switched(log)
     events, left_out = _read_events(log)

@@ -25,6 +25,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from unclamp.runlog.connection import connect
 from unclamp.runlog.levels import SUMMARIES, LevelWriter, query_arrow
 from unclamp.runlog.parts import PartName, in_reading_order, read_parts, sync_folder, write_part
 from unclamp.runlog.schema import TABLES
@@ -167,7 +168,7 @@ class Compactor:
 
     def _connect(self) -> duckdb.DuckDBPyConnection:
         if self._connection is None:
-            self._connection = duckdb.connect(config={"threads": 1})
+            self._connection = connect(threads=1)
         return self._connection
 
     def _check_time(self) -> None:

@@ -125,8 +125,8 @@ class LevelWriter:
         """Take note of a file of a level, and write one of the next when there are enough.
 
         Raises:
-            OSError, pa.ArrowException, duckdb.Error: It cannot be written. Then the level below
-                serves for the files that were to be in it.
+            OSError, pa.ArrowException, duckdb.Error: It cannot be written. It is tried again with
+                the next file, and meanwhile the level below serves.
         """
         if level == len(self._waiting):
             self._waiting.append([])
@@ -136,10 +136,9 @@ class LevelWriter:
         waiting.append(name)
         if len(waiting) < FACTOR:
             return
-        group = waiting.copy()
+        merged = replace(waiting[0], last=waiting[-1].last, is_merged=True, thinned=0)
+        self._write(waiting, merged, level=level + 1)
         waiting.clear()
-        merged = replace(group[0], last=group[-1].last, is_merged=True, thinned=0)
-        self._write(group, merged, level=level + 1)
         self.add(merged, level=level + 1)
 
     def _write(self, group: Sequence[PartName], merged: PartName, *, level: int) -> None:

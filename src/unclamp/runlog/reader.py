@@ -10,7 +10,6 @@ from __future__ import annotations
 import html
 import os
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +21,7 @@ import pyarrow.dataset as ds
 from unclamp.errors import RunLogError, UnclampWarning
 from unclamp.names import SiteName
 from unclamp.runlog import schema_1
+from unclamp.runlog.connection import connect
 from unclamp.runlog.damage import (
     DamagedPart,
     describe_damage,
@@ -79,11 +79,7 @@ class RunLog:
     def __init__(self, path: Path) -> None:
         """Prefer `RunLog.open`, which checks that `path` is a run."""
         self.path = path
-        self._connection = duckdb.connect()
-        # A bar after two seconds of a query would go to stdout, into the JSON. In a notebook
-        # without ipywidgets there is no bar, and DuckDB refuses to set it.
-        with suppress(duckdb.InvalidInputException):
-            self._connection.execute("SET enable_progress_bar = false")
+        self._connection = connect()
         self._parts: Parts = {}
         self._registered: dict[str, Relation] = {}
         self._views: dict[str, str] = {}

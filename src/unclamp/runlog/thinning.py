@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from unclamp.errors import RunLogError
 from unclamp.runlog.attempts import is_alive, refuse_if_written
+from unclamp.runlog.connection import connect
 from unclamp.runlog.damage import UNREADABLE, find_damaged
 from unclamp.runlog.finder import read_header
 from unclamp.runlog.folder import read_json, write_header
@@ -157,7 +158,7 @@ class _Pass:
     ) -> None:
         self._path, self._rows = path, rows
         self._is_tried, self._on_part = is_tried, on_part
-        self._connection = duckdb.connect(config={"threads": 1})
+        self._connection = connect(threads=1)
         self._waiting: list[_Thin] = []
         self._before, self._after = 0, 0
         self._steps: set[int] = set()
@@ -363,7 +364,7 @@ def _make_levels(path: Path) -> None:
         for name in names
         if name is not None and (path / SUMMARIES / str(name)).exists() and name.is_merged
     ]
-    with duckdb.connect(config={"threads": 1}) as connection:
+    with connect(threads=1) as connection:
         for _, own in groupby(merged, key=lambda name: (name.rank, name.attempt)):
             levels = LevelWriter(path, lambda: connection)
             for name in own:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from unclamp.runlog.connection import connect
 from unclamp.runlog.levels import level_for, stored_name, window_steps
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.runlog.summary import summary_sql
@@ -230,7 +230,7 @@ def _by_place(windows: pa.Table) -> pa.Table:
 
     Ranks are added up in each window already.
     """
-    with duckdb.connect() as connection:
+    with connect() as connection:
         connection.register("windows", windows)
         connection.execute("CREATE VIEW once AS SELECT *, false AS replicated FROM windows")
         query = f"SELECT place, {_SUMS}, {_FROM_WINDOWS} FROM once GROUP BY place"

@@ -1,0 +1,20 @@
+"""A DuckDB connection that is silent."""
+
+from contextlib import suppress
+from typing import Any
+
+import duckdb
+
+
+def connect(*, threads: int | None = None) -> duckdb.DuckDBPyConnection:
+    """Return a connection in memory, with so many threads, or as many as the machine has.
+
+    A bar after two seconds of a query would go to stdout: into the JSON of a command, or between
+    what a training prints.
+    """
+    config: dict[str, Any] = {} if threads is None else {"threads": threads}
+    connection = duckdb.connect(config=config)
+    # In a notebook without ipywidgets there is no bar, and DuckDB refuses to set it.
+    with suppress(duckdb.InvalidInputException):
+        connection.execute("SET enable_progress_bar = false")
+    return connection
