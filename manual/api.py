@@ -38,9 +38,7 @@ TOPICS = {
         about="What each layer of a model gets.",
         rooms=("recipe", "scaling", "formats", "names"),
     ),
-    "casts": Topic(
-        title="Casts", about="FP8 arithmetic on single tensors.", rooms=("numerics",)
-    ),
+    "casts": Topic(title="Casts", about="FP8 arithmetic on single tensors.", rooms=("numerics",)),
     "recording": Topic(
         title="Recording",
         about="From a training into a log, and onto dashboards; and a log as data.",
@@ -56,7 +54,6 @@ TOPICS = {
         about="unclamp inside of the trainers of others.",
         rooms=("integrations",),
         modules=(
-            "unclamp.integrations.recorded",
             "unclamp.integrations.transformers",
             "unclamp.integrations.accelerate",
             "unclamp.integrations.lightning",
@@ -73,6 +70,7 @@ TOPICS = {
         rooms=("errors",),
     ),
 }
+MODULES = [module for topic in TOPICS.values() for module in topic.modules]
 PACKAGES = ("analysis", "doctor", "nn", "numerics", "runlog", "telemetry", "traps")
 _MENTION = re.compile(r"(?<![\w/>\"])docs/(\w+)\.md")
 
@@ -84,11 +82,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let a search find the guides first."""
+    if page.file.src_uri.startswith("reference/"):
+        page.meta["search"] = {"boost": 0.5}
+    return markdown
+
+
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Make links of the pages that docstrings name."""
     if not page.file.src_uri.startswith("reference/"):
         return html
-    return _MENTION.sub(r'<a href="../\1.html">\1</a>', html)
+
+    def link(mention: re.Match[str]) -> str:
+        target = files.get_file_from_path(f"{mention[1]}.md")
+        if target is None or target.page is None:
+            raise ValueError(f"{page.file.src_uri} names {mention[0]}, which is no page")
+        return f'<a href="../{mention[1]}.html">{target.page.title}</a>'
+
+    return _MENTION.sub(link, html)
 
 
 def pages() -> Iterator[tuple[str, str]]:
@@ -161,21 +173,60 @@ def _overview(names: dict[str, list[str]]) -> str:
 
 def _page(topic: Topic, names: list[str]) -> str:
     parts = [f"# {topic.title}", "", topic.about, ""]
-    parts += [f"::: unclamp.{name}\n" for name in names]
-    for module in topic.modules:
-        parts.append(f"::: {module}\n    options:\n      show_root_full_path: true\n")
+    parts += [_name("unclamp", name) for name in names]
+    parts += [_module(module) for module in topic.modules]
     return "\n".join(parts)
+
+
+def _module(module: str) -> str:
+    """The directive for a module: what it exports, without the hooks that its trainer calls."""
+    top = public_names()
+    path = _file(module).relative_to(SOURCE).as_posix()
+    members = [name for name in _exported(path) if name not in top]
+    return f"""::: {module}
+    options:
+      show_root_full_path: true
+      show_object_full_path: true
+      filters: ["!^_", "!^on_"]
+      members: {members}
+"""
 
 
 def _package(package: str) -> str:
     top = public_names()
     members = [name for name in _exported(f"{package}/__init__.py") if name not in top]
-    return "\n".join([
-        f"::: unclamp.{package}",
-        "    options:",
-        "      heading_level: 1",
-        "      show_root_full_path: true",
-        "      members:",
-        *(f"        - {name}" for name in members),
-        "",
-    ])
+    head = f"::: unclamp.{package}\n    options:\n      heading_level: 1\n      members: false\n"
+    return "\n".join([head, *(_name(f"unclamp.{package}", name) for name in members)])
+
+
+def _name(package: str, name: str) -> str:
+    """The directive for one name.
+
+    Where a module on the way has the name of what it defines (`unclamp.nn.convert.convert`),
+    griffe takes the name for the module: then the whole path is given, and the short one is an
+    anchor.
+    """
+    path = list(_imports_of(package, name))
+    if any(_is_module(module, name) for module in path):
+        return f"[](){{#{package}.{name}}}\n\n::: {path[-1]}.{name}\n"
+    return f"::: {package}.{name}\n"
+
+
+def _imports_of(module: str, name: str) -> Iterator[str]:
+    """The modules that a name is imported through; the last one defines it."""
+    yield module
+    for node in ast.walk(ast.parse(_file(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            assert node.module
+            yield from _imports_of(node.module, name)
+            return
+
+
+def _is_module(package: str, name: str) -> bool:
+    folder = SOURCE.parent.joinpath(*package.split("."))
+    return (folder / name).is_dir() or (folder / f"{name}.py").exists()
+
+
+def _file(module: str) -> Path:
+    path = SOURCE.parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")

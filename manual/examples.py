@@ -1,4 +1,7 @@
-"""Has the examples of docstrings shown as code: griffe knows `Examples:`, and we write `Example:`."""
+"""Has the examples of docstrings shown as code.
+
+griffe calls their section `Examples:`, and the docstrings `Example:`.
+"""
 
 import re
 from typing import Any

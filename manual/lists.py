@@ -15,6 +15,11 @@ _ITEM = re.compile(r"(?:[-*]|1\.) ")
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put the empty lines in."""
+    return with_room(markdown)
+
+
+def with_room(markdown: str) -> str:
+    """The text with an empty line before each list."""
     lines: list[str] = []
     fenced = in_list = False
     for line in markdown.split("\n"):

@@ -18,6 +18,8 @@ PAGES = ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "lab/LOG.md")
 FILES = ("examples/first_look.ipynb", "examples/train_fsdp2.py", "LICENSE")
 UNSEARCHED = {"project/CHANGELOG.md", "project/lab/LOG.md"}
 """Pages in which a search for a word would mostly find its history."""
+_NAMED = re.compile(r"\[[\w/]+\.md\]\(([^)#\s:]+)(#[^)]*)?\)")
+"""A link whose text is the file's name."""
 _LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")
 
 
@@ -29,11 +31,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite the links that leave docs/ or come from outside of it."""
+    """Rewrite links that leave docs/ or come from outside of it, and call pages by their titles."""
     here = page.file.src_uri
     if here in UNSEARCHED:
         page.meta["search"] = {"exclude": True}
-    return _LINK.sub(lambda link: site_link(link[1], here), markdown)
+
+    def titled(link: re.Match[str]) -> str:
+        uri = posixpath.normpath(posixpath.join(posixpath.dirname(here), link[1]))
+        target = files.get_file_from_path(uri)
+        if target is None or target.page is None:
+            return link[0]
+        return f"[“{target.page.title}”]({link[1]}{link[2] or ''})"
+
+    linked = _LINK.sub(lambda link: site_link(link[1], here), markdown)
+    return _NAMED.sub(titled, linked)
 
 
 def site_link(link: str, here: str) -> str:

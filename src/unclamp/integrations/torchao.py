@@ -15,6 +15,8 @@ from unclamp.recipe import Recipe
 from unclamp.rule import OPERANDS, Mode
 from unclamp.scaling import Dynamic, HighPrecision, PerRow, PerTensor
 
+__all__ = ["recipe"]
+
 CONFIG = "Float8LinearConfig"
 FIELDS: dict[tuple[Role, Gemm], str] = {
     ("input", "output"): "cast_config_input",

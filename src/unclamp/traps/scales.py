@@ -160,7 +160,7 @@ TRAPS = (
         ),
         cost="Gradients that are tiny but alive become exactly 0 on one machine and not on "
         "another.",
-        remedy="A scale is kept in [2**-126, 2**126], so that it and its inverse are normal.",
+        remedy="A scale is kept in [2^-126, 2^126], so that it and its inverse are normal.",
         see="docs/scaling.md",
         telling="back / amax, flushing",
     ),
