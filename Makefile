@@ -33,7 +33,7 @@ $(STUDY_STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(DOCS_STAMP): $(STUDY_STAMP)
-	@echo "Adding what builds the documentation, once: 25 MB to download, 80 MB on disk."
+	@echo "Adding what builds the documentation, once: 35 MB to download, 140 MB on disk."
 	$(PIP_INSTALL) --editable '.[docs]'
 	@touch $@
 
@@ -51,7 +51,7 @@ quick: $(STUDY_STAMP) ## a first look at the study, in a minute; writes runs/qui
 
 # Strict: a link that leads nowhere, and a page that is in no menu, end it.
 docs: $(DOCS_STAMP) ## build the documentation into site/index.html, to be read offline
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 test: $(DEV_STAMP) ## the tests, in about ten minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow'

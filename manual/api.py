@@ -85,7 +85,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Let a search find the guides first."""
     if page.file.src_uri.startswith("reference/"):
-        page.meta["search"] = {"boost": 0.5}
+        page.meta["search"] = {"boost": 0.2}
     return markdown
 
 

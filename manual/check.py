@@ -45,15 +45,16 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 def find_faults(site: Path) -> list[str]:
     """A sentence for each link of the site's pages that is wrong."""
-    pages = {path.resolve(): _read(path) for path in sorted(site.rglob("*.html"))}
+    site = site.resolve()
+    pages = {path: _read(path) for path in sorted(site.rglob("*.html"))}
     found = []
     for path, page in pages.items():
-        here = path.relative_to(site.resolve())
+        here = path.relative_to(site)
         found += [f"{here} loads {link}" for link in sorted(page.loads) if urlsplit(link).netloc]
         found += [
             f"{here} points at {link}"
             for link in sorted(page.links | page.loads)
-            if not _leads_somewhere(link, path, pages)
+            if not _leads_somewhere(link, path, site, pages)
         ]
     return found
 
@@ -64,14 +65,14 @@ def _read(path: Path) -> Html:
     return page
 
 
-def _leads_somewhere(link: str, path: Path, pages: dict[Path, Html]) -> bool:
+def _leads_somewhere(link: str, path: Path, site: Path, pages: dict[Path, Html]) -> bool:
     parts = urlsplit(link)
     if parts.scheme or parts.netloc or path.name == "404.html":
         return True  # another site; and the page for a server, whose links begin at its root
     target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
     if target.is_dir():
         target /= "index.html"
-    if not target.exists():
+    if not target.is_relative_to(site) or not target.exists():
         return False
     anchor = unquote(parts.fragment)
     return not anchor or target not in pages or anchor in pages[target].anchors

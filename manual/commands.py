@@ -18,9 +18,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def page() -> str:
     """The page in Markdown: what there is, then each command with its options."""
-    root = typer.main.get_command(app)
+    root = typer.main.get_group(app)
     context = typer.Context(root, info_name="unclamp")
-    commands = {name: root.get_command(context, name) for name in root.list_commands(context)}
+    commands = {
+        name: command
+        for name in root.list_commands(context)
+        if (command := root.get_command(context, name))
+    }
     rows = [
         f"| [`unclamp {name}`](#unclamp-{name}) | {_first(command.help)} |"
         for name, command in commands.items()

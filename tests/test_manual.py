@@ -9,7 +9,7 @@ from pathlib import Path
 import griffe
 import pytest
 import yaml
-from manual import api, check, commands, lists, outside
+from manual import api, check, commands, docstrings, lists, outside
 from markdown import markdown
 from markdown_it import MarkdownIt
 
@@ -101,19 +101,43 @@ def test_links_that_are_right_in_the_repository_are_right_on_the_site(link, here
     assert outside.site_link(link, here) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("In [2**-126, 2**126], F(x)**n.", "<p>In [2**-126, 2**126], F(x)**n.</p>"),
+        ("**Keys** are in `2**3`.", "<p><strong>Keys</strong> are in <code>2**3</code>.</p>"),
+        ("In explain-<onset>.json.", "<p>In explain-&lt;onset&gt;.json.</p>"),
+        ("**recording: more", "<p>**recording: more</p>"),
+    ],
+)
+def test_signs_of_a_docstring_stay_signs(text, shown):
+    assert markdown(docstrings.as_markdown(text)) == shown
+
+
+def test_an_example_of_a_docstring_stays_as_it_is():
+    text = "Do.\n\nExample:\n    >>> f(2**3)\n    <x**2>\n\nThen <x>."
+    assert docstrings.as_markdown(text) == text.replace("Example:", "Examples:").replace(
+        "Then <", "Then &lt;"
+    )
+
+
 def test_the_check_finds_what_leads_nowhere_or_is_fetched(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "a.html").write_text(
+    site = tmp_path / "site"
+    (site / "sub").mkdir(parents=True)
+    (tmp_path / "beside.py").touch()
+    (site / "a.html").write_text(
         '<h1 id="one"><a href="#one">.</a></h1><a href="sub/b.html#two">.</a>'
-        '<a href="https://example.org/x">.</a><a href="c.html">.</a><img src="gone.png">',
+        '<a href="https://example.org/x">.</a><a href="c.html">.</a><img src="gone.png">'
+        '<a href="../beside.py">.</a>',
         encoding="utf-8",
     )
-    (tmp_path / "sub" / "b.html").write_text(
+    (site / "sub" / "b.html").write_text(
         '<p id="2"></p><a href="../a.html#one">.</a><a href="../a.html#two">.</a>'
         '<script src="https://example.org/x.js"></script>',
         encoding="utf-8",
     )
-    assert check.find_faults(tmp_path) == [
+    assert check.find_faults(site) == [
+        "a.html points at ../beside.py",
         "a.html points at c.html",
         "a.html points at gone.png",
         "a.html points at sub/b.html#two",
