@@ -1,7 +1,8 @@
 """Run a whole study: every arm, seed and scenario, by workers; stop and resume.
 
-Each run trains in a process with one thread, here or on a Ray cluster, so that its losses do not depend on how many run
-side by side. Runs that another arm starts from come first. A finished run is never repeated.
+Each run trains in a process with one thread, here or on a Ray cluster, so that its losses do not
+depend on how many run side by side. Runs that another arm starts from come first. A finished run
+is never repeated.
 """
 
 from collections.abc import Iterable

@@ -53,9 +53,7 @@ class _Context(SpawnContext):
 class _Crew:
     """Worker processes, and the channel through which they tell what they do."""
 
-    def __init__(
-        self, plans: list[RunPlan], tell: Callable[[Message], None], *, size: int
-    ) -> None:
+    def __init__(self, plans: list[RunPlan], tell: Callable[[Message], None], *, size: int) -> None:
         context = _Context()
         self._plans, self._tell = plans, tell
         self._channel: Any = context.Queue()

@@ -1,4 +1,4 @@
-"""The actor between the workers of a cluster and the study. Torch-free, so that it starts at once."""
+"""The actor between the workers of a cluster and the study; torch-free: it starts at once."""
 
 from unclamp.study.messages import Message
 

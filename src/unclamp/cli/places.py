@@ -1,0 +1,25 @@
+"""Arguments that say where a run lies: a folder, or a URL such as s3://bucket/run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unclamp.errors import RunLogError, UnclampError
+
+
+def place(text: str) -> Path:
+    """Return the path of what was typed; a URL's storage is asked whether it can be read."""
+    if "://" not in text:
+        return Path(text)
+    from unclamp.runlog.located import located  # noqa: PLC0415 - pyarrow takes a while
+
+    try:
+        return located(text)
+    except RunLogError as error:  # a ValueError would be taken for a wrong option
+        raise UnclampError(str(error)) from error
+
+
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a run, or its URL.", parser=place)
+]
