@@ -99,8 +99,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    import s3fs
-
+    s3fs = pytest.importorskip("s3fs")
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in server.environment.items():
@@ -250,6 +249,16 @@ def test_a_command_says_in_a_line_what_is_wrong() -> None:
     assert line.startswith("unclamp: nonsense://bucket/run cannot be read")
 
 
+def test_writing_stays_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunLogError, match="aws s3 sync FOLDER s3://bucket/run"):
+        RunLogWriter("s3://bucket/run", header=Header(unclamp_version="0"))
+    done = unclamp("study", "--quick", "--out", "s3://bucket/study")
+    assert done.returncode == 2
+    assert "aws s3 sync FOLDER s3://bucket/study" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @needs_s3
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_answer_the_same_from_s3(
@@ -277,8 +286,7 @@ def test_few_requests_are_made(in_s3: str, server: Server) -> None:
 
 @needs_s3
 def test_s3_says_what_is_wrong(in_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import s3fs
-
+    s3fs = pytest.importorskip("s3fs")
     with pytest.raises(RunLogError, match=r"there is no bucket 'elsewhere'"):
         RunLog.open("s3://elsewhere/run")
     with pytest.raises(RunLogError, match=r"s3://bucket/runs/other does not exist"):

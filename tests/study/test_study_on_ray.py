@@ -1,6 +1,5 @@
 """A study on a Ray cluster: the bits of one machine, whatever happens to its workers."""
 
-import importlib.util
 import os
 import secrets
 import shutil
@@ -9,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,9 @@ from typed import unclamp
 from unclamp.runlog import RunLog
 
 pytestmark = pytest.mark.xdist_group("ray")
-needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="ray is not installed"
-)
 
 STUDY = (
-    "scenarios = ['text']\nseeds = [0, 1]\nsteps = {steps}\n"
+    "scenarios = ['text']\nseeds = [0, 1]\nsteps = 40\n"
     "[data]\nbatch_size = 2\nseq_len = 32\n"
     "[model]\nhidden_size = 32\nintermediate_size = 64\nlayers = 1\nheads = 2\n"
     "[arms.delayed]\nrecipe = 'delayed'\n[arms.pilot]\nfrom = 'delayed'\nautopilot = true\n"
@@ -41,12 +37,16 @@ print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 ray.shutdown()
 """
-WITHOUT_SIGHT = """
-import pathlib, sys
-exists = pathlib.Path.exists
-pathlib.Path.exists = lambda path, **k: exists(path, **k) and not path.name.startswith(".here-")
+APART = """
+import sys
+from pathlib import Path
+from unclamp.cli import main
+from unclamp.study import ray_tasks
+ray_tasks._mark = lambda plan: Path("no such mark")
+main()
 """
-"""What makes a worker's file system one on which the study's folder is not: its mark is hidden."""
+"""A study whose folder no worker finds on its own file system: they look for its mark."""
+WORKING = "ray::run"
 
 
 @dataclass(kw_only=True)
@@ -62,7 +62,7 @@ class Cluster:
         return [
             int(folder.name)
             for folder in Path("/proc").glob("[0-9]*")
-            if _title(folder) == "ray::run" and _group(folder) == self.process.pid
+            if _title(folder) == WORKING and _group(folder) == self.process.pid
         ]
 
 
@@ -85,6 +85,7 @@ def cluster() -> Iterator[Cluster]:
     pytest.importorskip("ray")
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's workers are polite, and on a busy machine never done
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
@@ -114,12 +115,19 @@ def cluster() -> Iterator[Cluster]:
 class Study:
     """`unclamp study --ray` in a process of its own."""
 
-    def __init__(self, cluster: Cluster, config: Path, out: Path) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: Path,
+        out: Path,
+        *,
+        program: Sequence[str] = ("-m", "unclamp"),
+    ) -> None:
         self.stderr = out.with_suffix(".txt")
         options = ["--config", str(config), "--out", str(out), "--ray", cluster.address, "--json"]
         with self.stderr.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "unclamp", "study", *options],
+                [sys.executable, *program, "study", *options],
                 stdout=subprocess.DEVNULL,
                 stderr=file,
                 env=os.environ | cluster.settings,
@@ -142,9 +150,9 @@ class Study:
         assert "Traceback" not in self.said()
 
 
-def config(folder: Path, *, steps: int) -> Path:
+def config(folder: Path) -> Path:
     path = folder / "study.toml"
-    path.write_text(STUDY.format(steps=steps))
+    path.write_text(STUDY)
     return path
 
 
@@ -164,54 +172,72 @@ def bits(out: Path) -> dict[str, list[str]]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The bits of the study on one machine."""
     folder = tmp_path_factory.mktemp("alone")
-    done = unclamp("study", "--config", config(folder, steps=40), "--out", folder / "o", "--json")
+    done = unclamp("study", "--config", config(folder), "--out", folder / "o", "--json")
     assert done.returncode == 0, done.stderr
     return bits(folder / "o")
 
 
-def test_a_cluster_trains_the_bits_of_one_machine_and_what_is_finished_stays(
+def test_whatever_happens_a_cluster_trains_the_bits_of_one_machine(
     cluster: Cluster, alone: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    out, file = tmp_path / "out", config(tmp_path, steps=40)
-    study = Study(cluster, file, out)
-    study.ends()
-    assert "4 runs of 40 steps (1 scenario, 2 arms, 2 seeds), as Ray tasks" in study.said()
-    assert "done 4/4" in study.said()
-    assert bits(out) == alone
-    assert not list(out.glob(".here-*"))
-    stamps = {p: p.stat().st_mtime_ns for p in out.glob("**/steps/*.parquet")}
-    again = unclamp("study", "--config", file, "--out", out, "--json")  # and on one machine
-    assert (again.returncode, len(stamps)) == (0, 4), again.stderr
-    assert {p: p.stat().st_mtime_ns for p in out.glob("**/steps/*.parquet")} == stamps
-
-
-def test_a_run_whose_worker_is_killed_is_trained_again(
-    cluster: Cluster, alone: dict[str, list[str]], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    study = Study(cluster, config(tmp_path, steps=40), out)
-    study.wait_until(lambda: any(out.glob("text/delayed/*/.writer-r0.json")))
-    study.wait_until(lambda: bool(cluster.workers()))
-    os.kill(cluster.workers()[0], signal.SIGKILL)
-    study.ends()
-    assert study.said().count("its worker died; it is trained again") == 1
-    assert "done 4/4" in study.said()
-    assert bits(out) == alone
-
-
-def test_ctrl_c_leaves_readable_runs_and_the_next_call_goes_on(
-    cluster: Cluster, alone: dict[str, list[str]], tmp_path: Path
-) -> None:
-    out, file = tmp_path / "out", config(tmp_path, steps=40)
-    study = Study(cluster, file, out)
-    study.wait_until(lambda: any(out.glob("text/delayed/*/run.json")))
-    os.killpg(study.process.pid, signal.SIGINT)
-    study.ends(130)
-    assert "Interrupted: stopping" in study.said()
-    assert "unfinished ones start over" in study.said()
+    """Ctrl-C, then the same command again, of which a worker is killed, then again."""
+    out, file = tmp_path / "out", config(tmp_path)
+    begun = Study(cluster, file, out)
+    begun.wait_until(lambda: any(out.glob("text/delayed/*/run.json")))
+    os.killpg(begun.process.pid, signal.SIGINT)
+    begun.ends(130)
+    assert "Interrupted: stopping" in begun.said()
+    assert "unfinished ones start over" in begun.said()
     for header in out.glob("text/*/*/run.json"):
         with RunLog.open(header.parent) as log:
             log.steps()
-    assert unclamp("report", out).returncode == 0
-    Study(cluster, file, out).ends()
+    assert not list(out.glob(".here-*"))
+
+    again = Study(cluster, file, out)
+    again.wait_until(lambda: any(cluster.workers()))
+    os.kill(cluster.workers()[0], signal.SIGKILL)
+    again.ends()
+    assert "4 runs of 40 steps (1 scenario, 2 arms, 2 seeds), as Ray tasks" in again.said()
+    assert again.said().count("its worker died; it is trained again") == 1
     assert bits(out) == alone
+    assert not list(out.glob(".here-*"))
+
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("**/steps/*.parquet")}
+    here = unclamp("study", "--config", file, "--out", out, "--json")  # and on one machine
+    assert (here.returncode, len(stamps)) == (0, 4), here.stderr
+    assert {p: p.stat().st_mtime_ns for p in out.glob("**/steps/*.parquet")} == stamps
+
+
+def test_what_workers_without_the_folder_train_comes_back(
+    cluster: Cluster, alone: dict[str, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    study = Study(cluster, config(tmp_path), out, program=("-c", APART))
+    study.wait_until(lambda: any(cluster.workers()))
+    study.ends()
+    assert "done 4/4" in study.said()
+    assert bits(out) == alone
+    for run in RUNS:
+        assert list((out / run).glob(".writer-r0.json")), "a file is missing"
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    folder = config(tmp_path)
+    done = unclamp("study", "--config", folder, "--out", tmp_path / "out", "--ray", "auto")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("unclamp: no Ray cluster can be used at 'auto'")
+    assert "ray start --head" in done.stderr
+
+
+def test_without_ray_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = unclamp("study", "--config", config(tmp_path), "--out", tmp_path / "o", "--ray", "auto")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "unclamp: --ray needs the package ray: install it with pip install 'unclamp[ray]'"
+    )
+    assert not (tmp_path / "o").exists()

@@ -20,6 +20,16 @@ def place(text: str) -> Path:
         raise UnclampError(str(error)) from error
 
 
+def folder(text: str) -> Path:
+    """Return the path of a folder to write to, which cannot be a URL."""
+    if "://" in text:
+        raise UnclampError(
+            f"expected a folder to write to, got {text}: write to a folder, and copy it when it is "
+            f"finished, such as by `aws s3 sync FOLDER {text}`"
+        )
+    return Path(text)
+
+
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder of a run, or its URL.", parser=place)
 ]

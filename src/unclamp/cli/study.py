@@ -9,6 +9,7 @@ from rich.console import Console
 
 from unclamp.cli.app import INTERRUPTED, JsonFlag, app
 from unclamp.cli.interrupt import leaving_at_ctrl_c
+from unclamp.cli.places import folder as to_folder
 from unclamp.cli.report import show_report
 from unclamp.errors import StudyError, UnclampError
 from unclamp.files import to_json
@@ -29,6 +30,8 @@ def study(
         Path | None,
         typer.Option(
             help="Folder of the study; resumed if it is the same.",
+            parser=to_folder,
+            metavar="FOLDER",
             show_default="runs/study, or runs/quick",
         ),
     ] = None,

@@ -56,6 +56,20 @@ def located(path: str | os.PathLike[str]) -> Path:
     return cast(Path, made)
 
 
+def local(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder that is written to.
+
+    Raises:
+        RunLogError: It is a URL.
+    """
+    if is_remote(path):
+        raise RunLogError(
+            f"a run is written to a folder and read from anywhere: expected a folder, got {path}; "
+            f"copy the finished one, such as by `aws s3 sync FOLDER {path}`"
+        )
+    return Path(path)
+
+
 def arrow_name(path: Path) -> str:
     """Return what Arrow calls a file, in `arrow_system(path)`."""
     return str(path) if isinstance(path, Path) else cast(Any, path).path
