@@ -172,7 +172,8 @@ def bits(out: Path) -> dict[str, list[str]]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The bits of the study on one machine."""
     folder = tmp_path_factory.mktemp("alone")
-    done = unclamp("study", "--config", config(folder), "--out", folder / "o", "--json")
+    arguments = ["--config", config(folder), "--out", folder / "o", "--jobs", 1, "--json"]
+    done = unclamp("study", *arguments)
     assert done.returncode == 0, done.stderr
     return bits(folder / "o")
 
