@@ -50,6 +50,7 @@ def cast_at(
     `results_at` takes scale_inv and amax.
     """
     fmt = TABLE[number]
+    start = np.int64(0)  # numba would compile everything anew for a literal 0
     codes = carray(pointer(codes_at), count, dtype=np.uint8)
     values = carray(pointer(values_at), count if values_at else 0, dtype=np.float32)
     stats = carray(pointer(stats_at), _FIELDS, dtype=np.float64)
@@ -61,7 +62,7 @@ def cast_at(
     counts, sums = np.zeros(COUNTS, np.int64), np.zeros(SUMS)
     is_own = not scales[0] > 0  # 0: nothing measured yet; NaN
     if is_own:
-        amax_row(x_at, kind, 0, count, 0, count, amax, work)
+        amax_row(x_at, kind, start, count, start, count, amax, work)
         scales[0] = own_scale(as_float(amax[0]), largest, power_of_two)
     recast, casts = False, 0
     while casts == 0 or (recast and casts == 1):
@@ -69,8 +70,9 @@ def cast_at(
         sums[:] = 0
         invs[0] = np.float32(1) / scales[0]
         cast_row(
-            x_at, kind, 0, count, scales, invs, 0, count, fmt, codes, values, counts, sums, work
-        )
+            x_at, kind, start, count, scales, invs, start, count, fmt, codes, values, counts, sums,
+            work,
+        )  # fmt: skip
         casts += 1
         top = as_float(np.int32(counts[AMAX]))
         if casts == 1 and guard and not is_own and top * scales[0] > fmt.limit:
