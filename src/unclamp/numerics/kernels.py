@@ -191,7 +191,7 @@ def _with_nan(bits: Any, scale: Any, fmt: Layout, codes: Any, values: Any, count
 
 
 @part
-def _vanished(bits: Any, scale: Any, fmt: Layout, count: int) -> int:
+def _vanished(bits: Any, scale: Any, fmt: Layout, count: int) -> Any:
     """Count the elements, not zero, that become zero."""
     found = np.int32(0)
     for i in range(count):
