@@ -202,6 +202,13 @@ def test_scales_of_other_dtypes_and_beyond_the_range_are_as_in_plain_torch():
         assert same_bits(got.scale_inv, want.scale_inv)
 
 
+def test_zeros_under_an_infinite_scale_are_nan():
+    x = torch.tensor([0.0, 1.0, -0.0, -2.0]).repeat(1000)
+    got = quantize(x, E4M3FN, torch.tensor(torch.inf)).codes.float()
+    assert got[:4].isnan().tolist() == [True, False, True, False]
+    assert got[1::2].tolist() == [448.0, -448.0] * 1000
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_a_forked_child_casts_too():
     code = (

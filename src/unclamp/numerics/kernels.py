@@ -158,7 +158,7 @@ def _cast(
         sign = np.int32(bits[i] ^ size)
         s = as_float(size) * scale[i]
         top = max(top, size)
-        most = max(most, as_bits(s))
+        most = max(most, np.int32(as_bits(s) & _ABS))  # 0 * Inf is a NaN with a sign
         vanished = np.int32(vanished + np.int32(s <= fmt.vanishing))
         s = min(s, fmt.max)
         binade = max(np.int32(as_bits(s) & _INF), fmt.min_normal_bits)
@@ -184,7 +184,7 @@ def _without_negative_zero(codes: Any, values: Any, count: int) -> None:
 def _with_nan(bits: Any, scale: Any, fmt: Layout, codes: Any, values: Any, count: int) -> None:
     """Mend what `_cast` made of elements that are NaN when scaled."""
     for i in range(count):
-        if as_bits(as_float(np.int32(bits[i] & _ABS)) * scale[i]) > _INF:
+        if np.isnan(as_float(np.int32(bits[i] & _ABS)) * scale[i]):
             sign = (bits[i] >> np.int32(24)) & np.int32(-128)
             codes[i] = np.uint8(fmt.nan_code | (sign * fmt.nan_is_signed))
             values[i] = np.float32(np.nan)
