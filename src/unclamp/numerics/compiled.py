@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from numba import njit
 from numba.core import config
-from numba.core.event import Event, Listener, install_listener
+from numba.core.event import Event, Listener, register
 
 
 def compiled(function: Callable, **options: Any) -> Callable:
@@ -63,15 +63,13 @@ def _kept_in(folder: Path | None) -> Iterator[None]:
         config.CACHE_DIR = before  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@contextmanager
-def announced() -> Iterator[None]:
-    """Tell a user on stderr, once a process, when one of our kernels is compiled in here.
+def announce() -> None:
+    """Tell a user on stderr, once a process, when one of our kernels is compiled from now on.
 
     numba says when it compiles, and says nothing when it loads a kernel from its cache. No clock
     can tell the two apart: on a busy machine loading takes as long as compiling on an idle one.
     """
-    with install_listener("numba:compile", _Announcer()):
-        yield
+    register("numba:compile", _Announcer())
 
 
 class _Announcer(Listener):
@@ -99,7 +97,7 @@ def _announce(folder: str | None) -> None:
             "be written; NUMBA_CACHE_DIR names another folder"
         )
     with suppress(OSError, ValueError):  # a stderr that is closed must not stop the compiler
-        print(f"unclamp: compiling the CPU kernels, about 20 s, {fate}", file=sys.stderr)
+        print(f"unclamp: compiling the CPU kernels, some seconds, {fate}", file=sys.stderr)
 
 
 def run(calls: list[tuple[Any, ...]]) -> list[Any]:

@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
-from unclamp.numerics.kernels import CHUNK, FLOAT32, kernel, load, pointer
+from unclamp.numerics.kernels import CHUNK, FLOAT32, kernel, load, part, pointer
 
 EXPONENTS, MAGNITUDES = 277, 128
 _ABS = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
 
 
-@kernel
+@part
 def _count(size: Any, code: Any, exponents: Any, magnitudes: Any) -> None:
     """Count one element by its exponent, from that of the smallest float32 on, and its code."""
     magnitudes[code & 0x7F] += 1
