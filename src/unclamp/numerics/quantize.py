@@ -96,16 +96,17 @@ def quantize_by(
     turned: bool = False,
     slot: str | None = None,
     keeps_codes: bool = True,
+    decodes: bool = True,
 ) -> Quantized:
     """Cast as a plan says; see `quantize`.
 
     With a `slot` values come too where they are cheap, in the workspace of that name: they last
-    until the slot is used again. Without `keeps_codes` so do the codes.
+    until the slot is used again; not without `decodes`. Without `keeps_codes` so do the codes.
     """
     path = path_of(x)
     if path is Path.NUMBA:
         if slot is not None:
-            values = borrow(slot, x.numel())
+            values = borrow(slot, x.numel()) if decodes else None
             out = None if keeps_codes else borrow(f"{slot} codes", x.numel(), torch.uint8)
         q = fused().quantize(x, plan, scale, axis, values=values, out=out)
     elif path is Path.TRITON:

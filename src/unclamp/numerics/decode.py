@@ -1,0 +1,110 @@
+"""The kernel that decodes a part of a matrix of codes: some rows, or some columns.
+
+A GEMM in float32 multiplies by panels (`unclamp.numerics.panels`), each decoded into memory that
+caches hold. The arithmetic is that of a table of the codes' values times the scale, bit for bit:
+
+    normal     shift exponent and mantissa to their places, and add the difference of the biases
+    subnormal  the smallest value times the code, exact
+"""
+
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from unclamp.formats import Format
+from unclamp.numerics.compiled import compiled as _compiled
+
+compiled = partial(_compiled, error_model="numpy")
+_INF, _NAN = np.float32(np.inf), np.float32(np.nan)
+_NONE = np.int32(-1)
+"""Stands for a code that a format does not have."""
+
+
+class Places(NamedTuple):
+    """Where a format's bits go in a float32, and which of its codes are no numbers."""
+
+    shift: np.int32
+    rebias: np.int32
+    min_normal_code: np.int32
+    min_subnormal: np.float32
+    max_code: np.int32
+    infinity_code: np.int32
+    negative_nan: np.int32
+
+
+@cache
+def places(fmt: Format) -> Places:
+    """Return the kernel's numbers for a format."""
+    return Places(
+        shift=np.int32(23 - fmt.mantissa_bits),
+        rebias=np.int32((127 - fmt.bias) << 23),
+        min_normal_code=np.int32(1 << fmt.mantissa_bits),
+        min_subnormal=np.float32(fmt.min_subnormal),
+        max_code=np.int32(fmt.max_code),
+        infinity_code=_NONE if fmt.infinity_code is None else np.int32(fmt.infinity_code),
+        negative_nan=_NONE if fmt.has_negative_zero else np.int32(0x80),
+    )
+
+
+def _read_as_float(_context: Any, _bits: Any) -> Any:
+    """Take the bits of an int32 for those of a float32."""
+    return types.float32(types.int32), lambda _c, builder, _s, given: builder.bitcast(
+        given[0], ir.FloatType()
+    )
+
+
+def _read_as_int(_context: Any, _value: Any) -> Any:
+    """Take the bits of a float32 for those of an int32."""
+    return types.int32(types.float32), lambda _c, builder, _s, given: builder.bitcast(
+        given[0], ir.IntType(32)
+    )
+
+
+_as_float: Any = intrinsic(_read_as_float)
+_as_int: Any = intrinsic(_read_as_int)
+
+
+@compiled
+def _decode_row(codes: Any, inv: Any, fmt: Places, values: Any) -> None:
+    for i in range(len(codes)):
+        code = np.int32(codes[i])
+        size = code & np.int32(0x7F)
+        number = _as_float(np.int32(np.int32(size << fmt.shift) + fmt.rebias))
+        number = np.float32(size) * fmt.min_subnormal if size < fmt.min_normal_code else number
+        wild = _INF if size == fmt.infinity_code else _NAN
+        number = wild if size > fmt.max_code or code == fmt.negative_nan else number
+        sign = (code & np.int32(0x80)) << np.int32(24)
+        values[i] = _as_float(_as_int(number * inv[i]) ^ np.int32(sign))
+
+
+@compiled
+def decode_panel(
+    codes: Any, invs: Any, down: int, along: int, fmt: Places, first_row: int, last_row: int,
+    first_column: int, last_column: int, values: Any,
+) -> None:  # fmt: skip
+    """Decode some rows and columns of a matrix.
+
+    Args:
+        codes: The matrix, uint8.
+        invs: What multiplies the codes of each of its blocks, float32.
+        down: Rows of a block.
+        along: Columns of a block.
+        fmt: The codes' format.
+        first_row: The first row.
+        last_row: That after the last.
+        first_column: The first column.
+        last_column: That after the last.
+        values: Where the values go, float32, as many rows and columns.
+    """
+    inv = np.empty(last_column - first_column, np.float32)
+    filled = -1
+    for row in range(first_row, last_row):
+        if row // down != filled:
+            filled = row // down
+            for i in range(len(inv)):
+                inv[i] = invs[filled, (first_column + i) // along]
+        _decode_row(codes[row, first_column:last_column], inv, fmt, values[row - first_row])
