@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unclamp.analysis.whatif.losses import Spread, losses
+from unclamp.analysis.whatif.losses import losses
+from unclamp.analysis.whatif.spread import Spread
 from unclamp.formats import E4M3FN, E5M2, Format
 
 GENERATOR = np.random.default_rng(0)

@@ -300,21 +300,26 @@ def decode(codes: Tensor, fmt: Format, scale_inv: Tensor | None) -> Tensor:
     return values
 
 
-def look(x: Tensor, codes: Tensor, values: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return a cast's elements by exponent and by magnitude, and sums of squares and errors.
+def look(x: Tensor, codes: Tensor, values: Tensor) -> tuple[np.ndarray, ...]:
+    """Return a cast's elements by exponent, magnitude and quarter, and squares and errors.
 
-    All three are contiguous. See `unclamp.numerics.inspection`.
+    All three are contiguous. Quarters are `[1024, 2]`, with the rests of mantissas; see
+    `look_range`, and `unclamp.numerics.inspection`.
     """
     size = x.numel()
     bits, kind = _data(x, Blocks(1, size, 1, size))
     flat = (array_of(codes, np.uint8), array_of(values, np.float32))
     tasks = range(0, size, TASK)
-    exponents = np.zeros((len(tasks), 277), np.int64)
+    subnormals = np.zeros((len(tasks), 23), np.int64)
+    quarters = np.zeros((len(tasks), 1024, 2), np.int64)
     magnitudes = np.zeros((len(tasks), 128), np.int64)
     sums = np.zeros((len(tasks), 2))
-    outs = zip(tasks, exponents, magnitudes, sums, strict=True)
+    outs = zip(tasks, subnormals, quarters, magnitudes, sums, strict=True)
     run([(look_range, bits[0], kind, *flat, i, min(i + TASK, size), *out) for i, *out in outs])
-    return exponents.sum(0), magnitudes.sum(0), sums.sum(0)
+    found = quarters.sum(0)
+    octaves = found[4:1020, 0].reshape(-1, 4).sum(1)
+    exponents = np.concatenate([subnormals.sum(0), octaves])
+    return exponents, magnitudes.sum(0), found, sums.sum(0)
 
 
 def look_by_row(x: Tensor, values: Tensor, *, a_decibel: int, lowest: int, bins: int) -> np.ndarray:

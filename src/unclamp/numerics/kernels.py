@@ -253,9 +253,13 @@ def decode_range(codes: Any, table: Any, values: Any, first: int, last: int) -> 
 @_compiled
 def look_range(
     x: Any, kind: int, codes: Any, values: Any, first: int, last: int,
-    exponents: Any, magnitudes: Any, sums: Any,
+    subnormals: Any, quarters: Any, magnitudes: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """Count exponents (from that of the smallest float32 on) and magnitudes, sum up squares."""
+    """Count elements by quarter of an octave and by magnitude, sum up squares.
+
+    `quarters[k]` are those whose exponent and first two bits of mantissa are k, and the sum of
+    their other bits; of subnormals `subnormals` has the number by the place of the highest bit.
+    """
     loaded = np.empty(CHUNK, np.float32)
     bits = loaded.view(np.int32)
     for start in range(first, last, CHUNK):
@@ -270,15 +274,16 @@ def look_range(
             error = wide - np.float64(values[start + i])
             sums[0] += wide * wide
             sums[1] += error * error
-            field = size >> 23
-            if field > 0:
-                exponents[field + 22] += 1
-            elif size > 0:  # subnormal: the place of its highest bit
+            quarter = size >> 21
+            if quarter > 3:
+                quarters[quarter, 0] += 1
+                quarters[quarter, 1] += size & 0x1FFFFF
+            elif size > 0:
                 place = 0
                 while size > 1:
                     size >>= 1
                     place += 1
-                exponents[place] += 1
+                subnormals[place] += 1
 
 
 @_compiled

@@ -1,0 +1,75 @@
+"""How far two trainings part that differ in one bit: the noise under what-if's errors.
+
+    python -m bench.twins runs/study runs/twins [--twins 2] [--seeds 0 1]
+
+For each scenario and seed of a study the arms delayed and guarded train again, with one weight
+moved by one unit in its last place before the first step (twin n: element n of the last norm). A
+finished run is not repeated. `bench.whatif` sets the counts of a run and its twins beside what
+logs predict.
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from unclamp.runlog import is_run, read_header
+from unclamp.study.config import ModelConfig, StudyConfig, read_study
+from unclamp.study.loop import RunPlan, train
+from unclamp.study.models import build_model
+
+ARMS = ("delayed", "guarded")
+
+
+def train_twins(
+    study: Path, out: Path, *, twins: int, seeds: Sequence[int], arms: Sequence[str]
+) -> None:
+    """Train what is missing of a study's twins, as `out/scenario/arm/seed-n/twin-m`."""
+    config = StudyConfig.from_dict(read_study(study)["config"])
+    torch.set_num_threads(1)
+    for twin in range(twins):
+        for scenario in config.scenarios:
+            for seed in seeds:
+                for arm in arms:
+                    path = out / scenario / arm / f"seed-{seed}" / f"twin-{twin}"
+                    _train(config, scenario, arm, seed, twin, path)
+
+
+def _train(config: StudyConfig, scenario: str, arm: str, seed: int, twin: int, path: Path) -> None:
+    if is_run(path) and read_header(path).status == "finished":
+        return
+    shutil.rmtree(path, ignore_errors=True)
+
+    def nudged(model: ModelConfig) -> nn.Module:
+        built = build_model(model)
+        norm = [p for p in built.parameters() if p.ndim == 1][-1]
+        with torch.no_grad():
+            norm[twin] = torch.nextafter(norm[twin], norm.new_tensor(2.0))
+        return built
+
+    recipe = config.arms[arm].recipe
+    with patch("unclamp.study.loop.build_model", nudged):
+        train(
+            RunPlan(config=config, scenario=scenario, arm=arm, seed=seed, recipe=recipe, path=path)
+        )
+    print(f"{scenario} {arm} seed {seed}, twin {twin}: trained", flush=True)
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.twins", description=__doc__)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--twins", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arm", nargs="+", default=ARMS, choices=ARMS)
+    given = parser.parse_args()
+    train_twins(given.study, given.out, twins=given.twins, seeds=given.seeds, arms=given.arm)
+
+
+if __name__ == "__main__":
+    main()
