@@ -1,11 +1,12 @@
-"""How far two trainings part that differ in one bit: the noise under what-if's errors.
+"""How far two trainings part that differ in next to nothing: the noise under what-if's errors.
 
-    python -m bench.twins runs/study runs/twins [--twins 2] [--seeds 0 1]
+    python -m bench.twins runs/study runs/twins [--twins ulp-0 ulp-1 bfloat16 float16] [--seeds 0 1]
 
-For each scenario and seed of a study the arms delayed and guarded train again, with one weight
-moved by one unit in its last place before the first step (twin n: element n of the last norm). A
-finished run is not repeated. `bench.whatif` sets the counts of a run and its twins beside what
-logs predict.
+For each scenario and seed of a study its arms train again with weights that were nudged before the
+first step: element n of the last norm by one unit in its last place (ulp-n), or all weights by
+rounding them to bfloat16 or float16 once, which is much less than what FP8 rounds in every cast. A
+finished run is not repeated. `python -m bench.whatif runs/study --twins runs/twins` sets the counts
+of a run and of its twins beside what logs predict.
 """
 
 import argparse
@@ -22,33 +23,33 @@ from unclamp.study.config import ModelConfig, StudyConfig, read_study
 from unclamp.study.loop import RunPlan, train
 from unclamp.study.models import build_model
 
-ARMS = ("delayed", "guarded")
+ARMS = ("delayed", "guarded", "dynamic")
+TWINS = ("ulp-0", "ulp-1", "bfloat16", "float16")
 
 
 def train_twins(
-    study: Path, out: Path, *, twins: int, seeds: Sequence[int], arms: Sequence[str]
+    study: Path, out: Path, *, twins: Sequence[str], seeds: Sequence[int], arms: Sequence[str]
 ) -> None:
-    """Train what is missing of a study's twins, as `out/scenario/arm/seed-n/twin-m`."""
+    """Train what is missing of a study's twins, as `out/scenario/arm/seed-n/twin`."""
     config = StudyConfig.from_dict(read_study(study)["config"])
     torch.set_num_threads(1)
-    for twin in range(twins):
+    for twin in twins:
         for scenario in config.scenarios:
             for seed in seeds:
                 for arm in arms:
-                    path = out / scenario / arm / f"seed-{seed}" / f"twin-{twin}"
+                    path = out / scenario / arm / f"seed-{seed}" / twin
                     _train(config, scenario, arm, seed, twin, path)
 
 
-def _train(config: StudyConfig, scenario: str, arm: str, seed: int, twin: int, path: Path) -> None:
+def _train(config: StudyConfig, scenario: str, arm: str, seed: int, twin: str, path: Path) -> None:
     if is_run(path) and read_header(path).status == "finished":
         return
     shutil.rmtree(path, ignore_errors=True)
 
     def nudged(model: ModelConfig) -> nn.Module:
         built = build_model(model)
-        norm = [p for p in built.parameters() if p.ndim == 1][-1]
         with torch.no_grad():
-            norm[twin] = torch.nextafter(norm[twin], norm.new_tensor(2.0))
+            _nudge(built, twin)
         return built
 
     recipe = config.arms[arm].recipe
@@ -56,7 +57,16 @@ def _train(config: StudyConfig, scenario: str, arm: str, seed: int, twin: int, p
         train(
             RunPlan(config=config, scenario=scenario, arm=arm, seed=seed, recipe=recipe, path=path)
         )
-    print(f"{scenario} {arm} seed {seed}, twin {twin}: trained", flush=True)
+    print(f"{scenario} {arm} seed {seed}, {twin}: trained", flush=True)
+
+
+def _nudge(model: nn.Module, twin: str) -> None:
+    if twin.startswith("ulp-"):
+        norm, at = [p for p in model.parameters() if p.ndim == 1][-1], int(twin[4:])
+        norm[at] = torch.nextafter(norm[at], norm.new_tensor(2.0))
+        return
+    for weight in model.parameters():
+        weight.copy_(weight.to(getattr(torch, twin)))
 
 
 def main() -> None:
@@ -64,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.twins", description=__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--twins", type=int, default=2)
+    parser.add_argument("--twins", nargs="+", default=TWINS, choices=TWINS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arm", nargs="+", default=ARMS, choices=ARMS)
     given = parser.parse_args()
