@@ -14,7 +14,7 @@ from itertools import repeat
 import numpy as np
 import pyarrow as pa
 
-from unclamp.analysis.whatif.amaxes import CHUNK_ROWS, Chunk, chosen_sites, read_chunks
+from unclamp.analysis.whatif.amaxes import CHUNK_ROWS, Chunk, chosen_sites, read_chunks, steps_of
 from unclamp.analysis.whatif.inspected import Inspected, read_inspected
 from unclamp.analysis.whatif.limits import find_limits
 from unclamp.analysis.whatif.lost import lost_of, spreads_of
@@ -113,7 +113,7 @@ def evaluate(
     formats = [get_format(each.format) for each in sites]
     inspected = read_inspected(log, sites)
     scales = np.zeros((len(policies), len(inspected.step)), np.float32)
-    blocks = _blocks(policies, formats)
+    blocks = _blocks(policies, formats, steps=len(steps_of(log)))
     casts, elements, steps = np.zeros(len(sites), np.int64), np.zeros(len(sites), np.int64), 0
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for chunk in read_chunks(log, sites):
@@ -122,7 +122,7 @@ def evaluate(
                 pass
             casts += chunk.counts
             elements += chunk.elements.sum(1)
-            steps += len(np.unique(chunk.step[chunk.is_there]))
+            steps += _different(chunk)
         if not steps:
             raise AnalysisError(NO_CASTS)
         spreads = spreads_of(inspected, formats)
@@ -141,9 +141,17 @@ def evaluate(
     return WhatIf(outcomes=outcomes, steps=steps, limits=limits, recorded=recorded(log, sites))
 
 
-def _blocks(policies: Sequence[Scaling], formats: Sequence[Format]) -> list[_Block]:
+def _different(chunk: Chunk) -> int:
+    """Return how many steps a chunk has."""
+    if not chunk.step.strides[0]:  # each site has the same
+        return chunk.step.shape[1]
+    return len(np.unique(chunk.step[chunk.is_there]))
+
+
+def _blocks(policies: Sequence[Scaling], formats: Sequence[Format], *, steps: int) -> list[_Block]:
     """Return blocks of neighbouring sites, each small enough for a core's cache."""
-    width = max(BLOCK_CELLS * len(formats) // CHUNK_ROWS, 1)
+    casts_a_site = max(min(CHUNK_ROWS // len(formats), steps), 1)
+    width = max(BLOCK_CELLS // casts_a_site, 1)
     return [
         _Block.of(slice(first, first + width), policies, formats)
         for first in range(0, len(formats), width)

@@ -9,14 +9,24 @@ from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.scaling import SCALINGS
 from unclamp.totals import CLAMPED_SQL, share
 
-RECORDED_SQL = f"""
-    SELECT first AS site, scaling, count(DISTINCT step) AS casts,
-        count(DISTINCT step) FILTER ({CLAMPED_SQL}) AS clamped,
-        count(DISTINCT step) FILTER (recast > 0) AS recast,
+
+def _recorded_sql(rows: str, ids: str) -> str:
+    """Return the query of sites that have so many ids, with how their rows are counted."""
+    return f"""
+    WITH places AS MATERIALIZED ({PLACES_SQL}),
+    chosen AS (SELECT first FROM places GROUP BY first HAVING count(*) {ids})
+    SELECT first AS site, scaling, count({rows}) AS casts,
+        count({rows}) FILTER ({CLAMPED_SQL}) AS clamped,
+        count({rows}) FILTER (recast > 0) AS recast,
         {over_ranks(f"sum({ELEMENTS_SQL})")} AS elements,
         {over_ranks(f"sum({ELEMENTS_SQL})", "recast > 0")} AS again
-    FROM casts JOIN ({PLACES_SQL}) USING (rank, site) WHERE {SEEN_SQL}
-    GROUP BY first, scaling"""
+    FROM casts JOIN (SELECT * FROM places SEMI JOIN chosen USING (first)) USING (rank, site)
+    WHERE {SEEN_SQL} GROUP BY first, scaling"""
+
+
+RECORDED_SQLS = (_recorded_sql("*", "= 1"), _recorded_sql("DISTINCT step", "> 1"))
+"""An id has one row a step. Where a name has several ids, of ranks say, steps are told apart: that
+takes a table of all of them, gigabytes of a long log's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +51,8 @@ class Recorded:
 def recorded(log: RunLog, sites: Sequence[SiteInfo]) -> Recorded:
     """Return what the log counted at some sites."""
     wanted = {site.site for site in sites}
-    rows = [row for row in log.sql(RECORDED_SQL).to_pylist() if row["site"] in wanted]
+    rows = [row for query in RECORDED_SQLS for row in log.sql(query).to_pylist()]
+    rows = [row for row in rows if row["site"] in wanted]
     elements = sum(row["elements"] for row in rows)
     return Recorded(
         casts=sum(row["casts"] for row in rows),
