@@ -17,7 +17,7 @@ from unclamp.names import SiteName
 from unclamp.runlog import RunLog
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo
 
-CHUNK_ROWS = 1_000_000
+CHUNK_ROWS = 2_000_000
 """Rows of `casts` that are in memory at a time."""
 
 

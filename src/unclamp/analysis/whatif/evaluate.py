@@ -21,7 +21,7 @@ from unclamp.analysis.whatif.lost import lost_of, spreads_of
 from unclamp.analysis.whatif.outcome import WhatIf
 from unclamp.analysis.whatif.policies import check_policies
 from unclamp.analysis.whatif.recorded import recorded
-from unclamp.analysis.whatif.scales import Maxima, Player
+from unclamp.analysis.whatif.scales import Player, Windows
 from unclamp.analysis.whatif.sums import Sums
 from unclamp.errors import AnalysisError
 from unclamp.formats import Format, get_format
@@ -44,31 +44,31 @@ class _Block:
         sites: Which.
         players: The policies.
         sums: What they come to.
-        maxima: By window.
+        windows: Of the windows that they look back on.
     """
 
     sites: slice
     players: list[Player]
     sums: list[Sums]
-    maxima: dict[int, Maxima]
+    windows: Windows
 
     @classmethod
     def of(cls, sites: slice, policies: Sequence[Scaling], formats: Sequence[Format]) -> "_Block":
         """Return it before any cast."""
         formats = formats[sites]
         players = [Player.of(policy, formats) for policy in policies]
-        windows = {player.window for player in players} - {None}
+        lengths = [player.window for player in players if player.window is not None]
         return cls(
             sites=sites,
             players=players,
             sums=[Sums.of(len(formats)) for _ in players],
-            maxima={w: Maxima.of(w, len(formats)) for w in windows if w is not None},
+            windows=Windows.of(lengths, len(formats)),
         )
 
     def play(self, chunk: Chunk, look: "_Look") -> None:
         """Have every policy make its scales for the casts of these sites."""
         chunk = chunk.of_sites(self.sites)
-        largest = {window: maximum.take(chunk) for window, maximum in self.maxima.items()}
+        largest = self.windows.take(chunk)
         place = look.inspected.place[look.rows] - self.sites.start
         mine = (place >= 0) & (place < len(chunk.counts))
         rows, place, columns = look.rows[mine], place[mine], look.columns[mine]
@@ -174,10 +174,11 @@ def trace(log: RunLog, policy: Scaling, *, site: str) -> pa.Table:
         names = ", ".join(f"{each.fqn} {each.role}" for each in sites[:5])
         raise AnalysisError(f"expected a glob of one site, {site!r} matches {names}, ...")
     player = Player.of(policy, [get_format(sites[0].format)])
-    maximum = None if player.window is None else Maxima.of(player.window, 1)
+    windows = Windows.of([] if player.window is None else [player.window], 1)
     parts = []
     for chunk in read_chunks(log, sites):
-        casts = player.play(chunk, None if maximum is None else maximum.take(chunk))
+        largest = windows.take(chunk)
+        casts = player.play(chunk, None if player.window is None else largest[player.window])
         columns = {"step": chunk.step, "amax": chunk.amax, "scale": casts.scale}
         count = int(chunk.counts[0])
         whole = {name: np.array(values[0, :count]) for name, values in columns.items()}
