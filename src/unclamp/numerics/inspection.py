@@ -37,6 +37,8 @@ from unclamp.scaling import Granularity
 INSPECTED, INSPECTED_SQUARE, ERROR_SQUARE = range(3)
 LOWEST_EXPONENT = -149
 """That of the smallest float32."""
+SUBNORMAL_EXPONENTS = 23
+"""Exponents that only subnormals have."""
 EXPONENTS = slice(3, 3 + 128 - LOWEST_EXPONENT)
 MAGNITUDES = slice(EXPONENTS.stop, EXPONENTS.stop + 128)
 A_DECIBEL = 2
@@ -98,7 +100,6 @@ def inspect_plain(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     kept = torch.where(finite, x, 0)
     wide = kept.double()
     error = torch.where(finite, wide - values.reshape(-1).double(), 0)
-    exponents = (torch.frexp(kept).exponent - 1).to(torch.int64)
     magnitudes = (codes.contiguous().view(torch.uint8).reshape(-1) & 0x7F).to(torch.int64)
     details = torch.zeros(DETAILS, dtype=torch.float64, device=x.device)
     details[INSPECTED] = 1
@@ -106,23 +107,32 @@ def inspect_plain(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     details[ERROR_SQUARE] = error.square_().sum()
     if width:
         details[ROW_SQNR] = _rows(wide.reshape(-1, width).sum(1), error.reshape(-1, width).sum(1))
-    details[EXPONENTS] = _counts(exponents - LOWEST_EXPONENT, kept != 0, EXPONENTS)
+    details[EXPONENTS], details[QUARTERS], details[RESTS] = _octaves(kept)
     details[MAGNITUDES] = _counts(magnitudes, finite, MAGNITUDES)
-    details[QUARTERS], details[RESTS] = _quarters(kept, exponents)
     return details
 
 
-def _quarters(kept: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return elements by quarter of an octave, and the sum of each quarter's rests of mantissa."""
-    size = (kept.view(torch.int32) & 0x7FFFFFFF).to(torch.int64)
-    lowest = (127 + LOWEST_QUARTER_EXPONENT) << QUARTER_BITS
-    wanted = (exponents >= LOWEST_QUARTER_EXPONENT) & (exponents <= HIGHEST_QUARTER_EXPONENT)
-    wanted &= kept != 0
-    bins = torch.where(wanted, (size >> REST_BITS) - lowest, 0)
-    rests = torch.where(wanted, size & ((1 << REST_BITS) - 1), 0)
-    empty = torch.zeros(QUARTER_BINS, dtype=torch.int64, device=kept.device)
-    counts = empty.scatter_add(0, bins, wanted.to(torch.int64))
-    return counts, empty.scatter_add_(0, bins, rests)
+def _octaves(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return elements by exponent, by quarter of an octave, and each quarter's rests of mantissa.
+
+    One count serves both: of subnormals by exponent, of all others by quarter.
+    """
+    size = kept.view(torch.int32) & 0x7FFFFFFF
+    is_normal = size >= 1 << 23
+    quarter = (size >> REST_BITS) - (1 << QUARTER_BITS) + SUBNORMAL_EXPONENTS
+    place = torch.where(is_normal, quarter, torch.frexp(kept).exponent - 1 - LOWEST_EXPONENT)
+    place = torch.where(size > 0, place, 0).to(torch.int64)
+    rest = torch.where(is_normal, size & ((1 << REST_BITS) - 1), 0).to(torch.int64)
+    empty = torch.zeros(
+        SUBNORMAL_EXPONENTS + (254 << QUARTER_BITS), dtype=torch.int64, device=kept.device
+    )
+    counts = empty.scatter_add(0, place, (size > 0).to(torch.int64))
+    rests = empty.scatter_add_(0, place, rest)
+    octaves = counts[SUBNORMAL_EXPONENTS:].view(-1, 1 << QUARTER_BITS).sum(1)
+    first = SUBNORMAL_EXPONENTS + ((LOWEST_QUARTER_EXPONENT + 126) << QUARTER_BITS)
+    quarters = slice(first, first + QUARTER_BINS)
+    exponents = torch.cat([counts[:SUBNORMAL_EXPONENTS], octaves])
+    return exponents, counts[quarters], rests[quarters]
 
 
 def _rows(signal: Tensor, noise: Tensor) -> Tensor:
