@@ -38,9 +38,7 @@ TOPICS = {
         about="What each layer of a model gets.",
         rooms=("recipe", "scaling", "formats", "names"),
     ),
-    "casts": Topic(
-        title="Casts", about="FP8 arithmetic on single tensors.", rooms=("numerics",)
-    ),
+    "casts": Topic(title="Casts", about="FP8 arithmetic on single tensors.", rooms=("numerics",)),
     "recording": Topic(
         title="Recording",
         about="From a training into a log, and onto dashboards; and a log as data.",
@@ -170,12 +168,14 @@ def _page(topic: Topic, names: list[str]) -> str:
 def _package(package: str) -> str:
     top = public_names()
     members = [name for name in _exported(f"{package}/__init__.py") if name not in top]
-    return "\n".join([
-        f"::: unclamp.{package}",
-        "    options:",
-        "      heading_level: 1",
-        "      show_root_full_path: true",
-        "      members:",
-        *(f"        - {name}" for name in members),
-        "",
-    ])
+    return "\n".join(
+        [
+            f"::: unclamp.{package}",
+            "    options:",
+            "      heading_level: 1",
+            "      show_root_full_path: true",
+            "      members:",
+            *(f"        - {name}" for name in members),
+            "",
+        ]
+    )

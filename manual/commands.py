@@ -21,8 +21,10 @@ def page() -> str:
     root = typer.main.get_command(app)
     context = typer.Context(root, info_name="unclamp")
     commands = {name: root.get_command(context, name) for name in root.list_commands(context)}
-    rows = [f"| [`unclamp {name}`](#unclamp-{name}) | {_first(command.help)} |"
-            for name, command in commands.items()]
+    rows = [
+        f"| [`unclamp {name}`](#unclamp-{name}) | {_first(command.help)} |"
+        for name, command in commands.items()
+    ]
     parts = [
         get_docs_for_click(
             obj=command,
@@ -32,19 +34,21 @@ def page() -> str:
         )
         for name, command in commands.items()
     ]
-    return "\n".join([
-        "# Command line",
-        "",
-        "Written from the commands themselves; `unclamp COMMAND --help` says the same. Results go "
-        "to stdout, progress and notes to stderr. What you can mend ends with one line and exit "
-        "code 2.",
-        "",
-        "| command | what it does |",
-        "|---|---|",
-        *rows,
-        "",
-        *parts,
-    ])
+    return "\n".join(
+        [
+            "# Command line",
+            "",
+            "Written from the commands themselves; `unclamp COMMAND --help` says the same. "
+            "Results go to stdout, progress and notes to stderr. What you can mend ends with "
+            "one line and exit code 2.",
+            "",
+            "| command | what it does |",
+            "|---|---|",
+            *rows,
+            "",
+            *parts,
+        ]
+    )
 
 
 def _first(text: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Has the examples of docstrings shown as code: griffe knows `Examples:`, and we write `Example:`."""
+"""Has docstrings' examples shown as code: griffe knows `Examples:`, and we write `Example:`."""
 
 import re
 from typing import Any
