@@ -63,6 +63,14 @@ def test_panels_give_the_bits_of_one_product(granularity, axis, other_axis, with
     assert torch.equal(out, want)
 
 
+def test_no_panel_has_a_few_rows_only():
+    codes = torch.zeros(1500, CONTRACTED, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for rows in range(129, 1500):
+        found = panels._panels(GemmOperand(codes[:rows], torch.ones(())), 128 * CONTRACTED, "test")
+        assert found.number > 1
+        assert rows - (found.number - 1) * found.step >= 32
+
+
 def test_the_matrix_is_cut_into_panels():
     a, b = (operand(rows, PerTensor(), 1)[0] for rows in (ROWS, OTHERS))
     lefts, rights, _ = panels._laid_out(a, b, None)

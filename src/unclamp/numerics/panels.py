@@ -3,8 +3,8 @@
     out[i, j] = a_hat[i] @ b_hat[j].T        for panels i of the rows of a, and j of the rows of b
 
 Each product contracts its whole axis, so that every element of the output is the sum that it is
-without panels, added in the same order. Panels are of equal size but for a few rows: for one
-of less than 16 rows a BLAS may have another kernel, with another order.
+without panels, added in the same order. No panel has a few rows only: for less than 16 of them MKL
+may take another kernel, which adds in another order.
 
 A panel's memory is of the thread and stays, so that it is in cache and no page of it is new.
 """
@@ -73,15 +73,18 @@ class Panels(NamedTuple):
 
 def panels_pay(a: GemmOperand, b: GemmOperand) -> bool:
     """Whether a GEMM is to be made by panels: an operand that is large has to be decoded."""
-    if a.tensor.shape[a.axis % 2] != b.tensor.shape[b.axis % 2]:  # raises as without panels
+    if not (_is_large(a) or _is_large(b)):  # at once for small ones, where each call counts
         return False
-    large = [x for x in (a, b) if _is_coded(x) and x.tensor.numel() > ONE_PANEL]
     return (
-        bool(large)
+        a.tensor.ndim == b.tensor.ndim == 2
+        and a.tensor.shape[a.axis % 2] == b.tensor.shape[b.axis % 2]  # else torch raises
         and all(is_memory(x.tensor) and x.tensor.is_contiguous() for x in (a, b))
-        and not any(x.tensor.ndim != 2 for x in (a, b))
         and fused() is not None
     )
+
+
+def _is_large(x: GemmOperand) -> bool:
+    return _is_coded(x) and x.tensor.numel() > ONE_PANEL
 
 
 def multiply(
@@ -168,6 +171,8 @@ def _panels(x: GemmOperand, size: int, slot: str, scratch: Tensor | None = None)
         most = max(size // max(contracted, 1), FEWEST)
         count = -(-rows // most)
         step = -(-rows // count // _ROUND) * _ROUND
+        while 0 < rows % step < _ROUND:  # few would be left over for the last
+            step += _ROUND
     memory = borrow(f"{slot} panel", step * contracted)
     return Panels(x, rows, max(step, 1), memory, _scales(x))
 
