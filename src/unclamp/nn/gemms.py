@@ -269,9 +269,9 @@ def _early(
     `grad_input` then needs no memory for it that the step does not take anyway.
     """
     dtype = part.dtypes[1]
-    if not is_wanted or dtype != torch.float32 or weight.tensor.numel() <= ONE_PANEL:
+    if torch.compiler.is_compiling() or not is_wanted or dtype != torch.float32:
         return None, None
-    if torch.compiler.is_compiling() or weight.tensor.device.type != "cpu":
+    if weight.tensor.device.type != "cpu" or weight.tensor.numel() <= ONE_PANEL:
         return None, None
     if out is not None:
         return None, out if out.is_contiguous() and out.dtype == torch.float32 else None

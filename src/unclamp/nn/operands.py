@@ -30,7 +30,6 @@ from unclamp.numerics.operators import (
     quantize_operand,
     raise_amax,
 )
-from unclamp.numerics.panels import ONE_PANEL
 from unclamp.numerics.stats import merged_stats
 from unclamp.rule import LayerPlan, Mode, Operand
 from unclamp.scaling import HighPrecision
@@ -245,7 +244,6 @@ class Operands:
             return Hat(x, {1: x.quantized, 0: x.quantized})
         # Values are wanted by what is multiplied at once; backward decodes what it keeps.
         at_once = role == "grad_output"
-        decodes = in_batch or x.numel() <= ONE_PANEL  # what is larger a GEMM decodes by panels
         if role in self.shares and not agreed:
             agreed = agreed_scales(self, role, x, [1] if self.square[role] else axes, plan, splits)
         if not self.square[role]:
@@ -253,13 +251,13 @@ class Operands:
             for axis in axes:
                 scale = self._scale(role, axis, doubt, agreed)
                 slot = f"{role} {axis}" if axis == 1 or at_once else None
-                made = quantize_operand(x, scale, plan, axis, slot=slot, decodes=decodes)
+                made = quantize_operand(x, scale, plan, axis, slot=slot, is_whole=in_batch)
                 casts[axis] = self.inspected(x, made)
             return Hat(x, casts, agreed)
         # Codes of the gradient are gone with the backward that makes them.
         q = quantize_operand(
             x, self._scale(role, 1, doubt, agreed, scale), plan, 1,
-            slot=role, keeps_codes=not at_once, decodes=decodes, turned=0 in axes,
+            slot=role, keeps_codes=not at_once, is_whole=in_batch, turned=0 in axes,
         )  # fmt: skip
         return Hat(x, dict.fromkeys((1, 0), self.inspected(x, q)), agreed)
 

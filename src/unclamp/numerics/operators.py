@@ -47,7 +47,7 @@ def quantize_operand(
     *,
     slot: str | None = None,
     keeps_codes: bool = True,
-    decodes: bool = True,
+    is_whole: bool = True,
     turned: bool = False,
 ) -> Quantized:
     """Cast a matrix as `unclamp.numerics.quantize_by` does; a node of a graph in a compiled one.
@@ -57,8 +57,9 @@ def quantize_operand(
     if not is_graph_being_made():
         turned = turned and goes_to_gpu(x)
         return quantize_by(
-            x, plan, scale, axis, slot=slot, keeps_codes=keeps_codes, decodes=decodes, turned=turned
-        )
+            x, plan, scale, axis,
+            slot=slot, keeps_codes=keeps_codes, is_whole=is_whole, turned=turned,
+        )  # fmt: skip
     if turned and x.device.type == "cuda":
         made = torch.ops.unclamp.quantize_turned(x, scale, *plan.signature, axis)
         codes, scale_inv, amax, stats, other = made
