@@ -7,18 +7,14 @@ caches hold. The arithmetic is that of a table of the codes' values times the sc
     subnormal  the smallest value times the code, exact
 """
 
-from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
-from unclamp.formats import Format
-from unclamp.numerics.compiled import compiled as _compiled
+from unclamp.formats import FORMATS, Format
+from unclamp.numerics.kernels import as_bits, as_float, kernel, part, pointer
 
-compiled = partial(_compiled, error_model="numpy")
 _INF, _NAN = np.float32(np.inf), np.float32(np.nan)
 _NONE = np.int32(-1)
 """Stands for a code that a format does not have."""
@@ -36,9 +32,7 @@ class Places(NamedTuple):
     negative_nan: np.int32
 
 
-@cache
-def places(fmt: Format) -> Places:
-    """Return the kernel's numbers for a format."""
+def _places(fmt: Format) -> Places:
     return Places(
         shift=np.int32(23 - fmt.mantissa_bits),
         rebias=np.int32((127 - fmt.bias) << 23),
@@ -50,61 +44,54 @@ def places(fmt: Format) -> Places:
     )
 
 
-def _read_as_float(_context: Any, _bits: Any) -> Any:
-    """Take the bits of an int32 for those of a float32."""
-    return types.float32(types.int32), lambda _c, builder, _s, given: builder.bitcast(
-        given[0], ir.FloatType()
-    )
+_TABLE = tuple(map(_places, FORMATS.values()))
+"""By `kernels.NUMBER`."""
 
 
-def _read_as_int(_context: Any, _value: Any) -> Any:
-    """Take the bits of a float32 for those of an int32."""
-    return types.int32(types.float32), lambda _c, builder, _s, given: builder.bitcast(
-        given[0], ir.IntType(32)
-    )
-
-
-_as_float: Any = intrinsic(_read_as_float)
-_as_int: Any = intrinsic(_read_as_int)
-
-
-@compiled
+@part
 def _decode_row(codes: Any, inv: Any, fmt: Places, values: Any) -> None:
     for i in range(len(codes)):
         code = np.int32(codes[i])
         size = code & np.int32(0x7F)
-        number = _as_float(np.int32(np.int32(size << fmt.shift) + fmt.rebias))
+        number = as_float(np.int32(np.int32(size << fmt.shift) + fmt.rebias))
         number = np.float32(size) * fmt.min_subnormal if size < fmt.min_normal_code else number
         wild = _INF if size == fmt.infinity_code else _NAN
         number = wild if size > fmt.max_code or code == fmt.negative_nan else number
         sign = (code & np.int32(0x80)) << np.int32(24)
-        values[i] = _as_float(_as_int(number * inv[i]) ^ np.int32(sign))
+        values[i] = as_float(np.int32(as_bits(number * inv[i]) ^ np.int32(sign)))
 
 
-@compiled
+@kernel
 def decode_panel(
-    codes: Any, invs: Any, down: int, along: int, fmt: Places, first_row: int, last_row: int,
-    first_column: int, last_column: int, values: Any,
+    codes_at: int, rows: int, columns: int, invs_at: int, down: int, along: int, number: int,
+    first_row: int, last_row: int, first_column: int, last_column: int, values_at: int,
 ) -> None:  # fmt: skip
     """Decode some rows and columns of a matrix.
 
     Args:
-        codes: The matrix, uint8.
-        invs: What multiplies the codes of each of its blocks, float32.
+        codes_at: Where the matrix is, uint8.
+        rows: Its rows.
+        columns: Its columns.
+        invs_at: Where that is what multiplies the codes of each of its blocks, float32.
         down: Rows of a block.
         along: Columns of a block.
-        fmt: The codes' format.
+        number: The codes' format, of `kernels.NUMBER`.
         first_row: The first row.
         last_row: That after the last.
         first_column: The first column.
         last_column: That after the last.
-        values: Where the values go, float32, as many rows and columns.
+        values_at: Where the values go, float32, as many rows and columns.
     """
-    inv = np.empty(last_column - first_column, np.float32)
+    fmt, width = _TABLE[number], last_column - first_column
+    codes = carray(pointer(codes_at), (rows, columns), dtype=np.uint8)
+    grid = (-(-rows // down), -(-columns // along))
+    invs = carray(pointer(invs_at), grid, dtype=np.float32)
+    values = carray(pointer(values_at), (last_row - first_row, width), dtype=np.float32)
+    inv = np.empty(width, np.float32)
     filled = -1
     for row in range(first_row, last_row):
         if row // down != filled:
             filled = row // down
-            for i in range(len(inv)):
+            for i in range(width):
                 inv[i] = invs[filled, (first_column + i) // along]
         _decode_row(codes[row, first_column:last_column], inv, fmt, values[row - first_row])

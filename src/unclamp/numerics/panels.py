@@ -12,7 +12,6 @@ A panel's memory is of the thread and stays, so that it is in cache and no page 
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -205,17 +204,17 @@ def _decode(
     """Decode some rows and columns of a matrix as it lies in memory."""
     # numba is slow to import, and `fused` has seen to it that it works.
     from unclamp.numerics.compiled import run  # noqa: PLC0415
-    from unclamp.numerics.cpu import array_of  # noqa: PLC0415
-    from unclamp.numerics.decode import decode_panel, places  # noqa: PLC0415
+    from unclamp.numerics.decode import decode_panel  # noqa: PLC0415
+    from unclamp.numerics.kernels import NUMBER  # noqa: PLC0415
 
-    matrix, scales, target = (
-        array_of(x, dtype).reshape(x.shape)
-        for x, dtype in ((codes, np.uint8), (invs, np.float32), (values, np.float32))
-    )
-    step = max(_TASK // max(columns[1] - columns[0], 1), 1)
-    bounds = [(first, min(first + step, rows[1])) for first in range(*rows, step)]
-    given = (matrix, scales, *block, places(format_of(codes.dtype)))
+    width = columns[1] - columns[0]
+    step = max(_TASK // max(width, 1), 1)
+    number = NUMBER[format_of(codes.dtype).name]
+    matrix = (codes.data_ptr(), *codes.shape, invs.data_ptr(), *block, number)
     run([
-        (decode_panel, *given, first, last, *columns, target[first - rows[0] : last - rows[0]])
-        for first, last in bounds
+        (
+            decode_panel, *matrix, first, min(first + step, rows[1]), *columns,
+            values.data_ptr() + 4 * (first - rows[0]) * width,
+        )
+        for first in range(*rows, step)
     ])  # fmt: skip
