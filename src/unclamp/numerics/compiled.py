@@ -9,6 +9,7 @@ are kept in a temporary folder of the user's; without that, each process would c
 """
 
 import functools
+import hashlib
 import os
 import stat
 import sys
@@ -29,10 +30,34 @@ def compiled(function: Callable, **options: Any) -> Callable:
     """Compile a function at its first call, kept on disk where there is a folder for it."""
     njit_it = functools.partial(njit, function, nogil=True, **options)
     with suppress(RuntimeError):  # no folder to write the cache to
-        return njit_it(cache=True)
+        return _of_all_sources(njit_it(cache=True))
     with suppress(RuntimeError), _kept_in(_temporary()):
-        return njit_it(cache=True)
+        return _of_all_sources(njit_it(cache=True))
     return njit_it()
+
+
+def _of_all_sources(kernel: Any) -> Any:
+    """Have a kept kernel loaded only where none of our sources has changed since.
+
+    numba looks at the file of the kernel itself. A kernel holds those that it calls, and constants
+    of other modules, and the cache outlives an upgrade: it would run on as it was.
+    """
+    with suppress(AttributeError):  # of numba's own: nobody promises that it stays
+        kept = kernel._cache._cache_file
+        kept._source_stamp = (kept._source_stamp, _sources())
+    return kernel
+
+
+@functools.cache
+def _sources() -> str:
+    """Return a digest of all that kernels are made of."""
+    here = Path(__file__).parent
+    others = [here.parent / f"{name}.py" for name in ("formats", "reference", "scaling")]
+    digest = hashlib.sha256()
+    with suppress(OSError):  # a package without sources does not change
+        for path in [*sorted(here.glob("*.py")), *others]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -7,13 +7,12 @@ caches hold. The arithmetic is that of a table of the codes' values times the sc
     subnormal  the smallest value times the code, exact
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
-from unclamp.formats import Format
+from unclamp.formats import FORMATS, Format
 from unclamp.numerics.kernels import as_bits, as_float, kernel, part, pointer
 
 _INF, _NAN = np.float32(np.inf), np.float32(np.nan)
@@ -33,9 +32,7 @@ class Places(NamedTuple):
     negative_nan: np.int32
 
 
-@cache
-def places(fmt: Format) -> Places:
-    """Return the kernel's numbers for a format."""
+def _places(fmt: Format) -> Places:
     return Places(
         shift=np.int32(23 - fmt.mantissa_bits),
         rebias=np.int32((127 - fmt.bias) << 23),
@@ -45,6 +42,10 @@ def places(fmt: Format) -> Places:
         infinity_code=_NONE if fmt.infinity_code is None else np.int32(fmt.infinity_code),
         negative_nan=_NONE if fmt.has_negative_zero else np.int32(0x80),
     )
+
+
+_TABLE = tuple(map(_places, FORMATS.values()))
+"""By `kernels.NUMBER`."""
 
 
 @part
@@ -57,39 +58,40 @@ def _decode_row(codes: Any, inv: Any, fmt: Places, values: Any) -> None:
         wild = _INF if size == fmt.infinity_code else _NAN
         number = wild if size > fmt.max_code or code == fmt.negative_nan else number
         sign = (code & np.int32(0x80)) << np.int32(24)
-        values[i] = as_float(as_bits(number * inv[i]) ^ np.int32(sign))
+        values[i] = as_float(np.int32(as_bits(number * inv[i]) ^ np.int32(sign)))
 
 
 @kernel
 def decode_panel(
-    codes_at: int, width: int, invs_at: int, blocks: int, down: int, along: int, fmt: Places,
+    codes_at: int, rows: int, columns: int, invs_at: int, down: int, along: int, number: int,
     first_row: int, last_row: int, first_column: int, last_column: int, values_at: int,
 ) -> None:  # fmt: skip
     """Decode some rows and columns of a matrix.
 
     Args:
-        codes_at: Where the matrix lies, uint8.
-        width: Its columns.
-        invs_at: Where what multiplies the codes of each of its blocks lies, float32.
-        blocks: Blocks along a row.
+        codes_at: Where the matrix is, uint8.
+        rows: Its rows.
+        columns: Its columns.
+        invs_at: Where that is what multiplies the codes of each of its blocks, float32.
         down: Rows of a block.
         along: Columns of a block.
-        fmt: The codes' format.
+        number: The codes' format, of `kernels.NUMBER`.
         first_row: The first row.
         last_row: That after the last.
         first_column: The first column.
         last_column: That after the last.
         values_at: Where the values go, float32, as many rows and columns.
     """
-    columns = last_column - first_column
-    codes = carray(pointer(codes_at), (last_row, width), dtype=np.uint8)
-    invs = carray(pointer(invs_at), ((last_row - 1) // down + 1, blocks), dtype=np.float32)
-    values = carray(pointer(values_at), (last_row - first_row, columns), dtype=np.float32)
-    inv = np.empty(columns, np.float32)
+    fmt, width = _TABLE[number], last_column - first_column
+    codes = carray(pointer(codes_at), (rows, columns), dtype=np.uint8)
+    grid = (-(-rows // down), -(-columns // along))
+    invs = carray(pointer(invs_at), grid, dtype=np.float32)
+    values = carray(pointer(values_at), (last_row - first_row, width), dtype=np.float32)
+    inv = np.empty(width, np.float32)
     filled = -1
     for row in range(first_row, last_row):
         if row // down != filled:
             filled = row // down
-            for i in range(columns):
+            for i in range(width):
                 inv[i] = invs[filled, (first_column + i) // along]
         _decode_row(codes[row, first_column:last_column], inv, fmt, values[row - first_row])

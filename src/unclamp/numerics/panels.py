@@ -204,16 +204,17 @@ def _decode(
     """Decode some rows and columns of a matrix as it lies in memory."""
     # numba is slow to import, and `fused` has seen to it that it works.
     from unclamp.numerics.compiled import run  # noqa: PLC0415
-    from unclamp.numerics.decode import decode_panel, places  # noqa: PLC0415
+    from unclamp.numerics.decode import decode_panel  # noqa: PLC0415
+    from unclamp.numerics.kernels import NUMBER  # noqa: PLC0415
 
     width = columns[1] - columns[0]
     step = max(_TASK // max(width, 1), 1)
-    matrix = (codes.data_ptr(), codes.shape[1], invs.data_ptr(), invs.shape[1], *block)
-    fmt = places(format_of(codes.dtype))
+    number = NUMBER[format_of(codes.dtype).name]
+    matrix = (codes.data_ptr(), *codes.shape, invs.data_ptr(), *block, number)
     run([
         (
-            decode_panel, *matrix, fmt, first, min(first + step, rows[1]), *columns,
-            values.data_ptr() + 4 * width * (first - rows[0]),
+            decode_panel, *matrix, first, min(first + step, rows[1]), *columns,
+            values.data_ptr() + 4 * (first - rows[0]) * width,
         )
         for first in range(*rows, step)
     ])  # fmt: skip
