@@ -11,7 +11,8 @@ from bench import attention, bank, cast, gather, imports, ledger, linear, runlog
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m bench", description=__doc__).parse_args()
-    machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    machine = f"{torch.get_num_threads()} threads, torch {capability}, casts {cast.instructions()}"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {machine}")
     benches = {
         "cast": cast,
@@ -26,6 +27,7 @@ if __name__ == "__main__":
         "imports": imports,
     }
     results = {name: bench.measure() for name, bench in benches.items()}
+    results |= cast.measure_forced()
     path = Path(__file__).with_name("results.json")
     path.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
     print(f"\nwritten: {path}")

@@ -212,7 +212,7 @@ def unclamp_doctor(*arguments: str) -> str:
 
 def test_json_is_one_document_with_stable_keys(cpu: DeviceAnswer) -> None:
     found = json.loads(unclamp_doctor("--json"))
-    assert list(found) == ["build", "devices", "warnings"]
+    assert list(found) == ["build", "devices", "warnings", "paragraph"]
     assert {"unclamp", "python", "torch", "cuda", "numpy", "numba", "triton"} <= set(found["build"])
     assert found["devices"][0] == json.loads(json.dumps(cpu.to_dict()))
     assert list(found["devices"][0]["casts"][0]) == [

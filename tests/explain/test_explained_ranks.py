@@ -3,7 +3,9 @@
 The truth is found without a replay, by training anew on as many ranks.
 """
 
+import os
 import statistics
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +239,30 @@ def test_a_snapshot_is_there_when_the_last_part_is_and_parts_of_two_launches_are
     write_part(tmp_path, 1, "second")  # torchrun has started anew
     assert find_snapshots(tmp_path) == []
     write_part(tmp_path, 0, "second")
+    assert find_snapshots(tmp_path) == [path]
+
+
+def test_a_rank_that_begins_leaves_another_the_folder_that_it_has_just_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 makes the snapshot's folder; rank 0 begins its part before rank 1 makes its own."""
+    mkdir, begun, done = os.mkdir, threading.Event(), threading.Event()
+    late = threading.Thread(target=write_part, args=(tmp_path, 0, "first"), daemon=True)
+
+    def ordered(path: Path, *args: Any, **settings: Any) -> None:
+        if threading.current_thread() is late:  # all that it does before it makes a folder is done
+            begun.set()
+            assert done.wait(60)
+        mkdir(path, *args, **settings)
+        if Path(path).name.startswith("step-") and late.ident is None:
+            late.start()
+            assert begun.wait(60)
+
+    monkeypatch.setattr(os, "mkdir", ordered)
+    path = write_part(tmp_path, 1, "first")
+    assert find_snapshots(tmp_path) == []
+    done.set()
+    late.join(60)
     assert find_snapshots(tmp_path) == [path]
 
 

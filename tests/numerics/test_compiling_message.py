@@ -84,7 +84,7 @@ def test_one_kernel_that_is_missing_from_the_cache_is_said(
     filled: tuple[Path, str], tmp_path: Path
 ) -> None:
     cache = Path(shutil.copytree(filled[0], tmp_path / "cache"))
-    (index,) = cache.rglob("kernels.decode_range*.nbi")
+    (index,) = cache.rglob("whole.cast_at*.nbi")
     index.unlink()
     assert stderr_of(CAST, cache).count(MESSAGE) == 1
     assert MESSAGE not in stderr_of(CAST, cache)
@@ -93,3 +93,13 @@ def test_one_kernel_that_is_missing_from_the_cache_is_said(
 @pytest.mark.slow
 def test_without_a_compiler_nothing_is_said(tmp_path: Path) -> None:
     assert MESSAGE not in stderr_of(CAST, tmp_path, NUMBA_DISABLE_JIT="1")
+
+
+@pytest.mark.slow
+def test_a_kernel_that_is_compiled_later_is_said(filled: tuple[Path, str], tmp_path: Path) -> None:
+    """Not every user casts blocks, so nobody waits for that kernel before."""
+    cache = Path(shutil.copytree(filled[0], tmp_path / "cache"))
+    assert not list(cache.rglob("tiles.cast_tiles*.nbi"))
+    blocks = CAST.replace(")\n", ", granularity=unclamp.MX())\n")
+    assert stderr_of(blocks, cache).count(MESSAGE) == 1
+    assert MESSAGE not in stderr_of(blocks, cache)

@@ -89,6 +89,45 @@ def test_any_matrix_setting_and_given_scale(shape, granularity, axis, settings, 
     check(x, E4M3FN, scale, granularity=granularity, axis=axis, **settings)
 
 
+@pytest.mark.parametrize(
+    ("granularity", "axis"),
+    [(PerRow(), 0), (PerBlock(600, 7), -1), (PerBlock(1, 1200), 0), (PerBlock(700, 900), 1)],
+    ids=["columns", "600x7", "1x1200 down", "700x900"],
+)
+def test_blocks_too_tall_for_one_visit(granularity, axis):
+    x = torch.randn(1300, 800) * torch.logspace(-3, 3, 800)
+    x[::170, ::3] = torch.nan
+    own = check(x, E4M3FN, granularity=granularity, axis=axis)
+    scale = own.scale_inv.reciprocal() * torch.logspace(-2, 2, own.scale_inv.numel()).view(
+        own.scale_inv.shape
+    )
+    for guard in (False, True):
+        check(x, E4M3FN, scale, granularity=granularity, axis=axis, guard=guard)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_a_tensor_of_several_tasks(factor, power_of_two):
+    x = torch.randn(1_200_001)
+    x[[5, 700_000]] = torch.tensor([torch.nan, -torch.inf])
+    scale = check(x, E4M3FN).scale_inv.reciprocal() * factor
+    for guard in (False, True):
+        got = check(x, E4M3FN, scale, guard=guard, power_of_two=power_of_two)
+        assert got.stats[Stat.RECAST] == (guard and factor > 1)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("scale", [1.0, 37.7, 2.0**-20, 2.0**100])
+def test_what_lies_around_every_code(fmt, scale):
+    """Each value of the format, each middle between two, and their neighbours in float32."""
+    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, f"float8_{fmt.name}"))
+    values = codes.float()
+    values = torch.cat([values[values.isfinite()].unique(), torch.tensor([fmt.overflow_limit])])
+    exact = torch.cat([values, (values[1:] + values[:-1]) / 2]) / scale
+    up, down = (torch.nextafter(exact, torch.tensor(end)) for end in (torch.inf, -torch.inf))
+    check(torch.cat([exact, up, down]).repeat(7), fmt, torch.tensor(scale))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "3-d", "0-d"])
 def test_tensors_that_are_not_packed_matrices(layout):
     base = torch.randn(64, 96)
@@ -161,6 +200,13 @@ def test_scales_of_other_dtypes_and_beyond_the_range_are_as_in_plain_torch():
     for value in (1e-42, float("inf"), float("nan")):
         got, want = (f(x, E4M3FN, torch.tensor(value)) for f in (quantize, quantize_plain))
         assert same_bits(got.scale_inv, want.scale_inv)
+
+
+def test_zeros_under_an_infinite_scale_are_nan():
+    x = torch.tensor([0.0, 1.0, -0.0, -2.0]).repeat(1000)
+    got = quantize(x, E4M3FN, torch.tensor(torch.inf)).codes.float()
+    assert got[:4].isnan().tolist() == [True, False, True, False]
+    assert got[1::2].tolist() == [448.0, -448.0] * 1000
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")

@@ -19,6 +19,8 @@ from unclamp.numerics.inspection import (
     INSPECTED_SQUARE,
     LOWEST_EXPONENT,
     MAGNITUDES,
+    QUARTERS,
+    RESTS,
     inspect_plain,
     range_used,
 )
@@ -64,6 +66,19 @@ def test_a_recount_element_by_element_gives_the_same(values, fmt):
     exponents = Counter(math.frexp(v)[1] - 1 for v, _ in finite if v != 0)
     counts = got[EXPONENTS].to(torch.int64).tolist()
     assert {i + LOWEST_EXPONENT: n for i, n in enumerate(counts) if n} == exponents
+    quarters = Counter()
+    rests = Counter()
+    for value, _ in finite:
+        mantissa, exponent = math.frexp(abs(value))
+        if value != 0 and -64 <= exponent - 1 <= 63:
+            key = 4 * (exponent - 1) + int(8 * mantissa) - 4
+            quarters[key] += 1
+            rests[key] += int(mantissa * 2**24) % 2**21
+    for bins, want in ((QUARTERS, quarters), (RESTS, rests)):
+        counts = got[bins].to(torch.int64).tolist()
+        assert {i - 256: n for i, n in enumerate(counts) if n} == {
+            k: n for k, n in want.items() if n
+        }
     assert got[INSPECTED] == 1
     assert got[MAGNITUDES].sum() == len(finite)
     assert float(got[ERROR_SQUARE]) == pytest.approx(sum((v - w) ** 2 for v, w in finite))

@@ -20,8 +20,8 @@ from numba.core import config
 from unclamp.numerics import compiled, whole
 
 before = config.CACHE_DIR
-with compiled.announced():
-    assert whole.own_scale(np.float32(2), np.float32(448), False) == 224
+compiled.announce()
+assert whole.own_scale(np.float32(2), np.float32(448), False) == 224
 assert config.CACHE_DIR == before
 print(sum(whole.own_scale.stats.cache_hits.values()), whole.own_scale.stats.cache_path)
 """
@@ -78,3 +78,38 @@ def test_a_folder_that_others_may_write_is_not_loaded_from(read_only: Path, tmp_
     hits, folder, said = one(read_only, tmp_path)
     assert (hits, folder) == ("0", "None")
     assert "for this process: no folder to keep them" in said
+
+
+CALLED = """
+import torch
+from unclamp.formats import E4M3FN
+from unclamp.numerics import quantize, whole
+
+q = quantize(torch.tensor([1e-9, 1.0]), E4M3FN, torch.tensor(1.0))
+print(sum(whole.cast_at.stats.cache_hits.values()), [int(count) for count in q.stats[3:6]])
+"""
+"""Casts with a kernel that calls others, and says whether it was kept, and what it counted."""
+
+
+def test_a_kept_kernel_is_compiled_anew_when_one_that_it_calls_has_changed(tmp_path: Path) -> None:
+    """An upgrade leaves the cache where it is; numba looks at the file of the outer kernel only."""
+    source = Path(unclamp.__file__).parent
+    shutil.copytree(source, tmp_path / "unclamp", ignore=shutil.ignore_patterns("__pycache__"))
+    environ = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    environ["PYTHONPATH"] = str(tmp_path)
+
+    def said() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", CALLED], env=environ, capture_output=True, text=True,
+            timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert said() == "0 [0, 1, 0]"
+    assert said() == "1 [0, 1, 0]"
+    kernels = tmp_path / "unclamp" / "numerics" / "kernels.py"
+    text, before = kernels.read_text(), "counts[UNDERFLOWED] += _vanished("
+    assert text.count(before) == 1
+    kernels.write_text(text.replace(before, "counts[UNDERFLOWED] += 7 * _vanished("))
+    assert said() == "0 [0, 7, 0]"

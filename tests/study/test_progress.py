@@ -70,6 +70,28 @@ def test_the_time_left_is_told_from_steps_and_not_from_imports() -> None:
     ]
 
 
+def test_steps_of_a_run_that_begins_again_are_to_do_again() -> None:
+    told = small()
+    told.display.start([], 0)
+    for step in [*range(20), *range(40)]:  # a step a second; of 80, 40 are left in the end
+        told.now += 1
+        told.display.progress(Progress(label="a", step=step, loss=2.5))
+    told.display.progress(Progress(label="a", step=40, status="finished"))
+    assert told.lines[1:] == [
+        "74 steps to go; about 74 s left",
+        "64 steps to go; about 64 s left",
+        "done 1/2: a, last loss 2.500; about 40 s left",
+    ]
+
+
+def test_on_a_cluster_nobody_knows_how_many_run_at_a_time() -> None:
+    config = StudyConfig.from_toml(default_toml())
+    file = io.StringIO()
+    bars = Bars(console=Console(file=file, width=400), disable=True)
+    Display(bars, config, Path("there"), jobs=None).start([], 0)
+    assert "3 seeds), as Ray tasks, into there" in file.getvalue()
+
+
 def test_what_all_runs_say_is_shown_once_with_the_first_that_said_it() -> None:
     told = small()
     for label in ("a", "b"):

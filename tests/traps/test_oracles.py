@@ -105,11 +105,11 @@ def test_sums_in_another_order_agree_to_rounding() -> None:
     """The bits differ; the values do not, so it is no fault of a kernel."""
     for experiment in (sums.first_row, sums.four_micro_batches):
         assert 0 < experiment("cpu")["elements that differ"] <= 1
-    a, b = (
-        sums.normal(256, 1024, seed=0, device="cpu"),
-        sums.normal(1024, 256, seed=1, device="cpu"),
-    )
-    torch.testing.assert_close(a[:1] @ b, (a @ b)[:1])
+    a = sums.normal(256, 1024, seed=0, device="cpu")
+    b = sums.normal(1024, 256, seed=1, device="cpu")
+    right = a[:1].double() @ b.double()
+    for got in (a[:1] @ b, (a @ b)[:1]):
+        assert (got - right).abs().max() < 1e-3  # of sums of 1,024 products of size 1
 
 
 def test_hopper_like_sums_lose_what_mmaemu_says() -> None:
@@ -128,7 +128,7 @@ def test_hopper_like_sums_lose_what_mmaemu_says() -> None:
 
 
 def test_half_of_one_and_a_bit_is_lost_in_bfloat16() -> None:
-    assert ml_dtypes.bfloat16(1 + 2**-8) / 2 == 0.5
+    assert float(np.float32(1 + 2**-8).astype(ml_dtypes.bfloat16)) / 2 == 0.5
     assert np.float32(1 + 2**-8) / 2 == 0.501953125
     (documented,) = next(t for t in ranks.TRAPS if t.name == "fsdp-reduce-dtype").documented
     assert set(documented.expected.values()) == {0.5, 0.501953125}

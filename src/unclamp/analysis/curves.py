@@ -20,6 +20,7 @@ from unclamp.analysis.series import SERIES, choose_column, notes_of
 from unclamp.analysis.sources import read_as_text, read_source
 from unclamp.errors import AnalysisError, did_you_mean
 from unclamp.runlog import RunLog, is_run
+from unclamp.runlog.located import located
 
 _SHOWN = 12
 
@@ -101,7 +102,7 @@ def read_curve(
             meant, with the choices; or a group's column was named for a run log.
         RunLogError: A run that this version cannot read.
     """
-    path = Path(path)
+    path = located(path)
     choice = Choice(column=column, split=split, run=run, pattern=pattern, group=group)
     if path.is_dir() and is_run(path):
         _refuse_for_runs(choice, path)

@@ -1,13 +1,13 @@
 """`unclamp advise`: which scaling does a run need, where, and why?"""
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from unclamp.cli.app import USER_ERROR, JsonFlag, app
+from unclamp.cli.places import RunArgument
 from unclamp.files import to_json
 
 SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
@@ -15,7 +15,7 @@ SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 @app.command()
 def advise(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    path: RunArgument,
     tokens: Annotated[
         str | None,
         typer.Option(metavar="N", help="Tokens that you want to train on, such as 200B or 1T."),

@@ -1,12 +1,12 @@
 """`unclamp associate`: does clamping at a site go with loss spikes more than chance?"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from unclamp.cli.app import JsonFlag, app
+from unclamp.cli.places import RunArgument
 from unclamp.files import to_json
 
 SHOWN = 10
@@ -19,7 +19,7 @@ ENDED = {
 
 @app.command()
 def associate(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    path: RunArgument,
     max_lag: Annotated[
         int, typer.Option(min=1, max=1000, help="Clamping counts within so many steps.")
     ] = 8,

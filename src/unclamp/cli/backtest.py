@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from unclamp.cli.app import JsonFlag, app
+from unclamp.cli.places import place
 from unclamp.errors import RunLogError
 from unclamp.files import to_json
 
@@ -21,7 +22,11 @@ MOST_SHOWN = 20
 def backtest(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of runs of one model, or with such runs."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Folders of runs of one model, or with such runs; or their URLs.",
+            parser=place,
+        ),
     ],
     rule: Annotated[
         str,

@@ -8,13 +8,14 @@ import typer
 from rich.console import Console
 
 from unclamp.cli.app import JsonFlag, app
+from unclamp.cli.places import place
 from unclamp.errors import UnclampError
 from unclamp.files import to_json
 
 if TYPE_CHECKING:
     from unclamp.report.view import View
 
-COMPARISON_PAGE = Path("compare.html")
+PAGE, COMPARISON_PAGE = "report.html", Path("compare.html")
 
 
 @app.command()
@@ -23,7 +24,9 @@ def report(
         list[Path],
         typer.Argument(
             metavar="PATH...",
-            help="Folder of a run or a study; or several runs, or a folder of runs, to compare.",
+            help="Folder or URL of a run or a study; or several runs, or a folder of runs, to "
+            "compare.",
+            parser=place,
         ),
     ],
     site: Annotated[
@@ -32,7 +35,10 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The page's file: PATH/report.html, or ./compare.html of several runs."),
+        typer.Option(
+            help="The page's file: PATH/report.html, ./report.html of a URL, or ./compare.html of "
+            "several runs."
+        ),
     ] = None,
     baseline: Annotated[
         str | None,
@@ -85,7 +91,7 @@ def show_report(
     if out is not None:  # in the run's own folder that name is the page's
         check_page(out)
     view: View = build_view(path, sites=sites)
-    page = out or path / "report.html"
+    page = out or _page_of(path)
     try:
         write_page(view, page)
     except OSError as error:
@@ -95,6 +101,14 @@ def show_report(
         return
     print_view(view, Console())
     typer.echo(f"\nThe page: {page}")
+
+
+def _page_of(path: Path) -> Path:
+    """Return where a page goes: beside its run; of one in object storage, into this folder."""
+    from unclamp.report.pages import free_page  # noqa: PLC0415
+    from unclamp.runlog.located import is_remote  # noqa: PLC0415
+
+    return free_page(Path(PAGE)) if is_remote(path) else path / PAGE
 
 
 def _show_comparison(
@@ -112,7 +126,7 @@ def _show_comparison(
     from unclamp.report.side_by_side.text import print_comparison  # noqa: PLC0415
 
     page = free_page(COMPARISON_PAGE) if out is None else out
-    own = [run / "report.html" for run in runs]
+    own = [run / PAGE for run in runs]
     if page.resolve() in [path.resolve() for path in own]:
         raise UnclampError(f"{page} is the page of one of these runs: give --out another file")
     check_page(page)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from unclamp.cli.app import JsonFlag, app
+from unclamp.cli.places import place
 from unclamp.errors import AnalysisError
 from unclamp.files import to_json
 from unclamp.written import counted, times
@@ -44,8 +45,9 @@ def spikes(
     path: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a run; or CSV, JSON lines, trainer_state.json, TensorBoard events, "
-            "a console log, also as .gz; - for what comes through a pipe."
+            help="Folder of a run, or its URL; or CSV, JSON lines, trainer_state.json, "
+            "TensorBoard events, a console log, also as .gz; - for what comes through a pipe.",
+            parser=place,
         ),
     ],
     method: Annotated[Method, typer.Option(help="Definition of a spike.")] = Method.ROBUST,

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from unclamp.cli.app import INTERRUPTED, JsonFlag, app
 from unclamp.cli.interrupt import leaving_at_ctrl_c
+from unclamp.cli.places import folder as to_folder
 from unclamp.cli.report import show_report
 from unclamp.errors import StudyError, UnclampError
 from unclamp.files import to_json
@@ -29,6 +30,8 @@ def study(
         Path | None,
         typer.Option(
             help="Folder of the study; resumed if it is the same.",
+            parser=to_folder,
+            metavar="FOLDER",
             show_default="runs/study, or runs/quick",
         ),
     ] = None,
@@ -65,6 +68,13 @@ def study(
         str | None, typer.Option(help="Folder or name of a causal LM to train instead.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side; one a core.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|ADDRESS",
+            help="Train on a Ray cluster: auto for the one that this machine is part of.",
+        ),
+    ] = None,
     print_config: Annotated[
         bool,
         typer.Option(
@@ -106,7 +116,7 @@ def study(
         if quick:
             _say_quick(made)
         _say_if_nothing_is_compared(made)
-        is_finished = _run_study(made, folder, jobs)
+        is_finished = _run_study(made, folder, jobs, ray)
     if not is_finished:
         raise typer.Exit(INTERRUPTED)
     with leaving_at_ctrl_c(
@@ -180,7 +190,7 @@ def _say_quick(config: "StudyConfig") -> None:
     _say(f"A first look, not the whole study: {what}.")
 
 
-def _run_study(config: "StudyConfig", out: Path, jobs: int | None) -> bool:
+def _run_study(config: "StudyConfig", out: Path, jobs: int | None, ray: str | None) -> bool:
     """Train; return whether it came to its end."""
     try:
         from unclamp.study.progress import run_with_progress  # noqa: PLC0415
@@ -188,7 +198,7 @@ def _run_study(config: "StudyConfig", out: Path, jobs: int | None) -> bool:
         raise UnclampError(
             f"the study needs {error.name}: install it with pip install 'unclamp[hf]'"
         ) from error
-    return run_with_progress(config, out, jobs=jobs, console=Console(stderr=True))
+    return run_with_progress(config, out, jobs=jobs, ray=ray, console=Console(stderr=True))
 
 
 def _say(text: str) -> None:

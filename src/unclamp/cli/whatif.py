@@ -1,12 +1,12 @@
 """`unclamp whatif`: what would other policies have done to the casts of a run?"""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from unclamp.cli.app import USER_ERROR, JsonFlag, app
+from unclamp.cli.places import RunArgument
 from unclamp.files import to_json
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ WIDEST_POLICY = 40
 
 @app.command()
 def whatif(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    path: RunArgument,
     policies: Annotated[
         list[str] | None,
         typer.Option(

@@ -103,10 +103,8 @@ def mark(folder: Path) -> bool:
 
 
 def remove_part(folder: Path, part: Part) -> None:
-    """Remove a rank's part, and the snapshot if it was the last."""
+    """Remove a rank's part, and not the snapshot's folder: another rank may just have made it."""
     shutil.rmtree(folder / part.folder, ignore_errors=True)
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def check_ranks(facts: Mapping[str, Any], ranks: Ranks, run: Path) -> None:

@@ -162,7 +162,7 @@ def _cast(
 ) -> Hat:
     matrix = _matrix(x)
     scale = first_scale(operands, role, matrix, meets.together)
-    return operands.cast(role, matrix, gemms, scale=scale, splits=meets.splits)
+    return operands.cast(role, matrix, gemms, scale=scale, splits=meets.splits, in_batch=True)
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from unclamp.nn.priced import SHARES, Wanted, set_aside, with_prices
 from unclamp.nn.split import asked, uncounted
 from unclamp.numerics import CastPlan, GemmOperand
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
+from unclamp.numerics.panels import ONE_PANEL
 
 WANTS_A_VIEW = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 """Where a compiled function returns an operator's very result, torch 2.11 takes the gradient for
@@ -208,7 +209,7 @@ def run_backward(
     if part.commit == "in backward" and not torch.compiler.is_compiling():
         seen = uncounted(part, whole, dy_hat, seen)
 
-    grad_input = grad_weight = grad_bias = None
+    grad_input = grad_weight = grad_bias = early = None
     prices: dict[Role, Tensor] = {}
     if needs_input:
         # grad_input [T, K] = dy_hat [T, N] @ w_hat [N, K], contracting N: axes 1 and 0.
@@ -222,10 +223,11 @@ def run_backward(
             grad_input = written(plain_gemm(GemmOperand(dy), w_hat), outs[0])
         else:
             mode = operands.modes["grad_input"]
+            early, scratch = _early(part, w_hat, outs[1], is_wanted=needs_weight)
             if smooth is None:
-                grad_input = gemm(dy_hat.along(1), w_hat, None, mode, x_dtype, outs[0])
+                grad_input = gemm(dy_hat.along(1), w_hat, None, mode, x_dtype, outs[0], scratch)
             else:  # smoothing comes after the sum, and before it is rounded
-                grad_input = gemm(dy_hat.along(1), w_hat, None, mode, torch.float32)
+                grad_input = gemm(dy_hat.along(1), w_hat, None, mode, torch.float32, None, scratch)
                 grad_input = written(grad_input * smooth, outs[0])
         grad_input = grad_input.to(x_dtype)
         if part.aside is not None and part.aside.waits_for("input"):
@@ -240,7 +242,8 @@ def run_backward(
         else:
             mode = operands.modes["grad_weight"]
             if smooth is None:
-                grad_weight = gemm(dy_hat.along(0), x_hat, None, mode, weight_dtype, outs[1])
+                out = early if outs[1] is None else outs[1]
+                grad_weight = gemm(dy_hat.along(0), x_hat, None, mode, weight_dtype, out)
             else:
                 grad_weight = gemm(dy_hat.along(0), x_hat, None, mode, torch.float32)
                 grad_weight = written(grad_weight / smooth, outs[1])
@@ -255,6 +258,25 @@ def run_backward(
         operands.commit(with_prices({**part.seen, "grad_output": seen}, prices))
         part.seen = {}  # a graph that is kept makes one cast more, and not three
     return grad_input, grad_weight, grad_bias
+
+
+def _early(
+    part: Any, weight: GemmOperand, out: Tensor | None, *, is_wanted: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the memory of the weight's gradient before there is one, and where to decode in it.
+
+    A weight that is large is decoded where its gradient will be, which is as large and comes last:
+    `grad_input` then needs no memory for it that the step does not take anyway.
+    """
+    dtype = part.dtypes[1]
+    if torch.compiler.is_compiling() or not is_wanted or dtype != torch.float32:
+        return None, None
+    if weight.tensor.device.type != "cpu" or weight.tensor.numel() <= ONE_PANEL:
+        return None, None
+    if out is not None:
+        return None, out if out.is_contiguous() and out.dtype == torch.float32 else None
+    early = torch.empty(weight.tensor.shape, dtype=dtype, device=weight.tensor.device)
+    return early, early
 
 
 def written(made: Tensor, out: Tensor | None) -> Tensor:

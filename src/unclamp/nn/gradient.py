@@ -32,10 +32,12 @@ def cast_gradient(
     seen = operands.seen("grad_output", hat)
     if seen.stats is None or (is_cpu and is_compiling):
         return hat, seen
-    wild = seen.stats[Stat.NONFINITE] > 0
     if not is_cpu:
+        wild = seen.stats[Stat.NONFINITE] > 0
         return Hat(dy, {axis: as_nan(q, wild) for axis, q in hat.casts.items()}), seen
-    if wild:  # which is rare, so that nothing is spent on it before
+    if (
+        seen.stats.tolist()[Stat.NONFINITE] > 0
+    ):  # which is rare, so that nothing is spent on it before
         shown_wild = torch.where(dy.isfinite(), dy, torch.nan)
         # Other ranks may have nothing wild, and would not come by to agree again.
         hat = operands.cast("grad_output", shown_wild, gemms, scale=scale, agreed=hat.agreed)

@@ -222,6 +222,7 @@ class Operands:
         scale: Tensor | None = None,
         splits: Splits = WHOLE,
         agreed: Agreed = NOT_AGREED,
+        in_batch: bool = False,
     ) -> Hat:
         """Cast an operand for these GEMMs: once where its blocks are square, else once an axis.
 
@@ -233,6 +234,7 @@ class Operands:
             scale: In place of the role's own, where the tensor has one scale.
             splits: How it is spread over ranks, who agree on its scales.
             agreed: Scales that they agreed on before.
+            in_batch: Whether it is a batch of matrices, which a GEMM wants decoded whole.
         """
         plan = self.plans[role] if doubt is None else self.guarded_weight
         axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
@@ -245,24 +247,19 @@ class Operands:
         if role in self.shares and not agreed:
             agreed = agreed_scales(self, role, x, [1] if self.square[role] else axes, plan, splits)
         if not self.square[role]:
-            casts: dict[Axis, Quantized] = {
-                axis: self.inspected(
-                    x,
-                    quantize_operand(
-                        x, self._scale(role, axis, doubt, agreed), plan, axis,
-                        slot=f"{role} {axis}" if axis == 1 or at_once else None,
-                    ),
-                )
-                for axis in axes
-            }  # fmt: skip
+            casts: dict[Axis, Quantized] = {}
+            for axis in axes:
+                scale = self._scale(role, axis, doubt, agreed)
+                slot = f"{role} {axis}" if axis == 1 or at_once else None
+                made = quantize_operand(x, scale, plan, axis, slot=slot, is_whole=in_batch)
+                casts[axis] = self.inspected(x, made)
             return Hat(x, casts, agreed)
         # Codes of the gradient are gone with the backward that makes them.
         q = quantize_operand(
             x, self._scale(role, 1, doubt, agreed, scale), plan, 1,
-            slot=role, keeps_codes=not at_once, turned=0 in axes,
+            slot=role, keeps_codes=not at_once, is_whole=in_batch, turned=0 in axes,
         )  # fmt: skip
-        q = self.inspected(x, q)
-        return Hat(x, {1: q, 0: q}, agreed)
+        return Hat(x, dict.fromkeys((1, 0), self.inspected(x, q)), agreed)
 
     def _scale(
         self, role: Role, axis: Axis, doubt: Doubt, agreed: Agreed, given: Tensor | None = None

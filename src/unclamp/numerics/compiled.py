@@ -9,6 +9,7 @@ are kept in a temporary folder of the user's; without that, each process would c
 """
 
 import functools
+import hashlib
 import os
 import stat
 import sys
@@ -22,17 +23,41 @@ from typing import Any
 import torch
 from numba import njit
 from numba.core import config
-from numba.core.event import Event, Listener, install_listener
+from numba.core.event import Event, Listener, register
 
 
 def compiled(function: Callable, **options: Any) -> Callable:
     """Compile a function at its first call, kept on disk where there is a folder for it."""
     njit_it = functools.partial(njit, function, nogil=True, **options)
     with suppress(RuntimeError):  # no folder to write the cache to
-        return njit_it(cache=True)
+        return _of_all_sources(njit_it(cache=True))
     with suppress(RuntimeError), _kept_in(_temporary()):
-        return njit_it(cache=True)
+        return _of_all_sources(njit_it(cache=True))
     return njit_it()
+
+
+def _of_all_sources(kernel: Any) -> Any:
+    """Have a kept kernel loaded only where none of our sources has changed since.
+
+    numba looks at the file of the kernel itself. A kernel holds those that it calls, and constants
+    of other modules, and the cache outlives an upgrade: it would run on as it was.
+    """
+    with suppress(AttributeError):  # of numba's own: nobody promises that it stays
+        kept = kernel._cache._cache_file
+        kept._source_stamp = (kept._source_stamp, _sources())
+    return kernel
+
+
+@functools.cache
+def _sources() -> str:
+    """Return a digest of all that kernels are made of."""
+    here = Path(__file__).parent
+    others = [here.parent / f"{name}.py" for name in ("formats", "reference", "scaling")]
+    digest = hashlib.sha256()
+    with suppress(OSError):  # a package without sources does not change
+        for path in [*sorted(here.glob("*.py")), *others]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @functools.cache
@@ -63,15 +88,13 @@ def _kept_in(folder: Path | None) -> Iterator[None]:
         config.CACHE_DIR = before  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@contextmanager
-def announced() -> Iterator[None]:
-    """Tell a user on stderr, once a process, when one of our kernels is compiled in here.
+def announce() -> None:
+    """Tell a user on stderr, once a process, when one of our kernels is compiled from now on.
 
     numba says when it compiles, and says nothing when it loads a kernel from its cache. No clock
     can tell the two apart: on a busy machine loading takes as long as compiling on an idle one.
     """
-    with install_listener("numba:compile", _Announcer()):
-        yield
+    register("numba:compile", _Announcer())
 
 
 class _Announcer(Listener):
@@ -99,7 +122,7 @@ def _announce(folder: str | None) -> None:
             "be written; NUMBA_CACHE_DIR names another folder"
         )
     with suppress(OSError, ValueError):  # a stderr that is closed must not stop the compiler
-        print(f"unclamp: compiling the CPU kernels, about 20 s, {fate}", file=sys.stderr)
+        print(f"unclamp: compiling the CPU kernels, some seconds, {fate}", file=sys.stderr)
 
 
 def run(calls: list[tuple[Any, ...]]) -> list[Any]:

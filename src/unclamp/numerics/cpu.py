@@ -32,7 +32,7 @@ from unclamp.numerics.kernels import (
     own_scale,
 )
 from unclamp.numerics.layout import layout
-from unclamp.numerics.looks import EXPONENTS, MAGNITUDES, look_at
+from unclamp.numerics.looks import MAGNITUDES, QUARTERS, SUBNORMALS, look_at
 from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
 from unclamp.numerics.scale import check_scale, choose_scale, scale_from_amax
 from unclamp.numerics.stats import Stat, merged_stats
@@ -288,6 +288,7 @@ class Look(NamedTuple):
     """What the kernel of a closer look counts and sums up; see `unclamp.numerics.inspection`."""
 
     exponents: np.ndarray
+    quarters: np.ndarray
     magnitudes: np.ndarray
     ratios: np.ndarray
     sums: np.ndarray
@@ -296,20 +297,17 @@ class Look(NamedTuple):
 def look(
     x: Tensor, codes: Tensor, values: Tensor, *, a_decibel: int, lowest: int, bins: int
 ) -> Look:
-    """Return a cast's elements by exponent and magnitude, its rows by ratio, and sums of squares.
+    """Return a cast's elements by exponent, quarter and magnitude, its rows by ratio, and squares.
 
-    All three are contiguous, and not empty.
+    All three are contiguous, and not empty. Quarters are `[QUARTERS, 2]`; see `look_at`.
     """
     width = x.shape[-1] if x.ndim else 1
     rows = x.numel() // width
     step = max(TASK // width, 1)
     tasks = range(0, rows, step)
-    made = Look(
-        np.zeros((len(tasks), EXPONENTS), np.int64),
-        np.zeros((len(tasks), MAGNITUDES), np.int64),
-        np.zeros((len(tasks), bins), np.int64),
-        np.zeros((len(tasks), 2)),
-    )
+    shapes = (SUBNORMALS,), (QUARTERS, 2), (MAGNITUDES,), (bins,)
+    made = [np.zeros((len(tasks), *shape), np.int64) for shape in shapes]
+    made.append(np.zeros((len(tasks), 2)))
     run([
         (
             look_at, x.data_ptr() + first * width * x.element_size(), KINDS[x.dtype],
@@ -319,7 +317,9 @@ def look(
         )
         for task, first in enumerate(tasks)
     ])  # fmt: skip
-    return Look(*(array.sum(0) for array in made))
+    subnormals, quarters, *others = (array.sum(0) for array in made)
+    octaves = quarters[4:1020, 0].reshape(-1, 4).sum(1)  # of 0 and of Inf there are none
+    return Look(np.concatenate([subnormals, octaves]), quarters, *others)
 
 
 @cache

@@ -21,8 +21,8 @@ def fused() -> Any:
     try:
         from unclamp.numerics import compiled, cpu  # noqa: PLC0415  # numba is slow to import
 
-        with compiled.announced():
-            cpu.warm_up()
+        compiled.announce()
+        cpu.warm_up()
     except Exception as error:
         warnings.warn(
             f"casts on the CPU run in plain torch, many times slower: numba failed ({error!r})",

@@ -21,6 +21,7 @@ from unclamp.numerics.blocks import orient, spread
 from unclamp.numerics.cast import dequantize_codes
 from unclamp.numerics.gpu import goes_to_gpu
 from unclamp.numerics.gpu.gemm import scaled_matmul
+from unclamp.numerics.panels import multiply, panels_pay
 from unclamp.numerics.record import GemmOperand, format_of
 from unclamp.scaling import ACCUMULATES
 
@@ -43,10 +44,16 @@ def matmul(
     accumulate: str = "float32",
     out_dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Return `a @ b.T + bias`, `[rows of a, rows of b]`: float32, rounded to `out_dtype`.
 
-    It is put into `out`, if given, a tensor of that shape and dtype: the same bits.
+    It is put into `out`, if given, a tensor of that shape and dtype: the same bits. `scratch` is
+    contiguous float32 memory with as many elements as `b`, free until the call returns, in which
+    `b` may be decoded.
+
+    On a CPU large operands are decoded by panels (`unclamp.numerics.panels`): beside codes and
+    output a GEMM in float32 takes a few MiB.
 
     On a GPU the tensor cores add, and "hopper_fast" is their `use_fast_accum`; the other two mean
     without it (`unclamp.numerics.gpu.gemm`).
@@ -62,12 +69,16 @@ def matmul(
         raise unknown_name("accumulate", accumulate, list(ACCUMULATES))
     if torch.is_autocast_enabled(a.tensor.device.type):  # F.linear would leave float32
         with torch.autocast(a.tensor.device.type, enabled=False):
-            return matmul(a, b, bias, accumulate=accumulate, out_dtype=out_dtype, out=out)
+            return matmul(
+                a, b, bias, accumulate=accumulate, out_dtype=out_dtype, out=out, scratch=scratch
+            )
     if goes_to_gpu(a.tensor) and (a.scale_inv is not None or b.scale_inv is not None):
         fast = accumulate == "hopper_fast"
         return _put(scaled_matmul(a, b, bias, fast=fast, out_dtype=out_dtype), out)
     bias = None if bias is None else bias.to(torch.float32)
     if accumulate == "float32" or a.scale_inv is None or b.scale_inv is None:
+        if panels_pay(a, b):
+            return multiply(a, b, bias, out_dtype=out_dtype, out=out, scratch=scratch)
         left, right = values_of(a), values_of(b)
         if out is None or out.dtype != torch.float32:
             return _put(F.linear(left, right, bias).to(out_dtype), out)

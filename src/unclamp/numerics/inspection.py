@@ -9,11 +9,17 @@ vector, so that it travels and adds up as the statistics do (`stats`):
     EXPONENTS              elements by floor(log2 |x|), finite and non-zero
     MAGNITUDES             finite elements by the code of their magnitude
     ROW_SQNR               rows by their own signal over error, in steps of half a decibel
+    QUARTERS               elements by quarter of an octave, the two bits of mantissa after the 1.,
+                           from 2**-64 up to 2**64
+    RESTS                  sum over the elements of each quarter of their other 21 bits of mantissa:
+                           how far above its lower edge they lie, together
     GRADIENTS and after    what clamping did to a weight's gradient (`gradient`)
     PRICES and after       what the cast changed of the loss (`price`)
 
 A row is what lies along the last axis: a token of an input or gradient, an output feature of a
 weight. One huge element decides the ratio of the whole tensor, and that of its own row only.
+
+Counts and rests are sums of whole numbers: exact, and the same in any order.
 """
 
 import math
@@ -31,6 +37,8 @@ from unclamp.scaling import Granularity
 INSPECTED, INSPECTED_SQUARE, ERROR_SQUARE = range(3)
 LOWEST_EXPONENT = -149
 """That of the smallest float32."""
+SUBNORMAL_EXPONENTS = 23
+"""Exponents that only subnormals have."""
 EXPONENTS = slice(3, 3 + 128 - LOWEST_EXPONENT)
 MAGNITUDES = slice(EXPONENTS.stop, EXPONENTS.stop + 128)
 A_DECIBEL = 2
@@ -39,7 +47,15 @@ LOWEST_ROW_DB, HIGHEST_ROW_DB = -20, 80
 """Rows beyond these count as these; an exact row has a bin of its own, the last."""
 ROW_BINS = (HIGHEST_ROW_DB - LOWEST_ROW_DB) * A_DECIBEL + 2
 ROW_SQNR = slice(MAGNITUDES.stop, MAGNITUDES.stop + ROW_BINS)
-GRADIENTS, GRADIENT_SQUARE, CHANGE_SQUARE, CHANGE_PRODUCT = range(ROW_SQNR.stop, ROW_SQNR.stop + 4)
+QUARTER_BITS = 2
+REST_BITS = 23 - QUARTER_BITS
+LOWEST_QUARTER_EXPONENT, HIGHEST_QUARTER_EXPONENT = -64, 63
+"""Quarters are counted of the octaves in between. All of a float32's would double the vector, of
+which a ledger has one a site, and no training's tensor has its largest element beyond."""
+QUARTER_BINS = (HIGHEST_QUARTER_EXPONENT - LOWEST_QUARTER_EXPONENT + 1) << QUARTER_BITS
+QUARTERS = slice(ROW_SQNR.stop, ROW_SQNR.stop + QUARTER_BINS)
+RESTS = slice(QUARTERS.stop, QUARTERS.stop + QUARTER_BINS)
+GRADIENTS, GRADIENT_SQUARE, CHANGE_SQUARE, CHANGE_PRODUCT = range(RESTS.stop, RESTS.stop + 4)
 """0 in the look at a cast itself."""
 PRICES, CLAMP_PRICE, ROUNDINGS, ROUNDING_PRICE = range(CHANGE_PRODUCT + 1, CHANGE_PRODUCT + 5)
 """Last of all, and 0 likewise."""
@@ -84,7 +100,6 @@ def inspect_plain(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     kept = torch.where(finite, x, 0)
     wide = kept.double()
     error = torch.where(finite, wide - values.reshape(-1).double(), 0)
-    exponents = torch.frexp(kept).exponent - 1 - LOWEST_EXPONENT
     magnitudes = (codes.contiguous().view(torch.uint8).reshape(-1) & 0x7F).to(torch.int64)
     details = torch.zeros(DETAILS, dtype=torch.float64, device=x.device)
     details[INSPECTED] = 1
@@ -92,9 +107,32 @@ def inspect_plain(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     details[ERROR_SQUARE] = error.square_().sum()
     if width:
         details[ROW_SQNR] = _rows(wide.reshape(-1, width).sum(1), error.reshape(-1, width).sum(1))
-    details[EXPONENTS] = _counts(exponents.to(torch.int64), kept != 0, EXPONENTS)
+    details[EXPONENTS], details[QUARTERS], details[RESTS] = _octaves(kept)
     details[MAGNITUDES] = _counts(magnitudes, finite, MAGNITUDES)
     return details
+
+
+def _octaves(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return elements by exponent, by quarter of an octave, and each quarter's rests of mantissa.
+
+    One count serves both: of subnormals by exponent, of all others by quarter.
+    """
+    size = kept.view(torch.int32) & 0x7FFFFFFF
+    is_normal = size >= 1 << 23
+    quarter = (size >> REST_BITS) - (1 << QUARTER_BITS) + SUBNORMAL_EXPONENTS
+    place = torch.where(is_normal, quarter, torch.frexp(kept).exponent - 1 - LOWEST_EXPONENT)
+    place = torch.where(size > 0, place, 0).to(torch.int64)
+    rest = torch.where(is_normal, size & ((1 << REST_BITS) - 1), 0).to(torch.int64)
+    empty = torch.zeros(
+        SUBNORMAL_EXPONENTS + (254 << QUARTER_BITS), dtype=torch.int64, device=kept.device
+    )
+    counts = empty.scatter_add(0, place, (size > 0).to(torch.int64))
+    rests = empty.scatter_add_(0, place, rest)
+    octaves = counts[SUBNORMAL_EXPONENTS:].view(-1, 1 << QUARTER_BITS).sum(1)
+    first = SUBNORMAL_EXPONENTS + ((LOWEST_QUARTER_EXPONENT + 126) << QUARTER_BITS)
+    quarters = slice(first, first + QUARTER_BINS)
+    exponents = torch.cat([counts[:SUBNORMAL_EXPONENTS], octaves])
+    return exponents, counts[quarters], rests[quarters]
 
 
 def _rows(signal: Tensor, noise: Tensor) -> Tensor:
@@ -122,6 +160,8 @@ def _fused(x: Tensor, codes: Tensor, values: Tensor) -> Tensor:
     details[INSPECTED_SQUARE], details[ERROR_SQUARE] = seen.sums
     details[EXPONENTS], details[MAGNITUDES] = seen.exponents, seen.magnitudes
     details[ROW_SQNR] = seen.ratios
+    first = (127 + LOWEST_QUARTER_EXPONENT) << QUARTER_BITS
+    details[QUARTERS], details[RESTS] = seen.quarters[first : first + QUARTER_BINS].T
     return torch.from_numpy(details)
 
 

@@ -50,7 +50,9 @@ _ABS = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
 
 kernel = partial(compiled, error_model="numpy")
-_summing = partial(compiled, error_model="numpy", fastmath={"reassoc", "contract"})
+part = partial(kernel, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""What only other kernels call needs no door to Python, which takes long to compile."""
+_summing = partial(part, fastmath={"reassoc", "contract"})
 
 
 def _take_for_a_pointer(_context: Any, address: Any) -> Any:
@@ -85,7 +87,7 @@ as_float: Any = intrinsic(_bits_as_float)
 as_bits: Any = intrinsic(_float_as_bits)
 
 
-@kernel
+@part
 def load(halves: Any, kind: int, count: int, bits: Any) -> None:
     """Put 16-bit floats as the bits of float32 into `bits`."""
     if kind == _BFLOAT16:
@@ -101,13 +103,13 @@ def load(halves: Any, kind: int, count: int, bits: Any) -> None:
         bits[i] = size | wild | ((half & np.int32(0x8000)) << np.int32(16))
 
 
-@kernel
+@part
 def _fill(target: Any, value: Any) -> None:
     for i in range(len(target)):
         target[i] = value
 
 
-@kernel
+@part
 def _spread(
     scales: Any, invs: Any, first: int, count: int, along: int, scale: Any, inv: Any
 ) -> None:
@@ -141,7 +143,7 @@ def _square_sum(x: Any, count: int) -> float:
     return total
 
 
-@kernel
+@part
 def _cast(
     bits: Any, scale: Any, inv: Any, fmt: Layout, codes: Any, values: Any, count: int
 ) -> tuple[Any, Any, Any]:
@@ -156,7 +158,7 @@ def _cast(
         sign = np.int32(bits[i] ^ size)
         s = as_float(size) * scale[i]
         top = max(top, size)
-        most = max(most, as_bits(s))
+        most = max(most, np.int32(as_bits(s) & _ABS))  # 0 * Inf is a NaN with a sign
         vanished = np.int32(vanished + np.int32(s <= fmt.vanishing))
         s = min(s, fmt.max)
         binade = max(np.int32(as_bits(s) & _INF), fmt.min_normal_bits)
@@ -169,7 +171,7 @@ def _cast(
     return top, most, vanished
 
 
-@kernel
+@part
 def _without_negative_zero(codes: Any, values: Any, count: int) -> None:
     """Mend what `_cast` made, where 0x80 is no zero."""
     for i in range(count):
@@ -178,18 +180,18 @@ def _without_negative_zero(codes: Any, values: Any, count: int) -> None:
         values[i] = values[i] + np.float32(0.0)  # -0 becomes 0
 
 
-@kernel
+@part
 def _with_nan(bits: Any, scale: Any, fmt: Layout, codes: Any, values: Any, count: int) -> None:
     """Mend what `_cast` made of elements that are NaN when scaled."""
     for i in range(count):
-        if as_bits(as_float(np.int32(bits[i] & _ABS)) * scale[i]) > _INF:
+        if np.isnan(as_float(np.int32(bits[i] & _ABS)) * scale[i]):
             sign = (bits[i] >> np.int32(24)) & np.int32(-128)
             codes[i] = np.uint8(fmt.nan_code | (sign * fmt.nan_is_signed))
             values[i] = np.float32(np.nan)
 
 
-@kernel
-def _vanished(bits: Any, scale: Any, fmt: Layout, count: int) -> int:
+@part
+def _vanished(bits: Any, scale: Any, fmt: Layout, count: int) -> Any:
     """Count the elements, not zero, that become zero."""
     found = np.int32(0)
     for i in range(count):
@@ -225,7 +227,7 @@ def _with_care(
     sums[SATURATED_SQUARE] += removed
 
 
-@kernel
+@part
 def _chunk(
     bits: Any, x: Any, scale: Any, inv: Any, fmt: Layout, codes: Any, values: Any,
     counts: Any, sums: Any,
@@ -246,7 +248,7 @@ def _chunk(
         _with_nan(bits, scale, fmt, codes, values, count)
 
 
-@kernel
+@part
 def cast_row(
     x_at: int, kind: int, start: int, count: int, scales: Any, invs: Any, first: int, along: int,
     fmt: Layout, codes: Any, values: Any, counts: Any, sums: Any, work: Any,
@@ -277,7 +279,7 @@ def cast_row(
         )  # fmt: skip
 
 
-@kernel
+@part
 def _largest(bits: Any) -> Any:
     """Return the bits of the largest |x| that is finite, 0 without one."""
     top = np.int32(0)
@@ -292,7 +294,7 @@ def _largest(bits: Any) -> Any:
     return top
 
 
-@kernel
+@part
 def _raise(bits: Any, count: int, first: int, along: int, amax: Any) -> None:
     """Raise the amaxes of a row of blocks by the elements `first` to `first + count`."""
     if along == 1:
@@ -311,7 +313,7 @@ def _raise(bits: Any, count: int, first: int, along: int, amax: Any) -> None:
         block += 1
 
 
-@kernel
+@part
 def amax_row(
     x_at: int, kind: int, start: int, count: int, first: int, along: int, amax: Any, work: Any
 ) -> None:

@@ -5,39 +5,48 @@ from typing import Any
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
-from unclamp.numerics.kernels import CHUNK, FLOAT32, kernel, load, pointer
+from unclamp.numerics.kernels import CHUNK, FLOAT32, kernel, load, part, pointer
 
-EXPONENTS, MAGNITUDES = 277, 128
+SUBNORMALS, QUARTERS, MAGNITUDES = 23, 1024, 128
+"""Lengths of what is counted."""
 _ABS = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
+_REST_BITS = 21
 
 
-@kernel
-def _count(size: Any, code: Any, exponents: Any, magnitudes: Any) -> None:
-    """Count one element by its exponent, from that of the smallest float32 on, and its code."""
+@part
+def _count(size: Any, code: Any, subnormals: Any, quarters: Any, magnitudes: Any) -> None:
+    """Count one element by the quarter of its octave, with its rest of mantissa, and its code.
+
+    Quarter k has exponent and first two bits of mantissa k. A subnormal is counted by the place of
+    its highest bit.
+    """
     magnitudes[code & 0x7F] += 1
-    field = size >> 23
-    if field > 0:
-        exponents[field + 22] += 1
-    elif size > 0:  # subnormal: the place of its highest bit
+    quarter = size >> _REST_BITS
+    if quarter > 3:
+        quarters[quarter, 0] += 1
+        quarters[quarter, 1] += size & ((1 << _REST_BITS) - 1)
+    elif size > 0:
         place = 0
         while size > 1:
             size >>= 1
             place += 1
-        exponents[place] += 1
+        subnormals[place] += 1
 
 
 @kernel
 def look_at(
     x_at: int, kind: int, codes_at: int, values_at: int, width: int, rows: int, a_decibel: int,
-    lowest: int, bins: int, exponents_at: int, magnitudes_at: int, ratios_at: int, sums_at: int,
+    lowest: int, bins: int, subnormals_at: int, quarters_at: int, magnitudes_at: int,
+    ratios_at: int, sums_at: int,
 ) -> None:  # fmt: skip
-    """Count elements by exponent and magnitude, rows by signal over error, and sum up both.
+    """Count elements by quarter and magnitude, rows by signal over error, and sum up both.
 
     Rows have `width` elements; their bins are `1 / a_decibel` dB wide, the first around `lowest` of
     these, the last for exact rows; rows beyond the bins go to the outermost.
     """
-    exponents = carray(pointer(exponents_at), EXPONENTS, dtype=np.int64)
+    subnormals = carray(pointer(subnormals_at), SUBNORMALS, dtype=np.int64)
+    quarters = carray(pointer(quarters_at), (QUARTERS, 2), dtype=np.int64)
     magnitudes = carray(pointer(magnitudes_at), MAGNITUDES, dtype=np.int64)
     ratios = carray(pointer(ratios_at), bins, dtype=np.int64)
     sums = carray(pointer(sums_at), 2, dtype=np.float64)
@@ -59,7 +68,7 @@ def look_at(
                 size = bits[i] & _ABS
                 if size >= _INF:
                     continue
-                _count(size, codes[start + i], exponents, magnitudes)
+                _count(size, codes[start + i], subnormals, quarters, magnitudes)
                 wide = np.float64(x[i])
                 error = wide - np.float64(values[start + i])
                 signal += wide * wide

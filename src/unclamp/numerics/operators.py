@@ -47,6 +47,7 @@ def quantize_operand(
     *,
     slot: str | None = None,
     keeps_codes: bool = True,
+    is_whole: bool = True,
     turned: bool = False,
 ) -> Quantized:
     """Cast a matrix as `unclamp.numerics.quantize_by` does; a node of a graph in a compiled one.
@@ -55,7 +56,10 @@ def quantize_operand(
     """
     if not is_graph_being_made():
         turned = turned and goes_to_gpu(x)
-        return quantize_by(x, plan, scale, axis, slot=slot, keeps_codes=keeps_codes, turned=turned)
+        return quantize_by(
+            x, plan, scale, axis,
+            slot=slot, keeps_codes=keeps_codes, is_whole=is_whole, turned=turned,
+        )  # fmt: skip
     if turned and x.device.type == "cuda":
         made = torch.ops.unclamp.quantize_turned(x, scale, *plan.signature, axis)
         codes, scale_inv, amax, stats, other = made
@@ -81,7 +85,8 @@ def inspect_operand(x: Tensor, q: Quantized, *, only_clamped: bool) -> Tensor:
 
 
 def _has_clamped_nothing(stats: Tensor) -> bool:
-    return stats.device.type == "cpu" and not stats[Stat.SATURATED] > 0
+    # An element of a tensor takes ten times as long to look at as one of a list.
+    return stats.device.type == "cpu" and not stats.tolist()[Stat.SATURATED] > 0
 
 
 def look_at_weight_gradient(
@@ -118,10 +123,13 @@ def gemm(
     accumulate: str,
     out_dtype: torch.dtype,
     out: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
-    """Multiply as `unclamp.numerics.matmul` does; no graph has an `out`."""
+    """Multiply as `unclamp.numerics.matmul` does; no graph has an `out`, or a scratch."""
     if not is_graph_being_made():
-        return matmul(a, b, bias, accumulate=accumulate, out_dtype=out_dtype, out=out)
+        return matmul(
+            a, b, bias, accumulate=accumulate, out_dtype=out_dtype, out=out, scratch=scratch
+        )
     return torch.ops.unclamp.matmul(*_plain(a), *_plain(b), bias, accumulate, out_dtype)
 
 

@@ -12,6 +12,7 @@ from unclamp.formats import Format
 from unclamp.numerics.cast import check_types, quantize_in_torch
 from unclamp.numerics.fused import borrow, fused
 from unclamp.numerics.gpu import goes_to_gpu
+from unclamp.numerics.panels import ONE_PANEL
 from unclamp.numerics.paths import Path, path_of
 from unclamp.numerics.record import CastPlan, Quantized
 from unclamp.scaling import PER_TENSOR, Granularity
@@ -96,16 +97,19 @@ def quantize_by(
     turned: bool = False,
     slot: str | None = None,
     keeps_codes: bool = True,
+    is_whole: bool = True,
 ) -> Quantized:
     """Cast as a plan says; see `quantize`.
 
     With a `slot` values come too where they are cheap, in the workspace of that name: they last
-    until the slot is used again. Without `keeps_codes` so do the codes.
+    until the slot is used again. Without `keeps_codes` so do the codes. Without `is_whole` only
+    small tensors have values: a GEMM decodes larger ones by panels.
     """
     path = path_of(x)
     if path is Path.NUMBA:
         if slot is not None:
-            values = borrow(slot, x.numel())
+            has_values = is_whole or x.numel() <= ONE_PANEL
+            values = borrow(slot, x.numel()) if has_values else None
             out = None if keeps_codes else borrow(f"{slot} codes", x.numel(), torch.uint8)
         q = fused().quantize(x, plan, scale, axis, values=values, out=out)
     elif path is Path.TRITON:

@@ -20,6 +20,7 @@ from unclamp.numerics.kernels import (
     cast_row,
     kernel,
     own_scale,
+    part,
     pointer,
 )
 
@@ -30,7 +31,7 @@ Fewer columns at a time would keep a tile in the cache, and wait for a page of m
 """
 
 
-@kernel
+@part
 def _choose(
     amax: Any, given: Any, scales: Any, invs: Any, first: int, last: int, limit: Any, largest: Any,
     power_of_two: Any,
@@ -105,4 +106,4 @@ def amax_at(x_at: int, kind: int, rows: int, columns: int, along: int, amax_at: 
     amax = carray(pointer(amax_at), -(-columns // along), dtype=np.int32)
     work = np.empty((4, CHUNK), np.float32)
     for row in range(rows):
-        amax_row(x_at, kind, row * columns, columns, 0, along, amax, work)
+        amax_row(x_at, kind, row * columns, columns, np.int64(0), along, amax, work)

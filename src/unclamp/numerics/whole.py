@@ -50,6 +50,7 @@ def cast_at(
     `results_at` takes scale_inv and amax.
     """
     fmt = TABLE[number]
+    start = np.int64(0)  # numba would compile everything anew for a literal 0
     codes = carray(pointer(codes_at), count, dtype=np.uint8)
     values = carray(pointer(values_at), count if values_at else 0, dtype=np.float32)
     stats = carray(pointer(stats_at), _FIELDS, dtype=np.float64)
@@ -58,24 +59,23 @@ def cast_at(
     if scale_at:
         scales[0] = carray(pointer(scale_at), 1, dtype=np.float32)[0]
     work, amax = np.empty((4, CHUNK), np.float32), np.zeros(1, np.int32)
-    counts, sums = np.zeros(COUNTS, np.int64), np.zeros(SUMS)
     is_own = not scales[0] > 0  # 0: nothing measured yet; NaN
     if is_own:
-        amax_row(x_at, kind, 0, count, 0, count, amax, work)
+        amax_row(x_at, kind, start, count, start, count, amax, work)
         scales[0] = own_scale(as_float(amax[0]), largest, power_of_two)
-    recast, casts = False, 0
-    while casts == 0 or (recast and casts == 1):
-        counts[:] = 0
-        sums[:] = 0
+    recast = False
+    while True:
+        counts, sums = np.zeros(COUNTS, np.int64), np.zeros(SUMS)
         invs[0] = np.float32(1) / scales[0]
         cast_row(
-            x_at, kind, 0, count, scales, invs, 0, count, fmt, codes, values, counts, sums, work
-        )
-        casts += 1
+            x_at, kind, start, count, scales, invs, start, count, fmt, codes, values, counts, sums,
+            work,
+        )  # fmt: skip
         top = as_float(np.int32(counts[AMAX]))
-        if casts == 1 and guard and not is_own and top * scales[0] > fmt.limit:
-            recast = True
-            scales[0] = own_scale(top, largest, power_of_two)
+        if recast or is_own or not guard or not top * scales[0] > fmt.limit:
+            break
+        recast = True
+        scales[0] = own_scale(top, largest, power_of_two)
     results[0] = invs[0]
     results[1] = top if counts[NONFINITE] < count else np.float32(-1)
     stats[_AMAX] = results[1]

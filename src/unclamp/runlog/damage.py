@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unclamp.runlog.parts import PartName, column_range, range_in, read_parts
+from unclamp.runlog.parts import PartName, column_range, range_in, read_metadata, read_parts
 from unclamp.written import counted
 
 _Identity = tuple[str, int, int]
@@ -122,6 +122,8 @@ def _is_damage(error: BaseException) -> bool:
     """Whether a part itself is to blame: not a lack of files, memory or rights."""
     if isinstance(error, MemoryError | pa.ArrowMemoryError):
         return False
+    if isinstance(error, PermissionError | ConnectionError | TimeoutError):  # also without errno
+        return False
     return not (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE)
 
 
@@ -140,6 +142,6 @@ def _writer(path: Path) -> tuple[int, int] | None:
 
 def _metadata(path: Path) -> pq.FileMetaData | None:
     try:
-        return pq.read_metadata(path)
+        return read_metadata(path)
     except UNREADABLE:
         return None

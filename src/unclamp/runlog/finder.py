@@ -8,6 +8,7 @@ from pathlib import Path
 from unclamp.errors import RunLogError
 from unclamp.runlog.folder import read_json
 from unclamp.runlog.header import KIND, RUN_FILE, Header
+from unclamp.runlog.located import located, walk
 from unclamp.runlog.schema import TABLES
 from unclamp.written import listed
 
@@ -21,8 +22,8 @@ def is_run(path: str | os.PathLike[str]) -> bool:
     A path that does not exist, or cannot be read, is not a run.
     """
     try:
-        return read_json(Path(path) / RUN_FILE).get("kind") == KIND
-    except (OSError, ValueError):
+        return read_json(located(path) / RUN_FILE).get("kind") == KIND
+    except (OSError, ValueError):  # a RunLogError too
         return False
 
 
@@ -32,9 +33,9 @@ def find_runs(path: str | os.PathLike[str]) -> list[Path]:
     The inside of a run is not searched, and links to folders are not followed.
     """
     runs = []
-    for folder, subfolders, files in os.walk(path):
+    for folder, subfolders, files in walk(located(path)):
         if RUN_FILE in files and is_run(folder):
-            runs.append(Path(folder))
+            runs.append(folder)
             subfolders.clear()
     return sorted(runs)
 

@@ -8,6 +8,16 @@ def column(name: str, dtype: pa.DataType, meaning: str, *, nullable: bool = Fals
     return pa.field(name, dtype, nullable=nullable, metadata={"meaning": meaning})
 
 
+QUARTERED_OCTAVES = 6
+"""Octaves whose quarters are logged: an old scale clamps elements of these."""
+QUARTER = pa.struct(
+    [
+        pa.field("elements", pa.int64(), nullable=False),
+        pa.field("mean", pa.float32(), nullable=False),
+    ]
+)
+"""What a quarter of an octave holds."""
+
 INSPECTED = [
     column(
         "sqnr_db",
@@ -47,6 +57,15 @@ INSPECTED = [
         "exponents",
         pa.map_(pa.int16(), pa.int64()),
         "floor(log2 |x|) to elements, count, over finite non-zero elements",
+        nullable=True,
+    ),
+    column(
+        "quarters",
+        pa.map_(pa.int16(), QUARTER),
+        "of the six highest octaves of exponents, each cut into four of equal width: quarter q of "
+        "octave e, which begins at 2**e * (1 + q / 4), has the key 4 * e + q; to elements, count, "
+        "and the mean of their |x|, in the tensor's unit; null in older logs, where the highest "
+        "octave is not within -59 to 63, and likewise",
         nullable=True,
     ),
 ]

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unclamp.files import write_atomically
+from unclamp.runlog.located import arrow_name, arrow_system
 
 ROW_GROUP_ROWS = 65_536
 """Rows that are read at least when one is wanted: of 1,680 sorted sites, 1 in 15 to 30."""
@@ -188,9 +189,27 @@ def read_parts(paths: Iterable[Path]) -> pa.Table:
     """
     tables = []
     for path in paths:
-        with pq.ParquetFile(path) as file:  # unlike read_table, no columns from `lr=0.1/run`
+        with opened(path) as file:  # unlike read_table, no columns from `lr=0.1/run`
             tables.append(file.read(use_threads=False))
     return pa.concat_tables(tables)
+
+
+def opened(path: Path) -> pq.ParquetFile:
+    """Return a part that is open for reading.
+
+    Raises:
+        OSError, pa.ArrowException: It cannot be read.
+    """
+    return pq.ParquetFile(arrow_name(path), filesystem=arrow_system(path))
+
+
+def read_metadata(path: Path) -> pq.FileMetaData:
+    """Return what the end of a part says of it.
+
+    Raises:
+        OSError, pa.ArrowException: It cannot be read.
+    """
+    return pq.read_metadata(arrow_name(path), filesystem=arrow_system(path))
 
 
 def column_range(metadata: pq.FileMetaData, name: str) -> tuple[int, int] | None:
@@ -212,7 +231,7 @@ def range_in(paths: Iterable[Path], name: str) -> tuple[int, int] | None:
     ranges = []
     for path in paths:
         with suppress(OSError, pa.ArrowException):
-            if (found := column_range(pq.read_metadata(path), name)) is not None:
+            if (found := column_range(read_metadata(path), name)) is not None:
                 ranges += found
     return (min(ranges), max(ranges)) if ranges else None
 

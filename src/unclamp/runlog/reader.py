@@ -33,6 +33,13 @@ from unclamp.runlog.finder import read_header
 from unclamp.runlog.folder import read_missing
 from unclamp.runlog.header import RUN_FILE, Header
 from unclamp.runlog.levels import find_levels, stored_name
+from unclamp.runlog.located import (
+    REMOTE_PARQUET,
+    arrow_name,
+    arrow_system,
+    forget_listing,
+    located,
+)
 from unclamp.runlog.parts import PartName, parts_that_count
 from unclamp.runlog.ranks import (
     RankEnd,
@@ -86,14 +93,15 @@ class RunLog:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunLog:
-        """Open the run in the folder `path`, whatever its status.
+        """Open the run in the folder `path`, or under a URL such as `s3://bucket/run`.
 
         Raises:
-            RunLogError: `path` does not exist, is a file, is not a run, or is a run that this
-                version cannot read.
+            RunLogError: `path` does not exist, is a file, is not a run, is a run that this version
+                cannot read, or lies in a storage that cannot be read.
         """
-        read_header(Path(path))
-        return cls(Path(path))
+        place = located(path)
+        read_header(place)
+        return cls(place)
 
     @property
     def header(self) -> Header:
@@ -174,6 +182,7 @@ class RunLog:
                 relation = self._connection.sql(query, params=params or None)
                 return pa.table({}) if relation is None else _whole(relation.to_arrow_table())
             except (duckdb.Error, pa.ArrowException, OSError) as error:
+                forget_listing(self.path)
                 gone = [part for files in parts.values() for part in files if not part.exists()]
                 if not gone:
                     if not isinstance(error, _OF_THE_QUERY) and self._leaves_out_damaged(parts):
@@ -354,8 +363,7 @@ class RunLog:
             if relation.kind == "sites" and header.schema_version == schema_1.VERSION:
                 rows = schema_1.read_sites(relation.parts, world_size=header.world_size)
             else:
-                paths = [str(file) for file in relation.parts]
-                rows = ds.dataset(paths, _schema_of(relation.kind), format="parquet")
+                rows = _dataset(relation)
             self._connection.register(name, rows)
             self._registered[name] = relation
         if not self._views:
@@ -375,6 +383,13 @@ class RunLog:
 
 def _schema_of(kind: str) -> pa.Schema:
     return _SCHEMAS["stored_summaries" if kind.startswith("stored_summaries") else kind]
+
+
+def _dataset(relation: Relation) -> ds.Dataset:
+    paths, schema = relation.parts, _schema_of(relation.kind)
+    system = arrow_system(paths[0]) if paths else None
+    kind = "parquet" if system is None else REMOTE_PARQUET
+    return ds.dataset([arrow_name(path) for path in paths], schema, kind, filesystem=system)
 
 
 def _is_merged(path: Path) -> bool:

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from unclamp.runlog.cadence import Cadence
-from unclamp.runlog.parts import PartName
+from unclamp.runlog.parts import PartName, opened
 from unclamp.runlog.schema import TABLES
 
 VERSION = 1
@@ -42,7 +41,7 @@ def read_sites(parts: Iterable[Path], *, world_size: int) -> pa.Table:
     """
     tables = [TABLES["sites"].empty_table()]
     for path in parts:
-        with pq.ParquetFile(path) as file:
+        with opened(path) as file:
             rows = file.read(use_threads=False)
         name = PartName.parse(path.name)
         for rank in range(world_size) if name is None else (name.rank,):

@@ -27,6 +27,7 @@ from unclamp.runlog.beginning import begin_run
 from unclamp.runlog.compactor import Compactor, Part
 from unclamp.runlog.folder import claim_path, note_in_claim, write_header
 from unclamp.runlog.header import RUN_FILE, Header, Status
+from unclamp.runlog.located import local
 from unclamp.runlog.parts import PartName, write_part
 from unclamp.runlog.schema import TABLES, Columns, schema_of, to_arrow
 from unclamp.worker import Worker
@@ -81,7 +82,7 @@ class RunLogWriter:
         self._closing = self._closed = False
         self._process = os.getpid()  # a fork inherits the writer and its exit hook, not the thread
         begun = begin_run(
-            Path(path),
+            local(path),
             rank=rank,
             header=self._header,
             overwrite=overwrite,

@@ -1,11 +1,12 @@
-"""Run a whole study: every arm, seed and scenario, in worker processes; stop and resume.
+"""Run a whole study: every arm, seed and scenario, by workers; stop and resume.
 
-Each run trains in a process with one thread, so that its losses do not depend on how many run
-side by side. Runs that another arm starts from come first. A finished run is never repeated.
+Each run trains in a process with one thread, here or on a Ray cluster, so that its losses do not
+depend on how many run side by side. Runs that another arm starts from come first. A finished run
+is never repeated.
 """
 
-import os
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from unclamp.study.config import StudyConfig, is_study, read_study, write_study
 from unclamp.study.data import read_text, text_digest
 from unclamp.study.loop import RunPlan
 from unclamp.study.models import check_study
-from unclamp.study.pool import CtrlC, Listener, train_all
+from unclamp.study.pool import CtrlC, Executor, Listener, train_all
+from unclamp.study.processes import Processes
+from unclamp.study.ray_tasks import RayTasks
 
 Site = tuple[str, Role]
 
@@ -28,6 +31,7 @@ def run_study(
     out: Path,
     *,
     jobs: int | None = None,
+    ray: str | None = None,
     listener: Listener | None = None,
 ) -> None:
     """Train every run of a study into `out`, or what is missing of it.
@@ -35,19 +39,26 @@ def run_study(
     Args:
         config: The study.
         out: Its folder: new, empty, or the same study's.
-        jobs: Worker processes; one a core without it.
+        jobs: Runs side by side; one a core without it, of a cluster one a CPU.
+        ray: The address of a Ray cluster to train them on, "auto" for that of this machine;
+            without it they train in processes here.
         listener: Whom to tell how it goes.
 
     Raises:
         StudyError: The folder holds something else, the text cannot be used, a model cannot be
-            made, a scenario plants nothing, or an arm with a recipe has no layer in FP8.
+            made, a scenario plants nothing, an arm with a recipe has no layer in FP8, there is no
+            such cluster, or workers die again and again.
+        UnclampError: Ray is not installed.
         Interrupted: Ctrl-C; every recorded step is readable.
     """
-    with CtrlC() as ctrl_c:
-        _run(config, out, jobs or os.cpu_count() or 1, listener or Listener(), ctrl_c)
+    executor: Executor = Processes(jobs) if ray is None else RayTasks(ray, jobs=jobs)
+    with CtrlC() as ctrl_c, closing(executor):
+        _run(config, out, executor, listener or Listener(), ctrl_c)
 
 
-def _run(config: StudyConfig, out: Path, jobs: int, listener: Listener, ctrl_c: CtrlC) -> None:
+def _run(
+    config: StudyConfig, out: Path, executor: Executor, listener: Listener, ctrl_c: CtrlC
+) -> None:
     text = read_text(config.data.text, seq_len=config.data.seq_len)
     config.check_marks()
     bases = {arm.from_arm for arm in config.arms.values() if arm.from_arm is not None}
@@ -59,7 +70,7 @@ def _run(config: StudyConfig, out: Path, jobs: int, listener: Listener, ctrl_c: 
         check_study(config)
     facts: dict[str, Any] = {"text": text_digest(text), "switched": {}}
     _claim(out, config, facts)
-    _train_missing(plans, jobs=jobs, listener=listener, ctrl_c=ctrl_c)
+    _train_missing(plans, executor=executor, listener=listener, ctrl_c=ctrl_c)
     if derived:
         switched = {
             (scenario, name): worst_sites(_runs_of(config, out, scenario, name), config, name)
@@ -73,7 +84,7 @@ def _run(config: StudyConfig, out: Path, jobs: int, listener: Listener, ctrl_c: 
         write_study(out, config, status="running", **facts)
         plans = _plans(config, out, derived, switched)
         _try_rules([plan for plan in plans if not _is_finished(plan)])
-        _train_missing(plans, jobs=jobs, listener=listener, ctrl_c=ctrl_c)
+        _train_missing(plans, executor=executor, listener=listener, ctrl_c=ctrl_c)
     write_study(out, config, status="finished", **facts)
 
 
@@ -188,10 +199,12 @@ def _is_finished(plan: RunPlan) -> bool:
     return header.status == "finished" and known == plan.identity
 
 
-def _train_missing(plans: list[RunPlan], *, jobs: int, listener: Listener, ctrl_c: CtrlC) -> None:
+def _train_missing(
+    plans: list[RunPlan], *, executor: Executor, listener: Listener, ctrl_c: CtrlC
+) -> None:
     """Train the plans that are not finished."""
     todo = [plan for plan in plans if not _is_finished(plan)]
     ctrl_c.count()
     listener.on_start(todo, len(plans) - len(todo))
     if todo:
-        train_all(todo, jobs=jobs, listener=listener, ctrl_c=ctrl_c)
+        train_all(todo, executor=executor, listener=listener, ctrl_c=ctrl_c)

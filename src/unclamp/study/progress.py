@@ -19,8 +19,9 @@ from rich.progress import (
 from unclamp.study.arms import run_study
 from unclamp.study.config import StudyConfig
 from unclamp.study.loop import RunPlan
-from unclamp.study.pool import Interrupted, Listener, Note
-from unclamp.study.pool import Progress as Step
+from unclamp.study.messages import Note
+from unclamp.study.messages import Progress as Step
+from unclamp.study.pool import Interrupted, Listener
 from unclamp.written import counted
 
 FIRST_S, EVERY_S = 5.0, 30.0
@@ -28,10 +29,17 @@ FIRST_S, EVERY_S = 5.0, 30.0
 
 
 def run_with_progress(
-    config: StudyConfig, out: Path, *, jobs: int | None, console: Console
+    config: StudyConfig, out: Path, *, jobs: int | None, ray: str | None = None, console: Console
 ) -> bool:
-    """Run a study, show its progress; return False if it was interrupted."""
-    jobs = jobs or os.cpu_count() or 1
+    """Run a study, show its progress; return False if it was interrupted.
+
+    Args:
+        config: As for `run_study`.
+        out: Likewise.
+        jobs: Likewise.
+        ray: Likewise.
+        console: Where to show it.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -41,7 +49,8 @@ def run_with_progress(
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    display = Display(shown, config, out, jobs=jobs)
+    at_once = jobs or (None if ray else os.cpu_count() or 1)
+    display = Display(shown, config, out, jobs=at_once)
     listener = Listener(
         on_start=display.start,
         on_progress=display.progress,
@@ -50,7 +59,7 @@ def run_with_progress(
     )
     try:
         try:
-            run_study(config, out, jobs=jobs, listener=listener)
+            run_study(config, out, jobs=jobs, ray=ray, listener=listener)
         finally:
             shown.stop()
     except Interrupted:
@@ -67,7 +76,7 @@ class Display:
         bars: Where to show it; without a terminal they are disabled, and lines come instead.
         config: The study.
         out: Its folder.
-        jobs: Runs side by side.
+        jobs: Runs side by side; None where a cluster has as many as it has CPUs.
         clock: Seconds, for the time that is left.
     """
 
@@ -77,7 +86,7 @@ class Display:
         config: StudyConfig,
         out: Path,
         *,
-        jobs: int,
+        jobs: int | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bars, self._config, self._out, self._jobs = bars, config, out, jobs
@@ -88,9 +97,10 @@ class Display:
         self._all: TaskID | None = None
         self._running: dict[str, TaskID] = {}
         self._losses: dict[str, float] = {}
+        self._done: dict[str, int] = {}
         self._said: set[tuple[str, str]] = set()
         self._first_step: float | None = None
-        self._steps_done = 0
+        self._steps_done = self._steps_kept = 0  # those of runs that began again are done twice
         self._next_line = FIRST_S
 
     def start(self, todo: list[RunPlan], finished: int) -> None:
@@ -103,7 +113,7 @@ class Display:
             self._finished += finished
             self._steps_left -= finished * self._config.steps
             # Less to do rather than much done at once, which would pass for speed.
-            self._bars.update(self._all, total=self._steps_left + self._steps_done)
+            self._bars.update(self._all, total=self._steps_left + self._steps_kept)
             self._say(f"{counted(finished, 'finished run')} kept as {_are(finished)}")
 
     def progress(self, step: Step) -> None:
@@ -116,12 +126,14 @@ class Display:
             self._running[step.label] = added
         loss = float("nan") if step.loss is None else step.loss
         self._losses[step.label] = loss
-        self._bars.update(
-            self._running[step.label], completed=step.step + 1, note=f"loss {loss:.3f}"
-        )
+        done = step.step + 1
+        self._bars.update(self._running[step.label], completed=done, note=f"loss {loss:.3f}")
+        gained = done - self._done.get(step.label, step.step)  # less than none: begun again
+        self._done[step.label] = done
+        self._steps_kept += gained
         if self._all is not None:
-            self._bars.advance(self._all)
-        self._steps_left -= 1
+            self._bars.advance(self._all, gained)
+        self._steps_left -= gained
         self._tell_time()
 
     def note(self, note: Note) -> None:
@@ -155,9 +167,11 @@ class Display:
         config = self._config
         parts = ((config.scenarios, "scenario"), (config.arms, "arm"), (config.seeds, "seed"))
         made_of = ", ".join(counted(len(part), what) for part, what in parts)
+        jobs = self._jobs
+        how = "as Ray tasks" if jobs is None else f"{min(jobs, self._runs)} at a time"
         return (
             f"unclamp study: {counted(self._runs, 'run')} of {counted(config.steps, 'step')} "
-            f"({made_of}), {min(self._jobs, self._runs)} at a time, into {self._out}"
+            f"({made_of}), {how}, into {self._out}"
         )
 
     def _end(self, step: Step) -> None:

@@ -22,8 +22,13 @@ from unclamp.numerics.inspection import (
     INSPECTED,
     INSPECTED_SQUARE,
     LOWEST_EXPONENT,
+    LOWEST_QUARTER_EXPONENT,
     MAGNITUDES,
     PRICES,
+    QUARTER_BITS,
+    QUARTERS,
+    REST_BITS,
+    RESTS,
     ROUNDING_PRICE,
     ROUNDINGS,
     ROW_SQNR,
@@ -32,6 +37,7 @@ from unclamp.numerics.inspection import (
 )
 from unclamp.numerics.stats import Stat, merge_stats
 from unclamp.runlog import Columns
+from unclamp.runlog.looks import QUARTERED_OCTAVES
 from unclamp.totals import GradientChange, clamp_error, headroom_bits, scaled_amax
 
 Number = float | int | Tensor
@@ -43,6 +49,7 @@ INSPECTED_COLUMNS = (
     "headroom_bits",
     "scale_age",
     "exponents",
+    "quarters",
 )
 GRADIENT_COLUMNS = ("grad_error", "grad_cosine", "grad_ratio", "weight_grad_norm")
 PRICE_COLUMNS = ("price_clamp", "price_rounding")
@@ -173,6 +180,8 @@ def _look(
         "range_used": float(range_used(details[MAGNITUDES], fmt)),
         "exponents": [(int(i) + LOWEST_EXPONENT, int(counts[i])) for i in present],
     }
+    if len(present):
+        look["quarters"] = _quarters(details, int(present[-1]) + LOWEST_EXPONENT)
     if details[INSPECTED_SQUARE] > 0:
         look["sqnr_row_median_db"] = row_median_db(details[ROW_SQNR])
         look["sqnr_db"] = _decibel(details[INSPECTED_SQUARE], details[ERROR_SQUARE])
@@ -182,6 +191,22 @@ def _look(
     if age >= 0:
         look["scale_age"] = age
     return look
+
+
+def _quarters(details: np.ndarray, highest: int) -> list[tuple[int, tuple[int, float]]] | None:
+    """Return the quarters of the highest octaves: key to elements and their mean."""
+    first = (highest - QUARTERED_OCTAVES + 1 - LOWEST_QUARTER_EXPONENT) << QUARTER_BITS
+    last = first + (QUARTERED_OCTAVES << QUARTER_BITS)
+    counts, rests = details[QUARTERS], details[RESTS]
+    if first < 0 or last > len(counts):
+        return None
+    bins = first + np.flatnonzero(counts[first:last])
+    keys = bins + (LOWEST_QUARTER_EXPONENT << QUARTER_BITS)
+    octave, quarter = keys >> QUARTER_BITS, keys & ((1 << QUARTER_BITS) - 1)
+    within = quarter + rests[bins] / counts[bins] / (1 << REST_BITS)
+    means = np.ldexp(1 + within / (1 << QUARTER_BITS), octave)
+    pairs = zip(counts[bins].astype(int).tolist(), means.tolist(), strict=True)
+    return list(zip(keys.tolist(), pairs, strict=True))
 
 
 def _gradient(details: np.ndarray) -> dict[str, float]:

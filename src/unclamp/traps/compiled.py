@@ -3,13 +3,14 @@
 import shutil
 
 import torch
-from torch._inductor import config
 
 from unclamp.traps.trap import Between, Documented, Trap
 
 
 def fused_in_float32(device):
     """Compile three bfloat16 operations, also with eager's casts emulated."""
+    from torch._inductor import config  # noqa: PLC0415 - takes long
+
     seeded = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 1 << 14, generator=seeded).bfloat16().to(device)
 

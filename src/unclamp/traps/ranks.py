@@ -153,8 +153,8 @@ TRAPS = (
             ),
         ),
         cost="Delayed scaling knows the outliers of one rank only, and clamps the others'.",
-        remedy="Histories are no buffers, so DDP leaves them alone; they are reduced over the ranks "
-        "of a product at each update.",
+        remedy="Histories are no buffers, so DDP leaves them alone; they are reduced over the "
+        "ranks of a product at each update.",
         see="docs/distributed.md",
         telling="rank 1: amax with broadcast_buffers=True",
     ),

@@ -50,7 +50,7 @@ class GroupAdvice:
         casts: Casts of the log.
         outrun: Of these, those whose amax outruns the usual history.
         hard: Of these, those that may lose more than is tolerated.
-        beside: Values' casts that outrun mildly in steps in which other values outrun hard.
+        beside: Casts that outrun mildly in steps in which some value outruns hard.
         overshoot: The largest, under the usual history; 1 where none is outrun.
         hardest: The site with that.
         first_hard: The first such step; None for none.

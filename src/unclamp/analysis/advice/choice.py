@@ -4,8 +4,9 @@ The ladder is tried from the cheapest policy on, on the log's own amaxes. A poli
 
 - if no cast could have lost more than what is tolerated (`totals.clamp_error_bound`),
 - if it does not clamp on the way of an outlier. An outlier passes through a network: at one site
-  it outruns a history mildly and at another hard, and clamped anywhere on its way it is lost. So in
-  the steps in which some value outruns hard the mild ones are not tolerated either,
+  it outruns a history mildly and at another hard, and clamped anywhere on its way it is lost. Its
+  gradients are what is learnt from it. So in the steps in which some value outruns hard mild
+  overshoots are not tolerated either,
 - if it does not lose much more by underflow than dynamic scaling does (`underflow`),
 - and, where the run priced its own clamping (`analysis.prices`), if that cost little of the loss.
 """
@@ -74,13 +75,8 @@ class Evidence:
         )
 
     def beside(self, group: Group, mine: Outruns) -> int:
-        """Return how many of a group's casts outrun mildly on the way of outliers.
-
-        None of gradients: a clamped gradient changes no loss of its step.
-        """
-        if group.role == "grad_output":
-            return 0
-        is_mild = clamp_error_bound(mine.overshoot) <= self.harm.value
+        """Return how many of a group's casts outrun mildly on the way of outliers."""
+        is_mild = clamp_error_bound(mine.overshoot) <= self.harm.of(group.role)
         is_mild &= mine.overshoot > NOTABLE
         return int((is_mild & np.isin(mine.step, self.outliers)).sum())
 

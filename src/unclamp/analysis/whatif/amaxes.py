@@ -6,6 +6,7 @@ here is what stands one behind the other in a history.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,7 +17,7 @@ from unclamp.names import SiteName
 from unclamp.runlog import RunLog
 from unclamp.runlog.sites import PLACES_SQL, SiteInfo
 
-CHUNK_ROWS = 1_000_000
+CHUNK_ROWS = 2_000_000
 """Rows of `casts` that are in memory at a time."""
 
 
@@ -82,15 +83,25 @@ def read_chunks(log: RunLog, sites: Sequence[SiteInfo]) -> Iterator[Chunk]:
     several hold alike once.
     """
     places = places_of(log, sites)
-    per_step = max(len(sites), 1)
-    bounds = log.sql("SELECT min(step) AS low, max(step) AS high FROM casts").to_pylist()[0]
-    if bounds["low"] is None:
-        return
-    width = max(CHUNK_ROWS // (per_step * max(log.header.world_size, 1)), 1)
-    for first in range(bounds["low"], bounds["high"] + 1, width):
-        chunk = _read(log, places, len(sites), first, first + width)
-        if chunk is not None:
-            yield chunk
+    steps = steps_of(log)
+    width = max(CHUNK_ROWS // (max(len(sites), 1) * max(log.header.world_size, 1)), 1)
+    with ThreadPoolExecutor(1) as reader:
+
+        def read(first: int) -> Future[Chunk | None]:
+            return reader.submit(_read, log, places, len(sites), first, first + width)
+
+        # The next chunk is read while this one is worked on.
+        ahead = read(steps.start)
+        for first in steps[::width]:
+            chunk, ahead = ahead.result(), read(first + width)
+            if chunk is not None:
+                yield chunk
+
+
+def steps_of(log: RunLog) -> range:
+    """Return the steps from the first one with casts to the last."""
+    (bounds,) = log.sql("SELECT min(step) AS low, max(step) AS high FROM casts").to_pylist()
+    return range(0) if bounds["low"] is None else range(bounds["low"], bounds["high"] + 1)
 
 
 def places_of(log: RunLog, sites: Sequence[SiteInfo]) -> np.ndarray:
@@ -126,6 +137,9 @@ def _read(log: RunLog, places: np.ndarray, sites: int, first: int, last: int) ->
         table.column(name).to_numpy() for name in ("step", "site", "amax", "elements")
     )
     place = places[site]
+    dense = _dense(step, place, np.nan_to_num(amax), elements, sites)
+    if dense is not None:
+        return dense
     wanted = place >= 0
     if not wanted.all():
         step, place, amax, elements = (v[wanted] for v in (step, place, amax, elements))
@@ -150,4 +164,29 @@ def _read(log: RunLog, places: np.ndarray, sites: int, first: int, last: int) ->
         step=packed(step, np.int64),
         elements=packed(elements, np.int64),
         counts=counts,
+    )
+
+
+def _dense(
+    step: np.ndarray, place: np.ndarray, amax: np.ndarray, elements: np.ndarray, sites: int
+) -> Chunk | None:
+    """Return the chunk of rows in which each step has every site in the same order.
+
+    Nothing is sorted then; None where rows are otherwise.
+    """
+    if not len(step) or len(step) % sites or (place < 0).any():
+        return None
+    order, steps = place.reshape(-1, sites), step.reshape(-1, sites)
+    first = np.sort(order[0])
+    if not (first == np.arange(sites)).all() or not (order == order[0]).all():
+        return None
+    if not (steps == steps[:, :1]).all() or not (np.diff(steps[:, 0]) > 0).all():
+        return None
+    back = np.argsort(order[0])
+    shape = (sites, len(steps))
+    return Chunk(
+        amax=np.ascontiguousarray(amax.reshape(-1, sites).T[back], np.float32),
+        step=np.broadcast_to(steps[:, 0], shape),
+        elements=np.ascontiguousarray(elements.reshape(-1, sites).T[back], np.int64),
+        counts=np.full(sites, len(steps)),
     )

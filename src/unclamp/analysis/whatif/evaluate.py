@@ -14,14 +14,14 @@ from itertools import repeat
 import numpy as np
 import pyarrow as pa
 
-from unclamp.analysis.whatif.amaxes import CHUNK_ROWS, Chunk, chosen_sites, read_chunks
+from unclamp.analysis.whatif.amaxes import CHUNK_ROWS, Chunk, chosen_sites, read_chunks, steps_of
 from unclamp.analysis.whatif.inspected import Inspected, read_inspected
 from unclamp.analysis.whatif.limits import find_limits
 from unclamp.analysis.whatif.lost import lost_of, spreads_of
 from unclamp.analysis.whatif.outcome import WhatIf
 from unclamp.analysis.whatif.policies import check_policies
 from unclamp.analysis.whatif.recorded import recorded
-from unclamp.analysis.whatif.scales import Maxima, Player
+from unclamp.analysis.whatif.scales import Player, Windows
 from unclamp.analysis.whatif.sums import Sums
 from unclamp.errors import AnalysisError
 from unclamp.formats import Format, get_format
@@ -44,31 +44,31 @@ class _Block:
         sites: Which.
         players: The policies.
         sums: What they come to.
-        maxima: By window.
+        windows: Of the windows that they look back on.
     """
 
     sites: slice
     players: list[Player]
     sums: list[Sums]
-    maxima: dict[int, Maxima]
+    windows: Windows
 
     @classmethod
     def of(cls, sites: slice, policies: Sequence[Scaling], formats: Sequence[Format]) -> "_Block":
         """Return it before any cast."""
         formats = formats[sites]
         players = [Player.of(policy, formats) for policy in policies]
-        windows = {player.window for player in players} - {None}
+        lengths = [player.window for player in players if player.window is not None]
         return cls(
             sites=sites,
             players=players,
             sums=[Sums.of(len(formats)) for _ in players],
-            maxima={w: Maxima.of(w, len(formats)) for w in windows if w is not None},
+            windows=Windows.of(lengths, len(formats)),
         )
 
     def play(self, chunk: Chunk, look: "_Look") -> None:
         """Have every policy make its scales for the casts of these sites."""
         chunk = chunk.of_sites(self.sites)
-        largest = {window: maximum.take(chunk) for window, maximum in self.maxima.items()}
+        largest = self.windows.take(chunk)
         place = look.inspected.place[look.rows] - self.sites.start
         mine = (place >= 0) & (place < len(chunk.counts))
         rows, place, columns = look.rows[mine], place[mine], look.columns[mine]
@@ -113,7 +113,7 @@ def evaluate(
     formats = [get_format(each.format) for each in sites]
     inspected = read_inspected(log, sites)
     scales = np.zeros((len(policies), len(inspected.step)), np.float32)
-    blocks = _blocks(policies, formats)
+    blocks = _blocks(policies, formats, steps=len(steps_of(log)))
     casts, elements, steps = np.zeros(len(sites), np.int64), np.zeros(len(sites), np.int64), 0
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for chunk in read_chunks(log, sites):
@@ -122,7 +122,7 @@ def evaluate(
                 pass
             casts += chunk.counts
             elements += chunk.elements.sum(1)
-            steps += len(np.unique(chunk.step[chunk.is_there]))
+            steps += _different(chunk)
         if not steps:
             raise AnalysisError(NO_CASTS)
         spreads = spreads_of(inspected, formats)
@@ -141,9 +141,17 @@ def evaluate(
     return WhatIf(outcomes=outcomes, steps=steps, limits=limits, recorded=recorded(log, sites))
 
 
-def _blocks(policies: Sequence[Scaling], formats: Sequence[Format]) -> list[_Block]:
+def _different(chunk: Chunk) -> int:
+    """Return how many steps a chunk has."""
+    if not chunk.step.strides[0]:  # each site has the same
+        return chunk.step.shape[1]
+    return len(np.unique(chunk.step[chunk.is_there]))
+
+
+def _blocks(policies: Sequence[Scaling], formats: Sequence[Format], *, steps: int) -> list[_Block]:
     """Return blocks of neighbouring sites, each small enough for a core's cache."""
-    width = max(BLOCK_CELLS * len(formats) // CHUNK_ROWS, 1)
+    casts_a_site = max(min(CHUNK_ROWS // len(formats), steps), 1)
+    width = max(BLOCK_CELLS // casts_a_site, 1)
     return [
         _Block.of(slice(first, first + width), policies, formats)
         for first in range(0, len(formats), width)
@@ -166,10 +174,11 @@ def trace(log: RunLog, policy: Scaling, *, site: str) -> pa.Table:
         names = ", ".join(f"{each.fqn} {each.role}" for each in sites[:5])
         raise AnalysisError(f"expected a glob of one site, {site!r} matches {names}, ...")
     player = Player.of(policy, [get_format(sites[0].format)])
-    maximum = None if player.window is None else Maxima.of(player.window, 1)
+    windows = Windows.of([] if player.window is None else [player.window], 1)
     parts = []
     for chunk in read_chunks(log, sites):
-        casts = player.play(chunk, None if maximum is None else maximum.take(chunk))
+        largest = windows.take(chunk)
+        casts = player.play(chunk, None if player.window is None else largest[player.window])
         columns = {"step": chunk.step, "amax": chunk.amax, "scale": casts.scale}
         count = int(chunk.counts[0])
         whole = {name: np.array(values[0, :count]) for name, values in columns.items()}

@@ -7,7 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from unclamp.analysis.whatif.amaxes import Chunk, places_of
+from unclamp.analysis.whatif.spread import PARTS, Quarters
 from unclamp.runlog import RunLog
+from unclamp.runlog.looks import QUARTERED_OCTAVES
 from unclamp.runlog.sites import SiteInfo
 
 MOST_ROWS = 8_000
@@ -17,7 +19,8 @@ COUNT_SQL = """
     SELECT site, count(*) AS n FROM casts
     WHERE exponents IS NOT NULL AND nonfinite < elements AND amax > 0 GROUP BY site"""
 SAMPLE_SQL = """
-    SELECT step, site, amax, map_keys(exponents) AS exponents, map_values(exponents) AS counts
+    SELECT step, site, amax, map_keys(exponents) AS exponents, map_values(exponents) AS counts,
+        map_keys(quarters) AS quarter_keys, map_values(quarters) AS quarters
     FROM casts WHERE exponents IS NOT NULL AND nonfinite < elements AND amax > 0
         AND hash(step, 7) % $every = 0 ORDER BY step, site"""
 
@@ -32,6 +35,7 @@ class Inspected:
         amax: Largest finite element, float64 `[rows]`.
         lowest: The smallest exponent of `counts`.
         counts: Elements by floor(log2 |x|), float64 `[rows, exponents]`.
+        quarters: Elements of the highest octaves by quarter; of older logs none.
         known: All inspected casts of the log; more than rows where they are a sample.
     """
 
@@ -40,6 +44,7 @@ class Inspected:
     amax: np.ndarray
     lowest: int
     counts: np.ndarray
+    quarters: Quarters
     known: int
 
     def columns(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +77,7 @@ def read_inspected(log: RunLog, sites: Sequence[SiteInfo]) -> Inspected:
         amax=table.column("amax").to_numpy().astype(np.float64),
         lowest=lowest,
         counts=numbers,
+        quarters=_quarters(table, lowest, numbers.shape[1]),
         known=known,
     )
 
@@ -87,3 +93,23 @@ def _matrix(table: pa.Table) -> tuple[int, np.ndarray]:
     counts = np.zeros((len(table), int(exponents.max()) - lowest + 1))
     counts[np.repeat(np.arange(len(table)), lengths), exponents - lowest] = numbers
     return lowest, counts
+
+
+def _quarters(table: pa.Table, lowest: int, octaves: int) -> Quarters:
+    """Return the quarters of rows as matrices, from the first octave that a row has all of."""
+    keys, values = (table.column(n).combine_chunks() for n in ("quarter_keys", "quarters"))
+    lengths = np.diff(keys.offsets.to_numpy())
+    row = np.repeat(np.arange(len(table)), lengths)
+    flat = values.flatten()
+    elements, means = (flat.field(name).to_numpy() for name in ("elements", "mean"))
+    found = Quarters.none(len(table), octaves * PARTS)
+    if not len(row):
+        return found
+    column = keys.flatten().to_numpy().astype(np.int64) - lowest * PARTS
+    counts, sums = np.zeros(found.counts.shape), np.zeros(found.counts.shape)
+    counts[row, column] = elements
+    sums[row, column] = elements * means.astype(np.float64)
+    is_last = np.append(row[1:] != row[:-1], True)
+    first = found.first.copy()
+    first[row[is_last]] = np.maximum(column[is_last] // PARTS - QUARTERED_OCTAVES + 1, 0) * PARTS
+    return Quarters(counts=counts, sums=sums, first=first)

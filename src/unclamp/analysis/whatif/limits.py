@@ -9,10 +9,16 @@ from unclamp.totals import CLAMPED_SQL
 from unclamp.written import counted
 
 FACTS_SQL = f"""
-    SELECT count(*) AS casts, count(*) FILTER ({CLAMPED_SQL}) AS clamped,
-        count(*) FILTER (microsteps > 1) AS merged, count(DISTINCT step) AS steps,
-        max(step) - min(step) + 1 AS span
-    FROM casts SEMI JOIN ({COMPUTED_SQL}) USING (rank, site)"""
+    WITH sums AS (
+        SELECT rank, site, count(*) AS casts, count(*) FILTER ({CLAMPED_SQL}) AS clamped,
+            count(*) FILTER (microsteps > 1) AS merged
+        FROM casts GROUP BY rank, site)
+    SELECT sum(casts)::BIGINT AS casts, sum(clamped)::BIGINT AS clamped,
+        sum(merged)::BIGINT AS merged
+    FROM sums SEMI JOIN ({COMPUTED_SQL}) USING (rank, site)"""
+STEPS_SQL = """
+    SELECT count(*) AS steps, max(step) - min(step) + 1 AS span
+    FROM (SELECT DISTINCT step FROM casts)"""
 
 
 def find_limits(
@@ -23,7 +29,8 @@ def find_limits(
     `looked_at` of the `known` inspected casts were looked at for what they lose.
     """
     header = log.header
-    (facts,) = log.sql(FACTS_SQL).to_pylist()
+    (facts,), (steps,) = (log.sql(query).to_pylist() for query in (FACTS_SQL, STEPS_SQL))
+    facts |= steps
     said = [_bias(facts, observed=header.observed)]
     remembers = any(policy.remembers for policy in policies)
     if remembers and facts["steps"] < facts["span"]:

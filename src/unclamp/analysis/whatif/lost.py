@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from unclamp.analysis.whatif.inspected import Inspected
-from unclamp.analysis.whatif.losses import Estimate, Losses, Spread, losses
+from unclamp.analysis.whatif.losses import Estimate, Losses, losses
 from unclamp.analysis.whatif.outcome import Lost, Range
+from unclamp.analysis.whatif.spread import Spread
 from unclamp.formats import Format
 from unclamp.policy import Settings, overflows, scale_for
 from unclamp.scaling import Scaling
@@ -16,7 +17,7 @@ from unclamp.scaling import Scaling
 def spreads_of(inspected: Inspected, formats: Sequence[Format]) -> dict[str, Spread]:
     """Return where the elements of inspected casts lie, by format of their sites."""
     names = np.array([fmt.name for fmt in formats])[inspected.place]
-    whole = Spread.of(inspected.counts, inspected.lowest, inspected.amax)
+    whole = Spread.of(inspected.counts, inspected.lowest, inspected.amax, inspected.quarters)
     return {name: whole.rows(names == name) for name in dict.fromkeys(names.tolist())}
 
 
@@ -47,7 +48,7 @@ def lost_of(
         place, amax = inspected.place[rows], inspected.amax[rows].astype(np.float32)
         used = _used(policy, settings, scale[rows], amax, place, fmt)
         found = losses(spread, used.astype(np.float64), fmt)
-        elements = spread.counts.sum(1)
+        elements = spread.total
         for site in np.unique(place).tolist():
             sites[site] = _summed(found, np.flatnonzero(place == site), elements)
     return sites

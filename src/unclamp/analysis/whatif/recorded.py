@@ -9,14 +9,31 @@ from unclamp.runlog.sites import PLACES_SQL, SiteInfo, over_ranks
 from unclamp.scaling import SCALINGS
 from unclamp.totals import CLAMPED_SQL, share
 
-RECORDED_SQL = f"""
+ALONE_SQL = f"""
+    WITH places AS MATERIALIZED ({PLACES_SQL}),
+    alone AS (SELECT first FROM places GROUP BY first HAVING count(*) = 1),
+    sums AS (
+        SELECT rank, site, count(*) AS casts, count(*) FILTER ({CLAMPED_SQL}) AS clamped,
+            count(*) FILTER (recast > 0) AS recast, sum({ELEMENTS_SQL}) AS elements,
+            coalesce(sum({ELEMENTS_SQL}) FILTER (recast > 0), 0) AS again
+        FROM casts WHERE {SEEN_SQL} GROUP BY rank, site)
+    SELECT first AS site, scaling, sums.* EXCLUDE (rank, site)
+    FROM sums JOIN places USING (rank, site) SEMI JOIN alone USING (first)
+"""
+"""Of sites with one id: that has one row a step."""
+SEVERAL_SQL = f"""
+    WITH places AS MATERIALIZED ({PLACES_SQL}),
+    several AS (SELECT first FROM places GROUP BY first HAVING count(*) > 1),
+    ids AS (SELECT * FROM places SEMI JOIN several USING (first))
     SELECT first AS site, scaling, count(DISTINCT step) AS casts,
         count(DISTINCT step) FILTER ({CLAMPED_SQL}) AS clamped,
         count(DISTINCT step) FILTER (recast > 0) AS recast,
         {over_ranks(f"sum({ELEMENTS_SQL})")} AS elements,
         {over_ranks(f"sum({ELEMENTS_SQL})", "recast > 0")} AS again
-    FROM casts JOIN ({PLACES_SQL}) USING (rank, site) WHERE {SEEN_SQL}
-    GROUP BY first, scaling"""
+    FROM casts JOIN ids USING (rank, site) WHERE {SEEN_SQL} GROUP BY first, scaling"""
+"""Where a name has several ids, of ranks say, steps are told apart: that takes a table of all of
+them, gigabytes of a long log's."""
+HAS_SEVERAL_SQL = f"SELECT count(*) > count(DISTINCT first) AS has FROM ({PLACES_SQL})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +58,10 @@ class Recorded:
 def recorded(log: RunLog, sites: Sequence[SiteInfo]) -> Recorded:
     """Return what the log counted at some sites."""
     wanted = {site.site for site in sites}
-    rows = [row for row in log.sql(RECORDED_SQL).to_pylist() if row["site"] in wanted]
+    (several,) = log.sql(HAS_SEVERAL_SQL).to_pylist()
+    queries = (ALONE_SQL, SEVERAL_SQL) if several["has"] else (ALONE_SQL,)
+    rows = [row for query in queries for row in log.sql(query).to_pylist()]
+    rows = [row for row in rows if row["site"] in wanted]
     elements = sum(row["elements"] for row in rows)
     return Recorded(
         casts=sum(row["casts"] for row in rows),

@@ -1,10 +1,9 @@
 """The scales that a policy makes of amaxes, by the code that trains (`unclamp.policy`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.ndimage import maximum_filter1d
 
 from unclamp.analysis.whatif.amaxes import Chunk
 from unclamp.formats import Format
@@ -28,30 +27,64 @@ class Casts:
 
 
 @dataclass
-class Maxima:
-    """Largest amax of the newest `window` of each site, over chunks.
+class Windows:
+    """Largest amax of the newest ones of each site, for several lengths, over chunks.
 
-    `ahead` holds each site's newest `window - 1` amaxes of the chunks before, newest last.
+    `ahead` holds each site's newest amaxes of the chunks before, newest last: one less than the
+    longest window has.
     """
 
-    window: int
+    windows: tuple[int, ...]
     ahead: np.ndarray
 
     @classmethod
-    def of(cls, window: int, sites: int) -> "Maxima":
+    def of(cls, windows: Iterable[int], sites: int) -> "Windows":
         """Return it before any amax was seen: zeros, as in a new history."""
-        return cls(window, np.zeros((sites, window - 1), np.float32))
+        windows = tuple(sorted(set(windows)))
+        return cls(windows, np.zeros((sites, max(windows, default=1) - 1), np.float32))
+
+    def take(self, chunk: Chunk) -> dict[int, np.ndarray]:
+        """Return for each window and cast the largest of it and the `window - 1` before it.
+
+        Those of 2n are the larger ones of two of n side by side, and those of a length in between
+        of two of n that overlap. So all windows cost little more than the longest.
+        """
+        width, before = chunk.amax.shape[1], self.ahead.shape[1]
+        known = np.concatenate([self.ahead, chunk.amax], 1)
+        if (chunk.counts == width).all():
+            self.ahead = known[:, known.shape[1] - before :].copy()
+        else:
+            ends = chunk.counts[:, None] + np.arange(before)
+            self.ahead = np.take_along_axis(known, ends, 1)
+        largest, length, found = known, 1, {}
+        for window in self.windows:
+            while 2 * length <= window:
+                largest = np.maximum(largest[:, length:], largest[:, :-length])
+                length *= 2
+            end = largest.shape[1]
+            newest, older = largest[:, end - width :], end - (window - length)
+            found[window] = (
+                newest
+                if window == length
+                else np.maximum(newest, largest[:, older - width : older])
+            )
+        return found
+
+
+@dataclass
+class Maxima:
+    """The same of one window."""
+
+    windows: Windows
+
+    @classmethod
+    def of(cls, window: int, sites: int) -> "Maxima":
+        """Return it before any amax was seen."""
+        return cls(Windows.of([window], sites))
 
     def take(self, chunk: Chunk) -> np.ndarray:
         """Return for each cast the largest of it and the `window - 1` before it."""
-        known = np.concatenate([self.ahead, chunk.amax], 1)
-        # The filter centres its window: moved so that it ends at the element itself.
-        largest = maximum_filter1d(
-            known, self.window, axis=1, origin=(self.window - 1) // 2, mode="constant"
-        )[:, self.window - 1 :]
-        if self.window > 1:
-            ends = chunk.counts[:, None] + np.arange(self.window - 1)
-            self.ahead = np.take_along_axis(known, ends, 1)
+        (largest,) = self.windows.take(chunk).values()
         return largest
 
 

@@ -1,0 +1,142 @@
+"""Runs in processes of this machine."""
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from unclamp.errors import StudyError
+from unclamp.study.loop import RunPlan
+from unclamp.study.messages import Message
+from unclamp.study.pool import GRACE_S
+from unclamp.study.worker import Speaker, speaking, work
+
+
+class Processes:
+    """Trains `jobs` runs at a time, one a core without it, each in a process with one thread."""
+
+    def __init__(self, jobs: int | None = None) -> None:
+        self._jobs = jobs or os.cpu_count() or 1
+
+    def hire(self, plans: list[RunPlan], tell: Callable[[Message], None]) -> "_Crew":
+        """Return worker processes for these runs."""
+        return _Crew(plans, tell, size=min(self._jobs, len(plans)))
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+
+class _Context(SpawnContext):
+    """Starts processes by `spawn`, and knows which: those of others are not ours to end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: set[BaseProcess] = set()
+
+    def Process(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, *arguments: Any, **named: Any
+    ) -> SpawnProcess:
+        """Return a process to start."""
+        made = SpawnProcess(*arguments, **named)
+        self.started.add(made)
+        return made
+
+
+class _Crew:
+    """Worker processes, and the channel through which they tell what they do."""
+
+    def __init__(self, plans: list[RunPlan], tell: Callable[[Message], None], *, size: int) -> None:
+        context = _Context()
+        self._plans, self._tell = plans, tell
+        self._channel: Any = context.Queue()
+        self._stop = context.Event()
+        self._workers = context.started
+        self._pending: set[Future[str]] = set()
+        self._ending: threading.Thread | None = None
+        self._executor = ProcessPoolExecutor(
+            max_workers=size,
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(self._channel, self._stop),
+        )
+
+    def begin(self) -> None:
+        """Start the processes, which no Ctrl-C reaches."""
+        with _blocking_interrupts():
+            self._pending = {self._executor.submit(_work, plan) for plan in self._plans}
+
+    def follow(self, seconds: float) -> bool:
+        """As `Crew.follow`; a worker that was killed ends them all."""
+        done, self._pending = wait(self._pending, timeout=seconds)
+        self._drain()
+        try:
+            for future in done:
+                future.result()
+        except BrokenProcessPool as error:
+            raise StudyError(
+                "a worker process was killed; run the study again to resume"
+            ) from error
+        return not self._pending
+
+    def ask_to_stop(self) -> None:
+        """As `Crew.ask_to_stop`."""
+        self._stop.set()
+        # In a thread, because what it waits for may have to be killed meanwhile.
+        end = {"wait": True, "cancel_futures": True}
+        self._ending = threading.Thread(target=self._executor.shutdown, kwargs=end, daemon=True)
+        self._ending.start()
+
+    def has_ended(self, seconds: float) -> bool:
+        """As `Crew.has_ended`."""
+        assert self._ending is not None
+        self._ending.join(seconds)
+        is_alive = self._ending.is_alive()
+        self._drain()
+        return not is_alive
+
+    def kill(self) -> None:
+        """Kill the processes, without a last look into the channel: one may have died writing."""
+        assert self._ending is not None
+        for worker in self._workers & set(multiprocessing.active_children()):
+            worker.kill()
+        self._ending.join(GRACE_S)
+
+    def _drain(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._tell(self._channel.get_nowait())
+
+
+@contextlib.contextmanager
+def _blocking_interrupts() -> Iterator[None]:
+    """Start processes that no Ctrl-C reaches, from their first moment: they inherit the mask.
+
+    One that comes meanwhile reaches this process afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(channel: Any, stop: Any) -> None:
+    """Prepare a worker, for as long as it lives."""
+    speaker = Speaker(channel.put)
+    _worker.update(speaker=speaker, stop=stop, voice=contextlib.ExitStack())
+    _worker["voice"].enter_context(speaking(speaker))
+
+
+def _work(plan: RunPlan) -> str:
+    return work(plan, _worker["speaker"], should_stop=_worker["stop"].is_set)
