@@ -274,6 +274,7 @@ def decode(codes: Tensor, fmt: Format, scale_inv: Tensor | None) -> Tensor:
     size, table = codes.numel(), decode_table(fmt)
     if scale_inv is None:
         scale_inv = torch.ones((), dtype=torch.float32, device=CPU)
+    scale_inv = scale_inv.to(CPU, torch.float32)
     run([
         (
             decode_at, codes.data_ptr() + i, min(TASK, size - i), table.ctypes.data,
