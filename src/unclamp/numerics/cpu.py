@@ -307,7 +307,7 @@ def look(
     step = max(TASK // width, 1)
     tasks = range(0, rows, step)
     shapes = (SUBNORMALS,), (QUARTERS, 2), (MAGNITUDES,), (bins,)
-    made = [np.zeros((len(tasks), *shape), np.int64) for shape in shapes]
+    made: list[np.ndarray] = [np.zeros((len(tasks), *shape), np.int64) for shape in shapes]
     made.append(np.zeros((len(tasks), 2)))
     run([
         (
