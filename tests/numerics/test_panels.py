@@ -156,3 +156,22 @@ def test_a_step_takes_little_more_memory_than_in_float32():
     """
     assert peak_mib("Delayed") < 56 + 14 + 12 + 34
     assert peak_mib("plain") > 56
+
+
+@each_axis
+def test_scales_that_do_not_cover_the_matrix_are_refused(axis: int):
+    a, _ = operand(ROWS, PerBlock(128, 128), axis)
+    b, _ = operand(OTHERS, PerRow(), axis)
+    assert a.scale_inv is not None
+    less = a.scale_inv[:, :1] if axis else a.scale_inv[:1]
+    with pytest.raises(ValueError, match="expected a scale for each block"):
+        matmul(a._replace(scale_inv=less), b)
+
+
+@each_granularity
+def test_scales_of_another_dtype_are_those_numbers(granularity: Granularity):
+    a, a_hat = operand(ROWS, granularity, 1)
+    b, b_hat = operand(OTHERS, granularity, 1, seed=1)
+    assert a.scale_inv is not None
+    found = matmul(a._replace(scale_inv=a.scale_inv.double()), b)
+    assert torch.equal(found, a_hat @ b_hat.t())

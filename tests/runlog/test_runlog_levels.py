@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from truths.rows import casts_of_step, merge_early, parts_of, step
 from unclamp.runlog import Header, RunLog, RunLogWriter, compact, levels
 from unclamp.runlog.levels import find_levels, level_for, window_steps
-from unclamp.runlog.windows import Windows
+from unclamp.runlog.windows import Windows, source_of
 
 SITES, A_FLUSH, STEPS = 3, 50, 3_200
 
@@ -120,6 +121,34 @@ def test_a_level_that_cannot_be_written_costs_no_row_and_compact_makes_it(
         assert coarse.cut.level > 0
         assert_windows_are_those_of_casts(log, coarse)
         assert coarse.totals == fine.totals
+
+
+@pytest.mark.usefixtures("early")
+def test_a_reader_that_is_at_it_while_a_compaction_removes_levels_takes_finer_ones(tmp_path: Path):
+    write(tmp_path, range(STEPS))
+    with RunLog.open(tmp_path) as log:
+        source = source_of(log.windows(most=2).cut)
+        levels.remove_levels(tmp_path)
+        for query in (f"FROM {source.table}", "FROM stored_summaries_1"):
+            (found,) = log.sql(f"SELECT sum(steps)::BIGINT AS rows {query}").to_pylist()
+            assert found["rows"] == STEPS * SITES
+        assert_windows_are_those_of_casts(log, log.windows(most=2))
+
+
+@pytest.mark.usefixtures("early")
+@pytest.mark.parametrize("old", [slice(None), slice(0, 7)], ids=["all", "some"])
+def test_levels_are_made_of_summaries_that_an_earlier_version_wrote(tmp_path: Path, old: slice):
+    write(tmp_path, range(STEPS))
+    levels.remove_levels(tmp_path)
+    later = ["sqnr_row_median_db_min", "sqnr_row_steps"]
+    for path in sorted((tmp_path / "summaries").glob("*.parquet"))[old]:
+        pq.write_table(pq.read_table(path).drop_columns(later), path)
+    compact(tmp_path, None)
+    assert {level: len(files) for level, files in find_levels(tmp_path).items()} == {1: 8, 2: 2}
+    with RunLog.open(tmp_path) as log:
+        windows = log.windows(most=2)
+        assert_windows_are_those_of_casts(log, windows)
+        assert windows.rows["sqnr_row_steps"][0].as_py() is None  # not known of all
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -294,6 +295,30 @@ def test_a_crash_while_parts_are_moved_leaves_a_log_that_the_next_call_completes
     with RunLog.open(run) as log:
         assert len(log.header.thinned) == 1
         assert not log.damaged
+
+
+def test_a_crash_while_what_was_moved_is_cleared_away_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = write(tmp_path / "run")
+    before, remove = rows_of(run), shutil.rmtree
+
+    def stop(path: Path, **more: Any) -> None:
+        if path.name == thinning.READY:
+            (path / "thinned.json").unlink()
+            raise KeyboardInterrupt
+        remove(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compact(run, KEEP, near=NEAR)
+    compact(run, KEEP, near=NEAR)
+    assert rows_of(run) == [row for row in before if stays(row)]
+    assert_totals_are_those_of(run, before)
+    assert not (run / thinning.READY).exists()
+    with RunLog.open(run) as log:
+        assert len(log.header.thinned) == 1
 
 
 def _hashable(row: dict[str, Any]) -> dict[str, Any]:

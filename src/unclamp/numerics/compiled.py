@@ -15,7 +15,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -128,12 +128,21 @@ def _announce(folder: str | None) -> None:
 def run(calls: list[tuple[Any, ...]]) -> list[Any]:
     """Make calls, each a function and its arguments, in as many threads as torch uses.
 
-    Return what they return, in their order.
+    Return what they return, in their order. None is at work any more when this returns or raises,
+    be it for Ctrl-C: they write to addresses, whose memory goes with the caller's arrays.
     """
     threads = min(torch.get_num_threads(), len(calls))
     if threads <= 1:
         return [function(*arguments) for function, *arguments in calls]
-    return [future.result() for future in [_pool(threads).submit(*call) for call in calls]]
+    futures: list[Future[Any]] = []
+    try:
+        futures += (_pool(threads).submit(*call) for call in calls)
+        return [future.result() for future in futures]
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        raise
 
 
 @functools.cache

@@ -274,6 +274,7 @@ def decode(codes: Tensor, fmt: Format, scale_inv: Tensor | None) -> Tensor:
     size, table = codes.numel(), decode_table(fmt)
     if scale_inv is None:
         scale_inv = torch.ones((), dtype=torch.float32, device=CPU)
+    scale_inv = scale_inv.to(CPU, torch.float32)
     run([
         (
             decode_at, codes.data_ptr() + i, min(TASK, size - i), table.ctypes.data,
@@ -306,7 +307,7 @@ def look(
     step = max(TASK // width, 1)
     tasks = range(0, rows, step)
     shapes = (SUBNORMALS,), (QUARTERS, 2), (MAGNITUDES,), (bins,)
-    made = [np.zeros((len(tasks), *shape), np.int64) for shape in shapes]
+    made: list[np.ndarray] = [np.zeros((len(tasks), *shape), np.int64) for shape in shapes]
     made.append(np.zeros((len(tasks), 2)))
     run([
         (

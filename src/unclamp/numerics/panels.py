@@ -19,6 +19,7 @@ from unclamp.numerics.blocks import orient
 from unclamp.numerics.cast import is_memory
 from unclamp.numerics.fused import borrow, fused
 from unclamp.numerics.record import GemmOperand, format_of
+from unclamp.numerics.scale import check_scale
 
 ONE_PANEL = 2**20
 """Elements up to which an operand is one panel: 4 MiB in float32."""
@@ -194,7 +195,11 @@ def _scales(x: GemmOperand) -> tuple[Tensor, tuple[int, int]]:
     if x.axis % 2 == 0:
         grid, block = grid.t(), block[::-1]
     rows, columns = x.tensor.shape
-    return grid.contiguous(), (block[0] or max(rows, 1), block[1] or max(columns, 1))
+    down, along = block[0] or max(rows, 1), block[1] or max(columns, 1)
+    # The kernel reads at an address: what is not there would be read beyond.
+    if x.tensor.numel():
+        check_scale(grid, torch.Size((-(-rows // down), -(-columns // along))))
+    return grid.to(torch.float32).contiguous(), (down, along)
 
 
 def _decode(

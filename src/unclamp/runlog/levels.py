@@ -18,7 +18,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from unclamp.runlog.parts import PartName, parts_that_count, read_parts, write_part
+from unclamp.runlog.parts import PartName, parts_that_count, read_filled, write_part
 from unclamp.runlog.schema import SUMMARY_STEPS, VIEWS
 from unclamp.runlog.summary import coarser_sql
 
@@ -143,7 +143,7 @@ class LevelWriter:
 
     def _write(self, group: Sequence[PartName], merged: PartName, *, level: int) -> None:
         below, folder = level_folder(self._run, level - 1), level_folder(self._run, level)
-        rows = read_parts(below / str(name) for name in group)
+        rows = read_filled((below / str(name) for name in group), VIEWS[SUMMARIES])
         query = coarser_sql("finer_summaries", window_steps(level))
         coarser = query_arrow(self._connection(), "finer_summaries", rows, query)
         folder.mkdir(exist_ok=True)

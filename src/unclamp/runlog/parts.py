@@ -194,6 +194,22 @@ def read_parts(paths: Iterable[Path]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def read_filled(paths: Iterable[Path], schema: pa.Schema) -> pa.Table:
+    """Return the same with all columns of a schema; those that an earlier version had not are null.
+
+    Raises:
+        OSError, pa.ArrowException: As `read_parts`.
+    """
+    return pa.concat_tables([_filled(read_parts([path]), schema) for path in paths])
+
+
+def _filled(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    for column in schema:
+        if column.name not in rows.schema.names:
+            rows = rows.append_column(column, pa.nulls(len(rows), column.type))
+    return rows.select(schema.names).cast(schema)
+
+
 def opened(path: Path) -> pq.ParquetFile:
     """Return a part that is open for reading.
 

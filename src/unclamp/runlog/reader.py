@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,6 +91,7 @@ class RunLog:
         self._parts: Parts = {}
         self._registered: dict[str, Relation] = {}
         self._views: dict[str, str] = {}
+        self._level = 0
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunLog:
@@ -236,7 +238,7 @@ class RunLog:
             self.sql,
             sites=self.named_sites(),
             most=most,
-            coarsest=max(find_levels(self.path), default=0),
+            coarsest=self._coarsest(find_levels(self.path)),
             is_thinned=bool(self.header.thinned),
         )
 
@@ -344,10 +346,18 @@ class RunLog:
         parts["casts_without_summary"] = [p for p in parts["casts"] if p.name not in summed]
         if whole:
             levels = find_levels(self.path)
-            for level in range(1, max(levels, default=0) + 1):
+            for level in range(1, self._coarsest(levels) + 1):
                 files = levels.get(level, [])
                 parts[stored_name(level)] = [path for path in files if not is_damaged(path)]
         return parts
+
+    def _coarsest(self, levels: Iterable[int]) -> int:
+        """Return the highest level that the run has, or had: a cut may still ask for it.
+
+        A compaction removes levels and makes them anew; meanwhile finer summaries stand for them.
+        """
+        self._level = max(self._level, *levels, 0)
+        return self._level
 
     def _register(self, parts: Parts) -> None:
         """Make each relation read its current parts; those whose parts are the same stay."""

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from unclamp.errors import RunLogError
+from unclamp.files import write_json
 from unclamp.runlog.attempts import is_alive, refuse_if_written
 from unclamp.runlog.connection import connect
 from unclamp.runlog.damage import UNREADABLE, find_damaged
@@ -38,7 +39,7 @@ from unclamp.runlog.parts import (
     PartName,
     in_reading_order,
     parts_that_count,
-    read_parts,
+    read_filled,
     sync_folder,
     write_part,
 )
@@ -221,7 +222,7 @@ class _Pass:
                 count, steps = self._rows.extent(path)
                 self._count(count, count, steps, steps)
                 return None
-            rows = filled(read_parts([path]), TABLES[_CASTS])
+            rows = read_filled([path], TABLES[_CASTS])
         except UNREADABLE:
             if find_damaged([path]):
                 return None  # readers leave it out and say what is missing
@@ -232,7 +233,7 @@ class _Pass:
         if len(rows):
             self._bytes_less += path.stat().st_size * (1 - len(kept) / len(rows))
         if has_summary:
-            summary = filled(read_parts([stored]), VIEWS[SUMMARIES])
+            summary = read_filled([stored], VIEWS[SUMMARIES])
         else:
             summary = query_arrow(self._connection, "unsummed", rows, summary_sql("unsummed"))
         dropped = len(rows) - len(kept)
@@ -282,7 +283,7 @@ class _Pass:
                 )
             )
         staging = self._path / STAGING
-        (staging / _ENTRY).write_text(json.dumps({"thinned": entry}), encoding="utf-8")
+        write_json(staging / _ENTRY, {"thinned": entry})
         for folder in (staging / _CASTS, staging / SUMMARIES, staging):
             sync_folder(folder)
         staging.rename(self._path / READY)
@@ -336,6 +337,9 @@ def _finish(path: Path) -> None:
     ready = path / READY
     if not ready.is_dir():
         return
+    if not (ready / _ENTRY).exists():  # all was moved, and a crash came while the folder went
+        shutil.rmtree(ready, ignore_errors=True)
+        return
     told = read_json(ready / _ENTRY)["thinned"]
     header = read_header(path)
     if told is not None and (entry := Thinned.from_dict(told)) not in header.thinned[-1:]:
@@ -369,14 +373,6 @@ def _make_levels(path: Path) -> None:
             levels = LevelWriter(path, lambda: connection)
             for name in own:
                 levels.add(name)
-
-
-def filled(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return rows of an earlier version with all columns of now, those it had not as null."""
-    missing = [column for column in schema if column.name not in rows.schema.names]
-    for column in missing:
-        rows = rows.append_column(column, pa.nulls(len(rows), column.type))
-    return rows.select(schema.names).cast(schema)
 
 
 def _size(path: Path) -> int:

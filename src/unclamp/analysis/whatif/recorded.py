@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from unclamp.analysis.whatif.amaxes import ELEMENTS_SQL, SEEN_SQL
 from unclamp.runlog import RunLog
@@ -20,10 +21,10 @@ ALONE_SQL = f"""
     SELECT first AS site, scaling, sums.* EXCLUDE (rank, site)
     FROM sums JOIN places USING (rank, site) SEMI JOIN alone USING (first)
 """
-"""Of sites with one id: that has one row a step."""
+"""Of sites with one id: that has one row a step, unless a training went back."""
 SEVERAL_SQL = f"""
     WITH places AS MATERIALIZED ({PLACES_SQL}),
-    several AS (SELECT first FROM places GROUP BY first HAVING count(*) > 1),
+    several AS (SELECT first FROM places GROUP BY first HAVING count(*) > $alone),
     ids AS (SELECT * FROM places SEMI JOIN several USING (first))
     SELECT first AS site, scaling, count(DISTINCT step) AS casts,
         count(DISTINCT step) FILTER ({CLAMPED_SQL}) AS clamped,
@@ -32,7 +33,9 @@ SEVERAL_SQL = f"""
         {over_ranks(f"sum({ELEMENTS_SQL})", "recast > 0")} AS again
     FROM casts JOIN ids USING (rank, site) WHERE {SEEN_SQL} GROUP BY first, scaling"""
 """Where a name has several ids, of ranks say, steps are told apart: that takes a table of all of
-them, gigabytes of a long log's."""
+them, gigabytes of a long log's. `alone` is 1, or 0 to take every name."""
+AGAIN_SQL = "SELECT count(*) > count(DISTINCT (rank, step)) AS has FROM steps"
+"""Whether some rank recorded a step twice."""
 HAS_SEVERAL_SQL = f"SELECT count(*) > count(DISTINCT first) AS has FROM ({PLACES_SQL})"
 
 
@@ -58,10 +61,7 @@ class Recorded:
 def recorded(log: RunLog, sites: Sequence[SiteInfo]) -> Recorded:
     """Return what the log counted at some sites."""
     wanted = {site.site for site in sites}
-    (several,) = log.sql(HAS_SEVERAL_SQL).to_pylist()
-    queries = (ALONE_SQL, SEVERAL_SQL) if several["has"] else (ALONE_SQL,)
-    rows = [row for query in queries for row in log.sql(query).to_pylist()]
-    rows = [row for row in rows if row["site"] in wanted]
+    rows = [row for row in _rows(log) if row["site"] in wanted]
     elements = sum(row["elements"] for row in rows)
     return Recorded(
         casts=sum(row["casts"] for row in rows),
@@ -70,6 +70,14 @@ def recorded(log: RunLog, sites: Sequence[SiteInfo]) -> Recorded:
         reads=share(sum(_reads(row) for row in rows), elements),
         scalings=tuple(sorted({row["scaling"] for row in rows})),
     )
+
+
+def _rows(log: RunLog) -> list[dict[str, Any]]:
+    (again,), (several,) = (log.sql(query).to_pylist() for query in (AGAIN_SQL, HAS_SEVERAL_SQL))
+    if again["has"]:
+        return log.sql(SEVERAL_SQL, alone=0).to_pylist()
+    alone = log.sql(ALONE_SQL).to_pylist()
+    return alone + log.sql(SEVERAL_SQL, alone=1).to_pylist() if several["has"] else alone
 
 
 def _reads(row: dict[str, int]) -> float:
