@@ -144,6 +144,8 @@ def _print_sites(console: Console, outcomes: list["Outcome"]) -> None:
     for outcome in outcomes:
         worst = sorted(outcome.sites, key=lambda s: (-s.clamped, -s.recast))[:MOST_SHOWN]
         console.print(f"\n{outcome.text}")
+        if not any(each.clamped or each.recast for each in worst):
+            console.print("  no site clamps, and none is cast again")
         for each in worst:
             if each.clamped or each.recast:
                 what = f"{each.recast:,} re-cast" if each.recast else f"{each.clamped:,} clamped"
