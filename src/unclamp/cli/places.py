@@ -33,9 +33,9 @@ def folder(text: str) -> Path:
 def here(text: str) -> Path:
     """Return the path of a run's folder, for what reading alone is not enough."""
     if "://" in text:
+        how = f", such as by `aws s3 sync {text} FOLDER`" if text.startswith("s3://") else ""
         raise UnclampError(
-            f"expected a folder, got {text}: copy the run to this machine first, such as by "
-            f"`aws s3 sync {text} FOLDER`"
+            f"expected a folder, got {text}: copy the run to this machine first{how}"
         )
     return Path(text)
 

@@ -73,9 +73,12 @@ def whatif(
     shown = _thinned(found.frontier) if with_grid else list(found.outcomes)
     _print_table(console, found, shown, element_bytes=element_bytes, bandwidth=bandwidth)
     if with_grid:
+        from unclamp.written import counted  # noqa: PLC0415
+
         console.print(
-            f"\n{len(shown)} of the {len(found.frontier)} policies, of {len(found.outcomes)} "
-            "tried, that no other beats in reads, clamped casts and underflow at once."
+            f"\n{len(shown)} of {counted(len(found.frontier), 'policy', 'policies')}, of "
+            f"{len(found.outcomes)} tried, that no other beats in reads, clamped casts and "
+            "underflow at once."
         )
     if by_site:
         _print_sites(console, shown)
