@@ -31,17 +31,26 @@ def test_it_says_what_it_would_free_and_then_frees_it(tmp_path: Path) -> None:
     assert tried.returncode == 0, tried.stderr
     assert tried.stdout.startswith("Would free about ")
     assert f"Of {STEPS} rows of casts {gone:,} would be left out." in tried.stdout
-    assert "Kept before step 350: every 100-th step, 0 steps on both sides" in tried.stdout
+    assert "Kept before step 350: one step in 100, 0 steps on both sides" in tried.stdout
     done = unclamp("compact", str(run), *keep)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Freed ")
     assert f"{gone:,} were left out" in done.stdout
+    assert "KiB of " in done.stdout
+    assert ": 1 part became 1." in done.stdout
+    weaker = unclamp("compact", str(run), "--keep", "recent=90", "--keep", "every=50").stdout
+    assert weaker.endswith(f"Of {STEPS - gone} rows of casts the rule leaves out none.\n")
     again = json.loads(unclamp("compact", str(run), *keep, "--json").stdout)
     assert (again["rows"], again["kept"]) == (STEPS - gone, STEPS - gone)
     assert again["is_done"] is True
     with RunLog.open(run) as log:
         assert log.sql("SELECT count(*) AS n FROM casts WHERE saturated > 0")["n"][0].as_py() == 40
         assert log.sql("SELECT sum(steps) AS n FROM summaries")["n"][0].as_py() == STEPS
+
+
+def test_a_log_that_is_too_short_to_thin_says_so(tmp_path: Path) -> None:
+    said = unclamp("compact", str(write_run(tmp_path / "run")), "--keep", "every=4").stdout
+    assert f"Of {STEPS} rows of casts the rule leaves out none: the last 100,000 steps" in said
 
 
 def test_the_page_says_that_steps_are_thinned_and_has_the_totals_of_all(tmp_path: Path) -> None:
@@ -58,3 +67,6 @@ def test_what_cannot_be_compacted_is_one_clear_line(tmp_path: Path) -> None:
     assert_one_clear_line(unclamp("compact", str(tmp_path)), "is not a run")
     run = write_run(tmp_path / "run")
     assert_one_clear_line(unclamp("compact", str(run), "--keep", "every"), "whole number of steps")
+    for command in ("compact", "explain"):
+        done = unclamp(command, "s3://bucket/run")
+        assert_one_clear_line(done, "`aws s3 sync s3://bucket/run FOLDER`")

@@ -67,6 +67,14 @@ def test_what_none_beats_is_shown_of_a_grid(run: Path) -> None:
     assert "that no other beats" in " ".join(done.stdout.split())
 
 
+def test_a_policy_under_which_no_site_clamps_says_so_by_site(run: Path) -> None:
+    done = unclamp("whatif", run, "--policy", "dynamic", "--policy", "delayed", "--by-site")
+    worst = done.stdout.split("\ndynamic\n")[1].split("\ndelayed(16)\n")
+    assert worst[0].strip() == "no site clamps, and none is cast again"
+    assert "clamped of" in worst[1]
+    assert "no site" not in worst[1]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

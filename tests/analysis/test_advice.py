@@ -227,6 +227,20 @@ def test_the_command_prints_reasons_and_a_recipe_to_paste(tmp_path: Path) -> Non
     assert Recipe.from_dict(data["recipe"]) == recipe
 
 
+def test_groups_beyond_the_first_ones_are_told_in_short(tmp_path: Path) -> None:
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "fc1")
+    amaxes = {(f"layers.0.{kind}", "input"): np.ones(STEPS) for kind in kinds}
+    for place, site in enumerate(amaxes):
+        amaxes[site][100::70] = 50 + 10 * place
+    said = reasons(advice_on(tmp_path / "run", amaxes))
+    assert sum(": amax outran a history of 16 in" in each for each in said) == 6
+    (rest,) = (each for each in said if each.startswith("Likewise"))
+    assert rest == (
+        "Likewise, in short: k_proj input (up to 60.00x): guarded(2); "
+        "q_proj input (up to 50.00x): guarded(2)."
+    )
+
+
 def test_tokens_without_their_number_a_step_are_asked_for(tmp_path: Path) -> None:
     run = write_amaxes(tmp_path / "run", calm(13, steps=60))
     assert_one_clear_line(unclamp("advise", run, "--tokens", "1T"), "--tokens-per-step")

@@ -85,6 +85,17 @@ def test_no_elements_lose_nothing() -> None:
         assert (each.low[0], each.value[0], each.high[0]) == (0, 0, 0)
 
 
+def test_rounding_is_no_underflow() -> None:
+    """No element is below the limit, at the edge of a bin; a policy with 0 would beat it else."""
+    for number in range(1, 200):
+        x = np.append(np.full(number, 1.5 * E4M3FN.min_subnormal), 1.9)
+        counts, lowest = exponents_of(x)
+        at_edge = [1 / 2, (1 + 1e-15) / 2, (1 - 1e-15) / 2]
+        spread = Spread.of(*(np.repeat(counts, 3, 0), lowest, np.full(3, 1.9)))
+        found = losses(spread, np.array(at_edge), E4M3FN)
+        assert found.underflow.value.tolist() == [0, 0, 0]
+
+
 NORMAL = GENERATOR.normal(size=131_072)
 QUARTERED = SHAPES | {
     "one more log-normal": np.exp(GENERATOR.normal(size=131_072)),

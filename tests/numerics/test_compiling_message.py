@@ -103,3 +103,9 @@ def test_a_kernel_that_is_compiled_later_is_said(filled: tuple[Path, str], tmp_p
     blocks = CAST.replace(")\n", ", granularity=unclamp.MX())\n")
     assert stderr_of(blocks, cache).count(MESSAGE) == 1
     assert MESSAGE not in stderr_of(blocks, cache)
+
+
+def test_the_probe_of_numba_by_the_doctor_is_no_kernel(tmp_path: Path) -> None:
+    announce = "from unclamp.numerics import compiled; compiled.announce()\n"
+    probe = "from unclamp.doctor.device import accumulation; accumulation()\n"
+    assert MESSAGE not in stderr_of(announce + probe, tmp_path)

@@ -289,6 +289,8 @@ def test_s3_says_what_is_wrong(in_s3: str, monkeypatch: pytest.MonkeyPatch) -> N
     s3fs = pytest.importorskip("s3fs")
     with pytest.raises(RunLogError, match=r"there is no bucket 'elsewhere'"):
         RunLog.open("s3://elsewhere/run")
+    with pytest.raises(RunLogError, match=r"expected s3://BUCKET/FOLDER, got s3://"):
+        RunLog.open("s3://")
     with pytest.raises(RunLogError, match=r"s3://bucket/runs/other does not exist"):
         RunLog.open("s3://bucket/runs/other")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -413,7 +413,7 @@ def test_associate_gives_the_same_answer_and_says_that_steps_are_thinned(tmp_pat
     said = [text for text in after.sentences if "thinned" in text]
     assert len(said) == 1
     assert "before step 380" in said[0]
-    assert "every 50-th step" in said[0]
+    assert "one step in 50" in said[0]
     near = {s + d for s in (*onsets, 200) for d in (-2, -1, 0, 1, 2)}
     assert near | set(range(380, 400)) | set(range(0, 400, 50)) <= set(whole.to_pylist())
     assert steps_of_interest(run) == sorted({*onsets, 200})
@@ -431,9 +431,9 @@ def test_whatif_says_that_steps_are_thinned(tmp_path: Path):
     ("texts", "message"),
     [
         (["evry=3"], "did you mean 'every'"),
-        (["every=3", "every=4"], "once at most"),
-        (["every=0"], "every of at least 1"),
-        (["recent"], "expected a whole number of steps, got 'recent'"),
+        (["every=3", "every=4"], "expected every=N once at most, got every=3 and every=4$"),
+        (["every=0"], "every of at least 1, got recent=100000, every=0, near=100"),
+        (["recent"], "expected a whole number of steps, such as recent=100000, got 'recent'"),
         (["recent=-1"], "expected a whole number"),
     ],
 )

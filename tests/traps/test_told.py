@@ -45,7 +45,8 @@ def test_a_glob_prints_screens_and_a_table_of_80_columns() -> None:
     assert "3 experiments: 3 as documented." in done.stdout
     assert done.stdout.count("believed") == 3
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "unclamp: running 3 experiments" in done.stderr
+    assert "unclamp: running 3 experiments, in less than a minute" in done.stderr
+    assert "unclamp traps NAME" not in done.stdout
 
 
 def test_json_is_one_document() -> None:
@@ -71,7 +72,8 @@ def test_list_names_all_and_runs_none() -> None:
 def test_a_misspelt_name_is_one_clear_line() -> None:
     done = unclamp("traps", "plain-kast")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "there is no trap 'plain-kast'; did you mean 'plain-cast'?" in done.stderr
+    named = "no trap is called 'plain-kast' (`unclamp traps --list` names all)"
+    assert done.stderr == f"unclamp: {named}; did you mean 'plain-cast'?\n"
     assert len(done.stderr.strip().splitlines()) == 1
 
 

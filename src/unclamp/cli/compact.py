@@ -8,16 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unclamp.cli.app import JsonFlag, app
+from unclamp.cli.places import here
 from unclamp.files import to_json
 from unclamp.written import counted
 
 if TYPE_CHECKING:
     from unclamp.runlog import Compacted
 
+SMALL = 2**20
+"""From here on sizes are in MiB."""
+
 
 @app.command()
 def compact(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.", parser=here)
+    ],
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,8 +40,9 @@ def compact(
 ) -> None:
     """Merge a log's small parts and, with --keep, leave out old casts that lost nothing.
 
-    No cast that clamped, overshot, was cast again, held Inf or NaN, or was inspected is left out,
-    and all totals stay exact.
+    No cast that clamped, overshot, was cast again, held Inf or NaN, or was inspected is left out.
+
+    All totals stay exact.
     """
     from unclamp.analysis.compaction import compact_run  # noqa: PLC0415
     from unclamp.runlog import Keep  # noqa: PLC0415
@@ -46,8 +53,11 @@ def compact(
         typer.echo(to_json({**asdict(found), "freed": found.freed}))
         return
     typer.echo(_freed(found))
-    if rule is not None:
-        gone = found.rows - found.kept
+    gone = found.rows - found.kept
+    if rule is not None and not gone:
+        why = "" if found.before > 0 else f": the last {counted(rule.recent, 'step')} stay whole"
+        typer.echo(f"Of {counted(found.rows, 'row')} of casts the rule leaves out none{why}.")
+    elif rule is not None:
         verb = "were" if found.is_done else "would be"
         typer.echo(
             f"Of {counted(found.rows, 'row')} of casts {gone:,} {verb} left out. Kept before step "
@@ -65,10 +75,10 @@ def _freed(found: "Compacted") -> str:
     share = 100 * found.freed / found.bytes_before if found.bytes_before else 0.0
     amount = f"{_size(found.freed)} of {_size(found.bytes_before)} ({share:.0f} %)"
     if found.is_done:
-        parts = f"{found.parts_before:,} parts became {found.parts_after:,}"
+        parts = f"{counted(found.parts_before, 'part')} became {found.parts_after:,}"
         return f"Freed {amount}: {parts}."
     return f"Would free about {amount}; while it works, what stays is there twice."
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+    return f"{count / 2**20:,.1f} MiB" if count >= SMALL else f"{count / 2**10:,.1f} KiB"

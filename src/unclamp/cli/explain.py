@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from unclamp.cli.app import INTERRUPTED, JsonFlag, app
+from unclamp.cli.places import here
 from unclamp.cli.ranked import one_voice
 from unclamp.files import to_json
 
@@ -20,7 +21,7 @@ NARROW = 80
 
 @app.command()
 def explain(
-    run: Annotated[Path, typer.Argument(help="Folder of a run that has snapshots.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run that has snapshots.", parser=here)],
     spike: Annotated[
         int | None,
         typer.Option(

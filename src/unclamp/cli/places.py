@@ -30,6 +30,16 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+def here(text: str) -> Path:
+    """Return the path of a run's folder, for what reading alone is not enough."""
+    if "://" in text:
+        how = f", such as by `aws s3 sync {text} FOLDER`" if text.startswith("s3://") else ""
+        raise UnclampError(
+            f"expected a folder, got {text}: copy the run to this machine first{how}"
+        )
+    return Path(text)
+
+
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder of a run, or its URL.", parser=place)
 ]

@@ -21,8 +21,9 @@ def traps(
 ) -> None:
     """Try PyTorch's numerical traps here, and compare with what is documented.
 
-    With a name, each trap is shown with the lines that run. Ends with exit code 1 if one does
-    not behave as documented for this torch.
+    With a name, each trap is shown with the lines that run.
+
+    Ends with exit code 1 if one does not behave as documented for this torch.
     """
     from unclamp.report.traps import print_findings, print_list  # noqa: PLC0415
     from unclamp.traps import find, run  # noqa: PLC0415 - torch takes a while
@@ -37,12 +38,15 @@ def traps(
         print_list(listed, Console())
         return
     if len(chosen) > 1:
-        typer.echo(f"unclamp: running {len(chosen)} experiments, in about a minute", err=True)
+        within = "about" if name is None else "less than"
+        typer.echo(f"unclamp: running {len(chosen)} experiments, in {within} a minute", err=True)
     outcomes = run(chosen)
     found = findings(outcomes)
     if as_json:
         typer.echo(to_json(found))
     else:
         print_findings(found, Console(), screens=name is not None)
+        if name is None:
+            typer.echo("`unclamp traps NAME` shows one, with the lines that ran.")
     if not found["behave"]:
         raise typer.Exit(NOT_AS_DOCUMENTED)

@@ -73,9 +73,12 @@ def whatif(
     shown = _thinned(found.frontier) if with_grid else list(found.outcomes)
     _print_table(console, found, shown, element_bytes=element_bytes, bandwidth=bandwidth)
     if with_grid:
+        from unclamp.written import counted  # noqa: PLC0415
+
         console.print(
-            f"\n{len(shown)} of the {len(found.frontier)} policies, of {len(found.outcomes)} "
-            "tried, that no other beats in reads, clamped casts and underflow at once."
+            f"\n{len(shown)} of {counted(len(found.frontier), 'policy', 'policies')}, of "
+            f"{len(found.outcomes)} tried, that no other beats in reads, clamped casts and "
+            "underflow at once."
         )
     if by_site:
         _print_sites(console, shown)
@@ -144,6 +147,8 @@ def _print_sites(console: Console, outcomes: list["Outcome"]) -> None:
     for outcome in outcomes:
         worst = sorted(outcome.sites, key=lambda s: (-s.clamped, -s.recast))[:MOST_SHOWN]
         console.print(f"\n{outcome.text}")
+        if not any(each.clamped or each.recast for each in worst):
+            console.print("  no site clamps, and none is cast again")
         for each in worst:
             if each.clamped or each.recast:
                 what = f"{each.recast:,} re-cast" if each.recast else f"{each.clamped:,} clamped"

@@ -103,7 +103,7 @@ class _Announcer(Listener):
     def on_start(self, event: Event) -> None:
         data: Any = event.data  # numba does not say its type
         kernel = data["dispatcher"]
-        if kernel.py_func.__module__.startswith("unclamp."):
+        if kernel.py_func.__module__.startswith("unclamp.numerics."):  # the doctor tries numba
             _announce(kernel.stats.cache_path)
 
     def on_end(self, event: Event) -> None:

@@ -40,7 +40,8 @@ class Keep:
     def __post_init__(self) -> None:
         if self.every < 1 or self.recent < 0 or self.near < 0:
             raise RunLogError(
-                f"expected recent and near of at least 0 and every of at least 1, got {self}"
+                "expected recent and near of at least 0 and every of at least 1, got "
+                f"recent={self.recent}, every={self.every}, near={self.near}"
             )
 
     @classmethod
@@ -54,20 +55,26 @@ class Keep:
         given: dict[str, int] = {}
         for text in texts:
             name, _, number = text.partition("=")
-            if name not in names or name in given:
-                hint = did_you_mean(name, names)
+            if name not in names:
                 raise RunLogError(
-                    f"expected each of {', '.join(f'{n}=N' for n in names)} once at most, got "
-                    f"{text!r}{hint}"
+                    f"expected {', '.join(f'{n}=N' for n in names[:-1])} or {names[-1]}=N, got "
+                    f"{text!r}{did_you_mean(name, names)}"
+                )
+            if name in given:
+                raise RunLogError(
+                    f"expected {name}=N once at most, got {name}={given[name]} and {text}"
                 )
             if not number.isascii() or not number.isdecimal():
-                raise RunLogError(f"expected a whole number of steps, got {text!r}")
+                raise RunLogError(
+                    f"expected a whole number of steps, such as {name}="
+                    f"{getattr(cls, name)}, got {text!r}"
+                )
             given[name] = int(number)
         return cls(**given)
 
     def words(self) -> str:
         """Return the rule as the end of a sentence on what stays."""
-        every = "every step" if self.every == 1 else f"every {self.every}-th step"
+        every = "every step" if self.every == 1 else f"one step in {self.every:,}"
         return (
             f"{every}, {self.near:,} steps on both sides of each spike and event, and every cast "
             "that clamped, overshot, was cast again, held Inf or NaN, or was inspected"
@@ -119,7 +126,7 @@ def thinned_words(thinned: Iterable[Thinned]) -> str | None:
 
     Example:
         >>> print(thinned_words([Thinned(recent=9, every=4, near=2, before=90, rows=1200, steps=60)]))
-        Rows of casts before step 90 were thinned (1,200 left out): kept are every 4-th step, 2 steps on both sides of each spike and event, and every cast that clamped, overshot, was cast again, held Inf or NaN, or was inspected; totals are of all.
+        Rows of casts before step 90 were thinned (1,200 left out): kept are one step in 4, 2 steps on both sides of each spike and event, and every cast that clamped, overshot, was cast again, held Inf or NaN, or was inspected; totals are of all.
     """  # noqa: E501
     every = list(thinned)
     if not every:

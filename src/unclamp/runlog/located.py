@@ -105,11 +105,14 @@ class _Ranges(pafs.FSSpecHandler):
 
 def _reach(path: Any) -> None:
     """Ask the storage for a path; raise what it says, but not that there is nothing there."""
+    has_buckets = path.protocol in ("s3", "s3a", "gs", "gcs")
+    top = path.path.lstrip("/").split("/")[0]
+    if has_buckets and not top:
+        raise RunLogError(f"expected {path.protocol}://BUCKET/FOLDER, got {path}")
     try:
         path.fs.info(path.path)
     except FileNotFoundError:
-        top = path.path.lstrip("/").split("/")[0]
-        if path.protocol in ("s3", "s3a", "gs", "gcs") and not path.fs.exists(top):
+        if has_buckets and not path.fs.exists(top):
             raise RunLogError(f"expected a run in {path}, but there is no bucket {top!r}") from None
 
 

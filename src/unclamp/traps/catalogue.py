@@ -27,7 +27,7 @@ def find(pattern: str) -> tuple[Trap, ...]:
     if not found:
         names = [trap.name for trap in TRAPS]
         raise UnclampError(
-            f"there is no trap {pattern!r}{did_you_mean(pattern, names)}; "
-            "`unclamp traps --list` names all"
+            f"no trap is called {pattern!r} (`unclamp traps --list` names all)"
+            f"{did_you_mean(pattern, names)}"
         )
     return found

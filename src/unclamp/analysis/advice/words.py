@@ -39,15 +39,25 @@ def verdict_sentence(advice: Advice) -> str:
 
 
 def _places(groups: list[GroupAdvice]) -> str:
-    names = [f"{g.group.match.removeprefix('*.').removeprefix('^') or '(the model itself)'} "
-             f"{g.group.role}" for g in groups]  # fmt: skip
-    return listed(names, most=MOST_GROUPS)
+    return listed([_name(g) for g in groups], most=MOST_GROUPS)
+
+
+def _name(group: GroupAdvice) -> str:
+    place = group.group.match.removeprefix("*.").removeprefix("^") or "(the model itself)"
+    return f"{place} {group.group.role}"
 
 
 def reasons(advice: Advice) -> list[str]:
     """Return what the advice is based on, what the log cannot know, and what would change it."""
     said = [verdict_sentence(advice)]
-    said += [_group_sentence(g) for g in advice.groups if g.is_needy][:MOST_GROUPS]
+    needy = [g for g in advice.groups if g.is_needy]
+    said += [_group_sentence(g) for g in needy[:MOST_GROUPS]]
+    if len(needy) > MOST_GROUPS:
+        rest = (
+            f"{_name(g)} (up to {times(g.overshoot)}): {policy_text(g.scaling)}"
+            for g in needy[MOST_GROUPS:]
+        )
+        said.append(f"Likewise, in short: {'; '.join(rest)}.")
     mild = [g for g in advice.groups if g.outrun and not g.is_needy]
     if mild:
         casts, outrun = sum(g.casts for g in mild), sum(g.outrun for g in mild)
@@ -82,7 +92,6 @@ def _is_safe(group: GroupAdvice) -> bool:
 
 
 def _group_sentence(g: GroupAdvice) -> str:
-    place = f"{g.group.match.removeprefix('*.').removeprefix('^') or '(the model itself)'}"
     how = f"{policy_text(g.scaling)}"
     again = f", which repeats {percent(g.recast)} of its casts" if g.scaling.guards else ""
     hard = (
@@ -103,7 +112,7 @@ def _group_sentence(g: GroupAdvice) -> str:
         else ""
     )
     return (
-        f"{place} {g.group.role}: amax outran a history of 16 in {counted(g.outrun, 'cast')} of "
+        f"{_name(g)}: amax outran a history of 16 in {counted(g.outrun, 'cast')} of "
         f"{g.casts:,}{hard}{beside}{price}: {how}{again}."
     )
 

@@ -46,9 +46,9 @@ def find_limits(
         )
     if (thinned := thinned_words(header.thinned)) is not None:
         said.append(
-            f"{thinned} What is counted here is of the rows that are left; there amaxes between "
-            "kept steps are those of clamped casts alone, so that clamping under a policy with a "
-            "history is overstated."
+            f"{thinned} What is counted here is of the rows that are left, so there are fewer "
+            "casts. Between kept steps these are clamped ones alone, so that the share of casts "
+            "that a policy with a history would clamp is overstated."
         )
     if facts["merged"]:
         said.append(

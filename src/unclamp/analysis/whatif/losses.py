@@ -18,6 +18,9 @@ from unclamp.analysis.whatif.tilted import share_below, upper_part
 from unclamp.formats import Format
 from unclamp.totals import share
 
+ROUNDING = 1e-12
+"""Elements that become zero are a difference of two numbers: a share below this is its rounding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -57,6 +60,7 @@ def losses(spread: Spread, scale: np.ndarray, fmt: Format) -> Losses:
     total, tiny = spread.total, _above(spread, fmt.min_subnormal / 2 / scale)
     removed = _removed(spread, limit, most)
     value, low, high = spread.squares
+    gone = total - tiny.value
     return Losses(
         clamped=_above(spread, limit),
         clamp_error=Estimate(
@@ -65,7 +69,7 @@ def losses(spread: Spread, scale: np.ndarray, fmt: Format) -> Losses:
             high=np.minimum(share(removed.high, low), 1),
         ),
         underflow=Estimate(
-            value=share(total - tiny.value, total),
+            value=share(np.where(gone > ROUNDING * total, gone, 0), total),
             low=share(total - tiny.high, total),
             high=share(total - tiny.low, total),
         ),
