@@ -1,3 +1,4 @@
+import gc
 import random
 import re
 
@@ -47,3 +48,9 @@ def _keep_together(items: list[pytest.Item]) -> None:
             continue
         if any(each[-1].scope == "module" for each in made.values()):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is loaded by now out of all collections of garbage: a million objects."""
+    gc.collect()
+    gc.freeze()
