@@ -33,7 +33,6 @@ LOADED = [
     "torch._dynamo",  # which each would load by the first step of an optimizer, in a second
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
-    "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
     "torch.testing",
     "unclamp.explain",
