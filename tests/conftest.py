@@ -50,6 +50,21 @@ def _keep_together(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
+@pytest.hookimpl(specname="pytest_collection_modifyitems", trylast=True)
+def pytest_name_groups(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Name the group of a test in its id, by which pytest-xdist keeps groups together.
+
+    pytest-xdist 3.8 does so by an attribute that pytest 9.2 has no more, to no effect.
+    """
+    if not getattr(config.option, "loadgroup", False):
+        return
+    for item in items:
+        mark, own = item.get_closest_marker("xdist_group"), getattr(item, "_id", None)
+        if mark is not None and own is not None and "@" not in item.nodeid.rpartition("]")[2]:
+            named = type(own).parse(f"{item.nodeid}@{mark.args[0]}")
+            item._id = named  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def pytest_collection_finish() -> None:
     """Leave what is loaded by now out of all collections of garbage: a million objects."""
     gc.collect()
