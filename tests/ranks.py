@@ -24,11 +24,18 @@ import torch.distributed as dist
 from patience import PATIENCE_S
 
 LOADED = [
+    "duckdb",
+    "fsspec",
+    "pandas",
+    "pytest",
+    "scipy.stats",
     "torch",
+    "torch._dynamo",  # which each would load by the first step of an optimizer, in a second
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch.testing",
+    "unclamp.explain",
     "unclamp.nn",
     "warmed",
 ]

@@ -137,3 +137,18 @@ def test_files_are_short_and_say_what_they_answer(path: Path) -> None:
 def test_an_explanation_needs_no_torch() -> None:
     code = "import sys, unclamp; unclamp.Explanation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def shared() -> None:
+    """Stands for what a module's tests share, and what takes time to make."""
+
+
+def test_tests_that_share_a_fixture_of_their_module_go_to_one_worker(
+    shared: None, request: pytest.FixtureRequest
+) -> None:
+    mark = request.node.get_closest_marker("xdist_group")
+    assert mark is not None
+    assert mark.args == ("tests/test_architecture.py",)
+    if getattr(request.config.option, "loadgroup", False):  # as `make test` asks for
+        assert request.node.nodeid.endswith("@tests/test_architecture.py")

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import typed
 from patience import PATIENCE_S
+from typed import Typed
 from unclamp.cli import app
 from unclamp.study.config import StudyConfig
 
 
-def unclamp(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "unclamp", "study", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+def unclamp(*arguments: object) -> Typed:
+    """Run `unclamp study` in this process."""
+    return typed.unclamp("study", *arguments)
 
 
 def printed(*arguments: object) -> dict[str, Any]:
@@ -68,7 +70,9 @@ def test_what_matches_nothing_is_told_once_and_stdout_is_one_document(tmp_path: 
         '[arms.a.recipe]\noverride = [{ match = "nope.*", input = { scaling = "dynamic" } }]\n'
     )
     out = tmp_path / "out"
-    done = unclamp("--config", study, "--out", out, "--jobs", 2, "--json")
+    options = ["--config", str(study), "--out", str(out), "--jobs", "2", "--json"]
+    command = [sys.executable, "-m", "unclamp", "study", *options]  # with what its workers write
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["page"] == str(out / "report.html")
     lines = done.stderr.splitlines()

@@ -294,8 +294,12 @@ def follow_wrappers() -> None:
     _hooks.append(nn.modules.module.register_module_module_registration_hook(_note_wrapper))
     kinds = _wrapper_classes()
     if dist.is_available() and dist.is_initialized() and kinds:
+        known: dict[int, bool] = {}  # of half a million things, a few thousand classes
         for thing in gc.get_objects():
-            if issubclass(type(thing), kinds):  # not isinstance, which may run a proxy's code
+            kind = type(thing)  # and not isinstance, which may run a proxy's code
+            if (is_one := known.get(id(kind))) is None:
+                is_one = known[id(kind)] = issubclass(kind, kinds)
+            if is_one:
                 _wrappers.add(thing)
 
 
