@@ -48,6 +48,7 @@ def quantize_operand(
     slot: str | None = None,
     keeps_codes: bool = True,
     turned: bool = False,
+    measured: bool = False,
 ) -> Quantized:
     """Cast a matrix as `unclamp.numerics.quantize_by` does; a node of a graph in a compiled one.
 
@@ -55,7 +56,10 @@ def quantize_operand(
     """
     if not is_graph_being_made():
         turned = turned and goes_to_gpu(x)
-        return quantize_by(x, plan, scale, axis, slot=slot, keeps_codes=keeps_codes, turned=turned)
+        return quantize_by(
+            x, plan, scale, axis,
+            slot=slot, keeps_codes=keeps_codes, turned=turned, measured=measured,
+        )  # fmt: skip
     if turned and x.device.type == "cuda":
         made = torch.ops.unclamp.quantize_turned(x, scale, *plan.signature, axis)
         codes, scale_inv, amax, stats, other = made
