@@ -27,15 +27,20 @@ def run(*arguments: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
-def interpreted(*arguments: str) -> None:
+def interpreted(*arguments: str, name: str = "interpreted_gpu.py") -> None:
     pytest.importorskip("triton")
-    file = str(HERE / "interpreted_gpu.py")
+    file = str(HERE / name)
     run("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", file, *arguments,
         TRITON_INTERPRET="1")  # fmt: skip
 
 
 def test_kernels_interpreted_equal_the_cpu():
     interpreted("-m", "not slow", "-k", "test_tensor or test_blocks or test_layer")
+
+
+@pytest.mark.parametrize("group", ["test_launches", "test_host", "test_alone or test_slots"])
+def test_launches_and_looks_of_the_host_are_counted(group):
+    interpreted("-k", group, name="interpreted_launches.py")
 
 
 @pytest.mark.slow

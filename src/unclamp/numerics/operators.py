@@ -17,7 +17,7 @@ from unclamp.numerics.blocks import block_grid
 from unclamp.numerics.cast import is_memory
 from unclamp.numerics.fused import fused
 from unclamp.numerics.gemm import matmul
-from unclamp.numerics.gpu import goes_to_gpu
+from unclamp.numerics.gpu import goes_to_gpu, host_may_look
 from unclamp.numerics.gradient import look_at_gradient
 from unclamp.numerics.inspection import DETAILS, empty_details, inspect
 from unclamp.numerics.quantize import quantize_by
@@ -85,7 +85,7 @@ def inspect_operand(x: Tensor, q: Quantized, *, only_clamped: bool) -> Tensor:
 
 
 def _has_clamped_nothing(stats: Tensor) -> bool:
-    return stats.device.type == "cpu" and not stats[Stat.SATURATED] > 0
+    return host_may_look(stats) and not stats[Stat.SATURATED] > 0
 
 
 def look_at_weight_gradient(

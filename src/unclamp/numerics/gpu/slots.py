@@ -56,12 +56,12 @@ def slot_for(device: torch.device) -> Tensor:
         return _slots(torch.device("cuda", index)).of_stream(
             torch.cuda.current_stream(index).cuda_stream
         )
-    if index not in _CAPTURED_ON:  # a graph cannot hold memory that is made for good
+    if index not in _WITH_SLOTS:  # a graph cannot hold memory that is made for good
         return torch.zeros(WORDS, dtype=torch.int32, device=device)
     return _slots(torch.device("cuda", index)).fresh()
 
 
-_CAPTURED_ON: set[int] = set()
+_WITH_SLOTS: set[int] = set()
 """Devices that have their slots."""
 
 
@@ -69,7 +69,7 @@ _CAPTURED_ON: set[int] = set()
 def _slots(device: torch.device) -> Slots:
     made = Slots(device)
     if device.type == "cuda":
-        _CAPTURED_ON.add(device.index)
+        _WITH_SLOTS.add(device.index)
     return made
 
 
