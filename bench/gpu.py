@@ -26,6 +26,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# Not the script's folder, where `coverage` would be this bench's and not what numba looks for.
+sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -142,7 +144,7 @@ def ledger(report: Report) -> None:
     report.add("ledger update, 1,680 sites", ms * 1e3, "us", at_most=100)
 
 
-def _small(device: torch.device, dim: int = 256) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _small(device: torch.device, dim: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
     model = model.to(device, torch.bfloat16)
@@ -154,10 +156,11 @@ def _small(device: torch.device, dim: int = 256) -> tuple[nn.Module, torch.optim
 def whole_step(report: Report) -> None:
     """Run forward, backward, optimizer and ledger without a sync, and replay them in a graph."""
     device = report.device
-    x = torch.randn(512, 256, device=device, dtype=torch.bfloat16)
+    size = report.size(512), report.size(256, 32)
+    x = torch.randn(size, device=device, dtype=torch.bfloat16)
 
     def trained(steps: int, *, in_graph: bool) -> list[Tensor]:
-        model, optimizer = _small(device)
+        model, optimizer = _small(device, report.size(256, 32))
         heard: list[Any] = []
         book = find_ledgers(model)[0]
         book.subscribe(heard.append)
@@ -198,8 +201,9 @@ def recorder(report: Report) -> None:
     """Replay a graph with the recorder on; its thread reads, so no sync debugging here."""
     from unclamp.runlog import RunLog  # noqa: PLC0415  # pyarrow, duckdb
 
-    model, optimizer = _small(report.device)
-    x = torch.randn(512, 256, device=report.device, dtype=torch.bfloat16)
+    model, optimizer = _small(report.device, report.size(256, 32))
+    size = report.size(512), report.size(256, 32)
+    x = torch.randn(size, device=report.device, dtype=torch.bfloat16)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)

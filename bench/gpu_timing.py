@@ -25,7 +25,14 @@ class Part:
     @property
     def lacks(self) -> list[str]:
         """The packages that are not here."""
-        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+        return [name for name in self.needs if not _is_here(name)]
+
+
+def _is_here(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
 
 
 @dataclass(kw_only=True)
