@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
 import unclamp
@@ -62,7 +62,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def counted(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
         mode.names.append(self.fn.__name__)
-        with torch.utils._python_dispatch._disable_current_modes():  # the interpreter's own
+        with _disable_current_modes():  # the interpreter's own
             run(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
