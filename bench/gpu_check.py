@@ -3,9 +3,8 @@
 import functools
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import TimeoutError, get_context  # not the built-in one
 from typing import Any
 
 import torch
@@ -150,11 +149,19 @@ def check(report: Report) -> bool:
     groups = cases(is_dry=report.is_dry)
     workers = 1 if report.is_dry else min(16, os.cpu_count() or 1)
     work = functools.partial(compare, device=report.device.type, is_dry=report.is_dry)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        lines = list(pool.map(work, range(len(groups))))
-    wrong = [line for part in lines for line in part]
+    wrong, compared = [], 0
+    with get_context("spawn").Pool(workers) as pool:  # ends its processes when it is left
+        parts = pool.imap(work, range(len(groups)))
+        for group in groups:
+            try:
+                wrong += parts.next(timeout=max(report.left_s, 0.1))
+            except TimeoutError:
+                break
+            compared += len(group)
     for line in wrong[:20]:
         print(f"   differs: {line}")
     count = sum(len(group) for group in groups)
-    report.add("check: casts that differ from the CPU", len(wrong), f"of {count}", at_most=0)
-    return not wrong
+    report.add("casts that differ from the CPU's", len(wrong), f"of {compared}", at_most=0)
+    if compared < count:
+        report.leave_out("check", f"{count - compared} of {count} casts were not compared in time")
+    return not wrong and compared == count

@@ -84,36 +84,49 @@ def kept_mib(model: nn.Module, x: Tensor) -> float:
     return sum(kept.values()) / 2**20
 
 
-def candidates(base: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Callable[[], None]]:
-    """Return steps by name; compiled ones are compiled at their first call."""
-    models: dict[str, nn.Module | None] = {
-        "bf16 eager": base,
-        "bf16 compiled": compiled(copy.deepcopy(base)),
-    }
-    ours = fp8(base)
-    models["unclamp eager"] = ours
+COMPILING_S = 25.0
+"""What a compiled candidate may take until its first step is done."""
+
+
+def candidates(
+    report: Report, label: str, base: nn.Module, x: Tensor, grad: Tensor
+) -> dict[str, Callable[[], None]]:
+    """Return steps by name, as many as there is time for; compiled ones have been compiled."""
     runs = {}
-    for recipe in ("tensorwise", "rowwise"):
-        peer = torchao(base, recipe)
-        name = f"torchao {recipe} compiled"
-        models[name] = None if peer is None else compiled(peer)
-    for name, model in models.items():
+    for name in ("bf16 eager", "unclamp eager", "bf16 compiled", "unclamp compiled",
+                 "torchao tensorwise compiled", "torchao rowwise compiled"):  # fmt: skip
+        kind, *recipe, way = name.split()
+        if way == "compiled" and not report.has_time(f"{label} {name}", COMPILING_S):
+            continue
+        made = {"bf16": copy.deepcopy, "unclamp": fp8}.get(kind)
+        model = made(base) if made else torchao(base, recipe[0])
         if model is not None:
-            runs[name] = settled(step_of(model, x, grad), model)
-    twin = fp8(base)
-    run = settled(step_of(compiled(twin), x, grad), twin)
-    return runs | {"unclamp compiled": run}
+            ran = compiled(model) if way == "compiled" else model
+            runs[name] = settled(step_of(ran, x, grad), model)
+    return runs
+
+
+def compare(
+    report: Report, name: str, ms: dict[str, float], pair: tuple[str, str], at_least: float | None
+) -> None:
+    """Add how many times faster the second is than the fastest whose name begins as the first."""
+    rivals = [value for key, value in ms.items() if key.startswith(pair[0])]
+    if rivals and pair[1] in ms:
+        report.add(name, min(rivals) / ms[pair[1]], "x", at_least=at_least)
 
 
 def linears(report: Report, flops: float) -> None:
     """Time a linear layer's forward and backward at three shapes; `flops` a second in FP8."""
     for index, (tokens, k, n) in enumerate(SHAPES):
         tokens, k, n = (report.size(size) for size in (tokens, k, n))
+        label = f"linear {tokens}x{k}x{n}"
+        if not report.has_time(label, 10):
+            continue
         options: dict[str, Any] = {"device": report.device, "dtype": torch.bfloat16}
         base = nn.Linear(k, n, bias=False, **options)
         x, grad = torch.randn(tokens, k, **options), torch.randn(tokens, n, **options)
-        runs = candidates(base, x, grad)
-        ms = dict(zip(runs, times_ms(list(runs.values()), report.device, rounds=15), strict=True))
+        runs = candidates(report, label, base, x, grad)
+        ms = timed(runs, report)
         # Three casts, the weight's twice; each GEMM reads two operands and writes one.
         moved = tokens * k * 4 + n * k * 7 + tokens * n * 4 + 2 * (tokens * (n + k) + n * k)
         floor = 6 * tokens * k * n / flops * 1e3
@@ -122,19 +135,19 @@ def linears(report: Report, flops: float) -> None:
                 "value": value, "floor": floor, "bytes": moved,
             }  # fmt: skip
             print(f"   {tokens} x {k} x {n} {name:28} {value:8.3f} ms (floor {floor:.3f})")
-        label = f"linear {tokens}x{k}x{n}"
-        eager = ms["bf16 eager"] / ms["unclamp eager"]
-        report.add(f"{label} eager / bf16 eager", eager, "x", at_least=1.25 if index else None)
-        peers = [v for name, v in ms.items() if name.startswith("torchao")]
-        if peers:
-            ratio = min(peers) / ms["unclamp compiled"]
-            report.add(f"{label} compiled / torchao", ratio, "x", at_least=1.0)
-        ratio = ms["bf16 compiled"] / ms["unclamp compiled"]
-        report.add(f"{label} compiled / bf16", ratio, "x")
+        goal = 1.25 if index else None
+        compare(report, f"{label} eager / bf16", ms, ("bf16 eager", "unclamp eager"), goal)
+        compare(report, f"{label} compiled / torchao", ms, ("torchao", "unclamp compiled"), 1.0)
+        compare(report, f"{label} compiled / bf16", ms, ("bf16 comp", "unclamp compiled"), None)
         share = kept_mib(fp8(base), x) / kept_mib(base, x)
         report.add(f"{label} kept memory / bf16", share, "x", at_most=0.55)
         del base, x, grad, runs
         _free(report)
+
+
+def timed(runs: dict[str, Callable[[], None]], report: Report) -> dict[str, float]:
+    """Return the median times in ms, by name."""
+    return dict(zip(runs, times_ms(list(runs.values()), report.device, rounds=15), strict=True))
 
 
 class LlamaBlock(nn.Module):
@@ -169,15 +182,12 @@ def block(report: Report) -> None:
     base = LlamaBlock(dim, hidden, report.size(32, 4), report.size(8, 2))
     base = base.to(report.device, torch.bfloat16)
     x = torch.randn(1, tokens, dim, device=report.device, dtype=torch.bfloat16)
-    runs = candidates(base, x, torch.randn_like(x))
-    ms = dict(zip(runs, times_ms(list(runs.values()), report.device, rounds=15), strict=True))
+    runs = candidates(report, "block", base, x, torch.randn_like(x))
+    ms = timed(runs, report)
     for name, value in ms.items():
         report.add(f"block {name}", tokens / value * 1e3, "tokens/s")
-    ours = ms["unclamp compiled"]
-    report.add("block compiled / bf16 compiled", ms["bf16 compiled"] / ours, "x", at_least=1.25)
-    peers = [value for name, value in ms.items() if name.startswith("torchao")]
-    if peers:
-        report.add("block compiled / torchao", min(peers) / ours, "x", at_least=1.0)
+    compare(report, "block compiled / bf16", ms, ("bf16 comp", "unclamp compiled"), 1.25)
+    compare(report, "block compiled / torchao", ms, ("torchao", "unclamp compiled"), 1.0)
     del base, x, runs
     _free(report)
 

@@ -1,6 +1,7 @@
 """Times on a GPU by its own events, floors beside them, and the table that comes last."""
 
 import contextlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,19 +10,74 @@ from typing import Any
 
 import torch
 
+TOTAL_S = 340.0
+"""What all parts may take together."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the bench: the seconds that it may take, and the packages that it needs."""
+
+    run: Callable[[], Any]
+    budget_s: float
+    needs: tuple[str, ...] = ()
+
+    @property
+    def lacks(self) -> list[str]:
+        """The packages that are not here."""
+        return [name for name in self.needs if not _is_here(name)]
+
+
+def _is_here(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
 
 @dataclass(kw_only=True)
 class Report:
-    """Figures by name, the lines of the table, and the errors of parts that failed.
+    """Figures by name, the rows of the table, the errors of parts that failed, what is left out.
 
     `is_dry` stands for tiny sizes on a CPU: it finds mistakes in the script, and no figures.
     """
 
     device: torch.device
     is_dry: bool = False
+    total_s: float = TOTAL_S
     figures: dict[str, Any] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+    until: float = float("inf")
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left to the part that runs."""
+        return min(self.until, self.began + self.total_s) - time.perf_counter()
+
+    def has_time(self, name: str, needed_s: float) -> bool:
+        """Whether there is time for something; where there is not, it is said in the table."""
+        if self.left_s >= needed_s:
+            return True
+        self.leave_out(name, f"{max(self.left_s, 0):.0f} s left, {needed_s:.0f} s wanted")
+        return False
+
+    def leave_out(self, name: str, why: str) -> None:
+        """Say that something was not measured, and why."""
+        self.left_out[name] = why
+        print(f"{name}: left out, {why}", flush=True)
+
+    def table(self, machine: str) -> str:
+        """Return all that was found in Markdown, to be copied as it is."""
+        lines = [machine, "", "| what | measured | floor | target |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in self.rows]
+        lines += [f"| {name} | FAILED | | {why} |" for name, why in self.errors.items()]
+        if self.left_out:
+            named = [f"{name} ({why})" for name, why in self.left_out.items()]
+            lines += ["", "Left out: " + "; ".join(named) + "."]
+        return "\n".join(lines)
 
     def size(self, full: int, dry: int = 64) -> int:
         """Return a size, or a tiny one."""
@@ -33,39 +89,45 @@ class Report:
         met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
         target = at_least if at_least is not None else at_most
         self.figures[name] = {"value": value, "unit": unit, "floor": floor, "target": target}
-        sign = ">=" if at_least is not None else "<="
-        aim = (
-            ""
-            if target is None or self.is_dry
-            else f"  {sign} {target:g}: {'met' if met else 'MISSED'}"
-        )
-        beside = "" if floor is None else f" (floor {floor:.4g})"
-        self.lines.append(f"{name[:44]:44} {value:9.4g} {unit}{beside}{aim}")
-        print(self.lines[-1], flush=True)
+        sign = "at least" if at_least is not None else "at most"
+        known = target is not None and not self.is_dry
+        aim = f"{sign} {target:g}: {'met' if met else '**missed**'}" if known else ""
+        beside = "" if floor is None else f"{floor:.4g} {unit}"
+        row = (name, f"{value:.4g} {unit}".strip(), beside, aim)
+        self.rows.append(row)
+        print(f"{name[:44]:44} {row[1]:>16} {beside and f'(floor {beside})'} {aim}", flush=True)
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Run a part of the bench; where it fails, say so and go on."""
+    def part(self, name: str, budget_s: float = float("inf")) -> Iterator[None]:
+        """Run a part of the bench in its time; where it fails, say so and go on."""
         began = time.perf_counter()
+        self.until = began + budget_s
         print(f"\n-- {name}", flush=True)
         try:
             yield
         except Exception as error:
-            self.errors[name] = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            self.lines.append(f"{name[:44]:44}    FAILED {self.errors[name][:60]}")
-            print(self.lines[-1], flush=True)
+            said = " ".join(str(error).split())[:200].replace("|", "/")
+            self.errors[name] = f"{type(error).__name__}: {said}"
+            print(f"{name[:44]:44}    FAILED {self.errors[name]}", flush=True)
         print(f"   {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def times_ms(
-    runs: Sequence[Callable[[], Any]], device: torch.device, *, rounds: int = 25, inner: int = 1
-) -> list[float]:
-    """Return the median time of each candidate, taken in turn, so that drift hits all alike."""
+    runs: Sequence[Callable[[], Any]], device: torch.device, *, rounds: int = 25, inner: int = 1,
+    limit_s: float = 20,
+) -> list[float]:  # fmt: skip
+    """Return the median time of each candidate, taken in turn, so that drift hits all alike.
+
+    After `limit_s` there are no more rounds than three.
+    """
     for run in runs:
         for _ in range(2):
             run()
     found: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds if device.type == "cuda" else 1):
+    began = time.perf_counter()
+    for done in range(rounds if device.type == "cuda" else 1):
+        if done >= 3 and time.perf_counter() - began > limit_s:
+            break
         for run, times in zip(runs, found, strict=True):
             times.append(_once(run, device, inner) / inner)
     return [statistics.median(times) for times in found]

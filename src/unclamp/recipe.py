@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from unclamp.errors import RecipeError, naming_arguments
 from unclamp.formats import get_format
 from unclamp.names import SiteName
@@ -276,6 +274,8 @@ class Recipe(Shown):
         """
         data = self.to_dict()
         rules = data.pop("override", ())
+        import tomli_w  # noqa: PLC0415  # a bench's machine may have torch and numba alone
+
         return "\n".join([tomli_w.dumps(data), *map(_override_toml, rules)])
 
     @classmethod
@@ -312,6 +312,8 @@ def _override_toml(rule: Mapping[str, Any]) -> str:
     writes one table, which begins with its own header because of `match`, and the header is made
     that of an entry.
     """
+    import tomli_w  # noqa: PLC0415
+
     table = tomli_w.dumps({"override": rule})
     return "[[override]]" + table.removeprefix("[override]")
 

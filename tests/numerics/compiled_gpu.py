@@ -24,11 +24,11 @@ from unclamp.numerics.gpu.cast_blocks import SIZE, tiling
 
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 POINTERS = {
-    "x": "*i16", "scale": "*fp32", "flag": "*i32", "out": "*u8", "turned": "*u8",
+    "x": "*i16", "scale": "*fp32", "slot": "*i32", "out": "*u8", "turned": "*u8",
     "words": "*i32", "tops": "*i32", "parts": "*fp64", "stats": "*fp64",
     "scale_inv": "*fp32", "amax": "*fp32",
 }  # fmt: skip
-ALIGNED = ("x", "out", "turned", "words", "rows", "columns", "elements")
+ALIGNED = ("x", "slot", "out", "turned", "words", "rows", "columns", "elements")
 
 
 def compiled(kernel: Any, target: str, constants: dict[str, Any], how: dict[str, Any]) -> Any:
@@ -48,12 +48,16 @@ def check_tensor(target: str) -> None:
             turned = tile is TURNED
             constants: dict[str, Any] = {"KIND": 1, "SLICES": tile.slices, "BM": tile.rows}
             constants |= {"BN": tile.columns, "F": numbers(fmt, native=target == "cuda")}
-            constants |= {"GIVEN": True, "GUARD": True, "TURNED": turned, "PACKED": turned}
+            constants |= {"TURNED": turned, "PACKED": turned}
             how = options(tile, arch)
-            first = compiled(tensorwise.cast_tiles, target, constants | {"COUNT": True}, how)
-            compiled(tensorwise.settle, target, constants | {"SIZE": SUMMED * tile.warps}, how)
-            if target == "cuda":
-                check_ptx(first.asm["ptx"], slices=tile.slices)
+            settling = {"GIVEN": True, "COUNT": True, "SIZE": SUMMED * tile.warps}
+            for guard, alone in ((True, False), (False, True)):
+                ways = settling | {"GUARD": guard, "ALONE": alone}
+                first = compiled(tensorwise.cast_tiles, target, constants | ways, how)
+                if target == "cuda":
+                    check_ptx(first.asm["ptx"], slices=tile.slices * (1 + alone))
+                    check_last_program(first.asm["ptx"])
+            compiled(tensorwise.cast_again, target, constants, how)
 
 
 def check_ptx(ptx: str, *, slices: int) -> None:
@@ -70,6 +74,19 @@ def check_ptx(ptx: str, *, slices: int) -> None:
     assert "div.full" not in ptx
 
 
+def check_last_program(ptx: str) -> None:
+    """Findings are written, then all threads of the program meet, then one counts it.
+
+    The count releases what was written and acquires what others wrote; findings are read past the
+    first cache.
+    """
+    before, after = re.split(r"atom\.global\.gpu\.acq_rel\.add\.u?s?32|"
+                             r"atom\.acq_rel\.gpu\.global\.add\.u?s?32", ptx)  # fmt: skip
+    assert before.rindex("bar.sync") > before.rindex("st.global")
+    assert "bar.sync" in after[: after.index("ld.global")]
+    assert after.count("ld.global.cg") >= 1 + 5
+
+
 def check_blocks(target: str) -> None:
     for block, straight in (((1, 128), True), ((128, 1), False), ((128, 128), True),
                             ((1, 32), True), ((1, None), True), ((None, 1), False)):  # fmt: skip
@@ -81,9 +98,9 @@ def check_blocks(target: str) -> None:
         constants |= {"FITS": cut.fits, "GIVEN": not straight, "GUARD": not straight}
         constants |= {"STRAIGHT": straight, "TURNED": not straight or block == (128, 128)}
         how = {"num_warps": 16, "enable_fp_fusion": False}
-        compiled(blockwise.cast_blocks, target, constants, how)
+        made = compiled(blockwise.cast_blocks, target, constants | {"SIZE": SIZE}, how)
+        check_last_program(made.asm["ptx"])
         compiled(blockwise.block_tops, target, grid, how)
-    compiled(blockwise.add_up, target, {"SIZE": SIZE}, {"num_warps": 8})
 
 
 class Device(DriverBase):
@@ -129,8 +146,8 @@ def check_launches() -> None:
     """Bind every kind of launch as the launcher would on an H100: arguments, options, code."""
     triton.runtime.driver.set_active(Device())
     cast.architecture = lambda device: "sm_90"
-    for module, names in ((cast, ("cast_tiles", "settle")),
-                          (cast_blocks, ("block_tops", "cast_blocks", "add_up"))):  # fmt: skip
+    for module, names in ((cast, ("cast_tiles", "cast_again")),
+                          (cast_blocks, ("block_tops", "cast_blocks"))):  # fmt: skip
         for name in names:
             setattr(module, name, Launcher(getattr(module, name)))
     x, scale = torch.randn(256, 512), torch.tensor(1.0)
@@ -138,6 +155,7 @@ def check_launches() -> None:
         for fmt in (E4M3FN, E5M2):
             cast.quantize_tensor(x.to(dtype), fmt, scale, guard=True, turned=True)
             cast.quantize_tensor(x.to(dtype), fmt, power_of_two=True, margin=1)
+            cast.quantize_tensor(x.to(dtype), fmt, scale, measured=True)
     cast.quantize_tensor(x[:, :77], E4M3FNUZ, scale, counts=False)
     for granularity in (PerRow(), PerBlock(1, 128), PerBlock(128, 128), MX()):
         for axis in (0, 1):

@@ -1,12 +1,15 @@
 """The way of a GPU, without one: kernels interpreted and compiled, and the rules of devices."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.patience import PATIENCE_S
 
 from unclamp import E4M3FN, E4M3FNUZ, E5M2
 from unclamp.numerics.gpu.gemm import GemmPlan, Given, has_fp8_gemm, plan_gemm
@@ -27,15 +30,20 @@ def run(*arguments: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
-def interpreted(*arguments: str) -> None:
+def interpreted(*arguments: str, name: str = "interpreted_gpu.py") -> None:
     pytest.importorskip("triton")
-    file = str(HERE / "interpreted_gpu.py")
+    file = str(HERE / name)
     run("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", file, *arguments,
         TRITON_INTERPRET="1")  # fmt: skip
 
 
 def test_kernels_interpreted_equal_the_cpu():
     interpreted("-m", "not slow", "-k", "test_tensor or test_blocks or test_layer")
+
+
+@pytest.mark.parametrize("group", ["test_launches", "test_host", "test_alone or test_slots"])
+def test_launches_and_looks_of_the_host_are_counted(group):
+    interpreted("-k", group, name="interpreted_launches.py")
 
 
 @pytest.mark.slow
@@ -159,3 +167,75 @@ def test_the_bench_says_that_it_needs_a_gpu():
     assert done.returncode == 2
     assert "needs a GPU" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+ALONE = """
+import re, runpy, sys
+from importlib.machinery import PathFinder
+from importlib.metadata import distribution
+wanted, queue = set(), ["torch", "triton", "numpy", "numba"]
+while queue:
+    name = queue.pop().lower().replace("_", "-")
+    if name not in wanted:
+        try:
+            asked = distribution(name).requires or []
+        except Exception:
+            continue
+        wanted.add(name)
+        queue += [re.match(r"[\\w.-]+", each)[0] for each in asked if "extra ==" not in each]
+mine = {"unclamp", "bench", "torchgen"} | {name.replace("-", "_") for name in wanted}
+class OnlyThese:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        top = name.partition(".")[0]
+        is_known = top in mine or top in sys.stdlib_module_names or top.startswith("_")
+        return PathFinder.find_spec(name, path, target) if is_known else None
+sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyThese
+sys.argv = ["bench/gpu.py", *sys.argv[1:]]
+sys.path.insert(0, "bench")
+runpy.run_path("bench/gpu.py", run_name="__main__")
+"""
+
+
+def dry_run(tmp_path: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """Run the bench where only torch, triton, numpy, numba and what they require are found."""
+    pytest.importorskip("triton")
+    out = tmp_path / "found.json"
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, "--dry-run", "--out", str(out), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "TRITON_INTERPRET": "1",
+             "UNCLAMP_DEVICE_PATH": "interpreter"},
+        capture_output=True, text=True, check=False, cwd=ROOT, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "UnclampWarning" not in done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_the_bench_wants_torch_triton_numpy_and_numba_alone(tmp_path):
+    parts = ("ceilings", "ledger", "recorder", "study")
+    printed, found = dry_run(tmp_path, *(word for part in parts for word in ("--only", part)))
+    assert not found["errors"]
+    assert found["figures"]["ledger update, 1,680 sites"]["value"] > 0
+    assert set(found["left_out"]) == {"recorder", "study"}
+    assert found["left_out"]["recorder"] == "needs pyarrow and duckdb"
+    table = printed[printed.index("| what |") :].splitlines()
+    assert table[1] == "|---|---|---|---|"
+    assert all(row.count("|") == 5 for row in table[: table.index("")])
+    assert "Left out: recorder (needs pyarrow and duckdb)" in printed
+
+
+def test_the_bench_says_what_it_had_no_time_for(tmp_path):
+    printed, found = dry_run(tmp_path, "--only", "ledger", "--only", "casts", "--seconds", "0")
+    assert set(found["left_out"]) == {"ledger", "casts"}
+    assert not found["figures"]
+    assert "0 s left" in printed
+
+
+@pytest.mark.slow
+def test_the_whole_bench_runs_dry(tmp_path):
+    _, found = dry_run(
+        tmp_path, "--seconds", "3000", *(["--only", "casts", "--only", "whole", "--only", "linear"])
+    )
+    assert not found["errors"]
+    assert found["figures"]["graph: tensors that differ from eager"]["value"] == 0

@@ -21,11 +21,13 @@ from torch import Tensor
 from unclamp.names import Gemm, Role
 from unclamp.nn.casts import Seen
 from unclamp.nn.counting import is_counted
-from unclamp.nn.operands import AXES, Operands
+from unclamp.nn.layout import AXES
+from unclamp.nn.operands import Operands
 from unclamp.nn.product import Commit, when_to_commit
 from unclamp.nn.rehearsal import rehearses
 from unclamp.nn.scores import Attended, Part, Shape, parts
 from unclamp.numerics import CastPlan, Quantized, scale_from_amax
+from unclamp.numerics.gpu import host_may_look
 from unclamp.numerics.inspection import INSPECTED
 from unclamp.numerics.operators import quantize_operand
 from unclamp.numerics.scale import choose_scale
@@ -149,8 +151,8 @@ def _scale_of(
     matrices: Iterable[Tensor], plan: CastPlan, given: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the scale that a cast of the whole tensor has, and 1 where it is cast again."""
-    # Waits for the device, in a step that is looked at.
-    if given is not None and not plan.guard and bool(given > 0):
+    # On a CPU a scale that is there saves the amax; of a device nobody asks: the host would wait.
+    if given is not None and host_may_look(given) and not plan.guard and given > 0:
         return given, None
     amaxes = [torch.nan_to_num(x, 0, 0, 0).abs().amax() for x in matrices if x.numel()]
     amax = torch.stack(amaxes).amax() if amaxes else torch.zeros(())

@@ -30,6 +30,7 @@ from unclamp.nn.products import SITES, Several, products_in
 from unclamp.nn.rehearsal import watch_pipelines
 from unclamp.nn.turns import Turn, Turns
 from unclamp.nn.unseen import Unseen, closures
+from unclamp.numerics.gpu import host_may_look
 
 NO_TASK = -1
 """What torch calls the backward that runs, when none does."""
@@ -319,7 +320,7 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     On another device only the kernel knows, and the host does not wait for it.
     """
     found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and found.device.type == "cpu" and bool(found > 0)
+    return isinstance(found, Tensor) and host_may_look(found) and bool(found > 0)
 
 
 ticking: Alive[Ticking] = Alive()

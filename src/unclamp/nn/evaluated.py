@@ -17,7 +17,7 @@ from torch import Tensor
 from unclamp.errors import UnclampWarning
 from unclamp.names import ROLES, SiteName
 from unclamp.numerics import Stat, empty_stats
-from unclamp.numerics.gpu import is_capturing
+from unclamp.numerics.gpu import host_may_look, is_capturing
 from unclamp.written import counted
 
 
@@ -196,7 +196,7 @@ class Evaluated:
         is_rare = self._looks & (self._looks - 1) == 0
         if self._before is None or is_capturing():
             return
-        if self.stats.device.type != "cpu" and not is_rare:
+        if not (host_may_look(self.stats) or is_rare):
             return
         clamped = self.stats[:, Stat.SATURATED] - self._before
         if not (clamped > 1).any():

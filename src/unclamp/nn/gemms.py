@@ -216,7 +216,7 @@ def run_backward(
         if part.remade is not None:
             w_cast = w_codes if smooth is None else w_codes.to(torch.float32) / smooth
             axis: Axis = 1 if operands.square["weight"] else 0
-            w_hat = _remade(w_cast, w_inv, part.remade, axis)
+            w_hat = _remade(w_cast, w_inv, part.remade, axis, measured=operands.is_measured)
         else:
             w_hat = GemmOperand(w_codes, w_inv, part.grains[1], 0)
         if part.high["grad_input"]:
@@ -298,12 +298,15 @@ def _scale_of(operands: Operands, hat: Hat) -> Tensor | None:
     return None if scale is None else scale.clone()
 
 
-def _remade(weight: Tensor, scale: Tensor | None, plan: CastPlan, axis: Axis) -> GemmOperand:
+def _remade(
+    weight: Tensor, scale: Tensor | None, plan: CastPlan, axis: Axis, *, measured: bool
+) -> GemmOperand:
     """Return the weight as the forward cast it, for `grad_input`; it is not counted again.
 
     What a cast does is a function of tensor, scale and plan: the codes are the same.
     """
-    return quantize_operand(weight, scale, plan, axis, turned=axis == 1).along(0)
+    turned = axis == 1
+    return quantize_operand(weight, scale, plan, axis, turned=turned, measured=measured).along(0)
 
 
 def plain_gemm(a: GemmOperand, b: GemmOperand, bias: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from unclamp.nn.first import first_scale
 from unclamp.nn.groups import Groups
 from unclamp.nn.operands import Operands
 from unclamp.numerics import GemmOperand, Quantized, Stat
+from unclamp.numerics.gpu import host_may_look
 from unclamp.numerics.operators import gemm
 
 
@@ -24,7 +25,7 @@ def cast_gradient(
     each gradient would cost as much as its cast: NaN takes the place of the scale, and ends in all
     that is made of the gradient.
     """
-    is_cpu, is_compiling = dy.device.type == "cpu", torch.compiler.is_compiling()
+    is_cpu, is_compiling = host_may_look(dy), torch.compiler.is_compiling()
     if is_cpu and is_compiling:
         dy = torch.where(dy.isfinite(), dy, torch.nan)
     scale = first_scale(operands, "grad_output", dy, together)
@@ -58,7 +59,7 @@ def with_look(
     Where NaN took the place of an Inf, that gradient says nothing: one is measured that has the
     largest value there, as the cast makes it. It is rare, so that nothing is spent on it before.
     """
-    if dy_hat.tensor is not dy and dy.device.type == "cpu" and not torch.compiler.is_compiling():
+    if dy_hat.tensor is not dy and host_may_look(dy) and not torch.compiler.is_compiling():
         if operands.inspection == "never":
             return seen
         dy_hat = operands.cast("grad_output", dy, ["grad_weight"], agreed=dy_hat.agreed)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unclamp.formats import Format
-from unclamp.names import Role, SiteName
+from unclamp.names import Gemm, Role, SiteName
 from unclamp.nn.ring import Ring
 from unclamp.numerics import CastPlan, block_grid
 from unclamp.policy import Settings, history_len_of
@@ -25,6 +25,15 @@ from unclamp.scaling import PER_TENSOR, Granularity, Scaling
 
 Axis = Literal[0, 1]
 """The axis of an operand, as the layer holds it, that a GEMM contracts."""
+AXES: dict[tuple[Role, Gemm], Axis] = {
+    ("input", "output"): 1,
+    ("weight", "output"): 1,
+    ("grad_output", "grad_input"): 1,
+    ("weight", "grad_input"): 0,
+    ("grad_output", "grad_weight"): 0,
+    ("input", "grad_weight"): 0,
+}
+"""The axis of each operand, as the product holds it, that each GEMM contracts."""
 
 
 @dataclass(frozen=True, kw_only=True)

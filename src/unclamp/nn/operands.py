@@ -17,7 +17,7 @@ from unclamp.names import GEMMS, ROLES, Gemm, Role
 from unclamp.nn.agreed import NOT_AGREED, WHOLE, Agreed, Found, Splits, agreed_scales
 from unclamp.nn.casts import NOTHING_SEEN, Hat, Seen
 from unclamp.nn.gathered import GatheredCodes
-from unclamp.nn.layout import Axis, Site
+from unclamp.nn.layout import AXES, Axis, Site
 from unclamp.nn.noted import NO_VERSION, Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
 from unclamp.nn.update import LOOKS_AT_ALL, Inspection
 from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
@@ -38,18 +38,8 @@ if TYPE_CHECKING:
     from unclamp.nn.ledger import Ledger
 
 HIGH = HighPrecision.kind
-AXES: dict[tuple[Role, Gemm], Axis] = {
-    ("input", "output"): 1,
-    ("weight", "output"): 1,
-    ("grad_output", "grad_input"): 1,
-    ("weight", "grad_input"): 0,
-    ("grad_output", "grad_weight"): 0,
-    ("input", "grad_weight"): 0,
-}
-"""The axis of each operand, as the product holds it, that each GEMM contracts."""
 TOKENS_AN_OUTPUT = 10
 """Tokens for each output feature from which on the codes of a weight are kept on a GPU."""
-
 
 KEPT = (
     "ledger", "indices", "smooth", "modes", "is_saved", "ignored", "weight_name", "only_observed",
@@ -92,18 +82,19 @@ class Operands:
         origin: The weight when scales last came from elsewhere.
         last_passed: Updates so far when a gradient last passed through it while it was frozen.
         module: The module that casts by them, as long as it lives; None: unknown.
+        committed_after: Updates when it first committed by these views; None: not yet.
         weight_name: What that calls the parameter that its second operand is, or lies in; None
             where it is computed.
     """
 
     noted: Noted | None = None
     module: "weakref.ref[nn.Module] | None" = None
+    committed_after: int | None = None
     last_passed, silent_forwards = -2, 0
     found = Found()
     is_saved = True
-    only_observed = False
+    only_observed = is_gathered = False
     on_end: Callable[[], None] | None = None
-    is_gathered = False
     ignored: tuple[set[str], ...] = ()
     weight_name: str | None = "weight"
     version_asked: int | None = None  # of the weight, when a checkpoint asked what can be loaded
@@ -121,7 +112,7 @@ class Operands:
 
     def bind(self) -> None:
         """Take the plan and the views anew: after anything in the ledger but numbers changed."""
-        ledger, first = self.ledger, self.indices["input"]
+        ledger, first, self.committed_after = self.ledger, self.indices["input"], None
         self.number = first // len(ROLES)
         sites: dict[Role, Site] = {r: ledger.sites[index] for r, index in self.indices.items()}
         self.plans: dict[Role, CastPlan | None] = {r: s.cast_plan for r, s in sites.items()}
@@ -249,17 +240,26 @@ class Operands:
         if not self.square[role]:
             casts: dict[Axis, Quantized] = {}
             for axis in axes:
-                scale = self._scale(role, axis, doubt, agreed)
-                slot = f"{role} {axis}" if axis == 1 or at_once else None
-                made = quantize_operand(x, scale, plan, axis, slot=slot, is_whole=in_batch)
+                made = quantize_operand(
+                    x, self._scale(role, axis, doubt, agreed), plan, axis,
+                    slot=f"{role} {axis}" if axis == 1 or at_once else None,
+                    is_whole=in_batch, measured=self.is_measured,
+                )  # fmt: skip
                 casts[axis] = self.inspected(x, made)
             return Hat(x, casts, agreed)
         # Codes of the gradient are gone with the backward that makes them.
         q = quantize_operand(
             x, self._scale(role, 1, doubt, agreed, scale), plan, 1,
             slot=role, keeps_codes=not at_once, is_whole=in_batch, turned=0 in axes,
+            measured=self.is_measured,
         )  # fmt: skip
         return Hat(x, dict.fromkeys((1, 0), self.inspected(x, q)), agreed)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its scales are hardly 0, for speed alone; no graph asks: it serves all steps."""
+        first = None if torch.compiler.is_compiling() else self.committed_after
+        return first is not None and self.ledger.updates > first
 
     def _scale(
         self, role: Role, axis: Axis, doubt: Doubt, agreed: Agreed, given: Tensor | None = None
@@ -315,8 +315,10 @@ class Operands:
 
     def commit(self, seen: Mapping[Role, "Seen"]) -> None:
         """Hand statistics, closer looks and amaxes of blocks to the ledger."""
-        if not torch.compiler.is_compiling() and is_capturing():
-            self.ledger.captured.is_in_graph = True
+        if not torch.compiler.is_compiling():
+            if self.committed_after is None:
+                self.committed_after = self.ledger.updates
+            self.ledger.captured.is_in_graph |= is_capturing()
         for role, one in seen.items():
             amaxes: dict[Axis, Tensor | None] = {1: one.amax_1, 0: one.amax_0}
             for axis, amax in amaxes.items():

@@ -26,6 +26,7 @@ from unclamp.nn.operands import HIGH, Operands
 from unclamp.nn.update import LOOKS_AT_ALL
 from unclamp.numerics import CastPlan, Quantized, Stat
 from unclamp.numerics.cast import dequantize_codes
+from unclamp.numerics.gpu import host_may_look
 from unclamp.numerics.price import (
     CutOff,
     clamp_price,
@@ -171,7 +172,7 @@ def _wants_look(operands: Operands, q: Quantized) -> bool:
 
 def _has_clamped_nothing(q: Quantized) -> bool:
     # An element of a tensor takes ten times as long to look at as one of a list.
-    return q.stats.device.type == "cpu" and not q.stats.tolist()[Stat.SATURATED] > 0
+    return host_may_look(q.stats) and not q.stats.tolist()[Stat.SATURATED] > 0
 
 
 def _factor(role: Role, smooth: Tensor | None) -> Tensor | None:

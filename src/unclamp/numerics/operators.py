@@ -17,7 +17,7 @@ from unclamp.numerics.blocks import block_grid
 from unclamp.numerics.cast import is_memory
 from unclamp.numerics.fused import fused
 from unclamp.numerics.gemm import matmul
-from unclamp.numerics.gpu import goes_to_gpu
+from unclamp.numerics.gpu import goes_to_gpu, host_may_look
 from unclamp.numerics.gradient import look_at_gradient
 from unclamp.numerics.inspection import DETAILS, empty_details, inspect
 from unclamp.numerics.quantize import quantize_by
@@ -49,6 +49,7 @@ def quantize_operand(
     keeps_codes: bool = True,
     is_whole: bool = True,
     turned: bool = False,
+    measured: bool = False,
 ) -> Quantized:
     """Cast a matrix as `unclamp.numerics.quantize_by` does; a node of a graph in a compiled one.
 
@@ -59,6 +60,7 @@ def quantize_operand(
         return quantize_by(
             x, plan, scale, axis,
             slot=slot, keeps_codes=keeps_codes, is_whole=is_whole, turned=turned,
+            measured=measured,
         )  # fmt: skip
     if turned and x.device.type == "cuda":
         made = torch.ops.unclamp.quantize_turned(x, scale, *plan.signature, axis)
@@ -86,7 +88,7 @@ def inspect_operand(x: Tensor, q: Quantized, *, only_clamped: bool) -> Tensor:
 
 def _has_clamped_nothing(stats: Tensor) -> bool:
     # An element of a tensor takes ten times as long to look at as one of a list.
-    return stats.device.type == "cpu" and not stats.tolist()[Stat.SATURATED] > 0
+    return host_may_look(stats) and not stats.tolist()[Stat.SATURATED] > 0
 
 
 def look_at_weight_gradient(

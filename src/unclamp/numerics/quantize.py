@@ -98,12 +98,14 @@ def quantize_by(
     slot: str | None = None,
     keeps_codes: bool = True,
     is_whole: bool = True,
+    measured: bool = False,
 ) -> Quantized:
     """Cast as a plan says; see `quantize`.
 
     With a `slot` values come too where they are cheap, in the workspace of that name: they last
     until the slot is used again. Without `keeps_codes` so do the codes. Without `is_whole` only
-    small tensors have values: a GEMM decodes larger ones by panels.
+    small tensors have values: a GEMM decodes larger ones by panels. `measured` says that the
+    scale is hardly 0, "nothing measured yet": on a GPU that saves a launch.
     """
     path = path_of(x)
     if path is Path.NUMBA:
@@ -113,20 +115,20 @@ def quantize_by(
             out = None if keeps_codes else borrow(f"{slot} codes", x.numel(), torch.uint8)
         q = fused().quantize(x, plan, scale, axis, values=values, out=out)
     elif path is Path.TRITON:
-        q = _by_triton(x, plan, scale, axis, turned=turned)
+        q = _by_triton(x, plan, scale, axis, turned=turned, measured=measured)
     else:
         q = _in_torch(x, plan, scale, axis)
     return q._replace(turned=_turned(q.codes)) if turned and q.turned is None else q
 
 
 def _by_triton(
-    x: Tensor, plan: CastPlan, scale: Tensor | None, axis: int, *, turned: bool
+    x: Tensor, plan: CastPlan, scale: Tensor | None, axis: int, *, turned: bool, measured: bool
 ) -> Quantized:
     # Triton is imported where there is something for it to do.
     from unclamp.numerics.gpu import cast, cast_blocks  # noqa: PLC0415
 
     if plan.granularity.is_whole:
-        return cast.quantize(x, plan, scale, axis, turned=turned)
+        return cast.quantize(x, plan, scale, axis, turned=turned, measured=measured)
     made = cast_blocks.quantize(x, plan, scale, axis, turned=turned)
     return _in_torch(x, plan, scale, axis) if made is None else made
 

@@ -23,6 +23,13 @@ def goes_to_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda" or (x.device.type == "cpu" and is_interpreted())
 
 
+def host_may_look(x: Tensor) -> bool:
+    """Whether the host sees a tensor's elements without waiting for a device that computes them."""
+    if torch.compiler.is_compiling():
+        return x.device.type == "cpu"
+    return x.device.type == "cpu" and not is_interpreted()
+
+
 def has_kernels(x: Tensor) -> bool:
     """Whether the Triton kernels take a tensor: memory of a GPU, and no stand-in for it."""
     is_real = type(x) in (Tensor, torch.nn.Parameter)

@@ -1,8 +1,8 @@
 """The cast with a scale a row or a block, in one read where a block fits into a tile.
 
     block_tops    amaxes of blocks that are larger than a tile, by atomic maximum of bits
-    cast_blocks   a tile's amaxes (its own, or those of `block_tops`), scales, codes, counts
-    add_up        statistics of all programs, by one
+    cast_blocks   a tile's amaxes (its own, or those of `block_tops`), scales, codes, counts;
+                  the last program to finish adds up the statistics (`settling`)
 
 The tensor is a row-major matrix, and a tile has whole blocks of it, AM rows by AN columns, in a
 grid of GM by GN. In the results a block lies at `m * step_m + n * step_n`: the grid of a cast
@@ -25,7 +25,7 @@ from unclamp.numerics.gpu.rounding import (
     unit_of,
     unit_square,
 )
-from unclamp.numerics.gpu.tensorwise import (
+from unclamp.numerics.gpu.settling import (
     AMAX,
     CASTS,
     ELEMENTS,
@@ -36,9 +36,9 @@ from unclamp.numerics.gpu.tensorwise import (
     SCALE_INV,
     SQUARE,
     UNDERFLOWED,
-    store_codes,
-    tile_offsets,
+    is_last,
 )
+from unclamp.numerics.gpu.tensorwise import store_codes, tile_offsets
 
 PARTS = 8
 """Numbers of a program, float64 `[PARTS, programs]`: the two maxima, then what is added up."""
@@ -126,13 +126,62 @@ def block_tops(
 
 
 @triton.jit
+def add_up(parts, stats, amax, programs, elements, scales, SIZE: tl.constexpr):
+    """Make the statistics of a cast from those of its programs; amaxes -1 if nothing is finite."""
+    at = tl.arange(0, SIZE)
+    start = programs * 0
+    largest = tl.zeros([SIZE], tl.float64)
+    inv = tl.zeros([SIZE], tl.float64)
+    saturated = tl.zeros([SIZE], tl.float64)
+    underflowed = tl.zeros([SIZE], tl.float64)
+    nonfinite = tl.zeros([SIZE], tl.float64)
+    recast = tl.zeros([SIZE], tl.float64)
+    square = tl.zeros([SIZE], tl.float64)
+    removed = tl.zeros([SIZE], tl.float64)
+    while start < programs:
+        here = parts + start + at
+        mask = start + at < programs
+        most = tl.load(here, mask=mask, other=0.0, cache_modifier=".cg")
+        largest = tl.maximum(largest, most)
+        most = tl.load(here + programs, mask=mask, other=0.0, cache_modifier=".cg")
+        inv = tl.maximum(inv, most)
+        saturated += tl.load(here + 2 * programs, mask=mask, other=0.0, cache_modifier=".cg")
+        underflowed += tl.load(here + 3 * programs, mask=mask, other=0.0, cache_modifier=".cg")
+        nonfinite += tl.load(here + 4 * programs, mask=mask, other=0.0, cache_modifier=".cg")
+        most = tl.load(here + 5 * programs, mask=mask, other=0.0, cache_modifier=".cg")
+        recast = tl.maximum(recast, most)
+        square += tl.load(here + 6 * programs, mask=mask, other=0.0, cache_modifier=".cg")
+        removed += tl.load(here + 7 * programs, mask=mask, other=0.0, cache_modifier=".cg")
+        start += SIZE
+    wild = tl.sum(nonfinite)
+    nothing = wild * 0
+    tl.store(stats + AMAX, tl.where(wild < elements, tl.max(largest), nothing - 1))
+    tl.store(stats + SCALE_INV, tl.max(inv))
+    tl.store(stats + ELEMENTS, nothing + elements)
+    tl.store(stats + SATURATED, tl.sum(saturated))
+    tl.store(stats + UNDERFLOWED, tl.sum(underflowed))
+    tl.store(stats + NONFINITE, wild)
+    tl.store(stats + RECAST, tl.max(recast))
+    tl.store(stats + SQUARE, tl.sum(square))
+    tl.store(stats + SATURATED_SQUARE, tl.sum(removed))
+    tl.store(stats + CASTS, nothing + 1)
+    if wild >= elements:
+        start = programs * 0
+        while start < scales:
+            none = tl.zeros([SIZE], tl.float32) - 1
+            tl.store(amax + start + at, none, mask=start + at < scales)
+            start += SIZE
+
+
+@triton.jit
 def cast_blocks(
-    x, scale, tops, out, turned, scale_inv, amax, parts, rows, columns, tiles_along,
-    grid_m, grid_n, step_m, step_n,
+    x, scale, slot, tops, out, turned, scale_inv, amax, parts, stats, rows, columns, tiles_along,
+    grid_m, grid_n, step_m, step_n, elements,
     KIND: tl.constexpr, F: tl.constexpr,
     GM: tl.constexpr, AM: tl.constexpr, GN: tl.constexpr, AN: tl.constexpr,
     IS_TALL: tl.constexpr, IS_WIDE: tl.constexpr, FITS: tl.constexpr,
     GIVEN: tl.constexpr, GUARD: tl.constexpr, STRAIGHT: tl.constexpr, TURNED: tl.constexpr,
+    SIZE: tl.constexpr,
 ):  # fmt: skip
     """Cast a tile; where its blocks fit into it, `tops` is not read."""
     tile, programs = tl.program_id(0), tl.num_programs(0)
@@ -176,42 +225,5 @@ def cast_blocks(
     tl.store(parts + 5 * programs + tile, recast.to(tl.float64))
     tl.store(parts + 6 * programs + tile, tl.sum(brought * brought).to(tl.float64) * each)
     tl.store(parts + 7 * programs + tile, tl.sum(excess * excess).to(tl.float64) * each)
-
-
-@triton.jit
-def add_up(parts, stats, programs, elements, SIZE: tl.constexpr):
-    """Make the statistics of a cast from those of its programs."""
-    at = tl.arange(0, SIZE)
-    start = programs * 0
-    largest = tl.zeros([SIZE], tl.float64)
-    inv = tl.zeros([SIZE], tl.float64)
-    saturated = tl.zeros([SIZE], tl.float64)
-    underflowed = tl.zeros([SIZE], tl.float64)
-    nonfinite = tl.zeros([SIZE], tl.float64)
-    recast = tl.zeros([SIZE], tl.float64)
-    square = tl.zeros([SIZE], tl.float64)
-    removed = tl.zeros([SIZE], tl.float64)
-    while start < programs:
-        here = parts + start + at
-        mask = start + at < programs
-        largest = tl.maximum(largest, tl.load(here, mask=mask, other=0.0))
-        inv = tl.maximum(inv, tl.load(here + programs, mask=mask, other=0.0))
-        saturated += tl.load(here + 2 * programs, mask=mask, other=0.0)
-        underflowed += tl.load(here + 3 * programs, mask=mask, other=0.0)
-        nonfinite += tl.load(here + 4 * programs, mask=mask, other=0.0)
-        recast = tl.maximum(recast, tl.load(here + 5 * programs, mask=mask, other=0.0))
-        square += tl.load(here + 6 * programs, mask=mask, other=0.0)
-        removed += tl.load(here + 7 * programs, mask=mask, other=0.0)
-        start += SIZE
-    wild = tl.sum(nonfinite)
-    nothing = wild * 0
-    tl.store(stats + AMAX, tl.where(wild < elements, tl.max(largest), nothing - 1))
-    tl.store(stats + SCALE_INV, tl.max(inv))
-    tl.store(stats + ELEMENTS, nothing + elements)
-    tl.store(stats + SATURATED, tl.sum(saturated))
-    tl.store(stats + UNDERFLOWED, tl.sum(underflowed))
-    tl.store(stats + NONFINITE, wild)
-    tl.store(stats + RECAST, tl.max(recast))
-    tl.store(stats + SQUARE, tl.sum(square))
-    tl.store(stats + SATURATED_SQUARE, tl.sum(removed))
-    tl.store(stats + CASTS, nothing + 1)
+    if is_last(slot, programs):
+        add_up(parts, stats, amax, programs, elements, grid_m * grid_n, SIZE)

@@ -19,7 +19,9 @@ from torch import Tensor
 from unclamp.formats import E4M3FN, E5M2, Format
 from unclamp.numerics.gpu import architecture
 from unclamp.numerics.gpu.rounding import Numbers
-from unclamp.numerics.gpu.tensorwise import PARTS, cast_tiles, settle
+from unclamp.numerics.gpu.settling import PARTS
+from unclamp.numerics.gpu.slots import slot_for
+from unclamp.numerics.gpu.tensorwise import cast_again, cast_tiles
 from unclamp.numerics.layout import float_bits, layout
 from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
 from unclamp.numerics.scale import check_scale
@@ -51,8 +53,8 @@ INTERPRETED = Tile(1, 2048, 16, 8, 0)
 """A tile under Triton's interpreter, which takes its time for each program."""
 MOST_PROGRAMS = 4096
 SUMMED = 64
-"""Programs whose findings a warp of the second kernel adds up at a time."""
-SETTLERS = 4
+"""Programs whose findings a warp of the last program adds up at a time."""
+AGAIN = 4
 """Programs a multiprocessor that cast again."""
 
 
@@ -110,11 +112,12 @@ def quantize_tensor(
     power_of_two: bool = False,
     guard: bool = False,
     turned: bool = False,
+    measured: bool = False,
     counts: bool = True,
 ) -> Quantized:
     """Do what `quantize` does; for benches and tests, which spell a plan out."""
     plan = CastPlan(format=fmt, margin=margin, power_of_two=power_of_two, guard=guard)
-    return quantize(x, plan, scale, turned=turned, counts=counts)
+    return quantize(x, plan, scale, turned=turned, measured=measured, counts=counts)
 
 
 def quantize(
@@ -124,12 +127,14 @@ def quantize(
     axis: int = -1,
     *,
     turned: bool = False,
+    measured: bool = False,
     counts: bool = True,
 ) -> Quantized:
     """Cast a tensor with one scale, as `unclamp.numerics.quantize` does; not an empty one.
 
-    With `turned` a matrix has its codes in column-major memory too. Without `counts` all
-    statistics but amax and scale are 0: for measuring what counting costs.
+    With `turned` a matrix has its codes in column-major memory too. `measured` says that the scale
+    is hardly 0: without a guard it is one launch then, and slow where the scale is 0 after all.
+    Without `counts` all statistics but amax and scale are 0: for measuring what counting costs.
     """
     if scale is not None:
         check_scale(scale, torch.Size())
@@ -157,23 +162,24 @@ def quantize(
     # Two tensors and not two views of one: an operator's results may not share memory.
     scale_inv, amax = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))
     guard = plan.guard and scale is not None
-    flag = torch.zeros(1, dtype=torch.int32, device=x.device) if guard else tops
+    is_alone = measured and scale is not None and not guard
     given = amax if scale is None else scale
     shape = (rows, columns, tiles_along, tiles, x.numel())
     constants = {"KIND": KINDS[x.dtype], "F": settings, "SLICES": tile.slices}
     constants |= {"BM": tile.rows, "BN": tile.columns, "TURNED": turned, "PACKED": is_packed}
-    constants |= {"GIVEN": scale is not None, "GUARD": guard}
+    settling = {"GIVEN": scale is not None, "GUARD": guard, "ALONE": is_alone}
+    settling |= {"COUNT": counts, "SIZE": SUMMED * tile.warps}
     how = options(tile, arch)
     words = other.view(torch.int32) if is_packed else other
     with torch.cuda.device_of(x):
         cast_tiles[(programs,)](
-            data, given, flag, codes, other, words, tops, parts, stats, *shape,
-            **constants, COUNT=counts, **how,
+            data, given, slot_for(x.device), codes, other, words, tops, parts, stats, scale_inv,
+            amax, *shape, **constants, **settling, **how,
         )  # fmt: skip
-        settle[(min(tiles, _settlers(x.device)),)](
-            data, given, flag, codes, other, words, tops, parts, stats, scale_inv, amax, *shape,
-            programs, **constants, SIZE=SUMMED * tile.warps, **how,
-        )  # fmt: skip
+        if not is_alone:
+            cast_again[(min(tiles, _programs_again(x.device)),)](
+                data, tops, codes, other, words, stats, *shape, **constants, **how
+            )
     return Quantized(
         codes.view(torch_dtype(fmt)),
         scale_inv,
@@ -186,7 +192,7 @@ def quantize(
 
 
 @functools.cache
-def _settlers(device: torch.device) -> int:
+def _programs_again(device: torch.device) -> int:
     if device.type != "cuda":
-        return SETTLERS
-    return SETTLERS * torch.cuda.get_device_properties(device).multi_processor_count
+        return AGAIN
+    return AGAIN * torch.cuda.get_device_properties(device).multi_processor_count

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from unclamp.formats import Format
 from unclamp.numerics.blocks import block_grid, orient
-from unclamp.numerics.gpu.blockwise import PARTS, add_up, block_tops, cast_blocks
+from unclamp.numerics.gpu.blockwise import PARTS, block_tops, cast_blocks
 from unclamp.numerics.gpu.cast import BITS, KINDS, numbers
+from unclamp.numerics.gpu.slots import slot_for
 from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
 from unclamp.numerics.scale import check_scale
 from unclamp.numerics.stats import Stat
@@ -28,7 +29,6 @@ LARGEST = 16384
 ELEMENTS_A_WARP = 512
 SIZE = 1024
 """Programs added up at a time."""
-ADDING = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 class Tiling(NamedTuple):
@@ -151,18 +151,18 @@ def quantize(
         if not cut.fits:
             block_tops[(tiles,)](data, tops, *shape, **constants, **how)
         cast_blocks[(tiles,)](
-            data, grids[0] if scale is None else scale, tops, codes, other, *grids, parts, *shape,
-            **constants, F=settings, FITS=cut.fits, GIVEN=scale is not None, GUARD=guard,
+            data, grids[0] if scale is None else scale, slot_for(x.device), tops, codes, other,
+            *grids, parts, stats, *shape, x.numel(), **constants, F=settings, SIZE=SIZE,
+            FITS=cut.fits, GIVEN=scale is not None, GUARD=guard,
             STRAIGHT=straight, TURNED=is_turned, **how,
         )  # fmt: skip
-        add_up[(1,)](parts, stats, tiles, x.numel(), SIZE=SIZE, **ADDING)
     made = other.view(torch_dtype(fmt)).t() if is_turned else None
     straight_codes = codes.view(torch_dtype(fmt)) if straight else made
     assert straight_codes is not None
     return Quantized(
         straight_codes,
         grids[0],
-        torch.where(stats[Stat.AMAX] >= 0, grids[1], -1),
+        grids[1],
         stats,
         plan,
         axis,

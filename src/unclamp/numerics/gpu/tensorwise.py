@@ -1,18 +1,26 @@
-"""The cast of a whole tensor with one scale, in two kernels that need no look from the host.
+"""The cast of a whole tensor with one scale, without a look from the host.
 
-    cast_tiles    reads the tensor once: codes with the given scale, amax and counts by program
-    settle        every program learns the amax from those of all programs, and decides:
-                  usually the first one adds up the statistics and all leave; where there was no
-                  scale to use (dynamic scaling; 0: nothing measured yet), or a guarded one would
-                  saturate, they cast again with the tensor's own scale
+    cast_tiles    reads the tensor once: codes with the given scale, amax and counts by program;
+                  the last program to finish adds them up, and decides
+    cast_again    where there was no scale to use (dynamic scaling; 0: nothing measured yet), or
+                  a guarded one would saturate, casts with the tensor's own scale; else it
+                  finds that nothing is to be done, and leaves
 
-Both are launched always, so that a CUDA graph can hold them. Dynamic scaling is the same with
-`cast_tiles` that only measures: reading a tensor twice is what it costs.
+Whether the second is launched is settled before, so that a CUDA graph can hold the cast. Dynamic
+scaling is the same with `cast_tiles` that only measures: reading a tensor twice is what it costs.
+With `ALONE` there is no second launch. Whoever says so knows that a scale has been measured. Where
+there is none after all, the last program casts the tensor by itself: the same bits, a hundred
+times later.
+
+The last program is known by a counter (`gpu.slots`). Each program writes its findings, waits for
+its own threads, and counts itself in a way that orders memory: who counts last sees what all have
+written. It sets counter and flag back to 0 for the next launch.
 
 Where the second kernel casts, its scale is the tensor's own, and nothing can saturate; of the
 first one's counts only underflow changes, and it is added up in whole numbers, in any order.
-The same tensor gives the same bits at every call: sums are taken in a fixed order. (Only the sum of
-squares of a guarded cast that is repeated may differ in its last bits, by who saw the flag.)
+The same tensor gives the same bits at every call: sums are taken in a fixed order, whoever is last.
+(Only the sum of squares of a guarded cast that is repeated may differ in its last bits, by who saw
+the flag.)
 
 What counting costs is arithmetic, not memory. So a row of a tile lies in few threads, sums are
 kept by row from tile to tile, and whole programs are reduced once, at their end. Only the
@@ -40,28 +48,15 @@ from unclamp.numerics.gpu.rounding import (
     as_float,
     careful_codes,
     load_bits,
-    own_scale,
     quick_codes,
     unit_of,
     unit_square,
 )
-from unclamp.numerics.stats import Stat
+from unclamp.numerics.gpu.settling import FLAG, UNDERFLOWED, is_last, settled
 
-AMAX = tl.constexpr(int(Stat.AMAX))
-SCALE_INV = tl.constexpr(int(Stat.SCALE_INV))
-ELEMENTS = tl.constexpr(int(Stat.ELEMENTS))
-SATURATED = tl.constexpr(int(Stat.SATURATED))
-UNDERFLOWED = tl.constexpr(int(Stat.UNDERFLOWED))
-NONFINITE = tl.constexpr(int(Stat.NONFINITE))
-RECAST = tl.constexpr(int(Stat.RECAST))
-SQUARE = tl.constexpr(int(Stat.SQUARE))
-SATURATED_SQUARE = tl.constexpr(int(Stat.SATURATED_SQUARE))
-CASTS = tl.constexpr(int(Stat.CASTS))
 SMALL = tl.constexpr(2.0**-40)
 LARGE = tl.constexpr(2.0**50)
 """In between, squares of a tile's scaled values fit float32 as they are."""
-PARTS = 5
-"""Sums of a program, float64 `[PARTS, programs]`: the three counts, then the two squares."""
 
 
 @triton.jit
@@ -225,20 +220,42 @@ def careful_sums(bits, given, inv, F: tl.constexpr):
 
 
 @triton.jit
+def cast_from(
+    x, scale, out, turned, words, first, step, rows, columns, tiles_along, tiles, elements,
+    KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Cast every `step`-th tile from a first one; return how many elements vanish, float64."""
+    vanished = tl.zeros([BM], tl.int32)
+    tile = first
+    while tile < tiles:
+        slices = load_slices(x, tile, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN)
+        sizes = slices[0] & ABS
+        for r in tl.static_range(1, SLICES):
+            sizes = tl.maximum(sizes, slices[r] & ABS)
+        vanished += write_tile(
+            x, slices, tl.max(sizes), scale, out, turned, words, tile, rows, columns, elements,
+            tiles_along, KIND, F, SLICES, BM, BN, TURNED, PACKED,
+        )  # fmt: skip
+        tile += step
+    return tl.sum(vanished.to(tl.float64))
+
+
+@triton.jit
 def cast_tiles(
-    x, scale, flag, out, turned, words, tops, parts, stats,
+    x, scale, slot, out, turned, words, tops, parts, stats, scale_inv, amax,
     rows, columns, tiles_along, tiles, elements,
     KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, GIVEN: tl.constexpr, GUARD: tl.constexpr, TURNED: tl.constexpr,
-    PACKED: tl.constexpr, COUNT: tl.constexpr,
+    BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr, GIVEN: tl.constexpr,
+    GUARD: tl.constexpr, ALONE: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Cast tiles with the given scale and measure them; see the module.
+    """Cast tiles with the given scale and measure them; the last program settles. See the module.
 
-    Without `COUNT` only the amax is measured, to see what counting costs.
+    `slot`: int32, counter and flag. The last program leaves the bits of the scale to cast again
+    with in `tops[0]`, 0 for none. Without `COUNT` only the amax is measured, to see what counting
+    costs.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    if program == 0:
-        tl.store(stats + UNDERFLOWED, (program * 0).to(tl.float64))
     largest = tl.zeros([BM], tl.int32)
     underflowed = tl.zeros([BM], tl.int32)
     scaled_square = tl.zeros([BM], tl.float32)
@@ -255,7 +272,7 @@ def cast_tiles(
     is_raised = program * 0
     if GUARD:
         # By way of a maximum: each thread loads for itself, and all must go the same way.
-        is_raised = tl.max(tl.load(flag + tl.zeros([BM], tl.int32), volatile=True))
+        is_raised = tl.max(tl.load(slot + FLAG + tl.zeros([BM], tl.int32), volatile=True))
     tile = program
     while tile < tiles:  # not `for`: the interpreter's range fails with numpy 2.4
         slices = load_slices(x, tile, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN)
@@ -265,7 +282,8 @@ def cast_tiles(
         by_row = tl.max(sizes, axis=1)
         top = tl.max(by_row)
         scaled_top = as_float(top) * factor
-        makes_codes = has_scale & (is_raised == 0)
+        # Alone it casts by 1 where there is no scale: right where the tensor's own is 1 (zeros).
+        makes_codes = (has_scale | ALONE) & (is_raised == 0)
         # Codes that are not wanted, or that will be written again, need no count of the clamped.
         bound = tl.where(makes_codes, F.limit, LARGE)
         # Of NaN's bits every comparison is false.
@@ -294,11 +312,11 @@ def cast_tiles(
             if GUARD:
                 passes = tl.max(tl.where(as_float(largest) * given > F.limit, 1, 0))
                 if passes > is_raised:
-                    tl.store(flag, 1)
+                    tl.store(slot + FLAG, 1)
                 is_raised = tl.maximum(is_raised, passes)
         if makes_codes:
             vanished = write_tile(
-                x, slices, top, given, out, turned, words, tile, rows, columns, elements,
+                x, slices, top, factor, out, turned, words, tile, rows, columns, elements,
                 tiles_along, KIND, F, SLICES, BM, BN, TURNED, PACKED,
             )  # fmt: skip
             if COUNT:
@@ -314,101 +332,32 @@ def cast_tiles(
     tl.store(parts + 2 * programs + program, nonfinite.to(tl.float64))
     tl.store(parts + 3 * programs + program, square)
     tl.store(parts + 4 * programs + program, removed)
+    if is_last(slot, programs):
+        again = settled(tops, parts, stats, scale_inv, amax, given, programs, elements,
+                        F, GUARD, ALONE, SIZE)  # fmt: skip
+        tl.store(tops, again.to(tl.int32, bitcast=True))
+        tl.store(slot + FLAG, program * 0)
+        if ALONE:  # noqa: SIM102  # of the compiler; the other is the device's
+            if again > 0:
+                vanished = cast_from(
+                    x, again, out, turned, words, program * 0, 1, rows, columns, tiles_along,
+                    tiles, elements, KIND, F, SLICES, BM, BN, TURNED, PACKED,
+                )  # fmt: skip
+                tl.store(stats + UNDERFLOWED, vanished)
 
 
 @triton.jit
-def largest_of(tops, programs, SIZE: tl.constexpr):
-    """Return the largest of what programs found, `SIZE` of them at a time."""
-    each = tl.arange(0, SIZE)
-    most = tl.zeros([SIZE], tl.int32)
-    start = programs * 0
-    while start < programs:
-        most = tl.maximum(most, tl.load(tops + start + each, mask=start + each < programs, other=0))
-        start += SIZE
-    return tl.max(most)
-
-
-@triton.jit
-def add_up(parts, stats, scale_inv, amax, top, inv, programs, elements, passes, casts_again,
-           SIZE: tl.constexpr):  # fmt: skip
-    """Write the statistics of a cast, in a fixed order; see `PARTS`."""
-    each = tl.arange(0, SIZE)
-    saturated = tl.zeros([SIZE], tl.float64)
-    underflowed = tl.zeros([SIZE], tl.float64)
-    nonfinite = tl.zeros([SIZE], tl.float64)
-    square = tl.zeros([SIZE], tl.float64)
-    removed = tl.zeros([SIZE], tl.float64)
-    start = programs * 0
-    while start < programs:
-        here = parts + start + each
-        mask = start + each < programs
-        saturated += tl.load(here, mask=mask, other=0.0)
-        underflowed += tl.load(here + programs, mask=mask, other=0.0)
-        nonfinite += tl.load(here + 2 * programs, mask=mask, other=0.0)
-        square += tl.load(here + 3 * programs, mask=mask, other=0.0)
-        removed += tl.load(here + 4 * programs, mask=mask, other=0.0)
-        start += SIZE
-    wild = tl.sum(nonfinite)
-    nothing = wild * 0
-    largest = as_float(tl.where(wild < elements, top, -0x40800000))  # bits of -1
-    tl.store(scale_inv, inv)
-    tl.store(amax, largest)
-    tl.store(stats + AMAX, largest.to(tl.float64))
-    tl.store(stats + SCALE_INV, inv.to(tl.float64))
-    tl.store(stats + ELEMENTS, nothing + elements)
-    tl.store(stats + SATURATED, tl.where(casts_again, nothing, tl.sum(saturated)))
-    tl.store(stats + NONFINITE, wild)
-    tl.store(stats + RECAST, tl.where(passes, nothing + 1, nothing))
-    tl.store(stats + SQUARE, tl.sum(square))
-    tl.store(stats + SATURATED_SQUARE, tl.where(casts_again, nothing, tl.sum(removed)))
-    tl.store(stats + CASTS, nothing + 1)
-    if not casts_again:
-        tl.store(stats + UNDERFLOWED, tl.sum(underflowed))
-
-
-@triton.jit
-def settle(
-    x, scale, flag, out, turned, words, tops, parts, stats, scale_inv, amax,
-    rows, columns, tiles_along, tiles, elements, programs,
+def cast_again(
+    x, tops, out, turned, words, stats, rows, columns, tiles_along, tiles, elements,
     KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, GIVEN: tl.constexpr, GUARD: tl.constexpr, TURNED: tl.constexpr,
-    PACKED: tl.constexpr, SIZE: tl.constexpr,
+    BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Add up the statistics; cast with the tensor's own scale where that is due.
-
-    `cast_tiles` has set `stats[UNDERFLOWED]` to 0, and `flag` where a guarded scale would saturate.
-    Only the first program, and those that cast again, look at what the programs found.
-    """
-    program = tl.program_id(0)
-    given = (program * 0).to(tl.float32)
-    passes = program < 0
-    if GIVEN:
-        given = tl.load(scale)
-    if GUARD:
-        passes = tl.load(flag) > 0
-    casts_again = passes | ((given > 0) == 0)  # NaN too
-    used = given
-    if casts_again | (program == 0):
-        top = largest_of(tops, programs, SIZE)
-        used = tl.where(casts_again, own_scale(top, F), given)
-        if program == 0:
-            inv = tl.div_rn(used * 0 + 1.0, used)
-            add_up(parts, stats, scale_inv, amax, top, inv, programs, elements, passes,
-                   casts_again, SIZE)  # fmt: skip
-    if casts_again:
-        vanished = tl.zeros([BM], tl.int32)
-        tile = program
-        while tile < tiles:
-            slices = load_slices(
-                x, tile, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN
-            )
-            sizes = slices[0] & ABS
-            for r in tl.static_range(1, SLICES):
-                sizes = tl.maximum(sizes, slices[r] & ABS)
-            vanished += write_tile(
-                x, slices, tl.max(sizes), used, out, turned, words, tile, rows, columns, elements,
-                tiles_along, KIND, F, SLICES, BM, BN, TURNED, PACKED,
-            )  # fmt: skip
-            tile += tl.num_programs(0)
+    """Cast with the scale that `cast_tiles` left in `tops[0]`, where it left one."""
+    used = as_float(tl.load(tops))
+    if used > 0:
+        vanished = cast_from(
+            x, used, out, turned, words, tl.program_id(0), tl.num_programs(0), rows, columns,
+            tiles_along, tiles, elements, KIND, F, SLICES, BM, BN, TURNED, PACKED,
+        )  # fmt: skip
         # Whole numbers in float64: exact in any order.
-        tl.atomic_add(stats + UNDERFLOWED, tl.sum(vanished).to(tl.float64), sem="relaxed")
+        tl.atomic_add(stats + UNDERFLOWED, vanished, sem="relaxed")
