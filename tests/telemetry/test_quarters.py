@@ -67,6 +67,8 @@ def test_a_log_from_before_quarters_is_read_and_is_less_certain(tmp_path):
     with RunLog.open(tmp_path / "run") as log:
         assert log.sql("SELECT count(quarters) AS n FROM casts").to_pylist() == [{"n": 0}]
         old = evaluate(log, policy).outcomes[0].lost
+    assert old is not None
+    assert new is not None
     assert old.casts == new.casts
     for name in ("clamped", "clamp_error"):
         less, more = getattr(old, name), getattr(new, name)

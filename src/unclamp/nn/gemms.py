@@ -23,9 +23,8 @@ from unclamp.nn.noted import Doubt
 from unclamp.nn.operands import Operands
 from unclamp.nn.priced import SHARES, Wanted, set_aside, with_prices
 from unclamp.nn.split import asked, uncounted
-from unclamp.numerics import CastPlan, GemmOperand
+from unclamp.numerics import CastPlan, GemmOperand, panels
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
-from unclamp.numerics.panels import ONE_PANEL
 
 WANTS_A_VIEW = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 """Where a compiled function returns an operator's very result, torch 2.11 takes the gradient for
@@ -271,7 +270,7 @@ def _early(
     dtype = part.dtypes[1]
     if torch.compiler.is_compiling() or not is_wanted or dtype != torch.float32:
         return None, None
-    if weight.tensor.device.type != "cpu" or weight.tensor.numel() <= ONE_PANEL:
+    if weight.tensor.device.type != "cpu" or weight.tensor.numel() <= panels.ONE_PANEL:
         return None, None
     if out is not None:
         return None, out if out.is_contiguous() and out.dtype == torch.float32 else None

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from unclamp.formats import Format
+from unclamp.numerics import panels
 from unclamp.numerics.cast import check_types, quantize_in_torch
 from unclamp.numerics.fused import borrow, fused
 from unclamp.numerics.gpu import goes_to_gpu
-from unclamp.numerics.panels import ONE_PANEL
 from unclamp.numerics.paths import Path, path_of
 from unclamp.numerics.record import CastPlan, Quantized
 from unclamp.scaling import PER_TENSOR, Granularity
@@ -110,7 +110,7 @@ def quantize_by(
     path = path_of(x)
     if path is Path.NUMBA:
         if slot is not None:
-            has_values = is_whole or x.numel() <= ONE_PANEL
+            has_values = is_whole or x.numel() <= panels.ONE_PANEL
             values = borrow(slot, x.numel()) if has_values else None
             out = None if keeps_codes else borrow(f"{slot} codes", x.numel(), torch.uint8)
         q = fused().quantize(x, plan, scale, axis, values=values, out=out)
