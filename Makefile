@@ -53,7 +53,7 @@ quick: $(STUDY_STAMP) ## a first look at the study, in a minute; writes runs/qui
 docs: $(DOCS_STAMP) ## build the documentation into site/index.html, to be read offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
-test: $(DEV_STAMP) ## the tests, in about ten minutes
+test: $(DEV_STAMP) ## the tests, in about twenty minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow'
 
 test-all: $(DEV_STAMP) ## the tests and the slow, exhaustive extras
