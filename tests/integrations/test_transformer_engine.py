@@ -125,7 +125,9 @@ def train(
 
 def rows_of(path: Path) -> dict[tuple[int, Site], dict[str, Any]]:
     with RunLog.open(path) as log:
-        rows = log.sql("SELECT * FROM casts JOIN sites USING (site, rank)").to_pylist()
+        rows = log.sql(
+            "SELECT * FROM casts JOIN sites USING (site, rank) ORDER BY step"
+        ).to_pylist()
     return {(row["step"], (row["fqn"], row["role"])): row for row in rows}
 
 

@@ -45,6 +45,8 @@ def write_run(path: Path, *steps: int) -> Path:
 def values(dtype: pa.DataType) -> st.SearchStrategy[Any]:
     if pa.types.is_map(dtype):
         return st.dictionaries(values(dtype.key_type), values(dtype.item_type), max_size=3)
+    if pa.types.is_struct(dtype):
+        return st.fixed_dictionaries({field.name: values(field.type) for field in dtype})
     if pa.types.is_floating(dtype):
         return st.floats(width=dtype.bit_width, allow_nan=False)  # type: ignore[arg-type]
     if pa.types.is_boolean(dtype):
