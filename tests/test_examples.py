@@ -1,8 +1,8 @@
 """The examples run; notebooks a second time too, and they lie in the repository without outputs."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
