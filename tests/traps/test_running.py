@@ -121,7 +121,7 @@ def test_a_process_that_dies_is_an_answer() -> None:
     assert outcome.verdict == FAILED
     assert outcome.reason is not None
     assert "its process ended with 1" in outcome.reason
-    assert "there is no trap 'planted'" in outcome.reason
+    assert "no trap is called 'planted'" in outcome.reason
 
 
 def test_processes_are_ended_when_the_run_is_interrupted() -> None:
