@@ -1,7 +1,7 @@
 """The kernel that decodes a part of a matrix of codes: some rows, or some columns.
 
-A GEMM in float32 multiplies by panels (`unclamp.numerics.panels`), each decoded into memory that
-caches hold. The arithmetic is that of a table of the codes' values times the scale, bit for bit:
+A GEMM in float32 multiplies by panels (`unclamp.numerics.panels`), each decoded into memory
+that stays. The arithmetic is that of a table of the codes' values times the scale, bit for bit:
 
     normal     shift exponent and mantissa to their places, and add the difference of the biases
     subnormal  the smallest value times the code, exact

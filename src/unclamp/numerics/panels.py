@@ -6,7 +6,7 @@ Each product contracts its whole axis, so that every element of the output is th
 without panels, added in the same order. No panel has a few rows only: for less than 16 of them MKL
 may take another kernel, which adds in another order.
 
-A panel's memory is of the thread and stays, so that it is in cache and no page of it is new.
+A panel's memory is of the thread and stays, so that no page of it is new.
 """
 
 import math
