@@ -38,7 +38,7 @@ from bench.gpu_timing import TOTAL_S, Part, Report, graphed, rotating, times_ms
 from unclamp import E4M3FN
 from unclamp.names import ROLES
 from unclamp.nn import Ledger, Site, find_ledgers
-from unclamp.numerics import GemmOperand, Stat, matmul
+from unclamp.numerics import Stat, matmul
 
 ELEMENTS = 1 << 26
 SITES = 1680
@@ -53,7 +53,7 @@ def ceilings(report: Report) -> tuple[float, float]:
     target = torch.empty_like(source)
     a, b = (torch.randn(size, size, device=report.device, dtype=torch.bfloat16) for _ in range(2))
     first, second = (unclamp.quantize(t, E4M3FN) for t in (a, b))
-    left, right = (GemmOperand(q.codes, q.scale_inv) for q in (first, second))
+    left, right = (q.along(1) for q in (first, second))
     copy, half, eight = times_ms(
         [
             lambda: target.copy_(source),

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import unclamp
 from unclamp import MX, Delayed, Dynamic, Guarded, HighPrecision, PerBlock, PerRow, Recipe
 from unclamp.nn import find_ledgers
+from unclamp.nn.operands import Operands
 from unclamp.numerics import Stat
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
@@ -27,6 +28,11 @@ RECIPES = {
     "smooth": Recipe(weight=Guarded(), smooth=True),
     "hopper": Recipe(accumulate="hopper"),
     "warm-up": Recipe(warmup_steps=1),
+    "plain gradient": Recipe(
+        input=BLOCK,
+        weight=Guarded(granularity=PerBlock(16, 16)),
+        grad_output=HighPrecision(),
+    ),
     "gemm": Recipe(grad_weight=HighPrecision(), output="hopper_fast"),
 }
 
@@ -82,6 +88,23 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same_bits(name: str) -> Non
     eager, model = made(RECIPES[name]), made(RECIPES[name])
     compiled = torch.compile(model, fullgraph=True)
     assert same(train(model, compiled), train(eager, eager))
+
+
+@pytest.mark.parametrize("name", ["delayed", "guarded", "blocks", "gemm"])
+def test_a_weight_that_backward_casts_again_is_in_the_graph_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a layer of few tokens keeps no codes of its weight."""
+    eager = made(RECIPES[name])
+    kept = train(eager, eager)
+    monkeypatch.setattr(Operands, "remakes_weight", _remakes)
+    model = made(RECIPES[name])
+    assert same(train(model, torch.compile(model, fullgraph=True)), kept)
+
+
+def _remakes(operands: Operands, weight: Tensor, tokens: int) -> bool:
+    del weight, tokens
+    return operands.plans["weight"] is not None and not operands.is_high("grad_input")
 
 
 def counted(backend: str = "aot_eager") -> CompileCounterWithBackend:

@@ -19,6 +19,7 @@ from unclamp.numerics import (
     empty_stats,
     matmul,
     merge_stats,
+    plain_operand,
     quantize,
 )
 from unclamp.numerics.blocks import orient
@@ -124,7 +125,7 @@ def test_codes_with_leading_axes_dequantise_whatever_their_strides():
 @pytest.mark.parametrize("axis", [0, 1])
 def test_an_operand_in_high_precision_enters_as_it_is_and_adds_in_float32(axis, accumulate, dtype):
     x = (torch.randn(13, 33) * 100).to(dtype)
-    plain = GemmOperand(x if axis == 1 else x.t(), axis=axis)
+    plain = plain_operand(x if axis == 1 else x.t(), axis)
     b, b_hat = made(7, 33, 1, MX())
     bias = torch.randn(7).to(dtype)
     got = matmul(plain, b, bias, accumulate=accumulate)
@@ -132,7 +133,7 @@ def test_an_operand_in_high_precision_enters_as_it_is_and_adds_in_float32(axis, 
     assert torch.equal(got, F.linear(wide, b_hat, bias.to(torch.float32)))
     swapped = matmul(b, plain, accumulate=accumulate)
     assert torch.equal(swapped, F.linear(b_hat, wide))
-    both = matmul(plain, GemmOperand(x), accumulate=accumulate)
+    both = matmul(plain, plain_operand(x), accumulate=accumulate)
     assert torch.equal(both, F.linear(wide, x.to(torch.float32)))
 
 
@@ -249,7 +250,7 @@ def test_the_operator_quantize_is_what_its_fake_says(granularity, axis, shape):
 def test_the_last_axis_may_be_called_minus_one_in_an_operator_too():
     x = torch.randn(4, 6)
     opcheck("quantize", x, None, *CastPlan(format=E4M3FN, granularity=PerRow()).signature, -1)
-    plain = GemmOperand(x, axis=-1)
+    plain = plain_operand(x, -1)
     opcheck("matmul", *spelt(plain), *spelt(plain), None, "float32", torch.float32)
 
 
@@ -271,7 +272,7 @@ def test_the_operator_quantize_is_quantize(granularity, axis):
 def test_the_operator_matmul_is_what_its_fake_says(axes, accumulate):
     a, _ = made(9, 40, axes[0], PerRow())
     b, _ = made(6, 40, axes[1], PerBlock(3, 5))
-    plain = GemmOperand(torch.randn(6, 40))
+    plain = plain_operand(torch.randn(6, 40))
     opcheck(
         "matmul",
         *spelt(a),
@@ -284,7 +285,7 @@ def test_the_operator_matmul_is_what_its_fake_says(axes, accumulate):
     opcheck(
         "matmul", *spelt(a), *spelt(plain), None, accumulate, torch.float32, test_utils=ON_FLOAT8
     )
-    turned = GemmOperand(torch.randn(40, 3), axis=0)
+    turned = plain_operand(torch.randn(40, 3), 0)
     opcheck("matmul", *spelt(plain), *spelt(turned), None, accumulate, torch.float32)
     got = torch.ops.unclamp.matmul(*spelt(a), *spelt(b), None, accumulate, torch.float32)
     assert torch.equal(got, matmul(a, b, accumulate=accumulate))
@@ -296,6 +297,7 @@ def test_the_operators_that_write_say_so():
     opcheck("commit", empty_stats(5)[1:4], stats)
     opcheck("raise_amax", torch.zeros(3, 2), torch.rand(3, 2))
     opcheck("raise_amax", torch.zeros(9)[2:8].view(3, 2), torch.rand(3, 2))
+    opcheck("raise_amax", torch.zeros(3, 2), torch.rand(3, 2), torch.rand(4))
 
 
 def test_the_operator_commit_merges_and_bumps_the_version():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from unclamp import E4M3FN, E5M2, PerBlock, PerRow, PerTensor
-from unclamp.numerics import CastPlan, GemmOperand, dequantize, quantize
+from unclamp.numerics import CastPlan, GemmOperand, dequantize, plain_operand, quantize
 from unclamp.numerics.gradient import change_of, look_at_gradient
 from unclamp.numerics.inspection import (
     CHANGE_PRODUCT,
@@ -94,7 +94,7 @@ def test_an_input_in_high_precision_is_multiplied_as_it_is():
     plan = CastPlan(format=E4M3FN)
     q = quantize_by(dy, plan, torch.tensor(448.0 / 2), 1)
     grad = dy.clamp(-2, 2).t() @ x
-    looked = look_at_gradient(dy, q.scale_inv, q.stats, plan, 1, GemmOperand(x, axis=0), grad, None)
+    looked = look_at_gradient(dy, q.scale_inv, q.stats, plan, 1, plain_operand(x, 0), grad, None)
     change = dy.t() @ x - grad  # of the second feature: 1 * x[0] - 4 * x[1]
     assert change.tolist() == [[0, 0, 0], [-15, -18, -21]]
     assert float(looked[CHANGE_SQUARE]) == 15**2 + 18**2 + 21**2
@@ -126,7 +126,7 @@ def test_where_all_tokens_are_multiplied_the_host_asks_for_no_element():
     plan = CastPlan(format=E5M2)
     with FakeTensorMode():
         dy, x, scale_inv = torch.empty(6, 4), torch.empty(6, 3), torch.empty(())
-        operand = GemmOperand(x.to(torch.float8_e4m3fn), scale_inv, axis=0)
+        operand = GemmOperand(x.to(torch.float8_e4m3fn), scale_inv, PerTensor(), 0)
         assert change_of(dy, scale_inv, plan, 1, operand).shape == (4, 3)
         with pytest.raises(DynamicOutputShapeException):  # as who asks which tokens clamped
             change_of(dy, scale_inv, plan, 1, operand, tokens=(dy > 1).any(1).nonzero().squeeze(1))

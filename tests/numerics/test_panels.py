@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patience import PATIENCE_S
 from unclamp import E4M3FN, FORMATS
-from unclamp.numerics import GemmOperand, matmul, panels, quantize
+from unclamp.numerics import GemmOperand, matmul, panels, plain_operand, quantize
 from unclamp.scaling import MX, Granularity, PerBlock, PerRow, PerTensor
 
 GRANULARITIES = (PerTensor(), PerRow(), PerBlock(1, 128), PerBlock(128, 128), PerBlock(3, 5), MX())
@@ -66,7 +66,9 @@ def test_panels_give_the_bits_of_one_product(granularity, axis, other_axis, with
 def test_no_panel_has_a_few_rows_only():
     codes = torch.zeros(1500, CONTRACTED, dtype=torch.uint8).view(torch.float8_e4m3fn)
     for rows in range(129, 1500):
-        found = panels._panels(GemmOperand(codes[:rows], torch.ones(())), 128 * CONTRACTED, "test")
+        found = panels._panels(
+            GemmOperand(codes[:rows], torch.ones(()), PerTensor()), 128 * CONTRACTED, "test"
+        )
         assert found.number > 1
         assert rows - (found.number - 1) * found.step >= 32
 
@@ -92,8 +94,8 @@ def test_one_operand_may_be_in_high_precision_and_want_a_gradient():
     a, a_hat = operand(ROWS, PerTensor(), 1)
     b = torch.randn(OTHERS, CONTRACTED, requires_grad=True)
     want = F.linear(a_hat, b.detach())
-    assert torch.equal(matmul(a, GemmOperand(b)), want)
-    assert torch.equal(matmul(GemmOperand(b), a), F.linear(b.detach(), a_hat))
+    assert torch.equal(matmul(a, plain_operand(b)), want)
+    assert torch.equal(matmul(plain_operand(b), a), F.linear(b.detach(), a_hat))
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
@@ -103,7 +105,7 @@ def test_every_code_decodes_as_torch_decodes_it(fmt, axis):
     codes = torch.arange(256, dtype=torch.uint8).repeat(130, 1).view(dtype)
     codes = codes if axis else codes.view(torch.uint8).t().contiguous().view(dtype)
     inv = torch.tensor(0.37)
-    found = panels._panels(GemmOperand(codes, inv, axis=axis), 1, "test").at(0)
+    found = panels._panels(GemmOperand(codes, inv, PerTensor(), axis), 1, "test").at(0)
     want = codes.to(torch.float32) * inv
     want = (want if axis else want.t())[: len(found)]
     assert torch.equal(found.isnan(), want.isnan())

@@ -28,7 +28,8 @@ from unclamp.nn.operands import Operands
 from unclamp.nn.product import Meets, meeting, when_to_commit
 from unclamp.nn.rehearsal import rehearses
 from unclamp.nn.split import asked, uncounted
-from unclamp.numerics import GemmOperand, matmul_each
+from unclamp.numerics import GemmOperand, matmul_each, plain_operand
+from unclamp.scaling import PER_TENSOR
 
 
 def multiply_each(
@@ -137,18 +138,18 @@ class _Batched(torch.autograd.Function):
         if needs_x:
             # grad_input [M, K] = dy_hat [M, N] @ second_hat [N, K], contracting N.
             a = _operand(operands, "grad_input", dy, dy_hat, 1, high=ctx.high["grad_input"])
-            b = GemmOperand(second_codes, second_inv, axis=1 if ctx.turned else 0)
+            b = GemmOperand(second_codes, second_inv, PER_TENSOR, 1 if ctx.turned else 0)
             grad_x = _multiply(operands, "grad_input", a, b, x_dtype, ctx.high["grad_input"])
         if needs_second:
             # grad_second [N, K] = dy_hat [M, N].T @ x_hat [M, K], contracting M: axis 0 of both.
             a = _operand(operands, "grad_weight", dy, dy_hat, 0, high=ctx.high["grad_weight"])
-            b = GemmOperand(x_codes, x_inv, axis=0)
+            b = GemmOperand(x_codes, x_inv, PER_TENSOR, 0)
             a, b = (b, a) if ctx.turned else (a, b)
             grad_second = _multiply(
                 operands, "grad_weight", a, b, second_dtype, ctx.high["grad_weight"]
             )
         if ctx.meets.commit == "in backward":
-            operands.commit({**ctx.seen, "grad_output": seen})
+            operands.commit({**ctx.seen, "grad_output": seen}, dy)
             ctx.seen = {}  # a graph that is kept makes one cast more, and not three
         return grad_x, grad_second, *[None] * 4
 
@@ -175,12 +176,12 @@ def _operand(
 ) -> GemmOperand:
     """Return what a batch of GEMMs multiplies of an operand, in the shape of the batch."""
     if operands.is_high(name) if high is None else high:
-        return GemmOperand(x, axis=axis)
+        return plain_operand(x, axis)
     q = hat.casts.get(1)
     if q is None:
-        return GemmOperand(x, axis=axis)
+        return plain_operand(x, axis)
     values = None if q.values is None else q.values.view(x.shape)
-    return GemmOperand(q.codes.view(x.shape), q.scale_inv, axis=axis, values=values)
+    return GemmOperand(q.codes.view(x.shape), q.scale_inv, PER_TENSOR, axis, values)
 
 
 def _multiply(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from unclamp.nn.agreed import NOT_AGREED, Agreed
 from unclamp.nn.layout import Axis
-from unclamp.numerics import GemmOperand, Quantized
+from unclamp.numerics import GemmOperand, Quantized, plain_operand
 
 
 class Hat(NamedTuple):
@@ -25,7 +25,7 @@ class Hat(NamedTuple):
     def along(self, axis: Axis) -> GemmOperand:
         """Return what a GEMM that contracts this axis multiplies."""
         q = self.casts.get(axis)
-        return GemmOperand(self.tensor, axis=axis) if q is None else q.along(axis)
+        return plain_operand(self.tensor, axis) if q is None else q.along(axis)
 
 
 class Seen(NamedTuple):

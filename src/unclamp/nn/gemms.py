@@ -23,7 +23,7 @@ from unclamp.nn.noted import Doubt
 from unclamp.nn.operands import Operands
 from unclamp.nn.priced import SHARES, Wanted, set_aside, with_prices
 from unclamp.nn.split import asked, uncounted
-from unclamp.numerics import CastPlan, GemmOperand, panels
+from unclamp.numerics import CastPlan, GemmOperand, panels, plain_operand
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
 
 WANTS_A_VIEW = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
@@ -120,7 +120,8 @@ def run_forward(
     kept_w = _kept(operands, "grad_input", weight, w_hat) if needs_input else None
     part.remade = operands.plans["weight"] if remakes else None
     if remakes:
-        kept_w = GemmOperand(weight, _scale_of(operands, w_hat) if w_scale is None else w_scale)
+        by = _scale_of(operands, w_hat) if w_scale is None else w_scale
+        kept_w = GemmOperand(weight, by, w_hat.along(1).granularity)
     seen: dict[Role, Seen] = {
         "input": operands.seen("input", x_hat),
         "weight": operands.seen("weight", w_hat),
@@ -173,7 +174,7 @@ def cast_and_multiply(
     w_hat = operands.cast("weight", w_cast, w_gemms, doubt=doubt, scale=w_scale, splits=splits)
     # output [T, N] = x_hat [T, K] @ w_hat [N, K].T + bias, contracting K: axis 1 of both.
     if operands.is_high("output"):
-        output = written(plain_gemm(GemmOperand(x), GemmOperand(weight), bias), out)
+        output = written(plain_gemm(plain_operand(x), plain_operand(weight), bias), out)
     else:
         mode = operands.modes["output"]
         output = gemm(x_hat.along(1), w_hat.along(1), bias, mode, x.dtype, out)
@@ -219,7 +220,7 @@ def run_backward(
         else:
             w_hat = GemmOperand(w_codes, w_inv, part.grains[1], 0)
         if part.high["grad_input"]:
-            grad_input = written(plain_gemm(GemmOperand(dy), w_hat), outs[0])
+            grad_input = written(plain_gemm(plain_operand(dy), w_hat), outs[0])
         else:
             mode = operands.modes["grad_input"]
             early, scratch = _early(part, w_hat, outs[1], is_wanted=needs_weight)
@@ -237,7 +238,7 @@ def run_backward(
         # grad_weight [N, K] = dy_hat [T, N].T @ x_hat [T, K], contracting T: axis 0 of both.
         x_hat = GemmOperand(x_codes, x_inv, part.grains[0], 0)
         if part.high["grad_weight"]:
-            grad_weight = written(plain_gemm(GemmOperand(dy, axis=0), x_hat), outs[1])
+            grad_weight = written(plain_gemm(plain_operand(dy, 0), x_hat), outs[1])
         else:
             mode = operands.modes["grad_weight"]
             if smooth is None:
@@ -254,7 +255,7 @@ def run_backward(
     if needs_bias:
         grad_bias = written(sum_tokens(dy).to(bias_dtype), outs[2])
     if part.commit == "in backward":
-        operands.commit(with_prices({**part.seen, "grad_output": seen}, prices))
+        operands.commit(with_prices({**part.seen, "grad_output": seen}, prices), dy)
         part.seen = {}  # a graph that is kept makes one cast more, and not three
     return grad_input, grad_weight, grad_bias
 
@@ -286,7 +287,7 @@ def written(made: Tensor, out: Tensor | None) -> Tensor:
 def _kept(operands: Operands, name: Gemm, plain: Tensor, hat: Hat) -> GemmOperand:
     """Return what backward's GEMM keeps of an operand that it contracts along axis 0."""
     if operands.is_high(name):
-        return GemmOperand(plain, axis=0)
+        return plain_operand(plain, 0)
     return hat.along(0)
 
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from unclamp.nn.gemms import Gradients, Meets, plain_gemm, run_backward, run_forward
 from unclamp.nn.operands import Operands
 from unclamp.nn.split import asked
-from unclamp.numerics import GemmOperand
+from unclamp.numerics import plain_operand
 from unclamp.numerics.fused import large
 from unclamp.numerics.operators import sum_tokens
 
@@ -58,7 +58,7 @@ class Bank(torch.autograd.Function):
             shift = None if bias is None else bias[part.expert]
             out = output[part.rows]
             if part.operands is None or part.meets is None:
-                out.copy_(plain_gemm(GemmOperand(rows), GemmOperand(matrix), shift))
+                out.copy_(plain_gemm(plain_operand(rows), plain_operand(matrix), shift))
                 saved = () if part.is_padding else (rows,)
             else:
                 needs = ctx.needs_input_grad
@@ -137,10 +137,10 @@ def _plain_backward(
     """
     dx, dw, db = outs
     if dx is not None:
-        dx.copy_(plain_gemm(GemmOperand(dy), GemmOperand(weight)))
+        dx.copy_(plain_gemm(plain_operand(dy), plain_operand(weight)))
     if dw is not None:
         rows = saved[0] if saved else dy.new_zeros(len(dy), weight.shape[0])
-        made = plain_gemm(GemmOperand(dy, axis=0), GemmOperand(rows, axis=0))
+        made = plain_gemm(plain_operand(dy, 0), plain_operand(rows, 0))
         dw.copy_(made) if is_first else dw.add_(made)
     if db is not None:
         made = sum_tokens(dy)

@@ -313,8 +313,11 @@ class Operands:
             return seen
         return seen._replace(details=look if seen.details is None else seen.details + look)
 
-    def commit(self, seen: Mapping[Role, "Seen"]) -> None:
-        """Hand statistics, closer looks and amaxes of blocks to the ledger."""
+    def commit(self, seen: Mapping[Role, "Seen"], after: Tensor | None = None) -> None:
+        """Hand statistics, closer looks and amaxes of blocks to the ledger.
+
+        A backward says `after` which of its tensors, so that a compiled one does it too.
+        """
         if not torch.compiler.is_compiling():
             if self.committed_after is None:
                 self.committed_after = self.ledger.updates
@@ -325,14 +328,14 @@ class Operands:
                 pending = self.block_amax.get((role, axis))
                 # A switch since the forward may have left other blocks, or none.
                 if amax is not None and pending is not None and pending.shape == amax.shape:
-                    raise_amax(pending, amax)
+                    raise_amax(pending, amax, after)
         rows = [seen.get(role, NOTHING_SEEN) for role in ROLES]
-        commit(self.pending, [one.stats for one in rows], self.nothing[0])
+        commit(self.pending, [one.stats for one in rows], self.nothing[0], after)
         # In this order: a compiled graph that takes no closer look does not ask whether others do.
         if any(one.details is not None for one in rows) and self.details is not None:
             # One call with the whole view: in a graph, a row of it would be a tensor of its own.
             looks = [self.nothing[1] if one.details is None else one.details for one in rows]
-            add_details(self.details, torch.stack(looks))
+            add_details(self.details, torch.stack(looks), after)
 
     def evaluate(self, seen: Mapping[Role, "Seen"], weight: Tensor | None) -> None:
         """Count what an evaluation's casts saw, of a weight among others, if there is one."""

@@ -5,7 +5,7 @@ from unclamp.numerics.cast import cast, dequantize
 from unclamp.numerics.gemm import matmul, matmul_each
 from unclamp.numerics.inspection import empty_details, inspect
 from unclamp.numerics.quantize import quantize
-from unclamp.numerics.record import CastPlan, GemmOperand, Quantized, torch_dtype
+from unclamp.numerics.record import CastPlan, GemmOperand, Quantized, plain_operand, torch_dtype
 from unclamp.numerics.scale import channel_scale, scale_from_amax
 from unclamp.numerics.stats import Stat, empty_stats, merge_stats, merged_stats
 
@@ -25,6 +25,7 @@ __all__ = [
     "matmul_each",
     "merge_stats",
     "merged_stats",
+    "plain_operand",
     "quantize",
     "scale_from_amax",
     "torch_dtype",

@@ -5,6 +5,10 @@ nodes of it, `unclamp::quantize` and so on, which run the same arithmetic: compi
 bit for bit, and a graph does not depend on which layer it serves. `commit` and `raise_amax` write
 into the ledger's tensors; the compiler knows it from their signatures and keeps them in backward,
 where they are called.
+
+A write that is made in backward names something of it (`after`). One that hung on the forward's
+results alone would be moved into the forward's graph; where it then writes into a part of a tensor,
+torch 2.11 takes the wrong part.
 """
 
 from typing import Any
@@ -140,33 +144,36 @@ def _plain(x: GemmOperand) -> tuple[Tensor, Tensor | None, str, int]:
     return x.tensor, x.scale_inv, str(x.granularity), x.axis
 
 
-def commit(pending: Tensor, stats: list[Tensor | None], nothing: Tensor) -> None:
+def commit(
+    pending: Tensor, stats: list[Tensor | None], nothing: Tensor, after: Tensor | None = None
+) -> None:
     """Merge casts' statistics into the ledger's rows, in place; None of what was not cast.
 
     Args:
         pending: `[len(stats), len(Stat)]`.
         stats: One vector a row.
         nothing: What a row without a cast adds.
+        after: In a backward, a tensor of it.
     """
     if torch.compiler.is_compiling():
         rows = [nothing if vector is None else vector for vector in stats]
-        torch.ops.unclamp.commit(pending, torch.stack(rows))
+        torch.ops.unclamp.commit(pending, torch.stack(rows), after)
     elif all(v is None or is_memory(v) for v in (pending, *stats)) and fused() is not None:
         fused().merge(pending, stats)
     else:
         merge_stats(pending, torch.stack([nothing if v is None else v for v in stats]))
 
 
-def add_details(pending: Tensor, details: Tensor) -> None:
+def add_details(pending: Tensor, details: Tensor, after: Tensor | None = None) -> None:
     """Add casts' closer looks to the ledger's, `[n, DETAILS]` each, in place."""
     call = torch.ops.unclamp.add_details if torch.compiler.is_compiling() else _add_details
-    call(pending, details)
+    call(pending, details, after)
 
 
-def raise_amax(pending: Tensor, amax: Tensor) -> None:
+def raise_amax(pending: Tensor, amax: Tensor, after: Tensor | None = None) -> None:
     """Raise the amaxes since the last update to these where they are larger, in place."""
     call = torch.ops.unclamp.raise_amax if torch.compiler.is_compiling() else _raise_amax
-    call(pending, amax)
+    call(pending, amax, after)
 
 
 def sum_tokens(x: Tensor) -> Tensor:
@@ -235,15 +242,17 @@ def _look_at_gradient(
     )
 
 
-def _raise_amax(pending: Tensor, amax: Tensor) -> None:
+def _raise_amax(pending: Tensor, amax: Tensor, after: Tensor | None = None) -> None:
     torch.maximum(pending, amax, out=pending)
 
 
-def _add_details(pending: Tensor, details: Tensor) -> None:
+def _add_details(pending: Tensor, details: Tensor, after: Tensor | None = None) -> None:
     pending += details
 
 
-def _add_details_kernel(pending: Tensor, details: Tensor) -> None:
+def _add_details_kernel(
+    pending: Tensor, details: Tensor, after: Tensor | None = None
+) -> None:
     _add_details(pending, details)
     torch.autograd.graph.increment_version(pending)  # as for the statistics
 
@@ -252,7 +261,7 @@ def _sum_tokens(x: Tensor) -> Tensor:
     return x.sum(0, dtype=torch.float32)
 
 
-def _commit_kernel(pending: Tensor, stats: Tensor) -> None:
+def _commit_kernel(pending: Tensor, stats: Tensor, after: Tensor | None = None) -> None:
     merge_stats(pending, stats)
     # Below autograd nobody else does; the ledger sees by the version that something is pending.
     torch.autograd.graph.increment_version(pending)
@@ -283,10 +292,10 @@ def _register() -> None:
         "Tensor? x_scale_inv, str x_granularity, int x_axis, Tensor grad, Tensor? smooth, "
         "bool only_clamped, bool few_tokens) -> Tensor"
     )
-    LIBRARY.define("add_details(Tensor(a!) pending, Tensor details) -> ()")
-    LIBRARY.define("commit(Tensor(a!) pending, Tensor stats) -> ()")
+    LIBRARY.define("add_details(Tensor(a!) pending, Tensor details, Tensor? after=None) -> ()")
+    LIBRARY.define("commit(Tensor(a!) pending, Tensor stats, Tensor? after=None) -> ()")
     LIBRARY.define("sum_tokens(Tensor x) -> Tensor")
-    LIBRARY.define("raise_amax(Tensor(a!) pending, Tensor amax) -> ()")
+    LIBRARY.define("raise_amax(Tensor(a!) pending, Tensor amax, Tensor? after=None) -> ()")
     kernels = {
         "quantize": (_quantize, _fake_quantize),
         "quantize_turned": (_quantize_turned, _fake_quantize_turned),
@@ -350,7 +359,7 @@ def _fake_sum_tokens(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1:], dtype=torch.float32)
 
 
-def _fake_nothing(pending: Tensor, other: Tensor) -> None:
+def _fake_nothing(pending: Tensor, other: Tensor, after: Tensor | None = None) -> None:
     pass
 
 

@@ -122,10 +122,15 @@ class GemmOperand(NamedTuple):
     """
 
     tensor: Tensor
-    scale_inv: Tensor | None = None
-    granularity: Granularity = PER_TENSOR
+    scale_inv: Tensor | None
+    granularity: Granularity  # no default: torch 2.11 cannot make one in a compiled graph
     axis: int = 1
     values: Tensor | None = None
+
+
+def plain_operand(tensor: Tensor, axis: int = 1) -> GemmOperand:
+    """Return a matrix that enters a GEMM in high precision, which contracts an axis."""
+    return GemmOperand(tensor, None, PER_TENSOR, axis)
 
 
 _FORMATS: dict[torch.dtype, Format] = {}

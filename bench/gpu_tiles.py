@@ -1,0 +1,125 @@
+"""Which tile, how many warps and registers make casts on a GPU fast: candidates side by side.
+
+    python bench/gpu_tiles.py
+
+Compiling comes first, shared among processes (Triton keeps kernels on disk); then all candidates
+are timed in turn, so that drift hits all alike. What wins is written into `numerics.gpu.cast` by
+hand.
+"""
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench.gpu_timing import graphed, rotating, times_ms
+from unclamp import E4M3FN
+from unclamp.numerics.gpu import cast
+from unclamp.numerics.gpu.cast import Tile
+
+ELEMENTS = 1 << 26
+FLAT = [
+    (Tile(1, rows, columns, warps, registers), programs)
+    for rows, columns, warps, registers, programs in (
+        (128, 16, 4, 64, 4096),
+        (128, 16, 4, 0, 4096),
+        (128, 16, 4, 80, 4096),
+        (128, 16, 4, 48, 4096),
+        (128, 16, 4, 64, 1056),
+        (128, 16, 4, 64, 2112),
+        (128, 16, 4, 64, 16384),
+        (256, 16, 8, 64, 2048),
+        (64, 16, 2, 64, 8192),
+        (256, 16, 4, 0, 4096),
+        (256, 16, 4, 128, 4096),
+        (128, 8, 4, 0, 4096),
+        (256, 8, 4, 64, 4096),
+        (256, 8, 8, 32, 4096),
+        (128, 32, 4, 128, 4096),
+    )
+]
+TURNED = [
+    (Tile(4, rows, columns, warps, registers), programs)
+    for rows, columns, warps, registers, programs in (
+        (32, 64, 4, 0, 4096),
+        (32, 64, 4, 128, 4096),
+        (32, 64, 4, 168, 4096),
+        (32, 64, 8, 0, 4096),
+        (32, 64, 8, 128, 4096),
+        (32, 64, 8, 64, 4096),
+        (16, 64, 4, 128, 4096),
+        (16, 64, 4, 0, 4096),
+        (32, 32, 4, 128, 4096),
+        (32, 128, 8, 128, 4096),
+        (64, 64, 8, 128, 2048),
+    )
+]
+KINDS: dict[str, dict[str, Any]] = {
+    "delayed": {"measured": True},
+    "guarded": {"guard": True},
+    "no counts": {"measured": True, "counts": False},
+}
+
+
+def candidates() -> Iterator[tuple[str, Tile, int, dict[str, Any]]]:
+    """Yield kind, tile, programs and settings."""
+    for (tile, programs), kind in itertools.product(FLAT, KINDS):
+        yield kind, tile, programs, KINDS[kind]
+    for tile, programs in TURNED:
+        yield "turned", tile, programs, {"measured": True, "turned": True}
+
+
+def made(tile: Tile, programs: int, settings: dict[str, Any]) -> Callable[[], Any]:
+    """Return a cast of fresh numbers."""
+    x = torch.randn(ELEMENTS // 4096, 4096, device="cuda").to(torch.bfloat16)
+    scale = 448 / x.abs().max().float() * 0.5
+
+    def run() -> Any:
+        cast.FLAT = cast.TURNED = tile
+        cast.MOST_PROGRAMS = programs
+        return cast.quantize_tensor(x, E4M3FN, scale, **settings)
+
+    return run
+
+
+def compiles(index: int) -> str:
+    """Compile one candidate; return what went wrong, or nothing."""
+    _, tile, programs, settings = list(candidates())[index]
+    try:
+        made(tile, programs, settings)()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__} {str(error)[:80]}"
+    return ""
+
+
+def main() -> None:
+    """Compile and time all."""
+    every = list(candidates())
+    with get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+        wrong = pool.map(compiles, range(len(every)), chunksize=1)
+    device = torch.device("cuda")
+    good = [c for c, error in zip(every, wrong, strict=True) if not error]
+    for one, error in zip(every, wrong, strict=True):
+        if error:
+            print(*one[:3], error)
+
+    def six(tile: Tile, programs: int, settings: dict[str, Any]) -> Callable[[], None]:
+        run = rotating(lambda: made(tile, programs, settings))
+        return graphed(lambda: [run() for _ in range(6)], device)
+
+    times = times_ms([six(*one[1:]) for one in good], device, rounds=9, limit_s=30)
+    for (kind, tile, programs, _), ms in zip(good, times, strict=True):
+        print(f"{kind:10} {tuple(tile)!s:24} {programs:6} {ms / 6 * 1e3:8.1f} us", flush=True)
+
+
+if __name__ == "__main__":
+    main()
