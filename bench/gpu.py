@@ -146,7 +146,7 @@ def ledger(report: Report) -> None:
 
 def _small(device: torch.device, dim: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+    model = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
     model = model.to(device, torch.bfloat16)
     unclamp.convert(model, unclamp.Recipe.uniform(unclamp.Guarded()))
     is_cuda = device.type == "cuda"
@@ -154,20 +154,21 @@ def _small(device: torch.device, dim: int) -> tuple[nn.Module, torch.optim.Optim
 
 
 def whole_step(report: Report) -> None:
-    """Run forward, backward, optimizer and ledger without a sync, and replay them in a graph."""
+    """Run forward, backward, optimizer and ledger without a sync, in a graph, and compiled."""
     device = report.device
     size = report.size(512), report.size(256, 32)
     x = torch.randn(size, device=device, dtype=torch.bfloat16)
 
-    def trained(steps: int, *, in_graph: bool) -> list[Tensor]:
+    def trained(steps: int, *, in_graph: bool = False, is_compiled: bool = False) -> list[Tensor]:
         model, optimizer = _small(device, report.size(256, 32))
+        called = torch.compile(model, dynamic=False) if is_compiled else model
         heard: list[Any] = []
         book = find_ledgers(model)[0]
         book.subscribe(heard.append)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=False)
-            model(x).float().square().mean().backward()
+            called(x).float().square().mean().backward()
             optimizer.step()
 
         if in_graph and device.type == "cuda":
@@ -187,9 +188,12 @@ def whole_step(report: Report) -> None:
         weights = [p.detach().clone() for p in model.parameters()]
         return [*weights, book.amax_history.clone(), heard[-1].stats]
 
-    eager, replayed = trained(5, in_graph=False), trained(5, in_graph=True)
-    differ = sum(not torch.equal(a, b) for a, b in zip(eager, replayed, strict=True))
-    report.add("graph: tensors that differ from eager", differ, "", at_most=0)
+    eager = trained(5)
+    for name, others in (
+        ("graph", trained(5, in_graph=True)), ("compiled", trained(5, is_compiled=True)),
+    ):  # fmt: skip
+        differ = sum(not torch.equal(a, b) for a, b in zip(eager, others, strict=True))
+        report.add(f"{name}: tensors that differ from eager", differ, "", at_most=0)
 
 
 def _set_sync_debug(device: torch.device, mode: str) -> None:

@@ -27,38 +27,30 @@ from unclamp.numerics.gpu.cast import Tile
 
 ELEMENTS = 1 << 26
 FLAT = [
-    (Tile(1, rows, 16, warps, registers), 132 * each)
-    for rows, warps, registers, each in (
-        (128, 4, 64, 4),
-        (128, 4, 64, 6),
-        (128, 4, 64, 8),
-        (128, 4, 64, 16),
-        (128, 4, 48, 10),
-        (128, 4, 80, 6),
-        (128, 4, 0, 4),
-        (256, 8, 64, 4),
-        (256, 8, 64, 2),
-        (64, 2, 64, 16),
-        (256, 4, 128, 4),
-        (512, 16, 64, 2),
+    Tile(1, rows, 16, warps, registers, programs, ahead)
+    for rows, warps, registers, programs, ahead in (
+        (128, 4, 64, 8, 0),
+        (128, 4, 64, 8, 2),
+        (128, 4, 80, 6, 1),
+        (128, 4, 96, 5, 1),
+        (128, 4, 0, 4, 1),
+        (128, 4, 48, 10, 2),
+        (256, 4, 128, 4, 2),
+        (64, 2, 64, 16, 2),
     )
 ]
-"""Tiles written as they lie, and how many programs; an H200 has 132 multiprocessors."""
 TURNED = [
-    (Tile(4, rows, columns, warps, registers), 132 * each)
-    for rows, columns, warps, registers, each in (
-        (32, 64, 4, 0, 2),
-        (32, 64, 4, 168, 3),
-        (32, 64, 4, 168, 6),
-        (32, 64, 4, 128, 4),
-        (32, 64, 4, 128, 8),
-        (16, 64, 4, 128, 4),
-        (16, 64, 4, 96, 5),
-        (16, 64, 2, 168, 6),
-        (32, 32, 4, 128, 4),
-        (32, 32, 4, 96, 5),
-        (32, 64, 8, 128, 2),
-        (16, 32, 2, 128, 8),
+    Tile(4, rows, columns, warps, registers, programs, ahead)
+    for rows, columns, warps, registers, programs, ahead in (
+        (16, 64, 2, 168, 6, 0),
+        (16, 64, 2, 168, 6, 2),
+        (16, 64, 2, 168, 12, 0),
+        (16, 64, 2, 0, 4, 0),
+        (16, 64, 2, 128, 8, 0),
+        (32, 64, 4, 168, 3, 2),
+        (16, 32, 1, 168, 12, 0),
+        (8, 64, 1, 168, 12, 0),
+        (32, 32, 2, 168, 6, 0),
     )
 ]
 KINDS: dict[str, dict[str, Any]] = {
@@ -68,22 +60,21 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def candidates() -> Iterator[tuple[str, Tile, int, dict[str, Any]]]:
-    """Yield kind, tile, programs and settings."""
-    for (tile, programs), kind in itertools.product(FLAT, KINDS):
-        yield kind, tile, programs, KINDS[kind]
-    for tile, programs in TURNED:
-        yield "turned", tile, programs, {"measured": True, "turned": True}
+def candidates() -> Iterator[tuple[str, Tile, dict[str, Any]]]:
+    """Yield kind, tile and settings."""
+    for tile, kind in itertools.product(FLAT, KINDS):
+        yield kind, tile, KINDS[kind]
+    for tile in TURNED:
+        yield "turned", tile, {"measured": True, "turned": True}
 
 
-def made(tile: Tile, programs: int, settings: dict[str, Any]) -> Callable[[], Any]:
+def made(tile: Tile, settings: dict[str, Any]) -> Callable[[], Any]:
     """Return a cast of fresh numbers."""
     x = torch.randn(ELEMENTS // 4096, 4096, device="cuda").to(torch.bfloat16)
     scale = 448 / x.abs().max().float() * 0.5
 
     def run() -> Any:
         cast.FLAT = cast.TURNED = tile
-        cast.MOST_PROGRAMS = programs
         return cast.quantize_tensor(x, E4M3FN, scale, **settings)
 
     return run
@@ -91,9 +82,9 @@ def made(tile: Tile, programs: int, settings: dict[str, Any]) -> Callable[[], An
 
 def compiles(index: int) -> str:
     """Compile one candidate; return what went wrong, or nothing."""
-    _, tile, programs, settings = list(candidates())[index]
+    _, tile, settings = list(candidates())[index]
     try:
-        made(tile, programs, settings)()
+        made(tile, settings)()
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__} {str(error)[:80]}"
@@ -109,15 +100,15 @@ def main() -> None:
     good = [c for c, error in zip(every, wrong, strict=True) if not error]
     for one, error in zip(every, wrong, strict=True):
         if error:
-            print(*one[:3], error)
+            print(*one[:2], error)
 
-    def six(tile: Tile, programs: int, settings: dict[str, Any]) -> Callable[[], None]:
-        run = rotating(lambda: made(tile, programs, settings))
+    def six(tile: Tile, settings: dict[str, Any]) -> Callable[[], None]:
+        run = rotating(lambda: made(tile, settings))
         return graphed(lambda: [run() for _ in range(6)], device)
 
     times = times_ms([six(*one[1:]) for one in good], device, rounds=9, limit_s=30)
-    for (kind, tile, programs, _), ms in zip(good, times, strict=True):
-        print(f"{kind:10} {tuple(tile)!s:24} {programs:6} {ms / 6 * 1e3:8.1f} us", flush=True)
+    for (kind, tile, _), ms in zip(good, times, strict=True):
+        print(f"{kind:10} {tuple(tile)!s:30} {ms / 6 * 1e3:8.1f} us", flush=True)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def check_tensor(target: str) -> None:
             constants |= {"BN": tile.columns, "F": numbers(fmt, native=target == "cuda")}
             constants |= {"TURNED": turned, "PACKED": turned}
             how = options(tile, arch)
-            settling = {"GIVEN": True, "COUNT": True, "SIZE": SUMMED * tile.warps}
+            settling = {"GIVEN": True, "COUNT": True, "SIZE": SUMMED * tile.warps, "AHEAD": tile.ahead}
             for guard, alone in ((True, False), (False, True)):
                 ways = settling | {"GUARD": guard, "ALONE": alone}
                 first = compiled(tensorwise.cast_tiles, target, constants | ways, how)

@@ -35,7 +35,9 @@ class Tile(NamedTuple):
     """Slices of a tile, rows and columns of a slice, and how a kernel that works on it compiles.
 
     `registers` of a thread, or 0 for as many as it wants: fewer let more programs share a
-    multiprocessor, and hide one another's waiting.
+    multiprocessor, and hide one another's waiting. `programs` a multiprocessor, as many as fit
+    there at once: more would each cost a start and an end. `ahead`: where the next tile is
+    fetched to meanwhile (`tensorwise.REGISTERS`, `CACHE`), or 0.
     """
 
     slices: int
@@ -43,15 +45,16 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     registers: int
+    programs: int
+    ahead: int = 0
 
 
-FLAT = Tile(1, 128, 16, 4, 64)
+FLAT = Tile(1, 128, 16, 4, 64, 8)
 """A tile of a tensor whose codes are written as they lie: 16 elements side by side a thread."""
-TURNED = Tile(4, 32, 64, 4, 0)
+TURNED = Tile(4, 16, 64, 2, 168, 6)
 """A tile that is written turned as well: 64 codes side by side one way, 128 the other."""
-INTERPRETED = Tile(1, 2048, 16, 8, 0)
+INTERPRETED = Tile(1, 2048, 16, 8, 0, 8)
 """A tile under Triton's interpreter, which takes its time for each program."""
-MOST_PROGRAMS = 4096
 SUMMED = 64
 """Programs whose findings a warp of the last program adds up at a time."""
 AGAIN = 4
@@ -152,7 +155,7 @@ def quantize(
     tiles_along = -(-columns // tile.columns)
     tiles = -(-rows // (tile.slices * tile.rows)) * tiles_along
     is_packed = turned and rows % tile.slices == 0
-    programs = min(tiles, MOST_PROGRAMS)
+    programs = min(tiles, tile.programs * _multiprocessors(x.device))
     data = x.detach().resolve_neg().contiguous().view(BITS[x.dtype])
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     other = torch.empty((columns, rows), dtype=torch.uint8, device=x.device) if turned else codes
@@ -169,6 +172,7 @@ def quantize(
     constants |= {"BM": tile.rows, "BN": tile.columns, "TURNED": turned, "PACKED": is_packed}
     settling = {"GIVEN": scale is not None, "GUARD": guard, "ALONE": is_alone}
     settling |= {"COUNT": counts, "SIZE": SUMMED * tile.warps}
+    settling["AHEAD"] = tile.ahead
     how = options(tile, arch)
     words = other.view(torch.int32) if is_packed else other
     with torch.cuda.device_of(x):
@@ -177,7 +181,7 @@ def quantize(
             amax, *shape, **constants, **settling, **how,
         )  # fmt: skip
         if not is_alone:
-            cast_again[(min(tiles, _programs_again(x.device)),)](
+            cast_again[(min(tiles, AGAIN * _multiprocessors(x.device)),)](
                 data, tops, codes, other, words, stats, *shape, **constants, **how
             )
     return Quantized(
@@ -192,7 +196,7 @@ def quantize(
 
 
 @functools.cache
-def _programs_again(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return AGAIN
-    return AGAIN * torch.cuda.get_device_properties(device).multi_processor_count
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
