@@ -271,6 +271,7 @@ def run(report: Report, *, only_check: bool, only: Sequence[str], out: Path) -> 
 
     parts = {
         "check": Part(lambda: same.append(gpu_check.check(report)), 110),
+        "layers": Part(lambda: gpu_layers.against_the_cpu(report), 40),
         "ceilings": Part(measured, 20),
         "casts": Part(lambda: casts(report, ceiling["bandwidth"]), 40),
         "ledger": Part(lambda: ledger(report), 15),

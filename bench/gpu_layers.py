@@ -88,6 +88,56 @@ def kept_mib(model: nn.Module, x: Tensor) -> float:
     return sum(kept.values()) / 2**20
 
 
+ROW, BLOCK = (unclamp.Dynamic(granularity=g) for g in (unclamp.PerRow(), unclamp.PerBlock(1, 128)))
+SQUARE = unclamp.Guarded(granularity=unclamp.PerBlock(128, 128))
+RECIPES = {
+    "delayed": unclamp.Recipe(),
+    "guarded": unclamp.Recipe.uniform(unclamp.Guarded()),
+    "dynamic": unclamp.Recipe.uniform(unclamp.Dynamic()),
+    "rows": unclamp.Recipe.uniform(ROW),
+    "blocks": unclamp.Recipe(input=BLOCK, weight=SQUARE, grad_output=BLOCK),
+    "MX": unclamp.Recipe.uniform(unclamp.Dynamic(granularity=unclamp.MX())),
+    "smooth": unclamp.Recipe(weight=unclamp.Guarded(), smooth=True),
+}
+
+
+def against_the_cpu(report: Report) -> None:
+    """Compare two steps of a layer with the CPU's, where the same codes are multiplied in float32.
+
+    What differs is how products are added up, and the rounding to bfloat16.
+    """
+    tokens, k, n = (report.size(size) for size in (512, 512, 384))
+    torch.manual_seed(0)
+    base = nn.Linear(k, n, dtype=torch.bfloat16)
+    x, grad = (torch.randn(tokens, d, dtype=torch.bfloat16) for d in (k, n))
+    for name, recipe in RECIPES.items():
+        found = [_two_steps(base, recipe, x, grad, d) for d in (torch.device("cpu"), report.device)]
+        worst = max(
+            float((a - b).norm() / b.norm())
+            for a, b in zip(found[1], found[0], strict=True)
+        )  # fmt: skip
+        report.add(f"layer, {name}: differs from the CPU by", worst, "", at_most=5e-3)
+
+
+def _two_steps(
+    base: nn.Module, recipe: unclamp.Recipe, x: Tensor, grad: Tensor, device: torch.device
+) -> list[Tensor]:
+    model = copy.deepcopy(base).to(device)
+    unclamp.convert(model, recipe)
+    found = []
+    for _ in range(2):
+        moved = x.to(device, copy=True).requires_grad_()
+        y = model(moved)
+        for parameter in model.parameters():
+            parameter.grad = None
+        y.backward(grad.to(device))
+        assert moved.grad is not None
+        found += [y.detach(), moved.grad, *(p.grad for p in model.parameters())]
+        for ledger in find_ledgers(model):
+            ledger.update()
+    return [t.float().cpu() for t in found if t is not None]
+
+
 COMPILING_S = 25.0
 """What a compiled candidate may take until its first step is done."""
 
