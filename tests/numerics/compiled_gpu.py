@@ -24,11 +24,11 @@ from unclamp.numerics.gpu.cast_blocks import SIZE, tiling
 
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 POINTERS = {
-    "x": "*i16", "scale": "*fp32", "slot": "*i32", "out": "*u8", "turned": "*u8",
-    "words": "*i32", "tops": "*i32", "parts": "*fp64", "stats": "*fp64",
+    "x": "*bf16", "scale": "*fp32", "slot": "*i32", "out": "*u8", "turned": "*u8",
+    "scratch": "*fp64", "tops": "*i32", "parts": "*fp64", "stats": "*fp64",
     "scale_inv": "*fp32", "amax": "*fp32",
 }  # fmt: skip
-ALIGNED = ("x", "slot", "out", "turned", "words", "rows", "columns", "elements")
+ALIGNED = ("x", "slot", "out", "turned", "rows", "columns", "elements")
 
 
 def compiled(kernel: Any, target: str, constants: dict[str, Any], how: dict[str, Any]) -> Any:

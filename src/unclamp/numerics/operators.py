@@ -187,7 +187,7 @@ def _quantize(
     power_of_two: bool, guard: bool, axis: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan = plan_of((format, granularity, margin, power_of_two, guard))
-    q = quantize_by(x, plan, scale, axis)
+    q = quantize_by(x, plan, scale, axis, apart=True)
     return q.codes, _own(q.scale_inv), _own(q.amax), q.stats
 
 
@@ -196,7 +196,7 @@ def _quantize_turned(
     power_of_two: bool, guard: bool, axis: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan = plan_of((format, granularity, margin, power_of_two, guard))
-    q = quantize_by(x, plan, scale, axis, turned=True)
+    q = quantize_by(x, plan, scale, axis, turned=True, apart=True)
     assert q.turned is not None
     return q.codes, _own(q.scale_inv), _own(q.amax), q.stats, q.turned.t()
 

@@ -107,7 +107,8 @@ class Quantized(NamedTuple):
         if axis == self.axis % 2:
             return GemmOperand(self.codes, self.scale_inv, self.plan.granularity, axis, self.values)
         codes = self.codes if self.turned is None else self.turned
-        return GemmOperand(codes, self.scale_inv.t(), self.plan.granularity, axis, self.values)
+        scale_inv = self.scale_inv.t() if self.scale_inv.ndim else self.scale_inv
+        return GemmOperand(codes, scale_inv, self.plan.granularity, axis, self.values)
 
 
 class GemmOperand(NamedTuple):
