@@ -214,6 +214,7 @@ class Operands:
         splits: Splits = WHOLE,
         agreed: Agreed = NOT_AGREED,
         in_batch: bool = False,
+        shows_wild: bool = False,
     ) -> Hat:
         """Cast an operand for these GEMMs: once where its blocks are square, else once an axis.
 
@@ -226,6 +227,8 @@ class Operands:
             splits: How it is spread over ranks, who agree on its scales.
             agreed: Scales that they agreed on before.
             in_batch: Whether it is a batch of matrices, which a GEMM wants decoded whole.
+            shows_wild: Whether it may stand for NaN alone where an element is not finite; what a
+                kernel can do at no cost, `Quantized.shows_wild`.
         """
         plan = self.plans[role] if doubt is None else self.guarded_weight
         axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
@@ -251,15 +254,16 @@ class Operands:
         q = quantize_operand(
             x, self._scale(role, 1, doubt, agreed, scale), plan, 1,
             slot=role, keeps_codes=not at_once, is_whole=in_batch, turned=0 in axes,
-            measured=self.is_measured,
+            measured=self.is_measured, shows_wild=shows_wild,
         )  # fmt: skip
-        return Hat(x, dict.fromkeys((1, 0), self.inspected(x, q)), agreed)
+        q = self.inspected(x, q)
+        return Hat(x, {1: q, 0: q}, agreed)
 
     @property
     def is_measured(self) -> bool:
         """Whether its scales are hardly 0, for speed alone; no graph asks: it serves all steps."""
         first = None if torch.compiler.is_compiling() else self.committed_after
-        return first is not None and self.ledger.updates > first
+        return first is not None and self.ledger.steps.made > first
 
     def _scale(
         self, role: Role, axis: Axis, doubt: Doubt, agreed: Agreed, given: Tensor | None = None
@@ -279,6 +283,9 @@ class Operands:
         """Return what the ledger wants to know of a role's casts, and nothing of the codes."""
         if not hat.casts:
             return Seen()
+        if self.square[role] and not self.block_amax:  # as with a scale a tensor
+            q = hat.casts[1]
+            return Seen(q.stats, q.details)
         made = [hat.casts[1]] if self.square[role] else list(hat.casts.values())
         stats = (
             made[0].stats if len(made) == 1 else merged_stats(torch.stack([q.stats for q in made]))
@@ -323,12 +330,8 @@ class Operands:
                 self.committed_after = self.ledger.updates
             self.ledger.captured.is_in_graph |= is_capturing()
         for role, one in seen.items():
-            amaxes: dict[Axis, Tensor | None] = {1: one.amax_1, 0: one.amax_0}
-            for axis, amax in amaxes.items():
-                pending = self.block_amax.get((role, axis))
-                # A switch since the forward may have left other blocks, or none.
-                if amax is not None and pending is not None and pending.shape == amax.shape:
-                    raise_amax(pending, amax, after)
+            self._raise_amax(role, 1, one.amax_1, after)
+            self._raise_amax(role, 0, one.amax_0, after)
         rows = [seen.get(role, NOTHING_SEEN) for role in ROLES]
         commit(self.pending, [one.stats for one in rows], self.nothing[0], after)
         # In this order: a compiled graph that takes no closer look does not ask whether others do.
@@ -336,6 +339,16 @@ class Operands:
             # One call with the whole view: in a graph, a row of it would be a tensor of its own.
             looks = [self.nothing[1] if one.details is None else one.details for one in rows]
             add_details(self.details, torch.stack(looks), after)
+
+    def _raise_amax(
+        self, role: Role, axis: Axis, amax: Tensor | None, after: Tensor | None
+    ) -> None:
+        if amax is None:
+            return
+        pending = self.block_amax.get((role, axis))
+        # A switch since the forward may have left other blocks, or none.
+        if pending is not None and pending.shape == amax.shape:
+            raise_amax(pending, amax, after)
 
     def evaluate(self, seen: Mapping[Role, "Seen"], weight: Tensor | None) -> None:
         """Count what an evaluation's casts saw, of a weight among others, if there is one."""

@@ -54,6 +54,7 @@ def quantize_operand(
     is_whole: bool = True,
     turned: bool = False,
     measured: bool = False,
+    shows_wild: bool = False,
 ) -> Quantized:
     """Cast a matrix as `unclamp.numerics.quantize_by` does; a node of a graph in a compiled one.
 
@@ -64,7 +65,7 @@ def quantize_operand(
         return quantize_by(
             x, plan, scale, axis,
             slot=slot, keeps_codes=keeps_codes, is_whole=is_whole, turned=turned,
-            measured=measured,
+            measured=measured, shows_wild=shows_wild,
         )  # fmt: skip
     if turned and x.device.type == "cuda":
         made = torch.ops.unclamp.quantize_turned(x, scale, *plan.signature, axis)

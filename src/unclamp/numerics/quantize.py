@@ -103,6 +103,7 @@ def quantize_by(
     is_whole: bool = True,
     measured: bool = False,
     apart: bool = False,
+    shows_wild: bool = False,
 ) -> Quantized:
     """Cast as a plan says; see `quantize`.
 
@@ -110,7 +111,8 @@ def quantize_by(
     until the slot is used again. Without `keeps_codes` so do the codes. Without `is_whole` only
     small tensors have values: a GEMM decodes larger ones by panels. `measured` says that the
     scale is hardly 0, "nothing measured yet": on a GPU that saves a launch. With `apart` no two
-    results on a GPU share memory.
+    results on a GPU share memory. With `shows_wild` NaN takes the place of `scale_inv` where an
+    element is not finite, if the kernel can do it: `Quantized.shows_wild` says whether it does.
     """
     path = path_of(x)
     if path is Path.NUMBA:
@@ -121,8 +123,9 @@ def quantize_by(
         q = fused().quantize(x, plan, scale, axis, values=values, out=out)
     elif path is Path.TRITON:
         q = _by_triton(
-            x, plan, scale, axis, turned=turned, measured=measured, apart=apart
-        )
+            x, plan, scale, axis,
+            turned=turned, measured=measured, apart=apart, shows_wild=shows_wild,
+        )  # fmt: skip
     else:
         q = _in_torch(x, plan, scale, axis)
     return q._replace(turned=_turned(q.codes)) if turned and q.turned is None else q
@@ -138,11 +141,14 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
 
 def _by_triton(
     x: Tensor, plan: CastPlan, scale: Tensor | None, axis: int, *,
-    turned: bool, measured: bool, apart: bool,
+    turned: bool, measured: bool, apart: bool, shows_wild: bool,
 ) -> Quantized:  # fmt: skip
     cast, cast_blocks = _kernels()
     if plan.granularity.is_whole:
-        return cast.quantize(x, plan, scale, axis, turned=turned, measured=measured, apart=apart)
+        return cast.quantize(
+            x, plan, scale, axis,
+            turned=turned, measured=measured, apart=apart, shows_wild=shows_wild,
+        )  # fmt: skip
     made = cast_blocks.quantize(x, plan, scale, axis, turned=turned)
     return _in_torch(x, plan, scale, axis) if made is None else made
 

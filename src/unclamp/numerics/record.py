@@ -82,6 +82,7 @@ class Quantized(NamedTuple):
         turned: The codes once more in column-major memory, as a GEMM that contracts the other
             axis wants them on a GPU; None where nobody asked, and off the GPU.
         details: The closer look, where one was taken (`unclamp.numerics.inspection`).
+        shows_wild: Whether NaN took the place of `scale_inv` where an element was not finite.
     """
 
     codes: Tensor
@@ -93,6 +94,7 @@ class Quantized(NamedTuple):
     values: Tensor | None = None
     turned: Tensor | None = None
     details: Tensor | None = None
+    shows_wild: bool = False
 
     @property
     def granularity(self) -> Granularity:

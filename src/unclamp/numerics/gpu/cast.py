@@ -130,6 +130,7 @@ def quantize(
     measured: bool = False,
     counts: bool = True,
     apart: bool = False,
+    shows_wild: bool = False,
 ) -> Quantized:
     """Cast a tensor with one scale, as `unclamp.numerics.quantize` does; not an empty one.
 
@@ -137,13 +138,15 @@ def quantize(
     is hardly 0: without a guard it is one launch then, and slow where the scale is 0 after all.
     Without `counts` all statistics but amax and scale are 0: for measuring what counting costs.
     With `apart` no two results share memory, which an operator's may not; it takes the host more.
+    With `shows_wild` the result stands for NaN alone where an element is not finite.
     """
     device = x.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device_of(x):
             return quantize(
-                x, plan, scale, axis, turned=turned, measured=measured, counts=counts, apart=apart
-            )
+                x, plan, scale, axis, turned=turned, measured=measured, counts=counts, apart=apart,
+                shows_wild=shows_wild,
+            )  # fmt: skip
     is_given = scale is not None
     if is_given:
         check_scale(scale, SCALAR)
@@ -154,7 +157,7 @@ def quantize(
     flat = INTERPRETED if arch == "cpu" else FLAT
     launch = _launch(
         x.shape, x.dtype, plan.signature, arch, TURNED if turned else flat, MOST_PROGRAMS,
-        turned, is_given, is_alone, counts,
+        turned, is_given, is_alone, counts, shows_wild,
     )  # fmt: skip
     rows, columns, _ = launch.shape
     data = (x.detach() if x.requires_grad else x).resolve_neg().contiguous()
@@ -176,7 +179,9 @@ def quantize(
         )
     dtype = torch_dtype(plan.format)
     made = other.view(dtype).t() if turned else None
-    return Quantized(codes.view(dtype), scale_inv, amax, stats, plan, axis, turned=made)
+    return Quantized(
+        codes.view(dtype), scale_inv, amax, stats, plan, axis, None, made, None, shows_wild
+    )
 
 
 class Launch(NamedTuple):
@@ -201,6 +206,7 @@ class Launch(NamedTuple):
 def _launch(
     shape: torch.Size, dtype: torch.dtype, signature: Signature, arch: str, tile: Tile,
     most_programs: int, turned: bool, is_given: bool, is_alone: bool, counts: bool,
+    shows_wild: bool,
 ) -> Launch:  # fmt: skip
     """Return the launches of a cast: asked of the same layers at every step."""
     plan, elements = plan_of(signature), shape.numel()
@@ -216,7 +222,7 @@ def _launch(
     constants |= {"BM": tile.rows, "BN": tile.columns, "TURNED": turned}
     constants |= {"PACKED": turned and rows % tile.slices == 0}
     settling = {"GIVEN": is_given, "GUARD": plan.guard and is_given, "ALONE": is_alone}
-    settling |= {"COUNT": counts, "SIZE": SUMMED * tile.warps}
+    settling |= {"COUNT": counts, "SHOWS": shows_wild, "SIZE": SUMMED * tile.warps}
     how = options(tile, arch)
     return Launch(
         shape=(rows, columns, elements),

@@ -69,7 +69,8 @@ class Slots:
 
 def slot_for(device: torch.device) -> Tensor:
     """Return the slot of a launch on a device's current stream, int32 `[WORDS]`, all zero."""
-    return room_for(device, 0).slot
+    shared = _shared(device)
+    return _captured_slot(device) if shared is None else shared.slot
 
 
 def room_for(device: torch.device, numbers: int, *, leaves: bool = False) -> Room:
@@ -81,23 +82,29 @@ def room_for(device: torch.device, numbers: int, *, leaves: bool = False) -> Roo
         leaves: Whether it leaves something in its scratch for a later launch: other threads may
             launch on the stream in between.
     """
-    shared, slot = None, None
-    if device.type != "cuda":
-        shared = _slots(device).of_stream(threading.get_ident())
-    else:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if not is_capturing():
-            shared = _slots(torch.device("cuda", index)).of_stream(_stream(index))
-        elif index in _WITH_SLOTS:
-            slot = _slots(torch.device("cuda", index)).fresh()
-        else:  # a graph cannot hold memory that is made for good
-            slot = torch.zeros(WORDS, dtype=torch.int32, device=device)
+    shared = _shared(device)
     if shared is None:
-        assert slot is not None
-        return Room(slot, _scratch(numbers, device))
+        return Room(_captured_slot(device), _scratch(numbers, device))
     if numbers > SCRATCH or leaves:
         return Room(shared.slot, _scratch(numbers, device))
     return shared
+
+
+def _shared(device: torch.device) -> Room | None:
+    """Return the room of a device's current stream; None where it is captured."""
+    if device.type != "cuda":
+        return _slots(device).of_stream(threading.get_ident())
+    if is_capturing():
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _slots(torch.device("cuda", index)).of_stream(_stream(index))
+
+
+def _captured_slot(device: torch.device) -> Tensor:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _WITH_SLOTS:  # a graph cannot hold memory that is made for good
+        return torch.zeros(WORDS, dtype=torch.int32, device=device)
+    return _slots(torch.device("cuda", index)).fresh()
 
 
 def _scratch(numbers: int, device: torch.device) -> Tensor:

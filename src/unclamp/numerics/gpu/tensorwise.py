@@ -247,7 +247,8 @@ def cast_tiles(
     x, scale, slot, out, turned, scratch, stats, scale_inv, amax, rows, columns, elements,
     KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr, GIVEN: tl.constexpr,
-    GUARD: tl.constexpr, ALONE: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
+    GUARD: tl.constexpr, ALONE: tl.constexpr, COUNT: tl.constexpr, SHOWS: tl.constexpr,
+    SIZE: tl.constexpr,
 ):  # fmt: skip
     """Cast tiles; see `cast_and_settle`. `scratch`: a float64 for `tops`, `PARTS` for `parts`.
 
@@ -260,7 +261,8 @@ def cast_tiles(
         scratch.to(tl.pointer_type(tl.int32), bitcast=True), scratch + tl.num_programs(0),
         stats, scale_inv, amax, rows, columns, tiles_along,
         tl.cdiv(rows, SLICES * BM) * tiles_along, elements,
-        KIND, F, SLICES, BM, BN, TURNED, PACKED, GIVEN, GUARD, ALONE, COUNT, SIZE,
+        KIND, F, SLICES, BM, BN, TURNED, PACKED, GIVEN, GUARD, ALONE, COUNT, SHOWS,
+        SIZE,
     )  # fmt: skip
 
 
@@ -270,7 +272,8 @@ def cast_and_settle(
     rows, columns, tiles_along, tiles, elements,
     KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr, GIVEN: tl.constexpr,
-    GUARD: tl.constexpr, ALONE: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
+    GUARD: tl.constexpr, ALONE: tl.constexpr, COUNT: tl.constexpr, SHOWS: tl.constexpr,
+    SIZE: tl.constexpr,
 ):  # fmt: skip
     """Cast tiles with the given scale and measure them; the last program settles. See the module.
 
@@ -357,7 +360,7 @@ def cast_and_settle(
     tl.store(parts + 4 * programs + program, removed)
     if is_last(slot, programs):
         again = settled(tops, parts, stats, scale_inv, amax, given, programs, elements,
-                        F, GUARD, ALONE, SIZE)  # fmt: skip
+                        F, GUARD, ALONE, SHOWS, SIZE)  # fmt: skip
         tl.store(tops, again.to(tl.int32, bitcast=True))
         tl.store(slot + FLAG, program * 0)
         if ALONE:  # noqa: SIM102  # of the compiler; the other is the device's
