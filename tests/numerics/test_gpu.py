@@ -41,7 +41,7 @@ def test_kernels_interpreted_equal_the_cpu():
     interpreted("-m", "not slow", "-k", "test_tensor or test_blocks or test_layer")
 
 
-@pytest.mark.parametrize("group", ["test_launches", "test_host", "test_alone or test_slots"])
+@pytest.mark.parametrize("group", ["test_launches", "test_host", "test_alone or test_slots", "test_scratch"])
 def test_launches_and_looks_of_the_host_are_counted(group):
     interpreted("-k", group, name="interpreted_launches.py")
 

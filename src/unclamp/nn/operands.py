@@ -231,7 +231,7 @@ class Operands:
                 kernel can do at no cost, `Quantized.shows_wild`.
         """
         plan = self.plans[role] if doubt is None else self.guarded_weight
-        axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
+        axes: list[Axis] = [AXES[role, g] for g in gemms if self.modes[g] != HIGH] if plan else []
         if plan is None or not axes:
             return Hat(x, {})
         if isinstance(x, GatheredCodes):  # cast where its shards are, and counted there

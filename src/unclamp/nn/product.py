@@ -201,7 +201,7 @@ def when_to_commit(
     """
     if rehearses():
         return None
-    wants = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    wants = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled():
         if wants or not training or torch.compiler.is_compiling():
             return None

@@ -74,7 +74,13 @@ def quantize(
     plan = CastPlan(
         format=fmt, granularity=granularity, margin=margin, power_of_two=power_of_two, guard=guard
     )
-    return quantize_by(x, plan, scale, axis, values=values, out=out, turned=turned)
+    q = quantize_by(x, plan, scale, axis, values=values, out=out, turned=turned)
+    return with_turned(q) if turned else q
+
+
+def with_turned(q: Quantized) -> Quantized:
+    """Return a cast of a matrix with its codes in column-major memory too, if it has not."""
+    return q._replace(turned=_turned(q.codes)) if q.turned is None else q
 
 
 def check_memory(name: str, given: Tensor | None, x: Tensor, dtype: torch.dtype) -> None:
@@ -105,7 +111,7 @@ def quantize_by(
     apart: bool = False,
     shows_wild: bool = False,
 ) -> Quantized:
-    """Cast as a plan says; see `quantize`.
+    """Cast as a plan says; see `quantize`. `turned` is for GPUs: elsewhere nothing is copied.
 
     With a `slot` values come too where they are cheap, in the workspace of that name: they last
     until the slot is used again. Without `keeps_codes` so do the codes. Without `is_whole` only
@@ -120,15 +126,15 @@ def quantize_by(
             has_values = is_whole or x.numel() <= panels.ONE_PANEL
             values = borrow(slot, x.numel()) if has_values else None
             out = None if keeps_codes else borrow(f"{slot} codes", x.numel(), torch.uint8)
-        q = fused().quantize(x, plan, scale, axis, values=values, out=out)
-    elif path is Path.TRITON:
+        return fused().quantize(x, plan, scale, axis, values=values, out=out)
+    if path is Path.TRITON:
         q = _by_triton(
             x, plan, scale, axis,
             turned=turned, measured=measured, apart=apart, shows_wild=shows_wild,
         )  # fmt: skip
     else:
         q = _in_torch(x, plan, scale, axis)
-    return q._replace(turned=_turned(q.codes)) if turned and q.turned is None else q
+    return with_turned(q) if turned and goes_to_gpu(x) else q
 
 
 @functools.cache  # an import that is made already takes a microsecond, in each cast

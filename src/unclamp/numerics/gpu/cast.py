@@ -29,6 +29,7 @@ from unclamp.numerics.stats import Stat
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALAR = torch.Size()
+STATS = len(Stat)
 
 
 class Tile(NamedTuple):
@@ -163,7 +164,7 @@ def quantize(
     data = (x.detach() if x.requires_grad else x).resolve_neg().contiguous()
     codes = torch.empty(x.shape, dtype=torch.uint8, device=device)
     other = torch.empty((columns, rows), dtype=torch.uint8, device=device) if turned else codes
-    stats = torch.empty(len(Stat), dtype=torch.float64, device=device)
+    stats = torch.empty(STATS, dtype=torch.float64, device=device)
     if apart:
         scale_inv, amax = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
     else:

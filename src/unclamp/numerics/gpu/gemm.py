@@ -10,6 +10,7 @@ multiples of 16, to which operands are padded with zeros.
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -194,10 +195,38 @@ def _scaled_mm(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, grains: tuple[str, str],
     bias: Tensor | None, fast: bool, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    first, second = _recipe(grains[0]), _recipe(grains[1])
+    if _direct is not None:
+        return _direct(
+            a, b, [a_scale], [first.value], [], [b_scale], [second.value], [],
+            bias, out_dtype, (), fast,
+        )  # fmt: skip
     return F.scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        a, b, a_scale, _recipe(grains[0]), b_scale, _recipe(grains[1]),
+        a, b, a_scale, first, b_scale, second,
         bias=bias, output_dtype=out_dtype, use_fast_accum=fast,
     )  # fmt: skip
+
+
+SCHEMA = (
+    "aten::_scaled_mm_v2(Tensor self, Tensor mat2, Tensor[] scale_a, int[] recipe_a, "
+    "int[] swizzle_a, Tensor[] scale_b, int[] recipe_b, int[] swizzle_b, Tensor? bias, "
+    "ScalarType? out_dtype, int[] contraction_dim=[], bool use_fast_accum=False) -> Tensor"
+)
+
+
+def direct_scaled_mm() -> Callable[..., Tensor] | None:
+    """Return what `scaled_mm` calls, if it is what it was when this was written; else None.
+
+    Its twenty calls in Python to turn arguments into lists take the host as long as a cast's launch.
+    """
+    try:
+        known = str(torch.ops.aten._scaled_mm_v2.default._schema) == SCHEMA
+    except AttributeError:
+        return None
+    return getattr(torch, "_scaled_mm_v2", None) if known else None
+
+
+_direct = direct_scaled_mm()
 
 
 @functools.cache
