@@ -41,10 +41,12 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.dispatched = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        self.dispatched += 1
         name = func.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), (
             f"the host waits for the device: {name}"
@@ -57,6 +59,13 @@ class Launches(TorchDispatchMode):
 @contextmanager
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Give the names of what is launched meanwhile."""
+    with noted(monkeypatch) as mode:
+        yield mode.names
+
+
+@contextmanager
+def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """Note what is launched and dispatched meanwhile."""
     mode = Launches()
     run = GridExecutor.__call__
 
@@ -68,7 +77,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with monkeypatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", counted)
         with mode:
-            yield mode.names
+            yield mode
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +160,27 @@ def test_host_asks_nothing_in_a_training_step(monkeypatch, name):
     with launches(monkeypatch) as names:
         for _ in steps:
             assert names
+
+
+def test_host_dispatches_few_operators_in_a_step(monkeypatch):
+    """Each takes the host some microseconds, and a layer's step is to take it few hundred.
+
+    Four casts make 15 tensors: codes, some of them turned, statistics, scale and amax.
+    """
+    layer = nn.Linear(32, 64, bias=False, dtype=torch.bfloat16)
+    model = nn.Sequential(layer)
+    unclamp.convert(model, RECIPES["delayed"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(32, 32, dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(2):  # the second has scales
+        optimizer.zero_grad()
+        x.grad = None
+        with noted(monkeypatch) as mode:
+            y = model(x)
+            y.backward(torch.ones_like(y))
+        optimizer.step()
+    assert mode.dispatched <= 55
+    assert mode.names.count("cast_tiles") == 4
 
 
 @pytest.mark.parametrize(("name", "again"), [("delayed", 0), ("guarded", 1), ("dynamic", 1)])

@@ -31,9 +31,7 @@ def cast_gradient(
     scale = first_scale(operands, "grad_output", dy, together)
     # Where the kernel does it, no more is launched. A closer look wants the scale as it was.
     shows = not (is_cpu or is_compiling) and operands.inspection in ("never", "gradients")
-    hat = operands.cast(
-        "grad_output", dy, gemms, scale=scale, splits=splits, shows_wild=shows
-    )
+    hat = operands.cast("grad_output", dy, gemms, scale=scale, splits=splits, shows_wild=shows)
     seen = operands.seen("grad_output", hat)
     if seen.stats is None or (is_cpu and is_compiling):
         return hat, seen

@@ -254,9 +254,7 @@ def _add_details(pending: Tensor, details: Tensor, after: Tensor | None = None) 
     pending += details
 
 
-def _add_details_kernel(
-    pending: Tensor, details: Tensor, after: Tensor | None = None
-) -> None:
+def _add_details_kernel(pending: Tensor, details: Tensor, after: Tensor | None = None) -> None:
     _add_details(pending, details)
     torch.autograd.graph.increment_version(pending)  # as for the statistics
 

@@ -128,12 +128,11 @@ def quantize_by(
             out = None if keeps_codes else borrow(f"{slot} codes", x.numel(), torch.uint8)
         return fused().quantize(x, plan, scale, axis, values=values, out=out)
     if path is Path.TRITON:
-        q = _by_triton(
+        return _by_triton(
             x, plan, scale, axis,
             turned=turned, measured=measured, apart=apart, shows_wild=shows_wild,
         )  # fmt: skip
-    else:
-        q = _in_torch(x, plan, scale, axis)
+    q = _in_torch(x, plan, scale, axis)
     return with_turned(q) if turned and goes_to_gpu(x) else q
 
 
@@ -156,7 +155,8 @@ def _by_triton(
             turned=turned, measured=measured, apart=apart, shows_wild=shows_wild,
         )  # fmt: skip
     made = cast_blocks.quantize(x, plan, scale, axis, turned=turned)
-    return _in_torch(x, plan, scale, axis) if made is None else made
+    q = _in_torch(x, plan, scale, axis) if made is None else made
+    return with_turned(q) if turned else q
 
 
 def _in_torch(x: Tensor, plan: CastPlan, scale: Tensor | None, axis: int) -> Quantized:

@@ -37,7 +37,7 @@ _MAY_BE_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def is_interpreted() -> bool:
-    """Whether tensors of the CPU go the way of a GPU's; a graph does not look at the environment."""
+    """Whether tensors of the CPU go the way of a GPU's; no graph looks at the environment."""
     return (
         _MAY_BE_INTERPRETED
         and not torch.compiler.is_compiling()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unclamp.formats import E4M3FN, E5M2, Format
 from unclamp.numerics.gpu import architecture
+from unclamp.numerics.gpu.launching import Direct
 from unclamp.numerics.gpu.rounding import Numbers
 from unclamp.numerics.gpu.settling import PARTS
 from unclamp.numerics.gpu.slots import room_for
@@ -170,14 +171,15 @@ def quantize(
     else:
         scale_inv, amax = torch.empty(2, dtype=torch.float32, device=device).unbind()
     slot, scratch = room_for(device, (1 + PARTS) * launch.programs, leaves=not is_alone)
-    cast_tiles[(launch.programs,)](
-        data, scale if is_given else amax, slot, codes, other, scratch, stats, scale_inv, amax,
-        *launch.shape, **launch.first,
+    launch.first(
+        cast_tiles, launch.programs, device, (data, slot, codes, other, scratch, stats),
+        scale if is_given else amax, scale_inv, amax, *launch.shape,
     )  # fmt: skip
     if not is_alone:
-        cast_again[(min(launch.tiles, _programs_again(device)),)](
-            data, scratch, codes, other, stats, *launch.shape, **launch.again
-        )
+        launch.again(
+            cast_again, min(launch.tiles, _programs_again(device)), device,
+            (data, codes, other, scratch, stats), *launch.shape,
+        )  # fmt: skip
     dtype = torch_dtype(plan.format)
     made = other.view(dtype).t() if turned else None
     return Quantized(
@@ -192,15 +194,15 @@ class Launch(NamedTuple):
         shape: Rows and columns of the matrix that tiles are cut of, and elements.
         tiles: How many there are.
         programs: Programs of the first launch.
-        first: Constants of the first launch, and how it is compiled.
-        again: The same of the second.
+        first: The first launch.
+        again: The second one.
     """
 
     shape: tuple[int, int, int]
     tiles: int
     programs: int
-    first: dict[str, Any]
-    again: dict[str, Any]
+    first: Direct
+    again: Direct
 
 
 @functools.lru_cache(4096)  # sequences have many lengths
@@ -229,8 +231,8 @@ def _launch(
         shape=(rows, columns, elements),
         tiles=tiles,
         programs=min(tiles, most_programs),
-        first=constants | settling | how,
-        again=constants | how,
+        first=Direct(constants | settling, how),
+        again=Direct(constants, how),
     )
 
 

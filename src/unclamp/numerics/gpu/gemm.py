@@ -217,7 +217,7 @@ SCHEMA = (
 def direct_scaled_mm() -> Callable[..., Tensor] | None:
     """Return what `scaled_mm` calls, if it is what it was when this was written; else None.
 
-    Its twenty calls in Python to turn arguments into lists take the host as long as a cast's launch.
+    Its twenty calls in Python, which turn arguments into lists, take the host as long as a launch.
     """
     try:
         known = str(torch.ops.aten._scaled_mm_v2.default._schema) == SCHEMA

@@ -244,7 +244,7 @@ def cast_from(
 # Of single numbers: where they lie changes no code, and would be one more to compile.
 @triton.jit(do_not_specialize_on_alignment=["scale", "scale_inv", "amax"])
 def cast_tiles(
-    x, scale, slot, out, turned, scratch, stats, scale_inv, amax, rows, columns, elements,
+    x, slot, out, turned, scratch, stats, scale, scale_inv, amax, rows, columns, elements,
     KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr, GIVEN: tl.constexpr,
     GUARD: tl.constexpr, ALONE: tl.constexpr, COUNT: tl.constexpr, SHOWS: tl.constexpr,
@@ -374,7 +374,7 @@ def cast_and_settle(
 
 @triton.jit
 def cast_again(
-    x, scratch, out, turned, stats, rows, columns, elements,
+    x, out, turned, scratch, stats, rows, columns, elements,
     KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
