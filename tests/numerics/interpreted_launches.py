@@ -307,11 +307,11 @@ def test_scratch_is_a_launchs_own_where_it_leaves_something_in_it_or_wants_more(
     device = torch.device("cpu")
     shared = slots.room_for(device, slots.SCRATCH)
     assert slots.room_for(device, 6) is shared
-    for numbers, leaves in ((6, True), (slots.SCRATCH + 1, False)):
-        own = slots.room_for(device, numbers, leaves=leaves)
+    for count, leaves in ((6, True), (slots.SCRATCH + 1, False)):
+        own = slots.room_for(device, count, leaves=leaves)
         assert own.slot is shared.slot
         assert own.scratch.data_ptr() != shared.scratch.data_ptr()
-        assert own.scratch.numel() == numbers
+        assert own.scratch.numel() == count
 
 
 @pytest.mark.parametrize("most", [3, 4097])

@@ -47,7 +47,10 @@ class Direct:
             others: The kernel's further arguments.
         """
         known = self._compiled.get(device.index)
-        is_aligned = not any(t.data_ptr() & 15 for t in tensors)
+        addresses = 0
+        for tensor in tensors:
+            addresses |= tensor.data_ptr()
+        is_aligned = addresses % 16 == 0
         if known is not None and known[0] is kernel and is_aligned and not kernel.pre_run_hooks:
             _, compiled, constants = known
             compiled[(programs, 1, 1)](*tensors, *others, *constants)
