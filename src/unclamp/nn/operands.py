@@ -19,14 +19,13 @@ from unclamp.nn.casts import NOTHING_SEEN, Hat, Seen
 from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.layout import AXES, Axis, Site
 from unclamp.nn.noted import NO_VERSION, Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
-from unclamp.nn.update import LOOKS_AT_ALL, Inspection
-from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
+from unclamp.nn.update import Inspection
+from unclamp.numerics import CastPlan, Quantized, empty_details, empty_stats
 from unclamp.numerics.gpu import goes_to_gpu, is_capturing
 from unclamp.numerics.operators import (
     add_details,
     commit,
     inspect_operand,
-    look_at_weight_gradient,
     quantize_operand,
     raise_amax,
 )
@@ -294,31 +293,6 @@ class Operands:
         looks = [q.details for q in made if q.details is not None]
         details = torch.stack(looks).sum(0) if len(looks) > 1 else looks[0] if looks else None
         return Seen(stats, details, blocks.get(1), blocks.get(0))
-
-    def with_gradient(
-        self, seen: "Seen", hat: Hat, x: GemmOperand, grad: Tensor, smooth: Tensor | None
-    ) -> "Seen":
-        """Return what was seen of a gradient, and what its clamping did to the weight's gradient.
-
-        Args:
-            seen: Of the casts of `hat`.
-            hat: The gradient of the output.
-            x: The input that it was multiplied with.
-            grad: The weight's gradient that this made.
-            smooth: What its columns were divided by.
-        """
-        q = hat.casts.get(0)
-        if q is None or self.inspection == "never":
-            return seen
-        if self.inspection == "gradients" and hat.tensor.device.type != "cpu":
-            return seen
-        few, some = self.inspection == "gradients", self.inspection not in LOOKS_AT_ALL
-        look = look_at_weight_gradient(
-            hat.tensor, q, x, grad, smooth, only_clamped=some, few_tokens=few
-        )
-        if look is None:
-            return seen
-        return seen._replace(details=look if seen.details is None else seen.details + look)
 
     def commit(self, seen: Mapping[Role, "Seen"], after: Tensor | None = None) -> None:
         """Hand statistics, closer looks and amaxes of blocks to the ledger.

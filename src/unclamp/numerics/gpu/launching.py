@@ -18,7 +18,8 @@ from triton.runtime.jit import JITFunction
 
 KNOWN = ("3.6",)
 """Versions of Triton whose choice is the one above; others' launchers are asked every time."""
-IS_KNOWN = triton.__version__.rpartition(".")[0] in KNOWN
+IS_KNOWN = triton.__version__.rpartition(".")[0] in KNOWN and torch.version.hip is None
+"""On AMD's devices the size of a tensor's storage matters as well."""
 
 
 class Direct:
