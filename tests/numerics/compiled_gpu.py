@@ -182,7 +182,8 @@ def check_direct() -> None:
     cast.architecture = lambda device: "sm_90"
     launched: list[tuple[Any, ...]] = []
     searched: list[str] = []
-    for kernel in (tensorwise.cast_tiles, tensorwise.cast_again):
+    kernels: list[Any] = [tensorwise.cast_tiles, tensorwise.cast_again]
+    for kernel in kernels:
         kernel._do_compile = functools.partial(_kept, kernel, launched)
         kernel.run = functools.partial(_searching, kernel.run, kernel.__name__, searched)
     x, scale = torch.randn(64, 512).to(torch.bfloat16), torch.tensor(2.0)
