@@ -7,7 +7,6 @@ launch itself. A `Direct` stands for one choice of all of it but the device and 
 keeps what Triton launched by device, and where each address is a multiple of 16 launches it again.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ class Direct:
     def __init__(self, constants: dict[str, Any], options: dict[str, Any]) -> None:
         self._named = constants | options
         self._constants = constants
-        self._compiled: dict[int | None, tuple[Any, Callable[..., Any], tuple[Any, ...]]] = {}
+        self._compiled: dict[int | None, tuple[Any, Any, tuple[Any, ...]]] = {}
 
     def __call__(
         self, kernel: Any, programs: int, device: torch.device, tensors: tuple[Tensor, ...],
