@@ -1,6 +1,7 @@
 """Compile the kernels for a GPU that is not here and look at the machine code's outline.
 
 `python tests/numerics/compiled_gpu.py cuda` (sm_90) or `hip` (gfx942); `test_gpu.py` runs both.
+`direct` compiles nothing, and looks at what is launched.
 """
 
 # Triton types its abstract driver as returning nothing.
@@ -13,9 +14,10 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from unclamp import E4M3FN, E4M3FNUZ, E5M2, MX, PerBlock, PerRow
 from unclamp.numerics.gpu import blockwise, cast, cast_blocks, tensorwise
@@ -24,11 +26,11 @@ from unclamp.numerics.gpu.cast_blocks import SIZE, tiling
 
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 POINTERS = {
-    "x": "*i16", "scale": "*fp32", "slot": "*i32", "out": "*u8", "turned": "*u8",
-    "words": "*i32", "tops": "*i32", "parts": "*fp64", "stats": "*fp64",
+    "x": "*bf16", "scale": "*fp32", "slot": "*i32", "out": "*u8", "turned": "*u8",
+    "scratch": "*fp64", "tops": "*i32", "parts": "*fp64", "stats": "*fp64",
     "scale_inv": "*fp32", "amax": "*fp32",
 }  # fmt: skip
-ALIGNED = ("x", "slot", "out", "turned", "words", "rows", "columns", "elements")
+ALIGNED = ("x", "slot", "out", "turned", "rows", "columns", "elements")
 
 
 def compiled(kernel: Any, target: str, constants: dict[str, Any], how: dict[str, Any]) -> Any:
@@ -50,7 +52,12 @@ def check_tensor(target: str) -> None:
             constants |= {"BN": tile.columns, "F": numbers(fmt, native=target == "cuda")}
             constants |= {"TURNED": turned, "PACKED": turned}
             how = options(tile, arch)
-            settling = {"GIVEN": True, "COUNT": True, "SIZE": SUMMED * tile.warps, "AHEAD": tile.ahead}
+            settling = {
+                "GIVEN": True,
+                "COUNT": True,
+                "SIZE": SUMMED * tile.warps,
+                "AHEAD": tile.ahead,
+            }
             for guard, alone in ((True, False), (False, True)):
                 ways = settling | {"GUARD": guard, "ALONE": alone}
                 first = compiled(tensorwise.cast_tiles, target, constants | ways, how)
@@ -163,7 +170,67 @@ def check_launches() -> None:
     cast_blocks.quantize_blocks(torch.randn(3, 20000), E4M3FN, granularity=PerRow())
 
 
+class Kept(CompiledKernel):
+    """Takes the place of code: notes what it is launched with."""
+
+    def __init__(self, launched: list[tuple[Any, ...]]) -> None:
+        self.module, self.function, self.packed_metadata = 1, 0, None
+        self._run = lambda *args: launched.append(args)
+
+    def launch_metadata(self, *_: Any) -> Any:
+        return None
+
+
+def check_direct() -> None:
+    """What is launched past Triton's launcher is what that would launch, argument for argument."""
+    triton.runtime.driver.set_active(Device())
+    cast.architecture = lambda device: "sm_90"
+    launched: list[tuple[Any, ...]] = []
+    searched: list[str] = []
+    kernels: list[Any] = [tensorwise.cast_tiles, tensorwise.cast_again]
+    for kernel in kernels:
+        kernel._do_compile = functools.partial(_kept, kernel, launched)
+        kernel.run = functools.partial(_searching, kernel.run, kernel.__name__, searched)
+    x, scale = torch.randn(64, 512).to(torch.bfloat16), torch.tensor(2.0)
+    for settings in ({"measured": True}, {"turned": True}, {"turned": True, "guard": True}):
+        names = ["cast_tiles"] if "measured" in settings else ["cast_tiles", "cast_again"]
+        for value in (x, x[:, :500].contiguous()):
+            launched.clear()
+            for given in (scale, torch.ones(3)[1]):  # an address that is no multiple of 16
+                cast.quantize_tensor(value, E4M3FN, given, **settings)
+                assert searched == names  # the first time alone
+            searched.clear()
+            found, again = launched[: len(names)], launched[len(names) :]
+            assert [_plain(args) for args in found] == [_plain(args) for args in again]
+    far = torch.empty(64 * 512 + 1, dtype=torch.bfloat16)[1:].view(64, 512)
+    for _ in range(2):  # code for any address, which Triton is to find
+        cast.quantize_tensor(far, E4M3FN, scale, measured=True)
+    assert searched == ["cast_tiles"] * 2
+    tensorwise.cast_tiles.add_pre_run_hook(lambda *args, **kwargs: None)
+    cast.quantize_tensor(x, E4M3FN, scale, measured=True)  # a hook is not passed by
+    assert searched == ["cast_tiles"] * 3
+
+
+def _kept(kernel: Any, launched: list[tuple[Any, ...]], key: Any, *_: Any) -> Any:
+    made = Kept(launched)
+    kernel.device_caches[0][0][key] = made
+    return made
+
+
+def _searching(run: Any, name: str, searched: list[str], *args: Any, **kwargs: Any) -> Any:
+    searched.append(name)
+    return run(*args, **kwargs)
+
+
+def _plain(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what a kernel is launched with, of tensors what they are."""
+    return tuple((a.dtype, a.shape) if isinstance(a, Tensor) else a for a in args)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "direct":
+        check_direct()
+        sys.exit()
     check_tensor(sys.argv[1])
     if sys.argv[1] == "cuda":
         check_blocks(sys.argv[1])

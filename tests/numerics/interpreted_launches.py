@@ -21,7 +21,7 @@ from unclamp import E4M3FN, MX, Delayed, Dynamic, Format, Guarded, PerBlock, Per
 from unclamp.nn import find_ledgers
 from unclamp.numerics import CastPlan, Stat
 from unclamp.numerics.cast import quantize_plain
-from unclamp.numerics.gpu import DEVICE_PATH, slots
+from unclamp.numerics.gpu import DEVICE_PATH, cast, slots
 from unclamp.numerics.gpu.cast import numbers, quantize_tensor
 from unclamp.numerics.quantize import quantize_by
 
@@ -41,10 +41,12 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.dispatched = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        self.dispatched += 1
         name = func.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), (
             f"the host waits for the device: {name}"
@@ -57,6 +59,13 @@ class Launches(TorchDispatchMode):
 @contextmanager
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Give the names of what is launched meanwhile."""
+    with noted(monkeypatch) as mode:
+        yield mode.names
+
+
+@contextmanager
+def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """Note what is launched and dispatched meanwhile."""
     mode = Launches()
     run = GridExecutor.__call__
 
@@ -68,7 +77,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with monkeypatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", counted)
         with mode:
-            yield mode.names
+            yield mode
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +162,32 @@ def test_host_asks_nothing_in_a_training_step(monkeypatch, name):
             assert names
 
 
+def test_host_dispatches_few_operators_in_a_step(monkeypatch):
+    """Each takes the host some microseconds, and a layer's step is to take it few hundred.
+
+    Four casts make 15 tensors: codes, some of them turned, statistics, scale and amax.
+    """
+    layer = nn.Linear(32, 64, bias=False, dtype=torch.bfloat16)
+    model = nn.Sequential(layer)
+    unclamp.convert(model, RECIPES["delayed"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(32, 32, dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> Launches:
+        optimizer.zero_grad()
+        x.grad = None
+        with noted(monkeypatch) as mode:
+            y = model(x)
+            y.backward(torch.ones_like(y))
+        optimizer.step()
+        return mode
+
+    step()
+    mode = step()  # with scales
+    assert mode.dispatched <= 55
+    assert mode.names.count("cast_tiles") == 4
+
+
 @pytest.mark.parametrize(("name", "again"), [("delayed", 0), ("guarded", 1), ("dynamic", 1)])
 def test_launches_of_a_layer_follow_from_its_scaling(monkeypatch, name, again):
     """Six casts of two layers, and one of the weight that backward casts once more."""
@@ -230,9 +265,11 @@ def test_slots_are_zero_after_every_kind_of_cast():
 def test_slots_of_streams_and_graphs_are_different(monkeypatch):
     monkeypatch.setattr(slots, "SLOTS", 4)
     made = slots.Slots(torch.device("cpu"))
-    first, same, other = made.of_stream(7), made.of_stream(7), made.of_stream(8)
-    assert first is same
-    each = [first, other, made.fresh(), made.fresh()]
+    room, same, other = made.of_stream(7), made.of_stream(7), made.of_stream(8)
+    assert room is same
+    assert room.scratch.data_ptr() != other.scratch.data_ptr()
+    first = room.slot
+    each = [first, other.slot, made.fresh(), made.fresh()]
     assert len({slot.data_ptr() for slot in each}) == 4
     assert {slot.data_ptr() % 16 for slot in each} == {made._memory.data_ptr() % 16}
     assert len({slot.untyped_storage().data_ptr() for slot in each}) == 1
@@ -242,16 +279,73 @@ def test_slots_of_streams_and_graphs_are_different(monkeypatch):
 
 
 def test_slots_of_launches_that_are_captured_are_their_own(monkeypatch):
-    made, stream = slots.Slots(torch.device("cpu")), types.SimpleNamespace(cuda_stream=5)
+    made = slots.Slots(torch.device("cpu"))
     monkeypatch.setattr(slots, "_slots", lambda device: made)
     monkeypatch.setattr(slots, "_WITH_SLOTS", {0})
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
-    device, found = torch.device("cuda", 0), []
+    monkeypatch.setattr(slots, "_stream", lambda index: 5)
+    monkeypatch.setattr(
+        slots, "_scratch", lambda numbers, device: torch.empty(numbers, dtype=torch.float64)
+    )
+    device, found, rooms = torch.device("cuda", 0), [], []
     for is_capturing in (False, True, True, False):
         monkeypatch.setattr(slots, "is_capturing", lambda now=is_capturing: now)
         found.append(slots.slot_for(device).data_ptr())
+        rooms.append(slots.room_for(device, 6))
     assert len(set(found)) == 3
     assert found[0] == found[3]
+    assert rooms[0] is rooms[3]
+    assert len({room.slot.data_ptr() for room in rooms}) == 3
+    assert len({room.scratch.data_ptr() for room in rooms}) == 3
+    assert [room.scratch.numel() for room in rooms] == [slots.SCRATCH, 6, 6, slots.SCRATCH]
+
+
+def test_slots_a_stream_is_asked_of_torch_where_its_number_cannot_be(monkeypatch):
+    stream = types.SimpleNamespace(cuda_stream=5)
+    monkeypatch.setattr(torch.cuda, "current_stream", {3: stream}.__getitem__)
+    monkeypatch.setattr(slots, "_raw_stream", None)
+    assert slots._stream(3) == 5
+    monkeypatch.setattr(slots, "_raw_stream", lambda index: index + 4)
+    assert slots._stream(3) == 7
+
+
+def test_scratch_is_a_launchs_own_where_it_leaves_something_in_it_or_wants_more():
+    device = torch.device("cpu")
+    shared = slots.room_for(device, slots.SCRATCH)
+    assert slots.room_for(device, 6) is shared
+    for count, leaves in ((6, True), (slots.SCRATCH + 1, False)):
+        own = slots.room_for(device, count, leaves=leaves)
+        assert own.slot is shared.slot
+        assert own.scratch.data_ptr() != shared.scratch.data_ptr()
+        assert own.scratch.numel() == count
+
+
+@pytest.mark.parametrize("most", [3, 4097])
+def test_scratch_of_casts_of_any_number_of_programs(monkeypatch, most):
+    """Few programs do many tiles each; more than a stream's scratch holds have their own."""
+    monkeypatch.setattr(cast, "INTERPRETED", cast.Tile(1, 16, 16, 1, 0, most))
+    x = torch.randn(256 * 5 if most == 3 else 256, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(slots, "SCRATCH", slots.SCRATCH if most == 3 else 5)
+    got = quantize_tensor(x, E4M3FN, torch.tensor(50.0), measured=True)
+    want = quantize_plain(x, E4M3FN, torch.tensor(50.0))
+    assert torch.equal(bytes_of(got.codes), bytes_of(want.codes))
+    torch.testing.assert_close(got.stats, want.stats, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("is_wild", [False, True])
+@pytest.mark.parametrize("scale", [2.0, 0.0])
+def test_alone_a_cast_that_shows_what_is_wild_stands_for_nan(scale, is_wild):
+    x = torch.tensor([1.0, -3.0, 448.0, torch.inf if is_wild else 0.5])
+    got, plain = (
+        cast.quantize(x, plan(), torch.tensor(scale), measured=True, shows_wild=shows)
+        for shows in (True, False)
+    )
+    expected = torch.where(plain.stats[Stat.NONFINITE] > 0, torch.nan, plain.scale_inv)
+    assert got.shows_wild
+    assert not plain.shows_wild
+    assert bool(got.scale_inv.isnan()) is is_wild
+    assert torch.equal(got.scale_inv.view(torch.int32), expected.view(torch.int32))
+    assert torch.equal(bytes_of(got.codes), bytes_of(plain.codes))
+    assert torch.equal(got.stats, plain.stats)
 
 
 def test_slots_of_threads_are_different():

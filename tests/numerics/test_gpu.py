@@ -41,7 +41,9 @@ def test_kernels_interpreted_equal_the_cpu():
     interpreted("-m", "not slow", "-k", "test_tensor or test_blocks or test_layer")
 
 
-@pytest.mark.parametrize("group", ["test_launches", "test_host", "test_alone or test_slots"])
+@pytest.mark.parametrize(
+    "group", ["test_launches", "test_host", "test_alone or test_slots", "test_scratch"]
+)
 def test_launches_and_looks_of_the_host_are_counted(group):
     interpreted("-k", group, name="interpreted_launches.py")
 
@@ -57,6 +59,11 @@ def test_kernels_interpreted_equal_the_cpu_on_every_input(group):
 def test_kernels_compile_for_a_device_that_is_not_here(target):
     pytest.importorskip("triton")
     run(str(HERE / "compiled_gpu.py"), target, TRITON_INTERPRET="0")
+
+
+def test_launches_past_tritons_launcher_are_those_that_it_would_make():
+    pytest.importorskip("triton")
+    run(str(HERE / "compiled_gpu.py"), "direct", TRITON_INTERPRET="0")
 
 
 def plan(a: Given, b: Given, n: int = 256, k: int = 512, arch: str = "sm_90") -> GemmPlan:
@@ -183,7 +190,7 @@ while queue:
             continue
         wanted.add(name)
         queue += [re.match(r"[\\w.-]+", each)[0] for each in asked if "extra ==" not in each]
-mine = {"unclamp", "bench", "torchgen"} | {name.replace("-", "_") for name in wanted}
+mine = {"unclamp", "bench", "torchgen", "functorch"} | {name.replace("-", "_") for name in wanted}
 class OnlyThese:
     @staticmethod
     def find_spec(name, path=None, target=None):

@@ -72,10 +72,12 @@ def first_scale(operands: "Operands", role: Role, x: Tensor, groups: Groups) -> 
     Every rank of the groups has to come by with a tensor of its own, the first time, and the first
     time in each microbatch of a pipeline.
     """
+    if not groups:
+        return None
     index, plan, shared = operands.indices[role], operands.plans[role], operands.ledger.shared
     if isinstance(x, GatheredCodes):  # whose ranks have agreed before they sent it
         return None
-    if not groups or plan is None or index not in (shared.unseeded or ()):
+    if plan is None or index not in (shared.unseeded or ()):
         return None
     x = x.detach()
     amax = torch.where(x.isfinite(), x, 0).abs().amax() if x.numel() else x.new_full((), -1)

@@ -5,6 +5,7 @@ its forward for its backward hangs on a `Part` of the node, and the tensors amon
 `save_for_backward`. Results are written to where they are wanted, if that is said.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unclamp.names import GEMMS, Gemm, Role
+from unclamp.names import Gemm, Role
 from unclamp.nn.agreed import WHOLE, Splits, smoothing
 from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.first import first_scale
@@ -21,7 +22,7 @@ from unclamp.nn.groups import Groups
 from unclamp.nn.layout import Axis
 from unclamp.nn.noted import Doubt
 from unclamp.nn.operands import Operands
-from unclamp.nn.priced import SHARES, Wanted, set_aside, with_prices
+from unclamp.nn.priced import SHARES, Wanted, has_prices, set_aside, with_prices
 from unclamp.nn.split import asked, uncounted
 from unclamp.numerics import CastPlan, GemmOperand, panels, plain_operand
 from unclamp.numerics.operators import gemm, quantize_operand, sum_tokens
@@ -35,6 +36,9 @@ Saved = tuple[Any, ...]
 """Codes and scales of the input, those of the weight, the smoothing, and what prices want."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of input, weight and bias; None of what nobody asks for."""
+OUTPUT_ALONE: tuple[Gemm, ...] = ("output",)
+ENTERED_BY_INPUT: tuple[Gemm, ...] = ("output", "grad_weight")
+ENTERED_BY_WEIGHT: tuple[Gemm, ...] = ("output", "grad_input")
 NOTHING: tuple[None, None] = (None, None)
 """Stands for an operand that backward does not need."""
 
@@ -107,10 +111,10 @@ def run_forward(
     # What may be trained by a backward has the bits of a training, whatever its mode.
     doubt = operands.doubt(weight) if evaluates and commit is None else None
     remakes = needs_input and doubt is None and operands.remakes_weight(weight, x.shape[0])
-    x_gemms: list[Gemm] = ["output", "grad_weight"] if needs_weight else ["output"]
+    x_gemms = ENTERED_BY_INPUT if needs_weight else OUTPUT_ALONE
     # A cast along the other axis is made in any case, to be counted.
     casts_once = not needs_input or (remakes and operands.square["weight"])
-    w_gemms: list[Gemm] = ["output"] if casts_once else ["output", "grad_input"]
+    w_gemms = OUTPUT_ALONE if casts_once else ENTERED_BY_WEIGHT
     output, x_hat, w_hat, smooth, w_scale = cast_and_multiply(
         operands, x, weight, bias, x_gemms, w_gemms, doubt, together, splits, out
     )
@@ -127,7 +131,7 @@ def run_forward(
         "weight": operands.seen("weight", w_hat),
     }
     part.aside, kept = None, ()
-    if commit is not None:
+    if commit is not None and has_prices(operands):
         hats: dict[Role, Hat] = {"input": x_hat, "weight": w_hat}
         plain: dict[Role, Tensor] = {"input": x, "weight": weight}
         wanted: dict[Role, Wanted] = dict.fromkeys(SHARES, "never")
@@ -141,11 +145,11 @@ def run_forward(
         operands.evaluate(seen, weight)
     part.operands, part.commit, part.seen, part.meets = operands, commit, seen, (together, splits)
     part.counted = None, frozenset()
-    part.grains = tuple(None if k is None else k.granularity for k in (kept_x, kept_w))
-    part.high = {name: operands.is_high(name) for name in GEMMS}
+    part.grains = kept_x and kept_x.granularity, kept_w and kept_w.granularity
+    part.high = operands.is_high("grad_input"), operands.is_high("grad_weight")
     part.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
     saved = (*(kept_x or NOTHING)[:2], *(kept_w or NOTHING)[:2], smooth, *kept)
-    return output.to(x.dtype), saved
+    return output if output.dtype == x.dtype else output.to(x.dtype), saved
 
 
 def cast_and_multiply(
@@ -153,8 +157,8 @@ def cast_and_multiply(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    x_gemms: list[Gemm],
-    w_gemms: list[Gemm],
+    x_gemms: Sequence[Gemm],
+    w_gemms: Sequence[Gemm],
     doubt: Doubt = None,
     together: Groups = (),
     splits: Splits = WHOLE,
@@ -203,8 +207,10 @@ def run_backward(
     x_codes, x_inv, w_codes, w_inv, smooth, *kept = saved
     needs_input, needs_weight, needs_bias = needs
     x_dtype, weight_dtype, bias_dtype = part.dtypes
-    wanted: dict[Gemm, bool] = {"grad_input": needs_input, "grad_weight": needs_weight}
-    gemms: list[Gemm] = [gemm for gemm, is_on in wanted.items() if is_on]
+    input_is_high, weight_is_high = part.high
+    gemms: list[Gemm] = ["grad_input"] if needs_input else []
+    if needs_weight:
+        gemms.append("grad_weight")
     dy_hat, seen = cast_gradient(operands, dy, gemms, *part.meets)
     if part.commit == "in backward" and not torch.compiler.is_compiling():
         seen = uncounted(part, whole, dy_hat, seen)
@@ -219,7 +225,7 @@ def run_backward(
             w_hat = _remade(w_cast, w_inv, part.remade, axis, measured=operands.is_measured)
         else:
             w_hat = GemmOperand(w_codes, w_inv, part.grains[1], 0)
-        if part.high["grad_input"]:
+        if input_is_high:
             grad_input = written(plain_gemm(plain_operand(dy), w_hat), outs[0])
         else:
             mode = operands.modes["grad_input"]
@@ -229,7 +235,7 @@ def run_backward(
             else:  # smoothing comes after the sum, and before it is rounded
                 grad_input = gemm(dy_hat.along(1), w_hat, None, mode, torch.float32, None, scratch)
                 grad_input = written(grad_input * smooth, outs[0])
-        grad_input = grad_input.to(x_dtype)
+        grad_input = grad_input if grad_input.dtype == x_dtype else grad_input.to(x_dtype)
         if part.aside is not None and part.aside.waits_for("input"):
             prices["input"] = part.aside.look("input", grad_input, kept, smooth)
     elif part.aside is not None and part.aside.makes_input:
@@ -237,7 +243,7 @@ def run_backward(
     if needs_weight:
         # grad_weight [N, K] = dy_hat [T, N].T @ x_hat [T, K], contracting T: axis 0 of both.
         x_hat = GemmOperand(x_codes, x_inv, part.grains[0], 0)
-        if part.high["grad_weight"]:
+        if weight_is_high:
             grad_weight = written(plain_gemm(plain_operand(dy, 0), x_hat), outs[1])
         else:
             mode = operands.modes["grad_weight"]
@@ -247,15 +253,17 @@ def run_backward(
             else:
                 grad_weight = gemm(dy_hat.along(0), x_hat, None, mode, torch.float32)
                 grad_weight = written(grad_weight / smooth, outs[1])
-        grad_weight = grad_weight.to(weight_dtype)
-        if part.commit == "in backward" and not part.high["grad_weight"]:
+        if grad_weight.dtype != weight_dtype:
+            grad_weight = grad_weight.to(weight_dtype)
+        if part.commit == "in backward" and not weight_is_high:
             seen = with_look(operands, seen, dy, dy_hat, x_hat, grad_weight, smooth)
         if part.aside is not None and part.aside.waits_for("weight"):
             prices["weight"] = part.aside.look("weight", grad_weight, kept, smooth)
     if needs_bias:
         grad_bias = written(sum_tokens(dy).to(bias_dtype), outs[2])
     if part.commit == "in backward":
-        operands.commit(with_prices({**part.seen, "grad_output": seen}, prices), dy)
+        seen_of: dict[Role, Seen] = {**part.seen, "grad_output": seen}
+        operands.commit(with_prices(seen_of, prices) if prices else seen_of, dy)
         part.seen = {}  # a graph that is kept makes one cast more, and not three
     return grad_input, grad_weight, grad_bias
 

@@ -9,9 +9,10 @@ from unclamp.nn.casts import Hat, Seen
 from unclamp.nn.first import first_scale
 from unclamp.nn.groups import Groups
 from unclamp.nn.operands import Operands
+from unclamp.nn.update import LOOKS_AT_ALL
 from unclamp.numerics import GemmOperand, Quantized, Stat
 from unclamp.numerics.gpu import host_may_look
-from unclamp.numerics.operators import gemm
+from unclamp.numerics.operators import gemm, look_at_weight_gradient
 
 
 def cast_gradient(
@@ -29,11 +30,15 @@ def cast_gradient(
     if is_cpu and is_compiling:
         dy = torch.where(dy.isfinite(), dy, torch.nan)
     scale = first_scale(operands, "grad_output", dy, together)
-    hat = operands.cast("grad_output", dy, gemms, scale=scale, splits=splits)
+    # Where the kernel does it, no more is launched. A closer look wants the scale as it was.
+    shows = not (is_cpu or is_compiling) and operands.inspection in ("never", "gradients")
+    hat = operands.cast("grad_output", dy, gemms, scale=scale, splits=splits, shows_wild=shows)
     seen = operands.seen("grad_output", hat)
     if seen.stats is None or (is_cpu and is_compiling):
         return hat, seen
     if not is_cpu:
+        if all(q.shows_wild for q in hat.casts.values()):
+            return hat, seen
         wild = seen.stats[Stat.NONFINITE] > 0
         return Hat(dy, {axis: as_nan(q, wild) for axis, q in hat.casts.items()}), seen
     if (
@@ -66,7 +71,18 @@ def with_look(
         dtype = grad.dtype if smooth is None else torch.float32
         grad = gemm(dy_hat.along(0), x_hat, None, operands.modes["grad_weight"], dtype)
         grad = grad if smooth is None else grad / smooth
-    return operands.with_gradient(seen, dy_hat, x_hat, grad, smooth)
+    q = dy_hat.casts.get(0)
+    if q is None or operands.inspection == "never":
+        return seen
+    if operands.inspection == "gradients" and dy_hat.tensor.device.type != "cpu":
+        return seen
+    few, some = operands.inspection == "gradients", operands.inspection not in LOOKS_AT_ALL
+    look = look_at_weight_gradient(
+        dy_hat.tensor, q, x_hat, grad, smooth, only_clamped=some, few_tokens=few
+    )
+    if look is None:
+        return seen
+    return seen._replace(details=look if seen.details is None else seen.details + look)
 
 
 def as_nan(q: Quantized, wild: Tensor) -> Quantized:

@@ -19,14 +19,13 @@ from unclamp.nn.casts import NOTHING_SEEN, Hat, Seen
 from unclamp.nn.gathered import GatheredCodes
 from unclamp.nn.layout import AXES, Axis, Site
 from unclamp.nn.noted import NO_VERSION, Doubt, Noted, Origin, is_other, noted, noted_in_a_copy
-from unclamp.nn.update import LOOKS_AT_ALL, Inspection
-from unclamp.numerics import CastPlan, GemmOperand, Quantized, empty_details, empty_stats
+from unclamp.nn.update import Inspection
+from unclamp.numerics import CastPlan, Quantized, empty_details, empty_stats
 from unclamp.numerics.gpu import goes_to_gpu, is_capturing
 from unclamp.numerics.operators import (
     add_details,
     commit,
     inspect_operand,
-    look_at_weight_gradient,
     quantize_operand,
     raise_amax,
 )
@@ -214,6 +213,7 @@ class Operands:
         splits: Splits = WHOLE,
         agreed: Agreed = NOT_AGREED,
         in_batch: bool = False,
+        shows_wild: bool = False,
     ) -> Hat:
         """Cast an operand for these GEMMs: once where its blocks are square, else once an axis.
 
@@ -226,9 +226,11 @@ class Operands:
             splits: How it is spread over ranks, who agree on its scales.
             agreed: Scales that they agreed on before.
             in_batch: Whether it is a batch of matrices, which a GEMM wants decoded whole.
+            shows_wild: Whether it may stand for NaN alone where an element is not finite; what a
+                kernel can do at no cost, `Quantized.shows_wild`.
         """
         plan = self.plans[role] if doubt is None else self.guarded_weight
-        axes: list[Axis] = [AXES[role, gemm] for gemm in gemms if self.modes[gemm] != HIGH]
+        axes: list[Axis] = [AXES[role, g] for g in gemms if self.modes[g] != HIGH] if plan else []
         if plan is None or not axes:
             return Hat(x, {})
         if isinstance(x, GatheredCodes):  # cast where its shards are, and counted there
@@ -251,15 +253,16 @@ class Operands:
         q = quantize_operand(
             x, self._scale(role, 1, doubt, agreed, scale), plan, 1,
             slot=role, keeps_codes=not at_once, is_whole=in_batch, turned=0 in axes,
-            measured=self.is_measured,
+            measured=self.is_measured, shows_wild=shows_wild,
         )  # fmt: skip
-        return Hat(x, dict.fromkeys((1, 0), self.inspected(x, q)), agreed)
+        q = self.inspected(x, q)
+        return Hat(x, {1: q, 0: q}, agreed)
 
     @property
     def is_measured(self) -> bool:
         """Whether its scales are hardly 0, for speed alone; no graph asks: it serves all steps."""
         first = None if torch.compiler.is_compiling() else self.committed_after
-        return first is not None and self.ledger.updates > first
+        return first is not None and self.ledger.steps.made > first
 
     def _scale(
         self, role: Role, axis: Axis, doubt: Doubt, agreed: Agreed, given: Tensor | None = None
@@ -279,6 +282,9 @@ class Operands:
         """Return what the ledger wants to know of a role's casts, and nothing of the codes."""
         if not hat.casts:
             return Seen()
+        if self.square[role] and not self.block_amax:  # as with a scale a tensor
+            q = hat.casts[1]
+            return Seen(q.stats, q.details)
         made = [hat.casts[1]] if self.square[role] else list(hat.casts.values())
         stats = (
             made[0].stats if len(made) == 1 else merged_stats(torch.stack([q.stats for q in made]))
@@ -287,31 +293,6 @@ class Operands:
         looks = [q.details for q in made if q.details is not None]
         details = torch.stack(looks).sum(0) if len(looks) > 1 else looks[0] if looks else None
         return Seen(stats, details, blocks.get(1), blocks.get(0))
-
-    def with_gradient(
-        self, seen: "Seen", hat: Hat, x: GemmOperand, grad: Tensor, smooth: Tensor | None
-    ) -> "Seen":
-        """Return what was seen of a gradient, and what its clamping did to the weight's gradient.
-
-        Args:
-            seen: Of the casts of `hat`.
-            hat: The gradient of the output.
-            x: The input that it was multiplied with.
-            grad: The weight's gradient that this made.
-            smooth: What its columns were divided by.
-        """
-        q = hat.casts.get(0)
-        if q is None or self.inspection == "never":
-            return seen
-        if self.inspection == "gradients" and hat.tensor.device.type != "cpu":
-            return seen
-        few, some = self.inspection == "gradients", self.inspection not in LOOKS_AT_ALL
-        look = look_at_weight_gradient(
-            hat.tensor, q, x, grad, smooth, only_clamped=some, few_tokens=few
-        )
-        if look is None:
-            return seen
-        return seen._replace(details=look if seen.details is None else seen.details + look)
 
     def commit(self, seen: Mapping[Role, "Seen"], after: Tensor | None = None) -> None:
         """Hand statistics, closer looks and amaxes of blocks to the ledger.
@@ -323,12 +304,8 @@ class Operands:
                 self.committed_after = self.ledger.updates
             self.ledger.captured.is_in_graph |= is_capturing()
         for role, one in seen.items():
-            amaxes: dict[Axis, Tensor | None] = {1: one.amax_1, 0: one.amax_0}
-            for axis, amax in amaxes.items():
-                pending = self.block_amax.get((role, axis))
-                # A switch since the forward may have left other blocks, or none.
-                if amax is not None and pending is not None and pending.shape == amax.shape:
-                    raise_amax(pending, amax, after)
+            self._raise_amax(role, 1, one.amax_1, after)
+            self._raise_amax(role, 0, one.amax_0, after)
         rows = [seen.get(role, NOTHING_SEEN) for role in ROLES]
         commit(self.pending, [one.stats for one in rows], self.nothing[0], after)
         # In this order: a compiled graph that takes no closer look does not ask whether others do.
@@ -336,6 +313,16 @@ class Operands:
             # One call with the whole view: in a graph, a row of it would be a tensor of its own.
             looks = [self.nothing[1] if one.details is None else one.details for one in rows]
             add_details(self.details, torch.stack(looks), after)
+
+    def _raise_amax(
+        self, role: Role, axis: Axis, amax: Tensor | None, after: Tensor | None
+    ) -> None:
+        if amax is None:
+            return
+        pending = self.block_amax.get((role, axis))
+        # A switch since the forward may have left other blocks, or none.
+        if pending is not None and pending.shape == amax.shape:
+            raise_amax(pending, amax, after)
 
     def evaluate(self, seen: Mapping[Role, "Seen"], weight: Tensor | None) -> None:
         """Count what an evaluation's casts saw, of a weight among others, if there is one."""

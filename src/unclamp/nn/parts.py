@@ -15,7 +15,10 @@ DTENSOR = "torch.distributed.tensor"
 
 def is_sharded(*tensors: Tensor | None) -> bool:
     """Whether one of these is a DTensor; torch's module is not loaded to find out."""
-    if all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not nn.Parameter:
+            break
+    else:
         return False
     module = sys.modules.get(DTENSOR)
     return module is not None and any(isinstance(t, module.DTensor) for t in tensors)

@@ -122,7 +122,7 @@ def set_aside(
         wanted: Whose gradients come.
         smooth: The product's smoothing.
     """
-    if not _is_asked(operands):
+    if not has_prices(operands):
         return NOTHING_ASIDE, ()
     cuts: dict[Role, CutOff] = {}
     plans: dict[Role, CastPlan] = {}
@@ -158,7 +158,8 @@ def _with(seen: Seen, look: Tensor) -> Seen:
     return seen._replace(details=look if seen.details is None else seen.details + look)
 
 
-def _is_asked(operands: Operands) -> bool:
+def has_prices(operands: Operands) -> bool:
+    """Whether casts of a product may have a price: whether anything is to be set aside."""
     if operands.inspection == "never" or torch.compiler.is_compiling():
         return False
     if operands.inspection == "gradients" and operands.pending.device.type != "cpu":

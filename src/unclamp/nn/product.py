@@ -115,10 +115,14 @@ def multiply(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     # Reshaped out here: an in-place operation on a view made inside the function would fail.
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    meets = meets._replace(is_part=is_part)
+    if is_part:
+        meets = meets._replace(is_part=True)
     output = Product.apply(tokens, weight, bias, operands, meets)
     # As `nn.Linear` does it: no view, of which FSDP warns because it may not be written into.
-    return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
+    return _unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default  # not chosen among overloads at each call
 
 
 def meeting(
@@ -197,7 +201,7 @@ def when_to_commit(
     """
     if rehearses():
         return None
-    wants = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    wants = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled():
         if wants or not training or torch.compiler.is_compiling():
             return None

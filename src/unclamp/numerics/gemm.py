@@ -72,9 +72,11 @@ def matmul(
             return matmul(
                 a, b, bias, accumulate=accumulate, out_dtype=out_dtype, out=out, scratch=scratch
             )
-    if goes_to_gpu(a.tensor) and (a.scale_inv is not None or b.scale_inv is not None):
+    has_codes = a.scale_inv is not None or b.scale_inv is not None
+    if has_codes and goes_to_gpu(a.tensor):
         fast = accumulate == "hopper_fast"
-        return _put(scaled_matmul(a, b, bias, fast=fast, out_dtype=out_dtype), out)
+        made = scaled_matmul(a, b, bias, fast=fast, out_dtype=out_dtype)
+        return made if out is None else out.copy_(made)
     bias = None if bias is None else bias.to(torch.float32)
     if accumulate == "float32" or a.scale_inv is None or b.scale_inv is None:
         if panels_pay(a, b):

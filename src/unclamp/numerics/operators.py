@@ -21,10 +21,10 @@ from unclamp.numerics.blocks import block_grid
 from unclamp.numerics.cast import is_memory
 from unclamp.numerics.fused import fused
 from unclamp.numerics.gemm import matmul
-from unclamp.numerics.gpu import goes_to_gpu, host_may_look
+from unclamp.numerics.gpu import host_may_look
 from unclamp.numerics.gradient import look_at_gradient
 from unclamp.numerics.inspection import DETAILS, empty_details, inspect
-from unclamp.numerics.quantize import quantize_by
+from unclamp.numerics.quantize import quantize_by, with_turned
 from unclamp.numerics.record import (
     CastPlan,
     GemmOperand,
@@ -54,17 +54,17 @@ def quantize_operand(
     is_whole: bool = True,
     turned: bool = False,
     measured: bool = False,
+    shows_wild: bool = False,
 ) -> Quantized:
     """Cast a matrix as `unclamp.numerics.quantize_by` does; a node of a graph in a compiled one.
 
     With `turned` the codes come in column-major memory too, on a GPU, where a GEMM wants them so.
     """
     if not is_graph_being_made():
-        turned = turned and goes_to_gpu(x)
         return quantize_by(
             x, plan, scale, axis,
             slot=slot, keeps_codes=keeps_codes, is_whole=is_whole, turned=turned,
-            measured=measured,
+            measured=measured, shows_wild=shows_wild,
         )  # fmt: skip
     if turned and x.device.type == "cuda":
         made = torch.ops.unclamp.quantize_turned(x, scale, *plan.signature, axis)
@@ -158,10 +158,14 @@ def commit(
     if torch.compiler.is_compiling():
         rows = [nothing if vector is None else vector for vector in stats]
         torch.ops.unclamp.commit(pending, torch.stack(rows), after)
-    elif all(v is None or is_memory(v) for v in (pending, *stats)) and fused() is not None:
+    elif pending.device.type == "cpu" and _are_memory(pending, stats) and fused() is not None:
         fused().merge(pending, stats)
     else:
         merge_stats(pending, torch.stack([nothing if v is None else v for v in stats]))
+
+
+def _are_memory(pending: Tensor, stats: list[Tensor | None]) -> bool:
+    return all(v is None or is_memory(v) for v in (pending, *stats))
 
 
 def add_details(pending: Tensor, details: Tensor, after: Tensor | None = None) -> None:
@@ -187,7 +191,7 @@ def _quantize(
     power_of_two: bool, guard: bool, axis: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan = plan_of((format, granularity, margin, power_of_two, guard))
-    q = quantize_by(x, plan, scale, axis)
+    q = quantize_by(x, plan, scale, axis, apart=True)
     return q.codes, _own(q.scale_inv), _own(q.amax), q.stats
 
 
@@ -196,7 +200,7 @@ def _quantize_turned(
     power_of_two: bool, guard: bool, axis: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan = plan_of((format, granularity, margin, power_of_two, guard))
-    q = quantize_by(x, plan, scale, axis, turned=True)
+    q = with_turned(quantize_by(x, plan, scale, axis, turned=True, apart=True))
     assert q.turned is not None
     return q.codes, _own(q.scale_inv), _own(q.amax), q.stats, q.turned.t()
 

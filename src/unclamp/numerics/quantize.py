@@ -5,6 +5,9 @@ All give the same bits (`tests/numerics/test_fused.py`, `test_gpu.py`); sums of 
 1e-6 on a CPU, and 1e-5 on a GPU.
 """  # noqa: D205
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -71,7 +74,13 @@ def quantize(
     plan = CastPlan(
         format=fmt, granularity=granularity, margin=margin, power_of_two=power_of_two, guard=guard
     )
-    return quantize_by(x, plan, scale, axis, values=values, out=out, turned=turned)
+    q = quantize_by(x, plan, scale, axis, values=values, out=out, turned=turned)
+    return with_turned(q) if turned else q
+
+
+def with_turned(q: Quantized) -> Quantized:
+    """Return a cast of a matrix with its codes in column-major memory too, if it has not."""
+    return q._replace(turned=_turned(q.codes)) if q.turned is None else q
 
 
 def check_memory(name: str, given: Tensor | None, x: Tensor, dtype: torch.dtype) -> None:
@@ -99,13 +108,17 @@ def quantize_by(
     keeps_codes: bool = True,
     is_whole: bool = True,
     measured: bool = False,
+    apart: bool = False,
+    shows_wild: bool = False,
 ) -> Quantized:
-    """Cast as a plan says; see `quantize`.
+    """Cast as a plan says; see `quantize`. `turned` is for GPUs: elsewhere nothing is copied.
 
     With a `slot` values come too where they are cheap, in the workspace of that name: they last
     until the slot is used again. Without `keeps_codes` so do the codes. Without `is_whole` only
     small tensors have values: a GEMM decodes larger ones by panels. `measured` says that the
-    scale is hardly 0, "nothing measured yet": on a GPU that saves a launch.
+    scale is hardly 0, "nothing measured yet": on a GPU that saves a launch. With `apart` no two
+    results on a GPU share memory. With `shows_wild` NaN takes the place of `scale_inv` where an
+    element is not finite, if the kernel can do it: `Quantized.shows_wild` says whether it does.
     """
     path = path_of(x)
     if path is Path.NUMBA:
@@ -113,24 +126,37 @@ def quantize_by(
             has_values = is_whole or x.numel() <= panels.ONE_PANEL
             values = borrow(slot, x.numel()) if has_values else None
             out = None if keeps_codes else borrow(f"{slot} codes", x.numel(), torch.uint8)
-        q = fused().quantize(x, plan, scale, axis, values=values, out=out)
-    elif path is Path.TRITON:
-        q = _by_triton(x, plan, scale, axis, turned=turned, measured=measured)
-    else:
-        q = _in_torch(x, plan, scale, axis)
-    return q._replace(turned=_turned(q.codes)) if turned and q.turned is None else q
+        return fused().quantize(x, plan, scale, axis, values=values, out=out)
+    if path is Path.TRITON:
+        return _by_triton(
+            x, plan, scale, axis,
+            turned=turned, measured=measured, apart=apart, shows_wild=shows_wild,
+        )  # fmt: skip
+    q = _in_torch(x, plan, scale, axis)
+    return with_turned(q) if turned and goes_to_gpu(x) else q
 
 
-def _by_triton(
-    x: Tensor, plan: CastPlan, scale: Tensor | None, axis: int, *, turned: bool, measured: bool
-) -> Quantized:
+@functools.cache  # an import that is made already takes a microsecond, in each cast
+def _kernels() -> tuple[ModuleType, ModuleType]:
     # Triton is imported where there is something for it to do.
     from unclamp.numerics.gpu import cast, cast_blocks  # noqa: PLC0415
 
+    return cast, cast_blocks
+
+
+def _by_triton(
+    x: Tensor, plan: CastPlan, scale: Tensor | None, axis: int, *,
+    turned: bool, measured: bool, apart: bool, shows_wild: bool,
+) -> Quantized:  # fmt: skip
+    cast, cast_blocks = _kernels()
     if plan.granularity.is_whole:
-        return cast.quantize(x, plan, scale, axis, turned=turned, measured=measured)
+        return cast.quantize(
+            x, plan, scale, axis,
+            turned=turned, measured=measured, apart=apart, shows_wild=shows_wild,
+        )  # fmt: skip
     made = cast_blocks.quantize(x, plan, scale, axis, turned=turned)
-    return _in_torch(x, plan, scale, axis) if made is None else made
+    q = _in_torch(x, plan, scale, axis) if made is None else made
+    return with_turned(q) if turned else q
 
 
 def _in_torch(x: Tensor, plan: CastPlan, scale: Tensor | None, axis: int) -> Quantized:

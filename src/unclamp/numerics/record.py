@@ -82,6 +82,7 @@ class Quantized(NamedTuple):
         turned: The codes once more in column-major memory, as a GEMM that contracts the other
             axis wants them on a GPU; None where nobody asked, and off the GPU.
         details: The closer look, where one was taken (`unclamp.numerics.inspection`).
+        shows_wild: Whether NaN took the place of `scale_inv` where an element was not finite.
     """
 
     codes: Tensor
@@ -93,6 +94,7 @@ class Quantized(NamedTuple):
     values: Tensor | None = None
     turned: Tensor | None = None
     details: Tensor | None = None
+    shows_wild: bool = False
 
     @property
     def granularity(self) -> Granularity:
@@ -107,7 +109,8 @@ class Quantized(NamedTuple):
         if axis == self.axis % 2:
             return GemmOperand(self.codes, self.scale_inv, self.plan.granularity, axis, self.values)
         codes = self.codes if self.turned is None else self.turned
-        return GemmOperand(codes, self.scale_inv.t(), self.plan.granularity, axis, self.values)
+        scale_inv = self.scale_inv.t() if self.scale_inv.ndim else self.scale_inv
+        return GemmOperand(codes, scale_inv, self.plan.granularity, axis, self.values)
 
 
 class GemmOperand(NamedTuple):

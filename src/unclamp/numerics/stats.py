@@ -48,10 +48,11 @@ def empty_stats(rows: int, device: torch.device | str = "cpu") -> Tensor:
 
 def merge_stats(total: Tensor, stats: Tensor) -> None:
     """Merge the vector `stats` into `total`, in place: maximum and addition."""
-    torch.maximum(
-        total[..., :MERGED_BY_MAX], stats[..., :MERGED_BY_MAX], out=total[..., :MERGED_BY_MAX]
-    )
-    total[..., MERGED_BY_MAX:] += stats[..., MERGED_BY_MAX:]
+    parts = (MERGED_BY_MAX, len(Stat) - MERGED_BY_MAX)
+    largest, sums = total.split_with_sizes(parts, -1)
+    other, terms = stats.split_with_sizes(parts, -1)
+    torch.maximum(largest, other, out=largest)
+    sums.add_(terms)
 
 
 def merged_stats(stats: Tensor) -> Tensor:

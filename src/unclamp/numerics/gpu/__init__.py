@@ -18,22 +18,18 @@ run by Triton's interpreter (TRITON_INTERPRET=1). For tests; some thousand times
 
 def goes_to_gpu(x: Tensor) -> bool:
     """Whether a tensor's casts and GEMMs go the way of a GPU; stand-ins for tensors too."""
-    if torch.compiler.is_compiling():  # a graph does not look at the environment
-        return x.device.type == "cuda"
-    return x.device.type == "cuda" or (x.device.type == "cpu" and is_interpreted())
+    kind = x.device.type
+    return kind == "cuda" or (kind == "cpu" and is_interpreted())
 
 
 def host_may_look(x: Tensor) -> bool:
     """Whether the host sees a tensor's elements without waiting for a device that computes them."""
-    if torch.compiler.is_compiling():
-        return x.device.type == "cpu"
     return x.device.type == "cpu" and not is_interpreted()
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether the Triton kernels take a tensor: memory of a GPU, and no stand-in for it."""
-    is_real = type(x) in (Tensor, torch.nn.Parameter)
-    return is_real and goes_to_gpu(x) and _has_triton()
+    """Whether the Triton kernels take a tensor that goes to a GPU: memory, no stand-in for it."""
+    return type(x) in (Tensor, torch.nn.Parameter) and _has_triton()
 
 
 _MAY_BE_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,13 +37,18 @@ _MAY_BE_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def is_interpreted() -> bool:
-    """Whether tensors of the CPU go the way of a GPU's."""
-    return _MAY_BE_INTERPRETED and os.environ.get(DEVICE_PATH) == "interpreter"
+    """Whether tensors of the CPU go the way of a GPU's; no graph looks at the environment."""
+    return (
+        _MAY_BE_INTERPRETED
+        and not torch.compiler.is_compiling()
+        and os.environ.get(DEVICE_PATH) == "interpreter"
+    )
 
 
 def is_capturing() -> bool:
     """Whether what is launched now goes into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # Not `is_available`, which counts the devices: before the first use nothing is captured.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

@@ -18,17 +18,19 @@ from torch import Tensor
 
 from unclamp.formats import E4M3FN, E5M2, Format
 from unclamp.numerics.gpu import architecture
+from unclamp.numerics.gpu.launching import Direct
 from unclamp.numerics.gpu.rounding import Numbers
 from unclamp.numerics.gpu.settling import PARTS
-from unclamp.numerics.gpu.slots import slot_for
+from unclamp.numerics.gpu.slots import room_for
 from unclamp.numerics.gpu.tensorwise import cast_again, cast_tiles
 from unclamp.numerics.layout import float_bits, layout
-from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
+from unclamp.numerics.record import CastPlan, Quantized, Signature, plan_of, torch_dtype
 from unclamp.numerics.scale import check_scale
 from unclamp.numerics.stats import Stat
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+SCALAR = torch.Size()
+STATS = len(Stat)
 
 
 class Tile(NamedTuple):
@@ -132,66 +134,109 @@ def quantize(
     turned: bool = False,
     measured: bool = False,
     counts: bool = True,
+    apart: bool = False,
+    shows_wild: bool = False,
 ) -> Quantized:
     """Cast a tensor with one scale, as `unclamp.numerics.quantize` does; not an empty one.
 
     With `turned` a matrix has its codes in column-major memory too. `measured` says that the scale
     is hardly 0: without a guard it is one launch then, and slow where the scale is 0 after all.
     Without `counts` all statistics but amax and scale are 0: for measuring what counting costs.
+    With `apart` no two results share memory, which an operator's may not; it takes the host more.
+    With `shows_wild` the result stands for NaN alone where an element is not finite.
     """
-    if scale is not None:
-        check_scale(scale, torch.Size())
-        scale = scale.detach().to(torch.float32)
-    fmt, arch = plan.format, architecture(x.device)
+    device = x.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device_of(x):
+            return quantize(
+                x, plan, scale, axis, turned=turned, measured=measured, counts=counts, apart=apart,
+                shows_wild=shows_wild,
+            )  # fmt: skip
+    is_given = scale is not None
+    if is_given:
+        check_scale(scale, SCALAR)
+        scale = scale.detach() if scale.requires_grad else scale
+        scale = scale if scale.dtype == torch.float32 else scale.to(torch.float32)
+    is_alone = measured and is_given and not plan.guard
+    arch = architecture(device)
+    flat = INTERPRETED if arch == "cpu" else FLAT
+    launch = _launch(
+        x.shape, x.dtype, plan.signature, arch, TURNED if turned else flat,
+        _multiprocessors(device), turned, is_given, is_alone, counts, shows_wild,
+    )  # fmt: skip
+    rows, columns, _ = launch.shape
+    data = (x.detach() if x.requires_grad else x).resolve_neg().contiguous()
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=device)
+    other = torch.empty((columns, rows), dtype=torch.uint8, device=device) if turned else codes
+    stats = torch.empty(STATS, dtype=torch.float64, device=device)
+    if apart:
+        scale_inv, amax = (torch.empty((), dtype=torch.float32, device=device) for _ in range(2))
+    else:
+        scale_inv, amax = torch.empty(2, dtype=torch.float32, device=device).unbind()
+    slot, scratch = room_for(device, (1 + PARTS) * launch.programs, leaves=not is_alone)
+    launch.first(
+        cast_tiles, launch.programs, device, (data, slot, codes, other, scratch, stats),
+        scale if is_given else amax, scale_inv, amax, *launch.shape,
+    )  # fmt: skip
+    if not is_alone:
+        launch.again(
+            cast_again, min(launch.tiles, AGAIN * _multiprocessors(device)), device,
+            (data, codes, other, scratch, stats), *launch.shape,
+        )  # fmt: skip
+    dtype = torch_dtype(plan.format)
+    made = other.view(dtype).t() if turned else None
+    return Quantized(
+        codes.view(dtype), scale_inv, amax, stats, plan, axis, None, made, None, shows_wild
+    )
+
+
+class Launch(NamedTuple):
+    """What a cast's launches are, whatever lies in the tensor.
+
+    Attributes:
+        shape: Rows and columns of the matrix that tiles are cut of, and elements.
+        tiles: How many there are.
+        programs: Programs of the first launch.
+        first: The first launch.
+        again: The second one.
+    """
+
+    shape: tuple[int, int, int]
+    tiles: int
+    programs: int
+    first: Direct
+    again: Direct
+
+
+@functools.lru_cache(4096)  # sequences have many lengths
+def _launch(
+    shape: torch.Size, dtype: torch.dtype, signature: Signature, arch: str, tile: Tile,
+    multiprocessors: int, turned: bool, is_given: bool, is_alone: bool, counts: bool,
+    shows_wild: bool,
+) -> Launch:  # fmt: skip
+    """Return the launches of a cast: asked of the same layers at every step."""
+    plan, elements = plan_of(signature), shape.numel()
+    rows, columns = shape if turned else (-(-elements // tile.columns), tile.columns)
+    tiles = -(-rows // (tile.slices * tile.rows)) * -(-columns // tile.columns)
     settings = numbers(
-        fmt,
-        native=rounds_natively(fmt, arch),
+        plan.format,
+        native=rounds_natively(plan.format, arch),
         margin=0 if plan.guard else plan.margin,
         power_of_two=plan.power_of_two,
     )
-    flat = INTERPRETED if arch == "cpu" else FLAT
-    tile = TURNED if turned else flat
-    rows, columns = x.shape if turned else (-(-x.numel() // tile.columns), tile.columns)
-    tiles_along = -(-columns // tile.columns)
-    tiles = -(-rows // (tile.slices * tile.rows)) * tiles_along
-    is_packed = turned and rows % tile.slices == 0
-    programs = min(tiles, tile.programs * _multiprocessors(x.device))
-    data = x.detach().resolve_neg().contiguous().view(BITS[x.dtype])
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    other = torch.empty((columns, rows), dtype=torch.uint8, device=x.device) if turned else codes
-    tops = torch.empty(programs, dtype=torch.int32, device=x.device)
-    parts = torch.empty((PARTS, programs), dtype=torch.float64, device=x.device)
-    stats = torch.empty(len(Stat), dtype=torch.float64, device=x.device)
-    # Two tensors and not two views of one: an operator's results may not share memory.
-    scale_inv, amax = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))
-    guard = plan.guard and scale is not None
-    is_alone = measured and scale is not None and not guard
-    given = amax if scale is None else scale
-    shape = (rows, columns, tiles_along, tiles, x.numel())
-    constants = {"KIND": KINDS[x.dtype], "F": settings, "SLICES": tile.slices}
-    constants |= {"BM": tile.rows, "BN": tile.columns, "TURNED": turned, "PACKED": is_packed}
-    settling = {"GIVEN": scale is not None, "GUARD": guard, "ALONE": is_alone}
-    settling |= {"COUNT": counts, "SIZE": SUMMED * tile.warps}
+    constants = {"KIND": KINDS[dtype], "F": settings, "SLICES": tile.slices}
+    constants |= {"BM": tile.rows, "BN": tile.columns, "TURNED": turned}
+    constants |= {"PACKED": turned and rows % tile.slices == 0}
+    settling = {"GIVEN": is_given, "GUARD": plan.guard and is_given, "ALONE": is_alone}
+    settling |= {"COUNT": counts, "SHOWS": shows_wild, "SIZE": SUMMED * tile.warps}
     settling["AHEAD"] = tile.ahead
     how = options(tile, arch)
-    words = other.view(torch.int32) if is_packed else other
-    with torch.cuda.device_of(x):
-        cast_tiles[(programs,)](
-            data, given, slot_for(x.device), codes, other, words, tops, parts, stats, scale_inv,
-            amax, *shape, **constants, **settling, **how,
-        )  # fmt: skip
-        if not is_alone:
-            cast_again[(min(tiles, AGAIN * _multiprocessors(x.device)),)](
-                data, tops, codes, other, words, stats, *shape, **constants, **how
-            )
-    return Quantized(
-        codes.view(torch_dtype(fmt)),
-        scale_inv,
-        amax,
-        stats,
-        plan,
-        axis,
-        turned=other.view(torch_dtype(fmt)).t() if turned else None,
+    return Launch(
+        shape=(rows, columns, elements),
+        tiles=tiles,
+        programs=min(tiles, tile.programs * multiprocessors),
+        first=Direct(constants | settling, how),
+        again=Direct(constants, how),
     )
 
 

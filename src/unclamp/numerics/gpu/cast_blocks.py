@@ -15,7 +15,7 @@ from torch import Tensor
 from unclamp.formats import Format
 from unclamp.numerics.blocks import block_grid, orient
 from unclamp.numerics.gpu.blockwise import PARTS, block_tops, cast_blocks
-from unclamp.numerics.gpu.cast import BITS, KINDS, numbers
+from unclamp.numerics.gpu.cast import KINDS, numbers
 from unclamp.numerics.gpu.slots import slot_for
 from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
 from unclamp.numerics.scale import check_scale
@@ -113,7 +113,7 @@ def quantize(
     fmt, granularity, guard = plan.format, plan.granularity, plan.guard
     oriented = orient(x.detach(), axis)  # raises for an axis that is not there
     across = x.ndim == 2 and axis in (0, -2)
-    data = x.detach().resolve_neg().contiguous().view(BITS[x.dtype])
+    data = x.detach().resolve_neg().contiguous()
     rows, columns = x.shape if across else oriented.shape
     block = granularity.block[::-1] if across else granularity.block
     cut = tiling(rows, columns, block)

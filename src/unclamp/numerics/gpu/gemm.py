@@ -10,6 +10,7 @@ multiples of 16, to which operands are padded with zeros.
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from unclamp.numerics.blocks import orient
 from unclamp.numerics.cast import dequantize_codes
 from unclamp.numerics.gpu import architecture
 from unclamp.numerics.record import GemmOperand, format_of
+from unclamp.scaling import Granularity
 
 ALIGNMENT = 16
 BLOCK = 128
@@ -72,6 +74,21 @@ def plan_gemm(a: Given, b: Given, *, m: int, n: int, k: int, arch: str) -> GemmP
     return GemmPlan(route=route, pad_n=-n % ALIGNMENT, pad_k=-k % ALIGNMENT)
 
 
+@functools.lru_cache(4096)
+def _planned(
+    formats: tuple[torch.dtype | None, torch.dtype | None],
+    grains: tuple[Granularity, Granularity],
+    sizes: tuple[int, int, int],
+    arch: str,
+) -> tuple[GemmPlan, tuple[str, str]]:
+    """Return the plan of a GEMM, and its granularities in words: asked alike at every step."""
+    names = [None if dtype is None else format_of(dtype).name for dtype in formats]
+    a, b = (Given(name, str(grain)) for name, grain in zip(names, grains, strict=True))
+    m, n, k = sizes
+    plan = plan_gemm(a, b, m=m, n=n, k=k, arch="sm_90" if arch == "cpu" else arch)
+    return plan, (str(grains[0]), str(grains[1]))
+
+
 def _why_not(a: Given, b: Given, *, n: int, k: int, arch: str) -> str | None:
     """Return why a device cannot multiply these codes; None where it can."""
     if a.format is None or b.format is None:
@@ -109,16 +126,25 @@ def scaled_matmul(
         fast: Whether tensor cores keep sums where they add them (`use_fast_accum`).
         out_dtype: Of the result; sums of rows' and blocks' products come as bfloat16.
     """
-    left, right = (orient(x.tensor, x.axis) for x in (a, b))
-    (m, k), n = left.shape, right.shape[0]
-    if right.shape[1] != k:
-        raise ValueError(f"expected contracted axes of one length, got {k} and {right.shape[1]}")
-    given = [
-        Given(None if x.scale_inv is None else format_of(x.tensor.dtype).name, str(x.granularity))
-        for x in (a, b)
-    ]
-    arch = architecture(left.device)
-    plan = plan_gemm(*given, m=m, n=n, k=k, arch="sm_90" if arch == "cpu" else arch)
+    left = a.tensor if a.axis == 1 else orient(a.tensor, a.axis)
+    # Contracted along its rows, as torch wants the second operand, and as casts lay it out turned.
+    column = b.tensor if b.axis == 0 else orient(b.tensor, b.axis).t()
+    (m, k), (contracted, n) = left.shape, column.shape
+    if contracted != k:
+        raise ValueError(f"expected contracted axes of one length, got {k} and {contracted}")
+    a_inv, b_inv = a.scale_inv, b.scale_inv
+    plan, grains = _planned(
+        (None if a_inv is None else a.tensor.dtype, None if b_inv is None else b.tensor.dtype),
+        (a.granularity, b.granularity), (m, n, k), architecture(left.device),
+    )  # fmt: skip
+    if (
+        plan.route == "tensor" and a_inv is not None and b_inv is not None
+        and not (plan.pad_n or plan.pad_k or out_dtype == torch.float32 or 0 in (m, n, k))
+        and left.stride() == (k, 1) and column.stride() == (1, k)
+    ):  # fmt: skip  # as it lies: nothing to pad, to turn, or to add
+        bias = None if bias is None else bias.to(out_dtype)
+        return _scaled_mm(left, column, a_inv, b_inv, grains, bias, fast, out_dtype)
+    right = column.t()
     if 0 in (m, n, k):
         out = left.new_zeros((m, n), dtype=out_dtype)
         return out if bias is None else out + bias.to(out_dtype)
@@ -126,13 +152,13 @@ def scaled_matmul(
         return _dequantised(a, b, bias, out_dtype=out_dtype, why=plan.why)
     left, right = _padded(left, 0, plan.pad_k), _padded(right, plan.pad_n, plan.pad_k)
     scales = [
-        _scales(x, t, plan.route, grain=one.granularity)
-        for x, t, one in zip((a, b), (left, right), given, strict=True)
+        _scales(x, t, plan.route, grain=grain)
+        for x, t, grain in zip((a, b), (left, right), grains, strict=True)
     ]
     fused = plan.route != "block" and out_dtype != torch.float32
     fused_bias = _padded_bias(bias, plan.pad_n, out_dtype) if fused and bias is not None else None
     out = _multiply(
-        left, right, scales, plan.route, [one.granularity for one in given],
+        left, right, scales, plan.route, grains,
         bias=fused_bias, fast=fast, out_dtype=out_dtype,
     )  # fmt: skip
     out = out[:, :n] if plan.pad_n else out
@@ -140,7 +166,7 @@ def scaled_matmul(
 
 
 def _multiply(
-    left: Tensor, right: Tensor, scales: list[Tensor], route: Route, grains: list[Any], *,
+    left: Tensor, right: Tensor, scales: list[Tensor], route: Route, grains: tuple[str, str], *,
     bias: Tensor | None, fast: bool, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Call torch's scaled matmul with what it wants for a route."""
@@ -150,11 +176,11 @@ def _multiply(
     if route == "row" and out_dtype == torch.float32:
         # Row scales give bfloat16 alone: scale the sums instead.
         one = scales[0].new_ones(())
-        sums = _scaled_mm(left, b, one, one, ["tensor"] * 2, None, fast, torch.float32)
+        sums = _scaled_mm(left, b, one, one, ("tensor", "tensor"), None, fast, torch.float32)
         return sums * scales[0] * scales[1]
     if route == "row":
         half = bias if bias is None else bias.to(torch.bfloat16)
-        grains = ["row", "row"]
+        grains = ("row", "row")
         return _scaled_mm(left, b, scales[0], scales[1], grains, half, fast, torch.bfloat16).to(
             out_dtype
         )
@@ -166,16 +192,44 @@ def _multiply(
 
 
 def _scaled_mm(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, grains: list[Any],
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, grains: tuple[str, str],
     bias: Tensor | None, fast: bool, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    kinds = [_recipe(grain) for grain in grains]
+    first, second = _recipe(grains[0]), _recipe(grains[1])
+    if _direct is not None:
+        return _direct(
+            a, b, [a_scale], [first.value], [], [b_scale], [second.value], [],
+            bias, out_dtype, (), fast,
+        )  # fmt: skip
     return F.scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        a, b, a_scale, kinds[0], b_scale, kinds[1],
+        a, b, a_scale, first, b_scale, second,
         bias=bias, output_dtype=out_dtype, use_fast_accum=fast,
     )  # fmt: skip
 
 
+SCHEMA = (
+    "aten::_scaled_mm_v2(Tensor self, Tensor mat2, Tensor[] scale_a, int[] recipe_a, "
+    "int[] swizzle_a, Tensor[] scale_b, int[] recipe_b, int[] swizzle_b, Tensor? bias, "
+    "ScalarType? out_dtype, int[] contraction_dim=[], bool use_fast_accum=False) -> Tensor"
+)
+
+
+def direct_scaled_mm() -> Callable[..., Tensor] | None:
+    """Return what `scaled_mm` calls, if it is what it was when this was written; else None.
+
+    Its twenty calls in Python, which turn arguments into lists, take the host as long as a launch.
+    """
+    try:
+        known = str(torch.ops.aten._scaled_mm_v2.default._schema) == SCHEMA
+    except AttributeError:
+        return None
+    return getattr(torch, "_scaled_mm_v2", None) if known else None
+
+
+_direct = direct_scaled_mm()
+
+
+@functools.cache
 def _recipe(grain: str) -> Any:
     kinds = F.ScalingType  # pyright: ignore[reportPrivateImportUsage]
     return {

@@ -55,7 +55,11 @@ class Numbers(NamedTuple):
 @triton.jit
 def load_bits(x, offsets, mask, KIND: tl.constexpr):
     """Return the float32 bits of elements; zeros where the mask is false."""
-    raw = tl.load(x + offsets, mask=mask, other=0)
+    if KIND == FLOAT32:
+        words = x.to(tl.pointer_type(tl.int32), bitcast=True)
+    else:
+        words = x.to(tl.pointer_type(tl.int16), bitcast=True)
+    raw = tl.load(words + offsets, mask=mask, other=0)
     if KIND == FLOAT32:
         bits = raw
     elif KIND == BFLOAT16:

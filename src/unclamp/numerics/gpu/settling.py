@@ -59,9 +59,10 @@ def largest_of(tops, programs, SIZE: tl.constexpr):
 
 @triton.jit
 def add_up(parts, stats, scale_inv, amax, top, inv, programs, elements, passes, is_own,
-           casts_again, SIZE: tl.constexpr):  # fmt: skip
+           casts_again, SHOWS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """Write the statistics of a cast, in a fixed order; see `PARTS`.
 
+    With `SHOWS` NaN takes the place of `scale_inv` where an element is not finite.
     By its own scale (`is_own`) it saturates nothing; what vanishes is counted when it is made.
     """
     each = tl.arange(0, SIZE)
@@ -83,7 +84,10 @@ def add_up(parts, stats, scale_inv, amax, top, inv, programs, elements, passes, 
     wild = tl.sum(nonfinite)
     nothing = wild * 0
     largest = as_float(tl.where(wild < elements, top, -0x40800000))  # bits of -1
-    tl.store(scale_inv, inv)
+    shown = inv
+    if SHOWS:
+        shown = tl.where(wild > 0, float("nan"), inv)
+    tl.store(scale_inv, shown)
     tl.store(amax, largest)
     tl.store(stats + AMAX, largest.to(tl.float64))
     tl.store(stats + SCALE_INV, inv.to(tl.float64))
@@ -99,7 +103,8 @@ def add_up(parts, stats, scale_inv, amax, top, inv, programs, elements, passes, 
 
 @triton.jit
 def settled(tops, parts, stats, scale_inv, amax, given, programs, elements, F: tl.constexpr,
-            GUARD: tl.constexpr, ALONE: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+            GUARD: tl.constexpr, ALONE: tl.constexpr, SHOWS: tl.constexpr,
+            SIZE: tl.constexpr):  # fmt: skip
     """Write what a cast has seen; return the scale to cast again with, 0 where that is not due."""
     top = largest_of(tops, programs, SIZE)
     passes = programs < 0
@@ -112,5 +117,5 @@ def settled(tops, parts, stats, scale_inv, amax, given, programs, elements, F: t
         casts_again = is_own & (used != 1.0)
     inv = tl.div_rn(used * 0 + 1.0, used)
     add_up(parts, stats, scale_inv, amax, top, inv, programs, elements, passes, is_own,
-           casts_again, SIZE)  # fmt: skip
+           casts_again, SHOWS, SIZE)  # fmt: skip
     return tl.where(casts_again, used, 0.0)

@@ -260,14 +260,39 @@ def cast_from(
     return tl.sum(vanished.to(tl.float64))
 
 
-@triton.jit
+# Of single numbers: where they lie changes no code, and would be one more to compile.
+@triton.jit(do_not_specialize_on_alignment=["scale", "scale_inv", "amax"])
 def cast_tiles(
+    x, slot, out, turned, scratch, stats, scale, scale_inv, amax, rows, columns, elements,
+    KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr, GIVEN: tl.constexpr,
+    GUARD: tl.constexpr, ALONE: tl.constexpr, COUNT: tl.constexpr, SHOWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """Cast tiles; see `cast_and_settle`. `scratch`: a float64 for `tops`, `PARTS` for `parts`.
+
+    A launch takes the host less the fewer arguments there are, and the fewer names of the module
+    are used here: Triton compares each of them with what it was, every time.
+    """
+    tiles_along = tl.cdiv(columns, BN)
+    cast_and_settle(
+        x, scale, slot, out, turned, turned.to(tl.pointer_type(tl.int32), bitcast=True),
+        scratch.to(tl.pointer_type(tl.int32), bitcast=True), scratch + tl.num_programs(0),
+        stats, scale_inv, amax, rows, columns, tiles_along,
+        tl.cdiv(rows, SLICES * BM) * tiles_along, elements,
+        KIND, F, SLICES, BM, BN, TURNED, PACKED, GIVEN, GUARD, ALONE, COUNT, SHOWS,
+        SIZE,
+    )  # fmt: skip
+
+
+@triton.jit
+def cast_and_settle(
     x, scale, slot, out, turned, words, tops, parts, stats, scale_inv, amax,
     rows, columns, tiles_along, tiles, elements,
     KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr, GIVEN: tl.constexpr,
-    GUARD: tl.constexpr, ALONE: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
-    AHEAD: tl.constexpr,
+    GUARD: tl.constexpr, ALONE: tl.constexpr, COUNT: tl.constexpr, SHOWS: tl.constexpr,
+    SIZE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Cast tiles with the given scale and measure them; the last program settles. See the module.
 
@@ -366,7 +391,7 @@ def cast_tiles(
     tl.store(parts + 4 * programs + program, removed)
     if is_last(slot, programs):
         again = settled(tops, parts, stats, scale_inv, amax, given, programs, elements,
-                        F, GUARD, ALONE, SIZE)  # fmt: skip
+                        F, GUARD, ALONE, SHOWS, SIZE)  # fmt: skip
         tl.store(tops, again.to(tl.int32, bitcast=True))
         tl.store(slot + FLAG, program * 0)
         if ALONE:  # noqa: SIM102  # of the compiler; the other is the device's
@@ -380,11 +405,15 @@ def cast_tiles(
 
 @triton.jit
 def cast_again(
-    x, tops, out, turned, words, stats, rows, columns, tiles_along, tiles, elements,
+    x, out, turned, scratch, stats, rows, columns, elements,
     KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Cast with the scale that `cast_tiles` left in `tops[0]`, where it left one."""
+    """Cast with the scale that `cast_tiles` left in its scratch, where it left one."""
+    tops = scratch.to(tl.pointer_type(tl.int32), bitcast=True)
+    words = turned.to(tl.pointer_type(tl.int32), bitcast=True)
+    tiles_along = tl.cdiv(columns, BN)
+    tiles = tl.cdiv(rows, SLICES * BM) * tiles_along
     used = as_float(tl.load(tops))
     if used > 0:
         vanished = cast_from(
