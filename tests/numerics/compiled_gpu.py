@@ -59,7 +59,7 @@ def check_tensor(target: str) -> None:
                 "AHEAD": tile.ahead,
             }
             for guard, alone in ((True, False), (False, True)):
-                ways = settling | {"GUARD": guard, "ALONE": alone}
+                ways = settling | {"GUARD": guard, "ALONE": alone, "SHOWS": alone}
                 first = compiled(tensorwise.cast_tiles, target, constants | ways, how)
                 if target == "cuda":
                     check_ptx(first.asm["ptx"], slices=tile.slices * (1 + alone))

@@ -267,7 +267,7 @@ def cast_tiles(
     KIND: tl.constexpr, F: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, TURNED: tl.constexpr, PACKED: tl.constexpr, GIVEN: tl.constexpr,
     GUARD: tl.constexpr, ALONE: tl.constexpr, COUNT: tl.constexpr, SHOWS: tl.constexpr,
-    SIZE: tl.constexpr,
+    SIZE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Cast tiles; see `cast_and_settle`. `scratch`: a float64 for `tops`, `PARTS` for `parts`.
 
@@ -281,7 +281,7 @@ def cast_tiles(
         stats, scale_inv, amax, rows, columns, tiles_along,
         tl.cdiv(rows, SLICES * BM) * tiles_along, elements,
         KIND, F, SLICES, BM, BN, TURNED, PACKED, GIVEN, GUARD, ALONE, COUNT, SHOWS,
-        SIZE,
+        SIZE, AHEAD,
     )  # fmt: skip
 
 
