@@ -29,28 +29,20 @@ ELEMENTS = 1 << 26
 FLAT = [
     Tile(1, rows, 16, warps, registers, programs, ahead)
     for rows, warps, registers, programs, ahead in (
-        (128, 4, 64, 8, 0),
-        (128, 4, 64, 8, 2),
-        (128, 4, 80, 6, 1),
-        (128, 4, 96, 5, 1),
-        (128, 4, 0, 4, 1),
-        (128, 4, 48, 10, 2),
-        (256, 4, 128, 4, 2),
-        (64, 2, 64, 16, 2),
+        (128, 4, 64, 8, False),
+        (128, 4, 72, 7, True),
+        (128, 4, 80, 6, True),
+        (128, 4, 96, 5, True),
+        (256, 4, 128, 4, False),
     )
 ]
 TURNED = [
-    Tile(4, rows, columns, warps, registers, programs, ahead)
-    for rows, columns, warps, registers, programs, ahead in (
-        (16, 64, 2, 168, 6, 0),
-        (16, 64, 2, 168, 6, 2),
-        (16, 64, 2, 168, 12, 0),
-        (16, 64, 2, 0, 4, 0),
-        (16, 64, 2, 128, 8, 0),
-        (32, 64, 4, 168, 3, 2),
-        (16, 32, 1, 168, 12, 0),
-        (8, 64, 1, 168, 12, 0),
-        (32, 32, 2, 168, 6, 0),
+    Tile(4, rows, columns, warps, registers, programs)
+    for rows, columns, warps, registers, programs in (
+        (16, 64, 2, 168, 6),
+        (32, 64, 4, 168, 3),
+        (32, 32, 2, 168, 6),
+        (8, 64, 1, 168, 12),
     )
 ]
 KINDS: dict[str, dict[str, Any]] = {

@@ -331,6 +331,18 @@ def test_scratch_of_casts_of_any_number_of_programs(monkeypatch, most):
     torch.testing.assert_close(got.stats, want.stats, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_tile_that_is_loaded_ahead_is_cast_all_the_same(monkeypatch, guard):
+    """Tiles are three a program, and the last is not whole."""
+    monkeypatch.setattr(cast, "INTERPRETED", cast.Tile(1, 16, 16, 1, 0, 3, ahead=True))
+    x = torch.randn(256 * 8 + 33, generator=torch.Generator().manual_seed(4))
+    for factor in (50.0, 500.0):
+        got = quantize_tensor(x, E4M3FN, torch.tensor(factor), guard=guard)
+        want = quantize_plain(x, E4M3FN, torch.tensor(factor), guard=guard)
+        assert torch.equal(bytes_of(got.codes), bytes_of(want.codes))
+        torch.testing.assert_close(got.stats, want.stats, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("is_wild", [False, True])
 @pytest.mark.parametrize("scale", [2.0, 0.0])
 def test_alone_a_cast_that_shows_what_is_wild_stands_for_nan(scale, is_wild):

@@ -112,6 +112,15 @@ def test_blocks_of_128_want_whole_blocks():
     assert plan(*pair, k=500).why is not None
 
 
+def test_blocks_of_another_format_than_e4m3fn_are_dequantised():
+    """An H200 refuses them: torch's recipe of blocks wants both operands in e4m3fn."""
+    for grain in ("1x128", "128x128"):
+        found = plan(given("e5m2", "1x128"), given("e4m3fn", grain))
+        assert found.route == "dequantised"
+        assert found.why is not None
+        assert "e5m2" in found.why
+
+
 def test_devices_with_fp8_tensor_cores():
     devices = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950"]
     assert [has_fp8_gemm(d) for d in devices] == [False, False, *[True] * 3, False, True, True]

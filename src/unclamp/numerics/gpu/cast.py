@@ -38,8 +38,8 @@ class Tile(NamedTuple):
 
     `registers` of a thread, or 0 for as many as it wants: fewer let more programs share a
     multiprocessor, and hide one another's waiting. `programs` a multiprocessor, as many as fit
-    there at once: more would each cost a start and an end. `ahead`: where the next tile is
-    fetched to meanwhile (`tensorwise.REGISTERS`, `CACHE`), or 0.
+    there at once: more would each cost a start and an end. With `ahead` the next tile
+    is loaded while one is cast.
     """
 
     slices: int
@@ -48,7 +48,7 @@ class Tile(NamedTuple):
     warps: int
     registers: int
     programs: int
-    ahead: int = 0
+    ahead: bool = False
 
 
 FLAT = Tile(1, 128, 16, 4, 64, 8)

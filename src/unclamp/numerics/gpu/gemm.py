@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclamp.errors import UnclampWarning
-from unclamp.formats import E5M2, E5M2FNUZ
+from unclamp.formats import E4M3FN, E5M2, E5M2FNUZ
 from unclamp.numerics.blocks import orient
 from unclamp.numerics.cast import dequantize_codes
 from unclamp.numerics.gpu import architecture
@@ -105,6 +105,8 @@ def _why_not(a: Given, b: Given, *, n: int, k: int, arch: str) -> str | None:
         return None
     if not grains <= {"1x128", "128x128"}:
         return f"torch multiplies no scales of {a.granularity} by {b.granularity} here"
+    if {a.format, b.format} != {E4M3FN.name}:
+        return f"torch multiplies blocks of e4m3fn alone, not of {a.format} and {b.format}"
     if arch != "sm_90":
         return f"scales of {a.granularity} and {b.granularity} are multiplied on sm_90 alone"
     if grains == {"128x128"}:

@@ -57,8 +57,6 @@ from unclamp.numerics.gpu.settling import FLAG, UNDERFLOWED, is_last, settled
 SMALL = tl.constexpr(2.0**-40)
 LARGE = tl.constexpr(2.0**50)
 """In between, squares of a tile's scaled values fit float32 as they are."""
-REGISTERS, CACHE = tl.constexpr(1), tl.constexpr(2)
-"""Where the next tile is fetched to while one is cast; 0 is nowhere."""
 
 
 @triton.jit
@@ -205,23 +203,6 @@ def load_slices(x, tile, rows, columns, elements, tiles_along, KIND: tl.constexp
 
 
 @triton.jit
-def prefetch(x, tile, rows, columns, elements, tiles_along,
-             SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Ask for the rows of a tile, so that the second cache has them when they are loaded."""
-    m = tl.arange(0, SLICES * BM)
-    if SLICES == 1:
-        at = (tile.to(tl.int64) * BM + m) * BN
-    else:
-        m += (tile // tiles_along) * (SLICES * BM)
-        at = m.to(tl.int64) * columns + (tile % tiles_along).to(tl.int64) * BN
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
-        [x + tl.minimum(at, elements - 1)],  # what does not exist may not be asked for
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def careful_sums(bits, given, inv, F: tl.constexpr):
     """Return of a slice, as scalars: NaN and Inf, saturated, squares, squares removed."""
     size = bits & ABS
@@ -319,10 +300,10 @@ def cast_and_settle(
         # By way of a maximum: each thread loads for itself, and all must go the same way.
         is_raised = tl.max(tl.load(slot + FLAG + tl.zeros([BM], tl.int32), volatile=True))
     tile = program
-    if AHEAD == REGISTERS:
+    if AHEAD:
         coming = load_slices(x, tile, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN)
     while tile < tiles:  # not `for`: the interpreter's range fails with numpy 2.4
-        if AHEAD == REGISTERS:
+        if AHEAD:
             slices = coming
             coming = load_slices(
                 x, tile + programs, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN
@@ -331,8 +312,6 @@ def cast_and_settle(
             slices = load_slices(
                 x, tile, rows, columns, elements, tiles_along, KIND, SLICES, BM, BN
             )
-        if AHEAD == CACHE:
-            prefetch(x, tile + programs, rows, columns, elements, tiles_along, SLICES, BM, BN)
         sizes = slices[0] & ABS
         for r in tl.static_range(1, SLICES):
             sizes = tl.maximum(sizes, slices[r] & ABS)
