@@ -49,16 +49,35 @@ _TABLE = tuple(map(_places, FORMATS.values()))
 
 
 @part
-def _decode_row(codes: Any, inv: Any, fmt: Places, values: Any) -> None:
+def _number(code: Any, fmt: Places) -> Any:
+    """Return the size of the number that a code stands for; its sign is the code's."""
+    size = code & np.int32(0x7F)
+    number = as_float(np.int32(np.int32(size << fmt.shift) + fmt.rebias))
+    number = np.float32(size) * fmt.min_subnormal if size < fmt.min_normal_code else number
+    wild = _INF if size == fmt.infinity_code else _NAN
+    return wild if size > fmt.max_code or code == fmt.negative_nan else number
+
+
+@part
+def _signed(number: Any, code: Any) -> Any:
+    sign = (code & np.int32(0x80)) << np.int32(24)
+    return as_float(np.int32(as_bits(number) ^ np.int32(sign)))
+
+
+@part
+def _decode_each(codes: Any, invs: Any, fmt: Places, values: Any) -> None:
+    """Decode codes that have a scale each."""
     for i in range(len(codes)):
         code = np.int32(codes[i])
-        size = code & np.int32(0x7F)
-        number = as_float(np.int32(np.int32(size << fmt.shift) + fmt.rebias))
-        number = np.float32(size) * fmt.min_subnormal if size < fmt.min_normal_code else number
-        wild = _INF if size == fmt.infinity_code else _NAN
-        number = wild if size > fmt.max_code or code == fmt.negative_nan else number
-        sign = (code & np.int32(0x80)) << np.int32(24)
-        values[i] = as_float(np.int32(as_bits(number * inv[i]) ^ np.int32(sign)))
+        values[i] = _signed(_number(code, fmt) * invs[i], code)
+
+
+@part
+def _decode_run(codes: Any, inv: Any, fmt: Places, values: Any) -> None:
+    """Decode codes that share a scale."""
+    for i in range(len(codes)):
+        code = np.int32(codes[i])
+        values[i] = _signed(_number(code, fmt) * inv, code)
 
 
 @kernel
@@ -87,11 +106,15 @@ def decode_panel(
     grid = (-(-rows // down), -(-columns // along))
     invs = carray(pointer(invs_at), grid, dtype=np.float32)
     values = carray(pointer(values_at), (last_row - first_row, width), dtype=np.float32)
-    inv = np.empty(width, np.float32)
-    filled = -1
     for row in range(first_row, last_row):
-        if row // down != filled:
-            filled = row // down
-            for i in range(width):
-                inv[i] = invs[filled, (first_column + i) // along]
-        _decode_row(codes[row, first_column:last_column], inv, fmt, values[row - first_row])
+        scales = invs[row // down]
+        line, out = codes[row, first_column:last_column], values[row - first_row]
+        if along == 1:
+            _decode_each(line, scales[first_column:last_column], fmt, out)
+            continue
+        done = 0
+        while done < width:
+            block = (first_column + done) // along
+            stop = min((block + 1) * along - first_column, width)
+            _decode_run(line[done:stop], scales[block], fmt, out[done:stop])
+            done = stop
