@@ -29,14 +29,13 @@ from unclamp.numerics.scale import check_scale
 
 ONE_PANEL = 2**20
 """Elements up to which an operand is one panel: 4 MiB in float32."""
-BUDGET = 7 * 2**18
-"""Elements of all panels that are there at a time: 7 MiB in float32.
-
-With this a step of a linear layer 1024 -> 4096 with 2,048 tokens takes less than 1.25 times the
-memory that it takes in float32.
+OUTER, INNER = 2**20, 3 * 2**18
+"""Elements of a panel that stays while those of the other operand go by, and of all threads' of
+these: 7 MiB in float32, with which a step of a linear layer 1024 -> 4096 with 2,048 tokens takes
+about 1.25 times the memory that it takes in float32.
 """
 PART = 8
-"""Panels may take so much more that they are an eighth of the larger operand."""
+"""Panels of larger operands take an eighth of what the larger one would."""
 FEWEST = 128
 """Rows of a panel at least: with fewer a GEMM waits for its operands."""
 _ROUND = 32
@@ -158,7 +157,7 @@ def multiply(
     rows = [x.tensor.shape[1 - x.axis % 2] for x in (a, b)]
     if out is None:
         out = a.tensor.new_empty(*rows, dtype=out_dtype)
-    way = _way(a, b, scratch)
+    way = _way(_with_values(a), _with_values(b), scratch)
     outer, inner, bias = way.outer, way.inner, None if bias is None else bias.detach()
     sizes = [0 if way.in_scratch else outer.size, *[inner.size] * way.threads]
     first, *others = borrow("panels", sum(sizes)).split(sizes)
@@ -167,39 +166,27 @@ def multiply(
     is_inference = torch.is_inference_mode_enabled()
     for i in outer.firsts:
         outside, starts = outer.at(i, first), iter(inner.firsts)
-        bounds = (i, len(outside))
         run([
-            (_take, starts, way, bounds, outside, memory, bias, out, is_inference)
+            (_take, starts, way, i, outside, memory, bias, out, is_inference)
             for memory in others
         ])  # fmt: skip
     return out
 
 
 def _take(
-    starts: Iterator[int], way: Way, bounds: tuple[int, int], outside: Tensor, memory: Tensor,
+    starts: Iterator[int], way: Way, i: int, outside: Tensor, memory: Tensor,
     bias: Tensor | None, out: Tensor, is_inference: bool,
 ) -> None:  # fmt: skip
-    """Multiply a panel with one inner panel after another, while other threads take others."""
-    i, height = bounds
+    """Multiply the outer panel from row `i` on with inner ones, while other threads take others."""
     with torch.inference_mode(is_inference):  # what is made in it may not be written to outside
         for j in starts:  # one thread at a time takes a number from a range
             inside = way.inner.at(j, memory)
-            width = len(inside)
-            if way.a_is_outer:
-                left, right, row, column = (
-                    outside,
-                    inside,
-                    slice(i, i + height),
-                    slice(j, j + width),
-                )
-            else:
-                left, right, row, column = (
-                    inside,
-                    outside,
-                    slice(j, j + width),
-                    slice(i, i + height),
-                )
-            _into(out[row, column], left, right, None if bias is None else bias[column])
+            left, right, row, column = outside, inside, i, j
+            if not way.a_is_outer:
+                left, right, row, column = inside, outside, j, i
+            target = out[row : row + len(left), column : column + len(right)]
+            some_bias = None if bias is None else bias[column : column + len(right)]
+            _into(target, left, right, some_bias)
 
 
 def _into(target: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
@@ -217,7 +204,7 @@ def _into(target: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> N
 
 def _way(a: GemmOperand, b: GemmOperand, scratch: Tensor | None) -> Way:
     """Return the way that decodes least."""
-    ways = [_with_outer(b, a, a_is_outer=False, in_scratch=scratch is not None and _coded(b) > 0)]
+    ways = [_with_outer(b, a, a_is_outer=False, in_scratch=scratch is not None and _is_coded(b))]
     ways.append(_with_outer(a, b, a_is_outer=True, in_scratch=False))
     return min(ways, key=lambda way: way.decoded)
 
@@ -225,12 +212,13 @@ def _way(a: GemmOperand, b: GemmOperand, scratch: Tensor | None) -> Way:
 def _with_outer(
     outer: GemmOperand, inner: GemmOperand, *, a_is_outer: bool, in_scratch: bool
 ) -> Way:
-    budget = max(BUDGET, max(_coded(outer), _coded(inner)) // PART)
-    first = _whole(outer) if in_scratch or not _coded(outer) else _panels(outer, budget * 4 // 7)
-    left = budget - (0 if in_scratch else first.size)
+    grown = max(1, max(_coded(outer), _coded(inner)) / (OUTER + INNER) / PART)
+    is_whole = in_scratch or not _is_coded(outer)
+    first = _panels(outer, outer.tensor.numel() if is_whole else int(grown * OUTER))
+    left = int(grown * (OUTER + INNER)) - (0 if in_scratch else first.size)
     threads = _threads(inner, left)
     share = left // threads
-    if threads > 1:  # each has some
+    if threads > 1:  # each gets some
         share = min(share, inner.tensor.numel() // threads)
     others = _panels(inner, share)
     threads = min(threads, max(len(others.firsts), 1))
@@ -262,13 +250,9 @@ def _panels(x: GemmOperand, size: int) -> Panels:
         step = -(-rows // count // _ROUND) * _ROUND
         while 0 < rows % step < _ROUND:  # few would be left over for the last
             step += _ROUND
-    if _is_coded(x):
-        return Panels(x, rows, max(step, 1), scales=_scales(x))
-    return Panels(x, rows, max(step, 1), _values(x))
-
-
-def _whole(x: GemmOperand) -> Panels:
-    return _panels(x, x.tensor.numel())
+    if x.values is not None:
+        return Panels(x, rows, max(step, 1), orient(x.values, x.axis))
+    return Panels(x, rows, max(step, 1), scales=_scales(x))
 
 
 def _coded(x: GemmOperand) -> int:
@@ -280,11 +264,10 @@ def _is_coded(x: GemmOperand) -> bool:
     return x.values is None and x.scale_inv is not None
 
 
-def _values(x: GemmOperand) -> Tensor:
-    """Return what is multiplied of an operand that is not decoded, `[rows, contracted]`."""
-    if x.values is not None:
-        return orient(x.values, x.axis)
-    return orient(x.tensor.detach().to(torch.float32), x.axis)
+def _with_values(x: GemmOperand) -> GemmOperand:
+    """Return an operand that has values, unless it is to be decoded."""
+    has = x.values is not None or _is_coded(x)
+    return x if has else x._replace(values=x.tensor.detach().to(torch.float32))
 
 
 def _scales(x: GemmOperand) -> tuple[Tensor, tuple[int, int]]:
