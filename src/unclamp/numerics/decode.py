@@ -20,6 +20,10 @@ _NONE = np.int32(-1)
 """Stands for a code that a format does not have."""
 
 
+_AHEAD, _LINE = 32, 64
+"""Rows that are fetched at a time, and bytes of a cache line."""
+
+
 class Places(NamedTuple):
     """Where a format's bits go in a float32, and which of its codes are no numbers."""
 
@@ -80,6 +84,20 @@ def _decode_run(codes: Any, inv: Any, fmt: Places, values: Any) -> None:
         values[i] = _signed(_number(code, fmt) * inv, code)
 
 
+@part
+def _touch(codes: Any, seen: Any) -> None:
+    """Read a byte of each cache line of some pieces of rows, so that they come all at a time.
+
+    A loop that decodes waits for memory anew at each row: it is too long for a processor to look
+    ahead of, and no prefetcher knows where the next row's piece is.
+    """
+    total = np.int64(0)
+    for row in range(len(codes)):
+        for i in range(0, codes.shape[1], _LINE):
+            total += codes[row, i]
+    seen[0] += total
+
+
 @kernel
 def decode_panel(
     codes_at: int, rows: int, columns: int, invs_at: int, down: int, along: int, number: int,
@@ -106,7 +124,10 @@ def decode_panel(
     grid = (-(-rows // down), -(-columns // along))
     invs = carray(pointer(invs_at), grid, dtype=np.float32)
     values = carray(pointer(values_at), (last_row - first_row, width), dtype=np.float32)
+    seen = np.zeros(1, np.int64)
     for row in range(first_row, last_row):
+        if width < columns and (row - first_row) % _AHEAD == 0:
+            _touch(codes[row : min(row + _AHEAD, last_row), first_column:last_column], seen)
         scales = invs[row // down]
         line, out = codes[row, first_column:last_column], values[row - first_row]
         if along == 1:

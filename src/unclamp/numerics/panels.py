@@ -29,17 +29,20 @@ from unclamp.numerics.scale import check_scale
 
 ONE_PANEL = 2**20
 """Elements up to which an operand is one panel: 4 MiB in float32."""
-OUTER, INNER = 2**20, 3 * 2**18
+OUTER, INNER = 2**21, 2**20
 """Elements of a panel that stays while those of the other operand go by, and of all threads' of
-these: 7 MiB in float32, with which a step of a linear layer 1024 -> 4096 with 2,048 tokens takes
-about 1.25 times the memory that it takes in float32.
+these: 12 MiB in float32.
 """
 PART = 8
 """Panels of larger operands take an eighth of what the larger one would."""
 FEWEST = 128
 """Rows of a panel at least: with fewer a GEMM waits for its operands."""
-_ROUND = 32
+_ROUND = 16
 """Rows of a panel are a multiple of it."""
+_LAST = 32
+"""Rows of the last panel at least."""
+_TURNS = 2
+"""Panels for each thread at least, so that a thread that is held up does not hold up the others."""
 _TASK = 2**18
 """Elements that a thread decodes at a time, of what all decode."""
 
@@ -108,12 +111,6 @@ class Way(NamedTuple):
     a_is_outer: bool
     in_scratch: bool
     threads: int
-
-    @property
-    def decoded(self) -> int:
-        """Elements that are decoded, each as often as it is."""
-        outer, inner = (_coded(panels.operand) for panels in (self.outer, self.inner))
-        return outer + len(self.outer.firsts) * inner
 
 
 def panels_pay(a: GemmOperand, b: GemmOperand) -> bool:
@@ -203,10 +200,18 @@ def _into(target: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> N
 
 
 def _way(a: GemmOperand, b: GemmOperand, scratch: Tensor | None) -> Way:
-    """Return the way that decodes least."""
-    ways = [_with_outer(b, a, a_is_outer=False, in_scratch=scratch is not None and _is_coded(b))]
-    ways.append(_with_outer(a, b, a_is_outer=True, in_scratch=False))
-    return min(ways, key=lambda way: way.decoded)
+    """Return how to make a product.
+
+    What is there anyway is outer, and need not be decoded twice; so is an operand that is one outer
+    panel. Else it is the larger one: the other's codes are read again, and from a cache.
+    """
+    in_scratch = scratch is not None and _is_coded(b)
+    is_b = _coded(b) > _coded(a)
+    if min(_coded(a), _coded(b)) <= OUTER:
+        is_b = not is_b
+    if in_scratch or is_b:
+        return _with_outer(b, a, a_is_outer=False, in_scratch=in_scratch)
+    return _with_outer(a, b, a_is_outer=True, in_scratch=False)
 
 
 def _with_outer(
@@ -218,9 +223,9 @@ def _with_outer(
     left = int(grown * (OUTER + INNER)) - (0 if in_scratch else first.size)
     threads = _threads(inner, left)
     share = left // threads
-    if threads > 1:  # each gets some
-        share = min(share, inner.tensor.numel() // threads)
-    others = _panels(inner, share)
+    if threads > 1:
+        share = min(share, inner.tensor.numel() // threads // _TURNS)
+    others = _panels(inner, share, threads)
     threads = min(threads, max(len(others.firsts), 1))
     return Way(first, others, a_is_outer, in_scratch, threads)
 
@@ -240,15 +245,15 @@ def _threads(inner: GemmOperand, size: int) -> int:
     return 1 if torch._C._len_torch_dispatch_stack() else threads
 
 
-def _panels(x: GemmOperand, size: int) -> Panels:
-    """Cut an operand into panels of about so many elements."""
+def _panels(x: GemmOperand, size: int, threads: int = 1) -> Panels:
+    """Cut an operand into panels of about so many elements, as many for each thread."""
     rows, contracted = x.tensor.shape[1 - x.axis % 2], x.tensor.shape[x.axis % 2]
     step = rows
     if x.tensor.numel() > size:
         most = max(size // max(contracted, 1), FEWEST)
-        count = -(-rows // most)
+        count = -(-rows // most // threads) * threads
         step = -(-rows // count // _ROUND) * _ROUND
-        while 0 < rows % step < _ROUND:  # few would be left over for the last
+        while 0 < rows % step < _LAST:  # few would be left over for the last
             step += _ROUND
     if x.values is not None:
         return Panels(x, rows, max(step, 1), orient(x.values, x.axis))
