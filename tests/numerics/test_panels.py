@@ -2,15 +2,19 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from patience import PATIENCE_S
 from unclamp import E4M3FN, FORMATS
-from unclamp.numerics import GemmOperand, matmul, panels, plain_operand, quantize
+from unclamp.numerics import GemmOperand, compiled, matmul, panels, plain_operand, quantize
+from unclamp.numerics.compiled import limits
 from unclamp.scaling import MX, Granularity, PerBlock, PerRow, PerTensor
 
 GRANULARITIES = (PerTensor(), PerRow(), PerBlock(1, 128), PerBlock(128, 128), PerBlock(3, 5), MX())
@@ -67,18 +71,20 @@ def test_no_panel_has_a_few_rows_only():
     codes = torch.zeros(1500, CONTRACTED, dtype=torch.uint8).view(torch.float8_e4m3fn)
     for rows in range(129, 1500):
         found = panels._panels(
-            GemmOperand(codes[:rows], torch.ones(()), PerTensor()), 128 * CONTRACTED, "test"
+            GemmOperand(codes[:rows], torch.ones(()), PerTensor()), 128 * CONTRACTED
         )
-        assert found.number > 1
-        assert rows - (found.number - 1) * found.step >= 32
+        assert len(found.firsts) > 1
+        assert rows - found.firsts[-1] >= 32
 
 
 def test_the_matrix_is_cut_into_panels():
     a, b = (operand(rows, PerTensor(), 1)[0] for rows in (ROWS, OTHERS))
-    lefts, rights, _ = panels._laid_out(a, b, None)
-    assert (lefts.number, rights.number) == (3, 6)
-    assert lefts.rows % lefts.step >= 32
-    assert rights.rows % rights.step >= 32
+    way = panels._way(a, b, None)
+    assert not way.a_is_outer  # the larger one is
+    assert len(way.outer.firsts) == 6
+    assert len(way.inner.firsts) >= 3
+    assert way.outer.rows % way.outer.step >= 32
+    assert way.inner.rows % way.inner.step >= 32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -105,12 +111,76 @@ def test_every_code_decodes_as_torch_decodes_it(fmt, axis):
     codes = torch.arange(256, dtype=torch.uint8).repeat(130, 1).view(dtype)
     codes = codes if axis else codes.view(torch.uint8).t().contiguous().view(dtype)
     inv = torch.tensor(0.37)
-    found = panels._panels(GemmOperand(codes, inv, PerTensor(), axis), 1, "test").at(0)
+    some = panels._panels(GemmOperand(codes, inv, PerTensor(), axis), 1)
+    found = some.at(0, torch.empty(some.size))
     want = codes.to(torch.float32) * inv
     want = (want if axis else want.t())[: len(found)]
     assert torch.equal(found.isnan(), want.isnan())
     is_number = ~want.isnan()
     assert torch.equal(found[is_number].view(torch.int32), want[is_number].view(torch.int32))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Have torch use two threads, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+needs_mkl = pytest.mark.skipif(limits() is None, reason="a BLAS that cannot be kept to one thread")
+
+
+@needs_mkl
+def test_each_thread_takes_panels_and_the_sums_are_those_of_one(two_threads):
+    (a, a_hat), (b, b_hat) = operand(ROWS, PerTensor(), 1), operand(OTHERS, PerTensor(), 0, 1)
+    bias = torch.randn(OTHERS, requires_grad=True)
+    assert panels._way(a, b, None).threads == 2
+    found = matmul(a, b, bias)
+    assert torch.equal(found, F.linear(a_hat, laid_as(b_hat, 0), bias.detach()))
+    torch.set_num_threads(1)
+    assert panels._way(a, b, None).threads == 1
+    assert torch.equal(matmul(a, b, bias), found)
+
+
+@needs_mkl
+def test_threads_of_panels_compute_alone_and_the_callers_keep_their_number(two_threads):
+    a, b = (operand(rows, PerTensor(), 1)[0] for rows in (ROWS, OTHERS))
+    matmul(a, b)
+    assert compiled.run([(torch.get_num_threads,)] * 2) == [1, 1]
+    with ThreadPoolExecutor(1) as others:
+        assert others.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+
+
+def test_panels_serve_in_inference_mode(two_threads):
+    (a, a_hat), (b, b_hat) = operand(ROWS, PerTensor(), 1), operand(OTHERS, PerTensor(), 1)
+    with torch.inference_mode():
+        assert torch.equal(matmul(a, b), F.linear(a_hat, b_hat))
+        out = torch.empty(ROWS, OTHERS, dtype=torch.bfloat16)
+        assert torch.equal(
+            matmul(a, b, out_dtype=out.dtype, out=out), (a_hat @ b_hat.t()).bfloat16()
+        )
+    assert torch.equal(matmul(a, b), F.linear(a_hat, b_hat))
+
+
+def test_a_counter_of_flops_sees_the_products_of_panels(two_threads):
+    a, b = (operand(rows, PerTensor(), 1)[0] for rows in (ROWS, OTHERS))
+    with FlopCounterMode(display=False) as counter:
+        matmul(a, b)
+    assert counter.get_total_flops() == 2 * ROWS * OTHERS * CONTRACTED
+
+
+def test_several_callers_at_a_time_get_what_each_gets_alone(two_threads):
+    pairs = [
+        (operand(ROWS, PerTensor(), 1, s)[0], operand(OTHERS, PerRow(), 1, s)[0]) for s in range(4)
+    ]
+    want = [matmul(*pair) for pair in pairs]
+    with ThreadPoolExecutor(4) as callers:
+        for _ in range(5):
+            found = [callers.submit(matmul, *pair) for pair in pairs]
+            for one, other in zip(found, want, strict=True):
+                assert torch.equal(one.result(PATIENCE_S), other)
 
 
 def test_a_contracted_axis_of_another_length_is_an_error():
@@ -128,9 +198,6 @@ def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
-from unclamp.numerics import panels
-
-panels.ONE_PANEL, panels.OUTER, panels.INNER = 2**20, 2**21, 2**20
 unclamp.quantize(torch.ones(2), unclamp.E4M3FN)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(1024, 4096))
@@ -155,9 +222,7 @@ def peak_mib(kind: str) -> float:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of a process")
 def test_a_step_by_panels_takes_little_more_memory_than_in_float32():
-    """With panels of this size, which are smaller than usual, as the layer is.
-
-    The output, 32 MiB, and the gradients, 24, are there in any case, and so is what BLAS packs.
+    """The output, 32 MiB, and the gradients, 24, are there in any case, and so is what BLAS packs.
 
     Beside them unclamp has codes of 14 MiB and panels of 12; whole operands in float32 would be 80.
     """

@@ -8,6 +8,7 @@ user's cache. Where none of these can be written (a container's read-only image 
 are kept in a temporary folder of the user's; without that, each process would compile anew.
 """
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -147,7 +148,29 @@ def run(calls: list[tuple[Any, ...]]) -> list[Any]:
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="unclamp")
+    return ThreadPoolExecutor(
+        threads, thread_name_prefix="unclamp", initializer=_be_one, initargs=(limits(),)
+    )
+
+
+@functools.cache
+def limits() -> tuple[Callable[[int], Any], ...] | None:
+    """Return what sets the number of threads that torch takes for a caller's thread alone.
+
+    That is MKL's function and OpenMP's. None where torch has not both; `torch.set_num_threads`
+    would change the number of threads to come, too.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(torch._C.__file__)
+        return library.MKL_Set_Num_Threads_Local, library.omp_set_num_threads
+    return None
+
+
+def _be_one(limits: tuple[Callable[[int], Any], ...] | None) -> None:
+    """Have torch compute in the calling thread without any other: the pool has them all."""
+    torch.get_num_threads()  # a thread takes the process's numbers with its first question
+    for limit in limits or ():
+        limit(1)
 
 
 # A forked child has the pool but not its threads, and would wait for them for ever.

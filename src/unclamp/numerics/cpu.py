@@ -7,7 +7,6 @@ within 1e-6 of each other. A tensor is cut into tasks of fixed size whose sums a
 so that nothing depends on the number of threads.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from unclamp.formats import E4M3FN, Format
 from unclamp.numerics.blocks import orient
 from unclamp.numerics.compiled import run
+from unclamp.numerics.decode import decode_panel
 from unclamp.numerics.kernels import (
     AMAX,
     COUNTS,
@@ -37,7 +37,7 @@ from unclamp.numerics.record import CastPlan, Quantized, torch_dtype
 from unclamp.numerics.scale import check_scale, choose_scale, scale_from_amax
 from unclamp.numerics.stats import Stat, merged_stats
 from unclamp.numerics.tiles import TALL, amax_at, cast_tiles
-from unclamp.numerics.whole import cast_at, decode_at, merge_at
+from unclamp.numerics.whole import cast_at, merge_at
 from unclamp.scaling import Block
 
 CPU = torch.device("cpu")
@@ -271,16 +271,16 @@ def _stats(
 def decode(codes: Tensor, fmt: Format, scale_inv: Tensor | None) -> Tensor:
     """Return `codes * scale_inv` in float32 for contiguous codes with one scale, 1 without it."""
     values = torch.empty(codes.shape, dtype=torch.float32, device=CPU)
-    size, table = codes.numel(), decode_table(fmt)
+    size, number = codes.numel(), NUMBER[fmt.name]
     if scale_inv is None:
         scale_inv = torch.ones((), dtype=torch.float32, device=CPU)
     scale_inv = scale_inv.to(CPU, torch.float32)
     run([
         (
-            decode_at, codes.data_ptr() + i, min(TASK, size - i), table.ctypes.data,
-            scale_inv.data_ptr(), values.data_ptr() + 4 * i,
+            decode_panel, codes.data_ptr() + i, 1, part, scale_inv.data_ptr(), 1, part, number,
+            0, 1, 0, part, values.data_ptr() + 4 * i,
         )
-        for i in range(0, size, TASK)
+        for i in range(0, size, TASK) if (part := min(TASK, size - i))
     ])  # fmt: skip
     return values
 
@@ -321,12 +321,6 @@ def look(
     subnormals, quarters, *others = (array.sum(0) for array in made)
     octaves = quarters[4:1020, 0].reshape(-1, 4).sum(1)  # of 0 and of Inf there are none
     return Look(np.concatenate([subnormals, octaves]), quarters, *others)
-
-
-@cache
-def decode_table(fmt: Format) -> np.ndarray:
-    """Return the value of each code, float32."""
-    return np.array([fmt.decode(code) for code in range(256)], np.float32)
 
 
 def _tasks(blocks: Blocks, *, whole: int) -> list[tuple[int, int, int, int]]:

@@ -20,6 +20,10 @@ _NONE = np.int32(-1)
 """Stands for a code that a format does not have."""
 
 
+_AHEAD, _LINE = 32, 64
+"""Rows that are fetched at a time, and bytes of a cache line."""
+
+
 class Places(NamedTuple):
     """Where a format's bits go in a float32, and which of its codes are no numbers."""
 
@@ -49,16 +53,49 @@ _TABLE = tuple(map(_places, FORMATS.values()))
 
 
 @part
-def _decode_row(codes: Any, inv: Any, fmt: Places, values: Any) -> None:
+def _number(code: Any, fmt: Places) -> Any:
+    """Return the size of the number that a code stands for; its sign is the code's."""
+    size = code & np.int32(0x7F)
+    number = as_float(np.int32(np.int32(size << fmt.shift) + fmt.rebias))
+    number = np.float32(size) * fmt.min_subnormal if size < fmt.min_normal_code else number
+    wild = _INF if size == fmt.infinity_code else _NAN
+    return wild if size > fmt.max_code or code == fmt.negative_nan else number
+
+
+@part
+def _signed(number: Any, code: Any) -> Any:
+    sign = (code & np.int32(0x80)) << np.int32(24)
+    return as_float(np.int32(as_bits(number) ^ np.int32(sign)))
+
+
+@part
+def _decode_each(codes: Any, invs: Any, fmt: Places, values: Any) -> None:
+    """Decode codes that have a scale each."""
     for i in range(len(codes)):
         code = np.int32(codes[i])
-        size = code & np.int32(0x7F)
-        number = as_float(np.int32(np.int32(size << fmt.shift) + fmt.rebias))
-        number = np.float32(size) * fmt.min_subnormal if size < fmt.min_normal_code else number
-        wild = _INF if size == fmt.infinity_code else _NAN
-        number = wild if size > fmt.max_code or code == fmt.negative_nan else number
-        sign = (code & np.int32(0x80)) << np.int32(24)
-        values[i] = as_float(np.int32(as_bits(number * inv[i]) ^ np.int32(sign)))
+        values[i] = _signed(_number(code, fmt) * invs[i], code)
+
+
+@part
+def _decode_run(codes: Any, inv: Any, fmt: Places, values: Any) -> None:
+    """Decode codes that share a scale."""
+    for i in range(len(codes)):
+        code = np.int32(codes[i])
+        values[i] = _signed(_number(code, fmt) * inv, code)
+
+
+@part
+def _touch(codes: Any, seen: Any) -> None:
+    """Read a byte of each cache line of some pieces of rows, so that they come all at a time.
+
+    A loop that decodes waits for memory anew at each row: it is too long for a processor to look
+    ahead of, and no prefetcher knows where the next row's piece is.
+    """
+    total = np.int64(0)
+    for row in range(len(codes)):
+        for i in range(0, codes.shape[1], _LINE):
+            total += codes[row, i]
+    seen[0] += total
 
 
 @kernel
@@ -87,11 +124,18 @@ def decode_panel(
     grid = (-(-rows // down), -(-columns // along))
     invs = carray(pointer(invs_at), grid, dtype=np.float32)
     values = carray(pointer(values_at), (last_row - first_row, width), dtype=np.float32)
-    inv = np.empty(width, np.float32)
-    filled = -1
+    seen = np.zeros(1, np.int64)
     for row in range(first_row, last_row):
-        if row // down != filled:
-            filled = row // down
-            for i in range(width):
-                inv[i] = invs[filled, (first_column + i) // along]
-        _decode_row(codes[row, first_column:last_column], inv, fmt, values[row - first_row])
+        if width < columns and (row - first_row) % _AHEAD == 0:
+            _touch(codes[row : min(row + _AHEAD, last_row), first_column:last_column], seen)
+        scales = invs[row // down]
+        line, out = codes[row, first_column:last_column], values[row - first_row]
+        if along == 1:
+            _decode_each(line, scales[first_column:last_column], fmt, out)
+            continue
+        done = 0
+        while done < width:
+            block = (first_column + done) // along
+            stop = min((block + 1) * along - first_column, width)
+            _decode_run(line[done:stop], scales[block], fmt, out[done:stop])
+            done = stop

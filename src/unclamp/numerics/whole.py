@@ -91,17 +91,6 @@ def cast_at(
 
 
 @kernel
-def decode_at(codes_at: int, count: int, table_at: int, scale_inv_at: int, values_at: int) -> None:
-    """Put what codes stand for at an address; the table has a value a code."""
-    codes = carray(pointer(codes_at), count, dtype=np.uint8)
-    table = carray(pointer(table_at), 256, dtype=np.float32)
-    values = carray(pointer(values_at), count, dtype=np.float32)
-    scaled = table * carray(pointer(scale_inv_at), 1, dtype=np.float32)[0]
-    for i in range(count):
-        values[i] = scaled[codes[i]]
-
-
-@kernel
 def merge_at(total_at: Any, rows: Any, stats_at: Any) -> None:
     """Merge the statistics at some addresses into consecutive rows; 0 is the address of none."""
     total = carray(pointer(total_at), (rows, _FIELDS), dtype=np.float64)
