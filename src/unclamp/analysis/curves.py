@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from unclamp.analysis.groups import Group, has_kinds, joined
-from unclamp.analysis.joining import column_means, last_records, means_over_ranks
+from unclamp.analysis.joining import column_means, last_records, means_over_ranks, union
 from unclamp.analysis.records import Recorded, to_number
 from unclamp.analysis.selections import Choice
 from unclamp.analysis.series import SERIES, choose_column, notes_of
@@ -341,7 +341,7 @@ def _curve(
     parts: dict[str, tuple[np.ndarray, list[float | None]]], columns: dict[str, str], source: str
 ) -> Curve:
     """Join series over the union of their steps."""
-    steps = np.unique(np.concatenate([at for at, _ in parts.values()]))
+    steps = union([at for at, _ in parts.values()])
     series: dict[str, list[float | None]] = {}
     for name, (at, values) in parts.items():
         if len(at) == len(steps):

@@ -26,6 +26,15 @@ def last_records(steps: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[n
     return at[kept], places[kept]
 
 
+def union(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return the steps of any of the parts, each of rising steps; most often they are the same."""
+    first, *others = parts
+    if all(np.array_equal(first, other) for other in others):
+        return first
+    every = np.sort(np.concatenate(parts))
+    return every[np.append(True, np.diff(every) != 0)]
+
+
 def by_rank(ranks: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """Give the places of the records of each rank, ranks in the order in which they appear."""
     found, first = np.unique(ranks, return_index=True)

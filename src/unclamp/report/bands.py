@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unclamp.analysis.joining import union
 from unclamp.report.recorded import HEAT_SITES, RunRecord
 from unclamp.report.thinning import kept_places
 
@@ -98,7 +99,7 @@ def _band(series: Iterable[Mapping[int, float]]) -> Band:
     ]
     if not parts:
         return Band(step=[], mean=[], low=[], high=[])
-    steps = np.unique(np.concatenate([at for at, _ in parts]))
+    steps = union([at for at, _ in parts])
     low, high = np.full(len(steps), math.inf), np.full(len(steps), -math.inf)
     given = []
     for at, values in parts:

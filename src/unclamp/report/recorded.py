@@ -189,7 +189,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         planted=planted,
         mark=mark,
         spikes=sorted(spikes, key=lambda spike: (spike.onset, spike.series != "loss")),
-        tokens_per_s=_column(log, _TOKENS_PER_S)[0],
+        tokens_per_s=_column(log, _TOKENS_PER_S)[0] if log.sql(_ANY_SCALARS).num_rows else None,
         cut=windows.cut,
         recorded=_recorded_steps(log),
         sites=sites,
@@ -210,6 +210,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
     return record, windows
 
 
+_ANY_SCALARS = "SELECT 1 FROM steps WHERE scalars IS NOT NULL LIMIT 1"
 _TOKENS_PER_S = """
 SELECT median(speed) AS speed FROM (
     SELECT sum(map_extract(scalars, 'tokens')[1] / step_ms * 1e3) AS speed FROM (

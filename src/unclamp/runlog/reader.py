@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import html
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from unclamp.errors import RunLogError, UnclampWarning
+from unclamp.errors import RunLogError
 from unclamp.names import SiteName
 from unclamp.runlog import schema_1
-from unclamp.runlog.connection import connect
+from unclamp.runlog.connection import connect, whole_numbers
 from unclamp.runlog.damage import (
     DamagedPart,
     describe_damage,
     find_damaged,
     find_without_footer,
     is_damaged,
+    lost_summaries,
+    tell,
+    warn_of_lost_summaries,
 )
 from unclamp.runlog.finder import read_header
 from unclamp.runlog.folder import read_missing
@@ -131,6 +132,7 @@ class RunLog:
     def damaged(self) -> list[DamagedPart]:
         """The parts that cannot be read and are left out, with what is missing for them.
 
+        The summary of a thinned part is among them, as no other file has its totals.
         Every part's end is looked at; damage within one is found when a query meets it.
 
         Raises:
@@ -143,7 +145,7 @@ class RunLog:
             for table in TABLES
             for path in every[table]
             if is_damaged(path)
-        ]
+        ] + lost_summaries(self.path, every["casts"])
 
     @property
     def attempts(self) -> list[RunAttempt]:
@@ -182,7 +184,9 @@ class RunLog:
             try:
                 self._register(parts)
                 relation = self._connection.sql(query, params=params or None)
-                return pa.table({}) if relation is None else _whole(relation.to_arrow_table())
+                if relation is None:
+                    return pa.table({})
+                return whole_numbers(relation.to_arrow_table())
             except (duckdb.Error, pa.ArrowException, OSError) as error:
                 forget_listing(self.path)
                 gone = [part for files in parts.values() for part in files if not part.exists()]
@@ -328,8 +332,7 @@ class RunLog:
         damaged = find_damaged(dict.fromkeys(p for files in parts.values() for p in files))
         for path in (path for path, is_news in damaged.items() if is_news):
             every = self._list_parts(whole=False)
-            said = describe_damage(path, every.get(path.parent.name) or [path])
-            warnings.warn(f"{self.path}: {said}", UnclampWarning, stacklevel=4)
+            tell(self.path, describe_damage(path, every.get(path.parent.name) or [path]))
         return bool(damaged)
 
     def _list_parts(self, *, whole: bool = True) -> Parts:
@@ -363,6 +366,7 @@ class RunLog:
         """Make each relation read its current parts; those whose parts are the same stay."""
         if self._parts == parts and self._views:
             return
+        warn_of_lost_summaries(self.path, parts["casts"])
         header = self.header
         relations = relations_of(parts, header)
         if relations.views != self._views:
@@ -405,15 +409,3 @@ def _dataset(relation: Relation) -> ds.Dataset:
 def _is_merged(path: Path) -> bool:
     name = PartName.parse(path.name)
     return name is not None and name.is_merged
-
-
-def _whole(rows: pa.Table) -> pa.Table:
-    """Return `rows` with whole decimals as int64, in columns where all of them fit."""
-    for index, column in enumerate(rows.schema):
-        if pa.types.is_decimal(column.type) and column.type.scale == 0:
-            try:
-                whole = pc.cast(rows.column(index), pa.int64())
-            except pa.ArrowInvalid:
-                continue
-            rows = rows.set_column(index, column.name, whole)
-    return rows
