@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset as ds
 
 from unclamp.errors import RunLogError
 from unclamp.names import SiteName
@@ -36,9 +35,6 @@ from unclamp.runlog.folder import read_missing
 from unclamp.runlog.header import RUN_FILE, Header
 from unclamp.runlog.levels import find_levels, stored_name
 from unclamp.runlog.located import (
-    REMOTE_PARQUET,
-    arrow_name,
-    arrow_system,
     forget_listing,
     located,
 )
@@ -51,18 +47,19 @@ from unclamp.runlog.ranks import (
     read_ends,
     read_overshoots,
 )
-from unclamp.runlog.relations import Parts, Relation, relations_of
+from unclamp.runlog.relations import (
+    CLAMPED_CASTS,
+    HELD_CLAMPED,
+    Parts,
+    Relation,
+    dataset_of,
+    relations_of,
+)
 from unclamp.runlog.schema import TABLES, VIEWS, describe_columns
 from unclamp.runlog.sites import COMPUTED_SQL, PLACES_SQL, SiteInfo, named_sites_sql
 from unclamp.runlog.windows import MOST_WINDOWS, Cut, Windows, read_windows
 from unclamp.written import counted
 
-_SCHEMAS = {
-    **TABLES,
-    "stored_summaries": VIEWS["summaries"],
-    "casts_without_summary": TABLES["casts"],
-}
-"""The columns of each kind of relation, of which coarser summaries have those of finer ones."""
 _OF_THE_QUERY = (
     duckdb.ParserException,
     duckdb.BinderException,
@@ -201,6 +198,17 @@ class RunLog:
                     ) from error
                 # A part was merged or removed under the query: ask again, of what is there.
                 failed = parts
+
+    def hold_clamped(self) -> None:
+        """Read the rows of casts that clamped once, for all that is asked of `clamped_casts`.
+
+        They are those of now, also where the run goes on.
+
+        Raises:
+            RunLogError: as for `sql`.
+        """
+        self.sql(HELD_CLAMPED)
+        self.sql(f"CREATE OR REPLACE TEMP VIEW {CLAMPED_CASTS} AS FROM held_{CLAMPED_CASTS}")
 
     def steps(self) -> pa.Table:
         """Return the table `steps`, ordered by step, then rank, then time of recording."""
@@ -377,7 +385,7 @@ class RunLog:
             if relation.kind == "sites" and header.schema_version == schema_1.VERSION:
                 rows = schema_1.read_sites(relation.parts, world_size=header.world_size)
             else:
-                rows = _dataset(relation)
+                rows = dataset_of(relation)
             self._connection.register(name, rows)
             self._registered[name] = relation
         if not self._views:
@@ -393,17 +401,6 @@ class RunLog:
         for name in self._registered:
             self._connection.unregister(name)
         self._views, self._registered, self._parts = {}, {}, {}
-
-
-def _schema_of(kind: str) -> pa.Schema:
-    return _SCHEMAS["stored_summaries" if kind.startswith("stored_summaries") else kind]
-
-
-def _dataset(relation: Relation) -> ds.Dataset:
-    paths, schema = relation.parts, _schema_of(relation.kind)
-    system = arrow_system(paths[0]) if paths else None
-    kind = "parquet" if system is None else REMOTE_PARQUET
-    return ds.dataset([arrow_name(path) for path in paths], schema, kind, filesystem=system)
 
 
 def _is_merged(path: Path) -> bool:
