@@ -1,4 +1,4 @@
-"""Long series are judged by compiled code and by arrays: the same, bit for bit, as value by value."""
+"""Long series are judged by compiled code and by arrays: bit for bit as value by value."""
 
 import statistics
 from collections.abc import Sequence

@@ -22,8 +22,8 @@ from unclamp.runlog import RunLog
 
 MOST_REPLAYS = 12
 """Counterfactuals that are drawn."""
-MOST_CLAMPED = 2_000_000
-"""Clamped casts of which a page asks whether spikes followed them; a million take three seconds."""
+MOST_CLAMPED = 250_000
+"""Clamped casts of which a page asks whether spikes followed them; so many take four seconds."""
 PAPER = "arXiv 2605.26189"
 CAUTION = (
     f"Clamping can also do harm that the training loss does not show ({PAPER}): no spike, "
