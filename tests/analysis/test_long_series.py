@@ -55,7 +55,7 @@ def series(kind: str, seed: int) -> np.ndarray:
     if kind == "constant in steps":
         return np.where(np.arange(count) < count // 2, 3.25, 4.5)
     if kind == "written as float32":
-        return np.float32(np.round(loss, 3)).astype(np.float64)
+        return np.round(loss, 3).astype(np.float32).astype(np.float64)
     return loss
 
 
