@@ -39,13 +39,44 @@ def test_it_says_what_it_would_free_and_then_frees_it(tmp_path: Path) -> None:
     assert "KiB of " in done.stdout
     assert ": 1 part became 1." in done.stdout
     weaker = unclamp("compact", str(run), "--keep", "recent=90", "--keep", "every=50").stdout
-    assert weaker.endswith(f"Of {STEPS - gone} rows of casts the rule leaves out none.\n")
+    assert weaker.endswith(
+        f"Of {STEPS - gone} rows of casts the rule leaves out none.\nWhat was left out before does "
+        "not come back. Kept before step 350: one step in 100, 0 steps on both sides of each spike "
+        "and event, and every cast that clamped, overshot, was cast again, held Inf or NaN, or was "
+        "inspected.\n"
+    )
     again = json.loads(unclamp("compact", str(run), *keep, "--json").stdout)
     assert (again["rows"], again["kept"]) == (STEPS - gone, STEPS - gone)
     assert again["is_done"] is True
     with RunLog.open(run) as log:
         assert log.sql("SELECT count(*) AS n FROM casts WHERE saturated > 0")["n"][0].as_py() == 40
         assert log.sql("SELECT sum(steps) AS n FROM summaries")["n"][0].as_py() == STEPS
+
+
+def test_a_weaker_rule_after_a_stricter_one_does_not_say_that_it_kept_more(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    unclamp("compact", str(run), "--keep", "recent=200", "--keep", "every=100", "--keep", "near=0")
+    weaker = ("compact", str(run), "--keep", "recent=50", "--keep", "every=2", "--keep", "near=0")
+    gone = sum(step % 2 != 0 and step % 10 != 5 for step in range(200, 350))
+    rules = (
+        "Kept before step 350: what each of these rules keeps: before step 200 one step in 100, "
+        "and 0 steps on both sides of each spike and event; before step 350 one step in 2, and 0 "
+    )
+    for answer in (unclamp(*weaker, "--dry-run").stdout, unclamp(*weaker).stdout):
+        assert f"{gone} were left out" in answer or f"{gone} would be left out" in answer
+        assert rules in answer
+    with RunLog.open(run) as log:
+        left = log.sql("SELECT step FROM casts ORDER BY step")["step"].to_pylist()
+    expected = [
+        step
+        for step in range(STEPS)
+        if step >= 350 or step % 10 == 5 or (step % 2 == 0 and (step >= 200 or step % 100 == 0))
+    ]
+    assert left == expected
+    page = json.loads(unclamp("report", str(run), "--json").stdout)
+    (said,) = (note for note in page["notes"] if "were thinned" in note)
+    assert "before step 200 one step in 100" in said
+    assert "before step 350 one step in 2" in said
 
 
 def test_a_log_that_is_too_short_to_thin_says_so(tmp_path: Path) -> None:

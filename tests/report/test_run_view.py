@@ -13,6 +13,8 @@ from rich.console import Console
 
 from truths.runs import CLAMP_STEPS, SPIKE, write_large, write_planted
 from truths.sides import write_side
+from unclamp.analysis import associate, clamped_gradients
+from unclamp.analysis.prices import cast_prices
 from unclamp.errors import UnclampError
 from unclamp.report import build_view
 from unclamp.report.charts import run_figure
@@ -331,3 +333,16 @@ def test_a_negative_verdict_on_the_page_says_from_which_step_it_holds(tmp_path: 
     }))  # fmt: skip
     page = write_page(build_view(run), tmp_path / "page.html").read_text()
     assert re.search(r"<b>verdict</b>not clamping from step \d+ on<", page)
+
+
+def test_clamped_rows_that_are_held_say_the_same_as_those_that_are_read(tmp_path: Path) -> None:
+    run = write_planted(tmp_path / "run")
+    with RunLog.open(run) as log, RunLog.open(run) as held:
+        held.hold_clamped()
+        assert cast_prices(held) == cast_prices(log)
+        assert clamped_gradients(held) == clamped_gradients(log)
+        assert associate(held).to_dict() == associate(log).to_dict()
+        count = "SELECT count(*) AS n FROM clamped_casts"
+        (rows,) = held.sql(count)["n"].to_pylist()
+        saturated = log.casts()["saturated"].to_pylist()
+        assert rows == sum(value is None or value > 0 for value in saturated) > 0

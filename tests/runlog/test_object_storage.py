@@ -300,3 +300,73 @@ def test_s3_says_what_is_wrong(in_s3: str, monkeypatch: pytest.MonkeyPatch) -> N
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(RunLogError, match=r"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
         RunLog.open(in_s3)
+
+
+class ExpiredToken(Exception):
+    """As botocore's errors: of no class that others know."""
+
+
+def _expire(*_: object, **__: object) -> None:
+    raise ExpiredToken("The provided token has expired.")
+
+
+@pytest.mark.parametrize("asked", ["_open", "info", "ls"])
+def test_storage_that_fails_after_opening_is_told_with_its_url_and_cause(
+    asked: str, in_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = type(upath.UPath(in_memory).fs)
+    with RunLog.open(in_memory) as log:
+        assert log.steps().num_rows
+        monkeypatch.setattr(memory, asked, _expire)
+        upath.UPath(in_memory).fs.invalidate_cache()
+        with pytest.raises(RunLogError, match=r"memory://.*has expired.*new credentials"):
+            log.casts()
+
+
+def test_a_file_that_breaks_off_while_it_is_read_is_told(
+    in_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = upath.UPath(in_memory).fs
+    with RunLog.open(in_memory) as log:
+        (part,) = system.glob(f"{in_memory.removeprefix('memory:/')}/casts/*.parquet")
+        file = type(system.open(part))
+        monkeypatch.setattr(file, "read", _expire)
+        with pytest.raises(RunLogError, match=r"memory://.*has expired"):
+            log.casts()
+        assert log.path.exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_says_in_a_line_that_storage_failed_midway(
+    command: tuple[str, ...], in_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *options = command
+    memory = type(upath.UPath(in_memory).fs)
+    opened, count = memory._open, 0
+
+    def some(self: Any, path: str, *args: Any, **more: Any) -> Any:
+        nonlocal count
+        count += 1
+        return opened(self, path, *args, **more) if count <= 2 else _expire()
+
+    monkeypatch.setattr(memory, "_open", some)
+    answer = unclamp(name, in_memory, *options, "--json")
+    assert answer.returncode != 0
+    (line,) = (line for line in answer.stderr.splitlines() if line.startswith("unclamp: "))
+    assert "memory://" in line
+    assert "has expired" in line
+    assert "Traceback" not in answer.stderr
+
+
+@needs_s3
+def test_an_object_that_is_gone_after_opening_is_told(in_s3: str, run: Path) -> None:
+    copy = upath.UPath("s3://bucket/gone")
+    _copy(run, copy)
+    (part,) = copy.glob("casts/*.parquet")
+    with RunLog.open(str(copy)) as log:
+        listed = log.sql("SELECT count(*) AS n FROM steps")["n"][0].as_py()
+        copy.fs.rm(str(copy), recursive=True)
+        with pytest.raises(RunLogError, match=r"s3://bucket/gone"):
+            log.casts()
+    assert listed > 0
+    assert not part.exists()

@@ -69,7 +69,10 @@ def test_windows_of_a_long_run_are_read_from_the_level_that_has_enough_of_them(t
     write(tmp_path, range(STEPS))
     assert {level: len(files) for level, files in find_levels(tmp_path).items()} == {1: 8, 2: 2}
     with RunLog.open(tmp_path) as log:
-        for most, level, size in ((2, 2, 1600), (3, 1, 1200), (8, 1, 400), (9, 0, 400)):
+        for most, level, size in (  # fewer than half of them would be too few
+            *((2, 2, 1600), (3, 2, 1600), (4, 2, 1600), (5, 1, 800), (8, 1, 400)),
+            *((9, 1, 400), (16, 1, 400), (17, 0, 200)),
+        ):
             windows = log.windows(most=most)
             assert (windows.cut.level, windows.cut.size) == (level, size)
             assert_windows_are_those_of_casts(log, windows)

@@ -1,11 +1,14 @@
 """A log that is thinned loses no clamp and no total, whatever happens meanwhile."""
 
+import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from truths.rows import merge_early, parts_of, step, summarise
+from typed import unclamp
 from unclamp.analysis.association import associate
 from unclamp.analysis.compaction import compact_run, steps_of_interest
 from unclamp.analysis.prices import cast_prices
 from unclamp.analysis.whatif import evaluate, parse_policy
-from unclamp.errors import RunLogError
+from unclamp.errors import RunLogError, UnclampWarning
 from unclamp.runlog import Header, Keep, RunLog, RunLogWriter, compact, thinning
 from unclamp.runlog.levels import remove_levels
 
@@ -452,3 +456,47 @@ def test_clamped_rows_come_first_and_have_row_groups_of_their_own(tmp_path: Path
         (True, True),
         (False, False),
     ]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, truncate], ids=["deleted", "truncated"])
+def test_a_lost_summary_of_a_thinned_part_is_told_as_damage(
+    lose: Callable[[Path], object], tmp_path: Path
+):
+    run = write(tmp_path / "run")
+    planted = unclamp("compact", run, "--keep", "recent=60", "--keep", "near=5")
+    assert planted.returncode == 0, planted.stderr
+    (summary,) = (path for path in (run / "summaries").glob("*-t1.parquet"))
+    with RunLog.open(run) as log:
+        assert log.damaged == []
+        rows = log.sql("SELECT sum(steps) AS n FROM summaries")["n"][0].as_py()
+        left = log.casts().num_rows
+    assert rows > left
+    lose(summary)
+    said = (
+        rf"summaries/{summary.name} is (missing|damaged): it alone told of the rows of casts that "
+        r"were thinned, so totals of the steps 0 to 399 are of the rows that are left"
+    )
+    with RunLog.open(run) as log:
+        with pytest.warns(UnclampWarning, match=said):
+            assert log.sql("SELECT sum(steps) AS n FROM summaries")["n"][0].as_py() == left
+        (damage,) = log.damaged
+    assert re.fullmatch(said, str(damage))
+    assert (damage.path, damage.first_step, damage.last_step) == (summary, 0, 399)
+    assert damage.is_gone == (lose is Path.unlink)
+    page = unclamp("report", run, "--json")
+    assert any(re.match(said, note) for note in json.loads(page.stdout)["notes"])
+    assert re.search(said, (run / "report.html").read_text())
+
+
+def test_whatif_warns_of_a_lost_summary_of_a_thinned_part(tmp_path: Path):
+    run = write(tmp_path / "run")
+    unclamp("compact", run, "--keep", "recent=60", "--keep", "near=5")
+    for summary in (run / "summaries").glob("*-t1.parquet"):
+        summary.unlink()
+    answer = unclamp("whatif", run, "--policy", "delayed(4)")
+    assert answer.returncode == 0
+    assert "so totals of the steps 0 to 399 are of the rows that are left" in answer.stderr

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from unclamp.analysis.groups import Group, has_kinds, joined
+from unclamp.analysis.joining import column_means, last_records, means_over_ranks, union
 from unclamp.analysis.records import Recorded, to_number
 from unclamp.analysis.selections import Choice
 from unclamp.analysis.series import SERIES, choose_column, notes_of
@@ -176,23 +178,24 @@ def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
     """
     is_scalar = column is not None and column not in SERIES
     others = ", scalars" if is_scalar else ""
-    rows = log.sql(f'SELECT step, rank, loss, grad_norm, "group"{others} FROM steps').to_pydict()
-    values: dict[str, list[Any]] = {name: rows[name] for name in SERIES}
+    rows = log.sql(f'SELECT step, rank, loss, grad_norm, "group"{others} FROM steps')
+    values = {name: rows[name] for name in SERIES}
     if is_scalar:
-        scalars = [dict(pairs or ()) for pairs in rows["scalars"]]
+        scalars = [dict(pairs or ()) for pairs in rows["scalars"].to_pylist()]
         known = {name for row in scalars for name in row}
         if column not in known:
             raise AnalysisError(
                 f"{log.path} has no scalar {column!r}; it has {_listed([*SERIES, *sorted(known)])}"
                 f"{did_you_mean(column, [*SERIES, *known])}"
             )
-        values["loss"] = [row.get(column) for row in scalars]
+        values["loss"] = pa.chunked_array([[row.get(column) for row in scalars]], pa.float64())
     elif column == "grad_norm":
         values["loss"] = values.pop("grad_norm")
+    steps, ranks = (rows[name].to_numpy().astype(np.int64) for name in ("step", "rank"))
     parts = {
-        name: _mean_over_ranks(rows["step"], rows["rank"], numbers)
+        name: column_means(steps, ranks, numbers)
         for name, numbers in values.items()
-        if any(value is not None for value in numbers)
+        if numbers.null_count < len(numbers)
     }
     if not parts:
         raise AnalysisError(
@@ -201,10 +204,11 @@ def run_curve(log: RunLog, *, column: str | None = None) -> Curve:
         )
     columns = {name: column if name == "loss" and column else name for name in parts}
     curve = _curve(parts, columns, "run log")
-    if not has_kinds(rows["group"]):
+    if rows["group"].null_count == len(rows):
         return curve
-    series = [values[name] for name in parts]
-    return _with_groups(curve, _groups_by_rank(rows["step"], rows["rank"], rows["group"], series))
+    series = [values[name].to_pylist() for name in parts]
+    groups = rows["group"].to_pylist()
+    return _with_groups(curve, _groups_by_rank(steps.tolist(), ranks.tolist(), groups, series))
 
 
 def run_losses(log: RunLog) -> Losses:
@@ -306,14 +310,8 @@ def _with_groups(curve: Curve, of_ranks: Sequence[dict[int, Group]]) -> Curve:
 
 def _last_records(steps: Sequence[int], there: list[int]) -> tuple[np.ndarray, list[int]]:
     """Return rising steps and the record of each that counts, of the records `there`."""
-    at = np.asarray([steps[i] for i in there], dtype=np.int64)
-    if len(at) > 1 and np.all(np.diff(at) < 0):  # newest first
-        there, at = there[::-1], at[::-1]
-    if len(at) == 0:
-        return at, []
-    later = np.concatenate([np.minimum.accumulate(at[::-1])[::-1][1:], [np.iinfo(np.int64).max]])
-    kept = np.flatnonzero(at < later)
-    return at[kept], [there[i] for i in kept.tolist()]
+    at, kept = last_records(np.asarray([steps[i] for i in there], dtype=np.int64))
+    return at, [there[i] for i in kept.tolist()]
 
 
 def _mean_over_ranks(
@@ -322,16 +320,14 @@ def _mean_over_ranks(
     of_ranks = _rows_by_rank(ranks)
     if len(of_ranks) == 1:
         return _in_order(steps, values)
-    totals: dict[int, list[float]] = {}
+    parts = []
     for rows in of_ranks:
         at, numbers = _in_order([steps[i] for i in rows], [values[i] for i in rows])
-        for step, number in zip(at.tolist(), numbers, strict=True):
-            if number is not None:
-                totals.setdefault(step, []).append(number)
-    order = sorted(totals)
-    with np.errstate(invalid="ignore"):  # Inf and -Inf of two ranks are NaN
-        means = [float(np.mean(totals[step])) for step in order]
-    return np.asarray(order, dtype=np.int64), list(means)
+        there = [i for i, number in enumerate(numbers) if number is not None]
+        known = [number for number in numbers if number is not None]
+        parts.append((at[there], np.asarray(known, dtype=np.float64)))
+    at, means = means_over_ranks(parts)
+    return at, means.tolist()
 
 
 def _rows_by_rank(ranks: Sequence[int]) -> list[list[int]]:
@@ -345,9 +341,12 @@ def _curve(
     parts: dict[str, tuple[np.ndarray, list[float | None]]], columns: dict[str, str], source: str
 ) -> Curve:
     """Join series over the union of their steps."""
-    steps = np.unique(np.concatenate([at for at, _ in parts.values()]))
+    steps = union([at for at, _ in parts.values()])
     series: dict[str, list[float | None]] = {}
     for name, (at, values) in parts.items():
+        if len(at) == len(steps):
+            series[name] = values
+            continue
         known = dict(zip(at.tolist(), values, strict=True))
         series[name] = [known.get(step) for step in steps.tolist()]
     return Curve(steps=steps, series=series, columns=columns, source=source)

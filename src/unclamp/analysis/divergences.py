@@ -22,13 +22,14 @@ import numpy as np
 from unclamp.analysis.curves import run_losses
 from unclamp.analysis.groups import Group, has_kinds, kind_in_words, split_places
 from unclamp.analysis.resolution import Resolution
-from unclamp.analysis.robust import NORMAL_IQR, RunningWindow
+from unclamp.analysis.robust import LONG, NORMAL_IQR, RunningWindow
 from unclamp.files import strict
 from unclamp.runlog import RunLog
 from unclamp.written import times
 
 LEVEL_POINTS = 31
 RISE = 1.35
+LEAST_RISE = math.log(RISE)
 STEP_POINTS = 11
 STEP_SHARE = 0.6
 """A rise of which so much, in logarithms, came at once is a step to a new level."""
@@ -188,7 +189,7 @@ class DivergenceDetector:
         count = len(changes)
         spread = (changes[(3 * count) // 4] - changes[count // 4]) / NORMAL_IQR
         grid = GRID_STEPS * self._resolution.grid / max(math.exp(self._low), 1e-300)
-        return max(math.log(RISE), SIGMAS * spread, math.log1p(grid))
+        return max(LEAST_RISE, SIGMAS * spread, math.log1p(grid))
 
 
 def find_divergences(
@@ -222,41 +223,52 @@ def find_divergences(
         >>> [(d.kind, round(d.height, 1)) for d in find_divergences(loss)]
         [('drift', 3.1)]
     """
-    at = range(len(values)) if steps is None else [int(step) for step in steps]
+    at = np.arange(len(values)) if steps is None else np.asarray(steps, dtype=np.int64)
     if len(at) != len(values):
         raise ValueError(f"expected a step a value, got {len(at)} steps, {len(values)} values")
     if groups and len(groups) != len(values):
         raise ValueError(
             f"expected a group a value, got {len(groups)} groups, {len(values)} values"
         )
-    kinds = split_places(groups) if has_kinds(groups) else {None: list(range(len(values)))}
+    if not has_kinds(groups):
+        return _find(at, values, series)
     found = [
         replace(each, group=group)
-        for group, places in kinds.items()
-        for each in _find([at[i] for i in places], [values[i] for i in places], series)
+        for group, places in split_places(groups).items()
+        for each in _find(at[places], [values[i] for i in places], series)
     ]
     return sorted(found, key=lambda each: each.onset)
 
 
-def _find(steps: Sequence[int], values: Sequence[float | None], series: str) -> list[Divergence]:
+def _find(
+    steps: np.ndarray, values: Sequence[float | None] | np.ndarray, series: str
+) -> list[Divergence]:
     """Return the slow rises of batches of one kind."""
-    known = [
-        (step, float(value))
-        for step, value in zip(steps, values, strict=True)
-        if value is not None and math.isfinite(value)
-    ]
-    detector = DivergenceDetector()
-    is_open = []
-    levels, lows = np.empty((2, len(known)))
-    for i, (_, value) in enumerate(known):
-        is_open.append(detector.update(value))
-        levels[i], lows[i] = detector.level, detector.lowest
+    there = np.array([value is not None for value in values], dtype=bool)
+    numbers = np.array([value for value in values if value is not None], dtype=np.float64)
+    finite = np.isfinite(numbers)
+    numbers, at = numbers[finite], np.asarray(steps, dtype=np.int64)[there][finite]
+    is_open, levels, lows = _watch(numbers)
     inside = np.flatnonzero(is_open)
     if not len(inside):
         return []
     runs = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
-    numbers = [step for step, _ in known]
-    return [_divergence(run, numbers, levels, lows, series) for run in runs]
+    return [_divergence(run, at.tolist(), levels, lows, series) for run in runs]
+
+
+def _watch(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what a detector says after each value: whether it is open, its level, its lowest."""
+    if len(numbers) >= LONG:
+        from unclamp.analysis import long_series  # noqa: PLC0415 - numba is slow to import
+
+        return long_series.diverge(numbers)
+    detector = DivergenceDetector()
+    is_open = np.zeros(len(numbers), dtype=bool)
+    levels, lows = np.empty((2, len(numbers)))
+    for i, value in enumerate(numbers.tolist()):
+        is_open[i] = detector.update(value)
+        levels[i], lows[i] = detector.level, detector.lowest
+    return is_open, levels, lows
 
 
 def run_divergences(log: RunLog) -> list[Divergence]:

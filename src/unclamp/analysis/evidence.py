@@ -246,15 +246,21 @@ def _products(
     every: int = 1,
 ) -> NDArray[np.float64]:
     """Return the weighted sum of the news at each site's clamped steps, at every n-th shift."""
-    size = max(1, CHUNK_ELEMENTS // max(clamping.length, 1))
     count = -(-len(shifts.offsets) // every)
     out = np.zeros((len(rows), count))
-    own = [slice(clamping.starts[site], clamping.starts[site + 1]) for site in rows]
-    weights = [make_weights(clamping.errors[part]) for part in own]
+    parts = [slice(clamping.starts[site], clamping.starts[site + 1]) for site in rows]
+    weights = [make_weights(clamping.errors[part]) for part in parts]
+    is_asked = np.zeros(clamping.length, dtype=bool)  # of a million steps few clamped
+    for part in parts:
+        is_asked[clamping.steps[part]] = True
+    asked = np.flatnonzero(is_asked)
+    own = [np.searchsorted(asked, clamping.steps[part]) for part in parts]
+    size = max(1, CHUNK_ELEMENTS // max(len(asked), 1))
     for low in range(0, count, size):
-        moved = news[shifts.steps_before(slice(low * every, (low + size) * every, every))]
-        for row, part in enumerate(own):
-            out[row, low : low + size] = weights[row] @ moved[clamping.steps[part]]
+        which = slice(low * every, (low + size) * every, every)
+        moved = news[shifts.steps_before(which, steps=asked)]
+        for row, steps in enumerate(own):
+            out[row, low : low + size] = weights[row] @ moved[steps]
     return out
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from unclamp.analysis.groups import Group
 from unclamp.names import SiteName, is_attention_name
 from unclamp.runlog import COMPUTED_SQL, RunLog, over_ranks
-from unclamp.totals import CLAMPED_SQL, LOOK_FIRST_SQL, GradientChange
+from unclamp.totals import CLAMPED_SQL, GradientChange
 from unclamp.written import counted, listed, percent
 
 MOST_SITES = 3
@@ -32,11 +32,11 @@ _PLACES = f"""
         FROM ({COMPUTED_SQL}))"""
 """Ranks with the same input and grad_output of a product have one gradient of its weight; with one
 of the two alike, each has a part of it, whose squares add up."""
-_CASTS = "FROM casts JOIN places USING (rank, site)"
+_CASTS = "FROM clamped_casts JOIN places USING (rank, site)"
 _ALL_STEPS = "CROSS JOIN (SELECT 0 AS kind)"
 _BY_KIND = """
     JOIN (SELECT unnest($steps::BIGINT[]) AS step, unnest($kinds::BIGINT[]) AS kind) USING (step)"""
-_CLAMPED = f"WHERE role = 'grad_output' AND {LOOK_FIRST_SQL} AND {CLAMPED_SQL}"
+_CLAMPED = f"WHERE role = 'grad_output' AND {CLAMPED_SQL}"
 _KNOWN = "FILTER (weight_grad_norm IS NOT NULL)"
 _ONCE = "FILTER (NOT is_same_gradient)"
 _WORST = "(grad_error, ~step)"

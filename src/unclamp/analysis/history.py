@@ -17,7 +17,7 @@ from unclamp.analysis.evidence import Clamping
 from unclamp.analysis.groups import Group
 from unclamp.errors import AnalysisError
 from unclamp.runlog import COMPUTED_SQL, RunLog, SiteInfo, thinned_words
-from unclamp.totals import CLAMPED_SQL, LOOK_FIRST_SQL, LOST_SQL, UNDECIDED_SQL
+from unclamp.totals import CLAMPED_SQL, LOST_SQL, UNDECIDED_SQL
 from unclamp.written import counted
 
 EFFECT_LAG = {"grad_output": 1}
@@ -211,7 +211,7 @@ def _read_clamped(log: RunLog) -> _Clamped:
     again = " OR ".join(f"step BETWEEN {first} AND {last}" for first, last in ranges) or "false"
     once = log.sql(
         f"{_PLACES} SELECT place, step, max({LOST_SQL}) AS error "
-        f"FROM casts JOIN places USING (rank, site) WHERE {LOOK_FIRST_SQL} AND {CLAMPED_SQL} "
+        f"FROM clamped_casts JOIN places USING (rank, site) WHERE {CLAMPED_SQL} "
         f"AND {LOST_SQL} > 0 AND NOT ({again}) GROUP BY place, step"
     )
     parts = [tuple(once[name].to_numpy() for name in ("place", "step", "error"))]
@@ -281,7 +281,7 @@ def _to_clamping(
 def _read_sqnr(log: RunLog, sites: list[SiteInfo]) -> dict[int, float]:
     rows = log.sql(
         f"{_PLACES} SELECT place, min(least) AS sqnr_db FROM ("
-        "SELECT rank, site, min(sqnr_db_min) AS least FROM stored_summaries GROUP BY rank, site "
+        "SELECT rank, site, min(sqnr_db_min) AS least FROM coarsest_summaries GROUP BY rank, site "
         "UNION ALL SELECT rank, site, min(sqnr_db) AS least FROM casts_without_summary "
         "GROUP BY rank, site"
         ") JOIN places USING (rank, site) WHERE isfinite(least) GROUP BY place"

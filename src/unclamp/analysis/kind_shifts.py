@@ -52,12 +52,21 @@ class KindShifts:
             moved[own] = steps[places[..., self._used(shifts)]]
         return moved
 
-    def steps_before(self, which: slice = slice(None)) -> NDArray[np.int32]:
-        """Return, steps by shifts, which step of its kind each shift moves to a step."""
-        asked = self.offsets[which]
-        before = np.empty((len(self.kind), len(asked)), dtype=np.int32)
-        for steps, shifts in self.kinds:
-            before[steps] = steps[shifts.steps_before(self._used(shifts)[which])]
+    def steps_before(
+        self, which: slice = slice(None), *, steps: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int32]:
+        """Return, steps by shifts, which step of its kind each shift moves to a step.
+
+        Args:
+            which: Shifts to return.
+            steps: Steps to return; all without it.
+        """
+        asked = np.arange(len(self.kind)) if steps is None else steps
+        before = np.empty((len(asked), len(self.offsets[which])), dtype=np.int32)
+        for number, (every, shifts) in enumerate(self.kinds):
+            own = self.kind[asked] == number
+            places = self.place[asked[own]]
+            before[own] = every[shifts.steps_before(self._used(shifts)[which], steps=places)]
         return before
 
     def _used(self, shifts: Shifts) -> NDArray[np.int64]:

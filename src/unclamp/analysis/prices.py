@@ -34,7 +34,7 @@ _STEPS = f"""
         FROM own_casts GROUP BY place, step
         HAVING has_clamped OR has_rounding),
     low AS (
-        SELECT DISTINCT step FROM casts JOIN places USING (rank, site)
+        SELECT DISTINCT step FROM clamped_casts JOIN places USING (rank, site)
         WHERE role = 'grad_output' AND saturated > 0 $steps)
     SELECT place,
         count(*) FILTER (has_clamped AND is_known) AS steps,
@@ -48,7 +48,7 @@ _STEPS = f"""
     FROM own LEFT JOIN low USING (step) GROUP BY place ORDER BY place"""
 _COLUMNS = "place, step, saturated, price_clamp, price_rounding"
 _MARKED = f"""
-    SELECT {_COLUMNS} FROM casts JOIN places USING (rank, site)
+    SELECT {_COLUMNS} FROM clamped_casts JOIN places USING (rank, site)
     WHERE role <> 'grad_output' AND saturated > 0 $steps"""
 """Casts that clamped: with a step to each, few of a log's rows, and read without the others."""
 _ROUNDED = f"""

@@ -17,12 +17,12 @@ MOST_DECIMALS = 8
 FEWEST_OF_ZERO = 2
 """With as many decimals or more, a zero is a small value that was rounded. Of whole numbers or
 tenths it may be a count, or a reward."""
-_RELATIVE = 1.2e-7
+RELATIVE = 1.2e-7
 """Of float32, twice its largest relative error."""
 _MOST_DOUBT = 0.1
 """In steps of the grid: where float32 is coarser, it cannot tell."""
-_LARGEST = _MOST_DOUBT / _RELATIVE
-_POWERS = [10.0**decimals for decimals in range(MOST_DECIMALS + 1)]
+LARGEST = _MOST_DOUBT / RELATIVE
+POWERS = [10.0**decimals for decimals in range(MOST_DECIMALS + 1)]
 _NOT_ROUNDED = MOST_DECIMALS + 1
 
 
@@ -63,9 +63,10 @@ class Resolution:
         return self.grid / 2 if is_small else value
 
 
-def has_ratios(values: Iterable[float]) -> bool:
+def has_ratios(values: Iterable[float] | np.ndarray) -> bool:
     """Return whether all finite values are positive, or zero for being written with few digits."""
-    finite = np.asarray([value for value in values if math.isfinite(value)], dtype=np.float64)
+    every = values if isinstance(values, np.ndarray) else np.asarray(list(values), np.float64)
+    finite = every[np.isfinite(every)]
     if np.all(finite > 0):
         return True
     if np.any(finite < 0):
@@ -81,11 +82,11 @@ def has_ratios(values: Iterable[float]) -> bool:
 def _decimals(value: float) -> int:
     """Return how many decimals write a value down, `_NOT_ROUNDED` for too many."""
     size = abs(value)
-    most = math.floor(min(float(MOST_DECIMALS), math.log10(_LARGEST / size)))
-    if most < 0 or not _is_whole(size * _POWERS[most]):
+    most = math.floor(min(float(MOST_DECIMALS), math.log10(LARGEST / size)))
+    if most < 0 or not _is_whole(size * POWERS[most]):
         return _NOT_ROUNDED
-    return next(d for d, power in enumerate(_POWERS) if _is_whole(size * power))
+    return next(d for d, power in enumerate(POWERS) if _is_whole(size * power))
 
 
 def _is_whole(number: float) -> bool:
-    return abs(number - round(number)) <= _RELATIVE * number
+    return abs(number - round(number)) <= RELATIVE * number

@@ -14,6 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from unclamp.analysis.groups import Group, has_kinds, split_places
+from unclamp.analysis.robust import LONG
 
 LEVEL_STEPS = 51
 SPREAD_STEPS = 201
@@ -85,7 +86,7 @@ def make_response(
     finite = np.isfinite(loss)
     is_relative = bool(np.all(loss[finite] > 0))
     excess, scores = np.zeros((2, len(loss)))
-    kinds = split_places(groups) if has_kinds(groups) else {None: list(range(len(loss)))}
+    kinds = split_places(groups) if has_kinds(groups) else {None: slice(None)}
     told = []
     for places in kinds.values():
         own = loss[places]
@@ -136,6 +137,10 @@ def _later(values: NDArray, lag: int) -> NDArray:
 
 def running_median(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     """Return the centred running median, NaN left out; the window narrows at the ends."""
+    if len(values) >= LONG:
+        from unclamp.analysis import kernels  # noqa: PLC0415 - numba is slow to import
+
+        return kernels.running_median(values, width)
     half = width // 2
     padded = np.pad(values, half, constant_values=np.nan)
     windows = sliding_window_view(padded, width)
@@ -154,5 +159,6 @@ def _normal_scores(values: NDArray[np.float64], nonfinite: NDArray[np.bool_]) ->
     order = np.argsort(np.where(nonfinite, np.inf, values), kind="stable")
     normal = NormalDist()
     scores = np.empty(len(values))
-    scores[order] = [normal.inv_cdf((i + 0.5) / len(values)) for i in range(len(values))]
+    shares = (np.arange(len(values)) + 0.5) / len(values)
+    scores[order] = [normal.inv_cdf(share) for share in shares.tolist()]
     return scores

@@ -80,11 +80,13 @@ alone asks for stays."""
 GRID_STEPS = 3.0
 """A rise by as many steps of the last written digit, or fewer, may be rounding."""
 NORMAL_IQR = 1.349
-_ROUNDING_SPREAD = 6**-0.5
+LONG = 100_000
+"""Series of so many values are judged by compiled code (`long_series`), which says the same."""
+ROUNDING_SPREAD = 6**-0.5
 """Standard deviation of the difference of two rounded values, in steps of the grid."""
-_END_SHARE = 0.5
-_LARGEST_EXPONENT = 700.0
-_MIN_RISE = math.log(MIN_HEIGHT)
+END_SHARE = 0.5
+LARGEST_EXPONENT = 700.0
+MIN_RISE = math.log(MIN_HEIGHT)
 
 
 class RunningWindow:
@@ -129,7 +131,7 @@ def _outer(count: int) -> int:
     return 1 + count // TAIL_SHARE
 
 
-_NORMAL_TAILS = _normal_tails()
+NORMAL_TAILS = _normal_tails()
 
 
 def _spread_and_excess(errors: list[float]) -> tuple[float, float]:
@@ -139,11 +141,19 @@ def _spread_and_excess(errors: list[float]) -> tuple[float, float]:
     """
     count = len(errors)
     outer = _outer(count)
-    tail = max(sum(errors[-outer:]), -sum(errors[:outer])) / (outer * _NORMAL_TAILS[count])
+    tail = max(_added(errors[-outer:]), -_added(errors[:outer])) / (outer * NORMAL_TAILS[count])
     spread = (errors[(3 * count) // 4] - errors[count // 4]) / NORMAL_IQR
     if spread <= 0:  # most errors are equal, as of losses printed with few digits
         return max(tail, 0.0), 1.0
     return spread, min(max(tail / (TAIL_SLACK * spread), 1.0), LARGEST_EXCESS)
+
+
+def _added(numbers: list[float]) -> float:
+    """Return a plain sum: `sum` is more exact from Python 3.12 on, and a log has one answer."""
+    total = 0.0
+    for number in numbers:
+        total += number
+    return total
 
 
 class SpikeDetector:
@@ -247,7 +257,7 @@ class SpikeDetector:
 
     def _begin(self, expected: float, rise: float) -> None:
         self._open, self._settled = True, False
-        self._floor = expected + _END_SHARE * rise
+        self._floor = expected + END_SHARE * rise
         self.length = self._streak - 1
         self._streak = 0
         self._unsettled = 0
@@ -307,7 +317,7 @@ class SpikeDetector:
         count = len(errors)
         spread, excess = _spread_and_excess(errors)
         grid = self._grid_at(expected)
-        spread = max(spread, _ROUNDING_SPREAD * grid)
+        spread = max(spread, ROUNDING_SPREAD * grid)
         power = TAIL_POWER * count / (count + TAIL_DOUBT)
         noise = self.threshold * spread * (1 + SMALL_SAMPLE / count)
         raised = noise * excess**power
@@ -323,7 +333,7 @@ class SpikeDetector:
         return grid / max(math.exp(expected), 1e-300) if self._logarithmic and grid else grid
 
     def _least_rise(self, expected: float) -> float:
-        return _MIN_RISE if self._logarithmic else ROUNDING * abs(expected)
+        return MIN_RISE if self._logarithmic else ROUNDING * abs(expected)
 
     def _clean(self) -> None:
         """Forget those of the first errors that are beyond the noise, now that it is known."""
@@ -347,7 +357,7 @@ class SpikeDetector:
             self.limit = self.spread = math.nan
         elif self._logarithmic:
             self.level = math.exp(expected)
-            self.limit = math.exp(min(expected + rise, _LARGEST_EXPONENT))
+            self.limit = math.exp(min(expected + rise, LARGEST_EXPONENT))
             self.spread = self.level * spread
         else:
             self.level, self.limit, self.spread = expected, expected + rise, spread
@@ -362,7 +372,7 @@ class SpikeDetector:
             expected, _, _, _ = self._expect()
             self._learn(value, value, expected, math.inf)
         if was_open:
-            self._floor = math.exp(min(floor, _LARGEST_EXPONENT))
+            self._floor = math.exp(min(floor, LARGEST_EXPONENT))
             self._last = deque(map(math.exp, self._last), maxlen=LEVEL_POINTS)
 
 
@@ -373,6 +383,10 @@ def judge_robust(values: np.ndarray, threshold: float = THRESHOLD) -> Judged:
 
     Source: this module; measured in docs/spikes.md.
     """
+    if len(values) >= LONG:
+        from unclamp.analysis import long_series  # noqa: PLC0415 - numba is slow to import
+
+        return long_series.judge_robust(values, threshold)
     detector = SpikeDetector(threshold=threshold)
     spike = np.empty(len(values), dtype=np.int64)
     last = -1

@@ -47,7 +47,9 @@ class Moves(Protocol):
         """Return where `positions` are after each shift."""
         ...
 
-    def steps_before(self, which: slice = ...) -> NDArray[np.int32]:
+    def steps_before(
+        self, which: slice = ..., *, steps: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int32]:
         """Return which step each shift moves to a step."""
         ...
 
@@ -78,7 +80,12 @@ class Shifts:
         low = _lowest(ticks, self.width, self.clock)[..., None]
         return _step_at(low + (ticks[..., None] - low + self.offsets) % self.width, self.clock)
 
-    def steps_before(self, which: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.int32]:
+    def steps_before(
+        self,
+        which: slice | NDArray[np.int64] = slice(None),
+        *,
+        steps: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.int32]:
         """Return, steps by shifts, which step each shift moves to a step: evenly, in steps.
 
         For a series that is even by itself. The clock would stretch it where little is clamped
@@ -86,10 +93,11 @@ class Shifts:
 
         Args:
             which: Shifts to return; all of a long run fill gigabytes.
+            steps: Steps to return; all without it.
         """
-        steps = len(self.clock) - 1
-        positions = np.arange(steps, dtype=np.int32)[:, None]
-        low = np.clip(positions - self.reach // 2, 0, steps - self.reach).astype(np.int32)
+        count = len(self.clock) - 1
+        positions = (np.arange(count) if steps is None else steps).astype(np.int32)[:, None]
+        low = np.clip(positions - self.reach // 2, 0, count - self.reach).astype(np.int32)
         offsets = (self.offsets[which] * self.reach // self.width).astype(np.int32)
         before = (positions - low) - offsets
         before += np.int32(self.reach) * (before < 0)  # both are below reach: % in less memory

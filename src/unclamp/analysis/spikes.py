@@ -213,7 +213,7 @@ def _find(
     judged = _judge(numbers[finite], method, threshold)
     spike = np.full(len(numbers), -1)
     spike[finite] = judged.spike
-    has_ratio = has_ratios(numbers[finite].tolist())
+    has_ratio = has_ratios(numbers[finite])
     found = []
     for begin, stop in _runs(numbers, spike):
         level, spread = _expected_at(begin, judged, finite)
@@ -268,7 +268,7 @@ def smallest_height(
     numbers = numbers[np.isfinite(numbers)]
     judged = _judge(numbers, method, threshold)
     known = np.isfinite(judged.limit)
-    if not known.any() or not has_ratios(numbers.tolist()):
+    if not known.any() or not has_ratios(numbers):
         return math.nan
     level = judged.level[known]
     noise = np.exp(2 * np.nan_to_num(judged.spread[known] / level))
@@ -300,7 +300,7 @@ def rise_at(values: Values, *, steps: Sequence[int] | np.ndarray, at: int, level
     is_above = (numbers[begin:] > level) | ~np.isfinite(numbers[begin:])
     length = len(is_above) if is_above.all() else int(np.argmin(is_above))
     places = slice(begin, begin + max(length, 1))
-    has_ratio = has_ratios(numbers[np.isfinite(numbers)].tolist())
+    has_ratio = has_ratios(numbers)
     return _spike(numbers, present, places, level, math.nan, SERIES[0], has_ratio=has_ratio)
 
 

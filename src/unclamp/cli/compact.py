@@ -45,9 +45,10 @@ def compact(
     All totals stay exact.
     """
     from unclamp.analysis.compaction import compact_run  # noqa: PLC0415
-    from unclamp.runlog import Keep  # noqa: PLC0415
+    from unclamp.runlog import Keep, kept_words, read_header  # noqa: PLC0415
 
     rule = Keep.parse(keep) if keep else None
+    earlier = [(one.before, one.keep) for one in read_header(path).thinned]
     found = compact_run(path, rule, is_tried=dry_run, on_part=_progress)
     if as_json:
         typer.echo(to_json({**asdict(found), "freed": found.freed}))
@@ -57,11 +58,18 @@ def compact(
     if rule is not None and not gone:
         why = "" if found.before > 0 else f": the last {counted(rule.recent, 'step')} stay whole"
         typer.echo(f"Of {counted(found.rows, 'row')} of casts the rule leaves out none{why}.")
+        if earlier:
+            typer.echo(
+                "What was left out before does not come back. Kept before step "
+                f"{max(before for before, _ in earlier):,}: {kept_words(earlier)}."
+            )
     elif rule is not None:
         verb = "were" if found.is_done else "would be"
+        rules = [*earlier, (found.before, rule)]
         typer.echo(
             f"Of {counted(found.rows, 'row')} of casts {gone:,} {verb} left out. Kept before step "
-            f"{max(found.before, 0):,}: {rule.words()}. Totals stay exact."
+            f"{max(max(before for before, _ in rules), 0):,}: {kept_words(rules)}. "
+            "Totals stay exact."
         )
 
 

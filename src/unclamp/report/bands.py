@@ -4,12 +4,12 @@ What is drawn of one run is in `runs`; how it is drawn is for `charts`.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from unclamp.analysis.joining import union
 from unclamp.report.recorded import HEAT_SITES, RunRecord
 from unclamp.report.thinning import kept_places
 
@@ -92,18 +92,32 @@ def _differences(run: RunRecord, other: RunRecord) -> dict[int, float]:
 
 
 def _band(series: Iterable[Mapping[int, float]]) -> Band:
-    values: dict[int, list[float]] = defaultdict(list)
-    for one in series:
-        for step, value in one.items():
-            values[step].append(value if math.isfinite(value) else math.nan)
-    steps = sorted(values)
-    low, high = ([float(ends(values[step])) for step in steps] for ends in (np.min, np.max))
+    parts = [
+        (np.fromiter(one.keys(), np.int64, len(one)), np.fromiter(one.values(), float, len(one)))
+        for one in series
+        if one
+    ]
+    if not parts:
+        return Band(step=[], mean=[], low=[], high=[])
+    steps = union([at for at, _ in parts])
+    low, high = np.full(len(steps), math.inf), np.full(len(steps), -math.inf)
+    given = []
+    for at, values in parts:
+        known = np.where(np.isfinite(values), values, math.nan)
+        places = np.searchsorted(steps, at)
+        low[places] = np.minimum(low[places], known)  # NaN stays NaN
+        high[places] = np.maximum(high[places], known)
+        given.append((places, known))
     kept = kept_places(low, high)
+    of_kept = []
+    for places, known in given:
+        there = np.isin(places, kept)
+        of_kept.append(dict(zip(places[there].tolist(), known[there].tolist(), strict=True)))
     return Band(
         step=[float(steps[i]) for i in kept],
-        mean=[mean(values[steps[i]]) for i in kept],
-        low=[low[i] for i in kept],
-        high=[high[i] for i in kept],
+        mean=[mean([one[i] for one in of_kept if i in one]) for i in kept],
+        low=[float(low[i]) for i in kept],
+        high=[float(high[i]) for i in kept],
     )
 
 

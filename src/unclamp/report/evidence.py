@@ -7,12 +7,12 @@ shape that a page shows. A file that is none costs itself only.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unclamp.analysis import associate
+from unclamp.analysis import Spike, associate
 from unclamp.analysis.counterfactual import SiteShare
 from unclamp.analysis.explanation import Explanation, Verdict
 from unclamp.analysis.labels import named_counterfactuals
@@ -22,8 +22,8 @@ from unclamp.runlog import RunLog
 
 MOST_REPLAYS = 12
 """Counterfactuals that are drawn."""
-MOST_CLAMPED = 2_000_000
-"""Clamped casts of which a page asks whether spikes followed them; a million take three seconds."""
+MOST_CLAMPED = 250_000
+"""Clamped casts of which a page asks whether spikes followed them; so many take four seconds."""
 PAPER = "arXiv 2605.26189"
 CAUTION = (
     f"Clamping can also do harm that the training loss does not show ({PAPER}): no spike, "
@@ -40,8 +40,10 @@ NOTHING_TO_ASK: dict[str, Any] = {
 """What stands in place of an association in a run without casts."""
 
 
-def read_association(log: RunLog, *, clamped: int = 0) -> dict[str, Any]:
-    """Return `Association.to_dict()` of a run.
+def read_association(
+    log: RunLog, *, spikes: Sequence[Spike] | None = None, clamped: int = 0
+) -> dict[str, Any]:
+    """Return `Association.to_dict()` of a run, asked about its `spikes` of the loss.
 
     A run that cannot be judged has the verdict "cannot tell", with the reason; so has one in which
     so many casts `clamped` that the answer would take minutes.
@@ -53,7 +55,7 @@ def read_association(log: RunLog, *, clamped: int = 0) -> dict[str, Any]:
         )
         return {"verdict": "cannot tell", "sentences": [said], "sites": []}
     try:
-        return associate(log).to_dict()
+        return associate(log, spikes=spikes).to_dict()
     except AnalysisError as error:
         return {"verdict": "cannot tell", "sentences": [str(error)], "sites": []}
 

@@ -25,6 +25,8 @@ from unclamp.totals import SiteTotals
 from unclamp.written import counted
 
 HEAT_SITES = 60
+MOST_HELD = 2_000_000
+"""Clamped rows of casts that are read once and kept, some 100 bytes each; of more, each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,11 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
             for spike in find_spikes(values, steps=steps, groups=groups, series=name)
         ]
         windows = cutting.result()
+    if (
+        log.header.world_size * sum(t.clamped_rows + t.uncounted for t in windows.totals)
+        < MOST_HELD
+    ):
+        log.hold_clamped()
     by_row = _least_by_row(log, windows)
     every = [
         SiteRecord(place=place, info=info, totals=totals, sqnr_row_db_min=by_row.get(place))
@@ -189,7 +196,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
         planted=planted,
         mark=mark,
         spikes=sorted(spikes, key=lambda spike: (spike.onset, spike.series != "loss")),
-        tokens_per_s=_column(log, _TOKENS_PER_S)[0],
+        tokens_per_s=_column(log, _TOKENS_PER_S)[0] if log.sql(_ANY_SCALARS).num_rows else None,
         cut=windows.cut,
         recorded=_recorded_steps(log),
         sites=sites,
@@ -210,6 +217,7 @@ def read_run(log: RunLog) -> tuple[RunRecord, Windows]:
     return record, windows
 
 
+_ANY_SCALARS = "SELECT 1 FROM steps WHERE scalars IS NOT NULL LIMIT 1"
 _TOKENS_PER_S = """
 SELECT median(speed) AS speed FROM (
     SELECT sum(map_extract(scalars, 'tokens')[1] / step_ms * 1e3) AS speed FROM (

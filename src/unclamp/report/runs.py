@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from unclamp.analysis import find_divergences
 from unclamp.names import SiteName, shown
+from unclamp.report.bands import by_step
 from unclamp.report.coverage import CoverageView, read_coverage
 from unclamp.report.evidence import (
     NOTHING_TO_ASK,
@@ -173,7 +176,10 @@ def read_run_view(
         UnclampError: A glob matches no site.
     """
     clamped = sum(site.totals.clamped_rows for site in record.sites)
-    association = read_association(log, clamped=clamped) if record.sites else NOTHING_TO_ASK
+    spikes = [spike for spike in record.spikes if spike.series == "loss"]
+    association = (
+        read_association(log, spikes=spikes, clamped=clamped) if record.sites else NOTHING_TO_ASK
+    )
     chosen = choose_sites(record, globs=globs, named=named_sites(association))
     switched = _switched(log)
     events, left_out = _read_events(log)
@@ -269,15 +275,16 @@ def _curves(record: RunRecord) -> dict[str, Curve]:
     """
     curves = {}
     for name, given in (("loss", record.loss), ("grad_norm", record.grad_norm)):
-        pairs = [(s, v) for s, v in zip(record.steps, given, strict=False) if v is not None]
-        if pairs:
-            curves[name] = _curve(pairs)
+        there = [i for i, value in enumerate(given) if value is not None]
+        if there:
+            values = np.array([value for value in given if value is not None])
+            curves[name] = _curve(np.asarray(record.steps)[there], values)
     return curves
 
 
 def _kind_curves(record: RunRecord) -> dict[str, Curve]:
     """Return the loss of each kind, thinned; of very many kinds the most frequent, and the rest."""
-    losses = dict(zip(record.steps, record.loss, strict=True))
+    losses = by_step(record)
     kinds = {group or NO_GROUP: steps for group, steps in kind_steps(record).items()}
     names = list(kinds)
     if len(names) > DRAWN_KINDS:
@@ -285,15 +292,15 @@ def _kind_curves(record: RunRecord) -> dict[str, Curve]:
         kinds = {name: kinds[name] for name in names[: DRAWN_KINDS - 1]}
         kinds[OTHER_KINDS] = sorted(rest)
     return {
-        name: _curve([(s, v) for s in steps if (v := losses[s]) is not None])
+        name: _curve(np.asarray(steps), np.array([losses[step] for step in steps]))
         for name, steps in kinds.items()
     }
 
 
-def _curve(pairs: Sequence[tuple[int, float]]) -> Curve:
-    steps, values = zip(*pairs, strict=True)
+def _curve(steps: np.ndarray, values: np.ndarray) -> Curve:
     kept = kept_places(values)
-    return Curve(step=[steps[i] for i in kept], value=[rounded(values[i]) for i in kept])
+    drawn = [rounded(value) for value in values[kept].tolist()]
+    return Curve(step=steps[kept].tolist(), value=drawn)
 
 
 def _sites(record: RunRecord, switched: Mapping[SiteName, list[int]]) -> list[RunSiteRow]:

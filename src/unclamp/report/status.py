@@ -247,7 +247,10 @@ def _is_going_on(log: RunLog, now_s: float | None) -> bool:
 
 def _quiet_s(path: Path, now_s: float) -> float | None:
     """Return for how long nothing was written; None where nothing was."""
-    written = [part.stat().st_mtime for part in path.glob("*/*.parquet")]
+    written = []
+    for part in path.glob("*/*.parquet"):
+        with suppress(FileNotFoundError):  # merged meanwhile
+            written.append(part.stat().st_mtime)
     return now_s - max(written) if written else None
 
 

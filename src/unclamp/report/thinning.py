@@ -23,7 +23,7 @@ def kept_places(*series: Sequence[float | None] | np.ndarray, most: int = MOST_P
     length = len(series[0])
     if length <= most:
         return list(range(length))
-    numbers = [np.array([np.nan if v is None else v for v in s], dtype=np.float64) for s in series]
+    numbers = [_numbers(one) for one in series]
     buckets = max(1, most // (1 + 2 * len(series)))
     edges = np.linspace(0, length, buckets + 1).astype(int)
     kept = {0, length - 1}
@@ -38,3 +38,9 @@ def kept_places(*series: Sequence[float | None] | np.ndarray, most: int = MOST_P
                 kept.add(begin + int(np.argmin(np.where(finite, piece, np.inf))))
                 kept.add(begin + int(np.argmax(np.where(finite, piece, -np.inf))))
     return sorted(kept)
+
+
+def _numbers(series: Sequence[float | None] | np.ndarray) -> np.ndarray:
+    if isinstance(series, np.ndarray):
+        return series
+    return np.array([np.nan if value is None else value for value in series], dtype=np.float64)

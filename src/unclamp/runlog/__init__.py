@@ -10,7 +10,7 @@ from unclamp.runlog.cadence import Cadence, Every
 from unclamp.runlog.damage import DamagedPart
 from unclamp.runlog.finder import find_runs, is_run, read_header
 from unclamp.runlog.header import SCHEMA_VERSION, Attempt, Header, Status
-from unclamp.runlog.keeping import Keep, Thinned, thinned_words
+from unclamp.runlog.keeping import Keep, Thinned, kept_words, thinned_words
 from unclamp.runlog.ranks import RankEnd, RankOvershoot, RunAttempt
 from unclamp.runlog.reader import RunLog
 from unclamp.runlog.schema import (
@@ -62,6 +62,7 @@ __all__ = [
     "find_runs",
     "has_more_casts",
     "is_run",
+    "kept_words",
     "over_ranks",
     "read_header",
     "starting_no_run",

@@ -4,6 +4,8 @@ from contextlib import suppress
 from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
 
 
 def connect(*, threads: int | None = None) -> duckdb.DuckDBPyConnection:
@@ -18,3 +20,15 @@ def connect(*, threads: int | None = None) -> duckdb.DuckDBPyConnection:
     with suppress(duckdb.InvalidInputException):
         connection.execute("SET enable_progress_bar = false")
     return connection
+
+
+def whole_numbers(rows: pa.Table) -> pa.Table:
+    """Return `rows` with whole decimals as int64, in columns where all of them fit."""
+    for index, column in enumerate(rows.schema):
+        if pa.types.is_decimal(column.type) and column.type.scale == 0:
+            try:
+                whole = pc.cast(rows.column(index), pa.int64())
+            except pa.ArrowInvalid:
+                continue
+            rows = rows.set_column(index, column.name, whole)
+    return rows

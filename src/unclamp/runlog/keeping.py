@@ -17,6 +17,9 @@ KEPT_SQL = """
 """What is kept of any step. Here format_max is that of the row's site, null where nobody says."""
 
 
+_ANY_STEP = "every cast that clamped, overshot, was cast again, held Inf or NaN, or was inspected"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Keep:
     """Which rows of `casts` stay.
@@ -74,11 +77,19 @@ class Keep:
 
     def words(self) -> str:
         """Return the rule as the end of a sentence on what stays."""
-        every = "every step" if self.every == 1 else f"one step in {self.every:,}"
-        return (
-            f"{every}, {self.near:,} steps on both sides of each spike and event, and every cast "
-            "that clamped, overshot, was cast again, held Inf or NaN, or was inspected"
-        )
+        return f"{self.every_words()}, {self.near_words()}, and {_ANY_STEP}"
+
+    def every_words(self) -> str:
+        """Return which steps stay whatever lies near them."""
+        return "every step" if self.every == 1 else f"one step in {self.every:,}"
+
+    def near_words(self) -> str:
+        """Return which steps stay for what lies near them."""
+        return f"{self.near:,} steps on both sides of each spike and event"
+
+    def implies(self, other: Self) -> bool:
+        """Return whether all that this rule keeps of old steps the other one keeps too."""
+        return self.every % other.every == 0 and self.near <= other.near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +132,33 @@ class Thinned:
             ) from error
 
 
+def kept_words(rules: Iterable[tuple[int, Keep]]) -> str:
+    """Return what is left of a log that was thinned by one rule after the other.
+
+    What one rule has left out, no later one brings back, however much it would keep.
+
+    Args:
+        rules: Each with the step before which it held, in the order in which they were applied.
+
+    Example:
+        >>> print(kept_words([(90, Keep(every=16, near=2)), (500, Keep(every=4))]))
+        what each of these rules keeps: before step 90 one step in 16, and 2 steps on both sides of each spike and event; before step 500 one step in 4, and 100 steps on both sides of each spike and event; and of any step every cast that clamped, overshot, was cast again, held Inf or NaN, or was inspected
+    """  # noqa: E501
+    told: list[tuple[int, Keep]] = []
+    for before, keep in rules:
+        if any(last >= before and rule.implies(keep) for last, rule in told):
+            continue
+        told = [(last, rule) for last, rule in told if last > before or not keep.implies(rule)]
+        told.append((before, keep))
+    if len(told) == 1:
+        return told[0][1].words()
+    said = [
+        f"before step {max(before, 0):,} {keep.every_words()}, and {keep.near_words()}"
+        for before, keep in told
+    ]
+    return f"what each of these rules keeps: {'; '.join(said)}; and of any step {_ANY_STEP}"
+
+
 def thinned_words(thinned: Iterable[Thinned]) -> str | None:
     """Return a sentence on what was left out of a log; None where nothing was.
 
@@ -134,5 +172,5 @@ def thinned_words(thinned: Iterable[Thinned]) -> str | None:
     before, rows = max(one.before for one in every), sum(one.rows for one in every)
     return (
         f"Rows of casts before step {before:,} were thinned ({rows:,} left out): kept are "
-        f"{every[-1].keep.words()}; totals are of all."
+        f"{kept_words((one.before, one.keep) for one in every)}; totals are of all."
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 
 from unclamp.errors import RunLogError
+from unclamp.runlog.storage import telling, told
 
 LISTING_S = 5.0
 """How long a listing of object storage is taken for true: a query makes several."""
@@ -48,10 +48,10 @@ def located(path: str | os.PathLike[str]) -> Path:
         return Path(path)
     if not isinstance(path, str):
         return cast(Path, path)
-    with _told(path):
+    with telling(path):
         from upath import UPath  # noqa: PLC0415 - an extra
 
-        made = UPath(path, use_listings_cache=True, listings_expiry_time=LISTING_S)
+        made = told(UPath(path, use_listings_cache=True, listings_expiry_time=LISTING_S))
         _reach(made)
     return cast(Path, made)
 
@@ -114,27 +114,3 @@ def _reach(path: Any) -> None:
     except FileNotFoundError:
         if has_buckets and not path.fs.exists(top):
             raise RunLogError(f"expected a run in {path}, but there is no bucket {top!r}") from None
-
-
-@contextmanager
-def _told(url: str) -> Iterator[None]:
-    """While entered, errors of a storage become sentences: each has classes of its own."""
-    try:
-        yield
-    except RunLogError:
-        raise
-    except ImportError as error:
-        raise RunLogError(
-            f"{url} cannot be read, because a package is missing ({error}): "
-            "pip install 'unclamp[s3]' installs what s3:// needs, gcsfs is for gs://, adlfs for az://"
-        ) from error
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        advice = ""
-        if "Credentials" in type(error).__name__ or "credentials" in reason.lower():
-            advice = (
-                ": give them as for other tools of that storage (AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, a profile, a role); for what is public, "
-                "FSSPEC_S3_ANON=true"
-            )
-        raise RunLogError(f"{url} cannot be read: {reason.rstrip('.')}{advice}") from error

@@ -9,35 +9,32 @@ from __future__ import annotations
 
 import html
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
-from unclamp.errors import RunLogError, UnclampWarning
+from unclamp.errors import RunLogError
 from unclamp.names import SiteName
 from unclamp.runlog import schema_1
-from unclamp.runlog.connection import connect
+from unclamp.runlog.connection import connect, whole_numbers
 from unclamp.runlog.damage import (
     DamagedPart,
     describe_damage,
     find_damaged,
     find_without_footer,
     is_damaged,
+    lost_summaries,
+    tell,
+    warn_of_lost_summaries,
 )
 from unclamp.runlog.finder import read_header
 from unclamp.runlog.folder import read_missing
 from unclamp.runlog.header import RUN_FILE, Header
 from unclamp.runlog.levels import find_levels, stored_name
 from unclamp.runlog.located import (
-    REMOTE_PARQUET,
-    arrow_name,
-    arrow_system,
     forget_listing,
     located,
 )
@@ -50,18 +47,19 @@ from unclamp.runlog.ranks import (
     read_ends,
     read_overshoots,
 )
-from unclamp.runlog.relations import Parts, Relation, relations_of
+from unclamp.runlog.relations import (
+    CLAMPED_CASTS,
+    HELD_CLAMPED,
+    Parts,
+    Relation,
+    dataset_of,
+    relations_of,
+)
 from unclamp.runlog.schema import TABLES, VIEWS, describe_columns
 from unclamp.runlog.sites import COMPUTED_SQL, PLACES_SQL, SiteInfo, named_sites_sql
 from unclamp.runlog.windows import MOST_WINDOWS, Cut, Windows, read_windows
 from unclamp.written import counted
 
-_SCHEMAS = {
-    **TABLES,
-    "stored_summaries": VIEWS["summaries"],
-    "casts_without_summary": TABLES["casts"],
-}
-"""The columns of each kind of relation, of which coarser summaries have those of finer ones."""
 _OF_THE_QUERY = (
     duckdb.ParserException,
     duckdb.BinderException,
@@ -131,6 +129,7 @@ class RunLog:
     def damaged(self) -> list[DamagedPart]:
         """The parts that cannot be read and are left out, with what is missing for them.
 
+        The summary of a thinned part is among them, as no other file has its totals.
         Every part's end is looked at; damage within one is found when a query meets it.
 
         Raises:
@@ -143,7 +142,7 @@ class RunLog:
             for table in TABLES
             for path in every[table]
             if is_damaged(path)
-        ]
+        ] + lost_summaries(self.path, every["casts"])
 
     @property
     def attempts(self) -> list[RunAttempt]:
@@ -182,7 +181,9 @@ class RunLog:
             try:
                 self._register(parts)
                 relation = self._connection.sql(query, params=params or None)
-                return pa.table({}) if relation is None else _whole(relation.to_arrow_table())
+                if relation is None:
+                    return pa.table({})
+                return whole_numbers(relation.to_arrow_table())
             except (duckdb.Error, pa.ArrowException, OSError) as error:
                 forget_listing(self.path)
                 gone = [part for files in parts.values() for part in files if not part.exists()]
@@ -197,6 +198,17 @@ class RunLog:
                     ) from error
                 # A part was merged or removed under the query: ask again, of what is there.
                 failed = parts
+
+    def hold_clamped(self) -> None:
+        """Read the rows of casts that clamped once, for all that is asked of `clamped_casts`.
+
+        They are those of now, also where the run goes on.
+
+        Raises:
+            RunLogError: as for `sql`.
+        """
+        self.sql(HELD_CLAMPED)
+        self.sql(f"CREATE OR REPLACE TEMP VIEW {CLAMPED_CASTS} AS FROM held_{CLAMPED_CASTS}")
 
     def steps(self) -> pa.Table:
         """Return the table `steps`, ordered by step, then rank, then time of recording."""
@@ -328,8 +340,7 @@ class RunLog:
         damaged = find_damaged(dict.fromkeys(p for files in parts.values() for p in files))
         for path in (path for path, is_news in damaged.items() if is_news):
             every = self._list_parts(whole=False)
-            said = describe_damage(path, every.get(path.parent.name) or [path])
-            warnings.warn(f"{self.path}: {said}", UnclampWarning, stacklevel=4)
+            tell(self.path, describe_damage(path, every.get(path.parent.name) or [path]))
         return bool(damaged)
 
     def _list_parts(self, *, whole: bool = True) -> Parts:
@@ -363,6 +374,7 @@ class RunLog:
         """Make each relation read its current parts; those whose parts are the same stay."""
         if self._parts == parts and self._views:
             return
+        warn_of_lost_summaries(self.path, parts["casts"])
         header = self.header
         relations = relations_of(parts, header)
         if relations.views != self._views:
@@ -373,7 +385,7 @@ class RunLog:
             if relation.kind == "sites" and header.schema_version == schema_1.VERSION:
                 rows = schema_1.read_sites(relation.parts, world_size=header.world_size)
             else:
-                rows = _dataset(relation)
+                rows = dataset_of(relation)
             self._connection.register(name, rows)
             self._registered[name] = relation
         if not self._views:
@@ -391,29 +403,6 @@ class RunLog:
         self._views, self._registered, self._parts = {}, {}, {}
 
 
-def _schema_of(kind: str) -> pa.Schema:
-    return _SCHEMAS["stored_summaries" if kind.startswith("stored_summaries") else kind]
-
-
-def _dataset(relation: Relation) -> ds.Dataset:
-    paths, schema = relation.parts, _schema_of(relation.kind)
-    system = arrow_system(paths[0]) if paths else None
-    kind = "parquet" if system is None else REMOTE_PARQUET
-    return ds.dataset([arrow_name(path) for path in paths], schema, kind, filesystem=system)
-
-
 def _is_merged(path: Path) -> bool:
     name = PartName.parse(path.name)
     return name is not None and name.is_merged
-
-
-def _whole(rows: pa.Table) -> pa.Table:
-    """Return `rows` with whole decimals as int64, in columns where all of them fit."""
-    for index, column in enumerate(rows.schema):
-        if pa.types.is_decimal(column.type) and column.type.scale == 0:
-            try:
-                whole = pc.cast(rows.column(index), pa.int64())
-            except pa.ArrowInvalid:
-                continue
-            rows = rows.set_column(index, column.name, whole)
-    return rows

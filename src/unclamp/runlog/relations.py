@@ -11,13 +11,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.dataset as ds
+
 from unclamp.runlog import schema_1
 from unclamp.runlog.header import Header
 from unclamp.runlog.levels import coarse_summaries, stored_name
+from unclamp.runlog.located import REMOTE_PARQUET, arrow_name, arrow_system
 from unclamp.runlog.parts import attempt_of, range_in
-from unclamp.runlog.schema import SUMMARY_STEPS
+from unclamp.runlog.schema import SUMMARY_STEPS, TABLES, VIEWS
 from unclamp.runlog.sites import SITES_SQL
 from unclamp.runlog.summary import merged_sql, summary_sql
+from unclamp.totals import LOOK_FIRST_SQL
 
 Parts = dict[str, list[Path]]
 """The parts of each table, of `stored_summaries`, of what is stored of coarser levels (`levels`),
@@ -40,6 +45,19 @@ _AMAXES = """
         count(DISTINCT rank) AS ranks
     FROM casts JOIN (SELECT DISTINCT rank, site, fqn, role FROM sites) USING (rank, site)
     GROUP BY step, fqn, role"""
+_SCHEMAS = {
+    **TABLES,
+    "stored_summaries": VIEWS["summaries"],
+    "casts_without_summary": TABLES["casts"],
+}
+"""The columns of each kind of relation, of which coarser summaries have those of finer ones."""
+CLAMPED_CASTS = "clamped_casts"
+"""The rows of casts that clamped, and those of which it takes a look at more than `saturated`."""
+HELD_CLAMPED = f"""
+    CREATE OR REPLACE TEMP TABLE held_{CLAMPED_CASTS} AS
+    SELECT step, rank, site, amax, scale, saturated, saturated_error, clamped, grad_error,
+        grad_cosine, grad_ratio, weight_grad_norm, price_clamp, price_rounding
+    FROM {CLAMPED_CASTS}"""
 _OF_SITES = ("casts", "stored_summaries", "casts_without_summary")
 """Relations whose rows refer to a site by its id."""
 
@@ -71,7 +89,8 @@ def relations_of(parts: Parts, header: Header) -> Relations:
 
     A view with the name of a kind stands in front of its relation: that is `written_<kind>` then.
     """
-    views = _views(header)
+    coarsest = max((n for n in range(len(parts)) if stored_name(n) in parts), default=0)
+    views = _views(header, coarsest)
     attempts = sorted({attempt_of(path) for files in parts.values() for path in files})
     ends = ends_of(first_steps(parts)) if any(attempts) else {}
     parts = _with_levels(parts, ends)
@@ -159,7 +178,7 @@ def _window_of(step: int) -> int:
     return step - step % SUMMARY_STEPS
 
 
-def _views(header: Header) -> dict[str, str]:
+def _views(header: Header, coarsest: int) -> dict[str, str]:
     views = {}
     if header.schema_version == schema_1.VERSION and header.world_size > 1:
         views = {
@@ -170,5 +189,19 @@ def _views(header: Header) -> dict[str, str]:
         "sites": SITES_SQL,
         "amaxes": _AMAXES,
         "summaries": _SUMMARIES,
+        "coarsest_summaries": f"FROM {stored_name(coarsest)}",
+        CLAMPED_CASTS: f"FROM casts WHERE {LOOK_FIRST_SQL}",
         "switches": _SWITCHES,
     }
+
+
+def _schema_of(kind: str) -> pa.Schema:
+    return _SCHEMAS["stored_summaries" if kind.startswith("stored_summaries") else kind]
+
+
+def dataset_of(relation: Relation) -> ds.Dataset:
+    """Return the rows of a relation's parts, read when they are asked for."""
+    paths, schema = relation.parts, _schema_of(relation.kind)
+    system = arrow_system(paths[0]) if paths else None
+    kind = "parquet" if system is None else REMOTE_PARQUET
+    return ds.dataset([arrow_name(path) for path in paths], schema, kind, filesystem=system)

@@ -278,7 +278,8 @@ def _cut(
     span = _span(sql, "steps") or _span(sql, "casts")
     first, last = span or (0, -1)
     is_long = is_thinned or last - first >= LONG_STEPS or has_more_casts(sql, LONG_ROWS)
-    level = level_for(last + 1 - first, most=most, coarsest=coarsest) if is_long else 0
+    fewest = -(-most // 2)  # finer ones make no more windows: they would be added up by twos
+    level = level_for(last + 1 - first, most=fewest, coarsest=coarsest) if is_long else 0
     unit = window_steps(level) if is_long else 1
     first -= first % unit
     units = -(-(last + 1 - first) // unit)
