@@ -36,7 +36,8 @@ def compile_kernels(plans: Sequence[RunPlan], tell: Connection) -> None:
     if preload.is_loaded:
         return
     each = {str(plan.recipe): plan for plan in plans if plan.recipe is not None}
-    with speaking(Speaker(tell.send)), suppress(Exception):  # the run of that recipe says what is wrong
+    # What is wrong the run of that recipe says.
+    with speaking(Speaker(tell.send)), suppress(Exception):
         for plan in each.values():
             training = build(**plan.arguments)
             for ledger in find_ledgers(training.model):

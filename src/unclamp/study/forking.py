@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import context, forkserver
+from multiprocessing import context, forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -28,6 +28,7 @@ def prepare() -> None:
     if _prepared_in or "forkserver" not in multiprocessing.get_all_start_methods():
         return
     multiprocessing.set_forkserver_preload([PRELOADED])
+    resource_tracker.ensure_running()  # which ends with SIGINT let through
     with blocking_interrupts():
         forkserver.ensure_running()
     _prepared_in.update(os.environ)

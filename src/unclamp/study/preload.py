@@ -9,7 +9,7 @@ is_loaded = False
 """Whether all that was to be imported is there, and the kernels are kept on disk."""
 
 try:
-    import unclamp.study.worker
+    import unclamp.study.worker  # noqa: F401
     from unclamp.numerics import compiled, cpu
 
     with compiled.only_loading():

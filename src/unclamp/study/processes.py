@@ -18,7 +18,7 @@ from unclamp.study.forking import blocking_interrupts, workers_context
 from unclamp.study.loop import RunPlan
 from unclamp.study.messages import Message
 from unclamp.study.pool import GRACE_S
-from unclamp.study.worker import Speaker, speaking, work
+from unclamp.study.worker import Speaker, keep_memory, speaking, work
 
 
 class Processes:
@@ -127,6 +127,7 @@ def _start_worker(channel: Any, stop: Any, environ: dict[str, str] | None) -> No
     if environ is not None:
         os.environ.update(environ)
         gc.freeze()  # what is imported stays: the collector need not look through it
+    keep_memory()
     speaker = Speaker(channel.put)
     _worker.update(speaker=speaker, stop=stop, voice=contextlib.ExitStack())
     _worker["voice"].enter_context(speaking(speaker))
