@@ -8,6 +8,7 @@ it can begin before anything else.
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import context, forkserver, resource_tracker
@@ -20,12 +21,12 @@ _prepared_in: dict[str, str] = {}
 
 
 def prepare() -> None:
-    """Have a process import what workers need, where this system can fork.
+    """Have a process import what workers need, on Linux: elsewhere libraries may not be forked.
 
     For a command, whose process is ours: a process has one such server, and what it imports is for
     all who use it.
     """
-    if _prepared_in or "forkserver" not in multiprocessing.get_all_start_methods():
+    if _prepared_in or sys.platform != "linux":
         return
     multiprocessing.set_forkserver_preload([PRELOADED])
     resource_tracker.ensure_running()  # which ends with SIGINT let through
