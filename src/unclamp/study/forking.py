@@ -11,7 +11,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import context, forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import (
+    ForkServerContext,
+    ForkServerProcess,
+    SpawnContext,
+    SpawnProcess,
+)
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -35,7 +41,7 @@ def prepare() -> None:
     _prepared_in.update(os.environ)
 
 
-class Spawning(context.SpawnContext):
+class Spawning(SpawnContext):
     """Starts fresh interpreters, and knows which: those of others are not ours to end."""
 
     forks = False
@@ -46,14 +52,14 @@ class Spawning(context.SpawnContext):
 
     def Process(  # pyright: ignore[reportIncompatibleVariableOverride]
         self, *arguments: Any, **named: Any
-    ) -> context.SpawnProcess:
+    ) -> SpawnProcess:
         """Return a process to start."""
-        made = context.SpawnProcess(*arguments, **named)
+        made = SpawnProcess(*arguments, **named)
         self.started.add(made)
         return made
 
 
-class Forking(context.ForkServerContext):
+class Forking(ForkServerContext):
     """Starts forks of what `prepare` has begun, and knows which."""
 
     forks = True
@@ -64,9 +70,9 @@ class Forking(context.ForkServerContext):
 
     def Process(  # pyright: ignore[reportIncompatibleVariableOverride]
         self, *arguments: Any, **named: Any
-    ) -> context.ForkServerProcess:
+    ) -> ForkServerProcess:
         """Return a process to start."""
-        made = context.ForkServerProcess(*arguments, **named)
+        made = ForkServerProcess(*arguments, **named)
         self.started.add(made)
         return made
 

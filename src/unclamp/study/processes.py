@@ -104,10 +104,11 @@ class _Crew:
     def _compile(self) -> None:
         """Start who compiles; he may be killed at any time, so he has a channel of his own."""
         self._compiler_says, tell = self._context.Pipe(duplex=False)
-        self._compiler = self._context.Process(
+        compiler = self._context.Process(
             target=compile_kernels, args=(self._plans, tell), daemon=True
         )
-        self._compiler.start()
+        compiler.start()
+        self._compiler = compiler
         tell.close()
 
     def _drain(self) -> None:
