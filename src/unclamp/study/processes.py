@@ -128,10 +128,19 @@ def _start_worker(channel: Any, stop: Any, environ: dict[str, str] | None) -> No
     if environ is not None:
         os.environ.update(environ)
         gc.freeze()  # what is imported stays: the collector need not look through it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     keep_memory()
     speaker = Speaker(channel.put)
     _worker.update(speaker=speaker, stop=stop, voice=contextlib.ExitStack())
     _worker["voice"].enter_context(speaking(speaker))
+
+
+def _end_with_parent() -> None:
+    """End this process when the study was killed: nobody would give it work, or end it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(plan: RunPlan) -> str:
