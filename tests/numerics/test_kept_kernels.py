@@ -113,3 +113,31 @@ def test_a_kept_kernel_is_compiled_anew_when_one_that_it_calls_has_changed(tmp_p
     assert text.count(before) == 1
     kernels.write_text(text.replace(before, "counts[UNDERFLOWED] += 7 * _vanished("))
     assert said() == "0 [0, 7, 0]"
+
+
+LOADED = """
+from unclamp.numerics import compiled, cpu
+
+try:
+    with compiled.only_loading():
+        cpu.warm_up()
+    print("loaded")
+except compiled.NotKept:
+    print("not kept")
+"""
+
+
+def test_who_only_loads_compiles_nothing(tmp_path: Path) -> None:
+    def said(code: str) -> str:
+        environ = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environ, capture_output=True, text=True,
+            timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert said(LOADED) == "not kept"
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".nbi"]
+    said(CALLED)
+    assert said(LOADED) == "loaded"

@@ -133,6 +133,15 @@ def test_ctrl_c_while_workers_start(study: Path, tmp_path: Path) -> None:
     assert "0 of 2 runs finished" in begun.said()
 
 
+def test_no_worker_outlives_a_study_that_is_killed(study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begun = Study("--config", study, "--steps", 5000, "--out", out, folder=tmp_path)
+    begun.wait_until((out / "text" / "delayed").is_dir)
+    begun.process.kill()
+    begun.process.wait(timeout=PATIENCE_S)
+    begun.leaves_no_process()
+
+
 def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
     begun = Study("--quick", "--out", tmp_path / "out", folder=tmp_path)
     begun.wait_until_it_says("A first look")

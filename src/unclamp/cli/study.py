@@ -192,6 +192,10 @@ def _say_quick(config: "StudyConfig") -> None:
 
 def _run_study(config: "StudyConfig", out: Path, jobs: int | None, ray: str | None) -> bool:
     """Train; return whether it came to its end."""
+    if ray is None:
+        from unclamp.study.forking import prepare  # noqa: PLC0415
+
+        prepare()
     try:
         from unclamp.study.progress import run_with_progress  # noqa: PLC0415
     except ImportError as error:

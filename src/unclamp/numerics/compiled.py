@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from numba import njit
 from numba.core import config
-from numba.core.event import Event, Listener, register
+from numba.core.event import Event, Listener, install_listener, register
 
 
 def compiled(function: Callable, **options: Any) -> Callable:
@@ -87,6 +87,31 @@ def _kept_in(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         config.CACHE_DIR = before  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class NotKept(Exception):
+    """A kernel is not kept on disk."""
+
+
+class _Refuser(Listener):
+    """Lets nothing be compiled: numba tells of a compilation before it begins."""
+
+    def on_start(self, event: Event) -> None:
+        raise NotKept
+
+    def on_end(self, event: Event) -> None:
+        pass
+
+
+@contextmanager
+def only_loading() -> Iterator[None]:
+    """While entered, a kernel is loaded where it is kept, and never compiled.
+
+    Raises:
+        NotKept: At the first call of one that would be compiled.
+    """
+    with install_listener("numba:compile", _Refuser()):
+        yield
 
 
 def announce() -> None:

@@ -63,7 +63,8 @@ def _run(
     config.check_marks()
     bases = {arm.from_arm for arm in config.arms.values() if arm.from_arm is not None}
     first = [name for name, arm in config.arms.items() if arm.from_arm is None]
-    first.sort(key=lambda name: name not in bases)
+    # High precision before all, since it needs no kernel while kernels are compiled.
+    first.sort(key=lambda name: (config.arms[name].recipe is not None, name not in bases))
     derived = [name for name, arm in config.arms.items() if arm.from_arm is not None]
     plans = _plans(config, out, first, {})
     if not all(_is_finished(plan) for plan in plans):

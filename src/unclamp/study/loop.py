@@ -114,10 +114,7 @@ def train(
     config = plan.config
     training = _make_training(config, plan.scenario, plan.seed, plan.recipe)
     model = training.model
-    tokens = tokenize(config.model, model, read_text(config.data.text, seq_len=config.data.seq_len))
-    batches = Batches(
-        tokens, batch_size=config.data.batch_size, seq_len=config.data.seq_len, seed=plan.seed
-    )
+    batches = batches_of(config, model, plan.seed)
     recorder = Recorder(
         model,
         plan.path,
@@ -136,6 +133,13 @@ def train(
             recorder.close("interrupted")
             return "interrupted"
     return "finished"
+
+
+def batches_of(config: StudyConfig, model: nn.Module, seed: int) -> Batches:
+    """Return the batches of a run, planted ones as they are before planting."""
+    data = config.data
+    tokens = tokenize(config.model, model, read_text(data.text, seq_len=data.seq_len))
+    return Batches(tokens, batch_size=data.batch_size, seq_len=data.seq_len, seed=seed)
 
 
 def build(

@@ -1,23 +1,24 @@
 """Runs in processes of this machine."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import queue
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from unclamp.errors import StudyError
+from unclamp.study.compiling import compile_kernels, is_worthwhile
+from unclamp.study.forking import blocking_interrupts, workers_context
 from unclamp.study.loop import RunPlan
 from unclamp.study.messages import Message
 from unclamp.study.pool import GRACE_S
-from unclamp.study.worker import Speaker, speaking, work
+from unclamp.study.worker import Speaker, keep_memory, speaking, work
 
 
 class Processes:
@@ -34,44 +35,33 @@ class Processes:
         """There is nothing to let go of."""
 
 
-class _Context(SpawnContext):
-    """Starts processes by `spawn`, and knows which: those of others are not ours to end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started: set[BaseProcess] = set()
-
-    def Process(  # pyright: ignore[reportIncompatibleVariableOverride]
-        self, *arguments: Any, **named: Any
-    ) -> SpawnProcess:
-        """Return a process to start."""
-        made = SpawnProcess(*arguments, **named)
-        self.started.add(made)
-        return made
-
-
 class _Crew:
     """Worker processes, and the channel through which they tell what they do."""
 
     def __init__(self, plans: list[RunPlan], tell: Callable[[Message], None], *, size: int) -> None:
-        context = _Context()
+        context = workers_context()
+        self._context = context
         self._plans, self._tell = plans, tell
         self._channel: Any = context.Queue()
         self._stop = context.Event()
         self._workers = context.started
         self._pending: set[Future[str]] = set()
         self._ending: threading.Thread | None = None
+        self._compiler: BaseProcess | None = None
+        self._compiler_says: Any = None
         self._executor = ProcessPoolExecutor(
             max_workers=size,
             mp_context=context,
             initializer=_start_worker,
-            initargs=(self._channel, self._stop),
+            initargs=(self._channel, self._stop, dict(os.environ) if context.forks else None),
         )
 
     def begin(self) -> None:
         """Start the processes, which no Ctrl-C reaches."""
-        with _blocking_interrupts():
+        with blocking_interrupts():
             self._pending = {self._executor.submit(_work, plan) for plan in self._plans}
+            if self._context.forks and is_worthwhile(self._plans):
+                self._compile()
 
     def follow(self, seconds: float) -> bool:
         """As `Crew.follow`; a worker that was killed ends them all."""
@@ -89,6 +79,8 @@ class _Crew:
     def ask_to_stop(self) -> None:
         """As `Crew.ask_to_stop`."""
         self._stop.set()
+        if self._compiler is not None:
+            self._compiler.kill()
         # In a thread, because what it waits for may have to be killed meanwhile.
         end = {"wait": True, "cancel_futures": True}
         self._ending = threading.Thread(target=self._executor.shutdown, kwargs=end, daemon=True)
@@ -109,33 +101,46 @@ class _Crew:
             worker.kill()
         self._ending.join(GRACE_S)
 
+    def _compile(self) -> None:
+        """Start who compiles; he may be killed at any time, so he has a channel of his own."""
+        self._compiler_says, tell = self._context.Pipe(duplex=False)
+        compiler = self._context.Process(
+            target=compile_kernels, args=(self._plans, tell), daemon=True
+        )
+        compiler.start()
+        self._compiler = compiler
+        tell.close()
+
     def _drain(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._tell(self._channel.get_nowait())
-
-
-@contextlib.contextmanager
-def _blocking_interrupts() -> Iterator[None]:
-    """Start processes that no Ctrl-C reaches, from their first moment: they inherit the mask.
-
-    One that comes meanwhile reaches this process afterwards.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with contextlib.suppress(EOFError, OSError):
+            while self._compiler_says is not None and self._compiler_says.poll():
+                self._tell(self._compiler_says.recv())
 
 
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(channel: Any, stop: Any) -> None:
-    """Prepare a worker, for as long as it lives."""
+def _start_worker(channel: Any, stop: Any, environ: dict[str, str] | None) -> None:
+    """Prepare a worker, for as long as it lives; a fork is given its environment."""
+    if environ is not None:
+        os.environ.update(environ)
+        gc.freeze()  # what is imported stays: the collector need not look through it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    keep_memory()
     speaker = Speaker(channel.put)
     _worker.update(speaker=speaker, stop=stop, voice=contextlib.ExitStack())
     _worker["voice"].enter_context(speaking(speaker))
+
+
+def _end_with_parent() -> None:
+    """End this process when the study was killed: nobody would give it work, or end it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(plan: RunPlan) -> str:

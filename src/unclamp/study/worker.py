@@ -4,6 +4,7 @@ What it writes to stderr goes through the same channel as its steps, because two
 terminal tear each other's lines, and a worker on another machine has no terminal.
 """
 
+import ctypes
 import io
 import shutil
 import sys
@@ -56,6 +57,24 @@ class _Lines(io.TextIOBase):
             label = "" if own else self._speaker.label
             self._speaker.tell(Note(text=line, label=label, once=own))
         return len(text)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES, _LARGE_BYTES = 1 << 30, 1 << 25
+"""As much as glibc allows, or more than a small model's step takes."""
+
+
+def keep_memory() -> None:
+    """Have a step's memory serve the next one, where glibc is the allocator.
+
+    Otherwise each step gives most of it back to the system, and pays for it page by page again.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 @contextmanager
