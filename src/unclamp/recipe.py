@@ -288,7 +288,9 @@ class Recipe(Shown):
         try:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"the recipe is not valid TOML: {error}") from error
+            is_name = "\n" not in text and text.endswith(".toml")
+            hint = "; to read a file, use Recipe.load" if is_name else ""
+            raise RecipeError(f"the recipe is not valid TOML: {error}{hint}") from error
         return cls.from_dict(data)
 
     @classmethod

@@ -219,7 +219,7 @@ def test_the_command_prints_reasons_and_a_recipe_to_paste(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "- It matters" in done.stdout
     assert "3,000 steps are 5 times as long as the log" in " ".join(done.stdout.split())
-    toml = done.stdout.split("Recipe.from_toml:\n")[1]
+    toml = done.stdout.split("Recipe.load:\n")[1]
     recipe = Recipe.from_toml(toml)
     assert recipe.plan("layers.0.down_proj").operands["input"].scaling == Guarded()
     data = json.loads(unclamp("advise", run, "--json").stdout)

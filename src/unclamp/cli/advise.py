@@ -66,7 +66,7 @@ def advise(
     for run in sorted(found.record, key=lambda run: run.tokens):
         console.print(f"  {_short(run.tokens)} tokens, {run.scaling}: {run.outcome} ({run.source})")
     if found.verdict != "too short":
-        console.print("\nThe recipe, to paste into a file for Recipe.from_toml:\n")
+        console.print("\nThe recipe, to paste into a file for Recipe.load:\n")
         typer.echo(found.recipe.to_toml(), nl=False)
 
 
