@@ -12,14 +12,15 @@ from unclamp.runlog import Header, RunLogWriter
 RULE = "ladder=delayed(4) > guarded, floor=6"
 
 
-def write(path: Path) -> Path:
-    """Write a site whose amax is 1, and 50 at step 8 and 20."""
+def write(path: Path, clamped: int = 0) -> Path:
+    """Write a site whose amax is 1, and 50 at step 8 and 20, where some elements are clamped."""
     with RunLogWriter(path, header=Header(unclamp_version="0")) as writer:
         writer.add("sites", {"site": [0], "fqn": ["up"], "role": ["input"], "format": ["e4m3fn"],
                              "scaling": ["delayed"], "format_max": [448.0]})  # fmt: skip
         for step in range(30):
             writer.add("casts", {"step": [step], "site": [0], "scale": [1.0], "elements": [4],
-                                 "amax": [50.0 if step in (8, 20) else 1.0], "saturated": [0],
+                                 "amax": [50.0 if step in (8, 20) else 1.0],
+                                 "saturated": [clamped if step in (8, 20) else 0],
                                  "underflowed": [0], "nonfinite": [0], "recast": [0],
                                  "saturated_error": [0.0], "microsteps": [1]})  # fmt: skip
     return path
@@ -49,6 +50,15 @@ def test_json_is_one_document_and_the_file_can_be_handed_in(run: Path, tmp_path:
     assert [d["kind"] for d in document["runs"][0]["decisions"]] == ["up", "down", "up"]
     read = Backtest.load(file)
     assert (read.rule, read.late, read.ups) == (parse_rule(RULE), 1, 2)
+
+
+def test_of_several_logs_it_says_which_one_a_sentence_is_about(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "quiet"), write(tmp_path / "clamps", clamped=2)
+    said = " ".join(unclamp("backtest", one, other, "--rule", RULE).stdout.split()).split(" - ")
+    (unbiased,) = (line for line in said if "Nothing was clamped in this run" in line)
+    (biased,) = (line for line in said if "2 casts of 30 were clamped in this run" in line)
+    assert unbiased.startswith(f"Of {one}: ")
+    assert biased.startswith(f"Of {other}: ")
 
 
 @pytest.mark.parametrize(

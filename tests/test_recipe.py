@@ -219,6 +219,7 @@ def test_a_reduce_function_cannot_be_written(recipe):
         ("override = [3]", "override"),
         ("override = 3", "override"),
         ("input = ", "not valid TOML"),
+        ("recipes/mine.toml", "use Recipe.load"),
         ('input = {scaling = "static"}', "static scaling needs its scale"),
         ('input = {scaling = "static", scale = 0.0}', r"scale in \[2\*\*-126, 2\*\*126\], got 0.0"),
         ('input = {scaling = "static", scale = inf}', "got inf"),
