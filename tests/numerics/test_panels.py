@@ -77,6 +77,29 @@ def test_no_panel_has_a_few_rows_only():
         assert rows - found.firsts[-1] >= 32
 
 
+FEW = """
+import torch
+from unclamp import E4M3FN
+from unclamp.numerics import matmul, panels, quantize
+
+torch.set_num_threads(2)
+panels.ONE_PANEL, panels.OUTER, panels.INNER = 1, 2**16, 2**16
+for rows in (1, 15, 16, 17, 20, 31, 32, 33, 48):
+    x, weight = (quantize(torch.randn(size, 128), E4M3FN) for size in (rows, 700))
+    found = matmul(x.along(1), weight.along(1), scratch=torch.empty(700 * 128))
+    inv = x.scale_inv * weight.scale_inv
+    want = x.codes.to(torch.float64) @ weight.codes.to(torch.float64).t() * inv
+    torch.testing.assert_close(found, want.float())
+"""
+
+
+def test_few_rows_that_go_by_a_whole_operand_are_not_cut_for_ever():
+    """As in the step of a large layer on a few tokens. A process, which a loop cannot hold up."""
+    command = [sys.executable, "-c", FEW]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_matrix_is_cut_into_panels():
     a, b = (operand(rows, PerTensor(), 1)[0] for rows in (ROWS, OTHERS))
     way = panels._way(a, b, None)

@@ -253,7 +253,7 @@ def _panels(x: GemmOperand, size: int, threads: int = 1) -> Panels:
         most = max(size // max(contracted, 1), FEWEST)
         count = -(-rows // most // threads) * threads
         step = -(-rows // count // _ROUND) * _ROUND
-        while 0 < rows % step < _LAST:  # few would be left over for the last
+        while step < rows and 0 < rows % step < _LAST:  # few would be left over for the last
             step += _ROUND
     if x.values is not None:
         return Panels(x, rows, max(step, 1), orient(x.values, x.axis))
