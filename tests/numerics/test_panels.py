@@ -176,6 +176,28 @@ def test_threads_of_panels_compute_alone_and_the_callers_keep_their_number(two_t
         assert others.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
 
 
+NESTED = """
+import threading, torch
+from unclamp.numerics import compiled
+
+torch.get_num_threads = lambda: 2  # as where OpenMP's number is not the one that torch takes
+
+def inner():
+    return threading.get_ident()
+
+def outer():
+    return compiled.run([(inner,)] * 2) == [threading.get_ident()] * 2
+
+assert compiled.run([(outer,)] * 4) == [True] * 4
+"""
+
+
+def test_calls_of_a_pools_thread_do_not_wait_for_the_pool():
+    command = [sys.executable, "-c", NESTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_panels_serve_in_inference_mode(two_threads):
     (a, a_hat), (b, b_hat) = operand(ROWS, PerTensor(), 1), operand(OTHERS, PerTensor(), 1)
     with torch.inference_mode():
