@@ -77,6 +77,29 @@ def test_no_panel_has_a_few_rows_only():
         assert rows - found.firsts[-1] >= 32
 
 
+FEW = """
+import torch
+from unclamp import E4M3FN
+from unclamp.numerics import matmul, panels, quantize
+
+torch.set_num_threads(2)
+panels.ONE_PANEL, panels.OUTER, panels.INNER = 1, 2**16, 2**16
+for rows in (1, 15, 16, 17, 20, 31, 32, 33, 48):
+    x, weight = (quantize(torch.randn(size, 128), E4M3FN) for size in (rows, 700))
+    found = matmul(x.along(1), weight.along(1), scratch=torch.empty(700 * 128))
+    inv = x.scale_inv * weight.scale_inv
+    want = x.codes.to(torch.float64) @ weight.codes.to(torch.float64).t() * inv
+    torch.testing.assert_close(found, want.float(), rtol=1e-4, atol=1e-3)
+"""
+
+
+def test_few_rows_that_go_by_a_whole_operand_are_not_cut_for_ever():
+    """As in the step of a large layer on a few tokens. A process, which a loop cannot hold up."""
+    command = [sys.executable, "-c", FEW]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_matrix_is_cut_into_panels():
     a, b = (operand(rows, PerTensor(), 1)[0] for rows in (ROWS, OTHERS))
     way = panels._way(a, b, None)
@@ -153,6 +176,28 @@ def test_threads_of_panels_compute_alone_and_the_callers_keep_their_number(two_t
         assert others.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
 
 
+NESTED = """
+import threading, torch
+from unclamp.numerics import compiled
+
+torch.get_num_threads = lambda: 2  # as where OpenMP's number is not the one that torch takes
+
+def inner():
+    return threading.get_ident()
+
+def outer():
+    return compiled.run([(inner,)] * 2) == [threading.get_ident()] * 2
+
+assert compiled.run([(outer,)] * 4) == [True] * 4
+"""
+
+
+def test_calls_of_a_pools_thread_do_not_wait_for_the_pool():
+    command = [sys.executable, "-c", NESTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_panels_serve_in_inference_mode(two_threads):
     (a, a_hat), (b, b_hat) = operand(ROWS, PerTensor(), 1), operand(OTHERS, PerTensor(), 1)
     with torch.inference_mode():
@@ -162,6 +207,18 @@ def test_panels_serve_in_inference_mode(two_threads):
             matmul(a, b, out_dtype=out.dtype, out=out), (a_hat @ b_hat.t()).bfloat16()
         )
     assert torch.equal(matmul(a, b), F.linear(a_hat, b_hat))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_output_that_wants_gradients_is_written_without_them(two_threads, threads: int):
+    """As torch's own products do it, of a parameter for instance."""
+    torch.set_num_threads(threads)
+    (a, a_hat), (b, b_hat) = operand(ROWS, PerTensor(), 1), operand(OTHERS, PerTensor(), 1)
+    out = torch.zeros(ROWS, OTHERS, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(matmul(a, b, out=out), F.linear(a_hat, b_hat))
+    with pytest.raises(RuntimeError, match="requires grad"):
+        matmul(a, b, out=out)
 
 
 def test_a_counter_of_flops_sees_the_products_of_panels(two_threads):

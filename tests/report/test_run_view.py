@@ -346,3 +346,27 @@ def test_clamped_rows_that_are_held_say_the_same_as_those_that_are_read(tmp_path
         (rows,) = held.sql(count)["n"].to_pylist()
         saturated = log.casts()["saturated"].to_pylist()
         assert rows == sum(value is None or value > 0 for value in saturated) > 0
+
+
+def test_clamped_rows_of_a_run_that_goes_on_can_be_held_anew(tmp_path: Path) -> None:
+    def casts(step: int, *saturated: int) -> dict[str, list[Any]]:
+        numbers = ("site", "underflowed", "nonfinite", "recast", "saturated_error")
+        same = {"amax": 1.0, "scale": 1.0, "elements": 8, "microsteps": 1}
+        rows = dict.fromkeys(numbers, 0) | same
+        return {name: [value] * len(saturated) for name, value in rows.items()} | {
+            "step": [step + i for i in range(len(saturated))],
+            "saturated": list(saturated),
+        }
+
+    count = "SELECT count(*) AS n FROM clamped_casts"
+    with RunLogWriter(tmp_path / "run", header=Header(unclamp_version="test")) as writer:
+        writer.add("casts", casts(0, 3, 0))
+        writer.flush()
+        with RunLog.open(tmp_path / "run") as log:
+            log.hold_clamped()
+            assert log.sql(count)["n"].to_pylist() == [1]
+            writer.add("casts", casts(2, 4, 5))
+            writer.flush()
+            assert log.sql(count)["n"].to_pylist() == [1]
+            log.hold_clamped()
+            assert log.sql(count)["n"].to_pylist() == [3]

@@ -15,6 +15,7 @@ import os
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -158,7 +159,8 @@ def run(calls: list[tuple[Any, ...]]) -> list[Any]:
     be it for Ctrl-C: they write to addresses, whose memory goes with the caller's arrays.
     """
     threads = min(torch.get_num_threads(), len(calls))
-    if threads <= 1:
+    # Calls of a call would wait for the threads of the pool that wait for them.
+    if threads <= 1 or _of_pool.is_set:
         return [function(*arguments) for function, *arguments in calls]
     futures: list[Future[Any]] = []
     try:
@@ -169,6 +171,15 @@ def run(calls: list[tuple[Any, ...]]) -> list[Any]:
             future.cancel()
         wait(futures)
         raise
+
+
+class _OfPool(threading.local):
+    """Whether the calling thread is of a pool, whatever torch says of its number of threads."""
+
+    is_set = False
+
+
+_of_pool = _OfPool()
 
 
 @functools.cache
@@ -193,6 +204,7 @@ def limits() -> tuple[Callable[[int], Any], ...] | None:
 
 def _be_one(limits: tuple[Callable[[int], Any], ...] | None) -> None:
     """Have torch compute in the calling thread without any other: the pool has them all."""
+    _of_pool.is_set = True
     torch.get_num_threads()  # a thread takes the process's numbers with its first question
     for limit in limits or ():
         limit(1)

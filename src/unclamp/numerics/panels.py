@@ -160,11 +160,11 @@ def multiply(
     first, *others = borrow("panels", sum(sizes)).split(sizes)
     if way.in_scratch and scratch is not None:
         first = scratch.view(-1)
-    is_inference = torch.is_inference_mode_enabled()
+    modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     for i in outer.firsts:
         outside, starts = outer.at(i, first), iter(inner.firsts)
         run([
-            (_take, starts, way, i, outside, memory, bias, out, is_inference)
+            (_take, starts, way, i, outside, memory, bias, out, modes)
             for memory in others
         ])  # fmt: skip
     return out
@@ -172,10 +172,12 @@ def multiply(
 
 def _take(
     starts: Iterator[int], way: Way, i: int, outside: Tensor, memory: Tensor,
-    bias: Tensor | None, out: Tensor, is_inference: bool,
+    bias: Tensor | None, out: Tensor, modes: tuple[bool, bool],
 ) -> None:  # fmt: skip
     """Multiply the outer panel from row `i` on with inner ones, while other threads take others."""
-    with torch.inference_mode(is_inference):  # what is made in it may not be written to outside
+    is_inference, has_grad = modes  # the caller's: another thread has its own
+    # What is made in inference mode may not be written to outside; outside of it, gradients are on.
+    with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
         for j in starts:  # one thread at a time takes a number from a range
             inside = way.inner.at(j, memory)
             left, right, row, column = outside, inside, i, j
@@ -253,7 +255,7 @@ def _panels(x: GemmOperand, size: int, threads: int = 1) -> Panels:
         most = max(size // max(contracted, 1), FEWEST)
         count = -(-rows // most // threads) * threads
         step = -(-rows // count // _ROUND) * _ROUND
-        while 0 < rows % step < _LAST:  # few would be left over for the last
+        while step < rows and 0 < rows % step < _LAST:  # few would be left over for the last
             step += _ROUND
     if x.values is not None:
         return Panels(x, rows, max(step, 1), orient(x.values, x.axis))

@@ -57,7 +57,8 @@ HELD_CLAMPED = f"""
     CREATE OR REPLACE TEMP TABLE held_{CLAMPED_CASTS} AS
     SELECT step, rank, site, amax, scale, saturated, saturated_error, clamped, grad_error,
         grad_cosine, grad_ratio, weight_grad_norm, price_clamp, price_rounding
-    FROM {CLAMPED_CASTS}"""
+    FROM casts WHERE {LOOK_FIRST_SQL}"""
+"""Not from the view, which may be of what was held before."""
 _OF_SITES = ("casts", "stored_summaries", "casts_without_summary")
 """Relations whose rows refer to a site by its id."""
 
