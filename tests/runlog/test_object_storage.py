@@ -1,5 +1,6 @@
 """Runs in object storage: the same answers as from a folder, by requests for what is needed."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from truths.runs import write_planted
 from typed import Typed, unclamp
 from unclamp.errors import RunLogError
 from unclamp.runlog import Header, RunLog, RunLogWriter, find_runs
+from unclamp.runlog.storage import told
 
 upath = pytest.importorskip("upath")
 needs_s3 = pytest.mark.skipif(
@@ -321,6 +323,19 @@ def test_storage_that_fails_after_opening_is_told_with_its_url_and_cause(
         upath.UPath(in_memory).fs.invalidate_cache()
         with pytest.raises(RunLogError, match=r"memory://.*has expired.*new credentials"):
             log.casts()
+
+
+def test_a_run_whose_storage_does_not_answer_is_not_left_out(
+    in_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(upath.UPath(in_memory).fs), "_open", _expire)
+    with pytest.raises(RunLogError, match=r"memory://.*has expired"):
+        find_runs("memory://bucket")
+
+
+def test_a_path_whose_storage_tells_its_errors_can_be_copied(in_memory: str) -> None:
+    system = told(upath.UPath(in_memory)).fs
+    assert copy.copy(system).exists(in_memory)
 
 
 def test_a_file_that_breaks_off_while_it_is_read_is_told(

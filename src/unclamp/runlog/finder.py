@@ -10,6 +10,7 @@ from unclamp.runlog.folder import read_json
 from unclamp.runlog.header import KIND, RUN_FILE, Header
 from unclamp.runlog.located import located, walk
 from unclamp.runlog.schema import TABLES
+from unclamp.runlog.storage import StorageError
 from unclamp.written import listed
 
 STUDY_FILE = "study.json"
@@ -20,9 +21,14 @@ def is_run(path: str | os.PathLike[str]) -> bool:
     """Return whether the folder `path` holds a run, of any schema version.
 
     A path that does not exist, or cannot be read, is not a run.
+
+    Raises:
+        StorageError: Object storage did not answer, so that nobody knows.
     """
     try:
         return read_json(located(path) / RUN_FILE).get("kind") == KIND
+    except StorageError:
+        raise
     except (OSError, ValueError):  # a RunLogError too
         return False
 

@@ -21,6 +21,7 @@ _ANSWERS = (
     IsADirectoryError,
     NotADirectoryError,
     NotImplementedError,
+    MemoryError,
     RunLogError,
 )
 
@@ -73,6 +74,8 @@ class _System:
         self._system, self._scheme = system, scheme
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_system":  # of a copy that is being made
+            raise AttributeError(name)
         found = getattr(self._system, name)
         return self._wrapped(found) if inspect.ismethod(found) else found
 
