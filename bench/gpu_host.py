@@ -3,6 +3,7 @@
 python bench/gpu_host.py
 """
 
+import argparse
 import cProfile
 import pstats
 import sys
@@ -57,8 +58,12 @@ def by_kernel(run: Callable[[], None]) -> None:
         print(f"{row.self_device_time_total / 5:9.1f} us {row.count / 5:5.1f}x {row.key[:90]}")
 
 
-def main() -> None:
+def main() -> int:
     """Profile a small layer on the host and a large one on the device."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    if not torch.cuda.is_available():
+        print("this bench needs a GPU, and torch.cuda.is_available() is False", file=sys.stderr)
+        return 2
     for tokens, k, n in ((256, 256, 256), (16384, 4096, 4096)):
         base = nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16)
         x, grad = (torch.randn(tokens, d, device="cuda", dtype=torch.bfloat16) for d in (k, n))
@@ -77,7 +82,8 @@ def main() -> None:
                 by_kernel(run)
             elif "unclamp" in name:
                 by_function(run, 40)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@ are timed in turn, so that drift hits all alike. What wins is written into `nume
 hand.
 """
 
+import argparse
 import itertools
 import os
 import sys
@@ -83,8 +84,12 @@ def compiles(index: int) -> str:
     return ""
 
 
-def main() -> None:
+def main() -> int:
     """Compile and time all."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    if not torch.cuda.is_available():
+        print("this bench needs a GPU, and torch.cuda.is_available() is False", file=sys.stderr)
+        return 2
     every = list(candidates())
     with get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
         wrong = pool.map(compiles, range(len(every)), chunksize=1)
@@ -101,7 +106,8 @@ def main() -> None:
     times = times_ms([six(*one[1:]) for one in good], device, rounds=9, limit_s=30)
     for (kind, tile, _), ms in zip(good, times, strict=True):
         print(f"{kind:10} {tuple(tile)!s:30} {ms / 6 * 1e3:8.1f} us", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
