@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from unclamp.errors import RunLogError, UnclampWarning
@@ -75,8 +75,22 @@ def order_of(table: str, row: dict[str, Any]) -> tuple:
     return tuple(row[name] for name in names)
 
 
+def flags_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, bool]:
+    same = [other for other in rows if all(other[key] == row[key] for key in ("rank", "site"))]
+    return {flag: any(other[flag] for other in same) for flag in ("replicated", "only_counted")}
+
+
+TWO_NAMES = [
+    {"site": 0, "rank": 0, "fqn": fqn, "role": "input", "format": "e4m3fn", "scaling": "delayed",
+     "history_len": None, "granularity": None, "format_max": 448.0, "replicated": said,
+     "only_counted": None}
+    for fqn, said in (("a", True), ("b", None))
+]  # fmt: skip
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(batches, max_size=6))
+@example([("sites", TWO_NAMES, False)])
 def test_what_was_written_is_read_back(batches: list[tuple[str, list[dict], bool]]):
     written: dict[str, list[dict]] = {table: [] for table in TABLES}
     with TemporaryDirectory() as folder:
@@ -96,9 +110,9 @@ def test_what_was_written_is_read_back(batches: list[tuple[str, list[dict], bool
             for row in read[table].to_pylist()
         ]
         if table == "sites":  # one row each, however often it was recorded
-            # What nobody said is neither, as in logs from before there were such columns.
-            flags = ("replicated", "only_counted")
-            said = [row | {flag: bool(row[flag]) for flag in flags} for row in rows]
+            # Flags are of a rank's id: said once, they hold in all its rows. What nobody said is
+            # neither, as in logs from before there were such columns.
+            said = [row | flags_of(row, rows) for row in rows]
             distinct = {frozenset(row.items()) for row in said}
             assert {frozenset(row.items()) for row in found} == distinct
             assert [row["site"] for row in found] == sorted(dict(row)["site"] for row in distinct)
