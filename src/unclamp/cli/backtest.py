@@ -82,11 +82,12 @@ def _print(console: Console, found: "Backtest") -> None:
     for sentence in found.sentences:
         console.print(f"- {sentence}")
     # Of logs that differ in their figures alone, the first one's will do.
-    limits = {re.sub(r"\d", "", limit): limit for run in found.runs[::-1] for limit in run.limits}
-    for key, limit in limits.items():
-        those = [run.run for run in found.runs
-                 if key in {re.sub(r"\d", "", said) for said in run.limits}]  # fmt: skip
-        of_some = "" if len(those) == len(found.runs) else f"Of {', '.join(those)}: "
+    said: dict[str, tuple[str, list[str]]] = {}
+    for run in found.runs:
+        for limit in run.limits:
+            said.setdefault(re.sub(r"\d", "", limit), (limit, []))[1].append(run.run)
+    for limit, runs in said.values():
+        of_some = "" if len(runs) == len(found.runs) else f"Of {', '.join(runs)}: "
         console.print(f"- {of_some}{limit}")
     names = ("up", "back", "false", "held", "clamped", "first", "missed", "avoided", "reads")
     table = Table("run", *names, box=None, pad_edge=False)
